@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
+//! What the kernel programs know of a pod of this node.
+
+use crate::addr::{Addr, Port};
+use crate::identity::IdentityId;
+use crate::policy::PolicySetId;
+
+abi_id! {
+    /// A pod's slot on this node, below [`crate::maps::MAX_PODS`]. Its listeners are in the slots
+    /// `4 * index + ListenerSlot`.
+    pub struct PodIndex(pub u32);
+}
+
+/// Which of a pod's listeners.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ListenerSlot {
+    /// Captured connections, IPv4.
+    Outbound4 = 0,
+    /// Captured connections, IPv6.
+    Outbound6 = 1,
+    /// Tunnels, IPv4.
+    Tunnel4 = 2,
+    /// Tunnels, IPv6.
+    Tunnel6 = 3,
+}
+
+impl PodIndex {
+    /// The slot of one of the pod's listeners in the map `LISTENERS`.
+    #[inline(always)]
+    #[must_use]
+    pub const fn listener(self, slot: ListenerSlot) -> u32 {
+        self.0 * 4 + slot as u32
+    }
+}
+
+abi! {
+    /// Value of the map `PODS`, keyed by [`PodIndex`]. Written as one map element, whole.
+    pub struct PodState {
+        /// Changes with every write; equal to `revision_end`, or the reader met a write.
+        pub revision: u64,
+        /// The pod's policy.
+        pub set: PolicySetId,
+        /// Who it is.
+        pub id: IdentityId,
+        /// Its network namespace.
+        pub netns_cookie: u64,
+        /// Its IPv4 address, or [`Addr::NONE`].
+        pub v4: Addr,
+        /// Its IPv6 address, or [`Addr::NONE`].
+        pub v6: Addr,
+        /// `PodState::ENROLLED` and so on.
+        pub flags: u32,
+        /// The interface on the host's side, where the gate is; 0 = the pod has no gate.
+        pub link: u32,
+        /// The MAC address of the pod's own interface, then 2 bytes 0. All 0 = not checked.
+        pub mac: [u8; 8],
+        /// Per-port overrides of Strict and Permissive: the `set` of [`ModeKey`]; 0 = none.
+        pub modes: u64,
+        /// Equal to `revision`.
+        pub revision_end: u64,
+    }
+
+    /// Key of the map `PORT_MODES`: a port whose mode differs from the pod's own.
+    pub struct ModeKey {
+        /// [`PodState::modes`].
+        pub set: u64,
+        /// The port.
+        pub port: Port,
+        /// Always 0.
+        pub pad: [u8; 6],
+    }
+
+    /// What of a pod's state the decisions of [`crate::path`] need.
+    pub struct PodView {
+        /// [`PodState::set`].
+        pub set: PolicySetId,
+        /// [`PodState::id`].
+        pub id: IdentityId,
+        /// [`PodState::v4`].
+        pub v4: Addr,
+        /// [`PodState::v6`].
+        pub v6: Addr,
+        /// [`PodState::modes`].
+        pub modes: u64,
+        /// [`PodState::flags`].
+        pub flags: u32,
+        /// Always 0.
+        pub pad: u32,
+    }
+}
+
+/// Values of the map `PORT_MODES`.
+pub mod port_mode {
+    /// Plaintext is accepted on this port.
+    pub const PERMISSIVE: u8 = 1;
+    /// Tunnels only.
+    pub const STRICT: u8 = 2;
+}
+
+impl PodState {
+    /// Takes part in the mesh: its TCP is captured, tunnels to it are accepted.
+    pub const ENROLLED: u32 = 1 << 0;
+    /// Accepts no plaintext TCP from other nodes (`mtls: Strict`).
+    pub const STRICT: u32 = 1 << 1;
+    /// Sends no plaintext TCP to pods (`outbound: Required`).
+    pub const REQUIRED: u32 = 1 << 2;
+    /// `udp: SameNode`.
+    pub const UDP_SAME_NODE: u32 = 1 << 3;
+    /// `udp: Deny`.
+    pub const UDP_DENY: u32 = 1 << 4;
+    /// Denied packets vanish instead of being refused.
+    pub const SILENT: u32 = 1 << 5;
+    /// The gate is on the pod's interface: provenance of packets is proven.
+    pub const GATED: u32 = 1 << 6;
+
+    /// What the decisions need.
+    #[inline(always)]
+    #[must_use]
+    pub const fn view(&self) -> PodView {
+        PodView {
+            set: self.set,
+            id: self.id,
+            v4: self.v4,
+            v6: self.v6,
+            modes: self.modes,
+            flags: self.flags,
+            pad: 0,
+        }
+    }
+}
+
+impl PodView {
+    /// Whether a flag of [`PodState`] is set.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has(&self, flag: u32) -> bool {
+        self.flags & flag != 0
+    }
+
+    /// Whether the address is one of the pod's own.
+    #[inline(always)]
+    #[must_use]
+    pub fn owns(&self, addr: &Addr) -> bool {
+        !addr.is_none() && (self.v4 == *addr || self.v6 == *addr)
+    }
+}

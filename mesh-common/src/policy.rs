@@ -1,0 +1,386 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
+//! The policy decision: [`decide`], a pure function over a look-up trait.
+//!
+//! Policy is compiled in user space; here it is only looked up, at a cost that does not depend on
+//! how many policies there are: the set's head, the peer's list (by identity, and by address where
+//! the set has address rules), and one longest-prefix match of the port in each list. The two
+//! answers are joined tier by tier. Everything but the pod's reference to its set is immutable
+//! under its key, so one write switches a pod from one revision of policy to the next.
+
+use crate::addr::{Addr, Port, Protocol};
+use crate::identity::{Evidence, IdentityId};
+use crate::verdict::{Reason, Verdict};
+
+abi_id! {
+    /// Everything that policy says about a pod, in both directions: a hash of the policies that
+    /// select it. [`PolicySetId::NONE`] = none does, everything is allowed.
+    pub struct PolicySetId(pub u64);
+
+    /// A list of answers by protocol and port: a hash of its content. [`ListId::NONE`] = no rule.
+    pub struct ListId(pub u64);
+
+    /// A rule of a policy; its name is in the plan. [`RuleId::NONE`] = no rule decided.
+    pub struct RuleId(pub u64);
+}
+
+impl PolicySetId {
+    /// No policy selects the pod.
+    pub const NONE: Self = Self(0);
+    /// The set of a pod that is to be cut off, because what applies to it is unknown or does not
+    /// fit: it never has a head, and a set without a head denies.
+    pub const ISOLATED: Self = Self(1);
+}
+
+impl ListId {
+    /// No rule says anything.
+    pub const NONE: Self = Self(0);
+}
+
+impl RuleId {
+    /// No rule.
+    pub const NONE: Self = Self(0);
+    /// The node's own traffic to its own pods is allowed (NetworkPolicy API: "traffic from the
+    /// node where a Pod is running to the Pod is always allowed").
+    pub const NODE_LOCAL: Self = Self(1);
+}
+
+/// Which of a pod's two directions is asked about.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Direction {
+    /// To the pod.
+    Ingress = 0,
+    /// From the pod.
+    Egress = 1,
+}
+
+impl Direction {
+    /// The label in metrics and records.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Egress => "egress",
+        }
+    }
+}
+
+/// What a tier says; the numbers of [`Answer`]'s fields.
+pub mod action {
+    /// No rule of the tier matches.
+    pub const NONE: u8 = 0;
+    /// Allow (or Accept).
+    pub const ALLOW: u8 = 1;
+    /// Deny.
+    pub const DENY: u8 = 2;
+    /// On to the next tier.
+    pub const PASS: u8 = 3;
+}
+
+/// The rank of a tier in which no rule matches.
+pub const NO_RANK: u32 = u32::MAX;
+
+abi! {
+    /// Value of the map `POLICY_SETS`, keyed by [`PolicySetId`].
+    pub struct SetHead {
+        /// The rule to name when ingress isolation refuses (the policy that isolates).
+        pub ingress_rule: RuleId,
+        /// The same for egress.
+        pub egress_rule: RuleId,
+        /// The list for identities without an entry of their own, ingress.
+        pub ingress_any: ListId,
+        /// The same for egress.
+        pub egress_any: ListId,
+        /// The same pod's set with its audit policies enforced; `NONE` = it has none.
+        pub shadow: PolicySetId,
+        /// `SetHead::ISOLATED_INGRESS` and so on.
+        pub flags: u32,
+        /// Always 0.
+        pub pad: u32,
+    }
+
+    /// Key of the map `POLICY_SELECT`.
+    pub struct SelectKey {
+        /// The set.
+        pub set: PolicySetId,
+        /// The peer.
+        pub peer: IdentityId,
+        /// A [`Direction`] as its number.
+        pub direction: u8,
+        /// Always 0.
+        pub pad: [u8; 7],
+    }
+
+    /// Value of the map `POLICY_SELECT`.
+    pub struct Lists {
+        /// What holds when the peer's identity is proven.
+        pub proven: ListId,
+        /// What holds when it is only known by address: without the Allows that name service
+        /// accounts.
+        pub by_address: ListId,
+    }
+
+    /// Data of the longest-prefix key of the map `POLICY_CIDRS`; a direction and set match in
+    /// full. The value is a [`ListId`].
+    pub struct CidrKey {
+        /// The set.
+        pub set: PolicySetId,
+        /// A [`Direction`] as its number, three times 0 behind it.
+        pub direction: [u8; 4],
+        /// The address; prefix lengths of IPv4 are raised by 96.
+        pub addr: Addr,
+        /// Always 0, and never part of a prefix: it fills the last word.
+        pub pad: u32,
+    }
+
+    /// Data of the longest-prefix key of the map `POLICY_PORTS`; list and protocol match in full.
+    /// The value is an [`Answer`].
+    pub struct PortKey {
+        /// The list.
+        pub list: ListId,
+        /// Always 0.
+        pub pad: [u8; 5],
+        /// [`Protocol::policy_key`].
+        pub protocol: Protocol,
+        /// The port; a range is several prefixes.
+        pub port: Port,
+    }
+
+    /// What the rules of a list say about a port, tier by tier.
+    pub struct Answer {
+        /// The rule of the admin tier that matched.
+        pub admin_rule: RuleId,
+        /// Of the namespaced tier.
+        pub namespaced_rule: RuleId,
+        /// Of the baseline tier.
+        pub baseline_rule: RuleId,
+        /// Position of the admin rule in the set's evaluation order, lowest first; `NO_RANK`.
+        pub admin_rank: u32,
+        /// The same in the baseline tier.
+        pub baseline_rank: u32,
+        /// An [`action`].
+        pub admin: u8,
+        /// An [`action`]: `NONE`, `ALLOW` or `DENY`.
+        pub namespaced: u8,
+        /// An [`action`].
+        pub baseline: u8,
+        /// Always 0.
+        pub pad: [u8; 5],
+    }
+}
+
+impl SetHead {
+    /// Some policy of the namespaced tier isolates ingress.
+    pub const ISOLATED_INGRESS: u32 = 1 << 0;
+    /// Some policy of the namespaced tier isolates egress.
+    pub const ISOLATED_EGRESS: u32 = 1 << 1;
+    /// Ingress rules name addresses: `POLICY_CIDRS` is to be asked.
+    pub const CIDRS_INGRESS: u32 = 1 << 2;
+    /// Egress rules name addresses.
+    pub const CIDRS_EGRESS: u32 = 1 << 3;
+
+    /// The isolating rule of a direction.
+    #[inline(always)]
+    fn isolation(&self, direction: Direction) -> Option<RuleId> {
+        let (flag, rule) = match direction {
+            Direction::Ingress => (Self::ISOLATED_INGRESS, self.ingress_rule),
+            Direction::Egress => (Self::ISOLATED_EGRESS, self.egress_rule),
+        };
+        if self.flags & flag != 0 {
+            Some(rule)
+        } else {
+            None
+        }
+    }
+
+    #[inline(always)]
+    fn has_cidrs(&self, direction: Direction) -> bool {
+        let flag = match direction {
+            Direction::Ingress => Self::CIDRS_INGRESS,
+            Direction::Egress => Self::CIDRS_EGRESS,
+        };
+        self.flags & flag != 0
+    }
+
+    #[inline(always)]
+    fn any(&self, direction: Direction) -> ListId {
+        match direction {
+            Direction::Ingress => self.ingress_any,
+            Direction::Egress => self.egress_any,
+        }
+    }
+}
+
+impl CidrKey {
+    /// Bits before the address: set and direction.
+    pub const FIXED_BITS: u32 = 96;
+
+    /// The key of an address.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(set: PolicySetId, direction: Direction, addr: Addr) -> Self {
+        Self {
+            set,
+            direction: [direction as u8, 0, 0, 0],
+            addr,
+            pad: 0,
+        }
+    }
+}
+
+impl PortKey {
+    /// Bits before the port: list, padding and protocol.
+    pub const FIXED_BITS: u32 = 112;
+
+    /// The key of a port.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(list: ListId, protocol: Protocol, port: Port) -> Self {
+        Self {
+            list,
+            pad: [0; 5],
+            protocol,
+            port,
+        }
+    }
+}
+
+impl Answer {
+    /// No rule says anything.
+    pub const SILENT: Self = Self {
+        admin_rule: RuleId::NONE,
+        namespaced_rule: RuleId::NONE,
+        baseline_rule: RuleId::NONE,
+        admin_rank: NO_RANK,
+        baseline_rank: NO_RANK,
+        admin: action::NONE,
+        namespaced: action::NONE,
+        baseline: action::NONE,
+        pad: [0; 5],
+    };
+
+    /// Both answers as one: in the ranked tiers the earlier rule wins, in the namespaced tier Deny
+    /// beats Allow.
+    #[inline(always)]
+    #[must_use]
+    pub fn join(self, other: Self) -> Self {
+        let mut joined = self;
+        if other.admin_rank < self.admin_rank {
+            joined.admin_rank = other.admin_rank;
+            joined.admin = other.admin;
+            joined.admin_rule = other.admin_rule;
+        }
+        if other.baseline_rank < self.baseline_rank {
+            joined.baseline_rank = other.baseline_rank;
+            joined.baseline = other.baseline;
+            joined.baseline_rule = other.baseline_rule;
+        }
+        // NONE < ALLOW < DENY
+        if other.namespaced > self.namespaced {
+            joined.namespaced = other.namespaced;
+            joined.namespaced_rule = other.namespaced_rule;
+        }
+        joined
+    }
+}
+
+/// Where compiled policy is looked up.
+pub trait Policies {
+    /// The head of a set.
+    fn head(&self, set: PolicySetId) -> Option<SetHead>;
+    /// The lists of a set for one identity.
+    fn select(&self, key: &SelectKey) -> Option<Lists>;
+    /// The list of the longest prefix that holds the address.
+    fn cidr(&self, key: &CidrKey) -> Option<ListId>;
+    /// The answer of the longest prefix that holds the port.
+    fn answer(&self, key: &PortKey) -> Option<Answer>;
+}
+
+/// What is asked of [`decide`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Question {
+    /// The pod's policy.
+    pub set: PolicySetId,
+    /// To or from the pod.
+    pub direction: Direction,
+    /// Who the peer is.
+    pub peer: IdentityId,
+    /// Its address: rules that name addresses match whatever the identity.
+    pub addr: Addr,
+    /// How well `peer` is known.
+    pub evidence: Evidence,
+    /// The protocol.
+    pub protocol: Protocol,
+    /// The destination port; 0 where the protocol has none.
+    pub port: Port,
+}
+
+/// Decides a question. A set, or a part of one, that cannot be found denies: what is missing has
+/// not been loaded yet or did not fit.
+#[inline(always)]
+pub fn decide(policies: &impl Policies, q: &Question) -> Verdict {
+    if q.set == PolicySetId::NONE {
+        return Verdict::allow(Reason::NoPolicy, RuleId::NONE);
+    }
+    let Some(head) = policies.head(q.set) else {
+        return Verdict::deny(Reason::PolicyMissing, RuleId::NONE);
+    };
+    let key = SelectKey {
+        set: q.set,
+        peer: q.peer,
+        direction: q.direction as u8,
+        pad: [0; 7],
+    };
+    let list = match policies.select(&key) {
+        Some(lists) if q.evidence.is_proof() => lists.proven,
+        Some(lists) => lists.by_address,
+        None => head.any(q.direction),
+    };
+    let Some(by_identity) = answer(policies, list, q) else {
+        return Verdict::deny(Reason::PolicyMissing, RuleId::NONE);
+    };
+    let mut all = by_identity;
+    if head.has_cidrs(q.direction)
+        && let Some(list) = policies.cidr(&CidrKey::new(q.set, q.direction, q.addr))
+    {
+        let Some(by_address) = answer(policies, list, q) else {
+            return Verdict::deny(Reason::PolicyMissing, RuleId::NONE);
+        };
+        all = by_identity.join(by_address);
+    }
+    conclude(&head, &all, q)
+}
+
+#[inline(always)]
+fn answer(policies: &impl Policies, list: ListId, q: &Question) -> Option<Answer> {
+    if list == ListId::NONE {
+        return Some(Answer::SILENT);
+    }
+    policies.answer(&PortKey::new(list, q.protocol.policy_key(), q.port))
+}
+
+/// The tiers in their order.
+#[inline(always)]
+fn conclude(head: &SetHead, all: &Answer, q: &Question) -> Verdict {
+    match all.admin {
+        action::ALLOW => return Verdict::allow(Reason::Policy, all.admin_rule),
+        action::DENY => return Verdict::deny(Reason::Policy, all.admin_rule),
+        _ => {}
+    }
+    if q.peer == IdentityId::HOST && matches!(q.direction, Direction::Ingress) {
+        return Verdict::allow(Reason::NodeLocal, RuleId::NODE_LOCAL);
+    }
+    match all.namespaced {
+        action::ALLOW => return Verdict::allow(Reason::Policy, all.namespaced_rule),
+        action::DENY => return Verdict::deny(Reason::Policy, all.namespaced_rule),
+        _ => {}
+    }
+    if let Some(rule) = head.isolation(q.direction) {
+        return Verdict::deny(Reason::DefaultDeny, rule);
+    }
+    match all.baseline {
+        action::ALLOW => Verdict::allow(Reason::Policy, all.baseline_rule),
+        action::DENY => Verdict::deny(Reason::Policy, all.baseline_rule),
+        _ => Verdict::allow(Reason::NoPolicy, RuleId::NONE),
+    }
+}
