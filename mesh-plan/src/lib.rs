@@ -1,2 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Placeholder.
+//! Cluster facts to desired kernel state, as values: no async, no clock, no I/O.
+//!
+//! [`compile()`] turns a [`cluster::Cluster`] into the [`plan::Plan`] of one node;
+//! [`diff::diff`] turns two plans into ordered operations on maps. Both are pure: the same facts
+//! give the same plan in any order and on any node.
+
+pub mod cluster;
+pub mod compile;
+pub mod diff;
+pub mod plan;
+
+pub use cluster::{Cluster, Rejection};
+pub use compile::compile;
+pub use diff::diff;
+pub use plan::{MapOp, Plan};
