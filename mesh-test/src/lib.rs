@@ -1,2 +1,36 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Placeholder.
+//! Nodes and pods as network namespaces on one machine, with real programs in them.
+//!
+//! A [`Lab`] has nodes of several pods, joined routed (as Calico does) or bridged (as flannel
+//! does), dual stack, each node with its own cgroup. Tests, the demo and the bench start real
+//! programs in pods, capture what passes between nodes, and run one agent per node. Everything is
+//! removed on drop, and after a kill -9 by the next lab. Nothing here skips without root: it fails.
+
+pub mod agent;
+pub mod capture;
+pub mod cgroup;
+pub mod manifests;
+pub mod netns;
+pub mod pod;
+pub mod process;
+pub mod programs;
+pub mod sockets;
+pub mod sweep;
+pub mod sys;
+
+mod lab;
+mod names;
+mod node;
+mod topology;
+mod wait;
+
+pub use agent::{Agent, AgentConfig};
+pub use capture::Capture;
+pub use lab::{Builder, Lab};
+pub use names::LabId;
+pub use node::Node;
+pub use pod::{Families, Pod, PodSpec};
+pub use process::{Cmd, Output, Place, Proc};
+pub use sweep::sweep;
+pub use topology::Topology;
+pub use wait::eventually;

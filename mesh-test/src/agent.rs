@@ -1,0 +1,334 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A node's agent: the `mesh-agent` binary in the node's namespace and cgroup, with its own BPF
+//! file system, state, sockets and log.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::node::Node;
+use crate::process::{Cmd, Proc};
+use crate::programs;
+use crate::wait::eventually;
+
+/// Port of metrics and probes.
+const METRICS_PORT: u16 = 15020;
+
+/// How an agent is started; everything not said is what a node of the lab has by itself.
+#[derive(Clone, Debug)]
+pub struct AgentConfig {
+    binary: Option<PathBuf>,
+    ca: String,
+    trust_domain: String,
+    cgroup: Option<PathBuf>,
+    metrics: SocketAddr,
+    extra: Vec<OsString>,
+    log_filter: String,
+    ready_within: Duration,
+}
+
+impl AgentConfig {
+    /// With an issuer, e.g. `self:/tmp/x/ca` (one directory for all nodes) or `files:DIR`.
+    #[must_use]
+    pub fn new(ca: &str) -> Self {
+        Self {
+            binary: None,
+            ca: ca.to_owned(),
+            trust_domain: "cluster.local".to_owned(),
+            cgroup: None,
+            metrics: SocketAddr::from((Ipv4Addr::UNSPECIFIED, METRICS_PORT)),
+            extra: Vec::new(),
+            log_filter: "info".to_owned(),
+            ready_within: Duration::from_secs(20),
+        }
+    }
+
+    /// Another binary than the one that [`programs::agent`] finds.
+    #[must_use]
+    pub fn binary(mut self, path: impl Into<PathBuf>) -> Self {
+        self.binary = Some(path.into());
+        self
+    }
+
+    /// Another trust domain than `cluster.local`.
+    #[must_use]
+    pub fn trust_domain(mut self, domain: &str) -> Self {
+        domain.clone_into(&mut self.trust_domain);
+        self
+    }
+
+    /// Another cgroup to attach to than the node's.
+    #[must_use]
+    pub fn cgroup(mut self, path: impl Into<PathBuf>) -> Self {
+        self.cgroup = Some(path.into());
+        self
+    }
+
+    /// Adds a flag with its value.
+    #[must_use]
+    pub fn flag(mut self, flag: &str, value: impl Into<OsString>) -> Self {
+        self.extra.extend([OsString::from(flag), value.into()]);
+        self
+    }
+
+    /// Adds a flag without value.
+    #[must_use]
+    pub fn switch(mut self, flag: &str) -> Self {
+        self.extra.push(OsString::from(flag));
+        self
+    }
+
+    /// Sets `RUST_LOG` (else: `info`).
+    #[must_use]
+    pub fn log_filter(mut self, filter: &str) -> Self {
+        filter.clone_into(&mut self.log_filter);
+        self
+    }
+
+    /// How long it may take to become ready (else: 20 s).
+    #[must_use]
+    pub fn ready_within(mut self, deadline: Duration) -> Self {
+        self.ready_within = deadline;
+        self
+    }
+
+    fn command(&self, node: &Node) -> Result<Cmd> {
+        let dir = node.agent_place().dir();
+        let binary = self.binary.clone().map_or_else(programs::agent, Ok)?;
+        let cgroup = self.cgroup.as_deref().unwrap_or(node.root_cgroup());
+        let pair = |flag: &str, value: String| [OsString::from(flag), OsString::from(value)];
+        let path = |flag: &str, value: &Path| [OsString::from(flag), value.as_os_str().to_owned()];
+        let given = [
+            pair("--node", node.name().to_owned()),
+            pair("--source", format!("dir:{}", node.manifests().display())),
+            pair("--ca", self.ca.clone()),
+            pair("--trust-domain", self.trust_domain.clone()),
+            path("--cgroup", cgroup),
+            path("--bpffs", node.bpffs()),
+            path("--state-dir", &dir.join("state")),
+            path("--admin", &admin_socket(node)),
+            pair("--metrics", self.metrics.to_string()),
+            pair("--flow-log", format!("file:{}", flow_log(node).display())),
+        ];
+        std::fs::create_dir_all(dir.join("state"))?;
+        let cmd = Cmd::new(binary)
+            .args(["run"])
+            .args(given.into_iter().flatten());
+        Ok(cmd
+            .args(&self.extra)
+            .env("RUST_LOG", &self.log_filter)
+            .env("RUST_BACKTRACE", "1"))
+    }
+}
+
+fn admin_socket(node: &Node) -> PathBuf {
+    node.agent_place().dir().join("agent.sock")
+}
+
+fn flow_log(node: &Node) -> PathBuf {
+    node.agent_place().dir().join("flows.jsonl")
+}
+
+/// A running agent; killed (SIGKILL) when dropped, while its kernel state stays until the lab goes.
+pub struct Agent {
+    node: Arc<Node>,
+    config: AgentConfig,
+    process: Proc,
+}
+
+impl fmt::Debug for Agent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "agent of {} (pid {})",
+            self.node.name(),
+            self.process.id()
+        )
+    }
+}
+
+impl Agent {
+    pub(crate) fn start(node: Arc<Node>, config: AgentConfig) -> Result<Self> {
+        let process = node.agent_place().spawn(config.command(&node)?)?;
+        let mut agent = Self {
+            node,
+            config,
+            process,
+        };
+        agent.wait_ready()?;
+        Ok(agent)
+    }
+
+    /// Starts a successor while this one runs, waits until that is ready, and gives back the old
+    /// one to be ended.
+    ///
+    /// # Errors
+    /// The successor does not become ready; then the old one is still this agent.
+    pub fn succeed(&mut self) -> Result<Proc> {
+        let command = self.config.command(&self.node)?;
+        let old = std::mem::replace(&mut self.process, self.node.agent_place().spawn(command)?);
+        match self.wait_ready() {
+            Ok(()) => Ok(old),
+            Err(e) => {
+                self.process = old;
+                Err(e)
+            }
+        }
+    }
+
+    fn wait_ready(&mut self) -> Result<()> {
+        let what = format!("agent of {} to be ready", self.node.name());
+        let ready = eventually(&what, self.config.ready_within, || {
+            match self.process.ended() {
+                Ok(None) => self
+                    .get("/readyz")
+                    .ok()
+                    .filter(|(code, _)| *code == 200)
+                    .map(|_| Ok(())),
+                Ok(Some(status)) => Some(Err(anyhow::anyhow!("the agent ended: {status}"))),
+                Err(e) => Some(Err(e)),
+            }
+        });
+        ready.and_then(|ended| ended).with_context(|| {
+            format!(
+                "{what}; {}:\n{}",
+                self.process.log().display(),
+                self.process.log_tail()
+            )
+        })
+    }
+
+    /// The node that it serves.
+    #[must_use]
+    pub fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn process(&self) -> &Proc {
+        &self.process
+    }
+
+    /// Its admin socket.
+    #[must_use]
+    pub fn admin(&self) -> PathBuf {
+        admin_socket(&self.node)
+    }
+
+    /// The file of its records, one JSON line each.
+    #[must_use]
+    pub fn flow_log(&self) -> PathBuf {
+        flow_log(&self.node)
+    }
+
+    /// The records written so far.
+    ///
+    /// # Errors
+    /// The file is not there, or a whole line of it is not JSON.
+    pub fn flows(&self) -> Result<Vec<serde_json::Value>> {
+        let path = self.flow_log();
+        let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let whole = text
+            .split_inclusive('\n')
+            .filter(|line| line.ends_with('\n'));
+        whole.map(|line| Ok(serde_json::from_str(line)?)).collect()
+    }
+
+    /// Kills it without notice and waits for its end.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub fn kill_9(&mut self) -> Result<()> {
+        self.process.kill().map(drop)
+    }
+
+    /// Asks it to end (SIGTERM) and waits.
+    ///
+    /// # Errors
+    /// It has not ended within `deadline`, or not with success.
+    pub fn terminate(&mut self, deadline: Duration) -> Result<()> {
+        self.process.signal(libc::SIGTERM)?;
+        let status = self.process.wait(deadline)?;
+        if !status.success() {
+            bail!(
+                "the agent ended with {status}:\n{}",
+                self.process.log_tail()
+            );
+        }
+        Ok(())
+    }
+
+    /// Starts it again after its end and waits until it is ready.
+    ///
+    /// # Errors
+    /// It does not become ready.
+    pub fn start_again(&mut self) -> Result<()> {
+        self.process = self
+            .node
+            .agent_place()
+            .spawn(self.config.command(&self.node)?)?;
+        self.wait_ready()
+    }
+
+    /// Asks its metrics and probe port, from the node: status code and body.
+    ///
+    /// # Errors
+    /// It does not answer in HTTP.
+    pub fn get(&self, path: &str) -> Result<(u16, String)> {
+        let to = SocketAddr::from((Ipv4Addr::LOCALHOST, self.config.metrics.port()));
+        self.node.in_ns(|| http_get(to, path))
+    }
+
+    /// Its metrics page.
+    ///
+    /// # Errors
+    /// It does not give one.
+    pub fn metrics(&self) -> Result<String> {
+        match self.get("/metrics")? {
+            (200, page) => Ok(page),
+            (code, body) => bail!("/metrics answered {code}: {body}"),
+        }
+    }
+
+    /// The last lines of its log.
+    #[must_use]
+    pub fn log_tail(&self) -> String {
+        self.process.log_tail()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            crate::lab::complain(&format_args!(
+                "end of the log of {self:?}:\n{}",
+                self.log_tail()
+            ));
+        }
+    }
+}
+
+/// A GET request of HTTP/1.0, so that the end of the body is the end of the connection.
+pub(crate) fn http_get(to: SocketAddr, path: &str) -> Result<(u16, String)> {
+    let wait = Duration::from_secs(5);
+    let mut stream = TcpStream::connect_timeout(&to, wait)?;
+    stream.set_read_timeout(Some(wait))?;
+    write!(
+        stream,
+        "GET {path} HTTP/1.0\r\nHost: {to}\r\nConnection: close\r\n\r\n"
+    )?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer
+        .split_once("\r\n\r\n")
+        .context("no end of the header")?;
+    let code = head.split(' ').nth(1).context("no status code")?;
+    Ok((code.parse()?, body.to_owned()))
+}

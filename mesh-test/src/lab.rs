@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The lab as a whole: nodes on a wire, pods on nodes, manifests that describe them.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Once};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::capture::{Capture, Scope};
+use crate::cgroup;
+use crate::manifests::Manifests;
+use crate::names::LabId;
+use crate::netns::{self, Netns};
+use crate::node::Node;
+use crate::pod::{Pod, PodSpec};
+use crate::process::Place;
+use crate::sweep;
+use crate::sys;
+use crate::topology::{self, OUTSIDE_HOST, Topology};
+
+/// First host number that pods get by themselves.
+const FIRST_POD: u8 = 10;
+
+/// Describes a lab to be made.
+#[derive(Debug)]
+pub struct Builder {
+    topology: Topology,
+    nodes: u8,
+    outside: bool,
+    namespaces: BTreeMap<String, BTreeMap<String, String>>,
+    pods: Vec<PodSpec>,
+}
+
+impl Builder {
+    /// Number of nodes (else: two), at most 99.
+    #[must_use]
+    pub fn nodes(mut self, count: u8) -> Self {
+        self.nodes = count.min(OUTSIDE_HOST - 1);
+        self
+    }
+
+    /// Adds a host on the wire that is not part of the cluster.
+    #[must_use]
+    pub fn outside(mut self) -> Self {
+        self.outside = true;
+        self
+    }
+
+    /// Adds a Kubernetes namespace; those of pods are added without labels by themselves.
+    #[must_use]
+    pub fn namespace(mut self, name: &str, labels: &[(&str, &str)]) -> Self {
+        let labels = labels
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        self.namespaces.insert(name.to_owned(), labels.collect());
+        self
+    }
+
+    /// Adds a pod.
+    #[must_use]
+    pub fn pod(mut self, spec: PodSpec) -> Self {
+        self.pods.push(spec);
+        self
+    }
+
+    /// Makes it all; the first lab of a process also sweeps after dead ones.
+    ///
+    /// # Errors
+    /// Not root, or something cannot be made; what was made is removed.
+    pub fn build(self) -> Result<Lab> {
+        static SWEPT: Once = Once::new();
+        ensure!(
+            sys::effective_uid() == 0,
+            "labs are made of namespaces: run this as root"
+        );
+        let mut swept = Ok(Vec::new());
+        SWEPT.call_once(|| swept = sweep::sweep());
+        swept?;
+        let id = LabId::next();
+        let dir = id.claim()?;
+        let cleaner = Cleaner(id);
+        let cgroup = cgroup::mount_point()?.join(id.cgroup());
+        let manifests = Manifests::create(dir.join("manifests"))?;
+        let place = |name: &str| {
+            let netns = Arc::new(Netns::create(&id.netns(name))?);
+            Place::new(name, netns, cgroup.join(name), dir.join(name))
+        };
+        let wire = place("wire")?;
+        topology::lay_wire(&wire)?;
+        let mut nodes = Vec::new();
+        for number in 1..=self.nodes {
+            let node = Node::create(id, self.topology, (number, self.nodes), &wire, &cgroup)?;
+            manifests.node(&node)?;
+            nodes.push(Arc::new(node));
+        }
+        let outside = if self.outside {
+            Some(place("outside")?)
+        } else {
+            None
+        };
+        if let Some(outside) = &outside {
+            topology::join_wire(&wire, outside, "outside", OUTSIDE_HOST, self.nodes)?;
+        }
+        for (name, labels) in &self.namespaces {
+            manifests.namespace(name, labels)?;
+        }
+        let (topology, pods) = (self.topology, BTreeMap::new());
+        let mut lab = Lab {
+            id,
+            dir,
+            cgroup,
+            topology,
+            wire,
+            outside,
+            nodes,
+            pods,
+            manifests,
+            serial: 0,
+            cleaner,
+        };
+        for spec in self.pods {
+            lab.add_pod(spec)?;
+        }
+        Ok(lab)
+    }
+}
+
+/// Nodes and pods on this machine; removed when dropped.
+#[derive(Debug)]
+pub struct Lab {
+    id: LabId,
+    dir: PathBuf,
+    cgroup: PathBuf,
+    topology: Topology,
+    wire: Place,
+    outside: Option<Place>,
+    nodes: Vec<Arc<Node>>,
+    pods: BTreeMap<String, Arc<Pod>>,
+    manifests: Manifests,
+    serial: u32,
+    /// Last, so that everything else has let go before.
+    #[expect(dead_code, reason = "held for its drop")]
+    cleaner: Cleaner,
+}
+
+impl Deref for Lab {
+    type Target = Manifests;
+    fn deref(&self) -> &Manifests {
+        &self.manifests
+    }
+}
+
+impl Lab {
+    /// Describes a lab of two nodes without pods.
+    #[must_use]
+    pub fn builder(topology: Topology) -> Builder {
+        let (namespaces, pods) = (BTreeMap::new(), Vec::new());
+        Builder {
+            topology,
+            nodes: 2,
+            outside: false,
+            namespaces,
+            pods,
+        }
+    }
+
+    /// Its id, which all names on the machine carry.
+    #[must_use]
+    pub fn id(&self) -> LabId {
+        self.id
+    }
+
+    /// Its directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The cgroup that holds everything of it.
+    #[must_use]
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
+    /// Shape of its pod network.
+    #[must_use]
+    pub fn topology(&self) -> Topology {
+        self.topology
+    }
+
+    /// Its nodes.
+    #[must_use]
+    pub fn nodes(&self) -> &[Arc<Node>] {
+        &self.nodes
+    }
+
+    /// Node `number`, from 1.
+    ///
+    /// # Panics
+    /// The lab has fewer nodes.
+    #[must_use]
+    pub fn node(&self, number: u8) -> &Arc<Node> {
+        &self.nodes[usize::from(number) - 1]
+    }
+
+    /// The pod of this name.
+    ///
+    /// # Panics
+    /// There is none.
+    #[must_use]
+    pub fn pod(&self, name: &str) -> Arc<Pod> {
+        Arc::clone(
+            self.pods
+                .get(name)
+                .expect("the test names a pod that it made"),
+        )
+    }
+
+    /// All pods in the order of their names.
+    pub fn pods(&self) -> impl Iterator<Item = &Arc<Pod>> {
+        self.pods.values()
+    }
+
+    /// The namespace that joins the nodes.
+    #[must_use]
+    pub fn wire(&self) -> &Place {
+        &self.wire
+    }
+
+    /// The host on the wire that is not part of the cluster.
+    ///
+    /// # Errors
+    /// The lab was made without.
+    pub fn outside(&self) -> Result<&Place> {
+        self.outside
+            .as_ref()
+            .context("the lab was made without an outside host")
+    }
+
+    /// Captures what nodes and the outside host put on the wire: each frame once.
+    ///
+    /// # Errors
+    /// No packet socket can be had.
+    pub fn capture_wire(&self) -> Result<Capture> {
+        Capture::start(&self.wire, &Scope::PortsOf(topology::WIRE))
+    }
+
+    /// Adds a pod and, once it can be reached, its manifest.
+    ///
+    /// # Errors
+    /// The name is taken, the node does not exist, or its link cannot be laid.
+    pub fn add_pod(&mut self, spec: PodSpec) -> Result<Arc<Pod>> {
+        ensure!(
+            !self.pods.contains_key(&spec.name),
+            "there is a pod {} already",
+            spec.name
+        );
+        let index = usize::from(spec.node).checked_sub(1);
+        let node = index.and_then(|index| self.nodes.get(index));
+        let node = Arc::clone(node.with_context(|| format!("no node {}", spec.node))?);
+        let host = match spec.host_number {
+            Some(number) => number,
+            None => self.free_host(spec.node)?,
+        };
+        self.serial += 1;
+        let pod = Pod::create(self.id, self.topology, node, spec, (self.serial, host))?;
+        if !self.manifests.has_namespace(pod.namespace()) {
+            self.manifests
+                .namespace(pod.namespace(), &BTreeMap::new())?;
+        }
+        self.manifests.pod(&pod)?;
+        let pod = Arc::new(pod);
+        self.pods.insert(pod.name().to_owned(), Arc::clone(&pod));
+        Ok(pod)
+    }
+
+    fn free_host(&self, node: u8) -> Result<u8> {
+        let taken = |host: u8| {
+            self.pods
+                .values()
+                .any(|pod| pod.node().number() == node && pod.host_number() == host)
+        };
+        (FIRST_POD..=254)
+            .find(|host| !taken(*host))
+            .context("the node's addresses are used up")
+    }
+
+    /// Deletes a pod: its manifest, its programs, the file of its namespace. The namespace itself
+    /// and with it the link on the node goes when nobody holds it any more: see
+    /// [`Pod::host_if`] and [`Netns::has_link`].
+    ///
+    /// # Errors
+    /// There is no such pod, or something of it resists.
+    pub fn delete_pod(&mut self, name: &str) -> Result<Arc<Pod>> {
+        let Some(pod) = self.pods.remove(name) else {
+            bail!("no pod {name}")
+        };
+        self.manifests.remove_pod(&pod)?;
+        cgroup::kill(pod.cgroup())?;
+        netns::remove_file(pod.path())?;
+        cgroup::remove(pod.cgroup())?;
+        Ok(pod)
+    }
+}
+
+/// Removes everything of the lab.
+#[derive(Debug)]
+struct Cleaner(LabId);
+
+impl Drop for Cleaner {
+    fn drop(&mut self) {
+        if let Err(e) = sweep::remove(self.0) {
+            complain(&format_args!("lab {} was not removed: {e:#}", self.0));
+        }
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "a drop can report in no other way")]
+pub(crate) fn complain(what: &impl fmt::Display) {
+    eprintln!("{what}");
+}

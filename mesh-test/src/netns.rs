@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Network namespaces that have a file, so that `ip -n`, agents and manifests can name them.
+//!
+//! Owns making, entering and removing them and their sysctls. Never puts a link into one.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use crate::names::NETNS_DIR;
+use crate::sys;
+
+/// Set in every namespace before anything else is in it. The machine's default congestion control
+/// may be anything and is inherited; bbr on a veth reads far too low. Duplicate address detection
+/// would keep addresses unusable for a second.
+const SYSCTLS: &[(&str, &str)] = &[
+    ("ipv4/tcp_congestion_control", CUBIC),
+    ("ipv6/conf/all/accept_dad", "0"),
+    ("ipv6/conf/default/accept_dad", "0"),
+    ("ipv6/conf/default/dad_transmits", "0"),
+];
+
+/// The congestion control of every namespace.
+const CUBIC: &str = "cubic";
+
+/// What namespaces other than the first may choose as their default.
+const ALLOWED: &str = "/proc/sys/net/ipv4/tcp_allowed_congestion_control";
+
+/// A network namespace with a file in /run/netns.
+#[derive(Debug)]
+pub struct Netns {
+    name: String,
+    path: PathBuf,
+    cookie: u64,
+}
+
+impl Netns {
+    /// Makes a namespace called `name`.
+    pub(crate) fn create(name: &str) -> Result<Self> {
+        allow_cubic()?;
+        let dir = File::open(prepare_dir()?)?;
+        sys::lock(&dir)?;
+        let path = Path::new(NETNS_DIR).join(name);
+        File::create_new(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        let made = on_thread(|| {
+            sys::new_netns().context("unshare(CLONE_NEWNET)")?;
+            sys::mount_bind(Path::new("/proc/thread-self/ns/net"), &path).context("bind mount")?;
+            for (key, value) in SYSCTLS {
+                write_sysctl(key, value)?;
+            }
+            let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+            Ok(sys::netns_cookie(&socket)?)
+        });
+        let cookie = match made {
+            Ok(cookie) => cookie,
+            Err(e) => {
+                remove_file(&path)?;
+                return Err(e.context(format!("cannot make network namespace {name}")));
+            }
+        };
+        Ok(Self {
+            name: name.to_owned(),
+            path,
+            cookie,
+        })
+    }
+
+    /// File name in /run/netns, as `ip -n` takes it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Path of the namespace's file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The cookie by which the kernel knows the namespace; never used again for another.
+    #[must_use]
+    pub fn cookie(&self) -> u64 {
+        self.cookie
+    }
+
+    /// Inode of the namespace, as in `readlink /proc/PID/ns/net`.
+    ///
+    /// # Errors
+    /// It was removed.
+    pub fn inode(&self) -> Result<u64> {
+        Ok(fs::metadata(&self.path)?.ino())
+    }
+
+    /// A descriptor of the namespace. None is held for longer than needed: it would keep a
+    /// deleted pod's namespace alive.
+    pub(crate) fn descriptor(&self) -> Result<OwnedFd> {
+        let file = File::open(&self.path);
+        Ok(file
+            .with_context(|| format!("namespace {} is gone", self.name))?
+            .into())
+    }
+
+    /// Runs `f` on a fresh thread inside the namespace and gives back what it returns.
+    ///
+    /// The thread stays in the harness's cgroup (a thread cannot join a domain cgroup on its own),
+    /// so cgroup hooks of a node do not see its sockets: use processes where that matters.
+    ///
+    /// # Errors
+    /// What `f` returns, or that the namespace cannot be entered.
+    pub fn enter<T: Send>(&self, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let netns = self.descriptor()?;
+        on_thread(|| {
+            sys::enter_netns(&netns)
+                .with_context(|| format!("cannot enter namespace {}", self.name))?;
+            f()
+        })
+    }
+
+    /// Writes a sysctl of this namespace, e.g. `ipv4/ip_forward`.
+    ///
+    /// # Errors
+    /// There is no such key, or it refuses the value.
+    pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
+        self.enter(|| write_sysctl(key, value))
+    }
+
+    /// True if a link of this name is there now.
+    ///
+    /// # Errors
+    /// The namespace cannot be entered.
+    pub fn has_link(&self, link: &str) -> Result<bool> {
+        self.enter(|| Ok(sys::packet::ifindex(link).is_ok()))
+    }
+}
+
+fn write_sysctl(key: &str, value: &str) -> Result<()> {
+    let path = Path::new("/proc/sys/net").join(key);
+    fs::write(&path, value).with_context(|| format!("cannot write {value} to {}", path.display()))
+}
+
+/// Lets namespaces choose cubic where the machine boots with another default. The kernel has one
+/// list for all of them, so this stays; it only adds a choice.
+fn allow_cubic() -> Result<()> {
+    let allowed = fs::read_to_string(ALLOWED).with_context(|| ALLOWED)?;
+    if allowed.split_ascii_whitespace().any(|name| name == CUBIC) {
+        return Ok(());
+    }
+    fs::write(ALLOWED, format!("{} {CUBIC}", allowed.trim())).with_context(|| ALLOWED)
+}
+
+fn on_thread<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let ended = std::thread::scope(|scope| scope.spawn(f).join());
+    match ended {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+/// Makes /run/netns what iproute2 makes it: a shared mount. Without that, the first `ip netns add`
+/// of somebody else would bury our mounts below its own.
+fn prepare_dir() -> Result<&'static Path> {
+    let dir = Path::new(NETNS_DIR);
+    fs::create_dir_all(dir)?;
+    let lock = File::open(dir)?;
+    sys::lock(&lock)?;
+    match sys::make_shared(dir) {
+        Ok(()) => {}
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+            sys::mount_self(dir).context("cannot bind-mount /run/netns on itself")?;
+            sys::make_shared(dir).context("cannot make /run/netns shared")?;
+        }
+        Err(e) => bail!("cannot make /run/netns shared: {e}"),
+    }
+    Ok(dir)
+}
+
+/// Removes a namespace's file; the namespace itself lives on while processes or sockets hold it.
+pub(crate) fn remove_file(path: &Path) -> Result<()> {
+    match sys::unmount(path) {
+        Ok(()) => {}
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => {}
+        Err(e) => return Err(e).with_context(|| format!("cannot unmount {}", path.display())),
+    }
+    ignore_absent(fs::remove_file(path))
+        .with_context(|| format!("cannot remove {}", path.display()))
+}
+
+/// Removing what is absent is success.
+pub(crate) fn ignore_absent(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}

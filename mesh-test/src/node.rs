@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A node: the namespace that its pods hang on, its cgroup, and where its agent lives.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Result;
+
+use crate::agent::{Agent, AgentConfig};
+use crate::names::LabId;
+use crate::netns::Netns;
+use crate::process::Place;
+use crate::sys;
+use crate::topology::{self, Topology};
+
+/// A node of the lab. Programs started on it run as the host's own, outside the pods' cgroup.
+#[derive(Debug)]
+pub struct Node {
+    place: Place,
+    agent: Place,
+    number: u8,
+    name: String,
+    cgroup: PathBuf,
+    manifests: PathBuf,
+    bpffs: PathBuf,
+}
+
+impl Deref for Node {
+    type Target = Place;
+    fn deref(&self) -> &Place {
+        &self.place
+    }
+}
+
+impl Node {
+    /// Makes node `number` (from 1) of `nodes` and joins it to the wire.
+    pub(crate) fn create(
+        id: LabId,
+        topology: Topology,
+        (number, nodes): (u8, u8),
+        wire: &Netns,
+        lab_cgroup: &Path,
+    ) -> Result<Self> {
+        let name = format!("node{number}");
+        let netns = Arc::new(Netns::create(&id.netns(&name))?);
+        topology::lay_node(topology, &netns, number)?;
+        topology::join_wire(wire, &netns, &name, number, nodes)?;
+        let (cgroup, dir) = (lab_cgroup.join(&name), id.dir().join(&name));
+        let agent_name = format!("{name}/agent");
+        let agent_netns = Arc::clone(&netns);
+        let agent = Place::new(
+            &agent_name,
+            agent_netns,
+            cgroup.join("agent"),
+            dir.join("agent"),
+        )?;
+        let place = Place::new(&name, netns, cgroup.join("host"), dir.clone())?;
+        crate::cgroup::create(&cgroup.join("kubepods"))?;
+        let bpffs = dir.join("bpf");
+        std::fs::create_dir(&bpffs)?;
+        sys::mount_bpffs(&bpffs)?;
+        let manifests = id.dir().join("manifests");
+        Ok(Self {
+            place,
+            agent,
+            number,
+            name,
+            cgroup,
+            manifests,
+            bpffs,
+        })
+    }
+
+    /// Number of the node, from 1: the third part of its pods' addresses.
+    #[must_use]
+    pub fn number(&self) -> u8 {
+        self.number
+    }
+
+    /// Name, as in `spec.nodeName`.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Address on the wire.
+    #[must_use]
+    pub fn v4(&self) -> Ipv4Addr {
+        topology::node_v4(self.number)
+    }
+
+    /// Address on the wire.
+    #[must_use]
+    pub fn v6(&self) -> Ipv6Addr {
+        topology::node_v6(self.number)
+    }
+
+    /// CIDRs of its pods, IPv4 first.
+    #[must_use]
+    pub fn pod_cidrs(&self) -> [String; 2] {
+        topology::pod_cidrs(self.number)
+    }
+
+    /// The cgroup that holds everything of this node, its agent included: what `--cgroup` gets.
+    #[must_use]
+    pub fn root_cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
+    /// The cgroup below which its pods are.
+    #[must_use]
+    pub fn pods_cgroup(&self) -> PathBuf {
+        self.cgroup.join("kubepods")
+    }
+
+    /// The node's own BPF file system.
+    #[must_use]
+    pub fn bpffs(&self) -> &Path {
+        &self.bpffs
+    }
+
+    /// The directory of manifests that all agents of the lab read.
+    #[must_use]
+    pub fn manifests(&self) -> &Path {
+        &self.manifests
+    }
+
+    /// The place in which its agent runs.
+    #[must_use]
+    pub fn agent_place(&self) -> &Place {
+        &self.agent
+    }
+
+    /// Starts an agent and waits until it is ready.
+    ///
+    /// # Errors
+    /// There is no binary, or it does not become ready; the error carries the end of its log.
+    pub fn start_agent(self: &Arc<Self>, config: AgentConfig) -> Result<Agent> {
+        Agent::start(Arc::clone(self), config)
+    }
+}

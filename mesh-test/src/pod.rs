@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A pod: a namespace on a node, a cgroup below the node's pods, and the facts of its manifest.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::Deref;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::names::LabId;
+use crate::netns::Netns;
+use crate::node::Node;
+use crate::process::{Cmd, Output, Place, Proc};
+use crate::programs;
+use crate::topology::{self, PodLink, Topology};
+
+/// Longest name of a link (IFNAMSIZ without its NUL).
+const LINK_NAME: usize = 15;
+
+/// Which addresses a pod has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Families {
+    /// Both.
+    #[default]
+    Dual,
+    /// IPv4 only.
+    V4,
+    /// IPv6 only.
+    V6,
+}
+
+/// What a pod shall be.
+#[derive(Clone, Debug)]
+pub struct PodSpec {
+    pub(crate) name: String,
+    pub(crate) node: u8,
+    pub(crate) namespace: String,
+    pub(crate) service_account: String,
+    pub(crate) labels: BTreeMap<String, String>,
+    pub(crate) annotations: BTreeMap<String, String>,
+    pub(crate) families: Families,
+    pub(crate) ports: Vec<(String, u16, String)>,
+    pub(crate) host_number: Option<u8>,
+}
+
+impl PodSpec {
+    /// A dual-stack pod on node `node` (from 1), in namespace `default`, labelled `app: NAME`.
+    #[must_use]
+    pub fn new(name: &str, node: u8) -> Self {
+        Self {
+            name: name.to_owned(),
+            node,
+            namespace: "default".to_owned(),
+            service_account: name.to_owned(),
+            labels: BTreeMap::from([("app".to_owned(), name.to_owned())]),
+            annotations: BTreeMap::new(),
+            families: Families::Dual,
+            ports: Vec::new(),
+            host_number: None,
+        }
+    }
+
+    /// Its Kubernetes namespace.
+    #[must_use]
+    pub fn namespace(mut self, namespace: &str) -> Self {
+        namespace.clone_into(&mut self.namespace);
+        self
+    }
+
+    /// Its service account (else: its name).
+    #[must_use]
+    pub fn service_account(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.service_account);
+        self
+    }
+
+    /// Adds or changes a label.
+    #[must_use]
+    pub fn label(mut self, key: &str, value: &str) -> Self {
+        self.labels.insert(key.to_owned(), value.to_owned());
+        self
+    }
+
+    /// Adds or changes an annotation.
+    #[must_use]
+    pub fn annotation(mut self, key: &str, value: &str) -> Self {
+        self.annotations.insert(key.to_owned(), value.to_owned());
+        self
+    }
+
+    /// Its address families.
+    #[must_use]
+    pub fn families(mut self, families: Families) -> Self {
+        self.families = families;
+        self
+    }
+
+    /// Adds a named container port; protocol as in Kubernetes, e.g. `TCP`.
+    #[must_use]
+    pub fn port(mut self, name: &str, number: u16, protocol: &str) -> Self {
+        self.ports
+            .push((name.to_owned(), number, protocol.to_owned()));
+        self
+    }
+
+    /// Last part of its addresses (else: the next free one from 10), e.g. to use one again.
+    #[must_use]
+    pub fn host_number(mut self, number: u8) -> Self {
+        self.host_number = Some(number);
+        self
+    }
+}
+
+/// A pod of the lab.
+#[derive(Debug)]
+pub struct Pod {
+    place: Place,
+    pub(crate) spec: PodSpec,
+    node: Arc<Node>,
+    uid: String,
+    host_if: String,
+    host_number: u8,
+    topology: Topology,
+    addresses: Vec<IpAddr>,
+}
+
+impl Deref for Pod {
+    type Target = Place;
+    fn deref(&self) -> &Place {
+        &self.place
+    }
+}
+
+impl Pod {
+    /// Makes the pod; `serial` is its number within the lab and never used again.
+    pub(crate) fn create(
+        id: LabId,
+        topology: Topology,
+        node: Arc<Node>,
+        spec: PodSpec,
+        (serial, host_number): (u32, u8),
+    ) -> Result<Self> {
+        let netns = Arc::new(Netns::create(
+            &id.netns(&format!("{}-{serial}", spec.name)),
+        )?);
+        let prefix = match topology {
+            Topology::Routed => "cali",
+            Topology::Bridged => "veth",
+        };
+        let mut host_if = format!("{prefix}{serial}-{}", spec.name);
+        host_if.truncate(LINK_NAME);
+        let v4 = IpAddr::from(topology::pod_v4(node.number(), host_number));
+        let v6 = IpAddr::from(topology::pod_v6(node.number(), host_number));
+        let addresses = match spec.families {
+            Families::Dual => vec![v4, v6],
+            Families::V4 => vec![v4],
+            Families::V6 => vec![v6],
+        };
+        topology::lay_pod(&PodLink {
+            topology,
+            node: &node,
+            node_number: node.number(),
+            pod: &netns,
+            host_number,
+            host_if: &host_if,
+            addresses: &addresses,
+        })
+        .with_context(|| format!("pod {}", spec.name))?;
+        let uid = format!("{:08x}-0000-4000-8000-{serial:012x}", std::process::id());
+        let cgroup = node.pods_cgroup().join(format!("pod{uid}"));
+        let dir = id.dir().join(format!("{}-{serial}", spec.name));
+        let place = Place::new(&spec.name, netns, cgroup, dir)?;
+        Ok(Self {
+            place,
+            spec,
+            node,
+            uid,
+            host_if,
+            host_number,
+            topology,
+            addresses,
+        })
+    }
+
+    /// Name of the pod, unique in the lab.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.spec.name
+    }
+
+    /// Kubernetes namespace.
+    #[must_use]
+    pub fn namespace(&self) -> &str {
+        &self.spec.namespace
+    }
+
+    /// `metadata.uid`.
+    #[must_use]
+    pub fn uid(&self) -> &str {
+        &self.uid
+    }
+
+    /// The node that it is on.
+    #[must_use]
+    pub fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
+    /// Its SPIFFE id in a trust domain.
+    #[must_use]
+    pub fn spiffe_id(&self, trust_domain: &str) -> String {
+        let PodSpec {
+            namespace,
+            service_account,
+            ..
+        } = &self.spec;
+        format!("spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}")
+    }
+
+    /// All its addresses, IPv4 first.
+    #[must_use]
+    pub fn addresses(&self) -> &[IpAddr] {
+        &self.addresses
+    }
+
+    /// Its IPv4 address, whether or not it has it.
+    #[must_use]
+    pub fn v4(&self) -> Ipv4Addr {
+        topology::pod_v4(self.node.number(), self.host_number)
+    }
+
+    /// Its IPv6 address, whether or not it has it.
+    #[must_use]
+    pub fn v6(&self) -> Ipv6Addr {
+        topology::pod_v6(self.node.number(), self.host_number)
+    }
+
+    /// Last part of its addresses.
+    #[must_use]
+    pub fn host_number(&self) -> u8 {
+        self.host_number
+    }
+
+    /// Name of its link in the node's namespace; inside it is `eth0`.
+    #[must_use]
+    pub fn host_if(&self) -> &str {
+        &self.host_if
+    }
+
+    /// MAC of its `eth0`.
+    #[must_use]
+    pub fn mac(&self) -> String {
+        topology::mac_of(self.node.number(), self.host_number)
+    }
+
+    /// MAC to which it sends what leaves the node.
+    #[must_use]
+    pub fn gateway_mac(&self) -> String {
+        topology::gateway_mac(self.topology, self.node.number())
+    }
+
+    /// Fetches a URL with curl: a process of the pod.
+    ///
+    /// # Errors
+    /// curl cannot be started or hangs. What it reports is in the output.
+    pub fn curl(&self, url: &str) -> Result<Output> {
+        let cmd = Cmd::new("curl").args(["--silent", "--show-error", "--max-time", "5", "-g", url]);
+        self.run(cmd, Duration::from_secs(10))
+    }
+}
+
+impl Place {
+    /// Runs the `probe` program with a command line and waits for its end.
+    ///
+    /// # Errors
+    /// It cannot be started or has not ended within 30 s. What it reports is in the output.
+    pub fn probe(&self, line: &str) -> Result<Output> {
+        self.run(probe_cmd(line)?, Duration::from_secs(30))
+    }
+
+    /// Starts the `probe` program with a command line and reads what it prints line by line.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start_probe(&self, line: &str) -> Result<Proc> {
+        self.spawn_lines(probe_cmd(line)?)
+    }
+
+    /// Starts `probe serve` with a command line (without `serve`) and waits until it listens.
+    ///
+    /// # Errors
+    /// It does not come to listen within 5 s.
+    pub fn serve(&self, line: &str) -> Result<Proc> {
+        let server = self.start_probe(&format!("serve {line}"))?;
+        let ready = server.line(Duration::from_secs(5))?;
+        ready.with_context(|| format!("probe serve {line} ended: {}", server.log_tail()))?;
+        Ok(server)
+    }
+}
+
+/// The `probe` program with a command line; for rights or input of one's own.
+///
+/// # Errors
+/// The program is not built.
+pub fn probe_cmd(line: &str) -> Result<Cmd> {
+    Ok(Cmd::new(programs::probe()?).args(line.split_ascii_whitespace()))
+}

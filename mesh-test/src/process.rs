@@ -1,0 +1,468 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Real programs in a place of the lab: its network namespace, its cgroup, and chosen rights.
+//!
+//! Each program gets a cgroup of its own below that of its place (as a container does), so that
+//! ending it ends everything that it started.
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::thread::{JoinHandle, spawn};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cgroup;
+use crate::netns::{Netns, ignore_absent};
+use crate::sys::{self, Placement, Rights};
+
+/// Lines of a piped program that may wait to be read; then the program waits.
+const LINES: usize = 65_536;
+
+/// A program to be started: what, with what input, with which rights.
+#[derive(Debug)]
+pub struct Cmd {
+    command: Command,
+    rights: Rights,
+    input: Vec<u8>,
+}
+
+impl From<Command> for Cmd {
+    fn from(command: Command) -> Self {
+        Self {
+            command,
+            rights: Rights::Root,
+            input: Vec::new(),
+        }
+    }
+}
+
+impl Cmd {
+    /// A program found in PATH, or by its path.
+    pub fn new(program: impl AsRef<OsStr>) -> Self {
+        Command::new(program).into()
+    }
+
+    /// A command line without quoting: words separated by blanks.
+    #[must_use]
+    pub fn line(line: &str) -> Self {
+        let mut words = line.split_ascii_whitespace();
+        Self::new(words.next().unwrap_or_default()).args(words)
+    }
+
+    /// A script for `/bin/sh -c`.
+    #[must_use]
+    pub fn shell(script: &str) -> Self {
+        Self::new("/bin/sh").args(["-c", script])
+    }
+
+    /// Adds arguments.
+    #[must_use]
+    pub fn args(mut self, args: impl IntoIterator<Item: AsRef<OsStr>>) -> Self {
+        self.command.args(args);
+        self
+    }
+
+    /// Sets an environment variable.
+    #[must_use]
+    pub fn env(mut self, key: &str, value: impl AsRef<OsStr>) -> Self {
+        self.command.env(key, value);
+        self
+    }
+
+    /// Sets the working directory.
+    #[must_use]
+    pub fn dir(mut self, dir: impl AsRef<Path>) -> Self {
+        self.command.current_dir(dir);
+        self
+    }
+
+    /// What the program reads from its standard input (else: nothing).
+    #[must_use]
+    pub fn input(mut self, input: impl Into<Vec<u8>>) -> Self {
+        self.input = input.into();
+        self
+    }
+
+    /// Runs it as `nobody`, without capabilities.
+    #[must_use]
+    pub fn no_root(self) -> Self {
+        self.rights(Rights::Nobody)
+    }
+
+    /// Runs it as root without capabilities except CAP_NET_RAW.
+    #[must_use]
+    pub fn cap_net_raw_only(self) -> Self {
+        self.rights(Rights::NetRawOnly)
+    }
+
+    /// Chooses its rights.
+    #[must_use]
+    pub fn rights(mut self, rights: Rights) -> Self {
+        self.rights = rights;
+        self
+    }
+
+    fn program(&self) -> String {
+        let path = Path::new(self.command.get_program());
+        path.file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
+    }
+}
+
+/// What a program that has ended left.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Its standard output.
+    pub stdout: Vec<u8>,
+    /// Its standard error.
+    pub stderr: Vec<u8>,
+}
+
+impl Output {
+    /// Its standard output as text.
+    #[must_use]
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    /// The output if the program succeeded.
+    ///
+    /// # Errors
+    /// It did not; the error carries what it said.
+    pub fn ok(self) -> Result<Self> {
+        if self.status.success() {
+            Ok(self)
+        } else {
+            bail!("{self}")
+        }
+    }
+
+    /// Its standard output as one JSON value, whether or not it succeeded.
+    ///
+    /// # Errors
+    /// It is something else.
+    pub fn json<T: serde::de::DeserializeOwned>(&self) -> Result<T> {
+        serde_json::from_slice(&self.stdout).with_context(|| self.to_string())
+    }
+}
+
+impl fmt::Display for Output {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let error = String::from_utf8_lossy(&self.stderr);
+        write!(
+            f,
+            "{}; stdout: {}; stderr: {}",
+            self.status,
+            self.text().trim(),
+            error.trim()
+        )
+    }
+}
+
+/// Where programs run: a network namespace with a cgroup and a directory for logs and data.
+/// Pods, nodes, the wire and the outside host are places.
+#[derive(Debug)]
+pub struct Place {
+    name: String,
+    netns: Arc<Netns>,
+    cgroup: PathBuf,
+    dir: PathBuf,
+    started: AtomicU32,
+}
+
+impl Deref for Place {
+    type Target = Netns;
+    fn deref(&self) -> &Netns {
+        &self.netns
+    }
+}
+
+impl Place {
+    pub(crate) fn new(
+        name: &str,
+        netns: Arc<Netns>,
+        cgroup: PathBuf,
+        dir: PathBuf,
+    ) -> Result<Self> {
+        cgroup::create(&cgroup)?;
+        fs::create_dir_all(&dir)?;
+        let started = AtomicU32::new(0);
+        Ok(Self {
+            name: name.to_owned(),
+            netns,
+            cgroup,
+            dir,
+            started,
+        })
+    }
+
+    /// Name within the lab.
+    #[must_use]
+    pub fn label(&self) -> &str {
+        &self.name
+    }
+
+    /// The cgroup below which its programs live.
+    #[must_use]
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
+    /// The directory for its logs and its applications' data.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Runs `f` on a fresh thread inside the namespace; see [`Netns::enter`] for what it is not.
+    ///
+    /// # Errors
+    /// What `f` returns, or that the namespace cannot be entered.
+    pub fn in_ns<T: Send>(&self, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        self.netns.enter(f)
+    }
+
+    /// Starts a program whose output goes to a log file in [`Place::dir`].
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn spawn(&self, cmd: impl Into<Cmd>) -> Result<Proc> {
+        let cmd = cmd.into();
+        let number = self.started.fetch_add(1, Ordering::Relaxed);
+        let log = self.dir.join(format!("{number}-{}.log", cmd.program()));
+        let file = File::create(&log)?;
+        let out = file.try_clone()?;
+        self.launch(cmd, number, (out.into(), file.into()), log)
+    }
+
+    /// Starts a program whose output is read line by line with [`Proc::line`].
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn spawn_lines(&self, cmd: impl Into<Cmd>) -> Result<Proc> {
+        let cmd = cmd.into();
+        let number = self.started.fetch_add(1, Ordering::Relaxed);
+        let log = self.dir.join(format!("{number}-{}.log", cmd.program()));
+        let errors = File::create(&log)?;
+        let mut process = self.launch(cmd, number, (Stdio::piped(), errors.into()), log)?;
+        let stdout = process.child.stdout.take().context("stdout is piped")?;
+        let (sender, lines) = sync_channel(LINES);
+        // Ends with the pipe, which ends with the program's cgroup.
+        let _reader = spawn(move || {
+            let lines = BufReader::new(stdout).lines();
+            lines
+                .map_while(Result::ok)
+                .try_for_each(|line| sender.send(line))
+        });
+        process.lines = Some(lines);
+        Ok(process)
+    }
+
+    /// Runs a program to its end and gives back what it said.
+    ///
+    /// # Errors
+    /// It cannot be started or has not ended within `deadline` (then it is killed).
+    pub fn run(&self, cmd: impl Into<Cmd>, deadline: Duration) -> Result<Output> {
+        let cmd = cmd.into();
+        let what = format!("{:?} in {}", cmd.command, self.name);
+        let number = self.started.fetch_add(1, Ordering::Relaxed);
+        let pipes = (Stdio::piped(), Stdio::piped());
+        let mut process = self.launch(cmd, number, pipes, PathBuf::new())?;
+        let stdout = drain(process.child.stdout.take().context("stdout is piped")?);
+        let stderr = drain(process.child.stderr.take().context("stderr is piped")?);
+        let ended = sys::wait_exit(process.id(), deadline)?;
+        // Whatever it left behind would hold the pipes open.
+        let status = process.kill()?;
+        let collect = |pipe: JoinHandle<Vec<u8>>| pipe.join().unwrap_or_default();
+        let output = Output {
+            status,
+            stdout: collect(stdout),
+            stderr: collect(stderr),
+        };
+        if ended {
+            Ok(output)
+        } else {
+            bail!("{what} has not ended after {deadline:?}: {output}")
+        }
+    }
+
+    fn launch(
+        &self,
+        mut cmd: Cmd,
+        number: u32,
+        (stdout, stderr): (Stdio, Stdio),
+        log: PathBuf,
+    ) -> Result<Proc> {
+        let group = self.cgroup.join(number.to_string());
+        cgroup::create(&group)?;
+        let placement = Placement {
+            netns: self.netns.descriptor()?,
+            cgroup_procs: Some(cgroup::open_procs(&group)?),
+            rights: cmd.rights,
+        };
+        let what = format!("{:?} in {}", cmd.command, self.name);
+        sys::place(&mut cmd.command, placement);
+        let stdin = if cmd.input.is_empty() {
+            Stdio::null()
+        } else {
+            Stdio::piped()
+        };
+        cmd.command.stdin(stdin).stdout(stdout).stderr(stderr);
+        let mut child = cmd
+            .command
+            .spawn()
+            .with_context(|| format!("cannot start {what}"))?;
+        if let Some(mut pipe) = child.stdin.take() {
+            let input = cmd.input;
+            // A program that ends without reading its input is not the harness's failure.
+            let _writer = spawn(move || pipe.write_all(&input));
+        }
+        Ok(Proc {
+            what,
+            child,
+            group,
+            log,
+            lines: None,
+            status: None,
+        })
+    }
+}
+
+fn drain(mut pipe: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
+    spawn(move || {
+        let mut bytes = Vec::new();
+        // What was read before an error is in `bytes`.
+        drop(pipe.read_to_end(&mut bytes));
+        bytes
+    })
+}
+
+/// A running program; killed with all it started when dropped.
+#[derive(Debug)]
+pub struct Proc {
+    what: String,
+    child: Child,
+    group: PathBuf,
+    log: PathBuf,
+    lines: Option<Receiver<String>>,
+    status: Option<ExitStatus>,
+}
+
+impl Proc {
+    /// Its process id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Where its output goes; its errors only, if started with [`Place::spawn_lines`].
+    #[must_use]
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+
+    /// The last lines of its log, for error messages.
+    #[must_use]
+    pub fn log_tail(&self) -> String {
+        tail(&self.log, 40)
+    }
+
+    /// The next line of a program started with [`Place::spawn_lines`]; none at its end.
+    ///
+    /// # Errors
+    /// No line came within `deadline`, or its output goes to a log.
+    pub fn line(&self, deadline: Duration) -> Result<Option<String>> {
+        let lines = self.lines.as_ref().context("its output goes to a log")?;
+        match lines.recv_timeout(deadline) {
+            Ok(line) => Ok(Some(line)),
+            Err(RecvTimeoutError::Disconnected) => Ok(None),
+            Err(RecvTimeoutError::Timeout) => {
+                bail!(
+                    "{} said nothing for {deadline:?}: {}",
+                    self.what,
+                    self.log_tail()
+                )
+            }
+        }
+    }
+
+    /// How it ended, or none while it runs.
+    ///
+    /// # Errors
+    /// Whatever `waitpid` reports.
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        if self.status.is_none() {
+            self.status = self.child.try_wait()?;
+        }
+        Ok(self.status)
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// It still runs after `deadline`.
+    pub fn wait(&mut self, deadline: Duration) -> Result<ExitStatus> {
+        if let Some(status) = self.status {
+            return Ok(status);
+        }
+        if !sys::wait_exit(self.child.id(), deadline)? {
+            bail!(
+                "{} still runs after {deadline:?}: {}",
+                self.what,
+                self.log_tail()
+            );
+        }
+        let status = self.child.wait()?;
+        self.status = Some(status);
+        Ok(status)
+    }
+
+    /// Sends it a signal, e.g. `libc::SIGTERM`.
+    ///
+    /// # Errors
+    /// It has ended already.
+    pub fn signal(&self, signal: i32) -> Result<()> {
+        anyhow::ensure!(self.status.is_none(), "{} has ended", self.what);
+        sys::signal(self.child.id(), signal).with_context(|| format!("signal to {}", self.what))
+    }
+
+    /// Kills (SIGKILL) it and all it started, and reaps it.
+    ///
+    /// # Errors
+    /// Something of it does not end.
+    pub fn kill(&mut self) -> Result<ExitStatus> {
+        cgroup::kill(&self.group)?;
+        let status = self.wait(Duration::from_secs(10))?;
+        // Busy for a moment after its last process; the lab's own removal takes what stays.
+        drop(ignore_absent(fs::remove_dir(&self.group)));
+        Ok(status)
+    }
+}
+
+impl Drop for Proc {
+    fn drop(&mut self) {
+        // The lab's removal kills what resists here.
+        drop(self.kill());
+    }
+}
+
+/// The last `count` lines of a file; empty if there is none.
+#[must_use]
+pub fn tail(path: &Path, count: usize) -> String {
+    let bytes = fs::read(path).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Where the programs of this workspace are: next to the running one, or where told.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+/// The `probe` program: real small clients and servers. `MESH_PROBE_BIN` overrides.
+///
+/// # Errors
+/// It is not built.
+pub fn probe() -> Result<PathBuf> {
+    find("probe", "MESH_PROBE_BIN").context("cargo build -p mesh-test --bins builds it")
+}
+
+/// The agent. `MESH_AGENT_BIN` overrides.
+///
+/// # Errors
+/// It is not built.
+pub fn agent() -> Result<PathBuf> {
+    find("mesh-agent", "MESH_AGENT_BIN").context("cargo build -p mesh-agent builds it")
+}
+
+/// Test binaries are one directory below other binaries.
+fn find(name: &str, variable: &str) -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os(variable) {
+        return Ok(PathBuf::from(path));
+    }
+    let this = std::env::current_exe()?;
+    let mut places = this.ancestors().skip(1).take(2).map(|dir| dir.join(name));
+    places
+        .find(|path| path.is_file())
+        .with_context(|| format!("no {name} beside {} and no {variable}", this.display()))
+}

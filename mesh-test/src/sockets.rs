@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The sockets of a place as `ss` of iproute2 lists them: evidence that no agent had a hand in.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::process::{Cmd, Place};
+
+/// One TCP socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TcpSocket {
+    /// State as `ss` names it, e.g. `ESTAB`, `LISTEN`.
+    pub state: String,
+    /// Local end; none where it is no plain address (e.g. `*`).
+    pub local: Option<SocketAddr>,
+    /// Remote end, likewise.
+    pub remote: Option<SocketAddr>,
+}
+
+impl Place {
+    /// All TCP sockets of the namespace.
+    ///
+    /// # Errors
+    /// `ss` cannot be run.
+    pub fn tcp_sockets(&self) -> Result<Vec<TcpSocket>> {
+        let output = self
+            .run(Cmd::line("ss -Htan"), Duration::from_secs(10))?
+            .ok()?;
+        Ok(output.text().lines().filter_map(parse).collect())
+    }
+}
+
+fn parse(line: &str) -> Option<TcpSocket> {
+    let mut words = line.split_ascii_whitespace();
+    let state = words.next()?.to_owned();
+    let mut end = |skip| words.nth(skip).map(endpoint);
+    Some(TcpSocket {
+        state,
+        local: end(2)?,
+        remote: end(0)?,
+    })
+}
+
+/// `ss` puts the interface of bound sockets behind the address: `10.0.0.1%eth0:80`.
+fn endpoint(word: &str) -> Option<SocketAddr> {
+    let (address, port) = word.rsplit_once(':')?;
+    let address = address.trim_start_matches('[').trim_end_matches(']');
+    let address = address
+        .split_once('%')
+        .map_or(address, |(address, _)| address);
+    Some(SocketAddr::new(address.parse().ok()?, port.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_ss() {
+        let socket = parse("ESTAB 0      0      10.244.1.10%eth0:52 [fd00::1]:80 ").expect("line");
+        assert_eq!(socket.state, "ESTAB");
+        assert_eq!(socket.local, "10.244.1.10:52".parse().ok());
+        assert_eq!(socket.remote, "[fd00::1]:80".parse().ok());
+        let listener = parse("LISTEN 0 128 *:80 *:*").expect("line");
+        assert_eq!((listener.local, listener.remote), (None, None));
+    }
+}

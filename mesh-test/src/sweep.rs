@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Removes what a lab leaves on the machine: the one path for drop and for after a kill -9.
+//!
+//! Never touches anything whose owner may still run, and ends only processes that live in the
+//! cgroups of a lab, which are those that the lab started.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::cgroup;
+use crate::names::{LabId, NETNS_DIR};
+use crate::netns::{ignore_absent, remove_file};
+use crate::sys;
+
+/// Removes all labs whose owner is dead and tells which those were.
+///
+/// # Errors
+/// Something of a dead owner resists; the others are removed all the same.
+pub fn sweep() -> Result<Vec<LabId>> {
+    let dead: Vec<LabId> = found()?
+        .into_iter()
+        .filter(|id| id.owner_is_dead())
+        .collect();
+    let mut first_error = None;
+    for id in &dead {
+        if let Err(e) = remove(*id) {
+            first_error.get_or_insert(e.context(format!("cannot remove what lab {id} left")));
+        }
+    }
+    first_error.map_or(Ok(dead), Err)
+}
+
+/// Everything on the machine that belongs to the lab, for tests that nothing is left.
+///
+/// # Errors
+/// The places to look at cannot be read.
+pub fn remains(id: LabId) -> Result<Vec<PathBuf>> {
+    let mut found = netns_files(id);
+    found.extend(mounts_below(&id.dir())?);
+    let cgroup = cgroup::mount_point()?.join(id.cgroup());
+    found.extend([cgroup, id.dir()].into_iter().filter(|path| path.exists()));
+    Ok(found)
+}
+
+fn names_in(dir: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .collect()
+}
+
+fn found() -> Result<BTreeSet<LabId>> {
+    let cgroups = names_in(&cgroup::mount_point()?);
+    let dirs = names_in(Path::new("/tmp"));
+    let labs = cgroups
+        .iter()
+        .chain(&dirs)
+        .filter_map(|name| LabId::of_lab(name));
+    let spaces = names_in(Path::new(NETNS_DIR));
+    Ok(labs
+        .chain(spaces.iter().filter_map(|name| LabId::of_netns(name)))
+        .collect())
+}
+
+fn netns_files(id: LabId) -> Vec<PathBuf> {
+    let names = names_in(Path::new(NETNS_DIR)).into_iter();
+    let ours = names.filter(|name| LabId::of_netns(name) == Some(id));
+    ours.map(|name| Path::new(NETNS_DIR).join(name)).collect()
+}
+
+/// Mount points in and below `dir`, the last mounted first.
+fn mounts_below(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let points = mounts
+        .lines()
+        .rev()
+        .filter_map(|line| line.split(' ').nth(4));
+    Ok(points
+        .map(PathBuf::from)
+        .filter(|point| point.starts_with(dir))
+        .collect())
+}
+
+/// Ends the lab's processes and removes everything that carries its name.
+pub(crate) fn remove(id: LabId) -> Result<()> {
+    let (cgroup, dir) = (cgroup::mount_point()?.join(id.cgroup()), id.dir());
+    cgroup::kill(&cgroup)?;
+    for point in mounts_below(&dir)? {
+        // Another sweeper may have been faster; what counts is checked below.
+        drop(sys::unmount(&point));
+    }
+    let left = mounts_below(&dir)?;
+    anyhow::ensure!(left.is_empty(), "still mounted: {left:?}");
+    for file in netns_files(id) {
+        remove_file(&file)?;
+    }
+    cgroup::remove(&cgroup)?;
+    // Last: as long as the directory is there, its owner file tells whose the rest is.
+    ignore_absent(fs::remove_dir_all(&dir))
+        .with_context(|| format!("cannot remove {}", dir.display()))
+}

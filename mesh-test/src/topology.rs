@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+//! How links, addresses and routes are laid: the two shapes that CNI plugins give a node.
+//!
+//! Owns every `ip` command of the lab. Knows nothing of manifests, cgroups or programs.
+
+use std::fmt::Write as _;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::netns::Netns;
+use crate::sys::{self, Placement, Rights};
+
+/// Shape of the pod network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Topology {
+    /// As Calico: no bridge, a host route for each pod, a link-local gateway answered by proxy ARP.
+    Routed,
+    /// As flannel with host-gw: a bridge `cni0` per node that holds the node's pod CIDR.
+    Bridged,
+}
+
+/// The link-local gateway of routed pods.
+const ROUTED_GATEWAY: &str = "169.254.1.1";
+/// Address of the host side of every routed pod's link; the MAC that Calico uses follows from it.
+const ROUTED_GATEWAY6: &str = "fe80::ecee:eeff:feee:eeee";
+const ROUTED_MAC: &str = "ee:ee:ee:ee:ee:ee";
+/// The bridge of a bridged node.
+pub(crate) const BRIDGE: &str = "cni0";
+/// The link between a node, or the outside host, and the wire; in its own namespace.
+pub(crate) const UPLINK: &str = "eth0";
+/// The wire's bridge.
+pub(crate) const WIRE: &str = "br0";
+/// Host number of the wire's own address, which is the nodes' default gateway.
+const GATEWAY_HOST: u8 = 254;
+/// Host number of the outside host.
+pub(crate) const OUTSIDE_HOST: u8 = 100;
+
+/// Address of a node, or of another host on the wire.
+pub(crate) fn node_v4(host: u8) -> Ipv4Addr {
+    Ipv4Addr::new(192, 168, 50, host)
+}
+
+/// As [`node_v4`].
+pub(crate) fn node_v6(host: u8) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd00, 0x50, 0, 0, 0, 0, 0, u16::from(host))
+}
+
+/// Address of a pod; host 0 is the CIDR itself, 1 the bridge.
+pub(crate) fn pod_v4(node: u8, host: u8) -> Ipv4Addr {
+    Ipv4Addr::new(10, 244, node, host)
+}
+
+/// As [`pod_v4`].
+pub(crate) fn pod_v6(node: u8, host: u8) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd00, 0x244, u16::from(node), 0, 0, 0, 0, u16::from(host))
+}
+
+/// Pod CIDRs of a node, IPv4 first.
+pub(crate) fn pod_cidrs(node: u8) -> [String; 2] {
+    [
+        format!("{}/24", pod_v4(node, 0)),
+        format!("{}/64", pod_v6(node, 0)),
+    ]
+}
+
+/// MAC of a pod's or bridge's interface: follows from its address, as the CNI bridge plugin once
+/// made it, so that an address used again needs no new neighbour entry anywhere.
+pub(crate) fn mac_of(node: u8, host: u8) -> String {
+    let [a, b, c, d] = pod_v4(node, host).octets();
+    format!("0a:58:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
+}
+
+/// MAC to which a pod sends what leaves its node.
+pub(crate) fn gateway_mac(topology: Topology, node: u8) -> String {
+    match topology {
+        Topology::Routed => ROUTED_MAC.to_owned(),
+        Topology::Bridged => mac_of(node, 1),
+    }
+}
+
+/// Runs a batch of `ip` commands in a namespace.
+pub(crate) fn ip_batch(netns: &Netns, batch: &str) -> Result<()> {
+    use std::io::Write as _;
+    use std::process::Stdio;
+
+    let mut command = Command::new("ip");
+    command
+        .args(["-batch", "-"])
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped());
+    let netns_fd = netns.descriptor()?;
+    let placement = Placement {
+        netns: netns_fd,
+        cgroup_procs: None,
+        rights: Rights::Root,
+    };
+    sys::place(&mut command, placement);
+    let mut child = command
+        .stdout(Stdio::null())
+        .spawn()
+        .context("cannot start ip")?;
+    let mut stdin = child.stdin.take().context("stdin is piped")?;
+    stdin.write_all(batch.as_bytes())?;
+    drop(stdin);
+    let output = child.wait_with_output()?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(
+        output.status.success(),
+        "ip in {}: {error} of batch:\n{batch}",
+        netns.name()
+    );
+    Ok(())
+}
+
+/// The wire: a bridge with the nodes' default gateway on it.
+pub(crate) fn lay_wire(wire: &Netns) -> Result<()> {
+    let (v4, v6) = (node_v4(GATEWAY_HOST), node_v6(GATEWAY_HOST));
+    ip_batch(
+        wire,
+        &format!(
+            "link set lo up\nlink add {WIRE} type bridge\naddr add {v4}/24 dev {WIRE}\n\
+             addr add {v6}/64 dev {WIRE} nodad\nlink set {WIRE} up\n"
+        ),
+    )
+}
+
+/// Joins a host to the wire, with routes to the pods of `nodes` (but its own).
+pub(crate) fn join_wire(
+    wire: &Netns,
+    host: &Netns,
+    port: &str,
+    number: u8,
+    nodes: u8,
+) -> Result<()> {
+    let (v4, v6) = (node_v4(number), node_v6(number));
+    let (gateway, gateway6) = (node_v4(GATEWAY_HOST), node_v6(GATEWAY_HOST));
+    let mut batch = format!(
+        "link set lo up\nlink add {UPLINK} type veth peer name {port} netns {}\n\
+         addr add {v4}/24 dev {UPLINK}\naddr add {v6}/64 dev {UPLINK} nodad\n\
+         link set {UPLINK} up\nroute add default via {gateway}\nroute add default via {gateway6}\n",
+        wire.name()
+    );
+    for other in (1..=nodes).filter(|other| *other != number) {
+        let [cidr4, cidr6] = pod_cidrs(other);
+        writeln!(batch, "route add {cidr4} via {}", node_v4(other))?;
+        writeln!(batch, "route add {cidr6} via {}", node_v6(other))?;
+    }
+    ip_batch(host, &batch)?;
+    ip_batch(
+        wire,
+        &format!("link set {port} master {WIRE}\nlink set {port} up\n"),
+    )
+}
+
+/// What a node has besides its uplink.
+pub(crate) fn lay_node(topology: Topology, node: &Netns, number: u8) -> Result<()> {
+    node.sysctl("ipv4/ip_forward", "1")?;
+    node.sysctl("ipv6/conf/all/forwarding", "1")?;
+    match topology {
+        Topology::Routed => Ok(()),
+        Topology::Bridged => ip_batch(
+            node,
+            &format!(
+                "link add {BRIDGE} address {} type bridge\naddr add {}/24 dev {BRIDGE}\n\
+                 addr add {}/64 dev {BRIDGE} nodad\nlink set {BRIDGE} up\n",
+                mac_of(number, 1),
+                pod_v4(number, 1),
+                pod_v6(number, 1),
+            ),
+        ),
+    }
+}
+
+/// The link of one pod.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PodLink<'a> {
+    pub(crate) topology: Topology,
+    pub(crate) node: &'a Netns,
+    pub(crate) node_number: u8,
+    pub(crate) pod: &'a Netns,
+    pub(crate) host_number: u8,
+    /// Its name on the node.
+    pub(crate) host_if: &'a str,
+    pub(crate) addresses: &'a [IpAddr],
+}
+
+/// Joins a pod to its node.
+pub(crate) fn lay_pod(link: &PodLink<'_>) -> Result<()> {
+    let host = link.host_if;
+    let mut node = format!(
+        "link add {host} type veth peer name eth0 netns {}\n",
+        link.pod.name()
+    );
+    let mac = mac_of(link.node_number, link.host_number);
+    let mut pod = format!("link set lo up\nlink set eth0 address {mac}\n");
+    match link.topology {
+        Topology::Routed => write!(
+            node,
+            "link set {host} addrgenmode none\nlink set {host} address {ROUTED_MAC}\n\
+             addr add {ROUTED_GATEWAY6}/64 dev {host} nodad\nlink set {host} up\n"
+        )?,
+        Topology::Bridged => write!(
+            node,
+            "link set {host} master {BRIDGE}\nlink set {host} type bridge_slave hairpin on\n\
+             link set {host} up\n"
+        )?,
+    }
+    let mut routes = String::new();
+    for address in link.addresses {
+        let (length, gateway) = match (link.topology, address) {
+            (Topology::Routed, IpAddr::V4(_)) => {
+                writeln!(routes, "route add {ROUTED_GATEWAY} dev eth0 scope link")?;
+                (32, ROUTED_GATEWAY.to_owned())
+            }
+            (Topology::Routed, IpAddr::V6(_)) => (128, ROUTED_GATEWAY6.to_owned()),
+            (Topology::Bridged, IpAddr::V4(_)) => (24, pod_v4(link.node_number, 1).to_string()),
+            (Topology::Bridged, IpAddr::V6(_)) => (64, pod_v6(link.node_number, 1).to_string()),
+        };
+        let nodad = if address.is_ipv6() { " nodad" } else { "" };
+        writeln!(pod, "addr add {address}/{length} dev eth0{nodad}")?;
+        writeln!(routes, "route add default via {gateway} dev eth0")?;
+        if link.topology == Topology::Routed {
+            // Replaced, because a pod that had the address may not be gone altogether.
+            writeln!(node, "route replace {address}/{length} dev {host}")?;
+        }
+    }
+    writeln!(pod, "link set eth0 up")?;
+    ip_batch(link.node, &node)?;
+    if link.topology == Topology::Routed {
+        link.node
+            .sysctl(&format!("ipv4/conf/{host}/proxy_arp"), "1")?;
+        // Without this an answer waits for up to 0.8 s, by design of proxy ARP.
+        link.node
+            .sysctl(&format!("ipv4/neigh/{host}/proxy_delay"), "0")?;
+    }
+    ip_batch(link.pod, &(pod + &routes))
+}
