@@ -38,6 +38,14 @@ pub struct Who {
 }
 
 impl Who {
+    /// Somebody outside.
+    pub const WORLD: Self = Self {
+        id: IdentityId::WORLD,
+        evidence: Evidence::None,
+        local: false,
+        flags: 0,
+    };
+
     /// Whether all bits of a [`Peer`] flag are set.
     #[inline(always)]
     #[must_use]
@@ -246,6 +254,9 @@ pub enum Origin {
     Address,
     /// Translated on its way: the address is a node's, the sender is not.
     Translated,
+    /// No gate holds addresses on the pod's interface: a local pod's address is no better than any,
+    /// and a node's proves nothing.
+    Ungated,
 }
 
 /// Whether a port of the pod accepts tunnels only.

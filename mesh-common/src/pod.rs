@@ -39,31 +39,23 @@ abi! {
     pub struct PodState {
         /// Changes with every write; equal to `revision_end`, or the reader met a write.
         pub revision: u64,
-        /// The pod's policy.
-        pub set: PolicySetId,
-        /// Who it is.
-        pub id: IdentityId,
+        /// What the decisions need.
+        pub view: PodView,
         /// Its network namespace.
         pub netns_cookie: u64,
-        /// Its IPv4 address, or [`Addr::NONE`].
-        pub v4: Addr,
-        /// Its IPv6 address, or [`Addr::NONE`].
-        pub v6: Addr,
-        /// `PodState::ENROLLED` and so on.
-        pub flags: u32,
-        /// The interface on the host's side, where the gate is; 0 = the pod has no gate.
-        pub link: u32,
         /// The MAC address of the pod's own interface, then 2 bytes 0. All 0 = not checked.
         pub mac: [u8; 8],
-        /// Per-port overrides of Strict and Permissive: the `set` of [`ModeKey`]; 0 = none.
-        pub modes: u64,
+        /// The interface on the host's side, where the gate is; 0 = the pod has no gate.
+        pub link: u32,
+        /// Always 0.
+        pub pad: u32,
         /// Equal to `revision`.
         pub revision_end: u64,
     }
 
     /// Key of the map `PORT_MODES`: a port whose mode differs from the pod's own.
     pub struct ModeKey {
-        /// [`PodState::modes`].
+        /// [`PodView::modes`].
         pub set: u64,
         /// The port.
         pub port: Port,
@@ -73,17 +65,17 @@ abi! {
 
     /// What of a pod's state the decisions of [`crate::path`] need.
     pub struct PodView {
-        /// [`PodState::set`].
+        /// The pod's policy.
         pub set: PolicySetId,
-        /// [`PodState::id`].
+        /// Who it is.
         pub id: IdentityId,
-        /// [`PodState::v4`].
+        /// Its IPv4 address, or [`Addr::NONE`].
         pub v4: Addr,
-        /// [`PodState::v6`].
+        /// Its IPv6 address, or [`Addr::NONE`].
         pub v6: Addr,
-        /// [`PodState::modes`].
+        /// Per-port overrides of Strict and Permissive: the `set` of [`ModeKey`]; 0 = none.
         pub modes: u64,
-        /// [`PodState::flags`].
+        /// `PodState::ENROLLED` and so on.
         pub flags: u32,
         /// Always 0.
         pub pad: u32,
@@ -113,21 +105,6 @@ impl PodState {
     pub const SILENT: u32 = 1 << 5;
     /// The gate is on the pod's interface: provenance of packets is proven.
     pub const GATED: u32 = 1 << 6;
-
-    /// What the decisions need.
-    #[inline(always)]
-    #[must_use]
-    pub const fn view(&self) -> PodView {
-        PodView {
-            set: self.set,
-            id: self.id,
-            v4: self.v4,
-            v6: self.v6,
-            modes: self.modes,
-            flags: self.flags,
-            pad: 0,
-        }
-    }
 }
 
 impl PodView {
