@@ -1,3 +1,73 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Placeholder.
-fn main() {}
+//! The build language of this workspace: one arm is one module.
+//!
+//! It calls cargo and the tools of the machine, and says how long each part took. It depends on
+//! nothing of the mesh that needs the kernel programs, so that it builds before the machine is
+//! set up.
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a command for people at a terminal"
+)]
+
+mod bench;
+mod build;
+mod demo;
+mod generate;
+mod lint;
+mod run;
+mod setup;
+mod test;
+mod tidy;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Builds, tests and shows the mesh.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Bring a Debian 12 machine with Rust to where everything builds and runs
+    Setup(setup::Args),
+    /// Build the agent, the command line and the kernel programs
+    Build(build::Args),
+    /// Run all tests, as root; the last line is `N passed, N failed`
+    Test(test::Args),
+    /// Format, clippy for the host and for the kernel target, tidy, generated files
+    Lint,
+    /// Check what neither rustfmt nor clippy sees
+    Tidy,
+    /// Write the generated files
+    Generate(generate::Args),
+    /// Show the mesh at work: two nodes, a small shop, evidence line by line
+    Demo(demo::Args),
+    /// Measure what the mesh costs
+    Bench(bench::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Setup(args) => setup::run(&args),
+        Command::Build(args) => build::run(&args),
+        Command::Test(args) => test::run(&args),
+        Command::Lint => lint::run(),
+        Command::Tidy => tidy::run(),
+        Command::Generate(args) => generate::run(&args),
+        Command::Demo(args) => demo::run(&args),
+        Command::Bench(args) => bench::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(err) => {
+            eprintln!("error: {err:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

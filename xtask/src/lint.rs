@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `cargo xtask lint`: format, clippy for the host and for the kernel target in every feature
+//! set, tidy, and that generated files and the lock file are what they should be.
+//!
+//! All parts run, also after one failed: one run tells everything.
+
+use anyhow::{Result, bail};
+
+use crate::{generate, run, tidy};
+
+/// Its name, and what fails with what it found.
+type Part = (&'static str, fn() -> Result<()>);
+
+pub(crate) fn run() -> Result<()> {
+    let parts: [Part; 8] = [
+        ("lock file", || {
+            cargo(
+                &["metadata", "--locked", "--format-version=1", "--quiet"],
+                true,
+            )
+        }),
+        ("format", || cargo(&["fmt", "--all", "--check"], false)),
+        ("clippy", || clippy(&[])),
+        ("clippy, all features", || clippy(&["--all-features"])),
+        ("clippy, kernel target", || kernel_clippy(&[])),
+        ("clippy, kernel target, trace", || {
+            kernel_clippy(&["--features", "trace"])
+        }),
+        ("tidy", tidy::run),
+        ("generated files", || {
+            generate::run(&generate::Args { check: true })
+        }),
+    ];
+    let mut failed = Vec::new();
+    for (name, part) in parts {
+        if let Err(err) = run::timed(&format!("lint: {name}"), part) {
+            println!("{err:#}");
+            failed.push(name);
+        }
+    }
+    if !failed.is_empty() {
+        bail!("lint failed: {}", failed.join("; "));
+    }
+    Ok(())
+}
+
+fn cargo(args: &[&str], quiet: bool) -> Result<()> {
+    let mut cargo = run::cargo(args);
+    if quiet {
+        run::capture(&mut cargo).map(drop)
+    } else {
+        run::show(&mut cargo)
+    }
+}
+
+fn clippy(more: &[&str]) -> Result<()> {
+    let mut cargo = run::cargo(["clippy", "--quiet", "--workspace", "--all-targets"]);
+    cargo.args(more).args(["--", "-D", "warnings"]);
+    run::show(&mut cargo)
+}
+
+/// The host build of mesh-ebpf is an empty program: its code exists for the kernel target only.
+fn kernel_clippy(more: &[&str]) -> Result<()> {
+    let mut cargo = run::cargo(["clippy", "--quiet", "--package", "mesh-ebpf", "--bins"]);
+    cargo
+        .args(["--target", "bpfel-unknown-none", "-Z", "build-std=core"])
+        .args(["--target-dir", "target/bpf-lint"])
+        .args(more)
+        .args(["--", "-D", "warnings"])
+        .env("RUSTC_BOOTSTRAP", "1");
+    run::show(&mut cargo)
+}
