@@ -174,10 +174,7 @@ fn set_env(name: &str, value: &std::ffi::OsStr) {
     unsafe { env::set_var(name, value) };
 }
 
-#[expect(
-    clippy::print_stdout,
-    reason = "standard output is how a build script talks to cargo"
-)]
+/// Standard output is how a build script talks to cargo.
 fn say(line: &str) {
     println!("{line}");
 }
