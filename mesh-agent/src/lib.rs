@@ -1,2 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Placeholder.
+//! The node agent, as rooms with one door each.
+//!
+//! Listed in the order in which things flow through them. A room imports only what stands before
+//! it, or what is passed to it; `agent` alone knows them all.
+
+pub mod config;
+pub mod pods;
+pub mod sys;
+
+#[cfg(test)]
+mod testing;
