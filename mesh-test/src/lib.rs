@@ -9,14 +9,17 @@
 pub mod agent;
 pub mod capture;
 pub mod cgroup;
+pub mod forge;
 pub mod manifests;
 pub mod netns;
 pub mod pod;
 pub mod process;
 pub mod programs;
+pub mod reports;
 pub mod sockets;
 pub mod sweep;
 pub mod sys;
+pub mod talk;
 
 mod lab;
 mod names;

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Real small clients and servers for pods of the lab. Each prints JSON lines (`reports.rs`) and
+//! exits with 0 if everything asked for came to pass, 1 if not, 2 if asked wrongly.
+
+mod args;
+mod connect;
+mod datagram;
+mod flow;
+mod forge;
+mod server;
+mod storm;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use serde::Serialize;
+
+#[derive(Parser)]
+#[command(about = "Small clients and servers for network tests")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// One TCP connection, with any socket option that an application may use.
+    Tcp(connect::Args),
+    /// Many short TCP connections from several threads, each answer checked.
+    Storm(storm::Args),
+    /// Bytes in one direction, counted at both ends.
+    Bulk(flow::BulkArgs),
+    /// Small requests and answers on long connections.
+    Rr(flow::RrArgs),
+    /// Connections that stay open and report how they end.
+    Hold(flow::HoldArgs),
+    /// Datagrams that are answered.
+    Udp(datagram::Args),
+    /// Servers for all of these.
+    Serve(server::Args),
+    /// IP packets of any source through a raw socket.
+    Raw(forge::RawArgs),
+    /// Ethernet frames of any source through a packet socket.
+    Frame(forge::FrameArgs),
+    /// ARP packets that say anything.
+    Arp(forge::ArpArgs),
+    /// Neighbour advertisements that say anything.
+    Advertise(forge::AdvertiseArgs),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Tcp(args) => connect::run(&args),
+        Command::Storm(args) => storm::run(&args),
+        Command::Bulk(args) => flow::bulk(&args),
+        Command::Rr(args) => flow::rr(&args),
+        Command::Hold(args) => flow::hold(&args),
+        Command::Udp(args) => datagram::run(&args),
+        Command::Serve(args) => server::run(&args),
+        Command::Raw(args) => forge::raw(&args),
+        Command::Frame(args) => forge::frame(&args),
+        Command::Arp(args) => forge::arp(&args),
+        Command::Advertise(args) => forge::advertise(&args),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(e) => {
+            complain(&e);
+            ExitCode::from(2)
+        }
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "a command line program")]
+fn complain(error: &anyhow::Error) {
+    eprintln!("probe: {error:#}");
+}
+
+/// Prints one JSON line.
+#[expect(clippy::print_stdout, reason = "a command line program")]
+fn say(line: &impl Serialize) -> Result<()> {
+    println!("{}", serde_json::to_string(line)?);
+    Ok(())
+}

@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `probe serve`: servers for the clients of this program. Runs until it is killed.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::Builder;
+
+use anyhow::{Context, Result, ensure};
+use mesh_test::reports::Served;
+use mesh_test::sys;
+use mesh_test::talk::{self, Identity, canonical};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+use crate::args::Ports;
+use crate::say;
+
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 4096;
+/// Idle threads of a listener that are kept.
+const IDLE: usize = 16;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// TCP address, may be repeated; [::] takes IPv4 too
+    #[arg(long)]
+    tcp: Vec<SocketAddr>,
+    /// Listen on all these ports of each TCP address instead of its own
+    #[arg(long)]
+    ports: Option<Ports>,
+    /// UDP address, may be repeated
+    #[arg(long)]
+    udp: Vec<SocketAddr>,
+    /// Name that is told to clients
+    #[arg(long, default_value = "server")]
+    name: String,
+    /// Speak first: say the identity unasked, then send everything back
+    #[arg(long)]
+    greet: bool,
+    /// Each UDP socket answers only its first client, by a connected socket
+    #[arg(long)]
+    udp_connected: bool,
+    /// Set SO_REUSEPORT
+    #[arg(long)]
+    reuseport: bool,
+    /// Print each connection and datagram
+    #[arg(long)]
+    report: bool,
+    /// Bind all threads to this CPU
+    #[arg(long)]
+    cpu: Option<usize>,
+}
+
+#[derive(Clone)]
+struct Server {
+    name: String,
+    greet: bool,
+    udp_connected: bool,
+    report: bool,
+}
+
+pub(crate) fn run(args: &Args) -> Result<bool> {
+    // Before any thread is made: they inherit it.
+    args.cpu.map_or(Ok(()), sys::pin_to_cpu)?;
+    let server = Arc::new(Server {
+        name: args.name.clone(),
+        greet: args.greet,
+        udp_connected: args.udp_connected,
+        report: args.report,
+    });
+    let mut listening = Vec::new();
+    for address in &args.tcp {
+        let ports = args
+            .ports
+            .map_or(address.port()..=address.port(), |p| p.first..=p.last);
+        for port in ports {
+            let address = SocketAddr::new(address.ip(), port);
+            let socket = bound(address, Type::STREAM, Protocol::TCP, args.reuseport)?;
+            socket.listen(BACKLOG)?;
+            let listener = TcpListener::from(socket);
+            listening.push(canonical(listener.local_addr()?));
+            let idle = Arc::new(AtomicUsize::new(1));
+            let listener = Arc::new(Listener {
+                listener,
+                idle,
+                server: Arc::clone(&server),
+            });
+            listener.start()?;
+        }
+    }
+    for address in &args.udp {
+        let socket = UdpSocket::from(bound(*address, Type::DGRAM, Protocol::UDP, args.reuseport)?);
+        listening.push(canonical(socket.local_addr()?));
+        let server = Arc::clone(&server);
+        Builder::new().spawn(move || datagrams(&socket, &server))?;
+    }
+    ensure!(!listening.is_empty(), "no --tcp and no --udp");
+    say(&Served::Listening(listening))?;
+    loop {
+        std::thread::park();
+    }
+}
+
+fn bound(address: SocketAddr, kind: Type, protocol: Protocol, reuseport: bool) -> Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
+    socket.set_reuse_address(kind == Type::STREAM)?;
+    socket.set_reuse_port(reuseport)?;
+    socket
+        .bind(&SockAddr::from(address))
+        .with_context(|| format!("bind {address}"))?;
+    Ok(socket)
+}
+
+/// Threads accept and serve in one, so that no connection waits for a second wake-up; the last
+/// idle one starts another before it serves.
+struct Listener {
+    listener: TcpListener,
+    idle: Arc<AtomicUsize>,
+    server: Arc<Server>,
+}
+
+impl Listener {
+    fn start(self: &Arc<Self>) -> io::Result<()> {
+        let this = Arc::clone(self);
+        Builder::new()
+            .stack_size(256 << 10)
+            .spawn(move || this.run())
+            .map(drop)
+    }
+
+    fn run(self: &Arc<Self>) {
+        loop {
+            let Ok((stream, _)) = self.listener.accept() else {
+                continue;
+            };
+            if self.idle.fetch_sub(1, Ordering::Relaxed) == 1 {
+                self.idle.fetch_add(1, Ordering::Relaxed);
+                // Without another thread the next connection waits for this one.
+                drop(self.start());
+            }
+            // How a connection ended is the client's to tell.
+            drop(self.server.connection(&stream));
+            drop(stream);
+            if self.idle.fetch_add(1, Ordering::Relaxed) >= IDLE {
+                self.idle.fetch_sub(1, Ordering::Relaxed);
+                return;
+            }
+        }
+    }
+}
+
+impl Server {
+    fn connection(&self, stream: &TcpStream) -> Result<()> {
+        if self.report {
+            say(&Served::Connection(talk::identify(stream, &self.name)?))?;
+        }
+        if self.greet {
+            use std::io::Write;
+            let greeting = format!("{}\n", talk::identify(stream, &self.name)?);
+            let mut stream = stream;
+            stream.write_all(greeting.as_bytes())?;
+            return Ok(talk::echo(&mut { stream }, stream)?);
+        }
+        Ok(talk::serve(stream, &self.name)?)
+    }
+}
+
+/// A failed receive or answer (an ICMP error of an earlier one) concerns one datagram only.
+fn datagrams(socket: &UdpSocket, server: &Server) {
+    let mut buffer = vec![0; 64 << 10];
+    let mut connected = false;
+    loop {
+        let Ok((length, from)) = socket.recv_from(&mut buffer) else {
+            continue;
+        };
+        if server.udp_connected && !connected {
+            connected = socket.connect(from).is_ok();
+        }
+        drop(datagram(socket, server, from, &buffer[..length]));
+    }
+}
+
+fn datagram(socket: &UdpSocket, server: &Server, from: SocketAddr, data: &[u8]) -> Result<()> {
+    let (local, client) = (canonical(socket.local_addr()?), canonical(from));
+    let identity = Identity {
+        server: local,
+        client,
+        name: server.name.clone(),
+    };
+    if server.report {
+        say(&Served::Datagram(identity.clone()))?;
+    }
+    let mut answer = format!("{identity} ").into_bytes();
+    answer.extend_from_slice(data);
+    if server.udp_connected {
+        socket.send(&answer)
+    } else {
+        socket.send_to(&answer, from)
+    }?;
+    Ok(())
+}
