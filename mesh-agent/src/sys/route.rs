@@ -1,0 +1,406 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Rules, routes, links and addresses of a namespace (rtnetlink).
+//!
+//! Additions and removals are idempotent: what is there already, or is gone already, is no error.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
+
+use super::netlink::{
+    Attributes, Body, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, Netlink, half, word,
+};
+
+const RTM_GETLINK: u16 = 18;
+const RTM_GETADDR: u16 = 22;
+const RTM_NEWROUTE: u16 = 24;
+const RTM_DELROUTE: u16 = 25;
+const RTM_GETROUTE: u16 = 26;
+const RTM_NEWRULE: u16 = 32;
+const RTM_DELRULE: u16 = 33;
+const RTM_GETRULE: u16 = 34;
+const RTM_GETNSID: u16 = 90;
+
+/// Who made a rule or route (`rtm_protocol`, `FRA_PROTOCOL`): a number that no routing daemon of
+/// iproute2's `rt_protos` uses, so that ours are told from others.
+const PROTOCOL: u8 = 77;
+const RTN_LOCAL: u8 = 2;
+const RT_SCOPE_HOST: u8 = 254;
+const FR_ACT_TO_TBL: u8 = 1;
+
+const GROUP_LINK: u32 = 1;
+const GROUP_IPV4_ROUTE: u32 = 7;
+const GROUP_IPV4_RULE: u32 = 8;
+const GROUP_IPV6_ROUTE: u32 = 11;
+const GROUP_IPV6_RULE: u32 = 19;
+
+/// An address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// Of an address.
+    #[must_use]
+    pub const fn of(addr: &IpAddr) -> Self {
+        match addr {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+
+    const fn number(self) -> u8 {
+        match self {
+            Self::V4 => 2,
+            Self::V6 => 10,
+        }
+    }
+}
+
+/// `ip rule`: `fwmark MARK/MASK lookup TABLE priority PRIORITY`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rule {
+    /// The family.
+    pub family: Family,
+    /// Bits of the mark that must match.
+    pub mark: u32,
+    /// Which bits.
+    pub mask: u32,
+    /// The table to look in.
+    pub table: u32,
+    /// Lowest first.
+    pub priority: u32,
+}
+
+/// `ip route`: `local default dev LINK [src SOURCE] table TABLE`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Route {
+    /// The family.
+    pub family: Family,
+    /// The table.
+    pub table: u32,
+    /// The interface's index.
+    pub link: u32,
+    /// The preferred source address.
+    pub source: Option<IpAddr>,
+}
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Its index in this namespace.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// Its hardware address; shorter or longer ones than 6 bytes are `None`.
+    pub mac: Option<[u8; 6]>,
+    /// The index of what it is connected to: a veth's other end.
+    pub peer: Option<u32>,
+    /// The number, in this namespace, of the namespace that the other end is in; `None` = this one.
+    pub peer_namespace: Option<i32>,
+}
+
+/// An rtnetlink socket of the namespace it was made in.
+#[derive(Debug)]
+pub struct Routing(Netlink);
+
+impl Routing {
+    /// In this thread's namespace.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn open() -> io::Result<Self> {
+        Netlink::open(libc::NETLINK_ROUTE).map(Self)
+    }
+
+    /// Adds a rule.
+    ///
+    /// # Errors
+    /// Without CAP_NET_ADMIN in the namespace, or when the kernel has no such family.
+    pub fn add_rule(&mut self, rule: &Rule) -> io::Result<()> {
+        let flags = NLM_F_CREATE | NLM_F_EXCL;
+        ignore(
+            self.0.request(RTM_NEWRULE, flags, &rule_body(rule)),
+            &[libc::EEXIST],
+        )
+    }
+
+    /// Removes a rule.
+    ///
+    /// # Errors
+    /// As [`Self::add_rule`].
+    pub fn remove_rule(&mut self, rule: &Rule) -> io::Result<()> {
+        ignore(
+            self.0.request(RTM_DELRULE, 0, &rule_body(rule)),
+            &[libc::ENOENT, libc::ESRCH, libc::EAFNOSUPPORT],
+        )
+    }
+
+    /// The rules of the kind that [`Rule`] describes, whoever made them.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn rules(&mut self, family: Family) -> io::Result<Vec<Rule>> {
+        let body = Body::new(&[family.number(), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        self.0
+            .dump(RTM_GETRULE, &body, |payload| parse_rule(family, payload))
+    }
+
+    /// Adds a route, or replaces the table's default route.
+    ///
+    /// # Errors
+    /// When the interface or the source address is gone, or without CAP_NET_ADMIN.
+    pub fn add_route(&mut self, route: &Route) -> io::Result<()> {
+        let flags = NLM_F_CREATE | NLM_F_REPLACE;
+        self.0.request(RTM_NEWROUTE, flags, &route_body(route))
+    }
+
+    /// Removes a route.
+    ///
+    /// # Errors
+    /// Without CAP_NET_ADMIN in the namespace.
+    pub fn remove_route(&mut self, route: &Route) -> io::Result<()> {
+        ignore(
+            self.0.request(RTM_DELROUTE, 0, &route_body(route)),
+            &[
+                libc::ENOENT,
+                libc::ESRCH,
+                libc::ENODEV,
+                libc::EAFNOSUPPORT,
+                libc::EINVAL,
+            ],
+        )
+    }
+
+    /// The `local default` routes of every table but the kernel's own, whoever made them.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn routes(&mut self, family: Family) -> io::Result<Vec<Route>> {
+        let body = Body::new(&[family.number(), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        self.0
+            .dump(RTM_GETROUTE, &body, |payload| parse_route(family, payload))
+    }
+
+    /// All interfaces.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn links(&mut self) -> io::Result<Vec<Link>> {
+        self.0.dump(RTM_GETLINK, &Body::new(&[0; 16]), parse_link)
+    }
+
+    /// All addresses, each with its interface's index.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn addresses(&mut self) -> io::Result<Vec<(u32, IpAddr)>> {
+        self.0.dump(RTM_GETADDR, &Body::new(&[0; 8]), parse_address)
+    }
+
+    /// The number by which this namespace knows another; `None` = it has none.
+    ///
+    /// # Errors
+    /// When `other` is no namespace.
+    pub fn number_of(&mut self, other: BorrowedFd<'_>) -> io::Result<Option<i32>> {
+        const NETNSA_NSID: u16 = 1;
+        const NETNSA_FD: u16 = 3;
+        let fd = other.as_raw_fd().to_ne_bytes();
+        let body = Body::new(&[0; 4]).with(NETNSA_FD, &fd);
+        let answer = self.0.get(RTM_GETNSID, &body)?;
+        let number = Attributes::after(&answer, 4)
+            .find(|(kind, _)| *kind == NETNSA_NSID)
+            .and_then(|(_, data)| word(data, 0))
+            .map(u32::cast_signed);
+        Ok(number.filter(|n| *n >= 0))
+    }
+}
+
+/// Tells when rules, routes or links of a namespace change. Keeps the namespace alive.
+#[derive(Debug)]
+pub struct RoutingWatch(Netlink);
+
+impl RoutingWatch {
+    /// In this thread's namespace; nonblocking.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn open() -> io::Result<Self> {
+        let socket = Netlink::open(libc::NETLINK_ROUTE)?;
+        socket.subscribe(&[
+            GROUP_LINK,
+            GROUP_IPV4_ROUTE,
+            GROUP_IPV4_RULE,
+            GROUP_IPV6_ROUTE,
+            GROUP_IPV6_RULE,
+        ])?;
+        Ok(Self(socket))
+    }
+
+    /// Throws away what was received; whether there was anything.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn drain(&mut self) -> io::Result<bool> {
+        self.0.drain()
+    }
+}
+
+impl AsFd for RoutingWatch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl std::os::fd::AsRawFd for RoutingWatch {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.0.as_fd().as_raw_fd()
+    }
+}
+
+fn ignore(result: io::Result<()>, numbers: &[i32]) -> io::Result<()> {
+    match result {
+        Err(e) if e.raw_os_error().is_some_and(|n| numbers.contains(&n)) => Ok(()),
+        other => other,
+    }
+}
+
+const FRA_PRIORITY: u16 = 6;
+const FRA_FWMARK: u16 = 10;
+const FRA_TABLE: u16 = 15;
+const FRA_FWMASK: u16 = 16;
+const FRA_PROTOCOL: u16 = 21;
+
+fn rule_body(rule: &Rule) -> Body {
+    let mut header = [0u8; 12];
+    header[0] = rule.family.number();
+    header[7] = FR_ACT_TO_TBL;
+    Body::new(&header)
+        .with(FRA_PRIORITY, &rule.priority.to_ne_bytes())
+        .with(FRA_FWMARK, &rule.mark.to_ne_bytes())
+        .with(FRA_FWMASK, &rule.mask.to_ne_bytes())
+        .with(FRA_TABLE, &rule.table.to_ne_bytes())
+        .with(FRA_PROTOCOL, &[PROTOCOL])
+}
+
+fn parse_rule(family: Family, payload: &[u8]) -> Option<Rule> {
+    if *payload.first()? != family.number() {
+        return None;
+    }
+    let mut rule = Rule {
+        family,
+        mark: 0,
+        mask: 0,
+        table: u32::from(*payload.get(4)?),
+        priority: 0,
+    };
+    for (kind, data) in Attributes::after(payload, 12) {
+        match kind {
+            FRA_PRIORITY => rule.priority = word(data, 0)?,
+            FRA_FWMARK => rule.mark = word(data, 0)?,
+            FRA_FWMASK => rule.mask = word(data, 0)?,
+            FRA_TABLE => rule.table = word(data, 0)?,
+            _ => {}
+        }
+    }
+    Some(rule)
+}
+
+const RTA_OIF: u16 = 4;
+const RTA_PREFSRC: u16 = 7;
+const RTA_TABLE: u16 = 15;
+
+fn route_body(route: &Route) -> Body {
+    let mut header = [0u8; 12];
+    header[0] = route.family.number();
+    header[5] = PROTOCOL;
+    header[6] = RT_SCOPE_HOST;
+    header[7] = RTN_LOCAL;
+    let body = Body::new(&header)
+        .with(RTA_OIF, &route.link.to_ne_bytes())
+        .with(RTA_TABLE, &route.table.to_ne_bytes());
+    match route.source {
+        Some(IpAddr::V4(source)) => body.with(RTA_PREFSRC, &source.octets()),
+        Some(IpAddr::V6(source)) => body.with(RTA_PREFSRC, &source.octets()),
+        None => body,
+    }
+}
+
+fn parse_route(family: Family, payload: &[u8]) -> Option<Route> {
+    const RT_TABLE_LOCAL: u32 = 255;
+    let [number, bits, _, _, table, _, _, kind] = *payload.first_chunk::<8>()?;
+    if number != family.number() || bits != 0 || kind != RTN_LOCAL {
+        return None;
+    }
+    let mut route = Route {
+        family,
+        table: u32::from(table),
+        link: 0,
+        source: None,
+    };
+    for (kind, data) in Attributes::after(payload, 12) {
+        match kind {
+            RTA_OIF => route.link = word(data, 0)?,
+            RTA_TABLE => route.table = word(data, 0)?,
+            RTA_PREFSRC => route.source = ip(data),
+            _ => {}
+        }
+    }
+    (route.table != RT_TABLE_LOCAL).then_some(route)
+}
+
+fn parse_link(payload: &[u8]) -> Option<Link> {
+    const IFLA_ADDRESS: u16 = 1;
+    const IFLA_IFNAME: u16 = 3;
+    const IFLA_LINK: u16 = 5;
+    const IFLA_LINK_NETNSID: u16 = 37;
+    half(payload, 0)?;
+    let mut link = Link {
+        index: word(payload, 4)?,
+        name: String::new(),
+        mac: None,
+        peer: None,
+        peer_namespace: None,
+    };
+    for (kind, data) in Attributes::after(payload, 16) {
+        match kind {
+            IFLA_ADDRESS => link.mac = data.try_into().ok(),
+            IFLA_IFNAME => {
+                let name = data.split(|b| *b == 0).next().unwrap_or(data);
+                link.name = String::from_utf8_lossy(name).into_owned();
+            }
+            IFLA_LINK => link.peer = word(data, 0),
+            IFLA_LINK_NETNSID => link.peer_namespace = word(data, 0).map(u32::cast_signed),
+            _ => {}
+        }
+    }
+    Some(link)
+}
+
+fn parse_address(payload: &[u8]) -> Option<(u32, IpAddr)> {
+    const IFA_ADDRESS: u16 = 1;
+    const IFA_LOCAL: u16 = 2;
+    let link = word(payload, 4)?;
+    let mut found = None;
+    for (kind, data) in Attributes::after(payload, 8) {
+        match kind {
+            // On point-to-point links IFA_ADDRESS is the other end.
+            IFA_LOCAL => return Some((link, ip(data)?)),
+            IFA_ADDRESS => found = ip(data),
+            _ => {}
+        }
+    }
+    Some((link, found?))
+}
+
+fn ip(data: &[u8]) -> Option<IpAddr> {
+    if let Ok(octets) = <[u8; 4]>::try_from(data) {
+        return Some(Ipv4Addr::from(octets).into());
+    }
+    let octets = <[u8; 16]>::try_from(data).ok()?;
+    Some(Ipv6Addr::from(octets).into())
+}

@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The sockets of a namespace: read them, and destroy them (`SOCK_DESTROY`).
+//!
+//! Destroying needs CONFIG_INET_DIAG_DESTROY; a blocked read of the application then returns
+//! ECONNABORTED, and the other end gets a reset.
+
+use std::io;
+
+use mesh_common::{Addr, Endpoint, Port, Protocol};
+
+use super::netlink::{Attributes, Body, Netlink, half, word};
+use super::route::Family;
+
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const SOCK_DESTROY: u16 = 21;
+/// Length of struct inet_diag_sockid, linux/inet_diag.h.
+const ID: usize = 48;
+/// Length of struct inet_diag_msg.
+const MESSAGE: usize = 72;
+
+/// TCP states (net/tcp_states.h).
+pub mod state {
+    /// Also of connected UDP sockets.
+    pub const ESTABLISHED: u8 = 1;
+    /// connect() is under way.
+    pub const SYN_SENT: u8 = 2;
+    /// Waits after the close; holds no data.
+    pub const TIME_WAIT: u8 = 6;
+    /// Also of unconnected UDP sockets.
+    pub const CLOSE: u8 = 7;
+    /// Listens.
+    pub const LISTEN: u8 = 10;
+}
+
+/// States to read, as bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct States(u32);
+
+impl States {
+    /// Everything that can carry data: every state but LISTEN and TIME_WAIT. Not only ESTABLISHED: a
+    /// socket in CLOSE_WAIT goes on sending.
+    pub const LIVE: Self = Self(0x1ffe & !(1 << state::LISTEN) & !(1 << state::TIME_WAIT));
+    /// Listeners.
+    pub const LISTEN: Self = Self(1 << state::LISTEN);
+    /// Live sockets and listeners.
+    pub const LIVE_AND_LISTEN: Self = Self(Self::LIVE.0 | Self::LISTEN.0);
+}
+
+/// A socket, as the kernel lists it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Socket {
+    /// The family it was made with: a mapped address is in an IPv6 socket.
+    pub family: Family,
+    /// TCP or UDP.
+    pub protocol: Protocol,
+    /// See [`state`].
+    pub state: u8,
+    /// Its own end.
+    pub local: Endpoint,
+    /// The other end; unspecified = none.
+    pub remote: Endpoint,
+    /// Its mark; 0 without CAP_NET_ADMIN.
+    pub mark: u32,
+    /// The file's inode; 0 = no file: not accepted yet, or closed by its process.
+    pub inode: u32,
+    id: [u8; ID],
+}
+
+impl Socket {
+    /// Whether it has another end.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        !self.remote.addr.is_unspecified() && self.remote.port.0 != 0
+    }
+
+    /// The socket's cookie, as in `SO_COOKIE`.
+    #[must_use]
+    pub fn cookie(&self) -> u64 {
+        let at = |i: usize| u64::from(word(&self.id, i).unwrap_or(0));
+        at(40) | at(44) << 32
+    }
+}
+
+/// A sock_diag socket of the namespace it was made in.
+#[derive(Debug)]
+pub struct SockDiag(Netlink);
+
+impl SockDiag {
+    /// In this thread's namespace.
+    ///
+    /// # Errors
+    /// When the kernel has no sock_diag.
+    pub fn open() -> io::Result<Self> {
+        const NETLINK_SOCK_DIAG: i32 = 4;
+        Netlink::open(NETLINK_SOCK_DIAG).map(Self)
+    }
+
+    /// The sockets of both families. Reads them while they change: one that moves meanwhile may be
+    /// missed or be there twice.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or has no diag module for the protocol.
+    pub fn sockets(&mut self, protocol: Protocol, states: States) -> io::Result<Vec<Socket>> {
+        let mut found = Vec::new();
+        for family in [Family::V4, Family::V6] {
+            let body = request(family, protocol, states.0, &[0; ID]);
+            found.extend(
+                self.0
+                    .dump(SOCK_DIAG_BY_FAMILY, &body, |m| parse(protocol, m))?,
+            );
+        }
+        Ok(found)
+    }
+
+    /// Destroys a socket; `false` = it was gone already.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where the kernel cannot; `EPERM` without CAP_NET_ADMIN in the namespace.
+    pub fn destroy(&mut self, socket: &Socket) -> io::Result<bool> {
+        let body = request(socket.family, socket.protocol, u32::MAX, &socket.id);
+        match self.0.request(SOCK_DESTROY, 0, &body) {
+            Ok(()) => Ok(true),
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+fn request(family: Family, protocol: Protocol, states: u32, id: &[u8; ID]) -> Body {
+    let number = match family {
+        Family::V4 => 2,
+        Family::V6 => 10,
+    };
+    let mut raw = [0u8; 8 + ID];
+    raw[0] = number;
+    raw[1] = protocol.0;
+    raw[4..8].copy_from_slice(&states.to_ne_bytes());
+    raw[8..].copy_from_slice(id);
+    Body::new(&raw)
+}
+
+fn parse(protocol: Protocol, message: &[u8]) -> Option<Socket> {
+    const INET_DIAG_MARK: u16 = 15;
+    let family = match *message.first()? {
+        2 => Family::V4,
+        10 => Family::V6,
+        _ => return None,
+    };
+    let id = *message.get(4..)?.first_chunk::<ID>()?;
+    let mut socket = Socket {
+        family,
+        protocol,
+        state: *message.get(1)?,
+        local: endpoint(family, &id, 4, 0)?,
+        remote: endpoint(family, &id, 20, 2)?,
+        mark: 0,
+        inode: word(message, MESSAGE - 4)?,
+        id,
+    };
+    for (kind, data) in Attributes::after(message, MESSAGE) {
+        if kind == INET_DIAG_MARK {
+            socket.mark = word(data, 0)?;
+        }
+    }
+    Some(socket)
+}
+
+fn endpoint(family: Family, id: &[u8], addr: usize, port: usize) -> Option<Endpoint> {
+    let word = |i: usize| word(id, addr + 4 * i);
+    let addr = match family {
+        Family::V4 => Addr::from_v4_word(word(0)?),
+        Family::V6 => Addr::from_words([word(0)?, word(1)?, word(2)?, word(3)?]),
+    };
+    Some(Endpoint::new(addr, Port(half(id, port)?)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read as _, Write as _};
+    use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+    use std::os::fd::AsFd as _;
+    use std::thread;
+
+    use super::*;
+    use crate::sys::socket;
+
+    fn find(protocol: Protocol, local: SocketAddr, remote: SocketAddr) -> Option<Socket> {
+        let all = SockDiag::open()
+            .unwrap()
+            .sockets(protocol, States::LIVE)
+            .unwrap();
+        all.into_iter()
+            .find(|s| s.local == local.into() && s.remote == remote.into())
+    }
+
+    #[test]
+    fn a_connection_is_found_and_destroyed_in_both_families_and_mapped() {
+        for (listen, connect) in [
+            ("127.0.0.1:0", "127.0.0.1"),
+            ("[::1]:0", "::1"),
+            ("[::]:0", "::ffff:127.0.0.1"),
+        ] {
+            let listener = TcpListener::bind(listen).unwrap();
+            let to = SocketAddr::new(
+                connect.parse().unwrap(),
+                listener.local_addr().unwrap().port(),
+            );
+            let mut client = TcpStream::connect(to).unwrap();
+            let (mut server, from) = listener.accept().unwrap();
+            socket::set_mark(client.as_fd(), 0x77).unwrap();
+            let found = find(Protocol::TCP, client.local_addr().unwrap(), to)
+                .unwrap_or_else(|| panic!("{connect} is not listed"));
+            assert_eq!(found.mark, 0x77);
+            assert_eq!(found.state, state::ESTABLISHED);
+            assert_eq!(found.cookie(), socket::cookie(client.as_fd()).unwrap());
+            let blocked = thread::spawn(move || server.read(&mut [0; 1]).unwrap_err().kind());
+            let mut diag = SockDiag::open().unwrap();
+            assert!(diag.destroy(&found).unwrap());
+            assert!(!diag.destroy(&found).unwrap(), "it is gone");
+            assert_eq!(blocked.join().unwrap(), ErrorKind::ConnectionReset);
+            let error = client.read(&mut [0; 1]).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::ConnectionAborted);
+            assert_eq!(find(Protocol::TCP, from, to), None);
+        }
+    }
+
+    #[test]
+    fn a_half_closed_connection_is_live() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut server, from) = listener.accept().unwrap();
+        let local = server.local_addr().unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!(server.read(&mut [0; 1]).unwrap(), 0);
+        let found = find(Protocol::TCP, local, from).expect("CLOSE_WAIT is listed");
+        assert_eq!(found.state, 8);
+        assert!(SockDiag::open().unwrap().destroy(&found).unwrap());
+        assert!(server.write_all(b"more").is_err(), "it goes on sending");
+    }
+
+    #[test]
+    fn a_connected_udp_socket_is_destroyed() {
+        let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let to = server.local_addr().unwrap();
+        client.connect(to).unwrap();
+        let found = find(Protocol::UDP, client.local_addr().unwrap(), to).expect("it is listed");
+        assert!(found.is_connected());
+        let unconnected = SockDiag::open()
+            .unwrap()
+            .sockets(Protocol::UDP, States::LIVE)
+            .unwrap()
+            .into_iter()
+            .find(|s| s.local == to.into())
+            .expect("it is listed too");
+        assert!(!unconnected.is_connected());
+        assert!(SockDiag::open().unwrap().destroy(&found).unwrap());
+        assert_eq!(find(Protocol::UDP, client.local_addr().unwrap(), to), None);
+    }
+
+    #[test]
+    fn listeners_are_read_apart() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let local: Endpoint = listener.local_addr().unwrap().into();
+        let mut diag = SockDiag::open().unwrap();
+        let has = |sockets: Vec<Socket>| sockets.iter().any(|s| s.local == local);
+        assert!(has(diag.sockets(Protocol::TCP, States::LISTEN).unwrap()));
+        assert!(!has(diag.sockets(Protocol::TCP, States::LIVE).unwrap()));
+    }
+}
