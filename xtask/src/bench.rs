@@ -9,7 +9,7 @@ use crate::{demo, run};
 pub(crate) struct Args {
     /// Passed to the bench as they are: `[GROUP] [--rounds N] [--seconds S] [--json PATH]`
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    args: Vec<String>,
+    pub(crate) args: Vec<String>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {

@@ -11,7 +11,7 @@ use crate::{build, run, setup};
 pub(crate) struct Args {
     /// Passed to the demo as they are, for example `--keep`
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-    args: Vec<String>,
+    pub(crate) args: Vec<String>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {

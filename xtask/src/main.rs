@@ -71,3 +71,26 @@ fn main() -> ExitCode {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn demo_and_bench_get_their_arguments_as_they_are() {
+        let cli = Cli::try_parse_from(["x", "demo", "--keep"]).expect("it parses");
+        assert!(matches!(cli.command, Command::Demo(args) if args.args == ["--keep"]));
+        let line = ["x", "bench", "bulk", "--rounds", "3", "--json", "out.json"];
+        let cli = Cli::try_parse_from(line).expect("it parses");
+        assert!(matches!(cli.command, Command::Bench(args) if args.args == line[2..]));
+        let cli = Cli::try_parse_from(["x", "bench", "--seconds", "1"]).expect("it parses");
+        assert!(matches!(cli.command, Command::Bench(args) if args.args == ["--seconds", "1"]));
+    }
+}
