@@ -5,7 +5,9 @@
 //! it, or what is passed to it; `agent` alone knows them all.
 
 pub mod config;
+pub mod identity;
 pub mod pods;
+pub mod proxy;
 pub mod sys;
 
 #[cfg(test)]

@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Who workloads are: their certificates, and TLS configurations made of them.
+//!
+//! ```text
+//! wanted ids -> renewal (a task per id) -> issuer -> checked certificate
+//!                   |
+//!                   v
+//!               Snapshot (watch) -> Identities: client(own, expected), server(own), peer(conn)
+//! ```
+//! Private keys stay inside this room and in memory; nothing of them is ever logged. The room
+//! opens no connection between workloads and knows no addresses: it says who may be believed.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use rustls::{ClientConfig, CommonState, ServerConfig, crypto::CryptoProvider};
+use tokio::sync::watch;
+
+mod certificate;
+mod clock;
+mod configs;
+mod issuer;
+mod key;
+mod refusal;
+mod renewal;
+mod spiffe;
+mod tls;
+mod verify;
+
+pub use self::{
+    certificate::Certificate,
+    clock::Clock,
+    issuer::{Ca, CaError, IssueError},
+    key::KeyError,
+    refusal::Refusal,
+    spiffe::{SpiffeError, SpiffeId, TrustDomain},
+    tls::{ALPN, server_name},
+    verify::Bundle,
+};
+use self::{configs::ClientConfigs, verify::Rules};
+
+/// What this room needs to know.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Who issues certificates.
+    pub ca: Ca,
+    /// The one trust domain whose identities are believed.
+    pub trust_domain: TrustDomain,
+    /// What time it is.
+    pub clock: Clock,
+    /// Any number that differs from agent to agent: it spreads their renewals and retries.
+    pub seed: u64,
+}
+
+/// Why there is no TLS configuration for an identity.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The issuer cannot be used at all.
+    #[error("cannot use the CA")]
+    Issuer(#[source] IssueError),
+    /// There is no certificate yet: the issuer has not given one, or it was not asked for.
+    #[error("no certificate for {0} yet")]
+    NotReady(SpiffeId),
+    /// The certificate has ended and the issuer gave no new one.
+    #[error("the certificate of {0} has expired and the CA gave no new one")]
+    Expired(SpiffeId),
+    /// The identity is not of our trust domain: nobody could prove it here.
+    #[error("{0} is not of our trust domain")]
+    Foreign(SpiffeId),
+    /// The TLS library refused the configuration.
+    #[error("cannot configure TLS")]
+    Tls(#[from] rustls::Error),
+}
+
+/// Which certificate and which roots a tunnel was made under. Tunnels of another epoch than the
+/// present one are not to be used for new connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Epoch {
+    /// Counts the certificates that this agent has taken into use.
+    pub certificate: u64,
+    /// The bundle's revision.
+    pub bundle: u64,
+}
+
+/// A certificate in use.
+struct Served {
+    certificate: Arc<Certificate>,
+    server: Arc<ServerConfig>,
+    epoch: Epoch,
+}
+
+/// All certificates and roots at one moment.
+pub struct Snapshot {
+    bundle: Arc<Bundle>,
+    served: BTreeMap<SpiffeId, Arc<Served>>,
+}
+
+impl Snapshot {
+    /// The roots that peers are proven against.
+    pub fn bundle(&self) -> &Arc<Bundle> {
+        &self.bundle
+    }
+
+    /// The epoch of an identity of this node; `None` without a certificate.
+    pub fn epoch(&self, own: &SpiffeId) -> Option<Epoch> {
+        self.served.get(own).map(|served| served.epoch)
+    }
+
+    /// The certificates, in the order of their names.
+    pub fn certificates(&self) -> impl Iterator<Item = &Arc<Certificate>> {
+        self.served.values().map(|served| &served.certificate)
+    }
+}
+
+impl std::fmt::Debug for Snapshot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.certificates()).finish()
+    }
+}
+
+/// The certificates of this node's workloads: a handle, cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Identities(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    now: watch::Receiver<Arc<Snapshot>>,
+    clients: ClientConfigs,
+    provider: Arc<CryptoProvider>,
+    trust_domain: TrustDomain,
+    clock: Clock,
+}
+
+impl Identities {
+    /// Opens the issuer and keeps a certificate for each identity in `wanted`, until the sender
+    /// of `wanted` is gone. Returns before the first certificate is there.
+    ///
+    /// # Errors
+    /// [`Error::Issuer`]: the issuer cannot be used, for example a directory not be written.
+    pub async fn start(
+        config: Config,
+        wanted: watch::Receiver<BTreeSet<SpiffeId>>,
+    ) -> Result<Self, Error> {
+        let Config {
+            ca,
+            trust_domain,
+            clock,
+            seed,
+        } = config;
+        let issuer = ca.open(&clock).await.map_err(Error::Issuer)?;
+        let provider = tls::provider();
+        let (bundle, _none) = Bundle::new([]);
+        let bundle = Arc::new(bundle);
+        let rules = Rules {
+            provider: Arc::clone(&provider),
+            trust_domain: trust_domain.clone(),
+            bundle: Arc::clone(&bundle),
+        };
+        let empty = Snapshot {
+            bundle,
+            served: BTreeMap::new(),
+        };
+        let (writer, now) = watch::channel(Arc::new(empty));
+        let keeper = renewal::Keeper {
+            issuer,
+            rules,
+            clock: clock.clone(),
+            spread: clock::Spread(seed),
+        };
+        tokio::spawn(renewal::run(keeper, wanted, writer));
+        let clients = ClientConfigs::default();
+        Ok(Self(Arc::new(Shared {
+            now,
+            clients,
+            provider,
+            trust_domain,
+            clock,
+        })))
+    }
+
+    /// The latest certificate of an identity of this node.
+    pub fn certificate(&self, id: &SpiffeId) -> Option<Arc<Certificate>> {
+        let now = self.0.now.borrow();
+        now.served
+            .get(id)
+            .map(|served| Arc::clone(&served.certificate))
+    }
+
+    /// Waits until there is a certificate for `id`; for ever, if nobody wants one. Cancel safe.
+    ///
+    /// # Errors
+    /// [`Error::NotReady`] if there will never be one, because the agent ends.
+    pub async fn ready(&self, id: &SpiffeId) -> Result<Arc<Certificate>, Error> {
+        let mut changes = self.0.now.clone();
+        let now = changes.wait_for(|now| now.served.contains_key(id)).await;
+        let now = now.map_err(|_ended| Error::NotReady(id.clone()))?;
+        let served = now
+            .served
+            .get(id)
+            .ok_or_else(|| Error::NotReady(id.clone()))?;
+        Ok(Arc::clone(&served.certificate))
+    }
+
+    /// Each change of a certificate or of the bundle. Compare [`Snapshot::epoch`].
+    pub fn subscribe(&self) -> watch::Receiver<Arc<Snapshot>> {
+        self.0.now.clone()
+    }
+
+    /// The present epoch of an identity of this node.
+    pub fn epoch(&self, own: &SpiffeId) -> Option<Epoch> {
+        self.0.now.borrow().epoch(own)
+    }
+
+    /// When each certificate ends, in the order of their names:
+    /// `mesh_certificate_expiry_timestamp_seconds`.
+    pub fn expiries(&self) -> Vec<(SpiffeId, SystemTime)> {
+        let now = self.0.now.borrow();
+        now.certificates()
+            .map(|c| (c.id().clone(), c.not_after()))
+            .collect()
+    }
+
+    /// The trust domain.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.0.trust_domain
+    }
+
+    /// How to dial as `own` a peer that must prove to be `expected`. The same configuration, and
+    /// so the same sessions, as long as certificate and bundle are the same.
+    ///
+    /// # Errors
+    /// There is no valid certificate of `own`, or `expected` is of another trust domain.
+    pub fn client(&self, own: &SpiffeId, expected: &SpiffeId) -> Result<Arc<ClientConfig>, Error> {
+        let shared = &*self.0;
+        if *expected.trust_domain() != shared.trust_domain {
+            return Err(Error::Foreign(expected.clone()));
+        }
+        let (served, bundle) = self.valid(own)?;
+        shared.clients.get(own, expected, served.epoch, || {
+            let rules = Rules {
+                provider: Arc::clone(&shared.provider),
+                trust_domain: shared.trust_domain.clone(),
+                bundle,
+            };
+            tls::client(&served.certificate, expected, rules, &shared.clock)
+        })
+    }
+
+    /// How to serve as `own`: clients must prove an identity of the trust domain.
+    ///
+    /// # Errors
+    /// There is no valid certificate of `own`.
+    pub fn server(&self, own: &SpiffeId) -> Result<Arc<ServerConfig>, Error> {
+        let (served, _bundle) = self.valid(own)?;
+        Ok(Arc::clone(&served.server))
+    }
+
+    fn valid(&self, own: &SpiffeId) -> Result<(Arc<Served>, Arc<Bundle>), Error> {
+        let now = self.0.now.borrow();
+        let served = now
+            .served
+            .get(own)
+            .ok_or_else(|| Error::NotReady(own.clone()))?;
+        if served.certificate.not_after() <= self.0.clock.now() {
+            return Err(Error::Expired(own.clone()));
+        }
+        Ok((Arc::clone(served), Arc::clone(&now.bundle)))
+    }
+
+    /// Who the other end of a finished handshake is, whichever end this is. Asks also what a
+    /// resumed session would else skip: that the peer's certificate has not ended since.
+    ///
+    /// # Errors
+    /// No proof, or not of a present member of the trust domain, or not in the tunnel protocol.
+    pub fn peer(&self, connection: &CommonState) -> Result<SpiffeId, Refusal> {
+        if connection.is_handshaking() {
+            return Err(Refusal::NoCertificate);
+        }
+        let leaf = connection.peer_certificates().and_then(<[_]>::first);
+        let leaf = verify::read_leaf(leaf.ok_or(Refusal::NoCertificate)?)?;
+        if *leaf.id.trust_domain() != self.0.trust_domain {
+            return Err(Refusal::WrongTrustDomain);
+        }
+        if leaf.not_after <= self.0.clock.now() {
+            return Err(Refusal::Expired);
+        }
+        if connection.alpn_protocol() != Some(ALPN) {
+            return Err(Refusal::Protocol);
+        }
+        Ok(leaf.id)
+    }
+}
+
+#[cfg(test)]
+mod tests;

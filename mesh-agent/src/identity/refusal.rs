@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Why a handshake failed: one list, with the label of `mesh_tls_handshakes_total{role,result}`.
+//!
+//! Verifiers return these reasons through rustls, which turns them into an alert for the peer;
+//! here they are found again in what rustls and the socket report.
+
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "what other crates report grows; what is not named here is the general case"
+)]
+
+use std::{io, sync::Arc};
+
+use rustls::{
+    AlertDescription, CertificateError, Error as TlsError, OtherError, PeerIncompatible,
+    PeerMisbehaved,
+};
+
+/// Why there is no proven peer at the end of a handshake.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// The peer showed no certificate.
+    #[error("the peer showed no certificate")]
+    NoCertificate,
+    /// The certificate does not chain to a root of the trust domain.
+    #[error("the peer's certificate is not signed by a root of the trust domain")]
+    UnknownCa,
+    /// The certificate, or one above it, has ended; or our clock is wrong.
+    #[error("the peer's certificate has expired: check its agent's CA and both nodes' clocks")]
+    Expired,
+    /// The certificate is not valid yet; or our clock is wrong.
+    #[error("the peer's certificate is not valid yet: check both nodes' clocks")]
+    NotYetValid,
+    /// The certificate was revoked.
+    #[error("the peer's certificate is revoked")]
+    Revoked,
+    /// The peer proved an identity, but another than the one expected of its address.
+    #[error("the peer has another identity than expected")]
+    WrongIdentity,
+    /// The identity belongs to another trust domain.
+    #[error("the peer's identity is of another trust domain")]
+    WrongTrustDomain,
+    /// The certificate names no workload (no URI name, or a malformed one).
+    #[error("the peer's certificate has no SPIFFE ID of a workload")]
+    NoSpiffeId,
+    /// The certificate has more than one URI name.
+    #[error("the peer's certificate has more than one URI name")]
+    SeveralNames,
+    /// The certificate is not for this use (a CA, or without digitalSignature, clientAuth or
+    /// serverAuth).
+    #[error("the peer's certificate is not for this use")]
+    WrongUsage,
+    /// The certificate cannot be read, or breaks a rule of X.509.
+    #[error("the peer's certificate is malformed")]
+    BadCertificate,
+    /// The peer does not have the certificate's private key.
+    #[error("the peer's handshake signature is wrong")]
+    BadSignature,
+    /// The peer does not speak TLS 1.3.
+    #[error("the peer does not speak TLS 1.3")]
+    TlsVersion,
+    /// No cipher suite, key exchange or signature scheme in common.
+    #[error("no TLS parameters in common with the peer")]
+    NoCommonParameters,
+    /// The peer did not agree to the tunnel protocol.
+    #[error("the peer does not speak the tunnel protocol")]
+    Protocol,
+    /// What came is not TLS.
+    #[error("the peer does not speak TLS")]
+    NotTls,
+    /// The peer broke the rules of TLS.
+    #[error("the peer broke the rules of TLS")]
+    Misbehaved,
+    /// The peer refused us, with this alert (RFC 8446, 6).
+    #[error("the peer refused, alert {0}")]
+    RefusedByPeer(u8),
+    /// The peer closed or reset the connection.
+    #[error("the peer closed the connection in the handshake")]
+    Closed,
+    /// The handshake took too long.
+    #[error("the handshake took too long")]
+    Timeout,
+    /// Anything else: ours, or the socket's.
+    #[error("the handshake failed here")]
+    Failed,
+}
+
+impl Refusal {
+    /// The label value of the result in metrics and records.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::NoCertificate => "no_certificate",
+            Self::UnknownCa => "unknown_ca",
+            Self::Expired => "expired",
+            Self::NotYetValid => "not_yet_valid",
+            Self::Revoked => "revoked",
+            Self::WrongIdentity => "wrong_identity",
+            Self::WrongTrustDomain => "wrong_trust_domain",
+            Self::NoSpiffeId => "no_spiffe_id",
+            Self::SeveralNames => "several_names",
+            Self::WrongUsage => "wrong_usage",
+            Self::BadCertificate => "bad_certificate",
+            Self::BadSignature => "bad_signature",
+            Self::TlsVersion => "tls_version",
+            Self::NoCommonParameters => "no_common_parameters",
+            Self::Protocol => "protocol",
+            Self::NotTls => "not_tls",
+            Self::Misbehaved => "misbehaved",
+            Self::RefusedByPeer(_) => "refused_by_peer",
+            Self::Closed => "closed",
+            Self::Timeout => "timeout",
+            Self::Failed => "failed",
+        }
+    }
+
+    /// The reason in what rustls reports.
+    pub fn of_tls(error: &TlsError) -> Self {
+        match error {
+            TlsError::InvalidCertificate(why) => Self::of_certificate(why),
+            TlsError::NoCertificatesPresented => Self::NoCertificate,
+            TlsError::NoApplicationProtocol => Self::Protocol,
+            TlsError::PeerIncompatible(why) => Self::of_incompatible(why),
+            TlsError::PeerMisbehaved(PeerMisbehaved::SelectedUnofferedApplicationProtocol) => {
+                Self::Protocol
+            }
+            TlsError::AlertReceived(AlertDescription::ProtocolVersion) => Self::TlsVersion,
+            TlsError::AlertReceived(AlertDescription::NoApplicationProtocol) => Self::Protocol,
+            TlsError::AlertReceived(alert) => Self::RefusedByPeer(u8::from(*alert)),
+            TlsError::InvalidMessage(_) => Self::NotTls,
+            TlsError::PeerMisbehaved(_)
+            | TlsError::InappropriateMessage { .. }
+            | TlsError::InappropriateHandshakeMessage { .. }
+            | TlsError::DecryptError
+            | TlsError::PeerSentOversizedRecord => Self::Misbehaved,
+            _ => Self::Failed,
+        }
+    }
+
+    /// The reason in what a TLS stream reports.
+    pub fn of_io(error: &io::Error) -> Self {
+        let inner = error.get_ref();
+        if let Some(tls) = inner.and_then(|e| e.downcast_ref::<TlsError>()) {
+            return Self::of_tls(tls);
+        }
+        if let Some(refusal) = inner.and_then(|e| e.downcast_ref::<Self>()) {
+            return *refusal;
+        }
+        match error.kind() {
+            io::ErrorKind::UnexpectedEof
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::BrokenPipe => Self::Closed,
+            io::ErrorKind::TimedOut => Self::Timeout,
+            _ => Self::Failed,
+        }
+    }
+
+    fn of_certificate(error: &CertificateError) -> Self {
+        match error {
+            CertificateError::Expired | CertificateError::ExpiredContext { .. } => Self::Expired,
+            CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+                Self::NotYetValid
+            }
+            CertificateError::Revoked => Self::Revoked,
+            CertificateError::UnknownIssuer => Self::UnknownCa,
+            CertificateError::BadSignature => Self::BadSignature,
+            CertificateError::Other(OtherError(other)) => other
+                .downcast_ref()
+                .copied()
+                .unwrap_or(Self::BadCertificate),
+            _ => Self::BadCertificate,
+        }
+    }
+
+    fn of_incompatible(why: &PeerIncompatible) -> Self {
+        match why {
+            PeerIncompatible::Tls12NotOffered
+            | PeerIncompatible::Tls12NotOfferedOrEnabled
+            | PeerIncompatible::Tls13RequiredForQuic
+            | PeerIncompatible::ServerDoesNotSupportTls12Or13
+            | PeerIncompatible::ServerTlsVersionIsDisabledByOurConfig
+            | PeerIncompatible::SupportedVersionsExtensionRequired => Self::TlsVersion,
+            _ => Self::NoCommonParameters,
+        }
+    }
+}
+
+/// What rustls is told, so that the peer gets the alert that fits.
+impl From<Refusal> for TlsError {
+    fn from(refusal: Refusal) -> Self {
+        Self::InvalidCertificate(match refusal {
+            Refusal::Expired => CertificateError::Expired,
+            Refusal::NotYetValid => CertificateError::NotValidYet,
+            Refusal::Revoked => CertificateError::Revoked,
+            Refusal::UnknownCa => CertificateError::UnknownIssuer,
+            other => CertificateError::Other(OtherError(Arc::new(other))),
+        })
+    }
+}
+
+impl From<webpki::Error> for Refusal {
+    fn from(error: webpki::Error) -> Self {
+        use webpki::Error as E;
+        match error {
+            E::CertExpired { .. } | E::InvalidCertValidity => Self::Expired,
+            E::CertNotValidYet { .. } => Self::NotYetValid,
+            E::CertRevoked => Self::Revoked,
+            // A foreign root may have the name of ours: then only the signature tells.
+            E::UnknownIssuer | E::InvalidSignatureForPublicKey => Self::UnknownCa,
+            E::RequiredEkuNotFoundContext(_)
+            | E::CaUsedAsEndEntity
+            | E::EndEntityUsedAsCa
+            | E::PathLenConstraintViolated => Self::WrongUsage,
+            _ => Self::BadCertificate,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_survive_their_way_through_rustls_and_io() {
+        for refusal in [
+            Refusal::Expired,
+            Refusal::NotYetValid,
+            Refusal::UnknownCa,
+            Refusal::WrongIdentity,
+            Refusal::SeveralNames,
+        ] {
+            let tls = TlsError::from(refusal);
+            assert_eq!(Refusal::of_tls(&tls), refusal);
+            assert_eq!(
+                Refusal::of_io(&io::Error::new(io::ErrorKind::InvalidData, tls)),
+                refusal
+            );
+            assert_eq!(Refusal::of_io(&io::Error::other(refusal)), refusal);
+        }
+    }
+
+    #[test]
+    fn sockets_have_reasons_too() {
+        let of = |kind| Refusal::of_io(&io::Error::from(kind)).label();
+        assert_eq!(of(io::ErrorKind::UnexpectedEof), "closed");
+        assert_eq!(of(io::ErrorKind::TimedOut), "timeout");
+        assert_eq!(of(io::ErrorKind::PermissionDenied), "failed");
+    }
+}
