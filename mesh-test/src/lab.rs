@@ -124,6 +124,7 @@ impl Builder {
         for spec in self.pods {
             lab.add_pod(spec)?;
         }
+        topology::settle(&lab.wire)?;
         Ok(lab)
     }
 }
@@ -267,6 +268,8 @@ impl Lab {
         };
         self.serial += 1;
         let pod = Pod::create(self.id, self.topology, node, spec, (self.serial, host))?;
+        topology::settle(&pod)?;
+        topology::settle(pod.node())?;
         if !self.manifests.has_namespace(pod.namespace()) {
             self.manifests
                 .namespace(pod.namespace(), &BTreeMap::new())?;

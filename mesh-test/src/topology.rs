@@ -4,13 +4,16 @@
 //! Owns every `ip` command of the lab. Knows nothing of manifests, cgroups or programs.
 
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
 use crate::netns::Netns;
 use crate::sys::{self, Placement, Rights};
+use crate::wait::eventually;
 
 /// Shape of the pod network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,15 +83,13 @@ pub(crate) fn gateway_mac(topology: Topology, node: u8) -> String {
     }
 }
 
-/// Runs a batch of `ip` commands in a namespace.
-pub(crate) fn ip_batch(netns: &Netns, batch: &str) -> Result<()> {
-    use std::io::Write as _;
-    use std::process::Stdio;
-
+/// Runs `ip` in a namespace and gives what it printed.
+fn ip(netns: &Netns, args: &[&str], input: &str) -> Result<Vec<u8>> {
     let mut command = Command::new("ip");
     command
-        .args(["-batch", "-"])
+        .args(args)
         .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     let netns_fd = netns.descriptor()?;
     let placement = Placement {
@@ -97,21 +98,56 @@ pub(crate) fn ip_batch(netns: &Netns, batch: &str) -> Result<()> {
         rights: Rights::Root,
     };
     sys::place(&mut command, placement);
-    let mut child = command
-        .stdout(Stdio::null())
-        .spawn()
-        .context("cannot start ip")?;
+    let mut child = command.spawn().context("cannot start ip")?;
     let mut stdin = child.stdin.take().context("stdin is piped")?;
-    stdin.write_all(batch.as_bytes())?;
+    stdin.write_all(input.as_bytes())?;
     drop(stdin);
     let output = child.wait_with_output()?;
     let error = String::from_utf8_lossy(&output.stderr);
     ensure!(
         output.status.success(),
-        "ip in {}: {error} of batch:\n{batch}",
+        "ip in {}: {error}, given:\n{input}",
         netns.name()
     );
-    Ok(())
+    Ok(output.stdout)
+}
+
+/// Runs a batch of `ip` commands in a namespace.
+pub(crate) fn ip_batch(netns: &Netns, batch: &str) -> Result<()> {
+    ip(netns, &["-batch", "-"], batch).map(drop)
+}
+
+/// Waits until every link of the namespace is operational. The kernel tells bridges and IPv6 of a
+/// new carrier up to a second late (it limits such events), and until then frames get lost.
+pub(crate) fn settle(netns: &Netns) -> Result<()> {
+    let mut last = String::new();
+    let what = format!("links of {} to come up", netns.name());
+    let settled = eventually(&what, Duration::from_secs(10), || match unsettled(netns) {
+        Ok(None) => Some(Ok(())),
+        Ok(Some(link)) => {
+            last = link;
+            None
+        }
+        Err(e) => Some(Err(e)),
+    });
+    settled.with_context(|| format!("link {last} is not up"))?
+}
+
+/// A link that is not operational yet. A bridge without ports has no carrier and is settled.
+fn unsettled(netns: &Netns) -> Result<Option<String>> {
+    let output = ip(netns, &["-json", "link", "show"], "")?;
+    let links: Vec<serde_json::Value> = serde_json::from_slice(&output)?;
+    let pending = links.into_iter().find(|link| {
+        let has = |flag: &str| {
+            let flags = link["flags"].as_array();
+            flags.is_some_and(|flags| flags.iter().any(|set| set == flag))
+        };
+        let name = link["ifname"].as_str().unwrap_or_default();
+        let bridge = [WIRE, BRIDGE].contains(&name);
+        let empty_bridge = bridge && !has("LOWER_UP");
+        has("UP") && !has("LOOPBACK") && !empty_bridge && link["operstate"] != "UP"
+    });
+    Ok(pending.map(|link| link["ifname"].to_string()))
 }
 
 /// The wire: a bridge with the nodes' default gateway on it.
