@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The bpf(2) calls that aya 0.14 has no public function for: links that are updated in place, and
+//! map elements through a shared descriptor.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
+const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
+const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
+const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_LINK_UPDATE: libc::c_int = 29;
+
+/// `union bpf_attr` of element commands (linux/bpf.h).
+#[repr(C)]
+struct Element {
+    map: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// `union bpf_attr` of BPF_OBJ_GET.
+#[repr(C)]
+struct ObjectGet {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+/// `union bpf_attr` of BPF_LINK_UPDATE.
+#[repr(C)]
+struct LinkUpdate {
+    link: u32,
+    program: u32,
+    flags: u32,
+    old_program: u32,
+}
+
+fn bpf<T>(command: libc::c_int, attributes: &mut T) -> io::Result<libc::c_long> {
+    // SAFETY: `attributes` lives across the call and has the size that is passed; every pointer in
+    // it belongs to a slice or string that the caller borrows across the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            std::ptr::from_mut(attributes),
+            size_of::<T>(),
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+fn number(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().unsigned_abs()
+}
+
+/// Opens what is pinned at a path: a map, a program or a link.
+///
+/// # Errors
+/// When nothing is pinned there, or bpffs is not mounted.
+pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attributes = ObjectGet {
+        path: path.as_ptr() as u64,
+        fd: 0,
+        flags: 0,
+    };
+    let fd = bpf(BPF_OBJ_GET, &mut attributes)?;
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Puts another program behind a link, with no moment in between (5.7).
+///
+/// # Errors
+/// `ENOLINK` when what the link was attached to is gone.
+pub fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attributes = LinkUpdate {
+        link: number(link),
+        program: number(program),
+        flags: 0,
+        old_program: 0,
+    };
+    bpf(BPF_LINK_UPDATE, &mut attributes).map(drop)
+}
+
+fn element(map: BorrowedFd<'_>, key: &[u8], value: *const u8) -> Element {
+    Element {
+        map: number(map),
+        pad: 0,
+        key: key.as_ptr() as u64,
+        value: value as u64,
+        flags: 0,
+    }
+}
+
+/// Writes an element. The slices must have the map's sizes.
+///
+/// # Errors
+/// `E2BIG` when the map is full.
+pub fn put(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<()> {
+    bpf(BPF_MAP_UPDATE_ELEM, &mut element(map, key, value.as_ptr())).map(drop)
+}
+
+/// Reads an element into `value`; `false` = there is none. The slices must have the map's sizes.
+///
+/// # Errors
+/// As the kernel says.
+pub fn get(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
+    let at = value.as_mut_ptr().cast_const();
+    match bpf(BPF_MAP_LOOKUP_ELEM, &mut element(map, key, at)) {
+        Ok(_) => Ok(true),
+        Err(err) if err.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(err) => Err(err),
+    }
+}
+
+/// Removes an element; removing what is absent is no error.
+///
+/// # Errors
+/// As the kernel says.
+pub fn remove(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<()> {
+    match bpf(
+        BPF_MAP_DELETE_ELEM,
+        &mut element(map, key, std::ptr::null()),
+    ) {
+        Err(err) if err.raw_os_error() != Some(libc::ENOENT) => Err(err),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
+//! sock_ops: one event per end of a direct connection, and the service of a captured one.
+//!
+//! Connections that the agent carries are recorded by the agent; here only its side of the
+//! bargain: which service the application had asked for.
+
+use aya_ebpf::EbpfContext as _;
+use aya_ebpf::bindings::{
+    BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG,
+    BPF_SOCK_OPS_PARSE_HDR_OPT_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
+    BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock, bpf_tcp_sock,
+};
+use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_tcp_sock as tcp_sock};
+use aya_ebpf::programs::SockOpsContext;
+use mesh_common::counter::Counter;
+use mesh_common::event::{Event, closed_by, kind};
+use mesh_common::maps::CapturedKey;
+use mesh_common::path::{Peers as _, who};
+use mesh_common::settings::{MARK_INBOUND, MARK_MASK, TUNNEL_PORT};
+use mesh_common::socket::{Exempt, SocketState};
+use mesh_common::{Addr, Direction, Endpoint, Port, Protocol, Reason};
+
+use crate::context::{read, storage};
+use crate::report::{add, now};
+use crate::tables::{self, CAPTURED, EVENTS, EXEMPT, SOCKETS, Tables};
+
+/// The value sock_ops programs return; it means nothing for these callbacks.
+const DONE: u32 = 1;
+const AF_INET: u32 = 2;
+const FIN: u32 = 1;
+
+/// TCP states (include/net/tcp_states.h).
+mod state {
+    pub(super) const SYN_SENT: u32 = 2;
+    pub(super) const SYN_RECV: u32 = 3;
+    pub(super) const FIN_WAIT1: u32 = 4;
+    pub(super) const FIN_WAIT2: u32 = 5;
+    pub(super) const CLOSE: u32 = 7;
+    pub(super) const CLOSE_WAIT: u32 = 8;
+    pub(super) const LAST_ACK: u32 = 9;
+    pub(super) const CLOSING: u32 = 11;
+}
+
+/// The hook.
+#[inline(always)]
+pub(crate) fn established(ctx: &SockOpsContext) -> u32 {
+    match read!(ctx.ops, op) {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(ctx),
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => {
+            if let Some(state) = known(ctx) {
+                state.flags |= SocketState::ESTABLISHED;
+            }
+        }
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ctx),
+        BPF_SOCK_OPS_PARSE_HDR_OPT_CB => {
+            if read!(ctx.ops, skb_tcp_flags) & FIN != 0
+                && let Some(state) = known(ctx)
+            {
+                state.flags |= FIN_SEEN;
+            }
+        }
+        BPF_SOCK_OPS_STATE_CB => changed(ctx),
+        _ => {}
+    }
+    DONE
+}
+
+/// The other end's FIN came while this end had closed: the last state alone does not tell.
+const FIN_SEEN: u8 = 1 << 7;
+
+#[inline(always)]
+fn socket(ctx: &SockOpsContext) -> *mut bpf_sock {
+    // SAFETY: a field of the context.
+    unsafe { (*ctx.ops).__bindgen_anon_2.sk }
+}
+
+#[inline(always)]
+fn netns(ctx: &SockOpsContext) -> u64 {
+    // SAFETY: a helper of this program type.
+    unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
+}
+
+/// What is kept with the socket, if it is a pod's.
+#[inline(always)]
+fn known(ctx: &SockOpsContext) -> Option<&'static mut SocketState> {
+    let sk = socket(ctx);
+    if sk.is_null() {
+        return None;
+    }
+    let state = storage::<_, SocketState>(&SOCKETS, sk, false);
+    // SAFETY: null or of this type; it lives as long as the socket.
+    unsafe { state.as_mut() }
+}
+
+/// Asks for the callbacks that come later.
+#[inline(always)]
+fn watch(ctx: &SockOpsContext, flags: u32) {
+    let _ = ctx.set_cb_flags((ctx.cb_flags() | flags) as i32);
+}
+
+#[inline(always)]
+fn local(ctx: &SockOpsContext) -> Endpoint {
+    let addr = if mapped_or_v4(ctx) {
+        Addr::from_v4_word(read!(ctx.ops, local_ip4))
+    } else {
+        Addr::from_words([
+            read!(ctx.ops, local_ip6[0]),
+            read!(ctx.ops, local_ip6[1]),
+            read!(ctx.ops, local_ip6[2]),
+            read!(ctx.ops, local_ip6[3]),
+        ])
+    };
+    Endpoint::new(addr, Port::new(read!(ctx.ops, local_port) as u16))
+}
+
+#[inline(always)]
+fn remote(ctx: &SockOpsContext) -> Endpoint {
+    let addr = if mapped_or_v4(ctx) {
+        Addr::from_v4_word(read!(ctx.ops, remote_ip4))
+    } else {
+        Addr::from_words([
+            read!(ctx.ops, remote_ip6[0]),
+            read!(ctx.ops, remote_ip6[1]),
+            read!(ctx.ops, remote_ip6[2]),
+            read!(ctx.ops, remote_ip6[3]),
+        ])
+    };
+    // Network order, in the upper half of the word.
+    Endpoint::new(addr, Port((read!(ctx.ops, remote_port) >> 16) as u16))
+}
+
+#[inline(always)]
+fn mapped_or_v4(ctx: &SockOpsContext) -> bool {
+    read!(ctx.ops, family) == AF_INET
+}
+
+/// A pod's socket sends its SYN.
+#[inline(always)]
+fn connecting(ctx: &SockOpsContext) {
+    let Some(state) = known(ctx) else {
+        return;
+    };
+    if state.flags & SocketState::CAPTURED == 0 {
+        watch(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+        return;
+    }
+    if state.service == Endpoint::NONE {
+        return;
+    }
+    let key = CapturedKey {
+        netns_cookie: netns(ctx),
+        to: state.backend,
+        local_port: local(ctx).port,
+        pad: 0,
+    };
+    let _ = CAPTURED.insert(key, state.service, 0);
+}
+
+/// A pod's socket accepted a connection.
+#[inline(always)]
+fn accepted(ctx: &SockOpsContext) {
+    let sk = socket(ctx);
+    if sk.is_null() {
+        return;
+    }
+    let exempt = storage::<_, Exempt>(&EXEMPT, sk, false);
+    if !exempt.is_null() || read!(sk, mark) & MARK_MASK == MARK_INBOUND {
+        return;
+    }
+    let Some(pod) = tables::pod_by_netns(netns(ctx)) else {
+        return;
+    };
+    let Some(view) = tables::pod(pod).map(|state| &state.view) else {
+        return;
+    };
+    let (here, there) = (local(ctx), remote(ctx));
+    // A captured connection, a tunnel, or the pod with itself.
+    if !view.owns(&here.addr) || here.port == TUNNEL_PORT || here.addr == there.addr {
+        return;
+    }
+    let state = storage::<_, SocketState>(&SOCKETS, sk, true);
+    // SAFETY: null or of this type.
+    let Some(state) = (unsafe { state.as_mut() }) else {
+        return;
+    };
+    let peer = who(&Tables, &there.addr);
+    state.set = view.set.0;
+    state.start_ns = now();
+    state.backend = here;
+    state.direction = Direction::Ingress as u8;
+    state.clear = if peer.local {
+        Reason::SameNode
+    } else {
+        Reason::PermissivePlaintext
+    } as u8;
+    state.reason = Reason::NoPolicy as u8;
+    state.flags = SocketState::DECIDED | SocketState::ESTABLISHED;
+    state.pod = pod.0;
+    watch(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+/// The state of a pod's socket changes.
+#[inline(always)]
+fn changed(ctx: &SockOpsContext) {
+    // SAFETY: the arguments of this callback.
+    let (old, new) = unsafe {
+        (
+            core::ptr::read_volatile(&raw const (*ctx.ops).__bindgen_anon_1.args[0]),
+            core::ptr::read_volatile(&raw const (*ctx.ops).__bindgen_anon_1.args[1]),
+        )
+    };
+    if new == state::FIN_WAIT1 {
+        watch(ctx, BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG);
+    }
+    if new != state::CLOSE {
+        return;
+    }
+    let sk = socket(ctx);
+    if sk.is_null() {
+        return;
+    }
+    let state = storage::<_, SocketState>(&SOCKETS, sk, false);
+    // SAFETY: null or of this type.
+    let Some(state) = (unsafe { state.as_ref() }) else {
+        return;
+    };
+    // SAFETY: a full socket; the verifier knows the result may be null.
+    let tcp = unsafe { tcp_sock(sk) };
+    if tcp.is_null() {
+        return;
+    }
+    let (sent, received) = application_bytes(tcp, state, old);
+    let there = remote(ctx);
+    let clear = Reason::from_code(state.clear).unwrap_or(Reason::NoPolicy);
+    add(Counter::UnencryptedBytes(clear), sent);
+    if Tables.local(&there.addr).is_none() {
+        add(Counter::UnencryptedBytes(clear), received);
+    }
+    let Some(mut event) = EVENTS.reserve::<Event>(0) else {
+        add(Counter::LostEvents, 1);
+        return;
+    };
+    let _ = event.write(Event {
+        time_ns: now(),
+        start_ns: state.start_ns,
+        rule: state.rule,
+        sent,
+        received,
+        local: local(ctx),
+        remote: there,
+        service: state.service,
+        pod: state.pod,
+        rtt_us: read!(tcp, srtt_us) >> 3,
+        retransmits: read!(tcp, total_retrans),
+        kind: kind::CLOSED,
+        direction: state.direction,
+        protocol: Protocol::TCP.0,
+        reason: state.reason,
+        clear: state.clear,
+        closed_by: who_closed(old, state),
+        spare: [0; 10],
+    });
+    event.submit(BPF_RB_NO_WAKEUP.into());
+}
+
+/// Bytes of the application: the kernel's sums count SYN and FIN as one byte each (RFC 9293, 3.4).
+#[inline(always)]
+fn application_bytes(tcp: *mut bpf_tcp_sock, state: &SocketState, old: u32) -> (u64, u64) {
+    let mut sent = read!(tcp, bytes_acked);
+    let mut received = read!(tcp, bytes_received);
+    // The SYN of an accepted connection was acknowledged before this sum began.
+    let active = state.direction == Direction::Egress as u8;
+    if active && state.flags & SocketState::ESTABLISHED != 0 && sent > 0 {
+        sent -= 1;
+    }
+    let sent_fin = matches!(
+        old,
+        state::FIN_WAIT1 | state::FIN_WAIT2 | state::CLOSING | state::LAST_ACK
+    );
+    if sent_fin && sent > 0 && read!(tcp, snd_una) == read!(tcp, snd_nxt) {
+        sent -= 1;
+    }
+    let got_fin = match old {
+        state::CLOSE_WAIT | state::LAST_ACK | state::CLOSING => true,
+        _ => state.flags & FIN_SEEN != 0,
+    };
+    if got_fin && received > 0 {
+        received -= 1;
+    }
+    (sent, received)
+}
+
+#[inline(always)]
+fn who_closed(old: u32, known: &SocketState) -> u8 {
+    match old {
+        state::SYN_SENT | state::SYN_RECV => closed_by::FAILED,
+        state::FIN_WAIT1 | state::FIN_WAIT2 | state::CLOSING => closed_by::LOCAL,
+        state::CLOSE_WAIT | state::LAST_ACK => closed_by::REMOTE,
+        _ if known.flags & SocketState::ESTABLISHED == 0 => closed_by::FAILED,
+        _ => closed_by::RESET,
+    }
+}

@@ -1,0 +1,446 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
+//! The gate: tcx on the host's side of every local pod, both ways, before the CNI's own programs.
+//!
+//! It holds what sockets' hooks do not see: addresses that are not the sender's, raw and packet
+//! sockets, namespaces nested in a pod, what was translated on its way. It never opens a connection
+//! to something that [`mesh_common::path`] refuses, and remembers nothing but UDP flows and
+//! fragments.
+
+use aya_ebpf::programs::TcContext;
+use mesh_common::maps::{ConnectionKey, FragmentKey, FragmentVerdict};
+use mesh_common::path::{Origin, Outbound, Peers as _, who};
+use mesh_common::pod::{PodIndex, PodState};
+use mesh_common::policy::PolicySetId;
+use mesh_common::settings::{FRAGMENT_NS, TUNNEL_PORT};
+use mesh_common::{Addr, Direction, Endpoint, IdentityId, Peer, Port, Protocol, Reason, Verdict};
+
+use crate::context::read;
+use crate::decision::{self, Ask, UNDECIDED};
+use crate::packet::{self, ACK, Arp, Fragment, Frame, Packet, RST, SYN};
+use crate::report::{self, DROPPED, Refused, count, now, refused};
+use crate::tables::{self, FRAGMENTS, OLD_CONNECTIONS, Tables};
+use crate::udp::{self, Way};
+
+const NEXT: i32 = -1;
+const DROP: i32 = 2;
+
+const NEIGHBOUR_SOLICITATION: u8 = 135;
+const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
+const ROUTER_ADVERTISEMENT: u8 = 134;
+const REDIRECT: u8 = 137;
+const ECHO_REQUEST: u8 = 8;
+const ECHO_REQUEST_V6: u8 = 128;
+
+/// A frame from a pod.
+#[inline(always)]
+pub(crate) fn from_pod(ctx: &TcContext) -> i32 {
+    let Some((pod, state)) = pod_of(ctx) else {
+        return DROP;
+    };
+    let Some(ethernet) = packet::ethernet(ctx) else {
+        return DROP;
+    };
+    let own_mac = state.mac;
+    let mac = [
+        own_mac[0], own_mac[1], own_mac[2], own_mac[3], own_mac[4], own_mac[5],
+    ];
+    let known_mac = u64::from_ne_bytes(own_mac) != 0;
+    if known_mac && !same(&ethernet.from, &mac) {
+        return drop_frame(pod, Direction::Egress, Reason::Spoofed);
+    }
+    let mut frame = Frame::Malformed;
+    packet::parse(ctx, &ethernet, &mut frame);
+    let ip = match &frame {
+        Frame::Ip(ip) => ip,
+        Frame::Arp(arp) => return arp_from_pod(pod, state, arp, known_mac, &mac),
+        Frame::Other => return drop_frame(pod, Direction::Egress, Reason::UnsupportedProtocol),
+        Frame::Malformed => return drop_frame(pod, Direction::Egress, Reason::Malformed),
+    };
+    if ip.protocol == Protocol::ICMPV6 {
+        return icmpv6_from_pod(ctx, pod, state, ip, known_mac, &mac);
+    }
+    if !state.view.owns(&ip.from.addr) {
+        // A multicast listener report or a DHCP request may come before the address; both are
+        // link-local affairs of no other protocol than these.
+        return drop_packet(
+            pod,
+            Direction::Egress,
+            &ip,
+            &Verdict::refuse(Reason::Spoofed),
+        );
+    }
+    if ip.protocol == Protocol::ICMP {
+        return icmp(Direction::Egress, ip.icmp_type == ECHO_REQUEST);
+    }
+    if !concerned(state) {
+        return NEXT;
+    }
+    send(pod, state, ip)
+}
+
+/// A frame to a pod.
+#[inline(always)]
+pub(crate) fn to_pod(ctx: &TcContext) -> i32 {
+    let Some((pod, state)) = pod_of(ctx) else {
+        return DROP;
+    };
+    let Some(ethernet) = packet::ethernet(ctx) else {
+        return DROP;
+    };
+    let mut frame = Frame::Malformed;
+    packet::parse(ctx, &ethernet, &mut frame);
+    let ip = match &frame {
+        Frame::Ip(ip) => ip,
+        Frame::Arp(_) => return NEXT,
+        Frame::Other if state.view.has(PodState::ENROLLED) => {
+            return drop_frame(pod, Direction::Ingress, Reason::UnsupportedProtocol);
+        }
+        Frame::Other => return NEXT,
+        Frame::Malformed => return drop_frame(pod, Direction::Ingress, Reason::Malformed),
+    };
+    let entered = read!(ctx.skb.skb, ingress_ifindex);
+    if spoofed(state, &ip.from.addr, entered) {
+        return drop_packet(
+            pod,
+            Direction::Ingress,
+            &ip,
+            &Verdict::refuse(Reason::Spoofed),
+        );
+    }
+    match ip.protocol {
+        Protocol::ICMPV6 => return icmp(Direction::Ingress, ip.icmp_type == ECHO_REQUEST_V6),
+        Protocol::ICMP => return icmp(Direction::Ingress, ip.icmp_type == ECHO_REQUEST),
+        _ => {}
+    }
+    if !concerned(state) {
+        return NEXT;
+    }
+    // The node's own address on a packet that this node did not make: translated on its way.
+    let translated = entered != 0 && is_host(&ip.from.addr);
+    receive(pod, state, ip, translated)
+}
+
+/// The pod behind the interface. The program is attached after the map is written and detached
+/// before it is cleared: an interface without a pod is in between, and closed.
+#[inline(always)]
+fn pod_of(ctx: &TcContext) -> Option<(PodIndex, &'static PodState)> {
+    let pod = tables::pod_by_link(read!(ctx.skb.skb, ifindex))?;
+    Some((pod, tables::pod(pod)?))
+}
+
+/// Whether more than addresses is to be checked: the pod is enrolled, or policy selects it.
+#[inline(always)]
+fn concerned(state: &PodState) -> bool {
+    state.view.has(PodState::ENROLLED) || state.view.set != PolicySetId::NONE
+}
+
+#[inline(always)]
+fn same(a: &[u8; 6], b: &[u8; 6]) -> bool {
+    a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3] && a[4] == b[4] && a[5] == b[5]
+}
+
+#[inline(always)]
+fn is_host(addr: &Addr) -> bool {
+    Tables
+        .peer(addr)
+        .is_some_and(|peer| peer.id == IdentityId::HOST)
+}
+
+/// Whether a packet to a pod has an address that its sender cannot have: the pod's own, or another
+/// local pod's on a packet that did not enter by that pod's interface.
+#[inline(always)]
+fn spoofed(state: &PodState, from: &Addr, entered: u32) -> bool {
+    if state.view.owns(from) {
+        return true;
+    }
+    match tables::pod_by_addr(from).and_then(tables::pod) {
+        Some(sender) => sender.link != 0 && sender.link != entered,
+        None => false,
+    }
+}
+
+/// ARP passes with the pod's own sender address.
+#[inline(always)]
+fn arp_from_pod(pod: PodIndex, state: &PodState, arp: &Arp, known_mac: bool, mac: &[u8; 6]) -> i32 {
+    let sender = Addr::from_v4_word(u32::from_ne_bytes(arp.sender));
+    // 0.0.0.0 is a probe for a duplicate address (RFC 5227).
+    let true_address = sender == state.view.v4 || sender.is_unspecified();
+    let true_mac = !known_mac || same(&arp.sender_mac, mac);
+    if !true_address || !true_mac {
+        return drop_frame(pod, Direction::Egress, Reason::Spoofed);
+    }
+    NEXT
+}
+
+/// Neighbour discovery and other ICMPv6 pass with a true source; a pod is no router.
+#[inline(always)]
+fn icmpv6_from_pod(
+    ctx: &TcContext,
+    pod: PodIndex,
+    state: &PodState,
+    ip: &Packet,
+    known_mac: bool,
+    mac: &[u8; 6],
+) -> i32 {
+    let from = &ip.from.addr;
+    let link_local = from.is_v6_link_local() || from.is_none();
+    if !link_local && !state.view.owns(from) {
+        return drop_frame(pod, Direction::Egress, Reason::Spoofed);
+    }
+    let option = match ip.icmp_type {
+        ROUTER_ADVERTISEMENT | REDIRECT => {
+            return drop_frame(pod, Direction::Egress, Reason::Spoofed);
+        }
+        NEIGHBOUR_SOLICITATION => 1,
+        NEIGHBOUR_ADVERTISEMENT => 2,
+        kind => return icmp(Direction::Egress, kind == ECHO_REQUEST_V6),
+    };
+    let Some(said) = packet::neighbour(ctx, ip, option) else {
+        return drop_frame(pod, Direction::Egress, Reason::Malformed);
+    };
+    let own_target = state.view.owns(&said.target) || said.target.is_v6_link_local();
+    if ip.icmp_type == NEIGHBOUR_ADVERTISEMENT && !own_target {
+        return drop_frame(pod, Direction::Egress, Reason::Spoofed);
+    }
+    match said.mac {
+        Some(claimed) if known_mac && !same(&claimed, mac) => {
+            drop_frame(pod, Direction::Egress, Reason::Spoofed)
+        }
+        _ => NEXT,
+    }
+}
+
+/// ICMP passes; echo is counted.
+#[inline(always)]
+fn icmp(direction: Direction, echo: bool) -> i32 {
+    if echo {
+        count(direction, &Verdict::pass(Reason::Echo));
+    }
+    NEXT
+}
+
+/// A frame without addresses that could be reported.
+#[inline(never)]
+fn drop_frame(pod: PodIndex, direction: Direction, reason: Reason) -> i32 {
+    let who = Refused {
+        pod,
+        direction,
+        protocol: Protocol::OTHER,
+        local: Endpoint::NONE,
+        remote: Endpoint::NONE,
+        service: Endpoint::NONE,
+        kind: DROPPED,
+    };
+    refused(&who, &Verdict::refuse(reason));
+    DROP
+}
+
+#[inline(never)]
+fn drop_packet(pod: PodIndex, direction: Direction, ip: &Packet, verdict: &Verdict) -> i32 {
+    let (local, remote) = match direction {
+        Direction::Egress => (ip.from, ip.to),
+        Direction::Ingress => (ip.to, ip.from),
+    };
+    let who = Refused {
+        pod,
+        direction,
+        protocol: ip.protocol,
+        local,
+        remote,
+        service: Endpoint::NONE,
+        kind: DROPPED,
+    };
+    refused(&who, verdict);
+    DROP
+}
+
+/// A packet of a pod, its source true.
+#[inline(never)]
+fn send(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
+    if ip.protocol == Protocol::TCP {
+        return send_tcp(pod, state, ip);
+    }
+    if let Fragment::Later(id) = ip.fragment {
+        return later_fragment(pod, Direction::Egress, ip, id);
+    }
+    let udp = ip.protocol == Protocol::UDP;
+    let tuple = udp::tuple(&ip.to, ip.from.port);
+    let passes = udp && udp::refresh(pod, &tuple, Way::FromPod, ip.payload.into());
+    if !passes {
+        if state.view.has(PodState::ENROLLED) && tables::is_virtual(&ip.to, ip.protocol) {
+            let verdict = Verdict::refuse(Reason::Untranslated);
+            return drop_packet(pod, Direction::Egress, ip, &verdict);
+        }
+        let mut path = UNDECIDED;
+        decision::outbound(
+            &ask(pod, ip.protocol, Origin::Address, &ip.to, Port(0)),
+            &mut path,
+        );
+        if matches!(path.action, Outbound::Refuse) {
+            return drop_packet(pod, Direction::Egress, ip, &path.verdict);
+        }
+        count(Direction::Egress, &path.verdict);
+        if udp {
+            udp::open(pod, &tuple, Way::FromPod, &path);
+            report::add(
+                mesh_common::counter::Counter::UnencryptedBytes(path.clear),
+                ip.payload.into(),
+            );
+        }
+    }
+    first_fragment(ip);
+    NEXT
+}
+
+/// A TCP segment of a pod.
+#[inline(never)]
+fn send_tcp(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
+    if ip.fragment != Fragment::Whole {
+        let verdict = Verdict::refuse(Reason::Fragment);
+        return drop_packet(pod, Direction::Egress, ip, &verdict);
+    }
+    let enrolled = state.view.has(PodState::ENROLLED);
+    let peer = who(&Tables, &ip.to.addr);
+    let tunnelled = enrolled && !peer.local && peer.has(Peer::ENROLLED | Peer::READY);
+    if ip.flags & (SYN | ACK) != SYN {
+        let tunnel = ip.to.port == TUNNEL_PORT || ip.from.port == TUNNEL_PORT;
+        // A bare reset carries no byte of the application; without it the other end would wait.
+        let reset = ip.flags & RST != 0 && ip.payload == 0;
+        if !tunnelled || tunnel || reset {
+            return NEXT;
+        }
+        return match old_connection(&ip.from, &ip.to) {
+            true => NEXT,
+            false => drop_packet(pod, Direction::Egress, ip, &Verdict::refuse(Reason::Bypass)),
+        };
+    }
+    if enrolled && !peer.local && peer.has(Peer::ENROLLED) && ip.to.port == TUNNEL_PORT {
+        return if ip.payload == 0 {
+            NEXT
+        } else {
+            drop_packet(pod, Direction::Egress, ip, &Verdict::refuse(Reason::Bypass))
+        };
+    }
+    if enrolled && tables::is_virtual(&ip.to, Protocol::TCP) {
+        let verdict = Verdict::refuse(Reason::Untranslated);
+        return drop_packet(pod, Direction::Egress, ip, &verdict);
+    }
+    let mut path = UNDECIDED;
+    decision::outbound(
+        &ask(pod, ip.protocol, Origin::Address, &ip.to, Port(0)),
+        &mut path,
+    );
+    match path.action {
+        Outbound::Direct => NEXT,
+        Outbound::Refuse => drop_packet(pod, Direction::Egress, ip, &path.verdict),
+        Outbound::Tunnel => {
+            drop_packet(pod, Direction::Egress, ip, &Verdict::refuse(Reason::Bypass))
+        }
+    }
+}
+
+/// Whether a connection is older than the enrolment, and left alone.
+#[inline(always)]
+fn old_connection(local: &Endpoint, remote: &Endpoint) -> bool {
+    let key = ConnectionKey {
+        local: *local,
+        remote: *remote,
+    };
+    // SAFETY: only its presence is asked.
+    unsafe { OLD_CONNECTIONS.get(key) }.is_some()
+}
+
+/// A packet to a pod, its source as true as can be told.
+#[inline(never)]
+fn receive(pod: PodIndex, state: &PodState, ip: &Packet, translated: bool) -> i32 {
+    let origin = if translated {
+        Origin::Translated
+    } else {
+        Origin::Address
+    };
+    if ip.protocol == Protocol::TCP {
+        // sk_lookup decides connections, but cannot see a translation, and cannot be silent.
+        let opens = ip.flags & (SYN | ACK) == SYN;
+        let silent = state.view.has(PodState::SILENT);
+        if !opens || ip.to.port == TUNNEL_PORT || !(translated || silent) {
+            return NEXT;
+        }
+        return decide_arrival(pod, ip, origin);
+    }
+    if let Fragment::Later(id) = ip.fragment {
+        return later_fragment(pod, Direction::Ingress, ip, id);
+    }
+    if ip.protocol == Protocol::UDP {
+        let tuple = udp::tuple(&ip.from, ip.to.port);
+        // What the pod sent counts at its own gate; here only what comes from elsewhere.
+        let local = tables::pod_by_addr(&ip.from.addr).is_some();
+        let bytes = if local { 0 } else { ip.payload.into() };
+        if udp::refresh(pod, &tuple, Way::ToPod, bytes) {
+            first_fragment(ip);
+            return NEXT;
+        }
+    }
+    decide_arrival(pod, ip, origin)
+}
+
+/// Decides a packet that opens something towards a pod.
+#[inline(never)]
+fn decide_arrival(pod: PodIndex, ip: &Packet, origin: Origin) -> i32 {
+    let mut path = UNDECIDED;
+    decision::inbound(
+        &ask(pod, ip.protocol, origin, &ip.from, ip.to.port),
+        &mut path,
+    );
+    if matches!(path.action, Outbound::Refuse) {
+        return drop_packet(pod, Direction::Ingress, ip, &path.verdict);
+    }
+    if ip.protocol == Protocol::UDP {
+        udp::open(pod, &udp::tuple(&ip.from, ip.to.port), Way::ToPod, &path);
+    }
+    first_fragment(ip);
+    NEXT
+}
+
+#[inline(always)]
+fn ask(pod: PodIndex, protocol: Protocol, origin: Origin, remote: &Endpoint, port: Port) -> Ask {
+    Ask {
+        pod,
+        protocol,
+        origin,
+        remote: *remote,
+        local_port: port,
+    }
+}
+
+#[inline(always)]
+fn fragment_key(ip: &Packet, id: u32) -> FragmentKey {
+    FragmentKey {
+        from: ip.from.addr,
+        to: ip.to.addr,
+        id,
+        protocol: ip.protocol.0.into(),
+    }
+}
+
+/// Remembers that the first part of a datagram passed.
+#[inline(never)]
+fn first_fragment(ip: &Packet) {
+    if let Fragment::First(id) = ip.fragment {
+        let passed = FragmentVerdict {
+            time_ns: now(),
+            allowed: 1,
+        };
+        let _ = FRAGMENTS.insert(fragment_key(ip, id), passed, 0);
+    }
+}
+
+/// A later part passes only if the first one did, and not long ago.
+#[inline(never)]
+fn later_fragment(pod: PodIndex, direction: Direction, ip: &Packet, id: u32) -> i32 {
+    // SAFETY: read at once.
+    let first = unsafe { FRAGMENTS.get(fragment_key(ip, id)) }.copied();
+    match first {
+        Some(first) if now().saturating_sub(first.time_ns) < FRAGMENT_NS => NEXT,
+        _ => drop_packet(pod, direction, ip, &Verdict::refuse(Reason::Fragment)),
+    }
+}

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
+//! Every map, and the look-up traits of `mesh_common` over them.
+//!
+//! Hash maps that user space switches while hooks read are not preallocated: an update replaces the
+//! element as a whole.
+
+use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use aya_ebpf::btf_maps::SkStorage;
+use aya_ebpf::macros::{btf_map, map};
+use aya_ebpf::maps::lpm_trie::Key;
+use aya_ebpf::maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockMap};
+use mesh_common::counter::COUNTERS as COUNTER_SLOTS;
+use mesh_common::flow::{Flow, FlowSlot};
+use mesh_common::identity::Peer;
+use mesh_common::maps::{
+    CapturedKey, ConnectionKey, DropRate, EVENT_BYTES, FragmentKey, FragmentVerdict, MAX_BACKENDS,
+    MAX_CAPTURED, MAX_FLOWS, MAX_FRAGMENTS, MAX_LOCAL_ADDRS, MAX_OLD_CONNECTIONS, MAX_PEERS,
+    MAX_POD_CIDRS, MAX_PODS, MAX_POLICY_CIDRS, MAX_POLICY_PORTS, MAX_POLICY_SELECTS,
+    MAX_POLICY_SETS, MAX_PORT_MODES, MAX_SERVICES,
+};
+use mesh_common::path::Peers;
+use mesh_common::pod::{ModeKey, PodIndex, PodState, PodView};
+use mesh_common::policy::{
+    Answer, CidrKey, ListId, Lists, Policies, PolicySetId, PortKey, SelectKey, SetHead,
+};
+use mesh_common::service::{BackendKey, Service, ServiceKey, Services};
+use mesh_common::socket::{Exempt, SocketState, Translations};
+use mesh_common::{Addr, Endpoint};
+
+#[map]
+static PODS: HashMap<PodIndex, PodState> = HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
+#[map]
+static PODS_BY_NETNS: HashMap<u64, PodIndex> =
+    HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
+#[map]
+static PODS_BY_ADDR: HashMap<Addr, PodIndex> =
+    HashMap::with_max_entries(MAX_LOCAL_ADDRS, BPF_F_NO_PREALLOC);
+#[map]
+static PODS_BY_LINK: HashMap<u32, PodIndex> =
+    HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
+#[map]
+static PEERS: HashMap<Addr, Peer> = HashMap::with_max_entries(MAX_PEERS, BPF_F_NO_PREALLOC);
+#[map]
+static POD_CIDRS: LpmTrie<Addr, u32> = LpmTrie::with_max_entries(MAX_POD_CIDRS, BPF_F_NO_PREALLOC);
+#[map]
+static POLICY_SETS: HashMap<PolicySetId, SetHead> =
+    HashMap::with_max_entries(MAX_POLICY_SETS, BPF_F_NO_PREALLOC);
+#[map]
+static POLICY_SELECT: HashMap<SelectKey, Lists> =
+    HashMap::with_max_entries(MAX_POLICY_SELECTS, BPF_F_NO_PREALLOC);
+#[map]
+static POLICY_CIDRS: LpmTrie<CidrKey, ListId> =
+    LpmTrie::with_max_entries(MAX_POLICY_CIDRS, BPF_F_NO_PREALLOC);
+#[map]
+static POLICY_PORTS: LpmTrie<PortKey, Answer> =
+    LpmTrie::with_max_entries(MAX_POLICY_PORTS, BPF_F_NO_PREALLOC);
+#[map]
+static PORT_MODES: HashMap<ModeKey, u8> =
+    HashMap::with_max_entries(MAX_PORT_MODES, BPF_F_NO_PREALLOC);
+#[map]
+static SERVICES: HashMap<ServiceKey, Service> =
+    HashMap::with_max_entries(MAX_SERVICES, BPF_F_NO_PREALLOC);
+#[map]
+static BACKENDS: HashMap<BackendKey, Endpoint> =
+    HashMap::with_max_entries(MAX_BACKENDS, BPF_F_NO_PREALLOC);
+/// Listeners of the agent, four to a pod.
+#[map]
+pub(crate) static LISTENERS: SockMap = SockMap::with_max_entries(4 * MAX_PODS, 0);
+#[map]
+pub(crate) static FLOWS: HashMap<FlowSlot, Flow> =
+    HashMap::with_max_entries(MAX_FLOWS, BPF_F_NO_PREALLOC);
+#[map]
+pub(crate) static CAPTURED: LruHashMap<CapturedKey, Endpoint> =
+    LruHashMap::with_max_entries(MAX_CAPTURED, 0);
+#[map]
+pub(crate) static OLD_CONNECTIONS: HashMap<ConnectionKey, u32> =
+    HashMap::with_max_entries(MAX_OLD_CONNECTIONS, BPF_F_NO_PREALLOC);
+#[map]
+pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, FragmentVerdict> =
+    LruHashMap::with_max_entries(MAX_FRAGMENTS, 0);
+#[map]
+pub(crate) static DROP_RATE: HashMap<PodIndex, DropRate> =
+    HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
+#[map]
+pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(EVENT_BYTES, 0);
+#[map]
+pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTER_SLOTS, 0);
+#[btf_map]
+pub(crate) static EXEMPT: SkStorage<Exempt> = SkStorage::new();
+#[btf_map]
+pub(crate) static SOCKETS: SkStorage<SocketState> = SkStorage::new();
+#[btf_map]
+pub(crate) static VIPS: SkStorage<Translations> = SkStorage::new();
+
+/// The maps as the decisions of `mesh_common` look them up.
+pub(crate) struct Tables;
+
+impl Policies for Tables {
+    #[inline(always)]
+    fn head(&self, set: PolicySetId) -> Option<SetHead> {
+        // SAFETY: not preallocated, and read at once.
+        unsafe { POLICY_SETS.get(set) }.copied()
+    }
+
+    #[inline(always)]
+    fn select(&self, key: &SelectKey) -> Option<Lists> {
+        // SAFETY: as above.
+        unsafe { POLICY_SELECT.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn cidr(&self, key: &CidrKey) -> Option<ListId> {
+        POLICY_CIDRS
+            .get(Key::new(CidrKey::FIXED_BITS + 128, *key))
+            .copied()
+    }
+
+    #[inline(always)]
+    fn answer(&self, key: &PortKey) -> Option<Answer> {
+        POLICY_PORTS
+            .get(Key::new(PortKey::FIXED_BITS + 16, *key))
+            .copied()
+    }
+}
+
+impl Peers for Tables {
+    #[inline(always)]
+    fn peer(&self, addr: &Addr) -> Option<Peer> {
+        // SAFETY: not preallocated, and read at once.
+        unsafe { PEERS.get(addr) }.copied()
+    }
+
+    #[inline(always)]
+    fn local(&self, addr: &Addr) -> Option<PodView> {
+        pod(pod_by_addr(addr)?).map(|state| state.view)
+    }
+
+    #[inline(always)]
+    fn in_pod_cidr(&self, addr: &Addr) -> bool {
+        POD_CIDRS.get(Key::new(128, *addr)).is_some()
+    }
+
+    #[inline(always)]
+    fn port_mode(&self, key: &ModeKey) -> Option<u8> {
+        // SAFETY: not preallocated, and read at once.
+        unsafe { PORT_MODES.get(key) }.copied()
+    }
+}
+
+impl Services for Tables {
+    #[inline(always)]
+    fn service(&self, key: &ServiceKey) -> Option<Service> {
+        // SAFETY: not preallocated, and read at once.
+        unsafe { SERVICES.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn backend(&self, key: &BackendKey) -> Option<Endpoint> {
+        // SAFETY: as above.
+        unsafe { BACKENDS.get(key) }.copied()
+    }
+}
+
+/// Whether packets to this address make sense only after translation.
+#[inline(always)]
+pub(crate) fn is_virtual(to: &Endpoint, protocol: mesh_common::Protocol) -> bool {
+    Tables.service(&ServiceKey::marker(to.addr)).is_some()
+        || Tables.service(&ServiceKey::new(*to, protocol)).is_some()
+}
+
+/// The pod of a network namespace.
+#[inline(always)]
+pub(crate) fn pod_by_netns(cookie: u64) -> Option<PodIndex> {
+    // SAFETY: not preallocated, and read at once.
+    unsafe { PODS_BY_NETNS.get(cookie) }.copied()
+}
+
+/// The pod of this node that has an address.
+#[inline(always)]
+pub(crate) fn pod_by_addr(addr: &Addr) -> Option<PodIndex> {
+    // SAFETY: as above.
+    unsafe { PODS_BY_ADDR.get(addr) }.copied()
+}
+
+/// The pod behind an interface of the host.
+#[inline(always)]
+pub(crate) fn pod_by_link(link: u32) -> Option<PodIndex> {
+    // SAFETY: as above.
+    unsafe { PODS_BY_LINK.get(link) }.copied()
+}
+
+/// A pod's state, read in place.
+#[inline(always)]
+pub(crate) fn pod(index: PodIndex) -> Option<&'static PodState> {
+    let state = PODS.get_ptr(index)?;
+    // SAFETY: the element lives until the program ends; `decision` checks the revision words.
+    Some(unsafe { &*state })
+}

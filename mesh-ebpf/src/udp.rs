@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
+//! UDP flows: replies to what was allowed pass, within a bound for each pod.
+
+use mesh_common::counter::Counter;
+use mesh_common::flow::{FLOW_WAYS, FLOWS_PER_POD, Flow, FlowSlot, FlowTuple};
+use mesh_common::path::Path;
+use mesh_common::pod::PodIndex;
+use mesh_common::policy::PolicySetId;
+use mesh_common::{Endpoint, Port};
+
+use crate::report::{add, now};
+use crate::tables::{self, FLOWS};
+
+/// The flow of a pod's port with another end.
+#[inline(always)]
+pub(crate) fn tuple(remote: &Endpoint, local_port: Port) -> FlowTuple {
+    FlowTuple {
+        remote: *remote,
+        local_port,
+        family6: u8::from(!remote.addr.is_v4()),
+        pad: 0,
+    }
+}
+
+/// Which way a datagram goes.
+#[derive(Clone, Copy)]
+pub(crate) enum Way {
+    /// From the pod.
+    FromPod,
+    /// To the pod.
+    ToPod,
+}
+
+impl Way {
+    #[inline(always)]
+    fn flag(self) -> u32 {
+        match self {
+            Self::FromPod => Flow::FROM_POD,
+            Self::ToPod => Flow::TO_POD,
+        }
+    }
+}
+
+#[inline(always)]
+fn slot(pod: PodIndex, tuple: &FlowTuple, way: u32) -> FlowSlot {
+    FlowSlot {
+        pod: pod.0,
+        slot: (tuple.slot() + way) & (FLOWS_PER_POD - 1),
+    }
+}
+
+/// Whether the datagram belongs to a live flow that was allowed under the pod's present policy; if
+/// so the flow lives on, and `bytes` are added to it.
+#[inline(never)]
+pub(crate) fn refresh(pod: PodIndex, tuple: &FlowTuple, way: Way, bytes: u64) -> bool {
+    let Some(state) = tables::pod(pod) else {
+        return false;
+    };
+    let set = state.view.set;
+    let time_ns = now();
+    for i in 0..FLOW_WAYS {
+        let Some(flow) = FLOWS.get_ptr_mut(slot(pod, tuple, i)) else {
+            continue;
+        };
+        // SAFETY: the element lives until the program ends.
+        let flow = unsafe { &mut *flow };
+        if flow.tuple != *tuple {
+            continue;
+        }
+        if PolicySetId(flow.set) != set || !flow.alive(time_ns) {
+            return false;
+        }
+        flow.last_ns = time_ns;
+        flow.flags |= way.flag();
+        if bytes > 0 {
+            flow.bytes += bytes;
+            add(Counter::UnencryptedBytes(flow.clear_reason()), bytes);
+        }
+        return true;
+    }
+    false
+}
+
+/// Opens a flow that was just allowed: in a free slot, or in place of the oldest of its ways.
+#[inline(never)]
+pub(crate) fn open(pod: PodIndex, tuple: &FlowTuple, way: Way, path: &Path) {
+    let Some(state) = tables::pod(pod) else {
+        return;
+    };
+    let time_ns = now();
+    let mut best = slot(pod, tuple, 0);
+    let mut oldest = u64::MAX;
+    for i in 0..FLOW_WAYS {
+        let candidate = slot(pod, tuple, i);
+        let age = match FLOWS.get_ptr(candidate) {
+            None => 0,
+            // SAFETY: the element lives until the program ends.
+            Some(flow) if unsafe { (*flow).tuple == *tuple } => {
+                best = candidate;
+                break;
+            }
+            // SAFETY: as above.
+            Some(flow) => unsafe { (*flow).last_ns },
+        };
+        if age < oldest {
+            oldest = age;
+            best = candidate;
+        }
+    }
+    let egress = match way {
+        Way::FromPod => Flow::EGRESS,
+        Way::ToPod => 0,
+    };
+    let flow = Flow {
+        set: state.view.set.0,
+        last_ns: time_ns,
+        bytes: 0,
+        rule: path.verdict.rule.0,
+        tuple: *tuple,
+        flags: way.flag() | egress,
+        clear: path.clear as u32,
+    };
+    let _ = FLOWS.insert(best, flow, 0);
+}
