@@ -1,2 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Placeholder.
+//! The mesh's Kubernetes kinds, and the door from manifests to facts.
+//!
+//! [`manifests`] reads YAML and JSON, [`crd`] has the mesh's own kinds, [`convert()`] turns objects
+//! of every kind into a [`mesh_plan::Cluster`] or says by object and field why it cannot. Nothing
+//! here does I/O, keeps state or knows a Kubernetes client.
+
+pub mod convert;
+pub mod crd;
+pub mod manifests;
+
+pub use convert::{LastGood, Object, Options, Outcome, Warning, convert};

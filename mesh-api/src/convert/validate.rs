@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Values as the Kubernetes API validates them. Errors are sentences about the value.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use mesh_plan::cluster::Transport;
+
+/// A DNS subdomain (RFC 1123), which is what names of objects are at least.
+pub(super) fn subdomain(text: &str) -> Result<(), String> {
+    let label = |label: &str| {
+        !label.is_empty()
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+    };
+    if text.len() <= 253 && text.split('.').all(label) {
+        Ok(())
+    } else {
+        Err(format!(
+            "{text:?} is no name: lower-case letters, digits, '-' and '.' only, at most 253"
+        ))
+    }
+}
+
+/// What label values are, and the part of label keys behind the '/'.
+fn word(text: &str) -> bool {
+    let edge = |c: char| c.is_ascii_alphanumeric();
+    text.len() <= 63
+        && text.starts_with(edge)
+        && text.ends_with(edge)
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+}
+
+/// A label's key: `[DNS subdomain/]word`.
+pub(super) fn label_key(key: &str) -> Result<(), String> {
+    let good = match key.split_once('/') {
+        Some((prefix, name)) => subdomain(prefix).is_ok() && word(name),
+        None => word(key),
+    };
+    good.then_some(())
+        .ok_or_else(|| format!("{key:?} is no label key"))
+}
+
+/// A label's value.
+pub(super) fn label_value(value: &str) -> Result<(), String> {
+    (value.is_empty() || word(value))
+        .then_some(())
+        .ok_or_else(|| format!("{value:?} is no label value"))
+}
+
+/// A port from 1 to 65535.
+pub(super) fn port(number: i64) -> Result<u16, String> {
+    u16::try_from(number)
+        .ok()
+        .filter(|port| *port != 0)
+        .ok_or_else(|| format!("{number} is no port: must be from 1 to 65535"))
+}
+
+/// The name of a port (IANA service name): at most 15 of a-z, 0-9 and '-', with a letter.
+pub(super) fn port_name(name: &str) -> Result<(), String> {
+    let good = !name.is_empty()
+        && name.len() <= 15
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        && name.bytes().any(|b| b.is_ascii_lowercase())
+        && !name.starts_with('-')
+        && !name.ends_with('-')
+        && !name.contains("--");
+    good.then_some(()).ok_or_else(|| {
+        format!("{name:?} is no port name: at most 15 of a-z, 0-9 and '-', with a letter")
+    })
+}
+
+/// A protocol; missing = TCP.
+pub(super) fn transport(protocol: Option<&str>) -> Result<Transport, String> {
+    match protocol {
+        None | Some("TCP") => Ok(Transport::Tcp),
+        Some("UDP") => Ok(Transport::Udp),
+        Some("SCTP") => Ok(Transport::Sctp),
+        Some(other) => Err(format!(
+            "{other:?} is no protocol: must be TCP, UDP or SCTP"
+        )),
+    }
+}
+
+/// An address.
+pub(super) fn address(text: &str) -> Result<IpAddr, String> {
+    text.parse()
+        .map(|ip: IpAddr| ip.to_canonical())
+        .map_err(|_invalid: std::net::AddrParseError| format!("{text:?} is no IP address"))
+}
+
+/// A CIDR. Bits behind the prefix are ignored, as the API server does.
+pub(super) fn cidr(text: &str) -> Result<IpNet, String> {
+    text.parse::<IpNet>()
+        .map(|net| net.trunc())
+        .map_err(|_invalid: ipnet::AddrParseError| {
+            format!("{text:?} is no CIDR, such as 10.0.0.0/8 or fd00::/8")
+        })
+}
+
+/// Whether `inner` is a true part of `outer`.
+pub(super) fn is_strictly_inside(inner: &IpNet, outer: &IpNet) -> bool {
+    outer.contains(inner) && inner.prefix_len() > outer.prefix_len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows() {
+        for good in ["a", "a.b-c", "1", &"a".repeat(253)] {
+            assert_eq!(subdomain(good), Ok(()), "{good}");
+        }
+        for bad in ["", "A", "a/b", "a b", "-a", "a-", "a..b", &"a".repeat(254)] {
+            assert!(subdomain(bad).is_err(), "{bad}");
+        }
+        for good in ["app", "mesh.rs/dataplane", "A_b.c"] {
+            assert_eq!(label_key(good), Ok(()), "{good}");
+        }
+        for bad in [
+            "",
+            "/a",
+            "a/",
+            "a/b/c",
+            "-a",
+            "a b",
+            "UPPER/a",
+            &"a".repeat(64),
+        ] {
+            assert!(label_key(bad).is_err(), "{bad}");
+        }
+        assert_eq!(label_value(""), Ok(()));
+        assert!(label_value("a b").is_err());
+        assert!(port(0).is_err() && port(65536).is_err() && port(-1).is_err());
+        assert_eq!(port(65535), Ok(65535));
+        for bad in ["", "80", "a--b", "-a", "http-", "HTTP", "abcdefghijklmnop"] {
+            assert!(port_name(bad).is_err(), "{bad}");
+        }
+        assert_eq!(port_name("http-1"), Ok(()));
+        assert!(transport(Some("tcp")).is_err());
+        assert_eq!(cidr("10.1.2.3/8").unwrap().to_string(), "10.0.0.0/8");
+        assert!(cidr("10.0.0.0").is_err() && cidr("10.0.0.0/33").is_err());
+        let net = |text: &str| cidr(text).unwrap();
+        assert!(is_strictly_inside(&net("10.1.0.0/16"), &net("10.0.0.0/8")));
+        assert!(!is_strictly_inside(&net("10.0.0.0/8"), &net("10.0.0.0/8")));
+        assert!(!is_strictly_inside(&net("11.0.0.0/16"), &net("10.0.0.0/8")));
+        assert!(!is_strictly_inside(&net("fd00::/16"), &net("10.0.0.0/8")));
+    }
+}

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+//! MeshAuthentication.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// What enrolled pods accept and send without mutual TLS. The most specific object decides: with a
+/// podSelector, then the namespace's, then the mesh's (`default` in `mesh-system`); of two of one
+/// rank the stricter.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct MeshAuthenticationSpec {
+    /// The pods of the namespace that it applies to. Missing: all of them.
+    pub pod_selector: Option<LabelSelector>,
+    /// What TCP connections the pods accept. Missing: as the less specific object says.
+    pub mtls: Option<MtlsMode>,
+    /// The same for single ports.
+    pub ports: Option<Vec<PortAuthentication>>,
+    /// What the pods may send in clear. Missing: as the less specific object says.
+    pub outbound: Option<OutboundTraffic>,
+    /// UDP, which the mesh does not encrypt. Missing: as the less specific object says.
+    pub udp: Option<UdpTraffic>,
+}
+
+/// What one port accepts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PortAuthentication {
+    /// The port of the pod, from 1 to 65535.
+    #[schemars(range(min = 1, max = 65535))]
+    pub port: i32,
+    /// What TCP connections it accepts.
+    pub mtls: MtlsMode,
+}
+
+/// What TCP connections a pod accepts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum MtlsMode {
+    /// Only with mutual TLS, from enrolled pods of the same node, and from the node itself.
+    Strict,
+    /// Also in clear, from whom policy allows.
+    Permissive,
+}
+
+/// What a pod may send in clear.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum OutboundTraffic {
+    /// TCP to pods that are not enrolled, counted.
+    Opportunistic,
+    /// No TCP to pods.
+    Required,
+}
+
+/// What a pod may do with UDP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum UdpTraffic {
+    /// What policy allows, counted as not encrypted.
+    Allow,
+    /// Only with pods of the same node.
+    SameNode,
+    /// Nothing.
+    Deny,
+}
