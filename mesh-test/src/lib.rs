@@ -7,6 +7,7 @@
 //! removed on drop, and after a kill -9 by the next lab. Nothing here skips without root: it fails.
 
 pub mod agent;
+pub mod apps;
 pub mod capture;
 pub mod cgroup;
 pub mod forge;
