@@ -145,13 +145,21 @@ impl Identities {
         config: Config,
         wanted: watch::Receiver<BTreeSet<SpiffeId>>,
     ) -> Result<Self, Error> {
+        let issuer = config.ca.open(&config.clock).await.map_err(Error::Issuer)?;
+        Ok(Self::with(issuer, config, wanted))
+    }
+
+    fn with(
+        issuer: Arc<dyn issuer::Issuer>,
+        config: Config,
+        wanted: watch::Receiver<BTreeSet<SpiffeId>>,
+    ) -> Self {
         let Config {
-            ca,
+            ca: _,
             trust_domain,
             clock,
             seed,
         } = config;
-        let issuer = ca.open(&clock).await.map_err(Error::Issuer)?;
         let provider = tls::provider();
         let (bundle, _none) = Bundle::new([]);
         let bundle = Arc::new(bundle);
@@ -165,21 +173,22 @@ impl Identities {
             served: BTreeMap::new(),
         };
         let (writer, now) = watch::channel(Arc::new(empty));
+        let spread = clock::Spread(seed);
         let keeper = renewal::Keeper {
             issuer,
             rules,
             clock: clock.clone(),
-            spread: clock::Spread(seed),
+            spread,
         };
         tokio::spawn(renewal::run(keeper, wanted, writer));
         let clients = ClientConfigs::default();
-        Ok(Self(Arc::new(Shared {
+        Self(Arc::new(Shared {
             now,
             clients,
             provider,
             trust_domain,
             clock,
-        })))
+        }))
     }
 
     /// The latest certificate of an identity of this node.
@@ -205,7 +214,8 @@ impl Identities {
         Ok(Arc::clone(&served.certificate))
     }
 
-    /// Each change of a certificate or of the bundle. Compare [`Snapshot::epoch`].
+    /// Each change of a certificate or of the bundle; the present state counts as the first.
+    /// Compare [`Snapshot::epoch`].
     pub fn subscribe(&self) -> watch::Receiver<Arc<Snapshot>> {
         self.0.now.clone()
     }

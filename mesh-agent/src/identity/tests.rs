@@ -1,1 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
+//! Real handshakes and whole lives of certificates, without a network and without waiting.
+
+mod handshakes;
+mod issuers;
+mod pki;
+mod renewals;
+mod sessions;
