@@ -18,12 +18,9 @@ use crate::run;
 const PACKAGES: &[&str] = &[
     // Build.
     "ca-certificates",
-    "cmake",
-    "g++",
     "gcc",
     "git",
     "libc6-dev",
-    "make",
     "xz-utils",
     // The namespaces of tests and demo, and the look at them from outside.
     "ethtool",
