@@ -136,6 +136,29 @@ fn a_storm_checks_every_answer() {
 }
 
 #[test]
+fn a_storm_to_random_destinations() {
+    let lab = lab(Topology::Routed);
+    let a = lab.pod("a");
+    let _server = a.serve("--tcp [::]:0 --ports 7000-7031").expect("server");
+    for net in ["10.99.0.0/16", "fd00:99::/64"] {
+        // Every address of the network is the pod's own.
+        let route = format!("ip route add local {net} dev lo");
+        a.run(Cmd::line(&route), SOON)
+            .expect("run")
+            .ok()
+            .expect("route");
+    }
+    let line =
+        "storm --net 10.99.0.0/16 --net fd00:99::/64 --ports 7000-7031 --threads 2 --count 20000";
+    let report: Storm = a.probe(line).expect("run").json().expect("report");
+    assert_eq!(
+        (report.ok, report.wrong, report.failed),
+        (20_000, 0, 0),
+        "{report:?}"
+    );
+}
+
+#[test]
 fn bytes_are_counted_at_both_ends() {
     let lab = lab(Topology::Routed);
     let (a, c) = (lab.pod("a"), lab.pod("c"));
