@@ -53,23 +53,21 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    let done = |()| ExitCode::SUCCESS;
     let result = match Cli::parse().command {
-        Command::Setup(args) => setup::run(&args),
-        Command::Build(args) => build::run(&args),
+        Command::Setup(args) => setup::run(&args).map(done),
+        Command::Build(args) => build::run(&args).map(done),
         Command::Test(args) => test::run(&args),
-        Command::Lint => lint::run(),
-        Command::Tidy => tidy::run(),
-        Command::Generate(args) => generate::run(&args),
-        Command::Demo(args) => demo::run(&args),
-        Command::Bench(args) => bench::run(&args),
+        Command::Lint => lint::run().map(done),
+        Command::Tidy => tidy::run().map(done),
+        Command::Generate(args) => generate::run(&args).map(done),
+        Command::Demo(args) => demo::run(&args).map(done),
+        Command::Bench(args) => bench::run(&args).map(done),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(err) => {
-            eprintln!("error: {err:#}");
-            ExitCode::FAILURE
-        }
-    }
+    result.unwrap_or_else(|err| {
+        eprintln!("error: {err:#}");
+        ExitCode::FAILURE
+    })
 }
 
 #[cfg(test)]
