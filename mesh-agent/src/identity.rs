@@ -33,7 +33,7 @@ mod verify;
 pub use self::{
     certificate::Certificate,
     clock::Clock,
-    issuer::{Ca, CaError, IssueError},
+    issuer::{Ca, IssueError},
     key::KeyError,
     refusal::Refusal,
     spiffe::{SpiffeError, SpiffeId, TrustDomain},

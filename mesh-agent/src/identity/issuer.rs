@@ -4,7 +4,7 @@
 //! An issuer makes or fetches a certificate when asked. When to ask, what to do when it fails,
 //! and whether what it gave may be used, is not its business.
 
-use std::{future::Future, io, path::PathBuf, pin::Pin, str::FromStr, sync::Arc};
+use std::{future::Future, io, path::PathBuf, pin::Pin, sync::Arc};
 
 use rustls::{pki_types::CertificateDer, sign::SigningKey};
 
@@ -26,24 +26,6 @@ pub enum Ca {
     SelfSigned(PathBuf),
     /// `files:DIR`: `DIR/NAMESPACE/SERVICEACCOUNT/{tls.crt,tls.key,ca.crt}`, written by others.
     Files(PathBuf),
-}
-
-/// `--ca` is none of the forms that are known.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is neither self:DIR nor files:DIR")]
-pub struct CaError(String);
-
-impl FromStr for Ca {
-    type Err = CaError;
-
-    fn from_str(text: &str) -> Result<Self, CaError> {
-        match text.split_once(':') {
-            Some((_, "")) => Err(CaError(text.to_owned())),
-            Some(("self", dir)) => Ok(Self::SelfSigned(dir.into())),
-            Some(("files", dir)) => Ok(Self::Files(dir.into())),
-            _ => Err(CaError(text.to_owned())),
-        }
-    }
 }
 
 impl Ca {
@@ -146,19 +128,5 @@ pub enum IssueError {
 impl From<webpki::Error> for IssueError {
     fn from(error: webpki::Error) -> Self {
         Self::Useless(error.into())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_flag_names_an_issuer() {
-        assert_eq!("self:/a:b".parse(), Ok(Ca::SelfSigned("/a:b".into())));
-        assert_eq!("files:d".parse(), Ok(Ca::Files("d".into())));
-        for wrong in ["", "self", "self:", "files:", "vault:x", "/dir"] {
-            assert!(wrong.parse::<Ca>().is_err(), "{wrong}");
-        }
     }
 }

@@ -3,7 +3,8 @@
 //!
 //! A configuration belongs to one identity (a client's also to one expected peer), one
 //! certificate and one bundle, and so do its sessions and ticket keys: what is resumed was
-//! proven under the same rules. There is no 0-RTT.
+//! proven under the same rules. There is no 0-RTT. Traffic secrets may be taken out of a finished
+//! handshake, for the tunnel's own record layer.
 
 use std::{fmt, net::IpAddr, sync::Arc, time::SystemTime};
 
@@ -91,6 +92,7 @@ pub(super) fn client(
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.enable_sni = false;
     config.enable_early_data = false;
+    config.enable_secret_extraction = true;
     config.resumption = Resumption::store(Arc::new(ClientSessionMemoryCache::new(SESSIONS)));
     Ok(Arc::new(config))
 }
@@ -109,6 +111,7 @@ pub(super) fn server(
         .with_cert_resolver(Arc::new(own));
     config.alpn_protocols = vec![ALPN.to_vec()];
     config.max_early_data_size = 0;
+    config.enable_secret_extraction = true;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = TICKETS;
     config.ticketer = Arc::new(Tickets {

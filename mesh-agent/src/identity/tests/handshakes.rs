@@ -34,96 +34,78 @@ async fn both_ends_prove_who_they_are_with_the_algorithms_of_the_mesh() {
     assert_eq!(connection.server_name(), None);
 }
 
+type Row = (&'static str, Pair, Refusal);
+
 /// Every bad certificate that a peer of either side may show.
-fn bad_leaves(agent: &Agent) -> Vec<(&'static str, Pair, Refusal)> {
+fn bad_leaves(agent: &Agent) -> Vec<Row> {
     let now = agent.hand.now();
-    let good = || Leaf::good("web", now);
-    let web = id("web").to_string();
-    let uris = |uris: &[&str]| Leaf {
-        uris: uris.iter().map(|uri| (*uri).to_owned()).collect(),
-        ..good()
-    };
-    let usages = |key_usages: &[KeyUsagePurpose]| Leaf {
-        key_usages: key_usages.to_vec(),
-        ..good()
-    };
     let hour = Duration::from_secs(3600);
-    let own = |leaf| agent.root.sign(leaf);
-    let foreign_root = Root::new(now);
-    use Refusal as R;
-    vec![
-        (
-            "foreign CA of the same name",
-            foreign_root.sign(good()),
-            R::UnknownCa,
-        ),
-        (
-            "wrong trust domain",
-            own(uris(&[FOREIGN])),
-            R::WrongTrustDomain,
-        ),
-        (
-            "two URI names",
-            own(uris(&[&web, &id("db").to_string()])),
-            R::SeveralNames,
-        ),
-        (
-            "the same name twice",
-            own(uris(&[&web, &web])),
-            R::SeveralNames,
-        ),
-        ("no name", own(uris(&[])), R::NoSpiffeId),
-        (
-            "a web address",
-            own(uris(&["https://cluster.local/ns/shop/sa/web"])),
-            R::NoSpiffeId,
-        ),
-        (
-            "a malformed id",
-            own(uris(&["spiffe://cluster.local/ns/shop/sa/web/"])),
-            R::NoSpiffeId,
-        ),
-        (
-            "expired",
-            own(Leaf {
-                not_before: now - 2 * hour,
-                not_after: now - hour,
-                ..good()
-            }),
-            R::Expired,
-        ),
+    let foreign = Root::new(now).sign(Leaf::good("web", now));
+    let mut past = Leaf::good("web", now);
+    (past.not_before, past.not_after) = (now - 2 * hour, now - hour);
+    let mut future = Leaf::good("web", now);
+    future.not_before = now + hour;
+    let mut rows = vec![
+        ("foreign CA of the same name", foreign, Refusal::UnknownCa),
+        ("expired", agent.root.sign(past), Refusal::Expired),
         (
             "not yet valid",
-            own(Leaf {
-                not_before: now + hour,
-                ..good()
-            }),
-            R::NotYetValid,
+            agent.root.sign(future),
+            Refusal::NotYetValid,
         ),
-        ("no key usage", own(usages(&[])), R::WrongUsage),
+    ];
+    rows.extend(bad_names(agent));
+    rows.extend(bad_usages(agent));
+    rows
+}
+
+fn bad_names(agent: &Agent) -> impl Iterator<Item = Row> {
+    let (web, db) = (id("web").to_string(), id("db").to_string());
+    let malformed = format!("{web}/");
+    let rows: [(_, &[&str], _); 6] = [
+        ("wrong trust domain", &[FOREIGN], Refusal::WrongTrustDomain),
+        ("two URI names", &[&web, &db], Refusal::SeveralNames),
+        ("the same name twice", &[&web, &web], Refusal::SeveralNames),
+        ("no name", &[], Refusal::NoSpiffeId),
         (
-            "other key usage",
-            own(usages(&[KeyUsagePurpose::KeyAgreement])),
-            R::WrongUsage,
+            "a web address",
+            &["https://cluster.local/"],
+            Refusal::NoSpiffeId,
         ),
+        ("a malformed id", &[&malformed], Refusal::NoSpiffeId),
+    ];
+    rows.map(|(name, uris, reason)| {
+        let mut leaf = Leaf::good("web", agent.hand.now());
+        leaf.uris = uris.iter().map(|uri| (*uri).to_owned()).collect();
+        (name, agent.root.sign(leaf), reason)
+    })
+    .into_iter()
+}
+
+fn bad_usages(agent: &Agent) -> impl Iterator<Item = Row> {
+    use KeyUsagePurpose::{DigitalSignature, KeyAgreement, KeyCertSign};
+    let good = || Leaf::good("web", agent.hand.now());
+    let mut ca = good();
+    ca.ca = true;
+    let mut mail = good();
+    mail.extended = vec![ExtendedKeyUsagePurpose::EmailProtection];
+    let with = |usages: &[KeyUsagePurpose]| {
+        let mut leaf = good();
+        leaf.key_usages = usages.to_vec();
+        leaf
+    };
+    [
+        ("a CA", ca),
+        ("for e-mail", mail),
+        ("no key usage", with(&[])),
+        ("other key usage", with(&[KeyAgreement])),
         (
             "may sign certificates",
-            own(usages(&[
-                KeyUsagePurpose::DigitalSignature,
-                KeyUsagePurpose::KeyCertSign,
-            ])),
-            R::WrongUsage,
-        ),
-        ("a CA", own(Leaf { ca: true, ..good() }), R::WrongUsage),
-        (
-            "for e-mail",
-            own(Leaf {
-                extended: vec![ExtendedKeyUsagePurpose::EmailProtection],
-                ..good()
-            }),
-            R::WrongUsage,
+            with(&[DigitalSignature, KeyCertSign]),
         ),
     ]
+    .map(|(name, leaf)| (name, agent.root.sign(leaf), Refusal::WrongUsage))
+    .into_iter()
 }
 
 #[tokio::test]
