@@ -283,14 +283,14 @@ pub struct ServiceEndpoint {
 }
 
 /// A label selector. Empty selects everything.
-#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Selector {
     /// All must hold.
     pub requirements: Vec<Requirement>,
 }
 
 /// One requirement on a label. `matchLabels` become `In` with one value.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Requirement {
     /// The label.
     pub key: String,
@@ -299,7 +299,7 @@ pub struct Requirement {
 }
 
 /// What is required of a label (LabelSelectorRequirement of the Kubernetes API).
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum LabelTest {
     /// Present, with one of these values.
     In(BTreeSet<String>),
@@ -315,8 +315,14 @@ impl Selector {
     /// Whether it selects something with these labels.
     #[must_use]
     pub fn matches(&self, labels: &Labels) -> bool {
+        self.matches_by(|key| labels.get(key).map(String::as_str))
+    }
+
+    /// The same, for labels in any form: `label` gives the value of a key.
+    #[must_use]
+    pub fn matches_by<'a>(&self, label: impl Fn(&str) -> Option<&'a str>) -> bool {
         self.requirements.iter().all(|r| {
-            let value = labels.get(&r.key);
+            let value = label(&r.key);
             match &r.test {
                 LabelTest::In(values) => value.is_some_and(|v| values.contains(v)),
                 LabelTest::NotIn(values) => value.is_none_or(|v| !values.contains(v)),
@@ -344,7 +350,7 @@ pub struct Policy {
 }
 
 /// Where a policy is evaluated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Tier {
     /// Before everything else, by priority, lowest first.
     Admin(u32),
@@ -355,7 +361,7 @@ pub enum Tier {
 }
 
 /// The pods that a policy applies to.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Subject {
     /// Pods of one namespace.
     Pods {
@@ -376,7 +382,7 @@ pub enum Subject {
 }
 
 /// One rule.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Rule {
     /// Where it is in its object: `ingress[0]`, or its name where the kind has names.
     pub name: String,
@@ -389,7 +395,7 @@ pub struct Rule {
 }
 
 /// What a rule says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum RuleAction {
     /// Allow, or Accept.
     Allow,
@@ -400,7 +406,7 @@ pub enum RuleAction {
 }
 
 /// One alternative of a rule's peers.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum PeerMatch {
     /// Pods.
     Pods {
@@ -430,7 +436,7 @@ pub enum PeerMatch {
 }
 
 /// Which namespaces.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum NamespaceMatch {
     /// The one with this name.
     Name(String),
@@ -439,7 +445,7 @@ pub enum NamespaceMatch {
 }
 
 /// Which service accounts.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ServiceAccountMatch {
     /// In this namespace; `None` = in any.
     pub namespace: Option<String>,
@@ -448,7 +454,7 @@ pub struct ServiceAccountMatch {
 }
 
 /// An entity of MeshPolicy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Entity {
     /// The pod's own node.
@@ -464,7 +470,7 @@ pub enum Entity {
 }
 
 /// One alternative of a rule's ports.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PortMatch {
     /// The transport; `None` = any protocol at all (only with `PortRange::All`).
     pub transport: Option<Transport>,
@@ -473,7 +479,7 @@ pub struct PortMatch {
 }
 
 /// Ports of one transport.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum PortRange {
     /// All of them.
     All,
@@ -499,7 +505,9 @@ pub struct Authentication {
 }
 
 /// What plaintext an enrolled pod accepts. Ordered from open to strict.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 pub enum Mtls {
     /// From whom policy allows, counted.
     #[default]
@@ -509,7 +517,9 @@ pub enum Mtls {
 }
 
 /// What an enrolled pod may send in clear. Ordered from open to strict.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 pub enum OutboundMode {
     /// To whom is not enrolled, counted.
     #[default]
@@ -519,7 +529,9 @@ pub enum OutboundMode {
 }
 
 /// UDP between workloads. Ordered from open to strict.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 pub enum UdpMode {
     /// Allowed, counted as unencrypted.
     #[default]

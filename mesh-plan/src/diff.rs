@@ -1,12 +1,426 @@
 // SPDX-License-Identifier: Apache-2.0
-//! From two plans to ordered operations.
+//! From two plans to ordered operations, such that whoever reads between any two of them sees the
+//! old or the new verdict.
+//!
+//! 1. What nothing refers to yet: ports, address blocks, pairs, set heads, port modes, backends.
+//! 2. Services switch, one write each.
+//! 3. Peers and pods switch: a peer's identity after the pairs that mention it, a pod's set after
+//!    the set's content.
+//! 4. What nothing refers to any more goes, in the reverse order.
+//!
+//! When peers change their identity and pods their set in one step, a reader could meet an old set
+//! with a new identity, a pair that is in neither plan. Such peers go over a *bridge*: an identity
+//! of this one transition that has, in each set, the lists that the peer has before it in old
+//! sets, and after it in new ones.
 
-use crate::plan::{MapOp, Plan};
+use std::cmp::Ordering;
+use std::collections::{BTreeMap, BTreeSet};
+
+use mesh_common::identity::{IdentityId, Peer};
+use mesh_common::maps::MAX_POLICY_SELECTS;
+use mesh_common::path::Peers;
+use mesh_common::pod::PodView;
+use mesh_common::policy::{Lists, PolicySetId, SelectKey};
+use mesh_common::service::{Service, ServiceKey};
+use mesh_common::{Addr, Port};
+
+use crate::digest::Ids;
+use crate::plan::{Entry, Key, LocalPod, MapOp, Plan};
 
 /// The operations that lead from one plan to the next: additions before what refers to them, then
-/// the switches, then removals.
+/// the switches, then removals. `old` is what the kernel holds; its names do not matter, its pods
+/// do (without them, what they look like before is taken as unknown).
 #[must_use]
 pub fn diff(old: &Plan, new: &Plan) -> Vec<MapOp> {
-    let _ = (old, new);
-    Vec::new()
+    let mut ops = Vec::new();
+    let mut removals = Vec::new();
+    content(old, new, &mut ops, &mut removals);
+    services(old, new, &mut ops, &mut removals);
+    switch(old, new, &mut ops);
+    let mut gone = Vec::new();
+    changes(
+        old.pod_cidrs.iter().map(|p| (p, &())),
+        new.pod_cidrs.iter().map(|p| (p, &())),
+        |_, ()| {},
+        |prefix| gone.push(Key::PodCidr(*prefix)),
+    );
+    changes(
+        &old.peers,
+        &new.peers,
+        |_, _| {},
+        |addr| gone.push(Key::Peer(*addr)),
+    );
+    ops.extend(gone.into_iter().chain(removals).map(MapOp::Remove));
+    ops
+}
+
+/// Does one operation to a plan, as it is done to the maps. What a plan says of a pod beside its
+/// view stays as it is.
+pub fn apply(plan: &mut Plan, op: &MapOp) {
+    match op {
+        MapOp::Put(entry) => put(plan, entry),
+        MapOp::Remove(key) => remove(plan, key),
+    }
+}
+
+fn put(plan: &mut Plan, entry: &Entry) {
+    match entry {
+        Entry::Peer(addr, peer) => drop(plan.peers.insert(*addr, *peer)),
+        Entry::PodCidr(prefix) => drop(plan.pod_cidrs.insert(*prefix)),
+        Entry::Set(id, head) => drop(plan.sets.insert(*id, *head)),
+        Entry::Select(key, lists) => drop(plan.selects.insert(*key, *lists)),
+        Entry::Cidr(prefix, list) => drop(plan.cidrs.insert(*prefix, *list)),
+        Entry::Port(prefix, answer) => drop(plan.ports.insert(*prefix, *answer)),
+        Entry::PortMode(key, mode) => drop(plan.port_modes.insert(*key, *mode)),
+        Entry::Service(key, service) => drop(plan.services.insert(*key, *service)),
+        Entry::Backend(key, backend) => drop(plan.backends.insert(*key, *backend)),
+        Entry::Pod(uid, view) => {
+            let pod = plan
+                .pods
+                .entry(uid.clone())
+                .or_insert_with(LocalPod::default);
+            pod.view = *view;
+        }
+    }
+}
+
+fn remove(plan: &mut Plan, key: &Key) {
+    match key {
+        Key::Peer(addr) => drop(plan.peers.remove(addr)),
+        Key::PodCidr(prefix) => drop(plan.pod_cidrs.remove(prefix)),
+        Key::Set(id) => drop(plan.sets.remove(id)),
+        Key::Select(key) => drop(plan.selects.remove(key)),
+        Key::Cidr(prefix) => drop(plan.cidrs.remove(prefix)),
+        Key::Port(prefix) => drop(plan.ports.remove(prefix)),
+        Key::PortMode(key) => drop(plan.port_modes.remove(key)),
+        Key::Service(key) => drop(plan.services.remove(key)),
+        Key::Backend(key) => drop(plan.backends.remove(key)),
+    }
+}
+
+/// Walks two sorted sequences at once: what is new or changed, and what is gone.
+fn changes<'a, K: Ord + 'a, V: PartialEq + 'a>(
+    old: impl IntoIterator<Item = (&'a K, &'a V)>,
+    new: impl IntoIterator<Item = (&'a K, &'a V)>,
+    mut changed: impl FnMut(&'a K, &'a V),
+    mut gone: impl FnMut(&'a K),
+) {
+    let mut old = old.into_iter().peekable();
+    let mut new = new.into_iter().peekable();
+    loop {
+        let order = match (old.peek(), new.peek()) {
+            (Some((a, _)), Some((b, _))) => a.cmp(b),
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
+            (None, None) => return,
+        };
+        let before = (order != Ordering::Greater).then(|| old.next()).flatten();
+        let after = (order != Ordering::Less).then(|| new.next()).flatten();
+        match (before, after) {
+            (Some((key, _)), None) => gone(key),
+            (Some((_, was)), Some((key, is))) if was != is => changed(key, is),
+            (None, Some((key, is))) => changed(key, is),
+            (Some(_), Some(_)) | (None, None) => {}
+        }
+    }
+}
+
+/// Immutable content. It goes heads first: a set without a head denies.
+fn content(old: &Plan, new: &Plan, ops: &mut Vec<MapOp>, removals: &mut Vec<Key>) {
+    let (mut ports, mut cidrs, mut selects, mut sets) = (vec![], vec![], vec![], vec![]);
+    let mut add = |entry| ops.push(MapOp::Put(entry));
+    changes(
+        &old.ports,
+        &new.ports,
+        |key, answer| add(Entry::Port(*key, *answer)),
+        |key| ports.push(Key::Port(*key)),
+    );
+    changes(
+        &old.cidrs,
+        &new.cidrs,
+        |key, list| add(Entry::Cidr(*key, *list)),
+        |key| cidrs.push(Key::Cidr(*key)),
+    );
+    changes(
+        &old.selects,
+        &new.selects,
+        |key, lists| add(Entry::Select(*key, *lists)),
+        |key| selects.push(Key::Select(*key)),
+    );
+    changes(
+        &old.sets,
+        &new.sets,
+        |id, head| add(Entry::Set(*id, *head)),
+        |id| sets.push(Key::Set(*id)),
+    );
+    let mut modes = Vec::new();
+    changes(
+        &old.port_modes,
+        &new.port_modes,
+        |key, mode| add(Entry::PortMode(*key, *mode)),
+        |key| modes.push(Key::PortMode(*key)),
+    );
+    for part in [sets, selects, cidrs, ports, modes] {
+        removals.extend(part);
+    }
+}
+
+/// A marker comes after the ports of its address and goes before them: in between, the address
+/// would have no port.
+fn services(old: &Plan, new: &Plan, ops: &mut Vec<MapOp>, removals: &mut Vec<Key>) {
+    let mut backends = Vec::new();
+    changes(
+        &old.backends,
+        &new.backends,
+        |key, backend| ops.push(MapOp::Put(Entry::Backend(*key, *backend))),
+        |key| backends.push(Key::Backend(*key)),
+    );
+    let is_marker = |key: &ServiceKey| key.port == Port(0);
+    let mut put: Vec<(bool, &ServiceKey, &Service)> = Vec::new();
+    let mut gone: Vec<(bool, &ServiceKey)> = Vec::new();
+    changes(
+        &old.services,
+        &new.services,
+        |key, service| put.push((is_marker(key), key, service)),
+        |key| gone.push((!is_marker(key), key)),
+    );
+    put.sort_by_key(|(marker, ..)| *marker);
+    gone.sort_by_key(|(other, _)| *other);
+    let entry = |(_, key, service): (bool, &ServiceKey, &Service)| Entry::Service(*key, *service);
+    ops.extend(put.into_iter().map(entry).map(MapOp::Put));
+    removals.extend(gone.into_iter().map(|(_, key)| Key::Service(*key)));
+    removals.extend(backends);
+}
+
+/// Peers and pods.
+fn switch(old: &Plan, new: &Plan, ops: &mut Vec<MapOp>) {
+    let Some(crossing) = Crossing::of(old, new) else {
+        put_peers(old, new, &BTreeMap::new(), ops);
+        put_pod_cidrs(old, new, ops);
+        put_pods(old, new, |_, after| after, ops);
+        return;
+    };
+    let Some(pairs) = crossing.pairs(old, new) else {
+        // They do not fit. Closed for the moment of the switch.
+        let isolated = |before: PodView, _| PodView {
+            set: PolicySetId::ISOLATED,
+            ..before
+        };
+        put_known_pods(old, new, isolated, ops);
+        put_peers(old, new, &BTreeMap::new(), ops);
+        put_pod_cidrs(old, new, ops);
+        put_pods(old, new, |_, after| after, ops);
+        return;
+    };
+    let pair = |(key, lists): (&SelectKey, &Lists)| MapOp::Put(Entry::Select(*key, *lists));
+    ops.extend(pairs.iter().map(pair));
+    let bridge = |before: PodView, after: PodView| Move::new(before.id, after.id).bridge();
+    put_known_pods(
+        old,
+        new,
+        |before, after| PodView {
+            id: bridge(before, after),
+            ..before
+        },
+        ops,
+    );
+    for (addr, step) in &crossing.peers {
+        let peer = new.peers.get(addr).or_else(|| old.peers.get(addr));
+        let bridged = Peer {
+            id: step.bridge(),
+            flags: peer.map_or(0, |peer| peer.flags),
+            pad: 0,
+        };
+        ops.push(MapOp::Put(Entry::Peer(*addr, bridged)));
+    }
+    put_peers(old, new, &crossing.peers, ops);
+    put_pod_cidrs(old, new, ops);
+    put_pods(
+        old,
+        new,
+        |before, after| PodView {
+            id: before.map_or(after.id, |before| bridge(before, after)),
+            ..after
+        },
+        ops,
+    );
+    put_known_pods(old, new, |_, after| after, ops);
+    for addr in crossing.peers.keys() {
+        ops.push(match new.peers.get(addr) {
+            Some(peer) => MapOp::Put(Entry::Peer(*addr, *peer)),
+            None => MapOp::Remove(Key::Peer(*addr)),
+        });
+    }
+    ops.extend(pairs.keys().map(|key| MapOp::Remove(Key::Select(*key))));
+}
+
+fn put_pod_cidrs(old: &Plan, new: &Plan, ops: &mut Vec<MapOp>) {
+    let added = new.pod_cidrs.difference(&old.pod_cidrs);
+    ops.extend(added.map(|prefix| MapOp::Put(Entry::PodCidr(*prefix))));
+}
+
+fn put_peers(old: &Plan, new: &Plan, but: &BTreeMap<Addr, Move>, ops: &mut Vec<MapOp>) {
+    let put = |addr: &Addr, peer: &Peer| {
+        if !but.contains_key(addr) {
+            ops.push(MapOp::Put(Entry::Peer(*addr, *peer)));
+        }
+    };
+    changes(&old.peers, &new.peers, put, |_| {});
+}
+
+/// Pods that are new or whose state changes.
+fn put_pods(
+    old: &Plan,
+    new: &Plan,
+    view: impl Fn(Option<PodView>, PodView) -> PodView,
+    ops: &mut Vec<MapOp>,
+) {
+    for (uid, pod) in &new.pods {
+        let before = old.pods.get(uid).map(|before| before.view);
+        if before != Some(pod.view) {
+            ops.push(MapOp::Put(Entry::Pod(uid.clone(), view(before, pod.view))));
+        }
+    }
+}
+
+/// Pods that stay and whose state changes, as far as what `view` makes of them is not what they
+/// were.
+fn put_known_pods(
+    old: &Plan,
+    new: &Plan,
+    view: impl Fn(PodView, PodView) -> PodView,
+    ops: &mut Vec<MapOp>,
+) {
+    let known = |before: Option<PodView>, after| before.map_or(after, |b| view(b, after));
+    let mut puts = Vec::new();
+    put_pods(old, new, known, &mut puts);
+    ops.extend(puts.into_iter().filter(|op| match op {
+        MapOp::Put(Entry::Pod(uid, _)) => old.pods.contains_key(uid),
+        MapOp::Put(_) | MapOp::Remove(_) => true,
+    }));
+}
+
+/// A change of identity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Move {
+    from: IdentityId,
+    to: IdentityId,
+}
+
+impl Move {
+    const fn new(from: IdentityId, to: IdentityId) -> Self {
+        Self { from, to }
+    }
+
+    /// The identity in between; itself if nothing changes.
+    fn bridge(self) -> IdentityId {
+        if self.from == self.to {
+            return self.to;
+        }
+        let first = IdentityId::FIRST_WORKLOAD.0;
+        IdentityId(Ids::default().id("bridge", first, &(self.from, self.to)))
+    }
+
+    /// What a decision takes from the host's identity is more than its lists.
+    fn is_bridgeable(self) -> bool {
+        self.from != self.to && self.from != IdentityId::HOST && self.to != IdentityId::HOST
+    }
+}
+
+/// A transition in which peers change their identity while pods change their set.
+struct Crossing {
+    /// Addresses in `PEERS` that change their identity.
+    peers: BTreeMap<Addr, Move>,
+    /// All changes, those of this node's pods among them.
+    moves: BTreeSet<Move>,
+}
+
+impl Crossing {
+    fn of(old: &Plan, new: &Plan) -> Option<Self> {
+        let unknown = old.pods.is_empty() && !old.sets.is_empty();
+        let switches = |(uid, pod): &(&String, &LocalPod)| {
+            let before = old.pods.get(*uid);
+            before.map_or(unknown, |before| before.view.set != pod.view.set)
+        };
+        let mut switching = new.pods.iter().filter(switches).map(|(_, pod)| pod.view);
+        let first = switching.next()?;
+        let alone = switching.next().is_none();
+        let mut peers = BTreeMap::new();
+        let mut gone = Vec::new();
+        let mut changed = |addr: &Addr| {
+            let step = Move::new(identity(old, addr), identity(new, addr));
+            if step.is_bridgeable() {
+                peers.insert(*addr, step);
+            }
+        };
+        changes(
+            &old.peers,
+            &new.peers,
+            |addr, _| changed(addr),
+            |addr| gone.push(*addr),
+        );
+        gone.iter().for_each(changed);
+        let of_pods = new.pods.iter().filter_map(|(uid, pod)| {
+            let before = old.pods.get(uid)?;
+            Some((pod.view, Move::new(before.view.id, pod.view.id)))
+        });
+        let of_pods: Vec<_> = of_pods.filter(|(_, step)| step.is_bridgeable()).collect();
+        // A pod that changes alone meets nobody new but itself.
+        if alone
+            && peers.keys().all(|addr| first.owns(addr))
+            && of_pods.iter().all(|(view, _)| *view == first)
+        {
+            return None;
+        }
+        let moves: BTreeSet<Move> = peers
+            .values()
+            .copied()
+            .chain(of_pods.iter().map(|(_, step)| *step))
+            .collect();
+        (!moves.is_empty()).then_some(Self { peers, moves })
+    }
+
+    /// The pairs of every set with the bridges; `None` if the map could not hold them.
+    fn pairs(&self, old: &Plan, new: &Plan) -> Option<BTreeMap<SelectKey, Lists>> {
+        let free = (MAX_POLICY_SELECTS as usize)
+            .checked_sub(old.selects.len())?
+            .checked_sub(new.selects.len())?;
+        let mut pairs = BTreeMap::new();
+        let sets: BTreeSet<PolicySetId> = old.sets.keys().chain(new.sets.keys()).copied().collect();
+        for set in sets {
+            let (plan, is_new) = match new.sets.contains_key(&set) {
+                true => (new, true),
+                false => (old, false),
+            };
+            for step in &self.moves {
+                for direction in [0, 1] {
+                    let key = |peer| SelectKey {
+                        set,
+                        peer,
+                        direction,
+                        pad: [0; 7],
+                    };
+                    let peer = if is_new { step.to } else { step.from };
+                    // Without a pair of its own the peer has the set's list for all others, and
+                    // so has the bridge.
+                    if let Some(lists) = plan.selects.get(&key(peer)) {
+                        pairs.insert(key(step.bridge()), *lists);
+                    }
+                }
+                if pairs.len() > free {
+                    return None;
+                }
+            }
+        }
+        Some(pairs)
+    }
+}
+
+/// Who an address is in a plan.
+fn identity(plan: &Plan, addr: &Addr) -> IdentityId {
+    match plan.peers.get(addr) {
+        Some(peer) => peer.id,
+        None if plan.in_pod_cidr(addr) => IdentityId::UNKNOWN,
+        None => IdentityId::WORLD,
+    }
 }

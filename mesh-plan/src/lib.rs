@@ -5,10 +5,17 @@
 //! [`diff::diff`] turns two plans into ordered operations on maps. Both are pure: the same facts
 //! give the same plan in any order and on any node.
 
+pub mod authentication;
 pub mod cluster;
 pub mod compile;
 pub mod diff;
 pub mod plan;
+
+mod digest;
+mod identities;
+mod peers;
+mod policies;
+mod services;
 
 pub use cluster::{Cluster, Rejection};
 pub use compile::compile;

@@ -14,7 +14,7 @@ use mesh_common::policy::{
 use mesh_common::service::{BackendKey, Service, ServiceKey, Services};
 use mesh_common::{Addr, Endpoint};
 
-use crate::cluster::{Labels, ObjectName, ObjectRef};
+use crate::cluster::{Labels, ObjectName, ObjectRef, Transport};
 
 /// A longest-prefix key: how many of the data's bits count, and the data with the others 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -128,6 +128,8 @@ pub struct IdentityName {
     pub labels: Labels,
     /// The same of the namespace.
     pub namespace_labels: Labels,
+    /// The named ports that some egress rule asks for.
+    pub ports: BTreeMap<(String, Transport), u16>,
 }
 
 /// One entry of one map.

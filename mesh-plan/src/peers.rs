@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Who has which address: pods, nodes and API servers.
+//!
+//! An address that two of them claim is nobody's: peers see it as `unknown`, and local pods that
+//! claim it are isolated. Never decides which claim is right, with two exceptions: a pod that is
+//! being deleted yields to the one pod that lives, and this node's own addresses are its own.
+
+use std::collections::{BTreeMap, BTreeSet, btree_map};
+
+use mesh_common::Addr;
+use mesh_common::identity::{IdentityId, Peer};
+
+use crate::authentication::{self, Enrolment};
+use crate::cluster::{Cluster, ObjectRef, Pod, Rejection};
+use crate::compile::pod_ref;
+use crate::identities::Identities;
+
+/// Who says that an address is theirs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Claimant<'a> {
+    Pod(&'a Pod),
+    Node(&'a str),
+}
+
+impl Claimant<'_> {
+    fn object(&self) -> ObjectRef {
+        match self {
+            Self::Pod(pod) => pod_ref(pod),
+            Self::Node(name) => ObjectRef::new("Node", "", *name),
+        }
+    }
+}
+
+/// Whose an address is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owner<'a> {
+    Pod(&'a Pod),
+    /// A node; of several that name it, this node if it is among them.
+    Node(&'a str),
+    /// Several claim it.
+    Disputed,
+}
+
+/// The owners of all addresses of pods and nodes.
+pub(crate) fn owners<'a>(
+    cluster: &'a Cluster,
+    node: Option<&str>,
+    rejections: &mut Vec<Rejection>,
+) -> BTreeMap<Addr, Owner<'a>> {
+    let pods = cluster.pods.values().filter(|pod| !pod.host_network);
+    let of_pods = pods.flat_map(|pod| pod.addresses.iter().map(move |a| (*a, Claimant::Pod(pod))));
+    let of_nodes = cluster.nodes.iter().flat_map(|(name, node)| {
+        let claim = Claimant::Node(name.as_str());
+        node.addresses.iter().map(move |a| (*a, claim))
+    });
+    let mut owners: BTreeMap<Addr, Owner<'a>> = BTreeMap::new();
+    let mut several: BTreeMap<Addr, Vec<Claimant<'a>>> = BTreeMap::new();
+    for (address, claim) in of_pods.chain(of_nodes) {
+        let address = Addr::from(address);
+        match owners.entry(address) {
+            btree_map::Entry::Vacant(entry) => {
+                entry.insert(match claim {
+                    Claimant::Pod(pod) => Owner::Pod(pod),
+                    Claimant::Node(name) => Owner::Node(name),
+                });
+            }
+            btree_map::Entry::Occupied(mut entry) => {
+                let first = match entry.insert(Owner::Disputed) {
+                    Owner::Pod(pod) => Some(Claimant::Pod(pod)),
+                    Owner::Node(name) => Some(Claimant::Node(name)),
+                    Owner::Disputed => None,
+                };
+                let claims = several.entry(address).or_default();
+                claims.extend(first);
+                claims.push(claim);
+            }
+        }
+    }
+    for (address, claims) in several {
+        owners.insert(address, settle(address, &claims, node, rejections));
+    }
+    owners
+}
+
+fn settle<'a>(
+    address: Addr,
+    claims: &[Claimant<'a>],
+    this: Option<&str>,
+    rejections: &mut Vec<Rejection>,
+) -> Owner<'a> {
+    let living: Vec<Claimant<'a>> = claims
+        .iter()
+        .copied()
+        .filter(|c| !matches!(c, Claimant::Pod(pod) if pod.terminating))
+        .collect();
+    let only_nodes = living.iter().all(|c| matches!(c, Claimant::Node(_)));
+    let own = living.iter().find_map(|c| match c {
+        Claimant::Node(name) if Some(*name) == this => Some(*name),
+        Claimant::Node(_) | Claimant::Pod(_) => None,
+    });
+    let owner = match (own, living.as_slice()) {
+        (Some(name), _) => Owner::Node(name),
+        (None, [Claimant::Pod(pod)]) => Owner::Pod(pod),
+        // Several nodes behind one address are one entity.
+        (None, [Claimant::Node(name), ..]) if only_nodes => Owner::Node(name),
+        (None, _) => Owner::Disputed,
+    };
+    if living.len() > 1 {
+        let names: BTreeSet<ObjectRef> = claims.iter().map(Claimant::object).collect();
+        let list: Vec<String> = names.iter().map(ToString::to_string).collect();
+        let consequence = match owner {
+            Owner::Node(_) => "it counts as a node's".to_owned(),
+            Owner::Pod(_) | Owner::Disputed => {
+                "it counts as unknown, and local pods that claim it are isolated".to_owned()
+            }
+        };
+        for object in &names {
+            rejections.push(Rejection {
+                object: object.clone(),
+                field: "status".to_owned(),
+                why: format!("address {address} is claimed by {}", list.join(" and ")),
+                consequence: consequence.clone(),
+            });
+        }
+    }
+    owner
+}
+
+/// The content of the map `PEERS`, seen from a node.
+pub(crate) fn peers(
+    cluster: &Cluster,
+    node: Option<&str>,
+    owners: &BTreeMap<Addr, Owner<'_>>,
+    identities: &Identities<'_>,
+) -> BTreeMap<Addr, Peer> {
+    let entity = |id| Peer {
+        id,
+        flags: 0,
+        pad: 0,
+    };
+    let mut peers: BTreeMap<Addr, Peer> = owners
+        .iter()
+        .map(|(address, owner)| {
+            let peer = match owner {
+                Owner::Pod(pod) => Peer {
+                    id: identities
+                        .of_pod
+                        .get(pod.uid.as_str())
+                        .copied()
+                        .unwrap_or(IdentityId::UNKNOWN),
+                    flags: flags(cluster, pod),
+                    pad: 0,
+                },
+                Owner::Node(name) if Some(*name) == node => entity(IdentityId::HOST),
+                Owner::Node(_) => entity(IdentityId::REMOTE_NODE),
+                Owner::Disputed => entity(IdentityId::UNKNOWN),
+            };
+            (*address, peer)
+        })
+        .collect();
+    for address in &cluster.api_servers {
+        peers
+            .entry(Addr::from(*address))
+            .or_insert(entity(IdentityId::KUBE_APISERVER));
+    }
+    peers
+}
+
+/// The flags of a pod as a peer.
+fn flags(cluster: &Cluster, pod: &Pod) -> u32 {
+    let enrolment = authentication::enrolment(cluster, pod);
+    if enrolment == Enrolment::No {
+        return Peer::POD;
+    }
+    let mut flags = Peer::POD | Peer::ENROLLED;
+    if authentication::ready(cluster, pod, enrolment) {
+        flags |= Peer::READY;
+    }
+    if authentication::modes(cluster, pod).any_strict() {
+        flags |= Peer::STRICT;
+    }
+    flags
+}

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Policies to the content of the policy maps.
+//!
+//! Which policies select a pod makes its *set*; what the set's rules say about one identity, or
+//! one address block, makes a *list* of answers by protocol and port. Sets and lists are immutable
+//! under hashes of their content. An entry (set, identity) is a pure function of the set's rules
+//! and the identity, so a new peer never changes a set. Never looks at modes or services.
+
+pub(crate) mod cidrs;
+pub(crate) mod fit;
+pub(crate) mod lists;
+pub(crate) mod ports;
+pub(crate) mod rules;
+pub(crate) mod select;
+pub(crate) mod sets;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use mesh_common::policy::Direction;
+
+use crate::cluster::{
+    Cluster, Entity, Labels, ObjectRef, PeerMatch, Pod, Policy, PortRange, Rejection, Rule,
+    RuleAction, Subject, Tier,
+};
+use crate::digest::digest;
+
+/// A policy with what is derived from it alone and from the nodes.
+#[derive(Debug)]
+pub(crate) struct Entry<'a> {
+    pub(crate) object: &'a ObjectRef,
+    pub(crate) policy: &'a Policy,
+    /// Of all that matters to the pods it selects.
+    digest: [u8; 32],
+}
+
+impl Entry<'_> {
+    /// Its rules of a direction.
+    pub(crate) fn rules(&self, direction: Direction) -> Option<&[Rule]> {
+        match direction {
+            Direction::Ingress => self.policy.ingress.as_deref(),
+            Direction::Egress => self.policy.egress.as_deref(),
+        }
+    }
+
+    /// Whether it isolates the pods it selects: a policy of the namespaced tier that allows, or
+    /// that has no rule at all. One that only denies does not.
+    pub(crate) fn isolates(&self, direction: Direction) -> bool {
+        let allows =
+            |rules: &[Rule]| rules.is_empty() || rules.iter().any(|r| r.action != RuleAction::Deny);
+        self.policy.tier == Tier::Namespaced && self.rules(direction).is_some_and(allows)
+    }
+
+    /// Names of the selected pod's own ports that its rules use.
+    fn own_names(&self) -> impl Iterator<Item = &str> {
+        let rules = self.policy.ingress.iter().flatten();
+        rules
+            .flat_map(|r| r.ports.iter().flatten())
+            .filter_map(|p| match &p.ports {
+                PortRange::Named(name) => Some(name.as_str()),
+                PortRange::All | PortRange::Range(..) => None,
+            })
+    }
+}
+
+/// Addresses that some peers of rules stand for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Places {
+    nodes: Vec<(Labels, BTreeSet<IpAddr>)>,
+    /// API servers whose address is also a pod's or a node's, and whose identity is theirs.
+    api_servers: BTreeSet<IpAddr>,
+}
+
+impl Places {
+    /// The places of a cluster.
+    pub(crate) fn of(cluster: &Cluster) -> Self {
+        let taken: BTreeSet<IpAddr> = cluster
+            .pods
+            .values()
+            .filter(|pod| !pod.host_network)
+            .flat_map(|pod| pod.addresses.iter().copied())
+            .chain(
+                cluster
+                    .nodes
+                    .values()
+                    .flat_map(|n| n.addresses.iter().copied()),
+            )
+            .filter(|address| cluster.api_servers.contains(address))
+            .collect();
+        Self {
+            nodes: cluster
+                .nodes
+                .values()
+                .map(|n| (n.labels.clone(), n.addresses.clone()))
+                .collect(),
+            api_servers: taken,
+        }
+    }
+
+    /// The blocks that a peer matches by address, each with its exceptions.
+    pub(crate) fn blocks(&self, peer: &PeerMatch) -> Vec<(IpNet, BTreeSet<IpNet>)> {
+        let single = |a: &IpAddr| (IpNet::from(*a), BTreeSet::new());
+        match peer {
+            PeerMatch::Cidr { cidr, except } => vec![(*cidr, except.clone())],
+            PeerMatch::Nodes(selector) => self
+                .nodes
+                .iter()
+                .filter(|(labels, _)| selector.matches(labels))
+                .flat_map(|(_, addresses)| addresses.iter().map(single))
+                .collect(),
+            PeerMatch::Entity(Entity::KubeApiserver) => {
+                self.api_servers.iter().map(single).collect()
+            }
+            PeerMatch::Pods { .. } | PeerMatch::Entity(_) | PeerMatch::Nothing { .. } => Vec::new(),
+        }
+    }
+}
+
+/// Every policy, and how to find those that select a pod.
+#[derive(Debug, Default)]
+pub(crate) struct Table<'a> {
+    pub(crate) entries: Vec<Entry<'a>>,
+    by_namespace: BTreeMap<&'a str, Vec<usize>>,
+    wide: Vec<usize>,
+}
+
+impl<'a> Table<'a> {
+    /// The table of a cluster's policies.
+    pub(crate) fn of(cluster: &'a Cluster, places: &Places) -> Self {
+        let mut table = Self::default();
+        for (index, (object, policy)) in cluster.policies.iter().enumerate() {
+            match &policy.subject {
+                Subject::Pods { namespace, .. } | Subject::WholeNamespace(namespace) => {
+                    table.by_namespace.entry(namespace).or_default().push(index);
+                }
+                Subject::Namespaces { .. } => table.wide.push(index),
+            }
+            let rules = policy.ingress.iter().chain(&policy.egress).flatten();
+            let blocks: Vec<_> = rules
+                .flat_map(|r| r.peers.iter().flatten())
+                .filter(|p| !matches!(p, PeerMatch::Cidr { .. }))
+                .map(|p| places.blocks(p))
+                .collect();
+            let content = (object, policy.tier, &policy.ingress, &policy.egress, blocks);
+            table.entries.push(Entry {
+                object,
+                policy,
+                digest: digest("policy", &content),
+            });
+        }
+        table
+    }
+
+    /// The policies that select a pod, in order.
+    pub(crate) fn selecting(&self, cluster: &Cluster, pod: &Pod) -> Vec<usize> {
+        let namespace = pod.name.namespace.as_str();
+        let own = self.by_namespace.get(namespace).into_iter().flatten();
+        let mut selecting: Vec<usize> = own
+            .chain(&self.wide)
+            .copied()
+            .filter(|index| {
+                let subject = self.entries.get(*index).map(|e| &e.policy.subject);
+                subject.is_some_and(|s| selects(cluster, s, pod))
+            })
+            .collect();
+        selecting.sort_unstable();
+        selecting
+    }
+}
+
+/// Whether a policy's subject selects a pod.
+pub(crate) fn selects(cluster: &Cluster, subject: &Subject, pod: &Pod) -> bool {
+    let namespace = pod.name.namespace.as_str();
+    match subject {
+        Subject::Pods {
+            namespace: of,
+            pods,
+        } => of == namespace && pods.matches(&pod.labels),
+        Subject::WholeNamespace(of) => of == namespace,
+        Subject::Namespaces { namespaces, pods } => {
+            let none = Labels::new();
+            let facts = cluster.namespaces.get(namespace);
+            namespaces.matches(facts.map_or(&none, |n| &n.labels)) && pods.matches(&pod.labels)
+        }
+    }
+}
+
+/// Names what is enforced otherwise than it is written.
+pub(crate) fn check(cluster: &Cluster, rejections: &mut Vec<Rejection>) {
+    for (object, policy) in &cluster.policies {
+        for rule in policy.egress.iter().flatten() {
+            let named = rule
+                .ports
+                .iter()
+                .flatten()
+                .any(|p| matches!(p.ports, PortRange::Named(_)));
+            let by_address = rule
+                .peers
+                .iter()
+                .flatten()
+                .any(|p| matches!(p, PeerMatch::Cidr { .. } | PeerMatch::Nodes(_)));
+            if named && by_address {
+                let consequence = match rule.action {
+                    RuleAction::Deny => "for these peers every port of the transport is denied",
+                    RuleAction::Allow | RuleAction::Pass => "for these peers it matches nothing",
+                };
+                rejections.push(Rejection {
+                    object: object.clone(),
+                    field: format!("spec.{}.ports", rule.name),
+                    why: "a named port belongs to a pod, and this rule's peers are addresses; \
+                          write the port's number"
+                        .to_owned(),
+                    consequence: consequence.to_owned(),
+                });
+            }
+        }
+    }
+}

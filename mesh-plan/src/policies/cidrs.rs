@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Address blocks to longest-prefix entries: each prefix says everything about the addresses for
+//! which it is the longest.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use mesh_common::Addr;
+use mesh_common::policy::ListId;
+
+use crate::plan::{Prefix, masked};
+
+/// The prefix under which IPv4 lies among IPv6 addresses.
+const V4_BITS: u32 = 96;
+
+/// A block as a longest-prefix key.
+pub(crate) fn prefix(net: &IpNet) -> Prefix<Addr> {
+    let bits = match net {
+        IpNet::V4(v4) => u32::from(v4.prefix_len()) + V4_BITS,
+        IpNet::V6(v6) => u32::from(v6.prefix_len()),
+    };
+    Prefix {
+        bits,
+        data: masked(Addr::from(net.network()), bits),
+    }
+}
+
+fn is_v4(prefix: &Prefix<Addr>) -> bool {
+    prefix.bits >= V4_BITS && prefix.data.is_v4()
+}
+
+/// Whether one block is inside another of the same family (`::/0` holds no IPv4 address).
+fn inside(inner: &Prefix<Addr>, outer: &Prefix<Addr>) -> bool {
+    is_v4(inner) == is_v4(outer)
+        && outer.bits <= inner.bits
+        && masked(inner.data, outer.bits) == outer.data
+}
+
+/// One rule's block: in this one, but in none of these.
+#[derive(Clone, Debug)]
+pub(crate) struct Block {
+    pub(crate) rule: usize,
+    cidr: Prefix<Addr>,
+    except: Vec<Prefix<Addr>>,
+}
+
+impl Block {
+    /// A rule's block.
+    pub(crate) fn new(rule: usize, cidr: &IpNet, except: &BTreeSet<IpNet>) -> Self {
+        Self {
+            rule,
+            cidr: prefix(cidr),
+            except: except.iter().map(prefix).collect(),
+        }
+    }
+
+    fn holds(&self, prefix: &Prefix<Addr>) -> bool {
+        inside(prefix, &self.cidr) && !self.except.iter().any(|e| inside(prefix, e))
+    }
+}
+
+/// The entries for some blocks; `list` makes the list of some rules (indices, ascending). Entries
+/// that say what the next shorter one says are left out.
+pub(crate) fn entries(
+    blocks: &[Block],
+    mut list: impl FnMut(&[usize]) -> ListId,
+) -> Vec<(Prefix<Addr>, ListId)> {
+    let mut points: BTreeSet<Prefix<Addr>> = BTreeSet::new();
+    for block in blocks {
+        points.insert(block.cidr);
+        points.extend(block.except.iter().copied());
+    }
+    let v4 = prefix(&IpNet::from(IpAddr::from([0, 0, 0, 0])));
+    let all_v4 = Prefix {
+        bits: V4_BITS,
+        data: masked(v4.data, V4_BITS),
+    };
+    let covers_v4 = |p: &Prefix<Addr>| p.bits < V4_BITS && masked(all_v4.data, p.bits) == p.data;
+    if points.iter().any(covers_v4) {
+        points.insert(all_v4);
+    }
+    // Ascending by length, so that what encloses comes first.
+    let mut kept: BTreeMap<Prefix<Addr>, ListId> = BTreeMap::new();
+    for point in points {
+        let mut rules: Vec<usize> = blocks
+            .iter()
+            .filter(|block| block.holds(&point))
+            .map(|block| block.rule)
+            .collect();
+        rules.sort_unstable();
+        rules.dedup();
+        let list = list(&rules);
+        let enclosing = (0..point.bits).rev().find_map(|bits| {
+            kept.get(&Prefix {
+                bits,
+                data: masked(point.data, bits),
+            })
+        });
+        if enclosing.copied().unwrap_or(ListId::NONE) != list {
+            kept.insert(point, list);
+        }
+    }
+    kept.into_iter().collect()
+}

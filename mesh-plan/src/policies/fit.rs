@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What fits into the maps. Sets are taken from the smallest up; one that does not fit is left out
+//! whole, its pods are isolated, and a rejection says so with numbers.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use mesh_common::policy::{ListId, PolicySetId};
+
+use super::Table;
+use super::sets::{Compiler, Set};
+use crate::cluster::{ObjectRef, Rejection};
+use crate::compile::Limits;
+
+/// How much is used.
+#[derive(Clone, Copy, Debug, Default)]
+struct Usage {
+    sets: usize,
+    selects: usize,
+    cidrs: usize,
+    ports: usize,
+}
+
+impl Usage {
+    /// The first thing that is over its limit: its name, how much would be used, and the limit.
+    fn over(&self, limits: &Limits) -> Option<(&'static str, usize, usize)> {
+        [
+            ("sets", self.sets, limits.sets),
+            ("set and peer pairs", self.selects, limits.selects),
+            ("address blocks", self.cidrs, limits.cidrs),
+            ("port prefixes", self.ports, limits.ports),
+        ]
+        .into_iter()
+        .find(|(_, used, limit)| used > limit)
+    }
+
+    fn with(&self, set: &Set, new_ports: usize) -> Self {
+        Self {
+            sets: self.sets + 1,
+            selects: self.selects + set.selects.len(),
+            cidrs: self.cidrs + set.cidrs.len(),
+            ports: self.ports + new_ports,
+        }
+    }
+}
+
+/// What of a compiler's sets goes into the maps.
+#[derive(Debug, Default)]
+pub(crate) struct Fitting {
+    pub(crate) sets: BTreeSet<PolicySetId>,
+    pub(crate) lists: BTreeSet<ListId>,
+}
+
+/// Chooses among the usable sets. `pods` are the pods of each set, for the rejections.
+pub(crate) fn fit(
+    compiler: &Compiler<'_, '_, '_>,
+    unusable: &BTreeSet<PolicySetId>,
+    pods: &BTreeMap<PolicySetId, Vec<String>>,
+    limits: &Limits,
+    rejections: &mut Vec<Rejection>,
+    table: &Table<'_>,
+) -> Fitting {
+    let usable = |id: &PolicySetId| compiler.sets.get(id).filter(|_| !unusable.contains(id));
+    let mut order: Vec<(usize, PolicySetId)> = compiler
+        .sets
+        .keys()
+        .filter_map(|id| usable(id).map(|set| (set.selects.len() + set.cidrs.len(), *id)))
+        .collect();
+    order.sort_unstable();
+    let mut fitting = Fitting::default();
+    let mut usage = Usage::default();
+    for (_, id) in order {
+        let Some(set) = usable(&id) else { continue };
+        let new_lists = set.lists.difference(&fitting.lists);
+        let new_ports = new_lists
+            .map(|list| compiler.lists.entries(*list).len())
+            .sum();
+        let with = usage.with(set, new_ports);
+        let Some((what, used, limit)) = with.over(limits) else {
+            usage = with;
+            fitting.lists.extend(&set.lists);
+            fitting.sets.insert(id);
+            continue;
+        };
+        let policies: Vec<&ObjectRef> = set
+            .policies
+            .iter()
+            .filter_map(|index| table.entries.get(*index).map(|entry| entry.object))
+            .collect();
+        let names: Vec<String> = policies.iter().map(ToString::to_string).collect();
+        rejections.push(Rejection {
+            object: policies
+                .first()
+                .map(|first| (*first).clone())
+                .unwrap_or_default(),
+            field: "spec".to_owned(),
+            why: format!(
+                "with {} this node would need {used} {what}, and half of the map holds {limit} \
+                 (the other half is for the next revision)",
+                names.join(", ")
+            ),
+            consequence: format!(
+                "isolates {}",
+                pods.get(&id)
+                    .map_or_else(|| "no pod".to_owned(), |names| names.join(", "))
+            ),
+        });
+    }
+    fitting
+}

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Answers by port as the fewest longest-prefix entries.
+//!
+//! Every port of every protocol is covered: a list that is silent about a port must say so, since
+//! a missing answer denies.
+
+use mesh_common::policy::Answer;
+
+/// Answers for the ports from the one before's last to this `last`, ascending, up to 65535.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Span {
+    pub(crate) last: u16,
+    pub(crate) answer: Answer,
+}
+
+/// One entry: the first `bits` bits of `port` count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PortPrefix {
+    pub(crate) port: u16,
+    pub(crate) bits: u32,
+    pub(crate) answer: Answer,
+}
+
+/// The answers of rules with ranges as spans; neighbours differ.
+pub(crate) fn spans(rules: &[(u16, u16, Answer)]) -> Vec<Span> {
+    // Where something changes: each range's first port, and the port behind its last.
+    let mut borders: Vec<u32> = vec![0, 65_536];
+    for (first, last, _) in rules {
+        borders.push(u32::from(*first));
+        borders.push(u32::from(*last) + 1);
+    }
+    borders.sort_unstable();
+    borders.dedup();
+    let mut spans: Vec<Span> = Vec::with_capacity(borders.len());
+    for pair in borders.windows(2) {
+        let &[from, to] = pair else { continue };
+        let (Ok(first), Ok(last)) = (u16::try_from(from), u16::try_from(to - 1)) else {
+            continue;
+        };
+        let matching = rules.iter().filter(|(a, b, _)| *a <= first && last <= *b);
+        let answer = matching.fold(Answer::SILENT, |all, (_, _, answer)| all.join(*answer));
+        match spans.last_mut() {
+            Some(previous) if previous.answer == answer => previous.last = last,
+            _ => spans.push(Span { last, answer }),
+        }
+    }
+    spans
+}
+
+/// The fewest prefixes that give every port its span's answer (the ORTC construction: Draves,
+/// King, Venkatachary and Zill, "Constructing Optimal IP Routing Tables", 1999).
+pub(crate) fn prefixes(spans: &[Span]) -> Vec<PortPrefix> {
+    let mut out = Vec::new();
+    if let Some(root) = node(spans, 0, 0) {
+        emit(&root, 0, 0, None, &mut out);
+    }
+    out
+}
+
+/// A node of the binary trie: the answers that its subtree could inherit with the fewest entries.
+struct Node {
+    candidates: Vec<Answer>,
+    children: Option<Box<[Node; 2]>>,
+}
+
+fn node(spans: &[Span], port: u16, bits: u32) -> Option<Node> {
+    let last = port | u16::MAX.checked_shr(bits).unwrap_or(0);
+    let at = spans.partition_point(|span| span.last < port);
+    let span = spans.get(at)?;
+    if last <= span.last {
+        return Some(Node {
+            candidates: vec![span.answer],
+            children: None,
+        });
+    }
+    let [low, high] = halves(port, bits);
+    let children = [node(spans, low, bits + 1)?, node(spans, high, bits + 1)?];
+    let [a, b] = [&children[0].candidates, &children[1].candidates];
+    let mut candidates: Vec<Answer> = a.iter().copied().filter(|x| b.contains(x)).collect();
+    if candidates.is_empty() {
+        candidates = a.iter().chain(b).copied().collect();
+        candidates.sort_unstable();
+    }
+    Some(Node {
+        candidates,
+        children: Some(Box::new(children)),
+    })
+}
+
+fn halves(port: u16, bits: u32) -> [u16; 2] {
+    [port, port | (1 << 15u32.saturating_sub(bits))]
+}
+
+fn emit(node: &Node, port: u16, bits: u32, inherited: Option<Answer>, out: &mut Vec<PortPrefix>) {
+    let mut holds = inherited;
+    if !inherited.is_some_and(|answer| node.candidates.contains(&answer)) {
+        let Some(answer) = node.candidates.first().copied() else {
+            return;
+        };
+        out.push(PortPrefix { port, bits, answer });
+        holds = Some(answer);
+    }
+    if let Some(children) = &node.children {
+        let [low, high] = halves(port, bits);
+        emit(&children[0], low, bits + 1, holds, out);
+        emit(&children[1], high, bits + 1, holds, out);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_common::policy::RuleId;
+
+    use super::*;
+
+    fn answer(n: u64) -> Answer {
+        Answer {
+            namespaced: 1,
+            namespaced_rule: RuleId(n),
+            ..Answer::SILENT
+        }
+    }
+
+    /// What a longest-prefix match finds.
+    fn lookup(prefixes: &[PortPrefix], port: u16) -> Option<Answer> {
+        let matches = |p: &&PortPrefix| p.bits == 0 || (port ^ p.port) >> (16 - p.bits) == 0;
+        prefixes
+            .iter()
+            .filter(matches)
+            .max_by_key(|p| p.bits)
+            .map(|p| p.answer)
+    }
+
+    fn check(rules: &[(u16, u16, Answer)]) -> usize {
+        let prefixes = prefixes(&spans(rules));
+        for port in 0..=u16::MAX {
+            let expected = rules
+                .iter()
+                .filter(|(a, b, _)| (*a..=*b).contains(&port))
+                .fold(Answer::SILENT, |all, (_, _, answer)| all.join(*answer));
+            assert_eq!(
+                lookup(&prefixes, port),
+                Some(expected),
+                "{port} of {rules:?}"
+            );
+        }
+        prefixes.len()
+    }
+
+    #[test]
+    fn every_port_of_any_ranges_has_its_answer() {
+        assert_eq!(check(&[]), 1);
+        assert_eq!(check(&[(0, 65535, answer(7))]), 1);
+        assert_eq!(check(&[(80, 80, answer(7))]), 2);
+        assert_eq!(check(&[(0, 0, answer(7)), (65535, 65535, answer(8))]), 3);
+        assert_eq!(check(&[(32768, 65535, answer(7))]), 2);
+        check(&[(1, 65534, answer(7))]);
+        check(&[
+            (1024, 65535, answer(7)),
+            (8080, 8090, answer(8)),
+            (53, 53, answer(9)),
+        ]);
+        let mut seed = 1u64;
+        let mut next = || {
+            seed = seed
+                .wrapping_mul(6364136223846793005)
+                .wrapping_add(1442695040888963407);
+            (seed >> 33) as u16
+        };
+        for _ in 0..20 {
+            let mut rules = Vec::new();
+            for rule in 0..u64::from(next() % 12) {
+                let (a, b) = (next(), next());
+                rules.push((a.min(b), a.max(b), answer(rule % 4)));
+            }
+            check(&rules);
+        }
+    }
+
+    #[test]
+    fn equal_neighbours_are_one_span() {
+        let rules = [(10, 20, answer(1)), (21, 30, answer(1))];
+        assert_eq!(spans(&rules).len(), 3);
+    }
+}

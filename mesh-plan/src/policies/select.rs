@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Which identities a rule's peers mean; each distinct peer is evaluated once.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use mesh_common::identity::IdentityId;
+
+use crate::cluster::{Entity, NamespaceMatch, PeerMatch, Selector, ServiceAccountMatch};
+use crate::identities::{Content, Identities};
+
+/// The identities of a cluster, entities among them, and who matched whom so far.
+#[derive(Debug)]
+pub(crate) struct Matcher<'i, 'a> {
+    identities: &'i Identities<'a>,
+    by_namespace: BTreeMap<&'i str, Vec<(IdentityId, &'i Content<'a>)>>,
+    known: BTreeMap<&'a PeerMatch, Rc<[IdentityId]>>,
+}
+
+impl<'i, 'a> Matcher<'i, 'a> {
+    /// For these identities.
+    pub(crate) fn new(identities: &'i Identities<'a>) -> Self {
+        let mut by_namespace: BTreeMap<&str, Vec<_>> = BTreeMap::new();
+        for (id, content) in &identities.contents {
+            let of = by_namespace.entry(content.namespace).or_default();
+            of.push((*id, content));
+        }
+        Self {
+            identities,
+            by_namespace,
+            known: BTreeMap::new(),
+        }
+    }
+
+    /// The workloads that have named ports.
+    pub(crate) fn with_ports(&self) -> impl Iterator<Item = IdentityId> {
+        let all = self.identities.contents.iter();
+        all.filter(|(_, content)| !content.ports.is_empty())
+            .map(|(id, _)| *id)
+    }
+
+    /// What an identity stands for; `None` for entities.
+    pub(crate) fn content(&self, id: IdentityId) -> Option<&'i Content<'a>> {
+        self.identities.contents.get(&id)
+    }
+
+    /// The identities that a peer of a rule matches, addresses apart.
+    pub(crate) fn matching(&mut self, peer: &'a PeerMatch) -> Rc<[IdentityId]> {
+        if let Some(known) = self.known.get(peer) {
+            return Rc::clone(known);
+        }
+        let found: Rc<[IdentityId]> = match peer {
+            PeerMatch::Pods {
+                namespaces,
+                pods,
+                service_accounts,
+            } => {
+                let accounts = service_accounts.as_ref();
+                let has_account = |content: &Content<'_>| {
+                    accounts.is_none_or(|all| all.iter().any(|a| account_matches(a, content)))
+                };
+                self.pods(namespaces, pods)
+                    .filter(|(_, content)| has_account(content))
+                    .map(|(id, _)| id)
+                    .collect()
+            }
+            PeerMatch::Entity(entity) => self.entity(*entity),
+            PeerMatch::Cidr { .. } | PeerMatch::Nodes(_) | PeerMatch::Nothing { .. } => Rc::new([]),
+        };
+        self.known.insert(peer, Rc::clone(&found));
+        found
+    }
+
+    fn pods<'s>(
+        &'s self,
+        namespaces: &'s NamespaceMatch,
+        pods: &'s Selector,
+    ) -> impl Iterator<Item = (IdentityId, &'i Content<'a>)> {
+        let named = match namespaces {
+            NamespaceMatch::Name(name) => self.by_namespace.get(name.as_str()),
+            NamespaceMatch::Labels(_) => None,
+        };
+        let labelled = match namespaces {
+            NamespaceMatch::Name(_) => None,
+            NamespaceMatch::Labels(selector) => Some(selector),
+        };
+        let by_labels = labelled.into_iter().flat_map(|selector| {
+            self.by_namespace.values().filter(move |of| {
+                // All identities of a namespace have the same labels of the namespace.
+                of.first()
+                    .is_some_and(|(_, c)| selector.matches_by(|key| c.namespace_label(key)))
+            })
+        });
+        named
+            .into_iter()
+            .chain(by_labels)
+            .flatten()
+            .copied()
+            .filter(|(_, content)| pods.matches_by(|key| content.label(key)))
+    }
+
+    fn entity(&self, entity: Entity) -> Rc<[IdentityId]> {
+        match entity {
+            Entity::Host => Rc::new([IdentityId::HOST]),
+            Entity::RemoteNode => Rc::new([IdentityId::REMOTE_NODE]),
+            Entity::KubeApiserver => Rc::new([IdentityId::KUBE_APISERVER]),
+            Entity::World => Rc::new([IdentityId::WORLD]),
+            Entity::Cluster => [
+                IdentityId::HOST,
+                IdentityId::REMOTE_NODE,
+                IdentityId::KUBE_APISERVER,
+                IdentityId::UNKNOWN,
+            ]
+            .into_iter()
+            .chain(self.identities.contents.keys().copied())
+            .collect(),
+        }
+    }
+}
+
+fn account_matches(account: &ServiceAccountMatch, content: &Content<'_>) -> bool {
+    let namespace = account.namespace.as_deref();
+    let name = account.name.as_deref();
+    namespace.is_none_or(|n| n == content.namespace)
+        && name.is_none_or(|n| n == content.service_account)
+}

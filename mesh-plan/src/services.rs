@@ -1,0 +1,361 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Services to the content of the maps `SERVICES` and `BACKENDS`, seen from one node.
+//!
+//! Who asks is always a pod of this node (or the node itself), so `internalTrafficPolicy: Local`
+//! means this node's endpoints. `externalTrafficPolicy: Local` is about traffic from outside: as
+//! with kube-proxy, what comes from inside reaches every endpoint through external addresses and
+//! this node's ports, and through another node's ports only the endpoints there, because that node
+//! would take no others. SCTP is not translated: no socket hook sees it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use mesh_common::service::{BackendKey, BackendListId, Service as Entry, ServiceKey};
+use mesh_common::{Addr, Endpoint, Port, Protocol};
+
+use crate::cluster::{
+    Cluster, ObjectName, ObjectRef, Rejection, Service, ServiceEndpoint, ServicePort, Transport,
+};
+use crate::compile::Options;
+use crate::peers::Owner;
+
+/// The services of a cluster as one node serves them.
+#[derive(Debug, Default)]
+pub(crate) struct Services {
+    /// `SERVICES`.
+    pub(crate) services: BTreeMap<ServiceKey, Entry>,
+    /// `BACKENDS`.
+    pub(crate) backends: BTreeMap<BackendKey, Endpoint>,
+    /// Names of virtual endpoints and of headless services' endpoints.
+    pub(crate) names: BTreeMap<ServiceKey, ObjectName>,
+}
+
+/// One virtual endpoint and who stands behind it.
+struct Claim<'a> {
+    name: &'a ObjectName,
+    key: ServiceKey,
+    backends: Vec<Endpoint>,
+    field: &'static str,
+}
+
+/// Which endpoints take part.
+#[derive(Clone, Copy)]
+enum Scope<'a> {
+    All,
+    Node(&'a str),
+}
+
+/// Compiles every service.
+pub(crate) fn services(
+    cluster: &Cluster,
+    node: &str,
+    owners: &BTreeMap<Addr, Owner<'_>>,
+    options: &Options,
+    rejections: &mut Vec<Rejection>,
+) -> Services {
+    let mut builder = Builder {
+        out: Services::default(),
+        lists: BTreeMap::new(),
+        options,
+        rejections,
+        left_out: BTreeMap::new(),
+    };
+    let mut markers = BTreeSet::new();
+    // A cluster IP is assigned by the API server; whoever may write a Service chooses its external
+    // addresses. So all of the former come before all of the latter.
+    for (name, service) in &cluster.services {
+        markers.extend(service.cluster_ips.iter().map(|ip| Addr::from(*ip)));
+        for claim in cluster_claims(name, service, node) {
+            builder.add(claim);
+        }
+    }
+    for (name, service) in &cluster.services {
+        for ip in &service.external_ips {
+            let address = Addr::from(*ip);
+            match owners.get(&address) {
+                Some(Owner::Pod(pod)) => {
+                    builder.refuse_external(name, *ip, &pod.name);
+                    continue;
+                }
+                Some(Owner::Node(_) | Owner::Disputed) => {}
+                None => {
+                    markers.insert(address);
+                }
+            }
+            for claim in claims_at(name, service, *ip, Scope::All, "spec.externalIPs") {
+                builder.add(claim);
+            }
+        }
+    }
+    builder.node_ports(cluster, node, true);
+    builder.node_ports(cluster, node, false);
+    builder.headless(cluster);
+    builder.finish(markers)
+}
+
+fn cluster_claims<'a>(
+    name: &'a ObjectName,
+    service: &'a Service,
+    node: &'a str,
+) -> impl Iterator<Item = Claim<'a>> {
+    let scope = if service.internal_local {
+        Scope::Node(node)
+    } else {
+        Scope::All
+    };
+    service
+        .cluster_ips
+        .iter()
+        .flat_map(move |ip| claims_at(name, service, *ip, scope, "spec.clusterIPs"))
+}
+
+fn claims_at<'a>(
+    name: &'a ObjectName,
+    service: &'a Service,
+    ip: IpAddr,
+    scope: Scope<'a>,
+    field: &'static str,
+) -> impl Iterator<Item = Claim<'a>> {
+    service.ports.iter().filter_map(move |port| {
+        Some(Claim {
+            name,
+            key: key(ip, port.port, port.transport)?,
+            backends: backends(service, port, ip.is_ipv4(), scope),
+            field,
+        })
+    })
+}
+
+fn key(ip: IpAddr, port: u16, transport: Transport) -> Option<ServiceKey> {
+    let protocol = match transport {
+        Transport::Tcp => Protocol::TCP,
+        Transport::Udp => Protocol::UDP,
+        Transport::Sctp => return None,
+    };
+    let at = Endpoint::new(Addr::from(ip), Port::new(port));
+    Some(ServiceKey::new(at, protocol))
+}
+
+/// The endpoints that take traffic: those that are ready; if none is, those that still serve while
+/// they end (KEP-1669).
+fn backends(service: &Service, port: &ServicePort, v4: bool, scope: Scope<'_>) -> Vec<Endpoint> {
+    let of_port = |e: &&ServiceEndpoint| {
+        e.port_name == port.name && e.transport == port.transport && e.address.is_ipv4() == v4
+    };
+    let in_scope = |e: &&ServiceEndpoint| match scope {
+        Scope::All => true,
+        Scope::Node(node) => e.node.as_deref() == Some(node),
+    };
+    let candidates: Vec<&ServiceEndpoint> = service
+        .endpoints
+        .iter()
+        .filter(of_port)
+        .filter(in_scope)
+        .collect();
+    let chosen = |test: &dyn Fn(&ServiceEndpoint) -> bool| -> Vec<Endpoint> {
+        let at = |e: &&ServiceEndpoint| Endpoint::new(Addr::from(e.address), Port::new(e.port));
+        let set: BTreeSet<Endpoint> = candidates.iter().filter(|e| test(e)).map(at).collect();
+        set.into_iter().collect()
+    };
+    let ready = chosen(&|e| e.ready || service.publish_not_ready);
+    if ready.is_empty() {
+        chosen(&|e| e.serving && e.terminating)
+    } else {
+        ready
+    }
+}
+
+struct Builder<'a> {
+    out: Services,
+    lists: BTreeMap<BackendListId, Vec<Endpoint>>,
+    options: &'a Options,
+    rejections: &'a mut Vec<Rejection>,
+    left_out: BTreeMap<ObjectName, u32>,
+}
+
+impl Builder<'_> {
+    fn add(&mut self, claim: Claim<'_>) {
+        if let Some(owner) = self.out.names.get(&claim.key) {
+            if owner != claim.name {
+                let port = claim.key.port.get();
+                self.rejections.push(Rejection {
+                    object: ObjectRef::new("Service", &*claim.name.namespace, &*claim.name.name),
+                    field: claim.field.to_owned(),
+                    why: format!(
+                        "{} port {port} is already Service {owner}'s",
+                        claim.key.addr
+                    ),
+                    consequence: format!("Service {owner} keeps it"),
+                });
+            }
+            return;
+        }
+        let limits = &self.options.limits;
+        let list_is_new = !self.lists.contains_key(&self.list_id(&claim.backends));
+        let needed = if list_is_new { claim.backends.len() } else { 0 };
+        if self.out.services.len() >= limits.services
+            || self.out.backends.len() + needed > limits.backends
+        {
+            *self.left_out.entry(claim.name.clone()).or_default() += 1;
+            return;
+        }
+        let entry = self.list(&claim);
+        self.out.services.insert(claim.key, entry);
+        self.out.names.insert(claim.key, claim.name.clone());
+    }
+
+    fn list_id(&self, backends: &[Endpoint]) -> BackendListId {
+        if backends.is_empty() {
+            return BackendListId(0);
+        }
+        BackendListId(self.options.ids.id("backends", 1, &backends))
+    }
+
+    fn list(&mut self, claim: &Claim<'_>) -> Entry {
+        let id = self.list_id(&claim.backends);
+        let none = Entry {
+            backends: BackendListId(0),
+            count: 0,
+            flags: 0,
+        };
+        let Ok(count) = u32::try_from(claim.backends.len()) else {
+            return none;
+        };
+        if let Some(known) = self.lists.get(&id) {
+            if *known == claim.backends {
+                return Entry {
+                    backends: id,
+                    count,
+                    flags: 0,
+                };
+            }
+            self.collision(claim.name, id);
+            return none;
+        }
+        if count == 0 {
+            return none;
+        }
+        self.lists.insert(id, claim.backends.clone());
+        for (index, backend) in (0..count).zip(&claim.backends) {
+            let key = BackendKey {
+                list: id,
+                index,
+                pad: 0,
+            };
+            self.out.backends.insert(key, *backend);
+        }
+        Entry {
+            backends: id,
+            count,
+            flags: 0,
+        }
+    }
+
+    /// Two contents with one id: neither is used.
+    fn collision(&mut self, name: &ObjectName, id: BackendListId) {
+        self.out.backends.retain(|key, _| key.list != id);
+        self.lists.insert(id, Vec::new());
+        for service in self.out.services.values_mut() {
+            if service.backends == id {
+                *service = Entry::default();
+            }
+        }
+        self.rejections.push(Rejection {
+            object: ObjectRef::new("Service", &*name.namespace, &*name.name),
+            field: "spec.selector".to_owned(),
+            why: format!("two lists of endpoints have the same hash {:#x}", id.0),
+            consequence: "both services refuse connections until an endpoint changes".to_owned(),
+        });
+    }
+
+    fn refuse_external(&mut self, name: &ObjectName, ip: IpAddr, pod: &ObjectName) {
+        self.rejections.push(Rejection {
+            object: ObjectRef::new("Service", &*name.namespace, &*name.name),
+            field: "spec.externalIPs".to_owned(),
+            why: format!("{ip} is the address of Pod {pod}: it would take that pod's traffic"),
+            consequence: "this address is not served".to_owned(),
+        });
+    }
+
+    /// Node ports of this node, or of all others.
+    fn node_ports(&mut self, cluster: &Cluster, node: &str, own: bool) {
+        for (name, service) in &cluster.services {
+            let ports = service.ports.iter();
+            let ports: Vec<_> = ports.filter_map(|p| Some((p, p.node_port?))).collect();
+            if ports.is_empty() {
+                continue;
+            }
+            for (at, facts) in cluster.nodes.iter().filter(|(at, _)| (*at == node) == own) {
+                let scope = if service.external_local && !own {
+                    Scope::Node(at)
+                } else {
+                    Scope::All
+                };
+                for ip in &facts.addresses {
+                    for (port, number) in &ports {
+                        let Some(key) = key(*ip, *number, port.transport) else {
+                            continue;
+                        };
+                        self.add(Claim {
+                            name,
+                            key,
+                            backends: backends(service, port, ip.is_ipv4(), scope),
+                            field: "spec.ports.nodePort",
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    /// Headless services are only names.
+    fn headless(&mut self, cluster: &Cluster) {
+        for (name, service) in cluster.services.iter().filter(|(_, s)| s.headless) {
+            for endpoint in &service.endpoints {
+                if let Some(key) = key(endpoint.address, endpoint.port, endpoint.transport) {
+                    self.out.names.entry(key).or_insert_with(|| name.clone());
+                }
+            }
+        }
+    }
+
+    fn finish(mut self, markers: BTreeSet<Addr>) -> Services {
+        let free = self
+            .options
+            .limits
+            .services
+            .saturating_sub(self.out.services.len());
+        let missing = markers.len().saturating_sub(free);
+        for address in markers.into_iter().take(free) {
+            self.out
+                .services
+                .insert(ServiceKey::marker(address), Entry::default());
+        }
+        let limits = &self.options.limits;
+        for (name, ports) in std::mem::take(&mut self.left_out) {
+            self.rejections.push(Rejection {
+                object: ObjectRef::new("Service", &*name.namespace, &*name.name),
+                field: "spec.ports".to_owned(),
+                why: format!(
+                    "the service maps hold {} ports and {} endpoints, and {ports} of this \
+                     service's do not fit",
+                    limits.services, limits.backends
+                ),
+                consequence: "connections to them are refused or not translated".to_owned(),
+            });
+        }
+        if missing > 0 {
+            self.rejections.push(Rejection {
+                object: ObjectRef::new("Service", "", ""),
+                field: "spec.clusterIPs".to_owned(),
+                why: format!(
+                    "the service map holds {} entries, and {missing} virtual addresses do not fit",
+                    limits.services
+                ),
+                consequence: "what is sent to ports that they do not have is not refused at once"
+                    .to_owned(),
+            });
+        }
+        self.out
+    }
+}
