@@ -5,9 +5,15 @@
 //! it, or what is passed to it; `agent` alone knows them all.
 
 pub mod config;
+pub mod source;
+pub mod datapath;
 pub mod identity;
 pub mod pods;
 pub mod proxy;
+pub mod record;
+pub mod flows;
+pub mod metrics;
+pub mod logging;
 pub mod sys;
 
 #[cfg(test)]

@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0
+//! From the numbers to a page. Counters that are 0 and belong to a large fixed set are left out.
+
+use std::fmt;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Instant;
+
+use mesh_common::counter::Counter;
+use mesh_common::{Direction, Reason};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{
+    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, EncodeMetric as _, MetricEncoder,
+    NoLabelSet,
+};
+
+use super::describe::{self, Description};
+use super::process::Usage;
+use super::{CODES, Metrics, Role, Totals};
+use crate::record::{Close, ClosedBy, Reporter};
+
+/// Writes every family.
+#[derive(Debug)]
+pub(super) struct Page(pub(super) Metrics);
+
+/// One family that is being written.
+struct Family<'a>(MetricEncoder<'a>);
+
+/// One number of a row.
+type Column = fn(&Totals) -> u64;
+type Pairs<'a> = &'a [(&'a str, &'a str)];
+
+impl Family<'_> {
+    fn counter(&mut self, labels: Pairs<'_>, value: impl EncodeCounterValue) -> fmt::Result {
+        if labels.is_empty() {
+            return self.0.encode_counter::<NoLabelSet, _, u64>(&value, None);
+        }
+        self.0
+            .encode_family(&labels)?
+            .encode_counter::<NoLabelSet, _, u64>(&value, None)
+    }
+
+    fn counter_unless_0(&mut self, labels: Pairs<'_>, value: u64) -> fmt::Result {
+        if value == 0 {
+            return Ok(());
+        }
+        self.counter(labels, value)
+    }
+
+    fn gauge(&mut self, labels: Pairs<'_>, value: impl EncodeGaugeValue) -> fmt::Result {
+        if labels.is_empty() {
+            return self.0.encode_gauge(&value);
+        }
+        self.0.encode_family(&labels)?.encode_gauge(&value)
+    }
+}
+
+/// Opens a family. The library itself appends `_total` to the names of counters.
+fn family<'s>(
+    encoder: &'s mut DescriptorEncoder<'_>,
+    description: &'s Description,
+) -> Result<Family<'s>, fmt::Error> {
+    let name = description.name.trim_end_matches("_total");
+    let kind = description.kind.metric_type();
+    encoder
+        .encode_descriptor(name, description.help, None, kind)
+        .map(Family)
+}
+
+fn load(number: &AtomicU64) -> u64 {
+    number.load(Relaxed)
+}
+
+impl Collector for Page {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let encoder = &mut encoder;
+        self.connections(encoder)?;
+        self.failures(encoder)?;
+        self.verdicts(encoder)?;
+        self.handshakes(encoder)?;
+        self.certificates(encoder)?;
+        self.maps(encoder)?;
+        self.state(encoder)?;
+        self.losses(encoder)?;
+        family(encoder, describe::BUILD)?.gauge(&[("version", env!("CARGO_PKG_VERSION"))], 1u64)?;
+        process(encoder)
+    }
+}
+
+impl Page {
+    fn connections(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let rows = self.0.connections(Instant::now());
+        let columns: [(&'static Description, Column); 4] = [
+            (describe::OPENED, |totals| totals.opened),
+            (describe::CLOSED, |totals| totals.closed),
+            (describe::SENT, |totals| totals.sent),
+            (describe::RECEIVED, |totals| totals.received),
+        ];
+        for (description, value) in columns {
+            let mut family = family(encoder, description)?;
+            for (labels, totals) in &rows {
+                family.counter(&labels.pairs(), value(totals))?;
+            }
+        }
+        let kept = rows.len() as u64;
+        family(encoder, describe::SERIES)?.gauge(&[], kept)?;
+        let overflowed = self.0.0.connections.overflowed();
+        family(encoder, describe::SERIES_OVERFLOWED)?.counter(&[], overflowed)
+    }
+
+    fn failures(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let mut family = family(encoder, describe::FAILED)?;
+        let failures = Reason::ALL
+            .iter()
+            .map(|reason| Close::Failed(*reason))
+            .chain([Close::Reset(ClosedBy::Reset), Close::Aborted]);
+        for (index, close) in failures.enumerate() {
+            for reporter in Reporter::ALL {
+                let labels = [("reporter", reporter.label()), ("reason", close.label())];
+                let count = load(&self.0.0.failures[reporter as usize][index]);
+                family.counter_unless_0(&labels, count)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn verdicts(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let kernel = self.0.0.kernel.get();
+        let mut verdicts = family(encoder, describe::VERDICTS)?;
+        for counter in Counter::all() {
+            let Counter::Verdict(direction, allowed, reason) = counter else {
+                continue;
+            };
+            let by_agent = load(&self.0.0.verdicts[counter.index() as usize]);
+            let by_kernel = kernel.map_or(0, |kernel| kernel.counter(counter));
+            for (by, count) in [("agent", by_agent), ("kernel", by_kernel)] {
+                let labels = [
+                    ("direction", Direction::label(direction)),
+                    ("verdict", if allowed { "allowed" } else { "denied" }),
+                    ("reason", reason.label()),
+                    ("decided_by", by),
+                ];
+                verdicts.counter_unless_0(&labels, count)?;
+            }
+        }
+        let mut clear = family(encoder, describe::UNENCRYPTED)?;
+        for reason in Reason::ALL {
+            let bytes = kernel.map_or(0, |k| k.counter(Counter::UnencryptedBytes(*reason)));
+            clear.counter_unless_0(&[("reason", reason.label())], bytes)?;
+        }
+        Ok(())
+    }
+
+    fn handshakes(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let mut family = family(encoder, describe::HANDSHAKES)?;
+        for role in Role::ALL {
+            let counts = &self.0.0.handshakes[role as usize];
+            let ok = [("role", role.label()), ("result", "ok")];
+            family.counter(&ok, load(&counts[CODES]))?;
+            for reason in Reason::ALL {
+                let labels = [("role", role.label()), ("result", reason.label())];
+                family.counter_unless_0(&labels, load(&counts[*reason as usize]))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn certificates(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let all = self.0.0.certificates.lock();
+        let all = all.unwrap_or_else(PoisonError::into_inner).clone();
+        let mut family = family(encoder, describe::EXPIRY)?;
+        for ((namespace, service_account), at) in &all {
+            let labels = [
+                ("namespace", namespace.as_str()),
+                ("service_account", service_account.as_str()),
+            ];
+            family.gauge(&labels, *at)?;
+        }
+        Ok(())
+    }
+
+    fn maps(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let usage = self.0.0.kernel.get().map(|kernel| kernel.map_usage());
+        let usage = usage.unwrap_or_default();
+        let mut entries = family(encoder, describe::MAP_ENTRIES)?;
+        for (map, count, _) in &usage {
+            entries.gauge(&[("map", map)], *count)?;
+        }
+        let mut capacity = family(encoder, describe::MAP_CAPACITY)?;
+        for (map, _, most) in &usage {
+            capacity.gauge(&[("map", map)], *most)?;
+        }
+        Ok(())
+    }
+
+    fn state(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let inner = &self.0.0;
+        let apply = family(encoder, describe::PLAN_APPLY)?;
+        inner.plan_apply.encode(apply.0)?;
+        family(encoder, describe::REVISION)?.gauge(&[], load(&inner.revision))?;
+        family(encoder, describe::REJECTED)?.gauge(&[], load(&inner.rejected))?;
+        let pods = *inner.pods.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut family_of_pods = family(encoder, describe::PODS)?;
+        for (state, count) in [
+            ("enrolled", pods.enrolled),
+            ("not_enrolled", pods.not_enrolled),
+            ("not_protected", pods.not_protected),
+        ] {
+            family_of_pods.gauge(&[("state", state)], count)?;
+        }
+        let ready = inner
+            .ready
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let mut conditions = family(encoder, describe::READY)?;
+        for (condition, holds) in ready {
+            conditions.gauge(&[("condition", condition)], u64::from(holds))?;
+        }
+        Ok(())
+    }
+
+    fn losses(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let kernel = |counter| self.0.0.kernel.get().map_or(0, |k| k.counter(counter));
+        let mut lost = family(encoder, describe::LOST)?;
+        lost.counter(&[("at", "flow_log")], load(&self.0.0.lost))?;
+        lost.counter(&[("at", "kernel")], kernel(Counter::LostEvents))?;
+        family(encoder, describe::SUPPRESSED)?.counter(&[], kernel(Counter::SuppressedEvents))?;
+        family(encoder, describe::PANICS)?.counter(&[], load(&self.0.0.panics))
+    }
+}
+
+fn process(encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let usage = Usage::read();
+    if let Some(seconds) = usage.cpu_seconds {
+        family(encoder, describe::CPU)?.counter(&[], seconds)?;
+    }
+    for (description, value) in [
+        (describe::RSS, usage.resident_bytes),
+        (describe::FDS, usage.open_fds),
+        (describe::MAX_FDS, usage.max_fds),
+    ] {
+        if let Some(value) = value {
+            family(encoder, description)?.gauge(&[], value)?;
+        }
+    }
+    match usage.start_seconds {
+        Some(seconds) => family(encoder, describe::START)?.gauge(&[], seconds),
+        None => Ok(()),
+    }
+}
+
+/// The page in the older form: there the descriptions of a counter name it as its samples do, and
+/// nothing marks the end.
+pub(super) fn prometheus(open_metrics: &str) -> String {
+    let mut counters = std::collections::BTreeSet::new();
+    for line in open_metrics.lines() {
+        if let Some(name) = line
+            .strip_prefix("# TYPE ")
+            .and_then(|l| l.strip_suffix(" counter"))
+        {
+            counters.insert(name);
+        }
+    }
+    let mut text = String::with_capacity(open_metrics.len() + 4096);
+    for line in open_metrics.lines() {
+        if line == "# EOF" {
+            continue;
+        }
+        let described = line
+            .strip_prefix("# HELP ")
+            .map(|rest| ("# HELP ", rest))
+            .or_else(|| line.strip_prefix("# TYPE ").map(|rest| ("# TYPE ", rest)))
+            .and_then(|(word, rest)| rest.split_once(' ').map(|(name, rest)| (word, name, rest)))
+            .filter(|(_, name, _)| counters.contains(name));
+        match described {
+            Some((word, name, rest)) => text.extend([word, name, "_total ", rest]),
+            None => text.push_str(line),
+        }
+        text.push('\n');
+    }
+    text
+}

@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Records of what the kernel programs report: direct connections, refusals, dropped packets.
+//!
+//! A pod's last events arrive after the plan has forgotten it, so names of pods that went are
+//! kept for a while.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mesh_common::event::{Event, kind};
+use mesh_common::policy::RuleId;
+use mesh_common::{Addr, Direction, Endpoint, Evidence, Protocol, Reason};
+use mesh_plan::Plan;
+use mesh_plan::plan::Workload;
+
+use super::names::{self, Party};
+use super::{
+    Close, ClosedBy, FlowRecord, Kind, Recorder, Reporter, Security, protocol_label, verdict_label,
+};
+use crate::metrics::Labels;
+
+/// How long names of pods that went are kept.
+const REMEMBERED: Duration = Duration::from_secs(60);
+
+/// Makes records of events. One task owns it.
+#[derive(Debug)]
+pub struct KernelRecords {
+    recorder: Recorder,
+    plan: Arc<Plan>,
+    gone: BTreeMap<Addr, (Instant, Workload)>,
+}
+
+impl KernelRecords {
+    /// With no pod gone yet.
+    #[must_use]
+    pub fn new(recorder: Recorder) -> Self {
+        Self {
+            plan: recorder.plan(),
+            recorder,
+            gone: BTreeMap::new(),
+        }
+    }
+
+    /// Takes the latest plan; to be called before a batch of events.
+    pub fn refresh(&mut self, now: Instant) {
+        let latest = self.recorder.plan();
+        if Arc::ptr_eq(&latest, &self.plan) {
+            return;
+        }
+        self.gone
+            .retain(|_, (since, _)| now.saturating_duration_since(*since) < REMEMBERED);
+        for pod in self.plan.pods.values() {
+            for addr in pod.addresses.iter().map(|ip: &IpAddr| Addr::from(*ip)) {
+                if let Some(workload) = self.plan.names.workloads.get(&addr)
+                    && !latest.names.workloads.contains_key(&addr)
+                {
+                    self.gone.insert(addr, (now, workload.clone()));
+                }
+            }
+        }
+        self.plan = latest;
+    }
+
+    fn party(&self, at: Endpoint) -> Party {
+        match self.gone.get(&at.addr) {
+            Some((_, workload)) if !self.plan.names.workloads.contains_key(&at.addr) => {
+                Party::pod(workload, at)
+            }
+            Some(_) | None => Party::of(&self.plan, at),
+        }
+    }
+
+    /// Records one event. An event that this version does not know is left alone: a newer agent's
+    /// programs may still be attached during an update.
+    pub fn report(&self, event: &Event) {
+        let kind = match event.kind {
+            kind::CLOSED => Kind::Connection,
+            kind::DENIED => Kind::Denied,
+            kind::DROPPED => Kind::Dropped,
+            kind::AUDIT => Kind::Audit,
+            unknown => {
+                tracing::debug!(kind = unknown, "an event of an unknown kind");
+                return;
+            }
+        };
+        let record = self.record(kind, event);
+        if kind == Kind::Connection {
+            let metrics = &self.recorder.0.metrics;
+            let counted = metrics.open(Labels {
+                reporter: record.reporter,
+                source: Arc::clone(&record.source.group),
+                destination: Arc::clone(&record.destination.group),
+                service: record.service.clone().unwrap_or_default(),
+                security: record.security,
+            });
+            counted.add(record.bytes_sent, record.bytes_received);
+            metrics.closed(record.reporter, &close(record.closed_by));
+        }
+        self.recorder.emit(record);
+    }
+
+    fn record(&self, kind: Kind, event: &Event) -> FlowRecord {
+        let (local, remote) = (self.party(event.local), self.party(event.remote));
+        let egress = event.direction == Direction::Egress as u8;
+        let (reporter, source, destination, at) = if egress {
+            (Reporter::Source, local, remote, event.remote)
+        } else {
+            (Reporter::Destination, remote, local, event.local)
+        };
+        let (bytes_sent, bytes_received) = if egress {
+            (event.sent, event.received)
+        } else {
+            (event.received, event.sent)
+        };
+        let protocol = Protocol(event.protocol);
+        let service = Some(event.service).filter(|at| *at != Endpoint::NONE);
+        let reason = Reason::from_code(event.reason).unwrap_or(Reason::NoPolicy);
+        let clear = Reason::from_code(event.clear).unwrap_or(Reason::NoPolicy);
+        let same_node = clear == Reason::SameNode;
+        let closed_by = match kind {
+            Kind::Connection => ClosedBy::from_code(event.closed_by),
+            Kind::Denied | Kind::Dropped | Kind::Audit => ClosedBy::Failed,
+        };
+        let close = match kind {
+            Kind::Connection => close(closed_by).label(),
+            Kind::Denied | Kind::Dropped | Kind::Audit => reason.label(),
+        };
+        let shared = &self.recorder.0;
+        FlowRecord {
+            time: (shared.clock)(),
+            kind,
+            node: Arc::clone(&shared.node),
+            reporter,
+            protocol: protocol_label(protocol),
+            duration_us: duration_us(event),
+            evidence: self.evidence(event.remote, same_node),
+            source,
+            destination,
+            service: names::service(&self.plan, service, at, protocol),
+            service_address: service.map(|at| at.to_string()),
+            bytes_sent,
+            bytes_received,
+            // An audit policy refuses nothing.
+            verdict: verdict_label(matches!(kind, Kind::Connection | Kind::Audit)),
+            reason,
+            rule: names::rule(&self.plan, RuleId(event.rule)),
+            security: if same_node {
+                Security::SameNode
+            } else {
+                Security::None
+            },
+            clear: (kind == Kind::Connection).then_some(clear),
+            peer_identity: None,
+            rtt_us: event.rtt_us,
+            retransmits: event.retransmits,
+            close,
+            closed_by,
+            policy_revision: shared.metrics.policy_revision(),
+        }
+    }
+
+    fn evidence(&self, remote: Endpoint, same_node: bool) -> Evidence {
+        if same_node {
+            Evidence::Node
+        } else if self.plan.names.workloads.contains_key(&remote.addr) {
+            Evidence::Address
+        } else {
+            Evidence::None
+        }
+    }
+}
+
+fn duration_us(event: &Event) -> u64 {
+    match event.start_ns {
+        0 => 0,
+        start => event.time_ns.saturating_sub(start) / 1000,
+    }
+}
+
+/// How the end of a direct connection counts.
+fn close(closed_by: ClosedBy) -> Close {
+    match closed_by {
+        ClosedBy::Unknown | ClosedBy::Local | ClosedBy::Remote | ClosedBy::Agent => {
+            Close::Finished(closed_by)
+        }
+        ClosedBy::Reset => Close::Reset(closed_by),
+        ClosedBy::Failed => Close::Failed(Reason::ConnectFailed),
+    }
+}

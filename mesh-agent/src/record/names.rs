@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+//! From numbers and addresses to names, by the latest plan.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use mesh_common::identity::IdentityId;
+use mesh_common::path::Peers as _;
+use mesh_common::policy::RuleId;
+use mesh_common::service::ServiceKey;
+use mesh_common::{Endpoint, Protocol};
+use mesh_plan::Plan;
+use mesh_plan::plan::Workload;
+use serde::ser::SerializeMap as _;
+
+use crate::metrics::Group;
+
+/// An end of a connection, as records name it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Party {
+    /// The address.
+    pub address: IpAddr,
+    /// The port.
+    pub port: u16,
+    /// The pod's name; empty if the end is no pod.
+    pub pod: String,
+    /// Namespace, workload and service account; for an end that is no pod, its entity.
+    pub group: Arc<Group>,
+}
+
+impl serde::Serialize for Party {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        map.serialize_entry("address", &self.address)?;
+        map.serialize_entry("port", &self.port)?;
+        if self.pod.is_empty() {
+            map.serialize_entry("entity", &self.group.workload)?;
+        } else {
+            map.serialize_entry("pod", &self.pod)?;
+            map.serialize_entry("namespace", &self.group.namespace)?;
+            map.serialize_entry("workload", &self.group.workload)?;
+            map.serialize_entry("service_account", &self.group.service_account)?;
+        }
+        map.end()
+    }
+}
+
+impl Party {
+    /// Who has an address.
+    #[must_use]
+    pub fn of(plan: &Plan, at: Endpoint) -> Self {
+        match plan.names.workloads.get(&at.addr) {
+            Some(workload) => Self::pod(workload, at),
+            None => Self::entity(plan, at),
+        }
+    }
+
+    pub(super) fn pod(workload: &Workload, at: Endpoint) -> Self {
+        Self {
+            address: at.addr.into(),
+            port: at.port.get(),
+            pod: workload.pod.name.clone(),
+            group: Arc::new(Group {
+                namespace: workload.pod.namespace.clone(),
+                workload: workload.workload.clone(),
+                service_account: workload.service_account.clone(),
+            }),
+        }
+    }
+
+    fn entity(plan: &Plan, at: Endpoint) -> Self {
+        let name = match plan.peer(&at.addr).map(|peer| peer.id) {
+            _ if at.addr.is_loopback() => "host",
+            Some(IdentityId::HOST) => "host",
+            Some(IdentityId::REMOTE_NODE) => "remote-node",
+            Some(IdentityId::KUBE_APISERVER) => "kube-apiserver",
+            Some(id) if id.is_workload() => "unknown",
+            _ if plan.in_pod_cidr(&at.addr) => "unknown",
+            _ => "world",
+        };
+        Self {
+            address: at.addr.into(),
+            port: at.port.get(),
+            pod: String::new(),
+            group: Arc::new(Group {
+                workload: name.to_owned(),
+                ..Group::default()
+            }),
+        }
+    }
+}
+
+/// The service that an application used: by its virtual endpoint, or, for headless services, by
+/// the endpoint itself.
+pub(super) fn service(
+    plan: &Plan,
+    virtual_endpoint: Option<Endpoint>,
+    destination: Endpoint,
+    protocol: Protocol,
+) -> Option<String> {
+    let key = ServiceKey::new(virtual_endpoint.unwrap_or(destination), protocol);
+    plan.names.services.get(&key).map(ToString::to_string)
+}
+
+/// A rule's name; its number if the plan no longer knows it.
+pub(super) fn rule(plan: &Plan, rule: RuleId) -> Option<String> {
+    match plan.names.rules.get(&rule) {
+        _ if rule == RuleId::NONE => None,
+        _ if rule == RuleId::NODE_LOCAL => Some("node-local".to_owned()),
+        Some(name) => Some(name.to_string()),
+        None => Some(format!("{:016x}", rule.0)),
+    }
+}
