@@ -295,7 +295,7 @@ mod tests {
             ("1h", json!("1h")),
             ("+", json!("+")),
             ("-", json!([null])),
-            ("09", json!("09")),
+            ("09", json!(9.0)),
             ("2024-01-01", json!("2024-01-01")),
             ("|\n  a\n  b\n", json!("a\nb\n")),
         ];
@@ -332,6 +332,8 @@ mod tests {
     #[test]
     fn nesting_and_aliases_are_bounded() {
         let deep = "[".repeat(5_000) + &"]".repeat(5_000);
+        assert!(error(&deep).contains("recursion limit"), "{}", error(&deep));
+        let deep = "- ".repeat(5_000);
         assert!(error(&deep).contains("deep"), "{}", error(&deep));
         let mut bomb = String::from("a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n");
         for i in 1..12 {
