@@ -9,6 +9,9 @@
     reason = "the room of system calls that no safe crate offers"
 )]
 
+pub mod bpf;
+#[cfg(test)]
+pub(crate) mod lab;
 pub mod limits;
 pub mod netlink;
 pub mod netns;

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd as _, OwnedFd, RawFd};
 use std::time::Duration;
 
 use socket2::SockRef;
@@ -61,11 +61,28 @@ impl Netlink {
         // SAFETY: the descriptor was just made and belongs to nobody else.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         SockRef::from(&fd).set_read_timeout(Some(ANSWER_TIME))?;
-        Ok(Self {
+        let socket = Self {
             fd,
             sequence: 0,
             buffer: vec![0; BUFFER],
-        })
+        };
+        socket.bind()?;
+        Ok(socket)
+    }
+
+    /// Takes an address of its own: a socket without one is not told what processes change.
+    fn bind(&self) -> io::Result<()> {
+        // SAFETY: an all-zero sockaddr_nl is valid, and means "any address".
+        let mut addr: libc::sockaddr_nl = unsafe { mem::zeroed() };
+        addr.nl_family = libc::sa_family_t::try_from(libc::AF_NETLINK).unwrap_or(0);
+        let length = libc::socklen_t::try_from(mem::size_of_val(&addr)).unwrap_or(0);
+        // SAFETY: `addr` is `length` bytes long and read only.
+        let result = unsafe { libc::bind(self.fd.as_raw_fd(), (&raw const addr).cast(), length) };
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
     }
 
     /// Subscribes to multicast groups (`RTNLGRP_...`) and makes the socket nonblocking.
@@ -220,9 +237,9 @@ impl Netlink {
     }
 }
 
-impl AsFd for Netlink {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+impl AsRawFd for Netlink {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
     }
 }
 
@@ -332,7 +349,9 @@ mod tests {
 
     #[test]
     fn attributes_round_trip_and_broken_ones_end_the_list() {
-        let body = Body::new(&[1, 2, 3, 4]).with(7, &[9]).with(8 | 0x8000, &[1, 2, 3, 4, 5]);
+        let body = Body::new(&[1, 2, 3, 4])
+            .with(7, &[9])
+            .with(8 | 0x8000, &[1, 2, 3, 4, 5]);
         let found: Vec<_> = Attributes::after(&body.0, 4).collect();
         assert_eq!(found, [(7, &[9u8][..]), (8, &[1, 2, 3, 4, 5][..])]);
         for broken in [&[0u8, 0, 1, 0][..], &[3, 0, 1, 0], &[200, 0, 1, 0], &[1]] {

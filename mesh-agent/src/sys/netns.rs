@@ -170,17 +170,7 @@ mod tests {
     use std::os::fd::AsFd as _;
 
     use super::*;
-
-    /// A namespace that lives as long as its descriptor.
-    fn fresh() -> NetNs {
-        std::thread::spawn(|| {
-            // SAFETY: unshare() changes this thread only.
-            assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "needs root");
-            NetNs::own().unwrap()
-        })
-        .join()
-        .unwrap()
-    }
+    use crate::sys::lab::fresh;
 
     fn here() -> u64 {
         NetNs::own().unwrap().cookie().unwrap()

@@ -5,7 +5,9 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd};
+
+use tokio::io::unix::AsyncFd;
 
 use super::netlink::{
     Attributes, Body, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, Netlink, half, word,
@@ -222,10 +224,10 @@ impl Routing {
 
 /// Tells when rules, routes or links of a namespace change. Keeps the namespace alive.
 #[derive(Debug)]
-pub struct RoutingWatch(Netlink);
+pub struct RoutingWatch(AsyncFd<Netlink>);
 
 impl RoutingWatch {
-    /// In this thread's namespace; nonblocking.
+    /// In this thread's namespace; inside a tokio runtime.
     ///
     /// # Errors
     /// When the kernel refuses.
@@ -238,27 +240,24 @@ impl RoutingWatch {
             GROUP_IPV6_ROUTE,
             GROUP_IPV6_RULE,
         ])?;
-        Ok(Self(socket))
+        // SAFETY: a `Netlink` owns its descriptor, always names the same one, and closes it when it
+        // is dropped, which is after the `AsyncFd` has let go of it.
+        Ok(Self(unsafe { AsyncFd::register(socket) }?))
     }
 
-    /// Throws away what was received; whether there was anything.
+    /// Waits until something changed since the last call. Cancel safe.
     ///
     /// # Errors
     /// When the kernel refuses.
-    pub fn drain(&mut self) -> io::Result<bool> {
-        self.0.drain()
-    }
-}
-
-impl AsFd for RoutingWatch {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
-
-impl std::os::fd::AsRawFd for RoutingWatch {
-    fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        self.0.as_fd().as_raw_fd()
+    pub async fn changed(&mut self) -> io::Result<()> {
+        loop {
+            let mut ready = self.0.readable_mut().await?;
+            // In this order: what comes after the last read makes it ready again.
+            ready.clear_ready();
+            if ready.get_inner_mut().drain()? {
+                return Ok(());
+            }
+        }
     }
 }
 

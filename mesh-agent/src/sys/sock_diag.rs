@@ -182,6 +182,7 @@ mod tests {
     use std::thread;
 
     use super::*;
+    use crate::sys::lab::alone;
     use crate::sys::socket;
 
     fn find(protocol: Protocol, local: SocketAddr, remote: SocketAddr) -> Option<Socket> {
@@ -195,6 +196,10 @@ mod tests {
 
     #[test]
     fn a_connection_is_found_and_destroyed_in_both_families_and_mapped() {
+        alone(destroys_tcp);
+    }
+
+    fn destroys_tcp() {
         for (listen, connect) in [
             ("127.0.0.1:0", "127.0.0.1"),
             ("[::1]:0", "::1"),
@@ -226,6 +231,10 @@ mod tests {
 
     #[test]
     fn a_half_closed_connection_is_live() {
+        alone(half_closed);
+    }
+
+    fn half_closed() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut server, from) = listener.accept().unwrap();
@@ -240,6 +249,10 @@ mod tests {
 
     #[test]
     fn a_connected_udp_socket_is_destroyed() {
+        alone(destroys_udp);
+    }
+
+    fn destroys_udp() {
         let server = UdpSocket::bind("127.0.0.1:0").unwrap();
         let client = UdpSocket::bind("127.0.0.1:0").unwrap();
         let to = server.local_addr().unwrap();
@@ -260,6 +273,10 @@ mod tests {
 
     #[test]
     fn listeners_are_read_apart() {
+        alone(listeners);
+    }
+
+    fn listeners() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let local: Endpoint = listener.local_addr().unwrap().into();
         let mut diag = SockDiag::open().unwrap();

@@ -232,21 +232,31 @@ mod tests {
     use std::net::TcpStream;
 
     use super::*;
+    use crate::sys::lab::alone;
 
     #[test]
     fn a_listener_is_transparent_on_loopback_and_nonblocking() {
+        alone(listeners);
+    }
+
+    fn listeners() {
         for addr in ["127.0.0.1:0", "[::1]:0"] {
             let listener = transparent_listener(addr.parse().unwrap(), 16).unwrap();
             assert!(listener.local_addr().unwrap().ip().is_loopback());
             let error = listener.accept().unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
-            let reuse_port: i32 = get(listener.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEPORT).unwrap();
+            let reuse_port: i32 =
+                get(listener.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEPORT).unwrap();
             assert_eq!(reuse_port, 0);
         }
     }
 
     #[test]
     fn tcp_info_counts_payload() {
+        alone(payload);
+    }
+
+    fn payload() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut server, _) = listener.accept().unwrap();

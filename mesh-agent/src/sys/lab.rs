@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Namespaces for unit tests: nothing has a name, so nothing can be left behind.
+
+use std::fs;
+use std::os::fd::AsRawFd as _;
+use std::path::PathBuf;
+use std::process::Command;
+use std::thread;
+
+use super::netns::NetNs;
+
+/// A namespace that lives as long as its descriptor, with `lo` up.
+pub(crate) fn fresh() -> NetNs {
+    thread::spawn(|| {
+        // SAFETY: unshare() changes this thread only.
+        let done = unsafe { libc::unshare(libc::CLONE_NEWNET) };
+        assert_eq!(done, 0, "needs root");
+        ip(&["link", "set", "lo", "up"]);
+        fs::write("/proc/sys/net/ipv4/tcp_congestion_control", "cubic").expect("it is built in");
+        NetNs::own().expect("/proc is there")
+    })
+    .join()
+    .expect("a namespace can be made")
+}
+
+/// Runs a test in a namespace of its own.
+pub(crate) fn alone<T>(f: impl FnOnce() -> T) -> T {
+    fresh().run(f).expect("a fresh namespace can be entered")
+}
+
+/// A file by which the namespace is opened elsewhere in this process.
+pub(crate) fn path(netns: &NetNs) -> PathBuf {
+    use std::os::fd::AsFd as _;
+    let fd = netns.as_fd().as_raw_fd();
+    PathBuf::from(format!("/proc/{}/fd/{fd}", std::process::id()))
+}
+
+/// `ip ARGS` in this thread's namespace; what it prints.
+pub(crate) fn ip(args: &[&str]) -> String {
+    let output = Command::new("ip")
+        .args(args)
+        .output()
+        .expect("iproute2 is installed");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "ip {args:?}: {error}");
+    text
+}
