@@ -16,6 +16,7 @@ use std::{
     time::SystemTime,
 };
 
+use mesh_common::Reason;
 use rustls::{ClientConfig, CommonState, ServerConfig, crypto::CryptoProvider};
 use tokio::sync::watch;
 
@@ -74,6 +75,17 @@ pub enum Error {
     /// The TLS library refused the configuration.
     #[error("cannot configure TLS")]
     Tls(#[from] rustls::Error),
+}
+
+impl Error {
+    /// The reason of the record of a connection that fails by it.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Issuer(_) | Self::NotReady(_) | Self::Expired(_) => Reason::NoCertificate,
+            Self::Foreign(_) => Reason::IdentityRefused,
+            Self::Tls(_) => Reason::TlsFailed,
+        }
+    }
 }
 
 /// Which certificate and which roots a tunnel was made under. Tunnels of another epoch than the

@@ -11,6 +11,7 @@
 
 use std::{io, sync::Arc};
 
+use mesh_common::Reason;
 use rustls::{
     AlertDescription, CertificateError, Error as TlsError, OtherError, PeerIncompatible,
     PeerMisbehaved,
@@ -87,30 +88,87 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// All label values, in the order of [`Self::index`].
+    pub const LABELS: [&'static str; 21] = [
+        "no_certificate",
+        "unknown_ca",
+        "expired",
+        "not_yet_valid",
+        "revoked",
+        "wrong_identity",
+        "wrong_trust_domain",
+        "no_spiffe_id",
+        "several_names",
+        "wrong_usage",
+        "bad_certificate",
+        "bad_signature",
+        "tls_version",
+        "no_common_parameters",
+        "protocol",
+        "not_tls",
+        "misbehaved",
+        "refused_by_peer",
+        "closed",
+        "timeout",
+        "failed",
+    ];
+
+    /// Which of [`Self::LABELS`], for counters in an array.
+    pub fn index(self) -> usize {
+        match self {
+            Self::NoCertificate => 0,
+            Self::UnknownCa => 1,
+            Self::Expired => 2,
+            Self::NotYetValid => 3,
+            Self::Revoked => 4,
+            Self::WrongIdentity => 5,
+            Self::WrongTrustDomain => 6,
+            Self::NoSpiffeId => 7,
+            Self::SeveralNames => 8,
+            Self::WrongUsage => 9,
+            Self::BadCertificate => 10,
+            Self::BadSignature => 11,
+            Self::TlsVersion => 12,
+            Self::NoCommonParameters => 13,
+            Self::Protocol => 14,
+            Self::NotTls => 15,
+            Self::Misbehaved => 16,
+            Self::RefusedByPeer(_) => 17,
+            Self::Closed => 18,
+            Self::Timeout => 19,
+            Self::Failed => 20,
+        }
+    }
+
     /// The label value of the result in metrics and records.
     pub fn label(self) -> &'static str {
+        Self::LABELS[self.index()]
+    }
+
+    /// The reason of the connection's record.
+    pub fn reason(self) -> Reason {
         match self {
-            Self::NoCertificate => "no_certificate",
-            Self::UnknownCa => "unknown_ca",
-            Self::Expired => "expired",
-            Self::NotYetValid => "not_yet_valid",
-            Self::Revoked => "revoked",
-            Self::WrongIdentity => "wrong_identity",
-            Self::WrongTrustDomain => "wrong_trust_domain",
-            Self::NoSpiffeId => "no_spiffe_id",
-            Self::SeveralNames => "several_names",
-            Self::WrongUsage => "wrong_usage",
-            Self::BadCertificate => "bad_certificate",
-            Self::BadSignature => "bad_signature",
-            Self::TlsVersion => "tls_version",
-            Self::NoCommonParameters => "no_common_parameters",
-            Self::Protocol => "protocol",
-            Self::NotTls => "not_tls",
-            Self::Misbehaved => "misbehaved",
-            Self::RefusedByPeer(_) => "refused_by_peer",
-            Self::Closed => "closed",
-            Self::Timeout => "timeout",
-            Self::Failed => "failed",
+            Self::NoCertificate
+            | Self::UnknownCa
+            | Self::Expired
+            | Self::NotYetValid
+            | Self::Revoked
+            | Self::WrongIdentity
+            | Self::WrongTrustDomain
+            | Self::NoSpiffeId
+            | Self::SeveralNames
+            | Self::WrongUsage
+            | Self::BadCertificate
+            | Self::BadSignature => Reason::IdentityRefused,
+            Self::Protocol => Reason::Protocol,
+            Self::TlsVersion
+            | Self::NoCommonParameters
+            | Self::NotTls
+            | Self::Misbehaved
+            | Self::RefusedByPeer(_)
+            | Self::Closed
+            | Self::Timeout
+            | Self::Failed => Reason::TlsFailed,
         }
     }
 
@@ -238,6 +296,17 @@ mod tests {
             );
             assert_eq!(Refusal::of_io(&io::Error::other(refusal)), refusal);
         }
+    }
+
+    #[test]
+    fn labels_differ_and_belong_to_their_reasons() {
+        let labels: std::collections::BTreeSet<_> = Refusal::LABELS.iter().collect();
+        assert_eq!(labels.len(), Refusal::LABELS.len());
+        assert_eq!(Refusal::NoCertificate.label(), "no_certificate");
+        assert_eq!(Refusal::SeveralNames.label(), "several_names");
+        assert_eq!(Refusal::RefusedByPeer(48).label(), "refused_by_peer");
+        assert_eq!(Refusal::Failed.label(), "failed");
+        assert_eq!(Refusal::Failed.index() + 1, Refusal::LABELS.len());
     }
 
     #[test]
