@@ -121,13 +121,23 @@ impl FlowSink {
 }
 
 /// Where events of the kernel come from.
-pub trait Events: Send + 'static {
-    /// Hands over every event that waits now.
+pub trait EventSource: Send + 'static {
+    /// Hands over the events that wait now.
     fn drain(&mut self, each: &mut dyn FnMut(&Event));
 }
 
+/// Events taken at once: about what the ring holds, so that one turn has an end even if the kernel
+/// writes as fast as this reads.
+const BATCH: usize = 20_000;
+
+impl EventSource for crate::datapath::Events {
+    fn drain(&mut self, each: &mut dyn FnMut(&Event)) {
+        Self::drain(self, BATCH, |event| each(&event));
+    }
+}
+
 /// Makes records of the kernel's events until `stop` turns true, and once more then.
-pub async fn drain(mut events: impl Events, recorder: Recorder, mut stop: watch::Receiver<bool>) {
+pub async fn drain(mut events: impl EventSource, recorder: Recorder, mut stop: watch::Receiver<bool>) {
     let mut records = KernelRecords::new(recorder);
     let mut tick = tokio::time::interval(DRAIN_EVERY);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

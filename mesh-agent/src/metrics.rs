@@ -38,6 +38,16 @@ pub trait Kernel: Send + Sync + 'static {
     fn map_usage(&self) -> Vec<(&'static str, u64, u64)>;
 }
 
+impl Kernel for crate::datapath::Handles {
+    fn counter(&self, counter: Counter) -> u64 {
+        Self::counter(self, counter)
+    }
+
+    fn map_usage(&self) -> Vec<(&'static str, u64, u64)> {
+        Self::map_usage(self)
+    }
+}
+
 /// Which end of a TLS handshake this agent was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {

@@ -96,7 +96,7 @@ fn a_file_that_cannot_be_opened_is_named() {
 
 struct Fake(Vec<Event>);
 
-impl Events for Fake {
+impl EventSource for Fake {
     fn drain(&mut self, each: &mut dyn FnMut(&Event)) {
         self.0.drain(..).for_each(|event| each(&event));
     }
