@@ -70,6 +70,8 @@ abi! {
         /// See [`closed_by`].
         pub closed_by: u8,
         /// Always 0.
-        pub spare: [u8; 10],
+        pub spare: u16,
+        /// Always 0.
+        pub spare_end: u64,
     }
 }

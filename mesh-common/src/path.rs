@@ -8,7 +8,7 @@
 use crate::addr::{Addr, Endpoint, Protocol};
 use crate::identity::{Evidence, IdentityId, Peer};
 use crate::pod::{ModeKey, PodState, PodView, port_mode};
-use crate::policy::{Direction, Policies, Question, decide};
+use crate::policy::{Direction, Policies, Question};
 use crate::settings::TUNNEL_PORT;
 use crate::verdict::{Reason, Verdict};
 
@@ -173,18 +173,15 @@ pub fn outbound<T: Peers + Policies>(
         && !peer.local
         && peer.has(Peer::ENROLLED | Peer::READY);
     let evidence = if tunnel { Evidence::Tls } else { peer.evidence };
-    let verdict = decide(
-        tables,
-        &Question {
-            set: pod.set,
-            direction: Direction::Egress,
-            peer: peer.id,
-            addr: to.addr,
-            evidence,
-            protocol,
-            port: to.port,
-        },
-    );
+    let verdict = tables.decide(&Question {
+        set: pod.set,
+        direction: Direction::Egress,
+        peer: peer.id,
+        addr: to.addr,
+        evidence,
+        protocol,
+        port: to.port,
+    });
     if !verdict.allowed {
         return Path::refuse(verdict, peer.id);
     }
@@ -263,11 +260,7 @@ pub enum Origin {
 #[inline(always)]
 pub fn strict(peers: &impl Peers, pod: &PodView, port: crate::Port) -> bool {
     if pod.modes != 0 {
-        match peers.port_mode(&ModeKey {
-            set: pod.modes,
-            port,
-            pad: [0; 6],
-        }) {
+        match peers.port_mode(&ModeKey::new(pod.modes, port)) {
             Some(port_mode::PERMISSIVE) => return false,
             Some(_) => return true,
             None => {}
@@ -318,18 +311,15 @@ pub fn inbound<T: Peers + Policies>(
             return Path::refuse(Verdict::refuse(reason), peer.id);
         }
     }
-    let verdict = decide(
-        tables,
-        &Question {
-            set: pod.set,
-            direction: Direction::Ingress,
-            peer: peer.id,
-            addr: *from,
-            evidence: peer.evidence,
-            protocol,
-            port,
-        },
-    );
+    let verdict = tables.decide(&Question {
+        set: pod.set,
+        direction: Direction::Ingress,
+        peer: peer.id,
+        addr: *from,
+        evidence: peer.evidence,
+        protocol,
+        port,
+    });
     if !verdict.allowed {
         return Path::refuse(verdict, peer.id);
     }
@@ -359,18 +349,15 @@ pub fn tunnelled(
     from: &Addr,
     port: crate::Port,
 ) -> Verdict {
-    decide(
-        policies,
-        &Question {
-            set: pod.set,
-            direction: Direction::Ingress,
-            peer,
-            addr: *from,
-            evidence: Evidence::Tls,
-            protocol: Protocol::TCP,
-            port,
-        },
-    )
+    policies.decide(&Question {
+        set: pod.set,
+        direction: Direction::Ingress,
+        peer,
+        addr: *from,
+        evidence: Evidence::Tls,
+        protocol: Protocol::TCP,
+        port,
+    })
 }
 
 #[inline(always)]

@@ -60,7 +60,9 @@ abi! {
         /// The port.
         pub port: Port,
         /// Always 0.
-        pub pad: [u8; 6],
+        pub pad: u16,
+        /// Always 0.
+        pub pad_end: u32,
     }
 
     /// What of a pod's state the decisions of [`crate::path`] need.
@@ -79,6 +81,20 @@ abi! {
         pub flags: u32,
         /// Always 0.
         pub pad: u32,
+    }
+}
+
+impl ModeKey {
+    /// The key of a port.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(set: u64, port: Port) -> Self {
+        Self {
+            set,
+            port,
+            pad: 0,
+            pad_end: 0,
+        }
     }
 }
 

@@ -106,9 +106,7 @@ abi! {
         /// The peer.
         pub peer: IdentityId,
         /// A [`Direction`] as its number.
-        pub direction: u8,
-        /// Always 0.
-        pub pad: [u8; 7],
+        pub direction: u64,
     }
 
     /// Value of the map `POLICY_SELECT`.
@@ -121,27 +119,20 @@ abi! {
     }
 
     /// Data of the longest-prefix key of the map `POLICY_CIDRS`; a direction and set match in
-    /// full. The value is a [`ListId`].
+    /// full. The value is a [`ListId`]. Made of 4-byte words, as a prefix length stands before it.
     pub struct CidrKey {
-        /// The set.
-        pub set: PolicySetId,
-        /// A [`Direction`] as its number, three times 0 behind it.
-        pub direction: [u8; 4],
+        set: [u32; 2],
+        direction: u32,
         /// The address; prefix lengths of IPv4 are raised by 96.
         pub addr: Addr,
-        /// Always 0, and never part of a prefix: it fills the last word.
-        pub pad: u32,
     }
 
     /// Data of the longest-prefix key of the map `POLICY_PORTS`; list and protocol match in full.
-    /// The value is an [`Answer`].
+    /// The value is an [`Answer`]. Made of 4-byte words, as a prefix length stands before it.
     pub struct PortKey {
-        /// The list.
-        pub list: ListId,
-        /// Always 0.
-        pub pad: [u8; 5],
-        /// [`Protocol::policy_key`].
-        pub protocol: Protocol,
+        list: [u32; 2],
+        protocol: u32,
+        pad: u16,
         /// The port; a range is several prefixes.
         pub port: Port,
     }
@@ -211,6 +202,19 @@ impl SetHead {
     }
 }
 
+impl SelectKey {
+    /// The key of a peer in a set.
+    #[inline(always)]
+    #[must_use]
+    pub const fn new(set: PolicySetId, peer: IdentityId, direction: Direction) -> Self {
+        Self {
+            set,
+            peer,
+            direction: direction as u64,
+        }
+    }
+}
+
 impl CidrKey {
     /// Bits before the address: set and direction.
     pub const FIXED_BITS: u32 = 96;
@@ -220,16 +224,27 @@ impl CidrKey {
     #[must_use]
     pub const fn new(set: PolicySetId, direction: Direction, addr: Addr) -> Self {
         Self {
-            set,
-            direction: [direction as u8, 0, 0, 0],
+            set: halves(set.0),
+            direction: direction as u32,
             addr,
-            pad: 0,
         }
+    }
+
+    /// The set.
+    #[must_use]
+    pub const fn set(&self) -> PolicySetId {
+        PolicySetId(whole(self.set))
+    }
+
+    /// The [`Direction`] as its number.
+    #[must_use]
+    pub const fn direction(&self) -> u32 {
+        self.direction
     }
 }
 
 impl PortKey {
-    /// Bits before the port: list, padding and protocol.
+    /// Bits before the port: list, protocol and padding.
     pub const FIXED_BITS: u32 = 112;
 
     /// The key of a port.
@@ -237,12 +252,34 @@ impl PortKey {
     #[must_use]
     pub const fn new(list: ListId, protocol: Protocol, port: Port) -> Self {
         Self {
-            list,
-            pad: [0; 5],
-            protocol,
+            list: halves(list.0),
+            protocol: protocol.0 as u32,
+            pad: 0,
             port,
         }
     }
+
+    /// The list.
+    #[must_use]
+    pub const fn list(&self) -> ListId {
+        ListId(whole(self.list))
+    }
+
+    /// The protocol.
+    #[must_use]
+    pub const fn protocol(&self) -> Protocol {
+        Protocol(self.protocol.to_ne_bytes()[0])
+    }
+}
+
+#[inline(always)]
+#[allow(clippy::cast_possible_truncation, reason = "each half is meant")]
+const fn halves(number: u64) -> [u32; 2] {
+    [number as u32, (number >> 32) as u32]
+}
+
+const fn whole(halves: [u32; 2]) -> u64 {
+    halves[0] as u64 | (halves[1] as u64) << 32
 }
 
 impl Answer {
@@ -294,9 +331,19 @@ pub trait Policies {
     fn cidr(&self, key: &CidrKey) -> Option<ListId>;
     /// The answer of the longest prefix that holds the port.
     fn answer(&self, key: &PortKey) -> Option<Answer>;
+    /// Decides a question. The kernel programs put a function boundary here, so that the verifier
+    /// sees the decision once.
+    #[inline(always)]
+    fn decide(&self, q: &Question) -> Verdict
+    where
+        Self: Sized,
+    {
+        decide(self, q)
+    }
 }
 
 /// What is asked of [`decide`].
+#[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Question {
     /// The pod's policy.
@@ -325,12 +372,7 @@ pub fn decide(policies: &impl Policies, q: &Question) -> Verdict {
     let Some(head) = policies.head(q.set) else {
         return Verdict::deny(Reason::PolicyMissing, RuleId::NONE);
     };
-    let key = SelectKey {
-        set: q.set,
-        peer: q.peer,
-        direction: q.direction as u8,
-        pad: [0; 7],
-    };
+    let key = SelectKey::new(q.set, q.peer, q.direction);
     let list = match policies.select(&key) {
         Some(lists) if q.evidence.is_proof() => lists.proven,
         Some(lists) => lists.by_address,

@@ -98,6 +98,7 @@ reasons! {
 
 /// What was decided, why, and by which rule.
 #[must_use = "a verdict that is thrown away is a hole"]
+#[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Verdict {
     /// Whether it may pass.

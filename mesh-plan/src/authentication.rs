@@ -143,11 +143,7 @@ impl Modes {
         }
         let set = options.ids.id("modes", 1, &self.ports);
         let entry = |(port, mode): (&u16, &Mtls)| {
-            let key = ModeKey {
-                set,
-                port: Port::new(*port),
-                pad: [0; 6],
-            };
+            let key = ModeKey::new(set, Port::new(*port));
             let value = match mode {
                 Mtls::Permissive => port_mode::PERMISSIVE,
                 Mtls::Strict => port_mode::STRICT,

@@ -20,7 +20,7 @@ use mesh_common::identity::{IdentityId, Peer};
 use mesh_common::maps::MAX_POLICY_SELECTS;
 use mesh_common::path::Peers;
 use mesh_common::pod::PodView;
-use mesh_common::policy::{Lists, PolicySetId, SelectKey};
+use mesh_common::policy::{Direction, Lists, PolicySetId, SelectKey};
 use mesh_common::service::{Service, ServiceKey};
 use mesh_common::{Addr, Port};
 
@@ -393,13 +393,8 @@ impl Crossing {
                 false => (old, false),
             };
             for step in &self.moves {
-                for direction in [0, 1] {
-                    let key = |peer| SelectKey {
-                        set,
-                        peer,
-                        direction,
-                        pad: [0; 7],
-                    };
+                for direction in [Direction::Ingress, Direction::Egress] {
+                    let key = |peer| SelectKey::new(set, peer, direction);
                     let peer = if is_new { step.to } else { step.from };
                     // Without a pair of its own the peer has the set's list for all others, and
                     // so has the bridge.

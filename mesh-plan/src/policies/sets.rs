@@ -219,12 +219,7 @@ impl<'c, 'i, 'a> Compiler<'c, 'i, 'a> {
                 by_address: memo.list(self, &rules, &by_address, names),
             };
             if pair.proven != any || pair.by_address != any {
-                let key = SelectKey {
-                    set: id,
-                    peer,
-                    direction: direction as u8,
-                    pad: [0; 7],
-                };
+                let key = SelectKey::new(id, peer, direction);
                 set.selects.push((key, pair));
             }
         }
