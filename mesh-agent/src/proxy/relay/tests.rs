@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0
+use std::cell::Cell;
+use std::time::Duration;
+
+use mesh_common::{Endpoint, Reason};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::task::{JoinHandle, LocalSet};
+
+use super::super::buffers::Buffers;
+use super::super::testing::{Pki, application, pattern};
+use super::super::tunnel::frame::Open;
+use super::*;
+
+#[derive(Default)]
+struct Bytes {
+    taken: Cell<u64>,
+    given: Cell<u64>,
+}
+
+impl Count for Bytes {
+    fn taken(&self, bytes: u64) {
+        self.taken.set(self.taken.get() + bytes);
+    }
+
+    fn given(&self, bytes: u64) {
+        self.given.set(self.given.get() + bytes);
+    }
+}
+
+fn open() -> Control {
+    Control::Open(Open {
+        destination: Endpoint::NONE,
+        source: Endpoint::NONE,
+        service: None,
+    })
+}
+
+/// What one end reports: how it ended, bytes from and to its application, and its tunnel.
+struct Report {
+    end: End,
+    taken: u64,
+    given: u64,
+    tunnel: Tunnel,
+}
+
+fn conclude(app: &Socket, tunnel: &mut Tunnel, end: &End, stream: StreamId) {
+    match end {
+        End::Finished { .. } | End::Refused(_) => tunnel.end(),
+        End::AppReset(_) => tunnel.queue(stream, &Control::Reset(Why::APPLICATION)),
+        End::PeerReset(_) | End::Tunnel { .. } => app.reset_on_drop(),
+    }
+}
+
+async fn opener(mut tunnel: Tunnel, app: Socket) -> Report {
+    let stream = tunnel.begin().unwrap();
+    tunnel.queue(stream, &open());
+    let count = Bytes::default();
+    let mut retained = Retained::default();
+    let end = Relay::opener(&app, &mut tunnel, stream, &count, &mut retained)
+        .run()
+        .await;
+    conclude(&app, &mut tunnel, &end, stream);
+    report(end, &count, tunnel).await
+}
+
+async fn acceptor(mut tunnel: Tunnel, app: Socket) -> Report {
+    let stream = loop {
+        match tunnel.control().await.unwrap() {
+            (_, Control::FinAck) => {}
+            (stream, Control::Open(_)) => break stream,
+            other => panic!("{other:?}"),
+        }
+    };
+    tunnel.accept(stream).unwrap();
+    tunnel.queue(stream, &Control::Opened);
+    let count = Bytes::default();
+    let end = Relay::acceptor(&app, &mut tunnel, stream, &count).run().await;
+    conclude(&app, &mut tunnel, &end, stream);
+    report(end, &count, tunnel).await
+}
+
+/// Sends last words before the tunnel is handed back.
+async fn report(end: End, count: &Bytes, mut tunnel: Tunnel) -> Report {
+    if let Err(error) = std::future::poll_fn(|cx| tunnel.poll_flush(cx)).await {
+        assert!(matches!(end, End::Tunnel { .. }), "{error}");
+    }
+    Report {
+        end,
+        taken: count.taken.get(),
+        given: count.given.get(),
+        tunnel,
+    }
+}
+
+/// A client and a server with both relays between them.
+struct Bridge {
+    client: TcpStream,
+    server: TcpStream,
+    opener: JoinHandle<Report>,
+    acceptor: JoinHandle<Report>,
+}
+
+fn bridge((near, far): (Tunnel, Tunnel)) -> Bridge {
+    let (client, app) = application();
+    let opener = tokio::task::spawn_local(opener(near, app));
+    let (server, app) = application();
+    let acceptor = tokio::task::spawn_local(acceptor(far, app));
+    Bridge {
+        client,
+        server,
+        opener,
+        acceptor,
+    }
+}
+
+async fn fresh() -> Bridge {
+    bridge(Pki::new().tunnels(&Rc::default()).await)
+}
+
+fn local<T>(test: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(LocalSet::new().run_until(async {
+            tokio::time::timeout(Duration::from_secs(60), test)
+                .await
+                .expect("the test hangs")
+        }))
+}
+
+async fn write_pattern(stream: &mut (impl tokio::io::AsyncWrite + Unpin), seed: u64, total: u64) {
+    let mut chunk = vec![0; 100_000];
+    let mut at = 0;
+    while at < total {
+        let length = usize::try_from(total - at).unwrap().min(chunk.len());
+        pattern(seed, at, &mut chunk[..length]);
+        stream.write_all(&chunk[..length]).await.unwrap();
+        at += length as u64;
+    }
+}
+
+async fn read_pattern(stream: &mut (impl tokio::io::AsyncRead + Unpin), seed: u64, total: u64) {
+    let mut got = vec![0; 150_000];
+    let mut expected = got.clone();
+    let mut at = 0;
+    loop {
+        let length = stream.read(&mut got).await.unwrap();
+        if length == 0 {
+            assert_eq!(at, total, "ended early");
+            return;
+        }
+        pattern(seed, at, &mut expected[..length]);
+        assert!(got[..length] == expected[..length], "wrong bytes after {at}");
+        at += length as u64;
+    }
+}
+
+fn is_reset(result: std::io::Result<usize>) -> bool {
+    matches!(result, Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset)
+}
+
+#[test]
+fn bulk_both_ways_at_once_arrives_byte_for_byte() {
+    const TOTAL: u64 = 64 << 20;
+    local(async {
+        let bridge = fresh().await;
+        let (mut client_in, mut client_out) = bridge.client.into_split();
+        let (mut server_in, mut server_out) = bridge.server.into_split();
+        tokio::join!(
+            async {
+                write_pattern(&mut client_out, 1, TOTAL).await;
+                client_out.shutdown().await.unwrap();
+            },
+            async {
+                write_pattern(&mut server_out, 2, TOTAL).await;
+                server_out.shutdown().await.unwrap();
+            },
+            read_pattern(&mut server_in, 1, TOTAL),
+            read_pattern(&mut client_in, 2, TOTAL),
+        );
+        for report in [bridge.opener, bridge.acceptor] {
+            let report = report.await.unwrap();
+            assert!(matches!(report.end, End::Finished { .. }), "{:?}", report.end);
+            assert_eq!((report.taken, report.given), (TOTAL, TOTAL));
+        }
+    });
+}
+
+#[test]
+fn either_end_may_finish_first() {
+    local(async {
+        for client_first in [true, false] {
+            let mut bridge = fresh().await;
+            let (first, second) = if client_first {
+                (&mut bridge.client, &mut bridge.server)
+            } else {
+                (&mut bridge.server, &mut bridge.client)
+            };
+            first.write_all(b"question").await.unwrap();
+            first.shutdown().await.unwrap();
+            let mut heard = String::new();
+            second.read_to_string(&mut heard).await.unwrap();
+            assert_eq!(heard, "question");
+            second.write_all(b"a long answer").await.unwrap();
+            second.shutdown().await.unwrap();
+            heard.clear();
+            first.read_to_string(&mut heard).await.unwrap();
+            assert_eq!(heard, "a long answer");
+            let opener = bridge.opener.await.unwrap();
+            let acceptor = bridge.acceptor.await.unwrap();
+            assert!(
+                matches!(opener.end, End::Finished { local_first } if local_first == client_first)
+            );
+            assert!(
+                matches!(acceptor.end, End::Finished { local_first } if local_first != client_first)
+            );
+        }
+    });
+}
+
+#[test]
+fn a_reset_reaches_the_other_end_in_both_directions() {
+    local(async {
+        for from_client in [true, false] {
+            for half_closed in [true, false] {
+                let mut bridge = fresh().await;
+                bridge.client.write_all(b"x").await.unwrap();
+                bridge.server.read_u8().await.unwrap();
+                bridge.server.write_all(b"y").await.unwrap();
+                bridge.client.read_u8().await.unwrap();
+                let (mut dying, mut left) = if from_client {
+                    (bridge.client, bridge.server)
+                } else {
+                    (bridge.server, bridge.client)
+                };
+                if half_closed {
+                    dying.shutdown().await.unwrap();
+                    assert_eq!(left.read(&mut [0; 9]).await.unwrap(), 0);
+                }
+                dying.set_zero_linger().unwrap();
+                drop(dying);
+                let opener = bridge.opener.await.unwrap().end;
+                let acceptor = bridge.acceptor.await.unwrap().end;
+                if half_closed {
+                    left.writable().await.unwrap();
+                    assert!(left.take_error().unwrap().is_some());
+                } else {
+                    assert!(is_reset(left.read(&mut [0; 9]).await));
+                }
+                let (near, far) = if from_client {
+                    (opener, acceptor)
+                } else {
+                    (acceptor, opener)
+                };
+                assert!(matches!(near, End::AppReset(_)), "{near:?}");
+                assert!(
+                    matches!(far, End::PeerReset(why) if why == Why::APPLICATION),
+                    "{far:?}"
+                );
+            }
+        }
+    });
+}
+
+#[test]
+fn a_tunnel_that_is_cut_resets_both_applications() {
+    local(async {
+        let (near, far) = Pki::new().tunnels(&Rc::default()).await;
+        let cut = socket2::SockRef::from(near.socket().as_ref()).try_clone().unwrap();
+        let mut bridge = bridge((near, far));
+        bridge.client.write_all(b"x").await.unwrap();
+        bridge.server.read_u8().await.unwrap();
+        cut.shutdown(std::net::Shutdown::Both).unwrap();
+        assert!(is_reset(bridge.client.read(&mut [0; 9]).await));
+        assert!(is_reset(bridge.server.read(&mut [0; 9]).await));
+        let end = bridge.acceptor.await.unwrap().end;
+        assert!(
+            matches!(&end, End::Tunnel { error: TunnelError::Cut, unused: false }),
+            "{end:?}"
+        );
+    });
+}
+
+#[test]
+fn a_tunnel_carries_one_connection_after_another() {
+    local(async {
+        let buffers = Rc::new(Buffers::default());
+        let mut tunnels = Pki::new().tunnels(&buffers).await;
+        for round in 1..=20_u32 {
+            let mut bridge = bridge(tunnels);
+            let question = format!("question {round}");
+            bridge.client.write_all(question.as_bytes()).await.unwrap();
+            bridge.client.shutdown().await.unwrap();
+            let mut heard = String::new();
+            bridge.server.read_to_string(&mut heard).await.unwrap();
+            assert_eq!(heard, question);
+            bridge.server.write_all(b"answer").await.unwrap();
+            drop(bridge.server);
+            heard.clear();
+            bridge.client.read_to_string(&mut heard).await.unwrap();
+            assert_eq!(heard, "answer");
+            let mut near = bridge.opener.await.unwrap().tunnel;
+            assert!(near.is_quiet());
+            assert_eq!(near.streams(), round);
+            tunnels = (near, bridge.acceptor.await.unwrap().tunnel);
+        }
+        assert_eq!(buffers.lent(), 0, "an idle tunnel holds no buffer");
+    });
+}
+
+#[test]
+fn late_bytes_of_a_refused_stream_never_reach_the_next() {
+    local(async {
+        let (near, mut far) = Pki::new().tunnels(&Rc::default()).await;
+        let (mut client, app) = application();
+        client.write_all(b"secret of the first").await.unwrap();
+        client.shutdown().await.unwrap();
+        let refused = tokio::task::spawn_local(opener(near, app));
+        let (stream, Control::Open(_)) = far.control().await.unwrap() else {
+            panic!("no OPEN");
+        };
+        far.accept(stream).unwrap();
+        let why = Why::new(Reason::DefaultDeny);
+        far.queue(stream, &Control::Refused(why));
+        far.refuse();
+        let next = tokio::task::spawn_local(async move {
+            let (server, app) = application();
+            (acceptor(far, app).await, server)
+        });
+        let report = refused.await.unwrap();
+        assert!(matches!(report.end, End::Refused(got) if got == why));
+
+        let (mut client, app) = application();
+        client.write_all(b"second").await.unwrap();
+        client.shutdown().await.unwrap();
+        let opener = tokio::task::spawn_local(opener(report.tunnel, app));
+        let finish = async {
+            let (report, mut server) = next.await.unwrap();
+            let mut heard = String::new();
+            server.read_to_string(&mut heard).await.unwrap();
+            (heard, report)
+        };
+        // The acceptor ends only when its server has finished: it never does here.
+        let gone = tokio::time::timeout(Duration::from_millis(300), finish).await;
+        assert!(gone.is_err());
+        drop(client);
+        opener.abort();
+    });
+}

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A TCP socket as the relay polls it: large vectored reads and writes, no system call that is
+//! known to find nothing, and a reset where TCP would reset.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::task::{Context, Poll, ready};
+
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+
+/// A connected, or connecting, non-blocking TCP socket.
+#[derive(Debug)]
+pub(crate) struct Socket(TcpStream);
+
+impl Socket {
+    /// Registers a socket with this thread's runtime.
+    pub(crate) fn new(stream: std::net::TcpStream) -> io::Result<Self> {
+        TcpStream::from_std(stream).map(Self)
+    }
+
+    /// Where it is bound: for a steered connection, where the other end wanted to go.
+    pub(crate) fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
+
+    /// Where the other end is.
+    pub(crate) fn peer_addr(&self) -> io::Result<SocketAddr> {
+        self.0.peer_addr()
+    }
+
+    /// Waits until connect() has come to an end.
+    pub(crate) async fn connected(&self) -> io::Result<()> {
+        self.0.writable().await?;
+        self.0.take_error()?.map_or(Ok(()), Err)
+    }
+
+    /// Reads into `room` bytes of `buffers`. `Ok(0)` = the other end has finished.
+    pub(crate) fn poll_read(
+        &self,
+        cx: &mut Context<'_>,
+        buffers: &mut [IoSliceMut<'_>],
+        room: usize,
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            match self.0.try_read_vectored(buffers) {
+                Ok(read) => {
+                    if read > 0 && read < room {
+                        self.exhausted(Interest::READABLE);
+                    }
+                    return Poll::Ready(Ok(read));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    ready!(self.0.poll_read_ready(cx))?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+
+    /// Writes some of the `length` bytes of `buffers`.
+    pub(crate) fn poll_write(
+        &self,
+        cx: &mut Context<'_>,
+        buffers: &[IoSlice<'_>],
+        length: usize,
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            match self.0.try_write_vectored(buffers) {
+                Ok(written) => {
+                    if written < length {
+                        self.exhausted(Interest::WRITABLE);
+                    }
+                    return Poll::Ready(Ok(written));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    ready!(self.0.poll_write_ready(cx))?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
+    }
+
+    /// Forgets a readiness that a short read or write has just used up, which saves the system
+    /// call that would only say so. Nothing is lost: epoll reports what comes later as a new edge,
+    /// and this thread is the one that asks epoll.
+    fn exhausted(&self, interest: Interest) {
+        let used_up: io::Result<()> = self
+            .0
+            .try_io(interest, || Err(io::ErrorKind::WouldBlock.into()));
+        debug_assert!(used_up.is_err());
+    }
+
+    /// Ends the sending direction.
+    pub(crate) fn finish(&self) -> io::Result<()> {
+        socket2::SockRef::from(&self.0).shutdown(std::net::Shutdown::Write)
+    }
+
+    /// Waits for a reset, or any other error, that reading and writing would not meet because
+    /// neither is going on.
+    pub(crate) async fn failed(&self) -> io::Error {
+        loop {
+            if let Err(error) = self.0.ready(Interest::ERROR).await {
+                return error;
+            }
+            match self.0.take_error() {
+                Ok(None) => {
+                    // Not an error after all; wait for the next event.
+                    self.exhausted(Interest::ERROR);
+                }
+                Ok(Some(error)) | Err(error) => return error,
+            }
+        }
+    }
+
+    /// Makes the kernel send a reset instead of a FIN when the socket is dropped.
+    pub(crate) fn reset_on_drop(&self) {
+        if let Err(error) = self.0.set_zero_linger() {
+            tracing::debug!(%error, "cannot reset a connection");
+        }
+    }
+
+    /// Round-trip time (microseconds), and segments sent again so far.
+    pub(crate) fn transport(&self) -> (u32, u32) {
+        crate::sys::socket::tcp_info(self.0.as_fd())
+            .map_or((0, 0), |info| (info.rtt_us, info.retransmits))
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}

@@ -1,0 +1,341 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The record layer of TLS 1.3 (RFC 8446, 5) on keys that rustls has agreed on.
+//!
+//! Works in place in the caller's buffers: no copy and no allocation per record, and many records
+//! per system call, which rustls's own connection types do not offer. It owns nonces and the
+//! shape of records; keys come from rustls, ciphers from aws-lc.
+
+use std::ops::Range;
+
+use aws_lc_rs::aead::{
+    AES_128_GCM, AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey,
+};
+use rustls::ConnectionTrafficSecrets;
+
+/// Bytes before a record's content: type, version, length.
+pub const HEAD: usize = 5;
+
+/// The most content of one record (RFC 8446, 5.1: 2^14).
+pub const CONTENT: usize = 1 << 14;
+
+/// Bytes that a record of ours is longer than its content: head, the inner type, the tag.
+pub const OVERHEAD: usize = HEAD + 1 + TAG;
+
+/// A full record of ours.
+pub const FULL: usize = CONTENT + OVERHEAD;
+
+/// The longest record a peer may send (RFC 8446, 5.2: content, and 256 for all else).
+pub const LONGEST: usize = HEAD + CONTENT + 256;
+
+const TAG: usize = 16;
+const APPLICATION_DATA: u8 = 23;
+
+/// Records under one key after which it is to be replaced. AES-GCM allows 2^24.5 full records
+/// (RFC 8446, 5.5); half of 2^24 leaves time for it.
+const REKEY_AFTER: u64 = 1 << 23;
+
+/// What a record holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// An alert.
+    Alert = 21,
+    /// Messages after the handshake: tickets, key updates.
+    Handshake = 22,
+    /// The tunnel's bytes.
+    Data = 23,
+}
+
+/// A record that cannot be made or read. Always the end of the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RecordError {
+    /// The outer type is not "application data", as all protected records have.
+    #[error("a record of type {0} is not protected")]
+    Unprotected(u8),
+    /// Longer than allowed, or too short for a tag.
+    #[error("a record cannot have {0} bytes")]
+    Length(usize),
+    /// The tag is wrong.
+    #[error("a record does not authenticate")]
+    Forged,
+    /// The inner type is missing or not one that may come after the handshake.
+    #[error("a record's inner type is missing or not allowed")]
+    Inner,
+    /// The cipher suite is none of TLS 1.3's.
+    #[error("a cipher suite that TLS 1.3 does not have")]
+    Suite,
+    /// The library refused; with correct lengths it does not.
+    #[error("the cipher refused to seal")]
+    Seal,
+}
+
+/// One direction's key, and the number of the next record.
+struct Keyed {
+    key: LessSafeKey,
+    iv: [u8; NONCE_LEN],
+    sequence: u64,
+}
+
+impl Keyed {
+    fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, RecordError> {
+        let (algorithm, key, iv) = match secrets {
+            ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (&AES_128_GCM, key, iv),
+            ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (&AES_256_GCM, key, iv),
+            ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => {
+                (&CHACHA20_POLY1305, key, iv)
+            }
+            _ => return Err(RecordError::Suite),
+        };
+        let key = key.as_ref();
+        let key = key.get(..algorithm.key_len()).ok_or(RecordError::Suite)?;
+        let key = UnboundKey::new(algorithm, key).map_err(|_unspecified| RecordError::Suite)?;
+        let iv = iv
+            .as_ref()
+            .try_into()
+            .map_err(|_length| RecordError::Suite)?;
+        Ok(Self {
+            key: LessSafeKey::new(key),
+            iv,
+            sequence,
+        })
+    }
+
+    /// The nonce of the next record (RFC 8446, 5.3). A sequence number is never used twice: the
+    /// sealer replaces its key long before it could wrap, and an opener's record then fails.
+    fn nonce(&mut self) -> Nonce {
+        let mut nonce = self.iv;
+        for (byte, number) in nonce[4..].iter_mut().zip(self.sequence.to_be_bytes()) {
+            *byte ^= number;
+        }
+        self.sequence = self.sequence.wrapping_add(1);
+        Nonce::assume_unique_for_key(nonce)
+    }
+}
+
+/// Seals our records.
+pub struct Sealer(Keyed);
+
+impl Sealer {
+    /// From the next record's number and the key.
+    ///
+    /// # Errors
+    /// A suite that TLS 1.3 does not have.
+    pub fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, RecordError> {
+        Keyed::new(sequence, secrets).map(Self)
+    }
+
+    /// Whether the key is to be replaced before more is sealed.
+    #[must_use]
+    pub const fn worn(&self) -> bool {
+        self.0.sequence >= REKEY_AFTER
+    }
+
+    /// Seals the `length` bytes that lie at `slot[HEAD..]`, in place, and returns the record's
+    /// length: `length + OVERHEAD`, from the slot's beginning.
+    ///
+    /// # Errors
+    /// When the slot is too short, or the content longer than [`CONTENT`].
+    pub fn seal(
+        &mut self,
+        slot: &mut [u8],
+        length: usize,
+        kind: Kind,
+    ) -> Result<usize, RecordError> {
+        let total = length + OVERHEAD;
+        if length > CONTENT || slot.len() < total {
+            return Err(RecordError::Length(length));
+        }
+        let head = head(total - HEAD);
+        let (front, rest) = slot.split_at_mut(HEAD);
+        front.copy_from_slice(&head);
+        let (inner, rest) = rest.split_at_mut(length + 1);
+        inner[length] = kind as u8;
+        let nonce = self.0.nonce();
+        let tag = self
+            .0
+            .key
+            .seal_in_place_separate_tag(nonce, Aad::from(head), inner)
+            .map_err(|_unspecified| RecordError::Seal)?;
+        rest[..TAG].copy_from_slice(tag.as_ref());
+        Ok(total)
+    }
+}
+
+/// Opens the peer's records.
+pub struct Opener(Keyed);
+
+impl Opener {
+    /// From the next record's number and the key.
+    ///
+    /// # Errors
+    /// A suite that TLS 1.3 does not have.
+    pub fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, RecordError> {
+        Keyed::new(sequence, secrets).map(Self)
+    }
+
+    /// Opens a whole record in place; its content is then at the returned place in `record`.
+    ///
+    /// # Errors
+    /// When it is not exactly what the peer sealed.
+    pub fn open(&mut self, record: &mut [u8]) -> Result<(Kind, Range<usize>), RecordError> {
+        let Some((front, body)) = record.split_first_chunk_mut::<HEAD>() else {
+            return Err(RecordError::Length(record.len()));
+        };
+        let nonce = self.0.nonce();
+        let plain = self
+            .0
+            .key
+            .open_in_place(nonce, Aad::from(*front), body)
+            .map_err(|_unspecified| RecordError::Forged)?;
+        if plain.len() > CONTENT + 1 {
+            return Err(RecordError::Length(plain.len()));
+        }
+        // The inner type is the last byte that is not padding (RFC 8446, 5.4).
+        let last = plain
+            .iter()
+            .rposition(|byte| *byte != 0)
+            .ok_or(RecordError::Inner)?;
+        let kind = match plain[last] {
+            21 => Kind::Alert,
+            22 => Kind::Handshake,
+            23 => Kind::Data,
+            _ => return Err(RecordError::Inner),
+        };
+        Ok((kind, HEAD..HEAD + last))
+    }
+}
+
+/// The length of the record at the beginning of `input`, head included; `None` = its head is not
+/// there yet.
+///
+/// # Errors
+/// When no protected record has such a head.
+pub fn length(input: &[u8]) -> Result<Option<usize>, RecordError> {
+    let Some(&[kind, _, _, high, low]) = input.first_chunk::<HEAD>() else {
+        return Ok(None);
+    };
+    if kind != APPLICATION_DATA {
+        return Err(RecordError::Unprotected(kind));
+    }
+    let length = usize::from(u16::from_be_bytes([high, low]));
+    if length <= TAG || HEAD + length > LONGEST {
+        return Err(RecordError::Length(length));
+    }
+    Ok(Some(HEAD + length))
+}
+
+fn head(length: usize) -> [u8; HEAD] {
+    let [.., high, low] = length.to_be_bytes();
+    // Protected records say TLS 1.2 (RFC 8446, 5.2).
+    [APPLICATION_DATA, 3, 3, high, low]
+}
+
+#[cfg(test)]
+mod tests {
+    use aws_lc_rs::aead::Algorithm;
+
+    use super::*;
+
+    fn keyed(algorithm: &'static Algorithm) -> Keyed {
+        let key = vec![7; algorithm.key_len()];
+        Keyed {
+            key: LessSafeKey::new(UnboundKey::new(algorithm, &key).unwrap()),
+            iv: [9; NONCE_LEN],
+            sequence: 0,
+        }
+    }
+
+    fn pair() -> (Sealer, Opener) {
+        (Sealer(keyed(&AES_128_GCM)), Opener(keyed(&AES_128_GCM)))
+    }
+
+    #[test]
+    fn what_was_sealed_opens_once_and_in_order() {
+        for algorithm in [&AES_128_GCM, &AES_256_GCM, &CHACHA20_POLY1305] {
+            let (mut sealer, mut opener) = (Sealer(keyed(algorithm)), Opener(keyed(algorithm)));
+            for (kind, length) in [
+                (Kind::Data, CONTENT),
+                (Kind::Data, 1),
+                (Kind::Handshake, 40),
+                (Kind::Alert, 2),
+                (Kind::Data, 0),
+            ] {
+                let mut slot = vec![0x5a; FULL];
+                let total = sealer.seal(&mut slot, length, kind).unwrap();
+                assert_eq!(total, length + OVERHEAD);
+                assert_eq!(super::length(&slot), Ok(Some(total)));
+                let (got, range) = opener.open(&mut slot[..total]).unwrap();
+                assert_eq!((got, range.len()), (kind, length));
+                assert!(slot[range].iter().all(|byte| *byte == 0x5a));
+            }
+        }
+    }
+
+    #[test]
+    fn a_changed_record_does_not_open() {
+        for at in [0, 4, 5, 20, 5 + 32 + TAG] {
+            let (mut sealer, mut opener) = pair();
+            let mut slot = vec![1; FULL];
+            let total = sealer.seal(&mut slot, 32, Kind::Data).unwrap();
+            slot[at] ^= 1;
+            let opened = opener.open(&mut slot[..total]);
+            assert_eq!(opened, Err(RecordError::Forged), "byte {at}");
+        }
+    }
+
+    #[test]
+    fn a_repeated_record_does_not_open() {
+        let (mut sealer, mut opener) = pair();
+        let mut slot = vec![1; FULL];
+        let total = sealer.seal(&mut slot, 32, Kind::Data).unwrap();
+        let mut again = slot.clone();
+        opener.open(&mut slot[..total]).unwrap();
+        assert_eq!(opener.open(&mut again[..total]), Err(RecordError::Forged));
+    }
+
+    #[test]
+    fn heads_that_no_protected_record_has() {
+        assert_eq!(length(&[23, 3, 3, 0]), Ok(None));
+        assert_eq!(length(&[20, 3, 3, 0, 1]), Err(RecordError::Unprotected(20)));
+        assert_eq!(length(&[23, 3, 3, 0, 16]), Err(RecordError::Length(16)));
+        assert_eq!(length(&[23, 3, 3, 0x41, 1]), Err(RecordError::Length(0x4101)));
+        assert_eq!(length(&[23, 3, 3, 0x41, 0]), Ok(Some(LONGEST)));
+    }
+
+    #[test]
+    fn padding_is_cut_off_and_only_padding_is_an_error() {
+        let seal = |inner: &[u8]| {
+            let mut key = keyed(&AES_128_GCM);
+            let mut record = head(inner.len() + TAG).to_vec();
+            let aad = Aad::from(head(inner.len() + TAG));
+            let mut body = inner.to_vec();
+            let nonce = key.nonce();
+            let tag = key.key.seal_in_place_separate_tag(nonce, aad, &mut body);
+            record.extend(body);
+            record.extend(tag.unwrap().as_ref());
+            record
+        };
+        let open = |mut record: Vec<u8>| Opener(keyed(&AES_128_GCM)).open(&mut record);
+        assert_eq!(open(seal(&[1, 2, 23, 0, 0])), Ok((Kind::Data, 5..7)));
+        assert_eq!(open(seal(&[0, 0, 0])), Err(RecordError::Inner));
+        assert_eq!(open(seal(&[1, 20])), Err(RecordError::Inner));
+    }
+
+    #[test]
+    fn a_worn_key_says_so_in_time() {
+        let (mut sealer, _) = pair();
+        assert!(!sealer.worn());
+        sealer.0.sequence = REKEY_AFTER;
+        assert!(sealer.worn());
+    }
+
+    #[test]
+    fn content_that_does_not_fit_is_refused() {
+        let (mut sealer, _) = pair();
+        let mut slot = vec![0; FULL - 1];
+        let refused = sealer.seal(&mut slot, CONTENT, Kind::Data);
+        assert_eq!(refused, Err(RecordError::Length(CONTENT)));
+        let mut slot = vec![0; FULL + 1];
+        let refused = sealer.seal(&mut slot, CONTENT + 1, Kind::Data);
+        assert_eq!(refused, Err(RecordError::Length(CONTENT + 1)));
+    }
+}
