@@ -13,6 +13,7 @@ pub mod proxy;
 pub mod record;
 pub mod flows;
 pub mod metrics;
+pub mod admin;
 pub mod logging;
 pub mod sys;
 

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Listeners that a predecessor may still hold.
+
+use std::fs;
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use tokio::net::{TcpListener, UnixListener};
+
+const BACKLOG: i32 = 128;
+
+/// Listens on an address that an agent which is about to end may still use.
+pub(super) fn tcp(addr: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    // The predecessor serves until we do. Only ever in the host's namespace: a pod's root could
+    // join the group.
+    socket.set_reuse_port(true)?;
+    if addr.is_ipv6() && addr.ip().is_unspecified() {
+        socket.set_only_v6(false)?;
+    }
+    socket.set_nonblocking(true)?;
+    socket.bind(&addr.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+/// Whether the host has no IPv6 at all.
+pub(super) fn no_ipv6(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)
+    )
+}
+
+/// Listens on a Unix socket that only root may connect to, and puts it in the place of an older
+/// one in one step.
+pub(super) fn unix(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    let new = super::beside(path);
+    match fs::remove_file(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&SockAddr::unix(&new)?)?;
+    // Before it listens nobody can connect, whatever the umask is.
+    let finished = fs::set_permissions(&new, fs::Permissions::from_mode(0o600))
+        .and_then(|()| socket.listen(BACKLOG))
+        .and_then(|()| SocketFile::of(&new, path))
+        .and_then(|file| fs::rename(&new, path).map(|()| file));
+    match finished {
+        Ok(file) => Ok((UnixListener::from_std(socket.into())?, file)),
+        Err(error) => {
+            fs::remove_file(&new)?;
+            Err(error)
+        }
+    }
+}
+
+/// The socket's file, removed on drop while it is still ours.
+#[derive(Debug)]
+pub(super) struct SocketFile {
+    path: PathBuf,
+    id: (u64, u64),
+}
+
+impl SocketFile {
+    fn of(now: &Path, later: &Path) -> io::Result<Self> {
+        Ok(Self {
+            path: later.to_owned(),
+            id: id(now)?,
+        })
+    }
+}
+
+fn id(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if id(&self.path).is_ok_and(|id| id == self.id)
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            tracing::warn!(%error, path = %self.path.display(), "the admin socket is left behind");
+        }
+    }
+}
