@@ -10,6 +10,7 @@ pub mod cluster;
 pub mod compile;
 pub mod diff;
 pub mod plan;
+pub mod text;
 
 mod digest;
 mod identities;

@@ -201,10 +201,7 @@ impl Policies for Plan {
 
     fn cidr(&self, key: &CidrKey) -> Option<ListId> {
         (0..=128u32).rev().find_map(|length| {
-            let data = CidrKey {
-                addr: masked(key.addr, length),
-                ..*key
-            };
+            let data = key.with_addr(masked(key.addr, length));
             self.cidrs
                 .get(&Prefix {
                     bits: CidrKey::FIXED_BITS + length,
@@ -214,17 +211,17 @@ impl Policies for Plan {
         })
     }
 
-    fn answer(&self, key: &PortKey) -> Option<Answer> {
+    fn answer(&self, key: &PortKey) -> Option<&Answer> {
         (0..=16u32).rev().find_map(|length| {
             let mask = u16::MAX.checked_shl(16 - length).unwrap_or(0);
             let port = mesh_common::Port::new(key.port.get() & mask);
-            let data = PortKey { port, ..*key };
+            let data = key.with_port(port);
             self.ports
                 .get(&Prefix {
                     bits: PortKey::FIXED_BITS + length,
                     data,
                 })
-                .copied()
+                
         })
     }
 }

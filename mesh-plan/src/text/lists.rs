@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Lists of answers as text: longest-prefix entries back to ranges of ports.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use mesh_common::Protocol;
+use mesh_common::policy::{Answer, ListId, PortKey, action};
+
+use super::{protocol, rule};
+use crate::plan::Plan;
+
+const PROTOCOLS: [Protocol; 4] = [
+    Protocol::TCP,
+    Protocol::UDP,
+    Protocol::SCTP,
+    Protocol::OTHER,
+];
+
+type Range = (u16, u16, Answer);
+
+/// Every list's ranges.
+pub(super) struct Lists {
+    ranges: BTreeMap<(ListId, Protocol), Vec<Range>>,
+}
+
+impl Lists {
+    pub(super) fn of(plan: &Plan) -> Self {
+        let mut entries: BTreeMap<(ListId, Protocol), Vec<(u32, u16, Answer)>> = BTreeMap::new();
+        for (prefix, answer) in &plan.ports {
+            let bits = prefix.bits.saturating_sub(PortKey::FIXED_BITS);
+            let list = entries
+                .entry((prefix.data.list(), prefix.data.protocol()))
+                .or_default();
+            list.push((bits, prefix.data.port.get(), *answer));
+        }
+        let ranges = entries
+            .into_iter()
+            .map(|(key, entries)| (key, ranges(entries)))
+            .collect();
+        Self { ranges }
+    }
+
+    /// A line for each range about which the list says something, below a line for the peer.
+    pub(super) fn append(&self, plan: &Plan, list: ListId, peer: &str, out: &mut Vec<String>) {
+        let silent = |range: &&Range| range.2 != Answer::SILENT;
+        let of = |p: Protocol| self.ranges.get(&(list, p)).map_or(&[][..], Vec::as_slice);
+        let [first, rest @ ..] = PROTOCOLS.map(of);
+        if let [(0, u16::MAX, answer)] = first
+            && rest.iter().all(|other| *other == first)
+        {
+            out.push(format!("    {peer}: {}", says(plan, answer)));
+            return;
+        }
+        if PROTOCOLS
+            .iter()
+            .all(|p| of(*p).iter().find(silent).is_none())
+        {
+            out.push(format!("    {peer}: nothing"));
+            return;
+        }
+        out.push(format!("    {peer}:"));
+        for of_protocol in PROTOCOLS {
+            for (a, b, answer) in of(of_protocol).iter().filter(silent) {
+                let ports = match (a, b) {
+                    (0, &u16::MAX) => String::new(),
+                    (a, b) if a == b => format!(" {a}"),
+                    (a, b) => format!(" {a}-{b}"),
+                };
+                let name = protocol(of_protocol);
+                out.push(format!("      {name}{ports}: {}", says(plan, answer)));
+            }
+        }
+    }
+}
+
+/// What longest-prefix entries mean, neighbours that say the same as one.
+fn ranges(mut entries: Vec<(u32, u16, Answer)>) -> Vec<Range> {
+    entries.sort_by_key(|(bits, port, _)| (*bits, *port));
+    let last = |bits: u32, port: u16| port | u16::MAX.checked_shr(bits).unwrap_or(0);
+    let mut starts: BTreeSet<u16> = BTreeSet::new();
+    for (bits, port, _) in &entries {
+        starts.insert(*port);
+        starts.extend(last(*bits, *port).checked_add(1));
+    }
+    let answer = |at: u16| {
+        let mut longest = entries.iter().rev();
+        let holds = longest.find(|(bits, port, _)| (*port..=last(*bits, *port)).contains(&at));
+        holds.map(|(_, _, answer)| *answer)
+    };
+    let mut ranges: Vec<Range> = Vec::new();
+    let ends = starts.iter().skip(1).map(|next| next - 1).chain([u16::MAX]);
+    for (start, end) in starts.iter().zip(ends) {
+        let Some(answer) = answer(*start) else {
+            continue;
+        };
+        match ranges.last_mut() {
+            Some((_, before, same)) if *same == answer && before.checked_add(1) == Some(*start) => {
+                *before = end;
+            }
+            _ => ranges.push((*start, end, answer)),
+        }
+    }
+    ranges
+}
+
+fn says(plan: &Plan, answer: &Answer) -> String {
+    let mut parts = Vec::new();
+    let word = |number| match number {
+        action::ALLOW => "allow",
+        action::DENY => "deny",
+        action::PASS => "pass",
+        _ => "nothing",
+    };
+    if answer.admin != action::NONE {
+        let by = rule(plan, answer.admin_rule);
+        parts.push(format!(
+            "admin {} {} by {by}",
+            answer.admin_rank,
+            word(answer.admin)
+        ));
+    }
+    if answer.namespaced != action::NONE {
+        let by = rule(plan, answer.namespaced_rule);
+        parts.push(format!("{} by {by}", word(answer.namespaced)));
+    }
+    if answer.baseline != action::NONE {
+        let by = rule(plan, answer.baseline_rule);
+        let (rank, word) = (answer.baseline_rank, word(answer.baseline));
+        parts.push(format!("baseline {rank} {word} by {by}"));
+    }
+    if parts.is_empty() {
+        "nothing".to_owned()
+    } else {
+        parts.join(", ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_become_ranges_again() {
+        let says = |n| Answer {
+            namespaced: n,
+            ..Answer::SILENT
+        };
+        let entries = vec![
+            (0, 0, says(0)),
+            (16, 80, says(1)),
+            (16, 81, says(1)),
+            (1, 32768, says(2)),
+        ];
+        let expected = vec![
+            (0, 79, says(0)),
+            (80, 81, says(1)),
+            (82, 32767, says(0)),
+            (32768, 65535, says(2)),
+        ];
+        assert_eq!(ranges(entries), expected);
+    }
+}
