@@ -2,18 +2,18 @@
 //! A node's agent: the `mesh-agent` binary in the node's namespace and cgroup, with its own BPF
 //! file system, state, sockets and log.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::path::{Path, PathBuf};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
 use crate::node::Node;
-use crate::process::{Cmd, Proc};
+use crate::process::{Cmd, Output, Proc};
 use crate::programs;
 use crate::wait::eventually;
 
@@ -29,7 +29,7 @@ pub struct AgentConfig {
     cgroup: Option<PathBuf>,
     metrics: SocketAddr,
     extra: Vec<OsString>,
-    log_filter: String,
+    log_level: String,
     ready_within: Duration,
 }
 
@@ -42,9 +42,9 @@ impl AgentConfig {
             ca: ca.to_owned(),
             trust_domain: "cluster.local".to_owned(),
             cgroup: None,
-            metrics: SocketAddr::from((Ipv4Addr::UNSPECIFIED, METRICS_PORT)),
+            metrics: SocketAddr::from((Ipv6Addr::UNSPECIFIED, METRICS_PORT)),
             extra: Vec::new(),
-            log_filter: "info".to_owned(),
+            log_level: "info".to_owned(),
             ready_within: Duration::from_secs(20),
         }
     }
@@ -84,10 +84,10 @@ impl AgentConfig {
         self
     }
 
-    /// Sets `RUST_LOG` (else: `info`).
+    /// Sets `--log-level` (else: `info`).
     #[must_use]
-    pub fn log_filter(mut self, filter: &str) -> Self {
-        filter.clone_into(&mut self.log_filter);
+    pub fn log_level(mut self, level: &str) -> Self {
+        level.clone_into(&mut self.log_level);
         self
     }
 
@@ -98,32 +98,37 @@ impl AgentConfig {
         self
     }
 
-    fn command(&self, node: &Node) -> Result<Cmd> {
-        let dir = node.agent_place().dir();
+    /// What all subcommands of the binary are given.
+    fn host_command(&self, node: &Node, subcommand: &str) -> Result<Cmd> {
         let binary = self.binary.clone().map_or_else(programs::agent, Ok)?;
         let cgroup = self.cgroup.as_deref().unwrap_or(node.root_cgroup());
-        let pair = |flag: &str, value: String| [OsString::from(flag), OsString::from(value)];
-        let path = |flag: &str, value: &Path| [OsString::from(flag), value.as_os_str().to_owned()];
-        let given = [
-            pair("--node", node.name().to_owned()),
-            pair("--source", format!("dir:{}", node.manifests().display())),
-            pair("--ca", self.ca.clone()),
-            pair("--trust-domain", self.trust_domain.clone()),
-            path("--cgroup", cgroup),
-            path("--bpffs", node.bpffs()),
-            path("--state-dir", &dir.join("state")),
-            path("--admin", &admin_socket(node)),
-            pair("--metrics", self.metrics.to_string()),
-            pair("--flow-log", format!("file:{}", flow_log(node).display())),
-        ];
-        std::fs::create_dir_all(dir.join("state"))?;
-        let cmd = Cmd::new(binary)
-            .args(["run"])
-            .args(given.into_iter().flatten());
-        Ok(cmd
-            .args(&self.extra)
-            .env("RUST_LOG", &self.log_filter)
+        let state = node.agent_place().dir().join("state");
+        std::fs::create_dir_all(&state)?;
+        Ok(Cmd::new(binary)
+            .args([subcommand, "--log-level", &self.log_level])
+            .args([OsStr::new("--cgroup"), cgroup.as_os_str()])
+            .args([OsStr::new("--bpffs"), node.bpffs().as_os_str()])
+            .args([OsStr::new("--state-dir"), state.as_os_str()])
             .env("RUST_BACKTRACE", "1"))
+    }
+
+    fn command(&self, node: &Node) -> Result<Cmd> {
+        let pairs = [
+            ("--node", node.name().to_owned()),
+            ("--source", format!("dir:{}", node.manifests().display())),
+            ("--ca", self.ca.clone()),
+            ("--trust-domain", self.trust_domain.clone()),
+            ("--admin", admin_socket(node).display().to_string()),
+            ("--metrics", self.metrics.to_string()),
+            ("--flow-log", format!("file:{}", flow_log(node).display())),
+        ];
+        let pairs = pairs
+            .into_iter()
+            .flat_map(|(flag, value)| [flag.to_owned(), value]);
+        Ok(self
+            .host_command(node, "run")?
+            .args(pairs)
+            .args(&self.extra))
     }
 }
 
@@ -154,6 +159,21 @@ impl fmt::Debug for Agent {
 }
 
 impl Agent {
+    /// Runs another subcommand of the binary in the agent's place, e.g. `check` or `cleanup`, with
+    /// the same cgroup, BPF file system and state.
+    ///
+    /// # Errors
+    /// It cannot be started or has not ended within `deadline`.
+    pub fn run_subcommand(
+        node: &Node,
+        config: &AgentConfig,
+        subcommand: &str,
+        deadline: Duration,
+    ) -> Result<Output> {
+        node.agent_place()
+            .run(config.host_command(node, subcommand)?, deadline)
+    }
+
     pub(crate) fn start(node: Arc<Node>, config: AgentConfig) -> Result<Self> {
         let process = node.agent_place().spawn(config.command(&node)?)?;
         let mut agent = Self {

@@ -67,6 +67,21 @@ pub fn all_processes(path: &Path) -> Result<Vec<u32>> {
     Ok(found)
 }
 
+/// CPU time, user and system, of everything that is or was in and below this cgroup. No controller
+/// is needed for that.
+///
+/// # Errors
+/// The cgroup does not exist.
+pub fn cpu_time(path: &Path) -> Result<Duration> {
+    let stat = fs::read_to_string(path.join("cpu.stat"))?;
+    let usage = stat
+        .lines()
+        .find_map(|line| line.strip_prefix("usage_usec "));
+    Ok(Duration::from_micros(
+        usage.context("no usage_usec in cpu.stat")?.parse()?,
+    ))
+}
+
 fn populated(path: &Path) -> bool {
     fs::read_to_string(path.join("cgroup.events"))
         .is_ok_and(|events| events.lines().any(|line| line == "populated 1"))

@@ -35,6 +35,6 @@ pub use names::LabId;
 pub use node::Node;
 pub use pod::{Families, Pod, PodSpec};
 pub use process::{Cmd, Output, Place, Proc};
-pub use sweep::sweep;
+pub use sweep::{remove_on_interrupt, sweep};
 pub use topology::Topology;
 pub use wait::eventually;

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -81,6 +82,45 @@ impl Manifests {
             "metadata": {"name": name, "uid": format!("namespace-{name}"), "labels": labels},
         });
         self.apply(&format!("namespace-{name}"), &object)
+    }
+
+    /// Writes or changes a Service of type ClusterIP that selects pods by one label. Each port is
+    /// its number, the pods' port, and the protocol as in Kubernetes.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn service(
+        &self,
+        (namespace, name): (&str, &str),
+        cluster_ips: &[IpAddr],
+        (label, value): (&str, &str),
+        ports: &[(u16, u16, &str)],
+    ) -> Result<()> {
+        let ports = ports.iter().map(|(port, target, protocol)| {
+            let name = format!("{}-{port}", protocol.to_ascii_lowercase());
+            json!({"name": name, "port": port, "targetPort": target, "protocol": protocol})
+        });
+        let families = cluster_ips
+            .iter()
+            .map(|ip| if ip.is_ipv4() { "IPv4" } else { "IPv6" });
+        let object = json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {
+                "name": name,
+                "namespace": namespace,
+                "uid": format!("service-{namespace}-{name}"),
+            },
+            "spec": {
+                "type": "ClusterIP",
+                "clusterIP": cluster_ips.first(),
+                "clusterIPs": cluster_ips,
+                "ipFamilies": families.collect::<Vec<_>>(),
+                "selector": {label: value},
+                "ports": ports.collect::<Vec<_>>(),
+            },
+        });
+        self.apply(&format!("service-{namespace}-{name}"), &object)
     }
 
     pub(crate) fn node(&self, node: &Node) -> Result<()> {

@@ -52,6 +52,11 @@ impl LabId {
         }
     }
 
+    /// True for labs of this process.
+    pub(crate) fn is_own(self) -> bool {
+        self.pid == std::process::id()
+    }
+
     /// File name of one of the lab's namespaces.
     pub(crate) fn netns(self, what: &str) -> String {
         format!("{NETNS_PREFIX}{self}-{what}")

@@ -367,6 +367,21 @@ impl Proc {
         self.child.id()
     }
 
+    /// Memory that it has resident now, in bytes.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn resident_bytes(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib: u64 = line
+            .context("no VmRSS: it has ended")?
+            .trim_end_matches("kB")
+            .trim()
+            .parse()?;
+        Ok(kib << 10)
+    }
+
     /// Where its output goes; its errors only, if started with [`Place::spawn_lines`].
     #[must_use]
     pub fn log(&self) -> &Path {

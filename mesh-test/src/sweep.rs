@@ -33,6 +33,35 @@ pub fn sweep() -> Result<Vec<LabId>> {
     first_error.map_or(Ok(dead), Err)
 }
 
+/// From now on Ctrl-C, SIGTERM and SIGHUP remove all labs of this process before they end it. For
+/// programs: call this first in `main`, before any thread is started.
+///
+/// # Errors
+/// The signals cannot be held back.
+pub fn remove_on_interrupt() -> Result<()> {
+    sys::block_interrupts()?;
+    let _waiter = std::thread::Builder::new().spawn(|| {
+        let Ok(signal) = sys::wait_for_interrupt() else {
+            return;
+        };
+        for id in found()
+            .unwrap_or_default()
+            .into_iter()
+            .filter(|id| id.is_own())
+        {
+            if let Err(e) = remove(id) {
+                crate::lab::complain(&format_args!("lab {id} was not removed: {e:#}"));
+            }
+        }
+        #[expect(
+            clippy::exit,
+            reason = "what a shell expects of a program ended by a signal"
+        )]
+        std::process::exit(128 + signal);
+    })?;
+    Ok(())
+}
+
 /// Everything on the machine that belongs to the lab, for tests that nothing is left.
 ///
 /// # Errors

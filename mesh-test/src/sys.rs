@@ -352,3 +352,44 @@ pub fn pin_to_cpu(cpu: usize) -> io::Result<()> {
     check(unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &raw const set) })
         .map(drop)
 }
+
+/// The signals by which a user or a supervisor ends a program.
+fn interrupts() -> libc::sigset_t {
+    // SAFETY: all-zero is a valid sigset_t, and emptied properly on the next line.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the set is live and exclusively borrowed; these calls cannot fail for valid signals.
+    unsafe {
+        libc::sigemptyset(&raw mut set);
+        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+            libc::sigaddset(&raw mut set, signal);
+        }
+    }
+    set
+}
+
+/// Holds back SIGINT, SIGTERM and SIGHUP from this thread and those it starts from now on.
+/// Started programs are not concerned: std gives them an empty mask.
+///
+/// # Errors
+/// Cannot fail for these signals.
+pub fn block_interrupts() -> io::Result<()> {
+    let set = interrupts();
+    // SAFETY: the set is live; the old one is not asked for.
+    match unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        code => Err(io::Error::from_raw_os_error(code)),
+    }
+}
+
+/// Waits for one of the signals that [`block_interrupts`] holds back, and gives its number.
+///
+/// # Errors
+/// Cannot fail for these signals.
+pub fn wait_for_interrupt() -> io::Result<i32> {
+    let (set, mut signal) = (interrupts(), 0);
+    // SAFETY: both pointers are to live variables.
+    match unsafe { libc::sigwait(&raw const set, &raw mut signal) } {
+        0 => Ok(signal),
+        code => Err(io::Error::from_raw_os_error(code)),
+    }
+}

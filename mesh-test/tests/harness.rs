@@ -176,3 +176,24 @@ fn a_killed_run_leaves_nothing_to_the_next() {
     );
     assert!(!pids.into_iter().any(lives), "after drop");
 }
+
+#[test]
+fn a_terminated_program_removes_its_labs_itself() {
+    let probe = mesh_test::programs::probe().expect("probe");
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let mut child = std::process::Command::new(&probe)
+            .args(["lab", "--bridged", "--pods", "1"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("probe lab");
+        let lines = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
+        let made = lines.map_while(Result::ok).next().expect("a line");
+        let made: serde_json::Value = serde_json::from_str(&made).expect("JSON");
+        let id: LabId = made["id"].as_str().expect("id").parse().expect("id");
+        assert_eq!(made["pods"].as_array().expect("pods").len(), 2);
+        assert!(!remains(id).expect("remains").is_empty());
+        mesh_test::sys::signal(child.id(), signal).expect("signal");
+        assert_eq!(child.wait().expect("end").code(), Some(128 + signal));
+        assert_eq!(remains(id).expect("remains"), Vec::<PathBuf>::new());
+    }
+}

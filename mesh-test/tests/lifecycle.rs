@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use mesh_test::reports::Tcp;
 use mesh_test::{
-    AgentConfig, Cmd, Families, Lab, Place, Pod, PodSpec, Topology, cgroup, eventually,
+    Agent, AgentConfig, Cmd, Families, Lab, Place, Pod, PodSpec, Topology, cgroup, eventually,
 };
 
 const SOON: Duration = Duration::from_secs(5);
@@ -135,6 +135,8 @@ const STAND_IN: &str = r#"#!/usr/bin/python3
 import http.server, signal, socket, sys
 flags = dict(zip(sys.argv[2::2], sys.argv[3::2]))
 print("flags", sys.argv[1], sorted(flags.items()), flush=True)
+if sys.argv[1] != "run":
+    sys.exit(0)
 if flags.get("--fail"):
     sys.exit("cannot go on: " + flags["--fail"])
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -144,11 +146,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"mesh_build_info 1\n")
 class Server(http.server.HTTPServer):
+    address_family = socket.AF_INET6
     def server_bind(self):
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         super().server_bind()
 host, port = flags["--metrics"].rsplit(":", 1)
-Server((host, int(port)), Handler).serve_forever()
+Server((host.strip("[]"), int(port)), Handler).serve_forever()
 "#;
 
 /// Written by another process: were the file open here while another test's thread forks, the
@@ -189,6 +192,12 @@ fn an_agent_is_started_replaced_killed_and_ended() {
         ] {
             assert!(log.contains(&flag), "{flag} in {log}");
         }
+        assert!(agent.process().resident_bytes().expect("running") > 1 << 20);
+        let spent = cgroup::cpu_time(node.agent_place().cgroup()).expect("cgroup");
+        assert!(
+            spent > Duration::from_millis(1),
+            "{spent:?} for starting Python"
+        );
         let cgroup = std::fs::read_to_string(format!("/proc/{}/cgroup", agent.process().id()));
         assert!(
             cgroup
@@ -208,9 +217,14 @@ fn an_agent_is_started_replaced_killed_and_ended() {
     agent.terminate(SOON).expect("SIGTERM");
     assert!(agent.get("/readyz").is_err());
 
-    let failing = lab
-        .node(1)
-        .start_agent(config.flag("--fail", "no such thing"));
+    let node = lab.node(1);
+    let said = Agent::run_subcommand(node, &config, "cleanup", SOON).expect("run");
+    assert!(said.text().contains(&format!(
+        "flags cleanup [('--bpffs', '{}')",
+        node.bpffs().display()
+    )));
+
+    let failing = node.start_agent(config.flag("--fail", "no such thing"));
     let error = format!("{:#}", failing.expect_err("it ends at once"));
     assert!(error.contains("cannot go on: no such thing"), "{error}");
 }

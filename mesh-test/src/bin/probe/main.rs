@@ -7,6 +7,7 @@ mod connect;
 mod datagram;
 mod flow;
 mod forge;
+mod lab;
 mod server;
 mod storm;
 
@@ -37,6 +38,8 @@ enum Command {
     Hold(flow::HoldArgs),
     /// Datagrams that are answered.
     Udp(datagram::Args),
+    /// A lab to look around in.
+    Lab(lab::Args),
     /// Servers for all of these.
     Serve(server::Args),
     /// IP packets of any source through a raw socket.
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Command::Hold(args) => flow::hold(&args),
         Command::Udp(args) => datagram::run(&args),
         Command::Serve(args) => server::run(&args),
+        Command::Lab(args) => lab::run(&args),
         Command::Raw(args) => forge::raw(&args),
         Command::Frame(args) => forge::frame(&args),
         Command::Arp(args) => forge::arp(&args),
