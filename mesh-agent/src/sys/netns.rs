@@ -80,6 +80,22 @@ impl NetNs {
         Self::open(Path::new(OWN))
     }
 
+    /// A new namespace without a name: it is gone with the last descriptor. Its `lo` is down.
+    ///
+    /// # Errors
+    /// Without CAP_SYS_ADMIN.
+    pub fn fresh() -> io::Result<Self> {
+        let made = std::thread::Builder::new().spawn(|| {
+            // SAFETY: unshare() changes this thread only, which ends at once.
+            if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Self::own()
+        })?;
+        made.join()
+            .unwrap_or_else(|_panic| Err(io::Error::other("the thread panicked")))
+    }
+
     /// What tells it from others.
     #[must_use]
     pub const fn id(&self) -> NetNsId {
