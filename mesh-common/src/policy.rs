@@ -236,6 +236,12 @@ impl CidrKey {
         PolicySetId(whole(self.set))
     }
 
+    /// The same key of another address.
+    #[must_use]
+    pub const fn with_addr(self, addr: Addr) -> Self {
+        Self { addr, ..self }
+    }
+
     /// The [`Direction`] as its number.
     #[must_use]
     pub const fn direction(&self) -> u32 {
@@ -263,6 +269,12 @@ impl PortKey {
     #[must_use]
     pub const fn list(&self) -> ListId {
         ListId(whole(self.list))
+    }
+
+    /// The same key of another port.
+    #[must_use]
+    pub const fn with_port(self, port: Port) -> Self {
+        Self { port, ..self }
     }
 
     /// The protocol.
@@ -295,10 +307,11 @@ impl Answer {
         baseline: action::NONE,
         pad: [0; 5],
     };
+}
 
+impl Answer {
     /// Both answers as one: in the ranked tiers the earlier rule wins, in the namespaced tier Deny
     /// beats Allow.
-    #[inline(always)]
     #[must_use]
     pub fn join(self, other: Self) -> Self {
         let mut joined = self;
@@ -330,7 +343,7 @@ pub trait Policies {
     /// The list of the longest prefix that holds the address.
     fn cidr(&self, key: &CidrKey) -> Option<ListId>;
     /// The answer of the longest prefix that holds the port.
-    fn answer(&self, key: &PortKey) -> Option<Answer>;
+    fn answer(&self, key: &PortKey) -> Option<&Answer>;
     /// Decides a question. The kernel programs put a function boundary here, so that the verifier
     /// sees the decision once.
     #[inline(always)]
@@ -378,51 +391,97 @@ pub fn decide(policies: &impl Policies, q: &Question) -> Verdict {
         Some(lists) => lists.by_address,
         None => head.any(q.direction),
     };
-    let Some(by_identity) = answer(policies, list, q) else {
+    let Ok(by_identity) = answer(policies, list, q) else {
         return Verdict::deny(Reason::PolicyMissing, RuleId::NONE);
     };
-    let mut all = by_identity;
+    let mut by_address = None;
     if head.has_cidrs(q.direction)
         && let Some(list) = policies.cidr(&CidrKey::new(q.set, q.direction, q.addr))
     {
-        let Some(by_address) = answer(policies, list, q) else {
+        let Ok(found) = answer(policies, list, q) else {
             return Verdict::deny(Reason::PolicyMissing, RuleId::NONE);
         };
-        all = by_identity.join(by_address);
+        by_address = found;
     }
-    conclude(&head, &all, q)
+    conclude(&head, by_identity, by_address, q)
 }
 
+/// The answer of a list; `Ok(None)` = no rule says anything, `Err` = the list is not loaded.
 #[inline(always)]
-fn answer(policies: &impl Policies, list: ListId, q: &Question) -> Option<Answer> {
+fn answer<'a, P: Policies>(
+    policies: &'a P,
+    list: ListId,
+    q: &Question,
+) -> Result<Option<&'a Answer>, ()> {
     if list == ListId::NONE {
-        return Some(Answer::SILENT);
+        return Ok(None);
     }
-    policies.answer(&PortKey::new(list, q.protocol.policy_key(), q.port))
+    match policies.answer(&PortKey::new(list, q.protocol.policy_key(), q.port)) {
+        Some(found) => Ok(Some(found)),
+        None => Err(()),
+    }
 }
 
-/// The tiers in their order.
+/// Of two rules of a ranked tier the earlier one decides.
 #[inline(always)]
-fn conclude(head: &SetHead, all: &Answer, q: &Question) -> Verdict {
-    match all.admin {
-        action::ALLOW => return Verdict::allow(Reason::Policy, all.admin_rule),
-        action::DENY => return Verdict::deny(Reason::Policy, all.admin_rule),
+fn earlier(a: (u32, u8, RuleId), b: (u32, u8, RuleId)) -> (u8, RuleId) {
+    if b.0 < a.0 { (b.1, b.2) } else { (a.1, a.2) }
+}
+
+const NO_RULE: (u32, u8, RuleId) = (NO_RANK, action::NONE, RuleId::NONE);
+
+impl Answer {
+    #[inline(always)]
+    const fn admin_rule(&self) -> (u32, u8, RuleId) {
+        (self.admin_rank, self.admin, self.admin_rule)
+    }
+
+    #[inline(always)]
+    const fn baseline_rule(&self) -> (u32, u8, RuleId) {
+        (self.baseline_rank, self.baseline, self.baseline_rule)
+    }
+}
+
+/// The tiers in their order, over what the rules for the peer's identity and those for its address
+/// say: in the ranked tiers the earlier rule decides, in the namespaced tier Deny beats Allow.
+#[inline(always)]
+fn conclude(head: &SetHead, a: Option<&Answer>, b: Option<&Answer>, q: &Question) -> Verdict {
+    let (admin, rule) = earlier(
+        a.map_or(NO_RULE, Answer::admin_rule),
+        b.map_or(NO_RULE, Answer::admin_rule),
+    );
+    match admin {
+        action::ALLOW => return Verdict::allow(Reason::Policy, rule),
+        action::DENY => return Verdict::deny(Reason::Policy, rule),
         _ => {}
     }
     if q.peer == IdentityId::HOST && matches!(q.direction, Direction::Ingress) {
         return Verdict::allow(Reason::NodeLocal, RuleId::NODE_LOCAL);
     }
-    match all.namespaced {
-        action::ALLOW => return Verdict::allow(Reason::Policy, all.namespaced_rule),
-        action::DENY => return Verdict::deny(Reason::Policy, all.namespaced_rule),
+    let namespaced = |answer: &Answer| (answer.namespaced, answer.namespaced_rule);
+    let (a_says, a_rule) = a.map_or((action::NONE, RuleId::NONE), namespaced);
+    let (b_says, b_rule) = b.map_or((action::NONE, RuleId::NONE), namespaced);
+    // NONE < ALLOW < DENY
+    let (says, rule) = if b_says > a_says {
+        (b_says, b_rule)
+    } else {
+        (a_says, a_rule)
+    };
+    match says {
+        action::ALLOW => return Verdict::allow(Reason::Policy, rule),
+        action::DENY => return Verdict::deny(Reason::Policy, rule),
         _ => {}
     }
     if let Some(rule) = head.isolation(q.direction) {
         return Verdict::deny(Reason::DefaultDeny, rule);
     }
-    match all.baseline {
-        action::ALLOW => Verdict::allow(Reason::Policy, all.baseline_rule),
-        action::DENY => Verdict::deny(Reason::Policy, all.baseline_rule),
+    let (baseline, rule) = earlier(
+        a.map_or(NO_RULE, Answer::baseline_rule),
+        b.map_or(NO_RULE, Answer::baseline_rule),
+    );
+    match baseline {
+        action::ALLOW => Verdict::allow(Reason::Policy, rule),
+        action::DENY => Verdict::deny(Reason::Policy, rule),
         _ => Verdict::allow(Reason::NoPolicy, RuleId::NONE),
     }
 }

@@ -31,9 +31,10 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         return PASS;
     };
     let asked = endpoint::<F>(ctx);
-    let Some(to) = resolve(pod, &asked, protocol) else {
+    let mut to = asked;
+    if !resolve(pod, &asked, protocol, &mut to) {
         return refuse();
-    };
+    }
     let ask = Ask {
         pod,
         protocol,
@@ -95,19 +96,44 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
     PASS
 }
 
-/// The real destination; `None` = refused, and reported.
+/// Finds the real destination; `false` = refused, and reported.
 #[inline(always)]
-pub(crate) fn resolve(pod: PodIndex, asked: &Endpoint, protocol: Protocol) -> Option<Endpoint> {
-    // SAFETY: takes nothing.
-    let random = unsafe { bpf_get_prandom_u32() };
-    let reason = match route(&Tables, *asked, protocol, random) {
-        Route::Unchanged => return Some(*asked),
-        Route::Backend(backend) => return Some(backend),
-        Route::NoEndpoints => Reason::NoEndpoints,
-        Route::NoPort => Reason::NoServicePort,
+pub(crate) fn resolve(
+    pod: PodIndex,
+    asked: &Endpoint,
+    protocol: Protocol,
+    to: &mut Endpoint,
+) -> bool {
+    let reason = match mesh_resolve(asked, protocol.0.into(), to) {
+        RESOLVED => return true,
+        NO_PORT => Reason::NoServicePort,
+        _ => Reason::NoEndpoints,
     };
     deny(pod, protocol, asked, asked, &Verdict::refuse(reason));
-    None
+    false
+}
+
+const RESOLVED: u64 = 0;
+const NO_PORT: u64 = 1;
+const NO_ENDPOINTS: u64 = 2;
+
+/// `mesh_common::route` as a global function (see `decision`).
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn mesh_resolve(asked: *const Endpoint, protocol: u32, to: *mut Endpoint) -> u64 {
+    // SAFETY: null, or of these types: the verifier holds callers to it.
+    let (Some(asked), Some(to)) = (unsafe { (asked.as_ref(), to.as_mut()) }) else {
+        return NO_ENDPOINTS;
+    };
+    // SAFETY: takes nothing.
+    let random = unsafe { bpf_get_prandom_u32() };
+    match route(&Tables, *asked, Protocol(protocol as u8), random) {
+        Route::Unchanged => *to = *asked,
+        Route::Backend(backend) => *to = backend,
+        Route::NoEndpoints => return NO_ENDPOINTS,
+        Route::NoPort => return NO_PORT,
+    }
+    RESOLVED
 }
 
 /// Reports a refusal of what a pod sends.
@@ -119,21 +145,41 @@ pub(crate) fn deny(
     to: &Endpoint,
     verdict: &Verdict,
 ) {
+    let packed = u64::from(protocol.0) << 32 | u64::from(pod.0);
+    let _ = mesh_deny(packed, asked, to, verdict);
+}
+
+/// [`deny`] as a global function (see `decision`): the protocol above, the pod below.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn mesh_deny(
+    packed: u64,
+    asked: *const Endpoint,
+    to: *const Endpoint,
+    verdict: *const Verdict,
+) -> u64 {
+    // SAFETY: null, or of these types: the verifier holds callers to it.
+    let (Some(asked), Some(to), Some(verdict)) =
+        (unsafe { (asked.as_ref(), to.as_ref(), verdict.as_ref()) })
+    else {
+        return 1;
+    };
+    let pod = PodIndex(packed as u32);
     let own = match tables::pod(pod) {
         Some(state) if to.addr.is_v4() => state.view.v4,
         Some(state) => state.view.v6,
         None => Addr::NONE,
     };
-    let who = Refused {
+    let who = Refused::new(
         pod,
-        direction: Direction::Egress,
-        protocol,
-        local: Endpoint::new(own, Port(0)),
-        remote: *to,
-        service: if to == asked { Endpoint::NONE } else { *asked },
-        kind: DENIED,
-    };
-    refused(&who, verdict);
+        Direction::Egress,
+        Protocol((packed >> 32) as u8),
+        DENIED,
+    );
+    let local = Endpoint::new(own, Port(0));
+    let service = if to == asked { None } else { Some(asked) };
+    refused(who, Some(&local), Some(to), service, verdict);
+    0
 }
 
 /// The socket's own port; 0 = not chosen yet.

@@ -25,9 +25,10 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
         return PASS;
     };
     let asked = endpoint::<F>(ctx);
-    let Some(to) = resolve(pod, &asked, Protocol::UDP) else {
+    let mut to = asked;
+    if !resolve(pod, &asked, Protocol::UDP, &mut to) {
         return refuse();
-    };
+    }
     let tuple = udp::tuple(&to, local_port(ctx));
     // The gate sees the datagram too and counts its bytes.
     if tuple.local_port == Port(0) || !udp::refresh(pod, &tuple, Way::FromPod, 0) {

@@ -1,35 +1,55 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! `mesh_common::path` over the maps, as functions of their own: they are verified once and keep
-//! their stack to themselves.
+//! The decisions of `mesh_common` over the maps, as global functions: the verifier looks at each
+//! once, by the types of its arguments alone, and not at each call; and each keeps its stack to
+//! itself.
 //!
 //! A pod's state is read in place. If it is replaced while a decision reads it, the decision is
 //! made again; a state that is replaced each time is refused.
 
 use mesh_common::path::{self, Origin, Outbound, Path};
 use mesh_common::pod::{PodIndex, PodState};
-use mesh_common::{Endpoint, IdentityId, Protocol, Reason, Verdict};
+use mesh_common::policy::{self, Question};
+use mesh_common::{Endpoint, IdentityId, Port, Protocol, Reason, Verdict};
 
 use crate::context::read;
 use crate::tables::{self, Tables};
 
-const ATTEMPTS: u32 = 2;
+/// The value of a global function that has answered.
+pub(crate) const ANSWERED: u64 = 0;
+/// The value of a global function that has not: a null argument, which callers never pass.
+pub(crate) const UNANSWERED: u64 = 1;
+/// The state was replaced meanwhile.
+const TORN: u64 = 2;
+
+/// `mesh_common::decide`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub(crate) extern "C" fn mesh_decide(question: *const Question, verdict: *mut Verdict) -> u64 {
+    // SAFETY: null, or of these types: the verifier holds callers to it.
+    let (Some(question), Some(verdict)) = (unsafe { (question.as_ref(), verdict.as_mut()) }) else {
+        return UNANSWERED;
+    };
+    *verdict = policy::decide(&Tables, question);
+    ANSWERED
+}
 
 /// What is asked.
+#[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Ask {
+    /// The other end: where to, or where from.
+    pub(crate) remote: Endpoint,
     /// The local pod.
     pub(crate) pod: PodIndex,
+    /// The pod's port, of what comes in.
+    pub(crate) local_port: Port,
     /// The protocol.
     pub(crate) protocol: Protocol,
     /// Of an incoming packet.
     pub(crate) origin: Origin,
-    /// The other end: where to, or where from.
-    pub(crate) remote: Endpoint,
-    /// The pod's port, of what comes in.
-    pub(crate) local_port: mesh_common::Port,
 }
 
-/// The answer, for the caller to fill in beforehand.
+/// What holds before anything is decided, and when nothing could be.
 pub(crate) const UNDECIDED: Path = Path {
     action: Outbound::Refuse,
     verdict: Verdict::refuse(Reason::PolicyMissing),
@@ -37,41 +57,60 @@ pub(crate) const UNDECIDED: Path = Path {
     peer: IdentityId::UNKNOWN,
 };
 
-/// Decides what a pod sends.
-#[inline(never)]
-pub(crate) fn outbound(ask: &Ask, answer: &mut Path) {
-    for _ in 0..ATTEMPTS {
-        let Some(state) = tables::pod(ask.pod) else {
-            return;
-        };
-        let revision = read!(state as *const PodState, revision_end);
-        let path = path::outbound(&Tables, &state.view, ask.remote, ask.protocol);
-        if read!(state as *const PodState, revision) == revision {
-            *answer = path;
-            return;
-        }
+/// Decides what a pod sends; `path` is undecided before.
+#[inline(always)]
+pub(crate) fn outbound(ask: &Ask, path: &mut Path) {
+    if mesh_outbound(ask, path) == TORN && mesh_outbound(ask, path) == TORN {
+        *path = UNDECIDED;
     }
 }
 
-/// Decides what comes to a pod in clear.
+/// Decides what comes to a pod in clear; `path` is undecided before.
+#[inline(always)]
+pub(crate) fn inbound(ask: &Ask, path: &mut Path) {
+    if mesh_inbound(ask, path) == TORN && mesh_inbound(ask, path) == TORN {
+        *path = UNDECIDED;
+    }
+}
+
+/// `mesh_common::path::outbound`.
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) fn inbound(ask: &Ask, answer: &mut Path) {
-    for _ in 0..ATTEMPTS {
-        let Some(state) = tables::pod(ask.pod) else {
-            return;
-        };
-        let revision = read!(state as *const PodState, revision_end);
-        let path = path::inbound(
-            &Tables,
-            &state.view,
-            &ask.remote.addr,
-            ask.origin,
-            ask.protocol,
-            ask.local_port,
-        );
-        if read!(state as *const PodState, revision) == revision {
-            *answer = path;
-            return;
-        }
+extern "C" fn mesh_outbound(ask: *const Ask, answer: *mut Path) -> u64 {
+    // SAFETY: null, or of these types: the verifier holds callers to it.
+    let (Some(ask), Some(answer)) = (unsafe { (ask.as_ref(), answer.as_mut()) }) else {
+        return UNANSWERED;
+    };
+    let Some(state) = tables::pod(ask.pod) else {
+        return UNANSWERED;
+    };
+    let revision = read!(state as *const PodState, revision_end);
+    *answer = path::outbound(&Tables, &state.view, ask.remote, ask.protocol);
+    if read!(state as *const PodState, revision) == revision {
+        ANSWERED
+    } else {
+        TORN
+    }
+}
+
+/// `mesh_common::path::inbound`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn mesh_inbound(ask: *const Ask, answer: *mut Path) -> u64 {
+    // SAFETY: null, or of these types: the verifier holds callers to it.
+    let (Some(ask), Some(answer)) = (unsafe { (ask.as_ref(), answer.as_mut()) }) else {
+        return UNANSWERED;
+    };
+    let Some(state) = tables::pod(ask.pod) else {
+        return UNANSWERED;
+    };
+    let revision = read!(state as *const PodState, revision_end);
+    let from = &ask.remote.addr;
+    let (protocol, port) = (ask.protocol, ask.local_port);
+    *answer = path::inbound(&Tables, &state.view, from, ask.origin, protocol, port);
+    if read!(state as *const PodState, revision) == revision {
+        ANSWERED
+    } else {
+        TORN
     }
 }

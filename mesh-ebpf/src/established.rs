@@ -100,38 +100,44 @@ fn watch(ctx: &SockOpsContext, flags: u32) {
 
 #[inline(always)]
 fn local(ctx: &SockOpsContext) -> Endpoint {
-    let addr = if mapped_or_v4(ctx) {
-        Addr::from_v4_word(read!(ctx.ops, local_ip4))
-    } else {
-        Addr::from_words([
-            read!(ctx.ops, local_ip6[0]),
-            read!(ctx.ops, local_ip6[1]),
-            read!(ctx.ops, local_ip6[2]),
-            read!(ctx.ops, local_ip6[3]),
-        ])
-    };
-    Endpoint::new(addr, Port::new(read!(ctx.ops, local_port) as u16))
+    let v4 = read!(ctx.ops, local_ip4);
+    let v6 = [
+        read!(ctx.ops, local_ip6[0]),
+        read!(ctx.ops, local_ip6[1]),
+        read!(ctx.ops, local_ip6[2]),
+        read!(ctx.ops, local_ip6[3]),
+    ];
+    Endpoint::new(by_family(ctx, v4, v6), local_port(ctx))
+}
+
+#[inline(always)]
+fn local_port(ctx: &SockOpsContext) -> Port {
+    Port::new(read!(ctx.ops, local_port) as u16)
 }
 
 #[inline(always)]
 fn remote(ctx: &SockOpsContext) -> Endpoint {
-    let addr = if mapped_or_v4(ctx) {
-        Addr::from_v4_word(read!(ctx.ops, remote_ip4))
-    } else {
-        Addr::from_words([
-            read!(ctx.ops, remote_ip6[0]),
-            read!(ctx.ops, remote_ip6[1]),
-            read!(ctx.ops, remote_ip6[2]),
-            read!(ctx.ops, remote_ip6[3]),
-        ])
-    };
+    let v4 = read!(ctx.ops, remote_ip4);
+    let v6 = [
+        read!(ctx.ops, remote_ip6[0]),
+        read!(ctx.ops, remote_ip6[1]),
+        read!(ctx.ops, remote_ip6[2]),
+        read!(ctx.ops, remote_ip6[3]),
+    ];
     // Network order, in the upper half of the word.
-    Endpoint::new(addr, Port((read!(ctx.ops, remote_port) >> 16) as u16))
+    let port = Port((read!(ctx.ops, remote_port) >> 16) as u16);
+    Endpoint::new(by_family(ctx, v4, v6), port)
 }
 
+/// Both families are read before one is chosen: reads behind a branch would become one read
+/// through a computed pointer, which the verifier refuses for contexts.
 #[inline(always)]
-fn mapped_or_v4(ctx: &SockOpsContext) -> bool {
-    read!(ctx.ops, family) == AF_INET
+fn by_family(ctx: &SockOpsContext, v4: u32, v6: [u32; 4]) -> Addr {
+    if read!(ctx.ops, family) == AF_INET {
+        Addr::from_v4_word(v4)
+    } else {
+        Addr::from_words(v6)
+    }
 }
 
 /// A pod's socket sends its SYN.
@@ -150,7 +156,7 @@ fn connecting(ctx: &SockOpsContext) {
     let key = CapturedKey {
         netns_cookie: netns(ctx),
         to: state.backend,
-        local_port: local(ctx).port,
+        local_port: local_port(ctx),
         pad: 0,
     };
     let _ = CAPTURED.insert(key, state.service, 0);
@@ -258,7 +264,8 @@ fn changed(ctx: &SockOpsContext) {
         reason: state.reason,
         clear: state.clear,
         closed_by: who_closed(old, state),
-        spare: [0; 10],
+        spare: 0,
+        spare_end: 0,
     });
     event.submit(BPF_RB_NO_WAKEUP.into());
 }

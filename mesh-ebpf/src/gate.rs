@@ -16,7 +16,7 @@ use mesh_common::{Addr, Direction, Endpoint, IdentityId, Peer, Port, Protocol, R
 
 use crate::context::read;
 use crate::decision::{self, Ask, UNDECIDED};
-use crate::packet::{self, ACK, Arp, Fragment, Frame, Packet, RST, SYN};
+use crate::packet::{self, ACK, Fragment, Kind, Packet, RST, SYN};
 use crate::report::{self, DROPPED, Refused, count, now, refused};
 use crate::tables::{self, FRAGMENTS, OLD_CONNECTIONS, Tables};
 use crate::udp::{self, Way};
@@ -40,24 +40,21 @@ pub(crate) fn from_pod(ctx: &TcContext) -> i32 {
     let Some(ethernet) = packet::ethernet(ctx) else {
         return DROP;
     };
-    let own_mac = state.mac;
-    let mac = [
-        own_mac[0], own_mac[1], own_mac[2], own_mac[3], own_mac[4], own_mac[5],
-    ];
-    let known_mac = u64::from_ne_bytes(own_mac) != 0;
-    if known_mac && !same(&ethernet.from, &mac) {
+    let mac = &state.mac;
+    if known(mac) && !same(&ethernet.from, mac) {
         return drop_frame(pod, Direction::Egress, Reason::Spoofed);
     }
-    let mut frame = Frame::Malformed;
-    packet::parse(ctx, &ethernet, &mut frame);
-    let ip = match &frame {
-        Frame::Ip(ip) => ip,
-        Frame::Arp(arp) => return arp_from_pod(pod, state, arp, known_mac, &mac),
-        Frame::Other => return drop_frame(pod, Direction::Egress, Reason::UnsupportedProtocol),
-        Frame::Malformed => return drop_frame(pod, Direction::Egress, Reason::Malformed),
-    };
+    let mut packet = Packet::EMPTY;
+    packet::parse(ctx, &ethernet, &mut packet);
+    let ip = &packet;
+    match ip.kind {
+        Kind::Ip => {}
+        Kind::Arp => return arp_from_pod(pod, state, ip),
+        Kind::Other => return drop_frame(pod, Direction::Egress, Reason::UnsupportedProtocol),
+        Kind::Malformed => return drop_frame(pod, Direction::Egress, Reason::Malformed),
+    }
     if ip.protocol == Protocol::ICMPV6 {
-        return icmpv6_from_pod(ctx, pod, state, ip, known_mac, &mac);
+        return icmpv6_from_pod(ctx, pod, state, ip);
     }
     if !state.view.owns(&ip.from.addr) {
         // A multicast listener report or a DHCP request may come before the address; both are
@@ -87,17 +84,17 @@ pub(crate) fn to_pod(ctx: &TcContext) -> i32 {
     let Some(ethernet) = packet::ethernet(ctx) else {
         return DROP;
     };
-    let mut frame = Frame::Malformed;
-    packet::parse(ctx, &ethernet, &mut frame);
-    let ip = match &frame {
-        Frame::Ip(ip) => ip,
-        Frame::Arp(_) => return NEXT,
-        Frame::Other if state.view.has(PodState::ENROLLED) => {
+    let mut packet = Packet::EMPTY;
+    packet::parse(ctx, &ethernet, &mut packet);
+    let ip = &packet;
+    match ip.kind {
+        Kind::Ip => {}
+        Kind::Other if state.view.has(PodState::ENROLLED) => {
             return drop_frame(pod, Direction::Ingress, Reason::UnsupportedProtocol);
         }
-        Frame::Other => return NEXT,
-        Frame::Malformed => return drop_frame(pod, Direction::Ingress, Reason::Malformed),
-    };
+        Kind::Arp | Kind::Other => return NEXT,
+        Kind::Malformed => return drop_frame(pod, Direction::Ingress, Reason::Malformed),
+    }
     let entered = read!(ctx.skb.skb, ingress_ifindex);
     if spoofed(state, &ip.from.addr, entered) {
         return drop_packet(
@@ -134,9 +131,16 @@ fn concerned(state: &PodState) -> bool {
     state.view.has(PodState::ENROLLED) || state.view.set != PolicySetId::NONE
 }
 
+/// Whether the pod's MAC address is known.
 #[inline(always)]
-fn same(a: &[u8; 6], b: &[u8; 6]) -> bool {
-    a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3] && a[4] == b[4] && a[5] == b[5]
+fn known(mac: &[u8; 8]) -> bool {
+    u64::from_ne_bytes(*mac) != 0
+}
+
+#[inline(always)]
+fn same(claimed: &[u8; 6], own: &[u8; 8]) -> bool {
+    let [a, b, c, d, e, f] = *claimed;
+    u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]) == u64::from_ne_bytes(*own)
 }
 
 #[inline(always)]
@@ -161,11 +165,10 @@ fn spoofed(state: &PodState, from: &Addr, entered: u32) -> bool {
 
 /// ARP passes with the pod's own sender address.
 #[inline(always)]
-fn arp_from_pod(pod: PodIndex, state: &PodState, arp: &Arp, known_mac: bool, mac: &[u8; 6]) -> i32 {
-    let sender = Addr::from_v4_word(u32::from_ne_bytes(arp.sender));
+fn arp_from_pod(pod: PodIndex, state: &PodState, arp: &Packet) -> i32 {
     // 0.0.0.0 is a probe for a duplicate address (RFC 5227).
-    let true_address = sender == state.view.v4 || sender.is_unspecified();
-    let true_mac = !known_mac || same(&arp.sender_mac, mac);
+    let true_address = arp.from.addr == state.view.v4 || arp.from.addr.is_unspecified();
+    let true_mac = !known(&state.mac) || same(&arp.mac, &state.mac);
     if !true_address || !true_mac {
         return drop_frame(pod, Direction::Egress, Reason::Spoofed);
     }
@@ -173,41 +176,30 @@ fn arp_from_pod(pod: PodIndex, state: &PodState, arp: &Arp, known_mac: bool, mac
 }
 
 /// Neighbour discovery and other ICMPv6 pass with a true source; a pod is no router.
-#[inline(always)]
-fn icmpv6_from_pod(
-    ctx: &TcContext,
-    pod: PodIndex,
-    state: &PodState,
-    ip: &Packet,
-    known_mac: bool,
-    mac: &[u8; 6],
-) -> i32 {
+#[inline(never)]
+fn icmpv6_from_pod(ctx: &TcContext, pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
     let from = &ip.from.addr;
     let link_local = from.is_v6_link_local() || from.is_none();
     if !link_local && !state.view.owns(from) {
         return drop_frame(pod, Direction::Egress, Reason::Spoofed);
     }
-    let option = match ip.icmp_type {
+    match ip.icmp_type {
         ROUTER_ADVERTISEMENT | REDIRECT => {
             return drop_frame(pod, Direction::Egress, Reason::Spoofed);
         }
-        NEIGHBOUR_SOLICITATION => 1,
-        NEIGHBOUR_ADVERTISEMENT => 2,
+        NEIGHBOUR_SOLICITATION | NEIGHBOUR_ADVERTISEMENT => {}
         kind => return icmp(Direction::Egress, kind == ECHO_REQUEST_V6),
-    };
-    let Some(said) = packet::neighbour(ctx, ip, option) else {
+    }
+    let Some(said) = packet::neighbour(ctx, ip) else {
         return drop_frame(pod, Direction::Egress, Reason::Malformed);
     };
-    let own_target = state.view.owns(&said.target) || said.target.is_v6_link_local();
-    if ip.icmp_type == NEIGHBOUR_ADVERTISEMENT && !own_target {
+    let target = said.target();
+    let advertises = ip.icmp_type == NEIGHBOUR_ADVERTISEMENT;
+    let foreign = advertises && !state.view.owns(&target) && !target.is_v6_link_local();
+    if foreign || (known(&state.mac) && said.claims_other_than(&state.mac)) {
         return drop_frame(pod, Direction::Egress, Reason::Spoofed);
     }
-    match said.mac {
-        Some(claimed) if known_mac && !same(&claimed, mac) => {
-            drop_frame(pod, Direction::Egress, Reason::Spoofed)
-        }
-        _ => NEXT,
-    }
+    NEXT
 }
 
 /// ICMP passes; echo is counted.
@@ -219,49 +211,34 @@ fn icmp(direction: Direction, echo: bool) -> i32 {
     NEXT
 }
 
-/// A frame without addresses that could be reported.
-#[inline(never)]
+/// Drops a frame without addresses that could be reported.
+#[inline(always)]
 fn drop_frame(pod: PodIndex, direction: Direction, reason: Reason) -> i32 {
-    let who = Refused {
-        pod,
-        direction,
-        protocol: Protocol::OTHER,
-        local: Endpoint::NONE,
-        remote: Endpoint::NONE,
-        service: Endpoint::NONE,
-        kind: DROPPED,
-    };
-    refused(&who, &Verdict::refuse(reason));
+    let who = Refused::new(pod, direction, Protocol::OTHER, DROPPED);
+    refused(who, None, None, None, &Verdict::refuse(reason));
     DROP
 }
 
-#[inline(never)]
+/// Drops a packet.
+#[inline(always)]
 fn drop_packet(pod: PodIndex, direction: Direction, ip: &Packet, verdict: &Verdict) -> i32 {
     let (local, remote) = match direction {
-        Direction::Egress => (ip.from, ip.to),
-        Direction::Ingress => (ip.to, ip.from),
+        Direction::Egress => (&ip.from, &ip.to),
+        Direction::Ingress => (&ip.to, &ip.from),
     };
-    let who = Refused {
-        pod,
-        direction,
-        protocol: ip.protocol,
-        local,
-        remote,
-        service: Endpoint::NONE,
-        kind: DROPPED,
-    };
-    refused(&who, verdict);
+    let who = Refused::new(pod, direction, ip.protocol, DROPPED);
+    refused(who, Some(local), Some(remote), None, verdict);
     DROP
 }
 
 /// A packet of a pod, its source true.
-#[inline(never)]
+#[inline(always)]
 fn send(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
     if ip.protocol == Protocol::TCP {
         return send_tcp(pod, state, ip);
     }
-    if let Fragment::Later(id) = ip.fragment {
-        return later_fragment(pod, Direction::Egress, ip, id);
+    if let Fragment::Later = ip.fragment {
+        return later_fragment(pod, Direction::Egress, ip);
     }
     let udp = ip.protocol == Protocol::UDP;
     let tuple = udp::tuple(&ip.to, ip.from.port);
@@ -293,9 +270,9 @@ fn send(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
 }
 
 /// A TCP segment of a pod.
-#[inline(never)]
+#[inline(always)]
 fn send_tcp(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
-    if ip.fragment != Fragment::Whole {
+    if !matches!(ip.fragment, Fragment::Whole) {
         let verdict = Verdict::refuse(Reason::Fragment);
         return drop_packet(pod, Direction::Egress, ip, &verdict);
     }
@@ -351,7 +328,7 @@ fn old_connection(local: &Endpoint, remote: &Endpoint) -> bool {
 }
 
 /// A packet to a pod, its source as true as can be told.
-#[inline(never)]
+#[inline(always)]
 fn receive(pod: PodIndex, state: &PodState, ip: &Packet, translated: bool) -> i32 {
     let origin = if translated {
         Origin::Translated
@@ -367,8 +344,8 @@ fn receive(pod: PodIndex, state: &PodState, ip: &Packet, translated: bool) -> i3
         }
         return decide_arrival(pod, ip, origin);
     }
-    if let Fragment::Later(id) = ip.fragment {
-        return later_fragment(pod, Direction::Ingress, ip, id);
+    if let Fragment::Later = ip.fragment {
+        return later_fragment(pod, Direction::Ingress, ip);
     }
     if ip.protocol == Protocol::UDP {
         let tuple = udp::tuple(&ip.from, ip.to.port);
@@ -384,7 +361,7 @@ fn receive(pod: PodIndex, state: &PodState, ip: &Packet, translated: bool) -> i3
 }
 
 /// Decides a packet that opens something towards a pod.
-#[inline(never)]
+#[inline(always)]
 fn decide_arrival(pod: PodIndex, ip: &Packet, origin: Origin) -> i32 {
     let mut path = UNDECIDED;
     decision::inbound(
@@ -413,32 +390,32 @@ fn ask(pod: PodIndex, protocol: Protocol, origin: Origin, remote: &Endpoint, por
 }
 
 #[inline(always)]
-fn fragment_key(ip: &Packet, id: u32) -> FragmentKey {
+fn fragment_key(ip: &Packet) -> FragmentKey {
     FragmentKey {
         from: ip.from.addr,
         to: ip.to.addr,
-        id,
+        id: ip.fragment_id,
         protocol: ip.protocol.0.into(),
     }
 }
 
 /// Remembers that the first part of a datagram passed.
-#[inline(never)]
+#[inline(always)]
 fn first_fragment(ip: &Packet) {
-    if let Fragment::First(id) = ip.fragment {
+    if let Fragment::First = ip.fragment {
         let passed = FragmentVerdict {
             time_ns: now(),
             allowed: 1,
         };
-        let _ = FRAGMENTS.insert(fragment_key(ip, id), passed, 0);
+        let _ = FRAGMENTS.insert(fragment_key(ip), passed, 0);
     }
 }
 
 /// A later part passes only if the first one did, and not long ago.
-#[inline(never)]
-fn later_fragment(pod: PodIndex, direction: Direction, ip: &Packet, id: u32) -> i32 {
+#[inline(always)]
+fn later_fragment(pod: PodIndex, direction: Direction, ip: &Packet) -> i32 {
     // SAFETY: read at once.
-    let first = unsafe { FRAGMENTS.get(fragment_key(ip, id)) }.copied();
+    let first = unsafe { FRAGMENTS.get(fragment_key(ip)) }.copied();
     match first {
         Some(first) if now().saturating_sub(first.time_ns) < FRAGMENT_NS => NEXT,
         _ => drop_packet(pod, direction, ip, &Verdict::refuse(Reason::Fragment)),

@@ -29,26 +29,25 @@ const LOOPBACK: u32 = 1;
 pub(crate) fn inbound(ctx: &SkLookupContext) -> u32 {
     let c = ctx.lookup;
     let v4 = read!(c, family) == AF_INET;
+    // Both families are read before one is chosen: reads behind a branch would become one read
+    // through a computed pointer, which the verifier refuses for contexts.
+    let (local4, remote4) = (read!(c, local_ip4), read!(c, remote_ip4));
+    let local6 = [
+        read!(c, local_ip6[0]),
+        read!(c, local_ip6[1]),
+        read!(c, local_ip6[2]),
+        read!(c, local_ip6[3]),
+    ];
+    let remote6 = [
+        read!(c, remote_ip6[0]),
+        read!(c, remote_ip6[1]),
+        read!(c, remote_ip6[2]),
+        read!(c, remote_ip6[3]),
+    ];
     let (local, remote) = if v4 {
-        (
-            Addr::from_v4_word(read!(c, local_ip4)),
-            Addr::from_v4_word(read!(c, remote_ip4)),
-        )
+        (Addr::from_v4_word(local4), Addr::from_v4_word(remote4))
     } else {
-        (
-            Addr::from_words([
-                read!(c, local_ip6[0]),
-                read!(c, local_ip6[1]),
-                read!(c, local_ip6[2]),
-                read!(c, local_ip6[3]),
-            ]),
-            Addr::from_words([
-                read!(c, remote_ip6[0]),
-                read!(c, remote_ip6[1]),
-                read!(c, remote_ip6[2]),
-                read!(c, remote_ip6[3]),
-            ]),
-        )
+        (Addr::from_words(local6), Addr::from_words(remote6))
     };
     let protocol = Protocol(read!(c, protocol) as u8);
     if local.is_loopback() {
@@ -137,16 +136,8 @@ fn arriving(
     let mut path = UNDECIDED;
     decision::inbound(&ask, &mut path);
     if matches!(path.action, Outbound::Refuse) {
-        let who = Refused {
-            pod,
-            direction: Direction::Ingress,
-            protocol,
-            local: *here,
-            remote: *there,
-            service: Endpoint::NONE,
-            kind: DENIED,
-        };
-        refused(&who, &path.verdict);
+        let who = Refused::new(pod, Direction::Ingress, protocol, DENIED);
+        refused(who, Some(here), Some(there), None, &path.verdict);
         return SK_DROP;
     }
     report::count(Direction::Ingress, &path.verdict);

@@ -21,7 +21,7 @@ pub(crate) const ACK: u8 = 0x10;
 
 /// The Ethernet header.
 #[derive(Clone, Copy)]
-#[repr(C, packed)]
+#[repr(C)]
 pub(crate) struct Ethernet {
     pub(crate) to: [u8; 6],
     pub(crate) from: [u8; 6],
@@ -50,59 +50,86 @@ struct Ipv6 {
     payload: [u8; 2],
     next: u8,
     hops: u8,
-    from: [u8; 16],
-    to: [u8; 16],
+    from: [u32; 4],
+    to: [u32; 4],
 }
 
 /// ARP for IPv4 over Ethernet (RFC 826).
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub(crate) struct Arp {
+struct Arp {
     kinds: [u8; 8],
-    pub(crate) sender_mac: [u8; 6],
-    pub(crate) sender: [u8; 4],
+    sender_mac: [u8; 6],
+    sender: [u8; 4],
     target_mac: [u8; 6],
     target: [u8; 4],
 }
 
-/// Where a packet stands in its datagram.
+/// What a frame is.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Fragment {
-    /// It is the whole datagram.
-    Whole,
-    /// It is the first part, with the ports.
-    First(u32),
-    /// It is a later part, without ports.
-    Later(u32),
+#[repr(u8)]
+pub(crate) enum Kind {
+    /// It cannot be parsed.
+    Malformed = 0,
+    /// An IP packet.
+    Ip = 1,
+    /// ARP: `from.addr` and `mac` are the sender's.
+    Arp = 2,
+    /// Something else.
+    Other = 3,
 }
 
-/// An IP packet.
+/// Where a packet stands in its datagram.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Fragment {
+    /// It is the whole datagram.
+    Whole = 0,
+    /// It is the first part, with the ports.
+    First = 1,
+    /// It is a later part, without ports.
+    Later = 2,
+}
+
+/// A frame, parsed. Plain fields without holes: the verifier tracks each byte.
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub(crate) struct Packet {
     pub(crate) from: Endpoint,
     pub(crate) to: Endpoint,
+    /// Identification of a datagram in fragments.
+    pub(crate) fragment_id: u32,
+    /// Offset of the transport header in the frame.
+    pub(crate) transport: u32,
+    /// Bytes behind the transport header (TCP), or behind the IP header.
+    pub(crate) payload: u32,
+    pub(crate) kind: Kind,
     pub(crate) protocol: Protocol,
     pub(crate) fragment: Fragment,
     /// TCP's flags.
     pub(crate) flags: u8,
     /// The first byte of ICMP.
     pub(crate) icmp_type: u8,
-    /// Offset of the transport header in the frame.
-    pub(crate) transport: u32,
-    /// Bytes behind the transport header (TCP), or behind the IP header.
-    pub(crate) payload: u32,
+    /// Of the sender, in ARP.
+    pub(crate) mac: [u8; 6],
+    pub(crate) pad: u8,
 }
 
-/// What a frame is.
-pub(crate) enum Frame {
-    /// An IP packet.
-    Ip(Packet),
-    /// ARP.
-    Arp(Arp),
-    /// Something else.
-    Other,
-    /// It cannot be parsed.
-    Malformed,
+impl Packet {
+    pub(crate) const EMPTY: Self = Self {
+        from: Endpoint::NONE,
+        to: Endpoint::NONE,
+        fragment_id: 0,
+        transport: 0,
+        payload: 0,
+        kind: Kind::Malformed,
+        protocol: Protocol::OTHER,
+        fragment: Fragment::Whole,
+        flags: 0,
+        icmp_type: 0,
+        mac: [0; 6],
+        pad: 0,
+    };
 }
 
 /// The Ethernet header of a frame.
@@ -111,132 +138,161 @@ pub(crate) fn ethernet(ctx: &TcContext) -> Option<Ethernet> {
     ctx.load::<Ethernet>(0).ok()
 }
 
-/// Parses what is behind the Ethernet header: a function of its own, for its stack.
-#[inline(never)]
-pub(crate) fn parse(ctx: &TcContext, ethernet: &Ethernet, frame: &mut Frame) {
-    *frame = match u16::from_be_bytes(ethernet.ethertype) {
-        ETHERTYPE_IPV4 => ipv4(ctx).map_or(Frame::Malformed, Frame::Ip),
-        ETHERTYPE_IPV6 => ipv6(ctx).map_or(Frame::Malformed, Frame::Ip),
-        ETHERTYPE_ARP => match ctx.load::<Arp>(ETHERNET) {
-            Ok(arp) if arp.kinds[..6] == [0, 1, 8, 0, 6, 4] => Frame::Arp(arp),
-            _ => Frame::Malformed,
-        },
-        _ => Frame::Other,
+/// Parses what is behind the Ethernet header into a packet that is empty before.
+#[inline(always)]
+pub(crate) fn parse(ctx: &TcContext, ethernet: &Ethernet, packet: &mut Packet) {
+    let parsed = match u16::from_be_bytes(ethernet.ethertype) {
+        ETHERTYPE_IPV4 => ipv4(ctx, packet) && transport(ctx, packet),
+        ETHERTYPE_IPV6 => ipv6(ctx, packet) && transport(ctx, packet),
+        ETHERTYPE_ARP => arp(ctx, packet),
+        _ => {
+            packet.kind = Kind::Other;
+            true
+        }
     };
+    if !parsed {
+        packet.kind = Kind::Malformed;
+    }
 }
 
-#[inline(always)]
-fn ipv4(ctx: &TcContext) -> Option<Packet> {
-    let ip = ctx.load::<Ipv4>(ETHERNET).ok()?;
-    let header = usize::from(ip.version_length & 0x0f) * 4;
+/// IPv4 over Ethernet only.
+#[inline(never)]
+fn arp(ctx: &TcContext, packet: &mut Packet) -> bool {
+    let Ok(arp) = ctx.load::<Arp>(ETHERNET) else {
+        return false;
+    };
+    let [a, b, c, d, e, f, _, _] = arp.kinds;
+    packet.kind = Kind::Arp;
+    packet.from.addr = Addr::from_v4_word(u32::from_ne_bytes(arp.sender));
+    packet.mac = arp.sender_mac;
+    u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]) == u64::from_ne_bytes([0, 1, 8, 0, 6, 4, 0, 0])
+}
+
+#[inline(never)]
+fn ipv4(ctx: &TcContext, packet: &mut Packet) -> bool {
+    let Ok(ip) = ctx.load::<Ipv4>(ETHERNET) else {
+        return false;
+    };
+    let header = u32::from(ip.version_length & 0x0f) * 4;
     if ip.version_length >> 4 != 4 || header < 20 {
-        return None;
+        return false;
     }
     let offset = u16::from_be_bytes(ip.fragment);
-    let id = u32::from(u16::from_be_bytes(ip.id));
-    let fragment = match (offset & 0x1fff, offset & 0x2000) {
-        (0, 0) => Fragment::Whole,
-        (0, _) => Fragment::First(id),
-        _ => Fragment::Later(id),
-    };
-    let packet = Packet {
-        from: Endpoint::new(Addr::from_v4_word(u32::from_ne_bytes(ip.from)), Port(0)),
-        to: Endpoint::new(Addr::from_v4_word(u32::from_ne_bytes(ip.to)), Port(0)),
-        protocol: Protocol(ip.protocol),
-        fragment,
-        flags: 0,
-        icmp_type: 0,
-        transport: (ETHERNET + header) as u32,
-        payload: 0,
-    };
-    transport(ctx, packet)
+    packet.fragment_id = u32::from(u16::from_be_bytes(ip.id));
+    if offset & 0x1fff != 0 {
+        packet.fragment = Fragment::Later;
+    } else if offset & 0x2000 != 0 {
+        packet.fragment = Fragment::First;
+    }
+    packet.kind = Kind::Ip;
+    packet.from.addr = Addr::from_v4_word(u32::from_ne_bytes(ip.from));
+    packet.to.addr = Addr::from_v4_word(u32::from_ne_bytes(ip.to));
+    packet.protocol = Protocol(ip.protocol);
+    packet.transport = ETHERNET as u32 + header;
+    true
 }
 
-#[inline(always)]
-fn ipv6(ctx: &TcContext) -> Option<Packet> {
-    let ip = ctx.load::<Ipv6>(ETHERNET).ok()?;
+#[inline(never)]
+fn ipv6(ctx: &TcContext, packet: &mut Packet) -> bool {
+    let Ok(ip) = ctx.load::<Ipv6>(ETHERNET) else {
+        return false;
+    };
     if ip.version[0] >> 4 != 6 {
-        return None;
+        return false;
     }
-    let mut next = ip.next;
-    let mut at = ETHERNET + size_of::<Ipv6>();
-    let mut fragment = Fragment::Whole;
+    packet.kind = Kind::Ip;
+    packet.from.addr = Addr::from_words(ip.from);
+    packet.to.addr = Addr::from_words(ip.to);
+    packet.protocol = Protocol(ip.next);
+    packet.transport = (ETHERNET + size_of::<Ipv6>()) as u32;
     for _ in 0..MAX_EXTENSIONS {
-        match next {
-            // Hop-by-hop, routing, destination options (RFC 8200): length in 8-octet units.
-            0 | 43 | 60 => {
-                let [kind, length] = ctx.load::<[u8; 2]>(at).ok()?;
-                next = kind;
-                at += (usize::from(length) + 1) * 8;
-            }
-            // Authentication header (RFC 4302): length in 4-octet units, minus 2.
-            51 => {
-                let [kind, length] = ctx.load::<[u8; 2]>(at).ok()?;
-                next = kind;
-                at += (usize::from(length) + 2) * 4;
-            }
-            44 => {
-                let head = ctx.load::<[u8; 8]>(at).ok()?;
-                next = head[0];
-                at += 8;
-                let offset = u16::from_be_bytes([head[2], head[3]]);
-                let id = u32::from_be_bytes([head[4], head[5], head[6], head[7]]);
-                fragment = match (offset & 0xfff8, offset & 1) {
-                    // An atomic fragment (RFC 6946).
-                    (0, 0) => Fragment::Whole,
-                    (0, _) => Fragment::First(id),
-                    _ => Fragment::Later(id),
-                };
-                if matches!(fragment, Fragment::Later(_)) {
-                    break;
-                }
-            }
-            _ => break,
+        if !is_extension(packet.protocol) {
+            return true;
+        }
+        if !extension(ctx, packet) {
+            return false;
+        }
+        if matches!(packet.fragment, Fragment::Later) {
+            return true;
         }
     }
-    if matches!(next, 0 | 43 | 60 | 51) {
-        return None;
-    }
-    let packet = Packet {
-        from: Endpoint::new(addr6(ip.from), Port(0)),
-        to: Endpoint::new(addr6(ip.to), Port(0)),
-        protocol: Protocol(next),
-        fragment,
-        flags: 0,
-        icmp_type: 0,
-        transport: at as u32,
-        payload: 0,
-    };
-    transport(ctx, packet)
+    !is_extension(packet.protocol)
 }
 
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const AUTHENTICATION: u8 = 51;
+const DESTINATION: u8 = 60;
+
 #[inline(always)]
-fn addr6(octets: [u8; 16]) -> Addr {
-    Addr::from_octets(octets)
+fn is_extension(protocol: Protocol) -> bool {
+    matches!(
+        protocol.0,
+        HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION
+    )
+}
+
+/// Steps over one extension header (RFC 8200; RFC 4302 for authentication).
+#[inline(never)]
+fn extension(ctx: &TcContext, packet: &mut Packet) -> bool {
+    let Ok(head) = ctx.load::<[u8; 8]>(packet.transport as usize) else {
+        return false;
+    };
+    let length = u32::from(head[1]);
+    match packet.protocol.0 {
+        FRAGMENT => {
+            let offset = u16::from_be_bytes([head[2], head[3]]);
+            packet.fragment_id = u32::from_be_bytes([head[4], head[5], head[6], head[7]]);
+            packet.transport += 8;
+            // Offset 0 without more to come is an atomic fragment (RFC 6946): whole.
+            if offset & 0xfff8 != 0 {
+                packet.fragment = Fragment::Later;
+            } else if offset & 1 != 0 {
+                packet.fragment = Fragment::First;
+            }
+        }
+        // In units of 4 octets, minus 2.
+        AUTHENTICATION => packet.transport += (length + 2) * 4,
+        // In units of 8 octets, the first not counted.
+        _ => packet.transport += (length + 1) * 8,
+    }
+    packet.protocol = Protocol(head[0]);
+    true
 }
 
 /// Ports, flags and sizes.
-#[inline(always)]
-fn transport(ctx: &TcContext, mut packet: Packet) -> Option<Packet> {
+#[inline(never)]
+fn transport(ctx: &TcContext, packet: &mut Packet) -> bool {
     let at = packet.transport as usize;
     packet.payload = ctx.len().saturating_sub(packet.transport);
-    if matches!(packet.fragment, Fragment::Later(_)) {
-        return Some(packet);
+    if matches!(packet.fragment, Fragment::Later) {
+        return true;
     }
     match packet.protocol {
         Protocol::TCP => {
-            let head = ctx.load::<[u8; 14]>(at).ok()?;
-            ports(&mut packet, [head[0], head[1], head[2], head[3]]);
+            let Ok(head) = ctx.load::<[u8; 14]>(at) else {
+                return false;
+            };
+            ports(packet, [head[0], head[1], head[2], head[3]]);
             packet.flags = head[13];
             packet.payload = packet.payload.saturating_sub(u32::from(head[12] >> 4) * 4);
         }
         Protocol::UDP | Protocol::SCTP | UDP_LITE => {
-            ports(&mut packet, ctx.load::<[u8; 4]>(at).ok()?);
+            let Ok(head) = ctx.load::<[u8; 4]>(at) else {
+                return false;
+            };
+            ports(packet, head);
         }
-        Protocol::ICMP | Protocol::ICMPV6 => packet.icmp_type = ctx.load::<u8>(at).ok()?,
+        Protocol::ICMP | Protocol::ICMPV6 => {
+            let Ok(kind) = ctx.load::<u8>(at) else {
+                return false;
+            };
+            packet.icmp_type = kind;
+        }
         _ => {}
     }
-    Some(packet)
+    true
 }
 
 /// UDP-Lite (RFC 3828), which no socket hook sees.
@@ -249,25 +305,43 @@ fn ports(packet: &mut Packet, head: [u8; 4]) {
 }
 
 /// What a neighbour discovery message says about its sender (RFC 4861).
+#[derive(Clone, Copy)]
+#[repr(C)]
 pub(crate) struct Neighbour {
-    /// The target address of a solicitation or advertisement.
-    pub(crate) target: Addr,
-    /// The link-layer address of its first option, if there is one of the kind `option`.
-    pub(crate) mac: Option<[u8; 6]>,
+    reserved: [u32; 2],
+    target: [u32; 4],
+    option: [u8; 8],
 }
 
-/// Parses a neighbour solicitation or advertisement; `option` is 1 for source, 2 for target
-/// link-layer addresses.
-#[inline(always)]
-pub(crate) fn neighbour(ctx: &TcContext, packet: &Packet, option: u8) -> Option<Neighbour> {
-    let at = packet.transport as usize;
-    let target = addr6(ctx.load::<[u8; 16]>(at + 8).ok()?);
-    let mut mac = None;
-    if let Ok(found) = ctx.load::<[u8; 8]>(at + 24)
-        && found[0] == option
-        && found[1] == 1
-    {
-        mac = Some([found[2], found[3], found[4], found[5], found[6], found[7]]);
+impl Neighbour {
+    /// The target address of a solicitation or advertisement.
+    #[inline(always)]
+    pub(crate) fn target(&self) -> Addr {
+        Addr::from_words(self.target)
     }
-    Some(Neighbour { target, mac })
+
+    /// Whether its first option is a link-layer address (1 = source, 2 = target) other than `mac`.
+    #[inline(always)]
+    pub(crate) fn claims_other_than(&self, mac: &[u8; 8]) -> bool {
+        let [kind, length, a, b, c, d, e, f] = self.option;
+        matches!(kind, 1 | 2)
+            && length == 1
+            && u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]) != u64::from_ne_bytes(*mac)
+    }
+}
+
+/// Reads a neighbour solicitation or advertisement; one without an option claims nothing.
+#[inline(always)]
+pub(crate) fn neighbour(ctx: &TcContext, packet: &Packet) -> Option<Neighbour> {
+    let at = packet.transport as usize;
+    if let Ok(full) = ctx.load::<Neighbour>(at) {
+        return Some(full);
+    }
+    let bare = ctx.load::<[u32; 6]>(at).ok()?;
+    let [a, b, target @ ..] = bare;
+    Some(Neighbour {
+        reserved: [a, b],
+        target,
+        option: [0; 8],
+    })
 }

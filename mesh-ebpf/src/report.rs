@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
 //! Counters and events. Counters never lose; events are bounded per pod and their loss is counted.
 
+use core::ptr;
+
 use aya_ebpf::bindings::BPF_RB_NO_WAKEUP;
 use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use mesh_common::counter::Counter;
@@ -36,51 +38,120 @@ pub(crate) fn now() -> u64 {
     unsafe { bpf_ktime_get_ns() }
 }
 
-/// Who is refused what.
-pub(crate) struct Refused {
-    pub(crate) pod: PodIndex,
-    pub(crate) direction: Direction,
-    pub(crate) protocol: Protocol,
-    pub(crate) local: Endpoint,
-    pub(crate) remote: Endpoint,
-    pub(crate) service: Endpoint,
-    pub(crate) kind: u8,
+/// Who is refused what: packed, as a global function has five arguments at most.
+#[derive(Clone, Copy)]
+pub(crate) struct Refused(u64);
+
+impl Refused {
+    /// `kind` is one of [`mesh_common::event::kind`].
+    #[inline(always)]
+    pub(crate) fn new(pod: PodIndex, direction: Direction, protocol: Protocol, kind: u8) -> Self {
+        let what = u64::from(kind) << 16 | (direction as u64) << 8 | u64::from(protocol.0);
+        Self(what << 32 | u64::from(pod.0))
+    }
+
+    #[inline(always)]
+    fn pod(self) -> PodIndex {
+        PodIndex(self.0 as u32)
+    }
+
+    #[inline(always)]
+    fn protocol(self) -> u8 {
+        (self.0 >> 32) as u8
+    }
+
+    #[inline(always)]
+    fn direction(self) -> u8 {
+        (self.0 >> 40) as u8
+    }
+
+    #[inline(always)]
+    fn kind(self) -> u8 {
+        (self.0 >> 48) as u8
+    }
 }
 
 /// Counts a refusal and sends its event, unless the pod has used up its share of this second.
+#[inline(always)]
+pub(crate) fn refused(
+    who: Refused,
+    local: Option<&Endpoint>,
+    remote: Option<&Endpoint>,
+    service: Option<&Endpoint>,
+    verdict: &Verdict,
+) {
+    // Not a reference to a constant: the verifier wants what it passes on to be writable.
+    let pointer = |at: Option<&Endpoint>| at.map_or(ptr::null(), ptr::from_ref);
+    let _ = mesh_report(
+        who.0,
+        pointer(local),
+        pointer(remote),
+        pointer(service),
+        verdict,
+    );
+}
+
+/// [`refused`] as a global function (see `decision`).
+#[unsafe(no_mangle)]
 #[inline(never)]
-pub(crate) fn refused(who: &Refused, verdict: &Verdict) {
-    count(who.direction, verdict);
-    let time_ns = now();
-    if over_rate(who.pod, time_ns) {
-        add(Counter::SuppressedEvents, 1);
-        return;
-    }
-    let Some(mut event) = EVENTS.reserve::<Event>(0) else {
-        add(Counter::LostEvents, 1);
-        return;
+extern "C" fn mesh_report(
+    who: u64,
+    local: *const Endpoint,
+    remote: *const Endpoint,
+    service: *const Endpoint,
+    verdict: *const Verdict,
+) -> u64 {
+    // SAFETY: null, or of this type: the verifier holds callers to it.
+    let Some(verdict) = (unsafe { verdict.as_ref() }) else {
+        return 1;
     };
-    let _ = event.write(Event {
-        time_ns,
-        start_ns: time_ns,
-        rule: verdict.rule.0,
-        sent: 0,
-        received: 0,
-        local: who.local,
-        remote: who.remote,
-        service: who.service,
-        pod: who.pod.0,
-        rtt_us: 0,
-        retransmits: 0,
-        kind: who.kind,
-        direction: who.direction as u8,
-        protocol: who.protocol.0,
-        reason: verdict.reason as u8,
-        clear: Reason::NoPolicy as u8,
-        closed_by: 0,
-        spare: [0; 10],
-    });
-    event.submit(BPF_RB_NO_WAKEUP.into());
+    let who = Refused(who);
+    let direction = match who.direction() {
+        0 => Direction::Ingress,
+        _ => Direction::Egress,
+    };
+    count(direction, verdict);
+    let time_ns = now();
+    if over_rate(who.pod(), time_ns) {
+        add(Counter::SuppressedEvents, 1);
+        return 1;
+    }
+    let Some(mut entry) = EVENTS.reserve::<Event>(0) else {
+        add(Counter::LostEvents, 1);
+        return 0;
+    };
+    // Field by field: a whole event would first be built on the stack.
+    let event = entry.as_mut_ptr();
+    // SAFETY: reserved memory of this type; every field is written.
+    unsafe {
+        (*event).time_ns = time_ns;
+        (*event).start_ns = time_ns;
+        (*event).rule = verdict.rule.0;
+        (*event).sent = 0;
+        (*event).received = 0;
+        (*event).local = or_none(local);
+        (*event).remote = or_none(remote);
+        (*event).service = or_none(service);
+        (*event).pod = who.pod().0;
+        (*event).rtt_us = 0;
+        (*event).retransmits = 0;
+        (*event).kind = who.kind();
+        (*event).direction = who.direction();
+        (*event).protocol = who.protocol();
+        (*event).reason = verdict.reason as u8;
+        (*event).clear = Reason::NoPolicy as u8;
+        (*event).closed_by = 0;
+        (*event).spare = 0;
+        (*event).spare_end = 0;
+    }
+    entry.submit(BPF_RB_NO_WAKEUP.into());
+    0
+}
+
+#[inline(always)]
+fn or_none(at: *const Endpoint) -> Endpoint {
+    // SAFETY: null or valid.
+    unsafe { at.as_ref() }.copied().unwrap_or(Endpoint::NONE)
 }
 
 /// The kind of a hook's refusal.

@@ -6,8 +6,8 @@
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::SkStorage;
+use aya_ebpf::helpers::generated::bpf_map_lookup_elem;
 use aya_ebpf::macros::{btf_map, map};
-use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockMap};
 use mesh_common::counter::COUNTERS as COUNTER_SLOTS;
 use mesh_common::flow::{Flow, FlowSlot};
@@ -21,11 +21,13 @@ use mesh_common::maps::{
 use mesh_common::path::Peers;
 use mesh_common::pod::{ModeKey, PodIndex, PodState, PodView};
 use mesh_common::policy::{
-    Answer, CidrKey, ListId, Lists, Policies, PolicySetId, PortKey, SelectKey, SetHead,
+    Answer, CidrKey, ListId, Lists, Policies, PolicySetId, PortKey, Question, SelectKey, SetHead,
 };
 use mesh_common::service::{BackendKey, Service, ServiceKey, Services};
 use mesh_common::socket::{Exempt, SocketState, Translations};
-use mesh_common::{Addr, Endpoint};
+use mesh_common::{Addr, Endpoint, Reason, Verdict};
+
+use crate::decision;
 
 #[map]
 static PODS: HashMap<PodIndex, PodState> = HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
@@ -110,17 +112,41 @@ impl Policies for Tables {
 
     #[inline(always)]
     fn cidr(&self, key: &CidrKey) -> Option<ListId> {
-        POLICY_CIDRS
-            .get(Key::new(CidrKey::FIXED_BITS + 128, *key))
-            .copied()
+        longest(&POLICY_CIDRS, CidrKey::FIXED_BITS + 128, *key).copied()
     }
 
     #[inline(always)]
-    fn answer(&self, key: &PortKey) -> Option<Answer> {
-        POLICY_PORTS
-            .get(Key::new(PortKey::FIXED_BITS + 16, *key))
-            .copied()
+    fn answer(&self, key: &PortKey) -> Option<&Answer> {
+        longest(&POLICY_PORTS, PortKey::FIXED_BITS + 16, *key)
     }
+
+    #[inline(always)]
+    fn decide(&self, q: &Question) -> Verdict {
+        let mut verdict = Verdict::refuse(Reason::PolicyMissing);
+        match decision::mesh_decide(q, &mut verdict) {
+            decision::ANSWERED => verdict,
+            _ => Verdict::refuse(Reason::PolicyMissing),
+        }
+    }
+}
+
+/// A key of a longest-prefix map. Aya's is packed, and packed fields are copied byte by byte.
+#[repr(C)]
+struct Key<K> {
+    bits: u32,
+    data: K,
+}
+
+/// The value of the longest prefix that holds `data`.
+#[inline(always)]
+fn longest<K, V>(map: &'static LpmTrie<K, V>, bits: u32, data: K) -> Option<&'static V> {
+    const { assert!(align_of::<K>() == 4, "a key without padding") };
+    let key = Key { bits, data };
+    let map = core::ptr::from_ref(map).cast_mut().cast();
+    // SAFETY: the map is one of `K` and `V`, and the key has the layout the kernel asks for.
+    let value = unsafe { bpf_map_lookup_elem(map, (&raw const key).cast()) };
+    // SAFETY: null, or a value that lives until the program ends.
+    unsafe { value.cast::<V>().as_ref() }
 }
 
 impl Peers for Tables {
@@ -137,7 +163,7 @@ impl Peers for Tables {
 
     #[inline(always)]
     fn in_pod_cidr(&self, addr: &Addr) -> bool {
-        POD_CIDRS.get(Key::new(128, *addr)).is_some()
+        longest(&POD_CIDRS, 128, *addr).is_some()
     }
 
     #[inline(always)]

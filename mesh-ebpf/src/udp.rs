@@ -51,10 +51,25 @@ fn slot(pod: PodIndex, tuple: &FlowTuple, way: u32) -> FlowSlot {
 
 /// Whether the datagram belongs to a live flow that was allowed under the pod's present policy; if
 /// so the flow lives on, and `bytes` are added to it.
-#[inline(never)]
+#[inline(always)]
 pub(crate) fn refresh(pod: PodIndex, tuple: &FlowTuple, way: Way, bytes: u64) -> bool {
+    mesh_flow_refresh(pod.0, tuple, way.flag(), bytes) == LIVE
+}
+
+const LIVE: u64 = 1;
+const NONE: u64 = 0;
+
+/// [`refresh`] as a global function (see `decision`).
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn mesh_flow_refresh(pod: u32, tuple: *const FlowTuple, way: u32, bytes: u64) -> u64 {
+    // SAFETY: null, or of this type: the verifier holds callers to it.
+    let Some(tuple) = (unsafe { tuple.as_ref() }) else {
+        return NONE;
+    };
+    let pod = PodIndex(pod);
     let Some(state) = tables::pod(pod) else {
-        return false;
+        return NONE;
     };
     let set = state.view.set;
     let time_ns = now();
@@ -68,30 +83,48 @@ pub(crate) fn refresh(pod: PodIndex, tuple: &FlowTuple, way: Way, bytes: u64) ->
             continue;
         }
         if PolicySetId(flow.set) != set || !flow.alive(time_ns) {
-            return false;
+            return NONE;
         }
         flow.last_ns = time_ns;
-        flow.flags |= way.flag();
+        flow.flags |= way;
         if bytes > 0 {
             flow.bytes += bytes;
             add(Counter::UnencryptedBytes(flow.clear_reason()), bytes);
         }
-        return true;
+        return LIVE;
     }
-    false
+    NONE
 }
 
-/// Opens a flow that was just allowed: in a free slot, or in place of the oldest of its ways.
-#[inline(never)]
+/// Opens a flow that was just allowed: in a free slot, or in place of the oldest of its ways. If
+/// the table is full, the next datagram is decided again.
+#[inline(always)]
 pub(crate) fn open(pod: PodIndex, tuple: &FlowTuple, way: Way, path: &Path) {
-    let Some(state) = tables::pod(pod) else {
-        return;
+    let flags = match way {
+        Way::FromPod => Flow::FROM_POD | Flow::EGRESS,
+        Way::ToPod => Flow::TO_POD,
     };
-    let time_ns = now();
+    let flags = u64::from(flags) << 32 | path.clear as u64;
+    let _ = mesh_flow_open(pod.0, tuple, path.verdict.rule.0, flags);
+}
+
+/// [`open`] as a global function (see `decision`); `flags` has the flow's flags above, the reason
+/// why it is in clear below.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn mesh_flow_open(pod: u32, tuple: *const FlowTuple, rule: u64, flags: u64) -> u64 {
+    // SAFETY: null, or of this type: the verifier holds callers to it.
+    let Some(tuple) = (unsafe { tuple.as_ref() }) else {
+        return NONE;
+    };
+    let pod = PodIndex(pod);
+    let Some(state) = tables::pod(pod) else {
+        return NONE;
+    };
     let mut best = slot(pod, tuple, 0);
     let mut oldest = u64::MAX;
-    for i in 0..FLOW_WAYS {
-        let candidate = slot(pod, tuple, i);
+    for way in 0..FLOW_WAYS {
+        let candidate = slot(pod, tuple, way);
         let age = match FLOWS.get_ptr(candidate) {
             None => 0,
             // SAFETY: the element lives until the program ends.
@@ -107,18 +140,14 @@ pub(crate) fn open(pod: PodIndex, tuple: &FlowTuple, way: Way, path: &Path) {
             best = candidate;
         }
     }
-    let egress = match way {
-        Way::FromPod => Flow::EGRESS,
-        Way::ToPod => 0,
-    };
     let flow = Flow {
         set: state.view.set.0,
-        last_ns: time_ns,
+        last_ns: now(),
         bytes: 0,
-        rule: path.verdict.rule.0,
+        rule,
         tuple: *tuple,
-        flags: way.flag() | egress,
-        clear: path.clear as u32,
+        flags: (flags >> 32) as u32,
+        clear: flags as u32,
     };
-    let _ = FLOWS.insert(best, flow, 0);
+    u64::from(FLOWS.insert(best, flow, 0).is_ok())
 }

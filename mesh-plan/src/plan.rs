@@ -216,12 +216,10 @@ impl Policies for Plan {
             let mask = u16::MAX.checked_shl(16 - length).unwrap_or(0);
             let port = mesh_common::Port::new(key.port.get() & mask);
             let data = key.with_port(port);
-            self.ports
-                .get(&Prefix {
-                    bits: PortKey::FIXED_BITS + length,
-                    data,
-                })
-                
+            self.ports.get(&Prefix {
+                bits: PortKey::FIXED_BITS + length,
+                data,
+            })
         })
     }
 }
