@@ -23,7 +23,7 @@ const IDLE: usize = 16;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// TCP address, may be repeated; [::] takes IPv4 too
+    /// TCP address, may be repeated; `[::]` takes IPv4 too
     #[arg(long)]
     tcp: Vec<SocketAddr>,
     /// Listen on all these ports of each TCP address instead of its own
