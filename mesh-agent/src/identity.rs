@@ -34,7 +34,7 @@ mod verify;
 pub use self::{
     certificate::Certificate,
     clock::Clock,
-    issuer::{Ca, IssueError},
+    issuer::{Ca, GrpcCa, IssueError},
     key::KeyError,
     refusal::Refusal,
     spiffe::{SpiffeError, SpiffeId, TrustDomain},

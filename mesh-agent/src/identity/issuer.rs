@@ -11,9 +11,11 @@ use rustls::{pki_types::CertificateDer, sign::SigningKey};
 use super::{Clock, Refusal, SpiffeId, key::KeyError};
 
 mod files;
+pub(super) mod grpc;
 mod self_signed;
 
-pub(super) use self::{files::Files, self_signed::SelfSigned};
+pub use self::grpc::GrpcCa;
+pub(super) use self::{files::Files, grpc::Grpc, self_signed::SelfSigned};
 
 /// How long what `self:` signs is valid, and what is asked of other issuers.
 pub(super) const VALIDITY: std::time::Duration = std::time::Duration::from_secs(24 * 3600);
@@ -26,6 +28,8 @@ pub enum Ca {
     SelfSigned(PathBuf),
     /// `files:DIR`: `DIR/NAMESPACE/SERVICEACCOUNT/{tls.crt,tls.key,ca.crt}`, written by others.
     Files(PathBuf),
+    /// `grpc:URL`: Istio's certificate service.
+    Grpc(GrpcCa),
 }
 
 impl Ca {
@@ -34,6 +38,7 @@ impl Ca {
         Ok(match self {
             Self::SelfSigned(dir) => Arc::new(SelfSigned::open(dir, clock.clone()).await?),
             Self::Files(dir) => Arc::new(Files::new(dir.clone())),
+            Self::Grpc(ca) => Arc::new(Grpc::new(ca.clone())?),
         })
     }
 }
@@ -120,6 +125,26 @@ pub enum IssueError {
     /// Key and certificate do not belong together.
     #[error("key and certificate do not belong together")]
     OtherKey(#[source] rustls::Error),
+    /// The CA's address cannot be used, or it cannot be connected to.
+    #[error("cannot connect to the CA")]
+    Connect(#[source] tonic::transport::Error),
+    /// The CA refused.
+    #[error("the CA answered {code:?}: {why}")]
+    Refused {
+        /// gRPC's code.
+        code: tonic::Code,
+        /// The CA's own words, shortened.
+        why: String,
+    },
+    /// The CA's answer is not PEM.
+    #[error("the CA's answer is not a chain of certificates in PEM")]
+    Answer,
+    /// The token cannot be sent.
+    #[error("{} has no token", .path.display())]
+    Token {
+        /// The token's file.
+        path: PathBuf,
+    },
     /// The issuer did not answer in time.
     #[error("the issuer did not answer in time")]
     Timeout,

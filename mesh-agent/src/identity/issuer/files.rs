@@ -110,7 +110,7 @@ impl Issuer for Files {
     }
 }
 
-async fn read(path: &Path) -> Result<Vec<u8>, IssueError> {
+pub(super) async fn read(path: &Path) -> Result<Vec<u8>, IssueError> {
     let contents = tokio::fs::read(path).await;
     contents.map_err(|source| IssueError::File {
         op: "read",
@@ -120,7 +120,7 @@ async fn read(path: &Path) -> Result<Vec<u8>, IssueError> {
 }
 
 /// All certificates of a PEM file; none if there is none, or one that is broken.
-fn certificates(pem: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
+pub(super) fn certificates(pem: &[u8]) -> Option<Vec<CertificateDer<'static>>> {
     let all: Vec<_> = CertificateDer::pem_slice_iter(pem)
         .collect::<Result<_, _>>()
         .ok()?;

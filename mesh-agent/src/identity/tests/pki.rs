@@ -62,6 +62,7 @@ pub(super) fn id(name: &str) -> SpiffeId {
 /// What a leaf shall say; the default is a good one.
 pub(super) struct Leaf {
     pub(super) uris: Vec<String>,
+    pub(super) address: Option<std::net::IpAddr>,
     pub(super) key_usages: Vec<KeyUsagePurpose>,
     pub(super) extended: Vec<ExtendedKeyUsagePurpose>,
     pub(super) not_before: SystemTime,
@@ -73,6 +74,7 @@ impl Leaf {
     pub(super) fn of(uri: &str, now: SystemTime) -> Self {
         Self {
             uris: vec![uri.to_owned()],
+            address: None,
             key_usages: vec![KeyUsagePurpose::DigitalSignature],
             extended: vec![
                 ExtendedKeyUsagePurpose::ClientAuth,
@@ -104,7 +106,7 @@ impl Pair {
 
 /// A root of tests; all have the same name.
 pub(super) struct Root {
-    issuer: Issuer<'static, KeyPair>,
+    pub(super) issuer: Issuer<'static, KeyPair>,
     pub(super) der: CertificateDer<'static>,
     pub(super) pem: String,
 }
@@ -139,6 +141,9 @@ impl Root {
             .into_iter()
             .map(|uri| SanType::URI(uri.try_into().unwrap()))
             .collect();
+        params
+            .subject_alt_names
+            .extend(leaf.address.map(SanType::IpAddress));
         params.key_usages = leaf.key_usages;
         params.extended_key_usages = leaf.extended;
         params.not_before = OffsetDateTime::from(leaf.not_before);
