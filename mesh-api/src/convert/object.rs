@@ -183,9 +183,9 @@ fn dotted(path: &serde_ignored::Path<'_>) -> String {
 #[serde(rename_all = "camelCase")]
 struct Own<S> {
     #[serde(rename = "apiVersion")]
-    _api_version: serde::de::IgnoredAny,
+    _api_version: String,
     #[serde(rename = "kind")]
-    _kind: serde::de::IgnoredAny,
+    _kind: String,
     #[serde(rename = "metadata")]
     _metadata: k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta,
     spec: S,

@@ -38,11 +38,8 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
     check_enrolment(&labels, &["enabled", "disabled"], issues);
     let host_network = spec.host_network.unwrap_or(false);
     let served_at = addresses(&status, issues);
-    if subject.standalone
-        && served_at.is_empty()
-        && !host_network
-        && phase(subject) != Some("Pending")
-    {
+    let is_required = subject.standalone && !host_network && phase(subject) != Some("Pending");
+    if is_required && status.pod_ip.is_none() && status.pod_ips.is_none() {
         issues.reject(
             "status.podIPs",
             "is missing: without a control plane the object must say which addresses the pod has",
