@@ -6,6 +6,7 @@
 
 pub mod config;
 pub mod source;
+pub mod control;
 pub mod datapath;
 pub mod identity;
 pub mod pods;
@@ -14,6 +15,7 @@ pub mod record;
 pub mod flows;
 pub mod metrics;
 pub mod admin;
+pub mod check;
 pub mod logging;
 pub mod sys;
 

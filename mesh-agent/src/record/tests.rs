@@ -126,7 +126,8 @@ fn event(kind: u8, direction: mesh_common::Direction) -> Event {
         reason: Reason::Policy as u8,
         clear: Reason::SameNode as u8,
         closed_by: closed_by::LOCAL,
-        spare: [0; 10],
+        spare: 0,
+        spare_end: 0,
     }
 }
 

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The check on this machine. Needs root.
+
+use std::path::PathBuf;
+
+use super::*;
+use crate::config::{LogConfig, LogFormat, cgroup2_mount};
+
+fn here() -> HostConfig {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    HostConfig {
+        cgroup: cgroup2_mount(&mounts).expect("cgroup2 is mounted"),
+        bpffs: PathBuf::from("/sys/fs/bpf"),
+        state_dir: PathBuf::from("/does/not/matter"),
+        log: LogConfig {
+            format: LogFormat::Text,
+            level: "info".to_owned(),
+        },
+    }
+}
+
+fn left_behind(config: &HostConfig) -> usize {
+    let name = format!("mesh-check-{}", std::process::id());
+    [&config.cgroup, &config.bpffs]
+        .into_iter()
+        .filter(|parent| parent.join(&name).exists())
+        .count()
+}
+
+#[test]
+fn this_machine_has_everything_and_nothing_is_left_behind() {
+    let config = here();
+    let report = run(&config);
+    for finding in &report.0 {
+        let present = matches!(finding.outcome, Outcome::Present(_));
+        assert!(present, "{report}");
+    }
+    assert_eq!(report.exit_code(), 0);
+    assert_eq!(left_behind(&config), 0);
+}
+
+#[test]
+fn what_is_missing_is_explained_and_ends_with_69() {
+    let config = HostConfig {
+        bpffs: PathBuf::from("/tmp"),
+        ..here()
+    };
+    let report = run(&config);
+    assert_eq!(report.exit_code(), 69);
+    let text = report.to_string();
+    assert!(text.contains("MISSING  bpffs"), "{text}");
+    assert!(text.contains("mount -t bpf bpf /sys/fs/bpf"), "{text}");
+    assert!(text.contains("MISSING  kernel programs"), "{text}");
+    assert_eq!(left_behind(&config), 0);
+}
+
+#[test]
+fn something_that_is_not_needed_may_be_absent() {
+    let report = Report(vec![Finding {
+        what: "a thing",
+        needed: false,
+        outcome: Outcome::Missing("too old".to_owned()),
+        meaning: "less of it",
+    }]);
+    assert_eq!(report.exit_code(), 0);
+    let text = report.to_string();
+    assert!(text.starts_with("absent   a thing  too old\n"), "{text}");
+    assert!(text.contains("-> less of it"), "{text}");
+}
