@@ -21,6 +21,28 @@ pub(crate) struct PortPrefix {
     pub(crate) answer: Answer,
 }
 
+/// Both answers as one: in the ranked tiers the earlier rule decides, in the namespaced tier Deny
+/// beats Allow. What `decide` makes of the answers of two lists.
+pub(crate) fn join(a: Answer, b: Answer) -> Answer {
+    let mut joined = a;
+    if b.admin_rank < a.admin_rank {
+        joined.admin_rank = b.admin_rank;
+        joined.admin = b.admin;
+        joined.admin_rule = b.admin_rule;
+    }
+    if b.baseline_rank < a.baseline_rank {
+        joined.baseline_rank = b.baseline_rank;
+        joined.baseline = b.baseline;
+        joined.baseline_rule = b.baseline_rule;
+    }
+    // NONE < ALLOW < DENY
+    if b.namespaced > a.namespaced {
+        joined.namespaced = b.namespaced;
+        joined.namespaced_rule = b.namespaced_rule;
+    }
+    joined
+}
+
 /// The answers of rules with ranges as spans; neighbours differ.
 pub(crate) fn spans(rules: &[(u16, u16, Answer)]) -> Vec<Span> {
     // Where something changes: each range's first port, and the port behind its last.
@@ -38,7 +60,7 @@ pub(crate) fn spans(rules: &[(u16, u16, Answer)]) -> Vec<Span> {
             continue;
         };
         let matching = rules.iter().filter(|(a, b, _)| *a <= first && last <= *b);
-        let answer = matching.fold(Answer::SILENT, |all, (_, _, answer)| all.join(*answer));
+        let answer = matching.fold(Answer::SILENT, |all, (_, _, answer)| join(all, *answer));
         match spans.last_mut() {
             Some(previous) if previous.answer == answer => previous.last = last,
             _ => spans.push(Span { last, answer }),
@@ -137,7 +159,7 @@ mod tests {
             let expected = rules
                 .iter()
                 .filter(|(a, b, _)| (*a..=*b).contains(&port))
-                .fold(Answer::SILENT, |all, (_, _, answer)| all.join(*answer));
+                .fold(Answer::SILENT, |all, (_, _, answer)| join(all, *answer));
             assert_eq!(
                 lookup(&prefixes, port),
                 Some(expected),

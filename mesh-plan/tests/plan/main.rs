@@ -6,6 +6,7 @@ mod addresses;
 mod admin;
 mod authentication;
 mod network_policy;
+mod random;
 mod service_accounts;
 mod services;
 mod support;
