@@ -94,6 +94,7 @@ reasons! {
     44 Echo "echo" "ICMP echo passes and is counted.";
     45 Control "control" "ARP, neighbour discovery and ICMP errors pass with a true source.";
     46 NoCertificate "no_certificate" "No valid certificate of the pod's service account is at hand.";
+    47 ForeignDestination "foreign_destination" "A packet to an enrolled pod under an address that the cluster does not know as the pod's: no hook could decide it.";
 }
 
 /// What was decided, why, and by which rule.

@@ -15,12 +15,14 @@ use aya_ebpf::programs::SockOpsContext;
 use mesh_common::counter::Counter;
 use mesh_common::event::{Event, closed_by, kind};
 use mesh_common::maps::CapturedKey;
-use mesh_common::path::{Peers as _, who};
+use mesh_common::path::{Origin, Peers as _};
+use mesh_common::pod::PodState;
 use mesh_common::settings::{MARK_INBOUND, MARK_MASK, TUNNEL_PORT};
 use mesh_common::socket::{Exempt, SocketState};
 use mesh_common::{Addr, Direction, Endpoint, Port, Protocol, Reason};
 
 use crate::context::{read, storage};
+use crate::decision::{self, Ask, UNDECIDED};
 use crate::report::{add, now};
 use crate::tables::{self, CAPTURED, EVENTS, EXEMPT, SOCKETS, Tables};
 
@@ -184,22 +186,33 @@ fn accepted(ctx: &SockOpsContext) {
     if !view.owns(&here.addr) || here.port == TUNNEL_PORT || here.addr == there.addr {
         return;
     }
+    let origin = if view.has(PodState::GATED) {
+        Origin::Address
+    } else {
+        Origin::Ungated
+    };
+    let ask = Ask {
+        remote: there,
+        pod,
+        local_port: here.port,
+        protocol: Protocol::TCP,
+        origin,
+    };
+    // sk_lookup has allowed it and cannot leave a word with the socket.
+    let mut path = UNDECIDED;
+    decision::inbound(&ask, &mut path);
     let state = storage::<_, SocketState>(&SOCKETS, sk, true);
     // SAFETY: null or of this type.
     let Some(state) = (unsafe { state.as_mut() }) else {
         return;
     };
-    let peer = who(&Tables, &there.addr);
+    state.rule = path.verdict.rule.0;
     state.set = view.set.0;
     state.start_ns = now();
     state.backend = here;
     state.direction = Direction::Ingress as u8;
-    state.clear = if peer.local {
-        Reason::SameNode
-    } else {
-        Reason::PermissivePlaintext
-    } as u8;
-    state.reason = Reason::NoPolicy as u8;
+    state.clear = path.clear as u8;
+    state.reason = path.verdict.reason as u8;
     state.flags = SocketState::DECIDED | SocketState::ESTABLISHED;
     state.pod = pod.0;
     watch(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);

@@ -330,6 +330,12 @@ fn old_connection(local: &Endpoint, remote: &Endpoint) -> bool {
 /// A packet to a pod, its source as true as can be told.
 #[inline(always)]
 fn receive(pod: PodIndex, state: &PodState, ip: &Packet, translated: bool) -> i32 {
+    let has_ports = ip.protocol == Protocol::TCP || ip.protocol == Protocol::UDP;
+    let own = state.view.owns(&ip.to.addr) || ip.to.addr.is_multicast_or_broadcast();
+    if state.view.has(PodState::ENROLLED) && has_ports && !own {
+        let verdict = Verdict::refuse(Reason::ForeignDestination);
+        return drop_packet(pod, Direction::Ingress, ip, &verdict);
+    }
     let origin = if translated {
         Origin::Translated
     } else {
