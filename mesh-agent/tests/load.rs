@@ -1,77 +1,166 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The object that the build embeds: the kernel's verifier takes it, and it attaches.
+//! The object that the build embeds: the kernel's verifier takes every program, hooks attach, and a
+//! second start updates the links of the first in place.
 //!
-//! Needs root, cgroup2 and a kernel with BTF; without them it fails, it does not skip.
+//! Needs root, cgroup2, bpffs and a kernel with BTF; without them it fails, it does not skip.
 
-use std::{
-    fs::{self, File},
-    path::{Path, PathBuf},
-    process,
-};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process;
 
-use aya::{
-    Ebpf,
-    programs::{CgroupAttachMode, CgroupSockAddr, loaded_links},
-};
+use aya::programs::{Program, loaded_links};
+use aya::{Ebpf, EbpfLoader};
+use mesh_agent::datapath::{Config, Datapath, MAP_NAMES, pin_directory};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-bpf"));
 
-/// A cgroup without processes, removed on drop.
-struct Cgroup(PathBuf);
+/// Instructions the verifier may look at for one program, loops and branches counted each time: a
+/// third of the time budget that a start has, and far below the kernel's limit of a million.
+const VERIFIER_BUDGET: u32 = 40_000;
 
-impl Cgroup {
-    fn create(name: &str) -> Self {
-        let mounts = fs::read_to_string("/proc/self/mounts").expect("mounts are readable");
-        let root = mounts
-            .lines()
-            .filter_map(|line| {
-                let mut fields = line.split(' ').skip(1);
-                let (path, kind) = (fields.next()?, fields.next()?);
-                (kind == "cgroup2").then_some(path)
-            })
-            .next()
-            .expect("cgroup2 is mounted");
-        let path = Path::new(root).join(format!("{name}-{}", process::id()));
-        fs::create_dir(&path).expect("root may make a cgroup");
-        Self(path)
-    }
-
-    fn open(&self) -> File {
-        File::open(&self.0).expect("the cgroup was just made")
-    }
+/// A cgroup without processes and a directory in bpffs, removed on drop.
+struct Place {
+    cgroup: PathBuf,
+    bpffs: PathBuf,
 }
 
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        if let Err(err) = fs::remove_dir(&self.0) {
-            eprintln!("{} is left behind: {err}", self.0.display());
+impl Place {
+    fn create(name: &str) -> Self {
+        let root = mount_of("cgroup2").expect("cgroup2 is mounted");
+        let bpf = mount_of("bpf").expect("bpffs is mounted: run `cargo xtask setup`");
+        let name = format!("mesh-load-{name}-{}", process::id());
+        let place = Self {
+            cgroup: root.join(&name),
+            bpffs: bpf.join(&name),
+        };
+        fs::create_dir(&place.cgroup).expect("root may make a cgroup");
+        fs::create_dir(&place.bpffs).expect("root may make a directory in bpffs");
+        place
+    }
+
+    fn config(&self) -> Config {
+        Config {
+            bpffs: self.bpffs.clone(),
+            cgroup: self.cgroup.clone(),
         }
     }
 }
 
-#[test]
-fn connect4_loads_and_attaches_to_a_fresh_cgroup() {
-    let cgroup = Cgroup::create("mesh-load");
-    let mut object = Ebpf::load(OBJECT).expect("the object loads");
-    let hook: &mut CgroupSockAddr = object
-        .program_mut("connect4")
-        .expect("the object has connect4")
-        .try_into()
-        .expect("connect4 is a cgroup_sock_addr program");
-    hook.load().expect("the verifier takes connect4");
-    let id = hook.info().expect("a loaded program has information").id();
+impl Drop for Place {
+    fn drop(&mut self) {
+        for result in [
+            fs::remove_dir_all(&self.bpffs),
+            fs::remove_dir(&self.cgroup),
+        ] {
+            if let Err(err) = result {
+                eprintln!("something is left behind: {err}");
+            }
+        }
+    }
+}
 
-    let attached = || {
-        loaded_links()
-            .filter_map(Result::ok)
-            .filter(|link| link.program_id() == id)
-            .count()
+fn mount_of(kind: &str) -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("mounts are readable");
+    mounts
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split(' ').skip(1);
+            Some((fields.next()?, fields.next()?))
+        })
+        .find(|(_, fs)| *fs == kind)
+        .map(|(path, _)| PathBuf::from(path))
+}
+
+/// Link id to program id of the links pinned in a directory.
+fn pinned(directory: &Path) -> BTreeMap<u32, u32> {
+    let pins: Vec<_> = fs::read_dir(directory)
+        .expect("pins are readable")
+        .map(|entry| entry.expect("pins are readable").path())
+        .filter(|path| {
+            path.file_name()
+                .is_some_and(|n| n.to_string_lossy().starts_with("link_"))
+        })
+        .map(|path| aya::programs::links::PinnedLink::from_pin(&path).expect("a pinned link"))
+        .map(|link| {
+            aya::programs::links::FdLink::from(link)
+                .info()
+                .expect("link info")
+                .id()
+        })
+        .collect();
+    loaded_links()
+        .filter_map(Result::ok)
+        .filter(|link| pins.contains(&link.id()))
+        .map(|link| (link.id(), link.program_id()))
+        .collect()
+}
+
+#[test]
+fn every_program_verifies_within_its_budget() {
+    let mut object = Ebpf::load(OBJECT).expect("the object loads");
+    let mut programs = 0;
+    for (name, program) in object.programs_mut() {
+        let info = match program {
+            Program::CgroupSockAddr(p) => p.load().and_then(|()| p.info()),
+            Program::SockOps(p) => p.load().and_then(|()| p.info()),
+            Program::SkLookup(p) => p.load().and_then(|()| p.info()),
+            Program::SchedClassifier(p) => p.load().and_then(|()| p.info()),
+            other => panic!("{name} is a {:?}: no hook of the mesh", other.prog_type()),
+        };
+        let info = info.unwrap_or_else(|err| panic!("{name} is refused: {err:?}"));
+        let verified = info.verified_instruction_count().unwrap_or(0);
+        assert!(
+            verified <= VERIFIER_BUDGET,
+            "{name}: {verified} instructions to verify"
+        );
+        programs += 1;
+    }
+    assert_eq!(programs, 12);
+}
+
+#[test]
+fn every_map_is_pinned_under_its_name() {
+    let place = Place::create("maps");
+    let object = EbpfLoader::new().load(OBJECT).expect("the object loads");
+    let mut declared: Vec<&str> = object
+        .maps()
+        .map(|(name, _)| name)
+        .filter(|name| !name.starts_with('.'))
+        .collect();
+    let mut listed = MAP_NAMES.to_vec();
+    declared.sort_unstable();
+    listed.sort_unstable();
+    assert_eq!(declared, listed);
+
+    let (_datapath, _events) = Datapath::load(&place.config()).expect("the datapath loads");
+    for name in MAP_NAMES {
+        assert!(
+            pin_directory(&place.bpffs).join(name).exists(),
+            "{name} is not pinned"
+        );
+    }
+}
+
+#[test]
+fn a_second_start_updates_the_links_in_place() {
+    let place = Place::create("restart");
+    let pins = pin_directory(&place.bpffs);
+    let first = {
+        let _loaded = Datapath::load(&place.config()).expect("the datapath loads");
+        pinned(&pins)
     };
-    assert_eq!(attached(), 0);
-    let link = hook
-        .attach(cgroup.open(), CgroupAttachMode::Single)
-        .expect("connect4 attaches");
-    assert_eq!(attached(), 1, "the kernel lists the link");
-    hook.detach(link).expect("the link detaches");
-    assert_eq!(attached(), 0, "the link is gone");
+    assert_eq!(first.len(), 9, "eight hooks of sockets and sock_ops");
+    assert_eq!(
+        pinned(&pins),
+        first,
+        "the links live on without the process that made them"
+    );
+
+    let _loaded = Datapath::load(&place.config()).expect("the datapath loads again");
+    let second = pinned(&pins);
+    assert!(first.keys().eq(second.keys()), "the same links");
+    for (link, program) in &second {
+        assert_ne!(first[link], *program, "link {link} has the old program");
+    }
 }
