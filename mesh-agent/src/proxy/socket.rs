@@ -2,6 +2,7 @@
 //! A TCP socket as the relay polls it: large vectored reads and writes, no system call that is
 //! known to find nothing, and a reset where TCP would reset.
 
+use std::cell::Cell;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,28 +13,34 @@ use tokio::net::TcpStream;
 
 /// A connected, or connecting, non-blocking TCP socket.
 #[derive(Debug)]
-pub(crate) struct Socket(TcpStream);
+pub(crate) struct Socket {
+    stream: TcpStream,
+    reset: Cell<bool>,
+}
 
 impl Socket {
     /// Registers a socket with this thread's runtime.
     pub(crate) fn new(stream: std::net::TcpStream) -> io::Result<Self> {
-        TcpStream::from_std(stream).map(Self)
+        Ok(Self {
+            stream: TcpStream::from_std(stream)?,
+            reset: Cell::new(false),
+        })
     }
 
     /// Where it is bound: for a steered connection, where the other end wanted to go.
     pub(crate) fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.0.local_addr()
+        self.stream.local_addr()
     }
 
     /// Where the other end is.
     pub(crate) fn peer_addr(&self) -> io::Result<SocketAddr> {
-        self.0.peer_addr()
+        self.stream.peer_addr()
     }
 
     /// Waits until connect() has come to an end.
     pub(crate) async fn connected(&self) -> io::Result<()> {
-        self.0.writable().await?;
-        self.0.take_error()?.map_or(Ok(()), Err)
+        self.stream.writable().await?;
+        self.stream.take_error()?.map_or(Ok(()), Err)
     }
 
     /// Reads into `room` bytes of `buffers`. `Ok(0)` = the other end has finished.
@@ -44,7 +51,7 @@ impl Socket {
         room: usize,
     ) -> Poll<io::Result<usize>> {
         loop {
-            match self.0.try_read_vectored(buffers) {
+            match self.stream.try_read_vectored(buffers) {
                 Ok(read) => {
                     if read > 0 && read < room {
                         self.exhausted(Interest::READABLE);
@@ -52,7 +59,7 @@ impl Socket {
                     return Poll::Ready(Ok(read));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    ready!(self.0.poll_read_ready(cx))?;
+                    ready!(self.stream.poll_read_ready(cx))?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Poll::Ready(Err(error)),
@@ -68,7 +75,7 @@ impl Socket {
         length: usize,
     ) -> Poll<io::Result<usize>> {
         loop {
-            match self.0.try_write_vectored(buffers) {
+            match self.stream.try_write_vectored(buffers) {
                 Ok(written) => {
                     if written < length {
                         self.exhausted(Interest::WRITABLE);
@@ -76,7 +83,7 @@ impl Socket {
                     return Poll::Ready(Ok(written));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    ready!(self.0.poll_write_ready(cx))?;
+                    ready!(self.stream.poll_write_ready(cx))?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Poll::Ready(Err(error)),
@@ -89,24 +96,24 @@ impl Socket {
     /// and this thread is the one that asks epoll.
     fn exhausted(&self, interest: Interest) {
         let used_up: io::Result<()> = self
-            .0
+            .stream
             .try_io(interest, || Err(io::ErrorKind::WouldBlock.into()));
         debug_assert!(used_up.is_err());
     }
 
     /// Ends the sending direction.
     pub(crate) fn finish(&self) -> io::Result<()> {
-        socket2::SockRef::from(&self.0).shutdown(std::net::Shutdown::Write)
+        socket2::SockRef::from(&self.stream).shutdown(std::net::Shutdown::Write)
     }
 
     /// Waits for a reset, or any other error, that reading and writing would not meet because
     /// neither is going on.
     pub(crate) async fn failed(&self) -> io::Error {
         loop {
-            if let Err(error) = self.0.ready(Interest::ERROR).await {
+            if let Err(error) = self.stream.ready(Interest::ERROR).await {
                 return error;
             }
-            match self.0.take_error() {
+            match self.stream.take_error() {
                 Ok(None) => {
                     // Not an error after all; wait for the next event.
                     self.exhausted(Interest::ERROR);
@@ -116,22 +123,35 @@ impl Socket {
         }
     }
 
-    /// Makes the kernel send a reset instead of a FIN when the socket is dropped.
+    /// Lets the other end see a reset, not an end, when the socket is dropped.
     pub(crate) fn reset_on_drop(&self) {
-        if let Err(error) = self.0.set_zero_linger() {
-            tracing::debug!(%error, "cannot reset a connection");
-        }
+        self.reset.set(true);
+    }
+
+    /// Takes [`Socket::reset_on_drop`] back.
+    pub(crate) fn close_on_drop(&self) {
+        self.reset.set(false);
     }
 
     /// Round-trip time (microseconds), and segments sent again so far.
     pub(crate) fn transport(&self) -> (u32, u32) {
-        crate::sys::socket::tcp_info(self.0.as_fd())
+        crate::sys::socket::tcp_info(self.stream.as_fd())
             .map_or((0, 0), |info| (info.rtt_us, info.retransmits))
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if self.reset.get()
+            && let Err(error) = self.stream.set_zero_linger()
+        {
+            tracing::debug!(%error, "cannot reset a connection");
+        }
     }
 }
 
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.stream.as_fd()
     }
 }

@@ -15,6 +15,7 @@ use rustls::{ClientConfig, CommonState, ConnectionTrafficSecrets, ExtractedSecre
 
 use self::records::{Opener, RecordError, Sealer};
 use super::socket::Socket;
+use crate::identity::Refusal;
 
 pub(crate) mod records;
 
@@ -39,6 +40,18 @@ pub(crate) enum HandshakeError {
     /// rustls is in a state that our configurations exclude.
     #[error("the TLS handshake took an unexpected turn")]
     Unexpected,
+}
+
+impl HandshakeError {
+    /// The same, as metrics and records say it.
+    pub(crate) fn refusal(&self) -> Refusal {
+        match self {
+            Self::Io(error) => Refusal::of_io(error),
+            Self::Tls(error) => Refusal::of_tls(error),
+            Self::TooLong => Refusal::Misbehaved,
+            Self::Keys(_) | Self::Unexpected => Refusal::Failed,
+        }
+    }
 }
 
 /// A connection after its handshake.

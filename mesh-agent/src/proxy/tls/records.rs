@@ -13,19 +13,19 @@ use aws_lc_rs::aead::{
 use rustls::ConnectionTrafficSecrets;
 
 /// Bytes before a record's content: type, version, length.
-pub const HEAD: usize = 5;
+pub(crate) const HEAD: usize = 5;
 
 /// The most content of one record (RFC 8446, 5.1: 2^14).
-pub const CONTENT: usize = 1 << 14;
+pub(crate) const CONTENT: usize = 1 << 14;
 
 /// Bytes that a record of ours is longer than its content: head, the inner type, the tag.
-pub const OVERHEAD: usize = HEAD + 1 + TAG;
+pub(crate) const OVERHEAD: usize = HEAD + 1 + TAG;
 
 /// A full record of ours.
-pub const FULL: usize = CONTENT + OVERHEAD;
+pub(crate) const FULL: usize = CONTENT + OVERHEAD;
 
 /// The longest record a peer may send (RFC 8446, 5.2: content, and 256 for all else).
-pub const LONGEST: usize = HEAD + CONTENT + 256;
+pub(crate) const LONGEST: usize = HEAD + CONTENT + 256;
 
 const TAG: usize = 16;
 const APPLICATION_DATA: u8 = 23;
@@ -36,7 +36,7 @@ const REKEY_AFTER: u64 = 1 << 23;
 
 /// What a record holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     /// An alert.
     Alert = 21,
     /// Messages after the handshake: tickets, key updates.
@@ -47,7 +47,7 @@ pub enum Kind {
 
 /// A record that cannot be made or read. Always the end of the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum RecordError {
+pub(crate) enum RecordError {
     /// The outer type is not "application data", as all protected records have.
     #[error("a record of type {0} is not protected")]
     Unprotected(u8),
@@ -112,20 +112,20 @@ impl Keyed {
 }
 
 /// Seals our records.
-pub struct Sealer(Keyed);
+pub(crate) struct Sealer(Keyed);
 
 impl Sealer {
     /// From the next record's number and the key.
     ///
     /// # Errors
     /// A suite that TLS 1.3 does not have.
-    pub fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, RecordError> {
+    pub(crate) fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, RecordError> {
         Keyed::new(sequence, secrets).map(Self)
     }
 
     /// Whether the key is to be replaced before more is sealed.
     #[must_use]
-    pub const fn worn(&self) -> bool {
+    pub(crate) const fn worn(&self) -> bool {
         self.0.sequence >= REKEY_AFTER
     }
 
@@ -134,7 +134,7 @@ impl Sealer {
     ///
     /// # Errors
     /// When the slot is too short, or the content longer than [`CONTENT`].
-    pub fn seal(
+    pub(crate) fn seal(
         &mut self,
         slot: &mut [u8],
         length: usize,
@@ -161,14 +161,14 @@ impl Sealer {
 }
 
 /// Opens the peer's records.
-pub struct Opener(Keyed);
+pub(crate) struct Opener(Keyed);
 
 impl Opener {
     /// From the next record's number and the key.
     ///
     /// # Errors
     /// A suite that TLS 1.3 does not have.
-    pub fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, RecordError> {
+    pub(crate) fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, RecordError> {
         Keyed::new(sequence, secrets).map(Self)
     }
 
@@ -176,7 +176,7 @@ impl Opener {
     ///
     /// # Errors
     /// When it is not exactly what the peer sealed.
-    pub fn open(&mut self, record: &mut [u8]) -> Result<(Kind, Range<usize>), RecordError> {
+    pub(crate) fn open(&mut self, record: &mut [u8]) -> Result<(Kind, Range<usize>), RecordError> {
         let Some((front, body)) = record.split_first_chunk_mut::<HEAD>() else {
             return Err(RecordError::Length(record.len()));
         };
@@ -209,7 +209,7 @@ impl Opener {
 ///
 /// # Errors
 /// When no protected record has such a head.
-pub fn length(input: &[u8]) -> Result<Option<usize>, RecordError> {
+pub(crate) fn length(input: &[u8]) -> Result<Option<usize>, RecordError> {
     let Some(&[kind, _, _, high, low]) = input.first_chunk::<HEAD>() else {
         return Ok(None);
     };

@@ -67,11 +67,6 @@ impl Outbox {
         self.batch.is_some()
     }
 
-    /// Whether anything at all waits.
-    pub(super) fn is_empty(&self) -> bool {
-        self.batch.is_none() && self.control.is_empty() && self.ahead.is_empty()
-    }
-
     /// Replaces the key where that is due. Only between batches: what is sealed under the old key
     /// has to go first.
     fn renew(&mut self, rest: &mut Rest) -> Result<(), TunnelError> {

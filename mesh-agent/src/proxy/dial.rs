@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Sockets in pods' namespaces: the one seam between the data path and the machine, so that all
+//! the rest can be tested over loopback.
+
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsFd as _;
+
+use mesh_common::settings::MARK_INBOUND;
+use mesh_common::{Endpoint, Port};
+
+use super::socket::Socket;
+use crate::datapath::Handles;
+use crate::pods::PodHandle;
+use crate::sys::socket;
+
+/// How connections come to the agent and leave it.
+pub(crate) trait Dial {
+    /// The two ends of an accepted connection: where it was meant to go, and who opened it.
+    fn ends(&self, socket: &Socket) -> io::Result<(SocketAddr, SocketAddr)>;
+
+    /// Begins to connect to another node's agent from a pod's own address.
+    fn peer(&self, pod: &PodHandle, from: SocketAddr, to: SocketAddr) -> io::Result<TcpStream>;
+
+    /// Begins to connect to a pod's application from the client's own address and port.
+    fn application(
+        &self,
+        pod: &PodHandle,
+        client: SocketAddr,
+        to: SocketAddr,
+    ) -> io::Result<TcpStream>;
+
+    /// The service that a captured connection asked for, if it did.
+    fn service(&self, pod: &PodHandle, to: Endpoint, local_port: Port) -> Option<Endpoint>;
+}
+
+/// The real thing.
+#[derive(Debug)]
+pub(crate) struct InPod(pub(crate) Handles);
+
+impl InPod {
+    fn connect(&self, socket: socket2::Socket, to: SocketAddr) -> io::Result<TcpStream> {
+        self.0.exempt(socket.as_fd())?;
+        socket.set_tcp_nodelay(true)?;
+        match socket.connect(&to.into()) {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(socket.into())
+    }
+}
+
+impl Dial for InPod {
+    fn ends(&self, socket: &Socket) -> io::Result<(SocketAddr, SocketAddr)> {
+        Ok((socket.local_addr()?, socket.peer_addr()?))
+    }
+
+    fn peer(&self, pod: &PodHandle, from: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
+        let socket = pod.netns.run(|| socket::outgoing(from))??;
+        self.connect(socket, to)
+    }
+
+    fn application(
+        &self,
+        pod: &PodHandle,
+        client: SocketAddr,
+        to: SocketAddr,
+    ) -> io::Result<TcpStream> {
+        let socket = pod
+            .netns
+            .run(|| socket::on_behalf_of(client, MARK_INBOUND))??;
+        self.connect(socket, to)
+    }
+
+    fn service(&self, pod: &PodHandle, to: Endpoint, local_port: Port) -> Option<Endpoint> {
+        self.0.take_captured(pod.netns_cookie, to, local_port)
+    }
+}

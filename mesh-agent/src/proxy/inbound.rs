@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Tunnels of other agents: the peer is proven, each connection is decided with the proven
+//! identity and the real port, and handed over to the application from the client's own address
+//! and port.
+
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use mesh_common::path::tunnelled;
+use mesh_common::{Addr, Direction, Endpoint, Evidence, IdentityId, Reason, Verdict};
+use mesh_plan::Plan;
+use tokio::time::{Instant as Deadline, timeout, timeout_at};
+
+use super::Counted;
+use super::live::{Entry, Subject};
+use super::outbound::{Failure, reset, text};
+use super::relay::{End, Relay, cause};
+use super::socket::Socket;
+use super::tls;
+use super::tunnel::frame::{Control, Open, StreamId, Why};
+use super::tunnel::{Tunnel, TunnelError};
+use super::worker::{Job, JobKind, Place, Worker};
+use crate::identity::{Refusal, SpiffeId};
+use crate::metrics::Role;
+use crate::pods::PodHandle;
+use crate::record::{ClosedBy, Close, ConnectionOpen, ConnectionRecord, Reporter, Security};
+
+/// Serves a tunnel from its acceptance to its end.
+pub(crate) async fn serve(worker: &Rc<Worker>, job: Job) {
+    let Job {
+        share,
+        place: _place,
+        stream,
+        ..
+    } = job;
+    let most = worker.timing.handshakes_per_pod;
+    let Some(handshaking) = Place::take(&share, |s| &s.handshakes, most) else {
+        super::listener::refuse(worker, JobKind::Tunnel, &stream);
+        return;
+    };
+    let entry = worker.live.register(&share.uid);
+    let (Ok(socket), Some(pod)) = (Socket::new(stream), worker.pod(&share.uid)) else {
+        return;
+    };
+    let Ok((_here, from)) = worker.dial.ends(&socket) else {
+        return;
+    };
+    let proven = timeout(worker.timing.handshake, prove(worker, &pod, &socket));
+    let proven = tokio::select! {
+        biased;
+        _reason = entry.ended() => return,
+        proven = proven => proven.unwrap_or(Err(Failure::Refused(Refusal::Timeout))),
+    };
+    drop(handshaking);
+    let result = proven.as_ref().map(|_| ()).map_err(Failure::reason);
+    worker.metrics().handshake(Role::Server, result);
+    let (secured, peer) = match proven {
+        Ok(proven) => proven,
+        Err(failure) => {
+            tracing::debug!(%from, pod = %pod.local.name, %failure, "refused a tunnel");
+            return;
+        }
+    };
+    drop(pod);
+    let serving = Serving {
+        worker,
+        uid: &share.uid,
+        from: Endpoint::from(from).addr,
+        text: text(&peer),
+        peer,
+        entry: &entry,
+    };
+    let mut tunnel = Tunnel::new(socket, secured, Rc::clone(&worker.buffers));
+    match serving.run(&mut tunnel).await {
+        Ok(()) | Err(TunnelError::Ended) => {}
+        Err(error) => {
+            tracing::debug!(%from, peer = %serving.peer, error = %error, "a tunnel ended");
+        }
+    }
+    drop(serving);
+    drop(entry);
+    tunnel.close().await;
+}
+
+async fn prove(
+    worker: &Worker,
+    pod: &PodHandle,
+    socket: &Socket,
+) -> Result<(tls::Secured, SpiffeId), Failure> {
+    let local = &pod.local;
+    let own = worker
+        .identity(&local.name.namespace, &local.service_account)
+        .ok_or(Failure::Refused(Refusal::Failed))?;
+    let config = worker.identities.server(&own)?;
+    let verify = |connection: &_| Ok::<_, Failure>(worker.identities.peer(connection)?);
+    tls::accept(socket, config, verify).await
+}
+
+/// A tunnel whose peer is proven.
+struct Serving<'a> {
+    worker: &'a Rc<Worker>,
+    uid: &'a str,
+    from: Addr,
+    peer: SpiffeId,
+    text: Arc<str>,
+    entry: &'a Entry,
+}
+
+/// What a refused stream is refused with.
+struct Refused {
+    why: Why,
+    close: Close,
+    verdict: Verdict,
+}
+
+impl Refused {
+    /// By a decision.
+    fn decided(verdict: Verdict) -> Self {
+        Self {
+            why: Why {
+                rule: verdict.rule,
+                ..Why::new(verdict.reason)
+            },
+            close: Close::Refused(verdict),
+            verdict,
+        }
+    }
+}
+
+/// A stream that may be carried.
+struct Allowed {
+    verdict: Verdict,
+    id: IdentityId,
+}
+
+impl Serving<'_> {
+    /// One stream after another.
+    async fn run(&self, tunnel: &mut Tunnel) -> Result<(), TunnelError> {
+        loop {
+            self.entry.set_idle(true);
+            let next = tokio::select! {
+                biased;
+                _reason = self.entry.ended() => return Ok(()),
+                next = timeout(self.worker.timing.tunnel_idle, tunnel.control()) => next,
+            };
+            let Ok(next) = next else {
+                return Ok(());
+            };
+            match next? {
+                (stream, Control::Open(open)) => {
+                    tunnel.accept(stream)?;
+                    self.entry.set_idle(false);
+                    let again = self.stream(tunnel, stream, open).await;
+                    self.entry.set_subject(None);
+                    if !again || self.worker.draining.get() {
+                        return Ok(());
+                    }
+                }
+                // The opener's last word on a stream that has ended here.
+                (stream, Control::FinAck) if stream == tunnel.streams() => {}
+                // Its application went away after both directions had ended.
+                (stream, Control::Reset(_)) if stream == tunnel.streams() => return Ok(()),
+                (_, Control::FinAck | Control::Reset(_)) => {
+                    return Err(TunnelError::Unexpected("the end of another stream"));
+                }
+                (_, Control::Opened | Control::Refused(_) | Control::Fin) => {
+                    return Err(TunnelError::Unexpected("a frame between streams"));
+                }
+            }
+        }
+    }
+
+    /// One stream; whether the tunnel may carry another.
+    async fn stream(&self, tunnel: &mut Tunnel, stream: StreamId, open: Open) -> bool {
+        let Some(pod) = self.worker.pod(self.uid) else {
+            return false;
+        };
+        let outcome = self.admit(&pod, &open).await;
+        drop(pod);
+        let verdict = match &outcome {
+            Ok((verdict, _app)) => verdict,
+            Err(refused) => &refused.verdict,
+        };
+        self.worker.metrics().verdict(Direction::Ingress, verdict);
+        let record = self.record(&open, *verdict);
+        match outcome {
+            Ok((_verdict, app)) => self.carry(tunnel, stream, &app, record).await,
+            Err(refused) => {
+                tunnel.queue(stream, &Control::Refused(refused.why));
+                tunnel.refuse();
+                record.finish(refused.close);
+                true
+            }
+        }
+    }
+
+    /// Decides, and connects to the application.
+    async fn admit(&self, pod: &PodHandle, open: &Open) -> Result<(Verdict, Socket), Refused> {
+        let known = async {
+            let mut plan = self.worker.plan.clone();
+            let until = Deadline::now() + self.worker.timing.unknown_peer;
+            loop {
+                let now = Arc::clone(&plan.borrow_and_update());
+                match self.decide(&now, pod, open) {
+                    // Another node's pod may be known here a moment later than there.
+                    Err(Reason::UnknownPeer | Reason::IdentityRefused)
+                        if timeout_at(until, plan.changed()).await.is_ok_and(|c| c.is_ok()) => {}
+                    decided => break decided,
+                }
+            }
+        };
+        let allowed = known
+            .await
+            .map_err(|reason| Refused::decided(Verdict::refuse(reason)))?;
+        if !allowed.verdict.allowed {
+            return Err(Refused::decided(allowed.verdict));
+        }
+        self.entry.set_subject(Some(Subject::Inbound {
+            from: open.source,
+            peer: allowed.id,
+            to: open.destination,
+        }));
+        match self.connect(pod, open).await {
+            Ok(app) => Ok((allowed.verdict, app)),
+            Err(error) => {
+                tracing::debug!(to = %open.destination, %error, "cannot connect to an application");
+                Err(Refused {
+                    why: Why {
+                        cause: cause(&error),
+                        ..Why::new(Reason::ConnectFailed)
+                    },
+                    close: Close::Failed(Reason::ConnectFailed),
+                    verdict: allowed.verdict,
+                })
+            }
+        }
+    }
+
+    /// The decision, or why there cannot be one.
+    fn decide(&self, plan: &Plan, pod: &PodHandle, open: &Open) -> Result<Allowed, Reason> {
+        let view = plan.pods.get(self.uid).unwrap_or(&pod.local).view;
+        if open.source.addr != self.from {
+            return Err(Reason::Spoofed);
+        }
+        if !view.owns(&open.destination.addr) {
+            return Err(Reason::NotTunnelled);
+        }
+        if open.destination.port == self.worker.tunnel_port || open.destination.port.get() == 0 {
+            return Err(Reason::TunnelPort);
+        }
+        let (Some(workload), Some(peer)) = (
+            plan.names.workloads.get(&self.from),
+            plan.peers.get(&self.from),
+        ) else {
+            return Err(Reason::UnknownPeer);
+        };
+        if workload.pod.namespace != self.peer.namespace()
+            || workload.service_account != self.peer.service_account()
+        {
+            return Err(Reason::IdentityRefused);
+        }
+        let port = open.destination.port;
+        Ok(Allowed {
+            verdict: tunnelled(plan, &view, peer.id, &self.from, port),
+            id: peer.id,
+        })
+    }
+
+    async fn connect(&self, pod: &PodHandle, open: &Open) -> io::Result<Socket> {
+        let client = SocketAddr::from(open.source);
+        let to = SocketAddr::from(open.destination);
+        let timing = &self.worker.timing;
+        let until = Deadline::now() + timing.connect;
+        loop {
+            let begun = self.worker.dial.application(pod, client, to);
+            let connected = match begun.and_then(Socket::new) {
+                Ok(socket) => timeout_at(until, socket.connected())
+                    .await
+                    .unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into()))
+                    .map(|()| socket),
+                Err(error) => Err(error),
+            };
+            match connected {
+                // The last connection from this very port has ended a moment ago: the kernel lets
+                // the port be used again after a second (tcp_tw_reuse).
+                Err(error)
+                    if error.kind() == io::ErrorKind::AddrNotAvailable
+                        && Deadline::now() + timing.first_retry < until =>
+                {
+                    tokio::time::sleep(timing.first_retry).await;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn record(&self, open: &Open, verdict: Verdict) -> ConnectionRecord {
+        self.worker.recorder.open(ConnectionOpen {
+            reporter: Reporter::Destination,
+            source: open.source,
+            destination: open.destination,
+            service: open.service,
+            verdict,
+            evidence: Evidence::Tls,
+            peer_identity: Some(Arc::clone(&self.text)),
+            security: Security::MutualTls,
+        })
+    }
+
+    /// Carries a stream to its end; whether the tunnel may carry another.
+    async fn carry(
+        &self,
+        tunnel: &mut Tunnel,
+        stream: StreamId,
+        app: &Socket,
+        mut record: ConnectionRecord,
+    ) -> bool {
+        // Until it is known to have ended in order.
+        app.reset_on_drop();
+        tunnel.queue(stream, &Control::Opened);
+        let end = {
+            let count = Counted::destination(record.bytes());
+            let relay = Relay::acceptor(app, tunnel, stream, &count);
+            tokio::select! {
+                biased;
+                end = relay.run() => Ok(end),
+                reason = self.entry.ended() => Err(reason),
+            }
+        };
+        let (rtt, retransmits) = tunnel.transport();
+        record.set_transport(rtt, retransmits);
+        let close = match end {
+            Ok(End::Finished { local_first }) => {
+                tunnel.end();
+                app.close_on_drop();
+                let by = if local_first {
+                    ClosedBy::Local
+                } else {
+                    ClosedBy::Remote
+                };
+                record.finish(Close::Finished(by));
+                return true;
+            }
+            Ok(End::AppReset(error)) => {
+                tracing::trace!(%error, "an application reset its connection");
+                tunnel.queue(stream, &Control::Reset(Why::APPLICATION));
+                Close::Reset(ClosedBy::Local)
+            }
+            Ok(End::PeerReset(why) | End::Refused(why)) => reset(why),
+            Ok(End::Tunnel { error, .. }) => {
+                tracing::debug!(from = %self.from, error = %error, "a tunnel failed");
+                if error.is_violation() {
+                    Close::Failed(Reason::Protocol)
+                } else {
+                    Close::Reset(ClosedBy::Remote)
+                }
+            }
+            Err(reason) => {
+                tunnel.queue(stream, &Control::Reset(Why::new(reason)));
+                Close::Failed(reason)
+            }
+        };
+        tunnel.end();
+        record.finish(close);
+        false
+    }
+}

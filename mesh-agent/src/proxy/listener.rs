@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Accepts what the kernel steers to the agent's listeners in pods, and hands it to a worker.
+//!
+//! Each pod is accepted by one worker, which keeps a connection itself unless another carries
+//! fewer. Here connections are only counted against the pod's bounds; nothing is read from them.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::AsFd as _;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::Duration;
+
+use mesh_common::Reason;
+use mesh_common::pod::ListenerSlot;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::task::{JoinHandle, spawn_local};
+
+use super::worker::{Job, JobKind, Place, Share, Worker};
+use crate::metrics::Role;
+use crate::pods::{Listeners, PodHandle, PodTable};
+use crate::sys::socket;
+
+/// Pause after accept() failed for want of descriptors or memory.
+const BREATH: Duration = Duration::from_millis(50);
+
+/// Connections accepted before other tasks get their turn.
+const BATCH: usize = 64;
+
+/// The pods that this worker accepts for.
+#[derive(Debug, Default)]
+pub(crate) struct Listening(BTreeMap<String, Accepting>);
+
+#[derive(Debug)]
+struct Accepting {
+    listeners: Arc<Listeners>,
+    share: Arc<Share>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Listening {
+    /// Accepts nothing more. The listeners themselves belong to the pods' room.
+    pub(crate) fn stop(&mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Accepting {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+/// Accepts for the pods of `table` that are this worker's, and no longer for others.
+pub(crate) fn reconcile(worker: &Rc<Worker>, table: &PodTable, listening: &mut Listening) {
+    let workers = worker.crew.jobs.len();
+    let own = |pod: &PodHandle| pod.index.0 as usize % workers == worker.number;
+    listening.0.retain(|uid, accepting| {
+        table
+            .get(uid)
+            .and_then(|pod| pod.listeners.as_ref())
+            .is_some_and(|now| Arc::ptr_eq(now, &accepting.listeners))
+    });
+    for (uid, pod) in table {
+        let Some(listeners) = &pod.listeners else {
+            continue;
+        };
+        if listening.0.contains_key(uid) || !own(pod) {
+            continue;
+        }
+        match start(worker, uid, listeners) {
+            Ok(accepting) => {
+                listening.0.insert(uid.clone(), accepting);
+            }
+            Err(error) => {
+                tracing::error!(uid, %error, "cannot accept connections for a pod; they are refused");
+            }
+        }
+    }
+}
+
+fn start(worker: &Rc<Worker>, uid: &str, listeners: &Arc<Listeners>) -> io::Result<Accepting> {
+    let mut accepting = Accepting {
+        listeners: Arc::clone(listeners),
+        share: Arc::new(Share {
+            uid: uid.into(),
+            captured: AtomicUsize::new(0),
+            tunnels: AtomicUsize::new(0),
+            handshakes: AtomicUsize::new(0),
+        }),
+        tasks: Vec::new(),
+    };
+    for (slot, listener) in listeners.iter() {
+        let kind = match slot {
+            ListenerSlot::Outbound4 | ListenerSlot::Outbound6 => JobKind::Captured,
+            ListenerSlot::Tunnel4 | ListenerSlot::Tunnel6 => JobKind::Tunnel,
+        };
+        // Accepted sockets inherit it: one system call less for each.
+        socket2::SockRef::from(listener).set_tcp_nodelay(true)?;
+        let listener = AsyncFd::register(listener.try_clone()?)?;
+        let worker = Rc::clone(worker);
+        let share = Arc::clone(&accepting.share);
+        let task = spawn_local(async move { accept(&worker, &listener, kind, &share).await });
+        accepting.tasks.push(task);
+    }
+    Ok(accepting)
+}
+
+async fn accept(
+    worker: &Rc<Worker>,
+    listener: &AsyncFd<TcpListener>,
+    kind: JobKind,
+    share: &Arc<Share>,
+) {
+    loop {
+        let mut ready = match listener.readable().await {
+            Ok(ready) => ready,
+            Err(error) => {
+                tracing::error!(uid = %share.uid, %error, "a pod's listener failed");
+                return;
+            }
+        };
+        for _ in 0..BATCH {
+            match socket::accept(listener.get_ref().as_fd()) {
+                Ok(stream) => hand_over(worker, kind, share, stream),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    ready.clear_ready();
+                    break;
+                }
+                // A connection that went away before it was accepted.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted
+                    ) => {}
+                Err(error) => {
+                    tracing::warn!(uid = %share.uid, %error, "cannot accept connections for a pod");
+                    tokio::time::sleep(BREATH).await;
+                    break;
+                }
+            }
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Counts a connection against its pod's bound and gives it to the worker that is to carry it.
+fn hand_over(
+    worker: &Rc<Worker>,
+    kind: JobKind,
+    share: &Arc<Share>,
+    stream: std::net::TcpStream,
+) {
+    let timing = &worker.timing;
+    let place = match kind {
+        JobKind::Captured => Place::take(share, |s| &s.captured, timing.captured_per_pod),
+        JobKind::Tunnel => Place::take(share, |s| &s.tunnels, timing.tunnels_per_pod),
+    };
+    let Some(place) = place else {
+        refuse(worker, kind, &stream);
+        return;
+    };
+    let job = Job {
+        kind,
+        share: Arc::clone(share),
+        place,
+        stream,
+    };
+    let to = worker.crew.choose(worker.number);
+    if to == worker.number {
+        worker.carry(job);
+        return;
+    }
+    match worker.crew.jobs[to].try_send(job) {
+        Ok(()) => {}
+        // It has fallen behind: better here than nowhere.
+        Err(TrySendError::Full(job) | TrySendError::Closed(job)) => worker.carry(job),
+    }
+}
+
+/// Refuses a connection beyond a bound: the other end sees a reset.
+pub(crate) fn refuse(worker: &Worker, kind: JobKind, stream: &std::net::TcpStream) {
+    let verdict = mesh_common::Verdict::refuse(Reason::LimitReached);
+    match kind {
+        JobKind::Captured => {
+            let direction = mesh_common::Direction::Egress;
+            worker.metrics().verdict(direction, &verdict);
+        }
+        JobKind::Tunnel => {
+            worker
+                .metrics()
+                .handshake(Role::Server, Err(Reason::LimitReached));
+        }
+    }
+    let linger = Some(Duration::ZERO);
+    if let Err(error) = socket2::SockRef::from(stream).set_linger(linger) {
+        tracing::debug!(%error, "cannot reset a connection");
+    }
+}

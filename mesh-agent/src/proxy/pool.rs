@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Tunnels of one worker that wait for their next connection.
+//!
+//! A tunnel is used again only by the same pod, as the same identity, towards the same address,
+//! for a peer that proved the same identity, and only while the certificate and roots under which
+//! that was proven are in use.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mesh_common::Endpoint;
+
+use super::tunnel::Tunnel;
+use crate::identity::{Epoch, SpiffeId};
+
+/// What two connections must have in common to use the same tunnel.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Key {
+    /// Where the tunnel ends: the pod's address and the tunnel port.
+    pub(crate) to: Endpoint,
+    /// Where it begins: the pod's own address.
+    pub(crate) from: mesh_common::Addr,
+    /// The pod it begins in.
+    pub(crate) uid: Arc<str>,
+    /// Its identity.
+    pub(crate) own: SpiffeId,
+    /// The identity the peer has proven.
+    pub(crate) expected: SpiffeId,
+}
+
+/// Bounds of a pool.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bounds {
+    /// Tunnels with one key.
+    pub(crate) per_key: usize,
+    /// Tunnels of one worker.
+    pub(crate) total: usize,
+    /// How long a tunnel waits unused.
+    pub(crate) idle: Duration,
+    /// How old a tunnel may be when it is used again.
+    pub(crate) age: Duration,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            per_key: 64,
+            total: 1024,
+            idle: Duration::from_secs(60),
+            age: Duration::from_secs(600),
+        }
+    }
+}
+
+/// A tunnel with what is to be known about it.
+pub(crate) struct Pooled {
+    /// The tunnel.
+    pub(crate) tunnel: Tunnel,
+    /// Under which certificate and roots it was made.
+    pub(crate) epoch: Epoch,
+    /// When it was made.
+    pub(crate) made: Instant,
+}
+
+struct Idle {
+    pooled: Pooled,
+    since: Instant,
+}
+
+/// The idle tunnels of one worker.
+pub(crate) struct Pool {
+    bounds: Bounds,
+    count: Cell<usize>,
+    idle: RefCell<BTreeMap<Key, Vec<Idle>>>,
+}
+
+impl Pool {
+    /// An empty pool.
+    pub(crate) const fn new(bounds: Bounds) -> Self {
+        Self {
+            bounds,
+            count: Cell::new(0),
+            idle: RefCell::new(BTreeMap::new()),
+        }
+    }
+
+    /// The tunnel that was used last, if one is left that can still be used.
+    pub(crate) fn take(&self, key: &Key, epoch: Epoch, now: Instant) -> Option<Pooled> {
+        let mut idle = self.idle.borrow_mut();
+        let tunnels = idle.get_mut(key)?;
+        let mut found = None;
+        while let Some(mut next) = tunnels.pop() {
+            self.count.set(self.count.get() - 1);
+            if self.usable(&next, epoch, now) && next.pooled.tunnel.is_quiet() {
+                found = Some(next.pooled);
+                break;
+            }
+        }
+        if tunnels.is_empty() {
+            idle.remove(key);
+        }
+        found
+    }
+
+    /// Keeps a tunnel for the next connection, or hands it back where there is no room.
+    pub(crate) fn put(&self, key: &Key, pooled: Pooled, now: Instant) -> Result<(), Tunnel> {
+        let mut idle = self.idle.borrow_mut();
+        if self.count.get() >= self.bounds.total {
+            return Err(pooled.tunnel);
+        }
+        let tunnels = idle.entry(key.clone()).or_default();
+        if tunnels.len() >= self.bounds.per_key {
+            return Err(pooled.tunnel);
+        }
+        tunnels.push(Idle { pooled, since: now });
+        self.count.set(self.count.get() + 1);
+        Ok(())
+    }
+
+    /// Takes out what is too old, or was closed by the peer, or fails `keep`.
+    pub(crate) fn sweep(
+        &self,
+        now: Instant,
+        mut keep: impl FnMut(&Key, Epoch) -> bool,
+    ) -> Vec<Tunnel> {
+        let mut out = Vec::new();
+        self.idle.borrow_mut().retain(|key, tunnels| {
+            let all = std::mem::take(tunnels);
+            for mut idle in all {
+                let epoch = idle.pooled.epoch;
+                if keep(key, epoch)
+                    && self.usable(&idle, epoch, now)
+                    && idle.pooled.tunnel.is_quiet()
+                {
+                    tunnels.push(idle);
+                } else {
+                    out.push(idle.pooled.tunnel);
+                }
+            }
+            !tunnels.is_empty()
+        });
+        self.count.set(self.count.get() - out.len());
+        out
+    }
+
+    /// Takes out everything.
+    pub(crate) fn drain(&self) -> Vec<Tunnel> {
+        self.sweep(Instant::now(), |_, _| false)
+    }
+
+    fn usable(&self, idle: &Idle, epoch: Epoch, now: Instant) -> bool {
+        idle.pooled.epoch == epoch
+            && now.duration_since(idle.since) < self.bounds.idle
+            && now.duration_since(idle.pooled.made) < self.bounds.age
+    }
+}

@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One thread that carries connections, and all that its connections share. A connection never
+//! changes its thread, so nothing here is locked.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use mesh_common::{Port, Reason};
+use mesh_plan::Plan;
+use tokio::sync::{mpsc, watch};
+use tokio::task::spawn_local;
+use tokio::time::MissedTickBehavior;
+
+use super::buffers::Buffers;
+use super::dial::Dial;
+use super::listener::{self, Listening};
+use super::live::Live;
+use super::pool::{Key, Pool};
+use super::tunnel::Tunnel;
+use super::{Phase, Timing};
+use crate::identity::{Epoch, Identities, SpiffeId};
+use crate::metrics::Metrics;
+use crate::pods::{PodHandle, PodTable};
+use crate::record::Recorder;
+
+/// How often idle tunnels are looked after.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// A pod's share of the agent, over all workers.
+#[derive(Debug)]
+pub(crate) struct Share {
+    /// The pod.
+    pub(crate) uid: Arc<str>,
+    /// Captured connections that are open.
+    pub(crate) captured: AtomicUsize,
+    /// Tunnels that were accepted and are open.
+    pub(crate) tunnels: AtomicUsize,
+    /// Those of them whose handshake is not over.
+    pub(crate) handshakes: AtomicUsize,
+}
+
+/// A place in a bounded count; given back when dropped.
+#[derive(Debug)]
+pub(crate) struct Place {
+    share: Arc<Share>,
+    count: fn(&Share) -> &AtomicUsize,
+}
+
+impl Place {
+    /// Takes a place, unless `most` are taken.
+    pub(crate) fn take(
+        share: &Arc<Share>,
+        count: fn(&Share) -> &AtomicUsize,
+        most: usize,
+    ) -> Option<Self> {
+        let place = Self {
+            share: Arc::clone(share),
+            count,
+        };
+        // Taken first: so no two can have the last one.
+        (count(share).fetch_add(1, Relaxed) < most).then_some(place)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        (self.count)(&self.share).fetch_sub(1, Relaxed);
+    }
+}
+
+/// A connection on its way to the worker that will carry it.
+#[derive(Debug)]
+pub(crate) struct Job {
+    /// What it is.
+    pub(crate) kind: JobKind,
+    /// The pod it belongs to.
+    pub(crate) share: Arc<Share>,
+    /// Its place among the pod's connections.
+    pub(crate) place: Place,
+    /// The socket, not yet registered with a runtime.
+    pub(crate) stream: std::net::TcpStream,
+}
+
+/// What was accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum JobKind {
+    /// An application's connection, captured on its way out.
+    Captured,
+    /// Another agent's tunnel.
+    Tunnel,
+}
+
+/// The other workers, as one that accepts sees them.
+#[derive(Clone, Debug)]
+pub(crate) struct Crew {
+    /// Where each takes jobs.
+    pub(crate) jobs: Arc<[mpsc::Sender<Job>]>,
+    /// How many each carries.
+    pub(crate) loads: Arc<[AtomicUsize]>,
+}
+
+impl Crew {
+    /// Who is to carry the next connection: `own`, unless another carries fewer. A connection that
+    /// stays saves a wake-up of another thread.
+    pub(crate) fn choose(&self, own: usize) -> usize {
+        let load = |worker: usize| self.loads[worker].load(Relaxed);
+        let least = (0..self.loads.len()).min_by_key(|worker| load(*worker));
+        least.filter(|it| load(*it) < load(own)).unwrap_or(own)
+    }
+}
+
+/// One worker's part of [`Crew::loads`]; given back when dropped.
+#[derive(Debug)]
+pub(crate) struct Load {
+    loads: Arc<[AtomicUsize]>,
+    worker: usize,
+}
+
+impl Load {
+    pub(crate) fn new(crew: &Crew, worker: usize) -> Self {
+        crew.loads[worker].fetch_add(1, Relaxed);
+        Self {
+            loads: Arc::clone(&crew.loads),
+            worker,
+        }
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.loads[self.worker].fetch_sub(1, Relaxed);
+    }
+}
+
+/// What the connections of one thread share.
+pub(crate) struct Worker {
+    /// Which one this is.
+    pub(crate) number: usize,
+    /// All of them.
+    pub(crate) crew: Crew,
+    /// The pods of this node.
+    pub(crate) pods: watch::Receiver<Arc<PodTable>>,
+    /// What is in force.
+    pub(crate) plan: watch::Receiver<Arc<Plan>>,
+    /// Certificates.
+    pub(crate) identities: Identities,
+    /// Records.
+    pub(crate) recorder: Recorder,
+    /// How sockets are made.
+    pub(crate) dial: Box<dyn Dial>,
+    /// Where tunnels are accepted.
+    pub(crate) tunnel_port: Port,
+    /// Bounds in time and number.
+    pub(crate) timing: Timing,
+    /// Buffers.
+    pub(crate) buffers: Rc<Buffers>,
+    /// Idle tunnels.
+    pub(crate) pool: Pool,
+    /// Open connections.
+    pub(crate) live: Rc<Live>,
+    /// Whether open connections may only come to their end.
+    pub(crate) draining: Cell<bool>,
+}
+
+impl Worker {
+    /// The plan in force.
+    pub(crate) fn plan(&self) -> Arc<Plan> {
+        Arc::clone(&self.plan.borrow())
+    }
+
+    /// A pod of this node.
+    pub(crate) fn pod(&self, uid: &str) -> Option<Arc<PodHandle>> {
+        self.pods.borrow().get(uid).cloned()
+    }
+
+    /// Metrics.
+    pub(crate) fn metrics(&self) -> &Metrics {
+        self.recorder.metrics()
+    }
+
+    /// The identity of a workload of the trust domain.
+    pub(crate) fn identity(&self, namespace: &str, service_account: &str) -> Option<SpiffeId> {
+        SpiffeId::new(self.identities.trust_domain(), namespace, service_account).ok()
+    }
+
+    /// Carries a connection, here and from now on.
+    pub(crate) fn carry(self: &Rc<Self>, job: Job) {
+        let worker = Rc::clone(self);
+        let load = Load::new(&self.crew, self.number);
+        spawn_local(async move {
+            let _load = load;
+            let _counted = CountPanic(worker.metrics().clone());
+            match job.kind {
+                JobKind::Captured => super::outbound::carry(&worker, job).await,
+                JobKind::Tunnel => super::inbound::serve(&worker, job).await,
+            }
+        });
+    }
+
+    /// Ends tunnels, each with its last words.
+    pub(crate) fn close(&self, tunnels: Vec<Tunnel>) {
+        for tunnel in tunnels {
+            spawn_local(tunnel.close());
+        }
+    }
+
+    /// Runs until the agent ends.
+    pub(crate) async fn run(
+        self: Rc<Self>,
+        mut jobs: mpsc::Receiver<Job>,
+        mut phase: watch::Receiver<Phase>,
+    ) {
+        let mut pods = self.pods.clone();
+        let mut plan = self.plan.clone();
+        let mut certificates = self.identities.subscribe();
+        let mut listening = Listening::default();
+        let mut sweep = tokio::time::interval(SWEEP);
+        sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        pods.mark_changed();
+        loop {
+            tokio::select! {
+                Some(job) = jobs.recv() => self.carry(job),
+                Ok(()) = pods.changed() => {
+                    let table = Arc::clone(&pods.borrow_and_update());
+                    self.pods_changed(&table, &mut listening);
+                }
+                Ok(()) = plan.changed() => {
+                    let now = Arc::clone(&plan.borrow_and_update());
+                    self.live.decide_again(&now);
+                    self.sweep();
+                }
+                Ok(()) = certificates.changed() => {
+                    certificates.mark_unchanged();
+                    self.sweep();
+                }
+                _ = sweep.tick() => self.sweep(),
+                changed = phase.changed() => {
+                    let now = *phase.borrow_and_update();
+                    match now {
+                        Phase::Serving if changed.is_ok() => {}
+                        Phase::Draining if changed.is_ok() => self.drain(&mut listening),
+                        Phase::Serving | Phase::Draining | Phase::Ended => break,
+                    }
+                }
+            }
+        }
+        self.end(&mut listening).await;
+    }
+
+    fn pods_changed(self: &Rc<Self>, table: &PodTable, listening: &mut Listening) {
+        if !self.draining.get() {
+            listener::reconcile(self, table, listening);
+        }
+        self.live.end_pods(|uid| !table.contains_key(uid));
+        self.sweep();
+    }
+
+    /// Drops idle tunnels that must not be used again.
+    fn sweep(&self) {
+        let table = Arc::clone(&self.pods.borrow());
+        let plan = self.plan();
+        let keep = |key: &Key, epoch: Epoch| {
+            table.contains_key(&*key.uid)
+                && self.identities.epoch(&key.own) == Some(epoch)
+                && plan.names.workloads.get(&key.to.addr).is_some_and(|now| {
+                    now.pod.namespace == key.expected.namespace()
+                        && now.service_account == key.expected.service_account()
+                })
+        };
+        self.close(self.pool.sweep(Instant::now(), keep));
+    }
+
+    /// No new connections; what is open may come to its end.
+    fn drain(&self, listening: &mut Listening) {
+        self.draining.set(true);
+        listening.stop();
+        self.live.end_idle(Reason::AgentShutdown);
+        self.close(self.pool.drain());
+    }
+
+    /// Resets what is still open, and waits until that is said.
+    async fn end(&self, listening: &mut Listening) {
+        self.drain(listening);
+        self.live.end_all(Reason::AgentShutdown);
+        let said = async {
+            while self.live.len() > 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        if tokio::time::timeout(Duration::from_secs(2), said).await.is_err() {
+            tracing::warn!(left = self.live.len(), "connections did not end in time");
+        }
+    }
+}
+
+/// Counts a task that panics.
+struct CountPanic(Metrics);
+
+impl Drop for CountPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.panicked();
+        }
+    }
+}
