@@ -102,7 +102,12 @@ pub(super) fn head(kind: &Kind, object: &Object) -> Result<Head, Rejection> {
         match metadata.and_then(|m| m.get(key)) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::String(text)) => Ok(Some(text)),
-            Some(_) => Err(nameless(kind.name, object, key, "must be a string")),
+            Some(_) => Err(nameless(
+                kind.name,
+                object,
+                key,
+                "must be a string, quoted where YAML reads something else (on, no, 1)",
+            )),
         }
     };
     let name = text("name")?
