@@ -1,3 +1,64 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Placeholder.
-fn main() {}
+//! `mesh-agent`: parses what it was asked to do, does it, and says by its exit code how it went
+//! (sysexits.h): 0 done, 1 failed, 2 usage, 69 a feature is missing, 70 internal, 78 configuration.
+
+use std::error::Error;
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use mesh_agent::config::{self, Command};
+use mesh_agent::logging::Chain;
+use mesh_agent::{agent, check, cleanup, logging};
+
+const FAILED: u8 = 1;
+const UNAVAILABLE: u8 = 69;
+const CONFIGURATION: u8 = 78;
+
+fn main() -> ExitCode {
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|name| name == "controller")
+    {
+        say(&"this build has no controller");
+        return UNAVAILABLE.into();
+    }
+    match config::parse(std::env::args_os(), &config::Process) {
+        Ok(command) => run(command).into(),
+        Err(config::Error::Usage(usage)) => {
+            usage.exit();
+        }
+        Err(error) => fail(&error, error.exit_code()).into(),
+    }
+}
+
+fn run(command: Command) -> u8 {
+    match command {
+        Command::Run(config) => match logging::init(&config.log) {
+            Ok(level) => agent::run(*config, Some(level))
+                .map_or_else(|error| fail(&error, error.exit_code()), |()| 0),
+            Err(error) => fail(&error, CONFIGURATION),
+        },
+        Command::Check(host) => {
+            let report = check::run(&host);
+            say(&report);
+            report.exit_code()
+        }
+        Command::Cleanup(host) => match cleanup::run(&host) {
+            Ok(removed) => {
+                say(&removed);
+                0
+            }
+            Err(error) => fail(&error, FAILED),
+        },
+    }
+}
+
+fn fail(error: &(dyn Error + 'static), code: u8) -> u8 {
+    say(&format_args!("mesh-agent: {}", Chain(error)));
+    code
+}
+
+/// To standard error, which is for people; a closed one is no reason to fail.
+fn say(text: &dyn std::fmt::Display) {
+    drop(writeln!(std::io::stderr(), "{text}"));
+}

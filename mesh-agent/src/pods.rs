@@ -255,4 +255,6 @@ fn tunnel_port_is_free(netns: &NetNs) -> Result<(), Error> {
 }
 
 #[cfg(test)]
+pub(crate) mod lab;
+#[cfg(test)]
 mod tests;

@@ -4,8 +4,8 @@
 
 use std::io;
 use std::mem::{self, MaybeUninit};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _};
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 
 use socket2::{Domain, Socket, Type};
 
@@ -172,27 +172,6 @@ pub fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<TcpInfo> {
     })
 }
 
-/// Accepts a connection; its socket is nonblocking.
-///
-/// # Errors
-/// As accept(2); `WouldBlock` when none waits.
-pub fn accept(listener: BorrowedFd<'_>) -> io::Result<TcpStream> {
-    // SAFETY: no address is asked for, so nothing is written.
-    let fd = unsafe {
-        libc::accept4(
-            listener.as_raw_fd(),
-            std::ptr::null_mut(),
-            std::ptr::null_mut(),
-            libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
-        )
-    };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just made this descriptor, and nobody else has it.
-    Ok(unsafe { TcpStream::from_raw_fd(fd) })
-}
-
 /// A nonblocking transparent listener. Bind it to a loopback address: it is then reached by
 /// steering only. Never `SO_REUSEPORT`, by which another process could join; `SO_REUSEADDR`, so
 /// that it keeps no port from an application.
@@ -250,6 +229,7 @@ pub fn on_behalf_of(client: SocketAddr, mark: u32) -> io::Result<Socket> {
 #[cfg(test)]
 mod tests {
     use std::io::{Read as _, Write as _};
+    use std::net::TcpStream;
 
     use super::*;
     use crate::sys::lab::alone;

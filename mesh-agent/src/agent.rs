@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The agent as data flow: every room is built here, in the order in which things flow, and given
+//! exactly the doors it needs.
+//!
+//! Knows all rooms and decides nothing. The one place, beside `config`, that touches the process:
+//! runtime, clock, limits.
+
+mod mirror;
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::{oneshot, watch};
+
+use crate::admin::{self, Admin, Readiness};
+use crate::config::{self, Config, Deny, TunnelPort};
+use crate::control;
+use crate::datapath::{self, Datapath};
+use crate::flows::{self, Flows};
+use crate::identity::{self, Ca, Clock, GrpcCa, Identities, TrustDomain};
+use crate::logging::Level;
+use crate::metrics::Metrics;
+use crate::pods::find::ByAnnotation;
+use crate::proxy;
+use crate::record::Recorder;
+use crate::shutdown::{self, Requests, Successor};
+use crate::source;
+use crate::sys::limits;
+
+/// Threads of the control runtime: one for what answers, one for what computes.
+const CONTROL_THREADS: usize = 2;
+/// An agent that cannot put its first plan in force answers nevertheless after this time.
+const ANSWER_AFTER: Duration = Duration::from_secs(5);
+/// How long the last records may take to be written.
+const LAST_RECORDS: Duration = Duration::from_secs(2);
+
+/// Why the agent ended, or never ran.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The source of the cluster's state.
+    #[error(transparent)]
+    Source(#[from] source::Error),
+    /// The kernel.
+    #[error(transparent)]
+    Datapath(#[from] datapath::Error),
+    /// Certificates.
+    #[error(transparent)]
+    Identity(#[from] identity::Error),
+    /// The trust domain.
+    #[error("--trust-domain {0:?} is no trust domain")]
+    TrustDomain(String),
+    /// The flow log.
+    #[error(transparent)]
+    Flows(#[from] flows::Error),
+    /// The admin interface.
+    #[error(transparent)]
+    Admin(#[from] admin::Error),
+    /// Threads, runtimes, signals.
+    #[error("cannot {what}")]
+    Process {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A room ended although nobody wanted it to.
+    #[error("{0} ended; what the kernel enforces goes on")]
+    Room(&'static str),
+}
+
+impl Error {
+    /// What the process exits with (sysexits.h): 1 failed, 69 a feature of the kernel is missing,
+    /// 70 internal, 78 configuration.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Datapath(datapath::Error::Object(_) | datapath::Error::Program { .. }) => 69,
+            Self::Datapath(datapath::Error::Missing(_)) | Self::Room(_) => 70,
+            Self::TrustDomain(_) | Self::Source(source::Error::Unsupported(_)) => 78,
+            Self::Source(_)
+            | Self::Datapath(_)
+            | Self::Identity(_)
+            | Self::Flows(_)
+            | Self::Admin(_)
+            | Self::Process { .. } => 1,
+        }
+    }
+}
+
+/// Names what was tried, for an error.
+fn tried(what: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Process { what, source }
+}
+
+/// Is the agent of a node until a signal ends it.
+///
+/// # Errors
+/// What could not be built, or which room failed.
+pub fn run(config: Config, level: Option<Level>) -> Result<(), Error> {
+    limits::raise_open_files().map_err(tried("raise the limit of open files"))?;
+    let runtime = Builder::new_multi_thread()
+        .worker_threads(CONTROL_THREADS)
+        .thread_name("mesh-control")
+        .enable_all()
+        .build()
+        .map_err(tried("build the control runtime"))?;
+    let result = runtime.block_on(serve(config, level));
+    runtime.shutdown_timeout(LAST_RECORDS);
+    result
+}
+
+async fn serve(config: Config, level: Option<Level>) -> Result<(), Error> {
+    let mut requests = Requests::listen().map_err(tried("listen for signals"))?;
+    let metrics = Metrics::new();
+    let readiness = Readiness::new(metrics.clone());
+    let in_force = readiness.task("plan in force");
+    let certified = readiness.task("certificates");
+    let (ending, stop) = watch::channel(false);
+
+    // Facts, and what the kernel holds.
+    let facts = source::watch(source::Settings {
+        source: config.source.clone(),
+        state_dir: config.host.state_dir.clone(),
+        pod_cidrs: config.pod_cidrs.clone(),
+    })
+    .await?;
+    let (kernel, events) = Datapath::load(&datapath::Config {
+        bpffs: config.host.bpffs.clone(),
+        cgroup: config.host.cgroup.clone(),
+    })?;
+    let handles = kernel.handles();
+    metrics.set_kernel(handles.clone());
+    let (outputs, views) = control::outputs();
+
+    // Who the pods are, and what is written about them.
+    let trust_domain = TrustDomain::new(&config.trust_domain)
+        .map_err(|_invalid| Error::TrustDomain(config.trust_domain.clone()))?;
+    let identities = Identities::start(
+        identity_config(&config, &trust_domain),
+        views.wanted.clone(),
+    )
+    .await?;
+    let flow_log = Flows::start(&config.flow_log, &metrics)?;
+    let recorder = Recorder::new(
+        &config.node,
+        views.plan.clone(),
+        metrics.clone(),
+        flow_log.sink(),
+        now,
+    );
+    let events = tokio::spawn(flows::drain(events, recorder.clone(), stop.clone()));
+    let hangups = tokio::spawn(flows::reopen_on_hangup(flow_log.sink()));
+
+    // Connections. The proxy is there before the first pod is.
+    let doors = proxy::Doors {
+        pods: views.pods.clone(),
+        plan: views.plan.clone(),
+        identities: identities.clone(),
+        recorder,
+    };
+    let mut proxy =
+        proxy::start(proxy_config(&config), doors, handles).map_err(tried("start the workers"))?;
+
+    // From here on the node becomes what the facts say.
+    let settings = control::Settings {
+        node: config.node.clone(),
+        trust_domain,
+        silent: config.deny == Deny::Drop,
+    };
+    let mut control = start_control(
+        settings,
+        kernel,
+        facts.cluster.clone(),
+        outputs,
+        stop.clone(),
+    )?;
+    let rejections = mirror::start(
+        &views,
+        facts.report.clone(),
+        &identities,
+        &metrics,
+        mirror::Conditions {
+            in_force,
+            certified,
+        },
+    );
+
+    tokio::select! {
+        () = mirror::first_plan(views.status.clone(), ANSWER_AFTER) => {}
+        _ = &mut control => return Err(Error::Room("control")),
+    }
+    let answers = admin::Views {
+        node: config.node.clone(),
+        metrics,
+        readiness: readiness.clone(),
+        plan: views.plan,
+        plan_text: mesh_plan::text::render,
+        rejections,
+        pods: views.pods,
+        flows: flow_log.sink(),
+        level,
+    };
+    let admin = Admin::bind(config.metrics, &config.admin, answers)?;
+    tracing::info!(node = config.node, metrics = %admin.metrics_addr(), "serving");
+    let successor = Successor::of(&config.admin);
+    let admin = tokio::spawn(admin.serve(stop));
+
+    let result = tokio::select! {
+        signal = requests.next() => {
+            tracing::info!(signal, "ending");
+            Ok(())
+        }
+        () = proxy.failed() => Err(Error::Room("a worker")),
+        _ = &mut control => Err(Error::Room("control")),
+    };
+    readiness.set("not shutting down", false);
+    ending.send_replace(true);
+    let longest = if result.is_ok() {
+        config.drain
+    } else {
+        Duration::ZERO
+    };
+    tokio::select! {
+        () = shutdown::drain(proxy, &successor, longest) => {}
+        // Asked a second time.
+        signal = requests.next() => tracing::warn!(signal, "ending at once"),
+    }
+    hangups.abort();
+    for task in [events, admin] {
+        if let Err(error) = task.await {
+            tracing::error!(%error, "a task failed while the agent ended");
+        }
+    }
+    drop(identities);
+    flow_log.finish(LAST_RECORDS);
+    result
+}
+
+/// `control` on a thread of its own: it enters namespaces and makes long series of system calls.
+/// The receiver ends with it, however it ends.
+fn start_control(
+    settings: control::Settings,
+    kernel: Datapath,
+    facts: watch::Receiver<Arc<mesh_plan::Cluster>>,
+    outputs: control::Outputs,
+    stop: watch::Receiver<bool>,
+) -> Result<oneshot::Receiver<()>, Error> {
+    let runtime = current_thread().map_err(tried("build control's runtime"))?;
+    let (ended, end) = oneshot::channel::<()>();
+    std::thread::Builder::new()
+        .name("mesh-plan".to_owned())
+        .spawn(move || {
+            let _ended = ended;
+            let run = control::run(settings, kernel, ByAnnotation, facts, outputs, stop);
+            if let Err(error) = runtime.block_on(run) {
+                tracing::error!(%error, "control ended");
+            }
+        })
+        .map_err(tried("start control's thread"))?;
+    Ok(end)
+}
+
+fn current_thread() -> io::Result<Runtime> {
+    Builder::new_current_thread().enable_all().build()
+}
+
+fn identity_config(config: &Config, trust_domain: &TrustDomain) -> identity::Config {
+    let ca = match &config.ca {
+        config::Ca::SelfSigned(path) => Ca::SelfSigned(path.clone()),
+        config::Ca::Files(path) => Ca::Files(path.clone()),
+        // Where the chart mounts them.
+        config::Ca::Grpc(url) => Ca::Grpc(GrpcCa {
+            url: url.clone(),
+            token: Some("/var/run/secrets/tokens/mesh".into()),
+            bundle: "/var/run/secrets/mesh/ca.crt".into(),
+            cluster: "Kubernetes".to_owned(),
+        }),
+    };
+    identity::Config {
+        ca,
+        trust_domain: trust_domain.clone(),
+        clock: Clock::new(now),
+        seed: seed(&config.node),
+    }
+}
+
+/// Spreads renewals over the nodes: FNV-1a of the node's name.
+fn seed(node: &str) -> u64 {
+    node.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+fn proxy_config(config: &Config) -> proxy::Config {
+    let TunnelPort::Fixed(tunnel_port) = config.tunnel_port;
+    proxy::Config {
+        tunnel_port,
+        ..proxy::Config::new(config.workers)
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the outermost wiring is where the clock is read"
+)]
+fn now() -> SystemTime {
+    SystemTime::now()
+}

@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a plan means for connections that are already open: [`judge`], a pure function over the
+//! sockets of a pod's namespace.
+//!
+//! The agent's own sockets are never judged here: tunnels are told by their port, the ends that
+//! carry another's address by that address. What arrived through a tunnel is the proxy's to end,
+//! which knows the proven identity.
+
+use std::collections::BTreeSet;
+
+use mesh_common::identity::Peer;
+use mesh_common::path::{self, Origin, Outbound, Peers as _};
+use mesh_common::pod::{PodState, PodView};
+use mesh_common::service::{ServiceKey, Services as _};
+use mesh_common::settings::{MARK_CAPTURE, MARK_INBOUND, MARK_MASK, TUNNEL_PORT};
+use mesh_common::{Endpoint, Port, Protocol, Reason};
+use mesh_plan::Plan;
+
+use crate::sys::sock_diag::{Socket, state};
+
+/// What becomes of the open connections of one pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Judgement {
+    /// Older than the mesh, and left in clear: (the pod's end, the other end, why).
+    pub old: Vec<(Endpoint, Endpoint, Reason)>,
+    /// To be ended, each with the reason.
+    pub denied: Vec<(Socket, Reason)>,
+}
+
+/// Decides the open connections of a pod again. `sockets` are all of its namespace, listeners
+/// included; `fresh` tells a pod that is just being enrolled from one whose peers changed.
+#[must_use]
+pub fn judge(plan: &Plan, pod: &PodView, sockets: &[Socket], fresh: bool) -> Judgement {
+    let scene = Scene::new(plan, pod, sockets);
+    let mut judgement = Judgement::default();
+    for socket in sockets {
+        match scene.decide(socket) {
+            Fate::Keep => {}
+            Fate::Deny(reason) => judgement.denied.push((*socket, reason)),
+            Fate::Old => {
+                let reason = if fresh {
+                    Reason::PreEnrolment
+                } else {
+                    Reason::PeerNotReady
+                };
+                judgement.old.push((socket.local, socket.remote, reason));
+            }
+        }
+    }
+    judgement
+}
+
+/// The pod's ends of connections that lead to the agent: captured ones, and hand-overs.
+#[must_use]
+pub fn with_the_agent(pod: &PodView, sockets: &[Socket]) -> Vec<(Socket, Reason)> {
+    let ends: BTreeSet<(Endpoint, Endpoint)> =
+        sockets.iter().map(|s| (s.local, s.remote)).collect();
+    sockets
+        .iter()
+        .filter(|s| s.protocol == Protocol::TCP && s.state != state::LISTEN)
+        .filter(|s| pod.owns(&s.local.addr) && !pod.owns(&s.remote.addr))
+        .filter(|s| {
+            let marked = [MARK_CAPTURE, MARK_INBOUND].contains(&(s.mark & MARK_MASK));
+            marked || ends.contains(&(s.remote, s.local))
+        })
+        .map(|s| (*s, Reason::OptedOut))
+        .collect()
+}
+
+enum Fate {
+    Keep,
+    Old,
+    Deny(Reason),
+}
+
+struct Scene<'a> {
+    plan: &'a Plan,
+    pod: &'a PodView,
+    listening: BTreeSet<Port>,
+    /// Both ends of every TCP socket: one whose reverse is here too leads to the agent.
+    ends: BTreeSet<(Endpoint, Endpoint)>,
+}
+
+impl<'a> Scene<'a> {
+    fn new(plan: &'a Plan, pod: &'a PodView, sockets: &[Socket]) -> Self {
+        let tcp = || sockets.iter().filter(|s| s.protocol == Protocol::TCP);
+        Self {
+            plan,
+            pod,
+            listening: tcp()
+                .filter(|s| s.state == state::LISTEN)
+                .map(|s| s.local.port)
+                .collect(),
+            ends: tcp().map(|s| (s.local, s.remote)).collect(),
+        }
+    }
+
+    fn decide(&self, socket: &Socket) -> Fate {
+        if socket.state == state::LISTEN
+            || !socket.is_connected()
+            || !self.pod.owns(&socket.local.addr)
+            || self.pod.owns(&socket.remote.addr)
+        {
+            return Fate::Keep;
+        }
+        if socket.protocol == Protocol::TCP {
+            self.tcp(socket)
+        } else {
+            self.udp(socket)
+        }
+    }
+
+    fn tcp(&self, socket: &Socket) -> Fate {
+        let tunnel = socket.remote.port == TUNNEL_PORT || socket.local.port == TUNNEL_PORT;
+        if tunnel && self.pod.has(PodState::ENROLLED) {
+            return Fate::Keep;
+        }
+        if self.listening.contains(&socket.local.port) {
+            self.accepted(socket)
+        } else {
+            self.connected(socket)
+        }
+    }
+
+    /// A connection that the pod accepted.
+    fn accepted(&self, socket: &Socket) -> Fate {
+        if socket.mark & MARK_MASK == MARK_INBOUND || self.leads_to_the_agent(socket) {
+            return Fate::Keep;
+        }
+        let path = path::inbound(
+            self.plan,
+            self.pod,
+            &socket.remote.addr,
+            Origin::Address,
+            Protocol::TCP,
+            socket.local.port,
+        );
+        if path.action == Outbound::Refuse {
+            return Fate::Deny(path.verdict.reason);
+        }
+        if !self.tunnelled_to(&socket.remote) {
+            return Fate::Keep;
+        }
+        let strict = path::strict(self.plan, self.pod, socket.local.port);
+        self.old_or_denied(socket, strict)
+    }
+
+    /// A connection that the pod opened.
+    fn connected(&self, socket: &Socket) -> Fate {
+        if self.is_virtual(&socket.remote, Protocol::TCP) {
+            // Where it leads is not known: somebody else translated it, before the enrolment.
+            let enrolled = self.pod.has(PodState::ENROLLED);
+            return if enrolled {
+                self.old_or_denied(socket, self.pod.has(PodState::STRICT))
+            } else {
+                Fate::Keep
+            };
+        }
+        let path = path::outbound(self.plan, self.pod, socket.remote, Protocol::TCP);
+        match path.action {
+            Outbound::Refuse => Fate::Deny(path.verdict.reason),
+            Outbound::Direct => Fate::Keep,
+            Outbound::Tunnel if self.is_captured(socket) => Fate::Keep,
+            Outbound::Tunnel => self.old_or_denied(socket, self.pod.has(PodState::STRICT)),
+        }
+    }
+
+    /// In clear to where the mesh would tunnel: left only while both ends are Permissive.
+    fn old_or_denied(&self, socket: &Socket, strict: bool) -> Fate {
+        let peer = self.plan.peer(&socket.remote.addr);
+        if strict || self.pod.has(PodState::REQUIRED) || peer.is_some_and(|p| p.has(Peer::STRICT)) {
+            return Fate::Deny(Reason::PreEnrolment);
+        }
+        match socket.state {
+            // A hook decided it, or it has sent nothing yet and the gate stops its SYN.
+            state::SYN_SENT => Fate::Keep,
+            _ => Fate::Old,
+        }
+    }
+
+    fn udp(&self, socket: &Socket) -> Fate {
+        let (to, from) = (socket.remote, socket.local);
+        if self.is_virtual(&to, Protocol::UDP) {
+            return Fate::Keep;
+        }
+        let out = path::outbound(self.plan, self.pod, to, Protocol::UDP);
+        let back = path::inbound(
+            self.plan,
+            self.pod,
+            &to.addr,
+            Origin::Address,
+            Protocol::UDP,
+            from.port,
+        );
+        // Which end began is not known: an answer is allowed where the question was.
+        if out.action == Outbound::Refuse && back.action == Outbound::Refuse {
+            Fate::Deny(out.verdict.reason)
+        } else {
+            Fate::Keep
+        }
+    }
+
+    fn is_captured(&self, socket: &Socket) -> bool {
+        socket.mark & MARK_MASK == MARK_CAPTURE || self.leads_to_the_agent(socket)
+    }
+
+    fn leads_to_the_agent(&self, socket: &Socket) -> bool {
+        self.ends.contains(&(socket.remote, socket.local))
+    }
+
+    /// Whether the pod's segments to this address have to go through a tunnel.
+    fn tunnelled_to(&self, remote: &Endpoint) -> bool {
+        let peer = path::who(self.plan, &remote.addr);
+        self.pod.has(PodState::ENROLLED)
+            && !peer.local
+            && peer.has(Peer::ENROLLED)
+            && peer.has(Peer::READY)
+    }
+
+    fn is_virtual(&self, at: &Endpoint, protocol: Protocol) -> bool {
+        let key = ServiceKey::new(*at, protocol);
+        self.plan.service(&ServiceKey::marker(at.addr)).is_some()
+            || self.plan.service(&key).is_some()
+    }
+}

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A kernel in memory: a plan, pods, and a record of what was done in which order.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::rc::Rc;
+
+use mesh_common::pod::{ListenerSlot, PodIndex, PodState, PodView};
+use mesh_common::{Endpoint, Reason};
+use mesh_plan::Plan;
+use mesh_plan::plan::{Entry, LocalPod, MapOp};
+
+use super::kernel::Kernel;
+use crate::datapath::{Error, PodAttachment, PodFacts};
+
+/// The state; shared, so that a test sees it while `control` owns the kernel.
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) plan: RefCell<Plan>,
+    pub(super) pods: RefCell<BTreeMap<PodIndex, PodState>>,
+    pub(super) uids: RefCell<BTreeMap<String, PodIndex>>,
+    pub(super) old: RefCell<BTreeMap<PodIndex, Vec<(Endpoint, Endpoint, Reason)>>>,
+    /// What was done, one word each.
+    pub(super) log: RefCell<Vec<String>>,
+    /// Operations that succeed before one fails; `None` = all do.
+    pub(super) fails_after: Cell<Option<usize>>,
+    /// Pods get no gate.
+    pub(super) ungated: Cell<bool>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct Fake(pub(super) Rc<State>);
+
+impl Fake {
+    fn log(&self, line: String) {
+        self.0.log.borrow_mut().push(line);
+    }
+
+    pub(super) fn view(&self, uid: &str) -> Option<PodView> {
+        let index = *self.0.uids.borrow().get(uid)?;
+        Some(self.0.pods.borrow().get(&index)?.view)
+    }
+
+    /// Forgets which process added what, as a restart does.
+    pub(super) fn restart(&self) {
+        self.0.uids.borrow_mut().clear();
+        self.0.log.borrow_mut().clear();
+    }
+}
+
+impl Kernel for Fake {
+    fn dump(&self) -> Result<Plan, Error> {
+        let mut plan = self.0.plan.borrow().clone();
+        let pods = self.0.pods.borrow();
+        plan.pods = self
+            .0
+            .uids
+            .borrow()
+            .iter()
+            .map(|(uid, index)| {
+                let view = pods[index].view;
+                (
+                    uid.clone(),
+                    LocalPod {
+                        view,
+                        ..LocalPod::default()
+                    },
+                )
+            })
+            .collect();
+        Ok(plan)
+    }
+
+    fn apply(&mut self, ops: &[MapOp]) -> Result<(), Error> {
+        for op in ops {
+            match self.0.fails_after.get() {
+                Some(0) => {
+                    return Err(Error::Attach {
+                        program: "test",
+                        target: "nothing".to_owned(),
+                        source: io::Error::from(io::ErrorKind::OutOfMemory),
+                    });
+                }
+                Some(n) => self.0.fails_after.set(Some(n - 1)),
+                None => {}
+            }
+            if let MapOp::Put(Entry::Pod(uid, view)) = op {
+                let index = *self.0.uids.borrow().get(uid).expect("the pod was added");
+                self.set_pod(index, view)?;
+            } else {
+                self.log("write".to_owned());
+                mesh_plan::diff::apply(&mut self.0.plan.borrow_mut(), op);
+            }
+        }
+        Ok(())
+    }
+
+    fn note(&self, _plan: &Plan) {}
+
+    fn pods(&self) -> Result<Vec<(PodIndex, PodState)>, Error> {
+        Ok(self.0.pods.borrow().iter().map(|(i, s)| (*i, *s)).collect())
+    }
+
+    fn add_pod(&mut self, pod: &PodAttachment<'_>) -> Result<PodFacts, Error> {
+        let mut pods = self.0.pods.borrow_mut();
+        let known = pods
+            .iter()
+            .find(|(_, state)| state.netns_cookie == pod.netns_cookie)
+            .map(|(index, _)| *index);
+        let index = known.unwrap_or_else(|| {
+            let free = (0..).map(PodIndex).find(|i| !pods.contains_key(i));
+            free.expect("there are enough numbers")
+        });
+        if known.is_none() {
+            let state = PodState {
+                netns_cookie: pod.netns_cookie,
+                view: pod.view,
+                ..PodState::default()
+            };
+            pods.insert(index, state);
+        }
+        self.0.uids.borrow_mut().insert(pod.uid.to_owned(), index);
+        self.log(format!("add {}", pod.uid));
+        Ok(PodFacts {
+            index,
+            taken_over: known.is_some(),
+            ungated: (pod.link.is_none() || self.0.ungated.get())
+                .then(|| "no host side".to_owned()),
+        })
+    }
+
+    fn set_listener(
+        &mut self,
+        index: PodIndex,
+        slot: ListenerSlot,
+        _listener: BorrowedFd<'_>,
+    ) -> Result<(), Error> {
+        self.log(format!("listener {} {slot:?}", index.0));
+        Ok(())
+    }
+
+    fn set_pod(&mut self, index: PodIndex, view: &PodView) -> Result<(), Error> {
+        let mut pods = self.0.pods.borrow_mut();
+        let state = pods.get_mut(&index).expect("the pod was added");
+        state.view = *view;
+        let enrolled = if view.has(PodState::ENROLLED) {
+            "enrolled"
+        } else {
+            "plain"
+        };
+        self.log(format!("set {} {enrolled} {:x}", index.0, view.set.0));
+        Ok(())
+    }
+
+    fn remove_pod(&mut self, index: PodIndex) -> Result<(), Error> {
+        self.0.pods.borrow_mut().remove(&index);
+        self.0.uids.borrow_mut().retain(|_, i| *i != index);
+        self.log(format!("remove {}", index.0));
+        Ok(())
+    }
+
+    fn set_old_connections(
+        &mut self,
+        index: PodIndex,
+        connections: &[(Endpoint, Endpoint, Reason)],
+    ) -> Result<(), Error> {
+        self.0.old.borrow_mut().insert(index, connections.to_vec());
+        self.log(format!("old {} {}", index.0, connections.len()));
+        Ok(())
+    }
+}

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The kernel, as far as `control` writes to it: real in production, in memory in tests.
+
+use std::os::fd::BorrowedFd;
+
+use mesh_common::pod::{ListenerSlot, PodIndex, PodState, PodView};
+use mesh_common::{Endpoint, Reason};
+use mesh_plan::Plan;
+use mesh_plan::plan::MapOp;
+
+use crate::datapath::{Datapath, Error, PodAttachment, PodFacts};
+
+/// What `control` asks of the datapath; each method is the one of [`Datapath`].
+pub trait Kernel {
+    /// See [`Datapath::dump`].
+    ///
+    /// # Errors
+    /// When a map cannot be read.
+    fn dump(&self) -> Result<Plan, Error>;
+    /// See [`Datapath::apply`].
+    ///
+    /// # Errors
+    /// At the first operation that fails.
+    fn apply(&mut self, ops: &[MapOp]) -> Result<(), Error>;
+    /// See [`Datapath::note`].
+    fn note(&self, plan: &Plan);
+    /// See [`Datapath::pods`].
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    fn pods(&self) -> Result<Vec<(PodIndex, PodState)>, Error>;
+    /// See [`Datapath::add_pod`].
+    ///
+    /// # Errors
+    /// When no slot is left, or the kernel refuses.
+    fn add_pod(&mut self, pod: &PodAttachment<'_>) -> Result<PodFacts, Error>;
+    /// See [`Datapath::set_listener`].
+    ///
+    /// # Errors
+    /// When the socket does not listen.
+    fn set_listener(
+        &mut self,
+        index: PodIndex,
+        slot: ListenerSlot,
+        listener: BorrowedFd<'_>,
+    ) -> Result<(), Error>;
+    /// See [`Datapath::set_pod`].
+    ///
+    /// # Errors
+    /// When the pod was not added.
+    fn set_pod(&mut self, index: PodIndex, view: &PodView) -> Result<(), Error>;
+    /// See [`Datapath::remove_pod`].
+    ///
+    /// # Errors
+    /// When a map or a pin cannot be changed.
+    fn remove_pod(&mut self, index: PodIndex) -> Result<(), Error>;
+    /// See [`Datapath::set_old_connections`].
+    ///
+    /// # Errors
+    /// When the map is full.
+    fn set_old_connections(
+        &mut self,
+        index: PodIndex,
+        connections: &[(Endpoint, Endpoint, Reason)],
+    ) -> Result<(), Error>;
+}
+
+impl Kernel for Datapath {
+    fn dump(&self) -> Result<Plan, Error> {
+        Self::dump(self)
+    }
+
+    fn apply(&mut self, ops: &[MapOp]) -> Result<(), Error> {
+        Self::apply(self, ops)
+    }
+
+    fn note(&self, plan: &Plan) {
+        Self::note(self, plan);
+    }
+
+    fn pods(&self) -> Result<Vec<(PodIndex, PodState)>, Error> {
+        Self::pods(self)
+    }
+
+    fn add_pod(&mut self, pod: &PodAttachment<'_>) -> Result<PodFacts, Error> {
+        Self::add_pod(self, pod)
+    }
+
+    fn set_listener(
+        &mut self,
+        index: PodIndex,
+        slot: ListenerSlot,
+        listener: BorrowedFd<'_>,
+    ) -> Result<(), Error> {
+        Self::set_listener(self, index, slot, listener)
+    }
+
+    fn set_pod(&mut self, index: PodIndex, view: &PodView) -> Result<(), Error> {
+        Self::set_pod(self, index, view)
+    }
+
+    fn remove_pod(&mut self, index: PodIndex) -> Result<(), Error> {
+        Self::remove_pod(self, index)
+    }
+
+    fn set_old_connections(
+        &mut self,
+        index: PodIndex,
+        connections: &[(Endpoint, Endpoint, Reason)],
+    ) -> Result<(), Error> {
+        Self::set_old_connections(self, index, connections)
+    }
+}

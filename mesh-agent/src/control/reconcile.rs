@@ -1,0 +1,463 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One pass from facts to the kernel, in an order in which no moment is less protected than the
+//! one before it:
+//!
+//! 1. pods that are gone are removed, so that their addresses are free;
+//! 2. new pods are adopted, closed where they have policy; listeners of newly enrolled pods open;
+//! 3. content that nothing refers to yet is written;
+//! 4. plan, pods and identities are published: the proxy accepts before anything is captured;
+//! 5. pods and services switch, and what nothing refers to any more goes;
+//! 6. open connections are decided again;
+//! 7. what was made in pods that left the mesh is removed.
+
+use std::collections::BTreeSet;
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
+use std::time::Instant;
+
+use mesh_common::pod::{PodIndex, PodState, PodView};
+use mesh_common::policy::PolicySetId;
+use mesh_common::{Endpoint, Reason};
+use mesh_plan::plan::{Entry, Key, LocalPod, MapOp};
+use mesh_plan::{Plan, diff};
+
+use super::adopted::{Adopted, Enrolment, Retry, before_the_first_plan, in_force};
+use super::{Control, Error, Kernel, connections, describe, sockets};
+use crate::datapath::PodAttachment;
+use crate::pods::find::Find;
+use crate::pods::{self, Home, PodHandle, watch};
+use crate::sys::route::{Link, Routing};
+
+impl<K: Kernel, F: Find> Control<K, F> {
+    /// Brings the kernel and the pods to the desired plan; whether anything had to change. Doing it
+    /// again is harmless.
+    pub(super) fn pass(&mut self) -> Result<bool, Error> {
+        let mut plan = self.desired.clone();
+        let mut base = match self.base.take() {
+            Some(base) => Plan::clone(&base),
+            None => self.kernel.dump()?,
+        };
+        self.remove_gone(&plan, &mut base)?;
+        let added = self.adopt_new(&plan, &mut base)?;
+        self.enrol_wanted(&plan);
+        self.write_what_is(&mut plan);
+        let fresh = self.newly_enrolled(&plan, &base);
+
+        let ops = diff(&base, &plan);
+        let switch = ops
+            .iter()
+            .position(|op| matches!(op, MapOp::Put(Entry::Pod(..))))
+            .unwrap_or(ops.len());
+        let (content, rest) = ops.split_at(switch);
+        let plan = Arc::new(plan);
+        let applied = self.kernel.apply(content).and_then(|()| {
+            self.keep_old_connections(&plan, &fresh);
+            self.publish(&plan);
+            self.kernel.apply(rest)
+        });
+        if let Err(error) = applied {
+            self.cut_off(&added);
+            return Err(error.into());
+        }
+        self.kernel.note(&plan);
+        self.decide_open_connections(&plan, &ops, &fresh);
+        self.withdraw_unwanted(&plan);
+        self.remove_inherited()?;
+        self.publish_pods();
+        self.base = Some(plan);
+        Ok(!ops.is_empty())
+    }
+
+    /// Removes pods that the facts do not have any more, that changed beyond recognition, or whose
+    /// namespace is gone.
+    fn remove_gone(&mut self, plan: &Plan, base: &mut Plan) -> Result<(), Error> {
+        let gone: Vec<String> = self
+            .pods
+            .iter()
+            .filter(|(uid, pod)| {
+                let still = plan.pods.get(*uid).is_some_and(|local| {
+                    local.addresses == pod.handle.local.addresses
+                        && local.netns_path == pod.handle.local.netns_path
+                });
+                !still || !pod.home.is_there()
+            })
+            .map(|(uid, _)| uid.clone())
+            .collect();
+        for uid in &gone {
+            if let Some(pod) = self.pods.get(uid) {
+                self.kernel.remove_pod(pod.index)?;
+            }
+            base.pods.remove(uid);
+            if let Some(pod) = self.pods.remove(uid) {
+                tracing::info!(pod = %pod.handle.local.name, uid, "pod let go");
+                leave(&pod);
+            }
+        }
+        if !gone.is_empty() {
+            self.publish_pods();
+        }
+        self.waiting.retain(|uid, _| plan.pods.contains_key(uid));
+        Ok(())
+    }
+
+    /// Adopts pods whose namespace is there. Returns those that no earlier agent had.
+    fn adopt_new(&mut self, plan: &Plan, base: &mut Plan) -> Result<Vec<PodIndex>, Error> {
+        let now = Instant::now();
+        let news: Vec<(&String, &LocalPod)> = plan
+            .pods
+            .iter()
+            .filter(|(uid, _)| !self.pods.contains_key(*uid))
+            .collect();
+        let inherited = match self.inherited.take() {
+            Some(inherited) => inherited,
+            None => self.kernel.pods()?.into_iter().map(|(i, _)| i).collect(),
+        };
+        let inherited = self.inherited.insert(inherited);
+        if news.is_empty() {
+            return Ok(Vec::new());
+        }
+        let links = Routing::open()
+            .and_then(|mut routing| routing.links())
+            .map_err(Error::Links)?;
+        let mut added = Vec::new();
+        for (uid, local) in news {
+            match adopt(&mut self.kernel, &self.finder, (uid, local), &links) {
+                Ok((pod, taken_over)) => {
+                    inherited.remove(&pod.index);
+                    self.waiting.remove(uid);
+                    if !taken_over {
+                        added.push(pod.index);
+                    }
+                    tracing::info!(pod = %local.name, uid, taken_over, "pod adopted");
+                    self.pods.insert(uid.clone(), pod);
+                }
+                Err(why) => {
+                    let retry = Retry::after(self.waiting.get(uid), why, now);
+                    if self.waiting.get(uid).is_none_or(|old| old.why != retry.why) {
+                        tracing::warn!(pod = %local.name, uid, why = retry.why, "pod not adopted");
+                    }
+                    self.waiting.insert(uid.clone(), retry);
+                }
+            }
+        }
+        // What the kernel holds of them: an earlier agent's view, or the closed one.
+        for (index, state) in self.kernel.pods()? {
+            if let Some((uid, pod)) = self.pods.iter().find(|(_, pod)| pod.index == index) {
+                let local = LocalPod {
+                    view: state.view,
+                    ..pod.handle.local.clone()
+                };
+                base.pods.insert(uid.clone(), local);
+            }
+        }
+        Ok(added)
+    }
+
+    /// Prepares the pods that are to be enrolled and are not yet.
+    fn enrol_wanted(&mut self, plan: &Plan) {
+        let now = Instant::now();
+        for (uid, pod) in &mut self.pods {
+            let Some(local) = plan.pods.get(uid) else {
+                continue;
+            };
+            if !local.view.has(PodState::ENROLLED) {
+                pod.refused = None;
+                continue;
+            }
+            let wait = pod.refused.as_ref().is_some_and(|r| !r.is_due(now));
+            if pod.enrolment.is_some() || wait {
+                continue;
+            }
+            match enrol(&mut self.kernel, pod, uid, &self.changed) {
+                Ok(enrolment) => {
+                    pod.refused = None;
+                    pod.enrolment = Some(enrolment);
+                    tracing::info!(pod = %local.name, uid, "pod enrolled");
+                }
+                Err(why) => {
+                    let retry = Retry::after(pod.refused.as_ref(), why, now);
+                    if pod.refused.as_ref().is_none_or(|old| old.why != retry.why) {
+                        tracing::error!(pod = %local.name, uid, why = retry.why, "pod not enrolled");
+                    }
+                    pod.refused = Some(retry);
+                }
+            }
+        }
+    }
+
+    /// Turns the wish into what can be in force, and the handles with it.
+    fn write_what_is(&mut self, plan: &mut Plan) {
+        let pods = &mut self.pods;
+        let silent = self.settings.silent;
+        plan.pods.retain(|uid, local| {
+            let Some(pod) = pods.get_mut(uid) else {
+                return false;
+            };
+            let gated = pod.ungated.is_none();
+            local.view = in_force(local.view, gated, pod.enrolment.is_some(), silent);
+            pod.refresh(local);
+            true
+        });
+    }
+
+    fn newly_enrolled(&self, plan: &Plan, base: &Plan) -> BTreeSet<String> {
+        let enrolled = |pod: &LocalPod| pod.view.has(PodState::ENROLLED);
+        plan.pods
+            .iter()
+            .filter(|(uid, pod)| enrolled(pod) && !base.pods.get(*uid).is_some_and(enrolled))
+            .map(|(uid, _)| uid.clone())
+            .collect()
+    }
+
+    fn publish(&self, plan: &Arc<Plan>) {
+        self.outputs.plan.send_if_modified(|old| {
+            let changed = **old != **plan;
+            *old = Arc::clone(plan);
+            changed
+        });
+        self.publish_pods();
+        self.publish_wanted();
+    }
+
+    /// Tells the gate which connections are older than the enrolment, before it counts. The gate
+    /// drops what it is not told of.
+    fn keep_old_connections(&mut self, plan: &Plan, fresh: &BTreeSet<String>) {
+        for uid in fresh {
+            let (Some(pod), Some(local)) = (self.pods.get_mut(uid), plan.pods.get(uid)) else {
+                continue;
+            };
+            let kept = sockets::list(&pod.home.netns)
+                .map_err(|error| describe(&error))
+                .map(|list| connections::judge(plan, &local.view, &list, true).old)
+                .and_then(|old| keep(&mut self.kernel, pod, old));
+            if let Err(why) = kept {
+                tracing::warn!(pod = %local.name, why, "connections older than the enrolment end");
+            }
+        }
+    }
+
+    /// Ends what the plan in force denies. Not being able to is reported, and stops nothing.
+    fn decide_open_connections(&mut self, plan: &Plan, ops: &[MapOp], fresh: &BTreeSet<String>) {
+        let matters = ops.iter().any(|op| {
+            !matches!(
+                op,
+                MapOp::Put(Entry::Service(..) | Entry::Backend(..))
+                    | MapOp::Remove(Key::Service(_) | Key::Backend(_))
+            )
+        });
+        if !matters {
+            return;
+        }
+        for (uid, pod) in &mut self.pods {
+            let Some(local) = plan.pods.get(uid) else {
+                continue;
+            };
+            let ended = again(
+                &mut self.kernel,
+                pod,
+                plan,
+                &local.view,
+                fresh.contains(uid),
+            );
+            match ended {
+                Ok(ended) => self.ended += ended,
+                Err(_) if !pod.home.is_there() => {}
+                Err(why) => {
+                    tracing::warn!(pod = %local.name, why, "open connections may go on that policy denies");
+                    pod.trouble = Some(why);
+                }
+            }
+        }
+    }
+
+    /// Takes pods that left the mesh back to what they were: after the switch, so that nothing is
+    /// captured any more.
+    fn withdraw_unwanted(&mut self, plan: &Plan) {
+        for (uid, pod) in &mut self.pods {
+            let Some(local) = plan.pods.get(uid) else {
+                continue;
+            };
+            if local.view.has(PodState::ENROLLED) || pod.enrolment.is_none() {
+                continue;
+            }
+            leave(pod);
+            pod.enrolment = None;
+            pod.trouble = None;
+            pod.refresh(local);
+            tracing::info!(pod = %local.name, uid, "pod un-enrolled");
+        }
+        self.publish_wanted();
+    }
+
+    /// Removes pods of an earlier agent that the facts do not have. One whose address a waiting
+    /// pod has may be that pod: it stays as it is.
+    fn remove_inherited(&mut self) -> Result<(), Error> {
+        let Some(inherited) = self.inherited.as_mut().filter(|i| !i.is_empty()) else {
+            return Ok(());
+        };
+        for (index, state) in self.kernel.pods()? {
+            let waits = self.waiting.keys().any(|uid| {
+                let local = self.desired.pods.get(uid);
+                local.is_some_and(|l| l.addresses.iter().any(|a| state.view.owns(&(*a).into())))
+            });
+            if inherited.contains(&index) && !waits {
+                tracing::info!(slot = index.0, "pod of an earlier agent removed");
+                self.kernel.remove_pod(index)?;
+                inherited.remove(&index);
+            }
+        }
+        Ok(())
+    }
+
+    /// After a plan that could not be applied: pods that have no older policy in force are closed.
+    fn cut_off(&mut self, added: &[PodIndex]) {
+        for pod in self.pods.values().filter(|pod| added.contains(&pod.index)) {
+            let view = PodView {
+                set: PolicySetId::ISOLATED,
+                ..pod.handle.local.view
+            };
+            if let Err(error) = self.kernel.set_pod(pod.index, &view) {
+                tracing::error!(pod = %pod.handle.local.name, error = describe(&error), "cannot cut the pod off");
+            }
+        }
+    }
+}
+
+/// Adopts one pod; whether an earlier agent had it. The error is for people.
+fn adopt(
+    kernel: &mut impl Kernel,
+    finder: &impl Find,
+    (uid, local): (&String, &LocalPod),
+    links: &[Link],
+) -> Result<(Adopted, bool), String> {
+    let home = pods::find(uid, local, finder).map_err(|e| describe(&e))?;
+    let host = home.interface.host_index;
+    let link = links.iter().find(|link| link.index == host && host != 0);
+    let attachment = PodAttachment {
+        uid,
+        netns: home.netns.as_fd(),
+        netns_cookie: home.cookie,
+        link: link.map(|link| (link.index, link.name.clone())),
+        mac: home.interface.mac,
+        view: before_the_first_plan(local.view),
+    };
+    let facts = kernel.add_pod(&attachment).map_err(|e| describe(&e))?;
+    let handle = PodHandle {
+        uid: uid.clone(),
+        local: local.clone(),
+        index: facts.index,
+        netns: Arc::clone(&home.netns),
+        netns_cookie: home.cookie,
+        listeners: None,
+        link: home.interface.host_index,
+        mac: home.interface.mac,
+    };
+    let pod = Adopted {
+        home,
+        index: facts.index,
+        ungated: facts.ungated,
+        enrolment: None,
+        refused: None,
+        trouble: None,
+        old: None,
+        handle: Arc::new(handle),
+    };
+    Ok((pod, facts.taken_over))
+}
+
+/// Prepares a pod's namespace and gives the kernel the agent's listeners. The error is for people.
+fn enrol(
+    kernel: &mut impl Kernel,
+    pod: &Adopted,
+    uid: &str,
+    changed: &tokio::sync::mpsc::Sender<String>,
+) -> Result<Enrolment, String> {
+    let home: &Home = &pod.home;
+    let (listeners, list) =
+        pods::enrol(home, &pod.handle.local).map_err(|error| describe(&error))?;
+    for (slot, listener) in listeners.iter() {
+        if let Err(error) = kernel.set_listener(pod.index, slot, listener.as_fd()) {
+            let why = describe(&error);
+            if let Err(left) = pods::withdraw(home, &list) {
+                return Err(format!("{why}; and {}", describe(&left)));
+            }
+            return Err(why);
+        }
+    }
+    let watch = match watch::start(&home.netns, uid.to_owned(), changed.clone()) {
+        Ok(watch) => Some(watch),
+        Err(error) => {
+            let error = describe(&error);
+            tracing::warn!(
+                uid,
+                error,
+                "changes in the pod are only looked for every second"
+            );
+            None
+        }
+    };
+    Ok(Enrolment {
+        listeners,
+        list,
+        _watch: watch,
+    })
+}
+
+/// Takes a pod that is no longer captured back to what it was. Its connections with the agent end
+/// first: without our routes their bytes would leave in clear.
+fn leave(pod: &Adopted) {
+    let Some(enrolment) = &pod.enrolment else {
+        return;
+    };
+    let view = &pod.handle.local.view;
+    let left = sockets::list(&pod.home.netns)
+        .and_then(|list| sockets::end(&pod.home.netns, &connections::with_the_agent(view, &list)))
+        .map_err(|error| describe(&error))
+        .and_then(|_| pods::withdraw(&pod.home, &enrolment.list).map_err(|error| describe(&error)));
+    if let Err(why) = left
+        && pod.home.is_there()
+    {
+        tracing::warn!(pod = %pod.handle.local.name, why, "something of ours is left in the pod");
+    }
+}
+
+/// Tells the gate a pod's old connections, if they changed. One that was told keeps its reason.
+fn keep(
+    kernel: &mut impl Kernel,
+    pod: &mut Adopted,
+    mut old: Vec<(Endpoint, Endpoint, Reason)>,
+) -> Result<(), String> {
+    for (local, remote, reason) in &mut old {
+        let known = pod.old.iter().flatten();
+        if let Some((.., before)) = known.clone().find(|(l, r, _)| l == local && r == remote) {
+            *reason = *before;
+        }
+    }
+    if pod.old.as_ref() == Some(&old) {
+        return Ok(());
+    }
+    kernel
+        .set_old_connections(pod.index, &old)
+        .map_err(|error| describe(&error))?;
+    pod.old = Some(old);
+    Ok(())
+}
+
+/// Decides a pod's open connections again; how many were ended. The error is for people.
+fn again(
+    kernel: &mut impl Kernel,
+    pod: &mut Adopted,
+    plan: &Plan,
+    view: &PodView,
+    fresh: bool,
+) -> Result<u64, String> {
+    let list = sockets::list(&pod.home.netns).map_err(|e| describe(&e))?;
+    let judgement = connections::judge(plan, view, &list, fresh);
+    keep(kernel, pod, judgement.old)?;
+    if judgement.denied.is_empty() {
+        return Ok(0);
+    }
+    let ended = sockets::end(&pod.home.netns, &judgement.denied).map_err(|e| describe(&e))?;
+    tracing::info!(pod = %pod.handle.local.name, ended, "open connections ended: policy or mode changed");
+    Ok(ended)
+}

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Reads the sockets of a pod's namespace, and ends those that may not go on.
+
+use std::io;
+
+use mesh_common::{Protocol, Reason};
+
+use crate::sys::netns::NetNs;
+use crate::sys::sock_diag::{SockDiag, Socket, States};
+
+/// Every TCP and UDP socket of a namespace that has another end or listens.
+pub(super) fn list(netns: &NetNs) -> io::Result<Vec<Socket>> {
+    netns.run(|| {
+        let mut diag = SockDiag::open()?;
+        let mut all = diag.sockets(Protocol::TCP, States::LIVE_AND_LISTEN)?;
+        all.extend(diag.sockets(Protocol::UDP, States::LIVE)?);
+        Ok(all)
+    })?
+}
+
+/// Ends sockets; how many were still there.
+///
+/// # Errors
+/// The first that could not be ended; the others are.
+pub(super) fn end(netns: &NetNs, sockets: &[(Socket, Reason)]) -> io::Result<u64> {
+    netns.run(|| {
+        let mut diag = SockDiag::open()?;
+        let mut ended = 0;
+        let mut failure = None;
+        for (socket, _) in sockets {
+            match diag.destroy(socket) {
+                Ok(true) => ended += 1,
+                Ok(false) => {}
+                Err(error) => failure = failure.or(Some(error)),
+            }
+        }
+        failure.map_or(Ok(ended), Err)
+    })?
+}

@@ -1,0 +1,485 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `control` over real namespaces and a kernel in memory.
+
+use std::net::{TcpListener, TcpStream};
+use std::rc::Rc;
+
+use mesh_common::PodState;
+use mesh_common::identity::{IdentityId, Peer};
+use mesh_common::policy::{PolicySetId, SetHead};
+use mesh_plan::plan::LocalPod;
+
+use super::fake::{Fake, State};
+use super::*;
+use crate::pods::find::ByAnnotation;
+use crate::pods::lab::{Lab, V4, V6, lab};
+use crate::sys::lab::ip;
+
+const UID: &str = "uid-a";
+
+/// A plan with one pod, whose set exists.
+fn plan(lab: &Lab, flags: u32, set: u64) -> Plan {
+    let mut local = lab.local.clone();
+    local.name.namespace = "shop".to_owned();
+    local.name.name = "web".to_owned();
+    local.service_account = "web".to_owned();
+    local.view.flags = flags;
+    local.view.set = PolicySetId(set);
+    local.view.id = IdentityId(300);
+    local.view.v4 = V4.parse::<std::net::IpAddr>().expect("valid").into();
+    local.view.v6 = V6.parse::<std::net::IpAddr>().expect("valid").into();
+    let mut plan = Plan::default();
+    if set > 1 {
+        plan.sets.insert(PolicySetId(set), SetHead::default());
+    }
+    plan.pods.insert(UID.to_owned(), local);
+    plan
+}
+
+fn settings() -> Settings {
+    Settings {
+        node: "n1".to_owned(),
+        trust_domain: TrustDomain::new("cluster.local").expect("valid"),
+        silent: false,
+    }
+}
+
+struct Setup {
+    control: Control<Fake, ByAnnotation>,
+    views: Views,
+    kernel: Rc<State>,
+    fake: Fake,
+}
+
+fn setup(fake: &Fake) -> Setup {
+    let (outputs, views) = outputs();
+    let (changed, _) = mpsc::channel(4);
+    Setup {
+        control: Control::new(settings(), fake.clone(), ByAnnotation, outputs, changed),
+        views,
+        kernel: Rc::clone(&fake.0),
+        fake: fake.clone(),
+    }
+}
+
+impl Setup {
+    fn pass(&mut self, plan: Plan) -> Result<bool, Error> {
+        self.control.desired = plan;
+        self.control.pass()
+    }
+
+    fn log(&self) -> Vec<String> {
+        self.kernel.log.take()
+    }
+}
+
+/// Runs in the lab's node, inside a runtime.
+fn on_node<T>(lab: &Lab, f: impl FnOnce() -> T) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime can be built");
+    let run = || runtime.block_on(async { f() });
+    lab.node.run(run).expect("it can be entered")
+}
+
+fn rules(lab: &Lab) -> String {
+    lab.pod
+        .run(|| ip(&["rule"]) + &ip(&["-6", "rule"]))
+        .expect("it can be entered")
+}
+
+#[test]
+fn a_pod_is_enrolled_only_when_its_listeners_and_its_policy_are_in_place() {
+    let lab = lab(&[V4, V6]);
+    on_node(&lab, || {
+        let mut setup = setup(&Fake::default());
+        assert!(setup.pass(plan(&lab, PodState::ENROLLED, 7)).unwrap());
+        let log = setup.log();
+        assert_eq!(log[0], format!("add {UID}"));
+        assert!(
+            log[1..5].iter().all(|l| l.starts_with("listener 0")),
+            "{log:?}"
+        );
+        assert_eq!(log[5], "write");
+        assert!(log[6].starts_with("old 0"), "{log:?}");
+        assert_eq!(log[7], "set 0 enrolled 7");
+        assert_eq!(log.len(), 8, "{log:?}");
+        assert!(setup.fake.view(UID).unwrap().has(PodState::GATED));
+        let table = setup.views.pods.borrow().clone();
+        assert!(table[UID].listeners.is_some());
+        assert!(table[UID].local.view.has(PodState::ENROLLED));
+        let wanted: Vec<String> = setup
+            .views
+            .wanted
+            .borrow()
+            .iter()
+            .map(ToString::to_string)
+            .collect();
+        assert_eq!(wanted, ["spiffe://cluster.local/ns/shop/sa/web"]);
+        // Again: nothing to do.
+        assert!(!setup.pass(plan(&lab, PodState::ENROLLED, 7)).unwrap());
+        assert_eq!(setup.log(), Vec::<String>::new());
+    });
+}
+
+#[test]
+fn a_new_pod_with_policy_is_closed_until_its_policy_is_there() {
+    let lab = lab(&[V4, V6]);
+    on_node(&lab, || {
+        let mut setup = setup(&Fake::default());
+        setup.kernel.fails_after.set(Some(0));
+        assert!(setup.pass(plan(&lab, PodState::ENROLLED, 7)).is_err());
+        let view = setup.fake.view(UID).unwrap();
+        assert_eq!(view.set, PolicySetId::ISOLATED);
+        setup.kernel.fails_after.set(None);
+        setup.control.base = None;
+        assert!(setup.pass(plan(&lab, PodState::ENROLLED, 7)).unwrap());
+        let view = setup.fake.view(UID).unwrap();
+        assert_eq!(view.set, PolicySetId(7));
+        assert!(view.has(PodState::ENROLLED));
+    });
+}
+
+#[test]
+fn a_plan_that_fails_in_the_middle_is_tried_as_a_whole_and_the_old_policy_stays() {
+    let lab = lab(&[V4, V6]);
+    on_node(&lab, || {
+        let mut setup = setup(&Fake::default());
+        setup.pass(plan(&lab, PodState::ENROLLED, 7)).unwrap();
+        setup.control.desired = plan(&lab, PodState::ENROLLED, 8);
+        setup.kernel.fails_after.set(Some(1));
+        setup.control.dirty = true;
+        setup.control.pass_if_due();
+        assert_eq!(setup.fake.view(UID).unwrap().set, PolicySetId(7));
+        assert!(setup.views.status.borrow().error.is_some());
+        setup.kernel.fails_after.set(None);
+        let due = Instant::now() + Duration::from_secs(5);
+        while setup.fake.view(UID).unwrap().set != PolicySetId(8) {
+            assert!(Instant::now() < due, "it is not tried again");
+            std::thread::sleep(Duration::from_millis(10));
+            setup.control.pass_if_due();
+        }
+        assert_eq!(setup.views.status.borrow().error, None);
+    });
+}
+
+#[test]
+fn a_restart_takes_pods_over_without_a_moment_outside_the_mesh() {
+    let lab = lab(&[V4, V6]);
+    let fake = Fake::default();
+    on_node(&lab, || {
+        let mut first = setup(&fake);
+        first.pass(plan(&lab, PodState::ENROLLED, 7)).unwrap();
+        drop(first);
+        assert!(
+            rules(&lab).contains("19781"),
+            "dropping a handle removes nothing"
+        );
+        fake.restart();
+        let mut second = setup(&fake);
+        second.pass(plan(&lab, PodState::ENROLLED, 7)).unwrap();
+        let log = second.log();
+        assert!(log.iter().all(|line| !line.contains("plain")), "{log:?}");
+        assert!(
+            log.iter().any(|line| line.starts_with("listener")),
+            "{log:?}"
+        );
+    });
+}
+
+#[test]
+fn pods_of_an_earlier_agent_go_when_the_facts_do_not_have_them() {
+    let lab = lab(&[V4, V6]);
+    let fake = Fake::default();
+    on_node(&lab, || {
+        let mut first = setup(&fake);
+        first.pass(plan(&lab, PodState::ENROLLED, 7)).unwrap();
+        drop(first);
+        fake.restart();
+        let mut second = setup(&fake);
+        let mut waits = plan(&lab, PodState::ENROLLED, 7);
+        let there = waits.pods[UID].netns_path.clone();
+        waits.pods.get_mut(UID).unwrap().netns_path = None;
+        second.pass(waits).unwrap();
+        assert_eq!(
+            fake.0.pods.borrow().len(),
+            1,
+            "it may be the pod that waits"
+        );
+        assert!(second.control.waiting.contains_key(UID));
+        let mut other = plan(&lab, PodState::ENROLLED, 7);
+        other.pods.get_mut(UID).unwrap().netns_path = there;
+        second.pass(Plan::default()).unwrap();
+        assert!(fake.0.pods.borrow().is_empty());
+    });
+}
+
+#[test]
+fn un_enrolment_switches_first_and_leaves_nothing() {
+    let lab = lab(&[V4, V6]);
+    let before = rules(&lab);
+    on_node(&lab, || {
+        let mut setup = setup(&Fake::default());
+        setup.pass(plan(&lab, PodState::ENROLLED, 0)).unwrap();
+        let during = rules(&lab);
+        assert_ne!(during, before);
+        setup.log();
+        setup.pass(plan(&lab, 0, 0)).unwrap();
+        assert_eq!(setup.log(), ["set 0 plain 0"]);
+        assert_eq!(rules(&lab), before);
+        assert!(setup.views.pods.borrow()[UID].listeners.is_none());
+        assert!(setup.views.wanted.borrow().is_empty());
+    });
+}
+
+#[test]
+fn a_pod_with_the_tunnel_port_taken_is_not_half_captured() {
+    for (flags, set) in [
+        (PodState::ENROLLED, PolicySetId(7)),
+        (PodState::ENROLLED | PodState::STRICT, PolicySetId::ISOLATED),
+    ] {
+        let lab = lab(&[V4, V6]);
+        let before = rules(&lab);
+        let held = lab
+            .pod
+            .run(|| TcpListener::bind("0.0.0.0:15008"))
+            .unwrap()
+            .unwrap();
+        on_node(&lab, || {
+            let mut setup = setup(&Fake::default());
+            setup.pass(plan(&lab, flags, 7)).unwrap();
+            let view = setup.fake.view(UID).unwrap();
+            assert!(!view.has(PodState::ENROLLED));
+            assert_eq!(view.set, set);
+            assert_eq!(rules(&lab), before);
+            setup.control.publish_status();
+            let trouble = setup.views.status.borrow().pods[UID]
+                .trouble
+                .clone()
+                .unwrap();
+            assert!(trouble.contains("15008"), "{trouble}");
+            assert_eq!(
+                setup.views.status.borrow().pods[UID].cut_off,
+                set == PolicySetId::ISOLATED
+            );
+            // The application lets go of it: enrolled without a change of facts.
+            drop(held);
+            let due = Instant::now() + Duration::from_secs(10);
+            while !setup.fake.view(UID).unwrap().has(PodState::ENROLLED) {
+                assert!(Instant::now() < due, "it is not tried again");
+                std::thread::sleep(Duration::from_millis(20));
+                setup.control.look();
+                setup.control.pass_if_due();
+            }
+            assert_eq!(setup.fake.view(UID).unwrap().set, PolicySetId(7));
+        });
+    }
+}
+
+#[test]
+fn strict_without_a_gate_is_cut_off_and_named() {
+    let lab = lab(&[V4, V6]);
+    on_node(&lab, || {
+        let mut setup = setup(&Fake::default());
+        setup.kernel.ungated.set(true);
+        setup
+            .pass(plan(&lab, PodState::ENROLLED | PodState::STRICT, 7))
+            .unwrap();
+        assert_eq!(setup.fake.view(UID).unwrap().set, PolicySetId::ISOLATED);
+        setup.control.publish_status();
+        let status = setup.views.status.borrow().pods[UID].clone();
+        assert!(status.cut_off && !status.gated);
+        assert!(status.trouble.unwrap().contains("not protected"));
+    });
+}
+
+#[test]
+fn a_flush_in_the_pod_is_repaired_and_counted() {
+    let lab = lab(&[V4, V6]);
+    on_node(&lab, || {
+        let mut setup = setup(&Fake::default());
+        setup.pass(plan(&lab, PodState::ENROLLED, 0)).unwrap();
+        let whole = rules(&lab);
+        lab.pod
+            .run(|| ip(&["rule", "del", "table", "19781"]))
+            .unwrap();
+        assert_ne!(rules(&lab), whole);
+        setup.control.repair(UID);
+        assert_eq!(rules(&lab).len(), whole.len());
+        assert_eq!(setup.views.status.borrow().tampered, 1);
+    });
+}
+
+/// A connection in the pod to a peer on the node's side; both ends.
+fn connection(lab: &Lab, peer: &str) -> (TcpStream, TcpStream) {
+    let listener = lab
+        .node
+        .run(|| {
+            ip(&["addr", "replace", &format!("{peer}/24"), "dev", "host7"]);
+            TcpListener::bind(format!("{peer}:7000"))
+        })
+        .unwrap()
+        .unwrap();
+    let client = lab
+        .pod
+        .run(|| TcpStream::connect(format!("{peer}:7000")))
+        .unwrap()
+        .unwrap();
+    let (server, _) = listener.accept().unwrap();
+    (client, server)
+}
+
+fn with_peer(mut plan: Plan, peer: &str, flags: u32) -> Plan {
+    let addr = peer.parse::<std::net::IpAddr>().expect("valid").into();
+    let peer = Peer {
+        id: IdentityId(400),
+        flags,
+        pad: 0,
+    };
+    plan.peers.insert(addr, peer);
+    plan
+}
+
+const ELSEWHERE: &str = "10.244.9.77";
+const READY: u32 = Peer::POD | Peer::ENROLLED | Peer::READY;
+
+#[test]
+fn a_connection_older_than_the_enrolment_is_left_or_ended() {
+    for (flags, peer, left) in [
+        (PodState::ENROLLED, READY, true),
+        (PodState::ENROLLED, READY | Peer::STRICT, false),
+        (PodState::ENROLLED | PodState::STRICT, READY, false),
+        (PodState::ENROLLED | PodState::REQUIRED, READY, false),
+        (PodState::ENROLLED | PodState::REQUIRED, Peer::POD, false),
+    ] {
+        let lab = lab(&[V4, V6]);
+        let (client, _server) = connection(&lab, ELSEWHERE);
+        on_node(&lab, || {
+            let mut setup = setup(&Fake::default());
+            setup
+                .pass(with_peer(plan(&lab, flags, 0), ELSEWHERE, peer))
+                .unwrap();
+            let alive = client.peer_addr().is_ok();
+            assert_eq!(alive, left, "{flags:x} {peer:x}");
+            let old = setup
+                .kernel
+                .old
+                .borrow()
+                .values()
+                .map(Vec::len)
+                .sum::<usize>();
+            assert_eq!(old, usize::from(left));
+            assert_eq!(setup.control.ended, u64::from(!left));
+        });
+    }
+}
+
+#[test]
+fn a_peer_that_becomes_ready_later_makes_its_connections_old_and_policy_ends_them() {
+    let lab = lab(&[V4, V6]);
+    let (client, _server) = connection(&lab, ELSEWHERE);
+    on_node(&lab, || {
+        let mut setup = setup(&Fake::default());
+        let enrolled = || plan(&lab, PodState::ENROLLED, 0);
+        setup
+            .pass(with_peer(enrolled(), ELSEWHERE, Peer::POD))
+            .unwrap();
+        assert!(setup.kernel.old.borrow().values().all(Vec::is_empty));
+        setup.pass(with_peer(enrolled(), ELSEWHERE, READY)).unwrap();
+        let old: Vec<_> = setup
+            .kernel
+            .old
+            .borrow()
+            .values()
+            .flatten()
+            .copied()
+            .collect();
+        assert_eq!(old.len(), 1);
+        assert_eq!(old[0].2, mesh_common::Reason::PeerNotReady);
+        assert!(client.peer_addr().is_ok());
+        let mut denied = with_peer(plan(&lab, PodState::ENROLLED, 9), ELSEWHERE, READY);
+        denied.sets.insert(
+            PolicySetId(9),
+            SetHead {
+                flags: SetHead::ISOLATED_EGRESS,
+                ..SetHead::default()
+            },
+        );
+        setup.pass(denied).unwrap();
+        assert!(client.peer_addr().is_err(), "policy denies it now");
+        assert!(setup.kernel.old.borrow().values().all(Vec::is_empty));
+    });
+}
+
+/// The whole room, over facts.
+#[test]
+fn a_namespace_that_is_gone_is_let_go_within_a_second() {
+    let Lab { node, pod, local } = lab(&[V4, V6]);
+    let cluster = facts(&local);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let fake = Fake::default();
+    let scenario = async {
+        let (outputs, mut views) = outputs();
+        let (_facts, receiver) = watch::channel(Arc::new(cluster));
+        let (_stop, stopped) = watch::channel(false);
+        let kernel = fake.clone();
+        let run = run(settings(), kernel, ByAnnotation, receiver, outputs, stopped);
+        let watcher = async {
+            let limit = Duration::from_secs(10);
+            let adopted = views.pods.wait_for(|table| !table.is_empty());
+            tokio::time::timeout(limit, adopted)
+                .await
+                .expect("it is adopted")
+                .unwrap();
+            drop(pod);
+            let gone = Instant::now();
+            while ip(&["-o", "link"]).contains("host7") {
+                assert!(gone.elapsed() < limit, "the namespace is still there");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            assert!(
+                gone.elapsed() < Duration::from_secs(1),
+                "{:?}",
+                gone.elapsed()
+            );
+            let emptied = views.pods.wait_for(|table| table.is_empty());
+            tokio::time::timeout(limit, emptied).await.unwrap().unwrap();
+        };
+        tokio::select! {
+            result = run => panic!("control ended: {result:?}"),
+            () = watcher => {}
+        }
+    };
+    node.run(|| runtime.block_on(scenario)).unwrap();
+    assert!(fake.0.pods.borrow().is_empty());
+}
+
+/// The facts of one enrolled pod.
+fn facts(local: &LocalPod) -> Cluster {
+    let mut cluster = Cluster::default();
+    let labels = [("mesh.rs/dataplane".to_owned(), "enabled".to_owned())];
+    let namespace = mesh_plan::cluster::Namespace {
+        uid: "ns".to_owned(),
+        labels: labels.into_iter().collect(),
+    };
+    cluster.namespaces.insert("shop".to_owned(), namespace);
+    cluster
+        .nodes
+        .insert("n1".to_owned(), mesh_plan::cluster::Node::default());
+    let pod = mesh_plan::cluster::Pod {
+        name: mesh_plan::cluster::ObjectName::new("shop", "web"),
+        uid: UID.to_owned(),
+        service_account: "web".to_owned(),
+        node: "n1".to_owned(),
+        addresses: local.addresses.clone(),
+        ready: true,
+        netns_path: local.netns_path.clone(),
+        ..mesh_plan::cluster::Pod::default()
+    };
+    cluster.pods.insert(UID.to_owned(), pod);
+    cluster
+}
