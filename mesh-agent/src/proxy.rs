@@ -25,7 +25,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::LocalSet;
 
 use self::dial::{Dial, InPod};
-use self::worker::{Crew, Job, Worker};
+use self::worker::{Crew, Moved, Worker};
 use crate::datapath::Handles;
 use crate::identity::Identities;
 use crate::pods::PodTable;
@@ -195,7 +195,7 @@ fn start_with(
     let (phase, phases) = watch::channel(Phase::Serving);
     let (going, gone) = mpsc::channel(workers);
     let (senders, receivers): (Vec<_>, Vec<_>) =
-        (0..workers).map(|_| mpsc::channel::<Job>(JOBS)).unzip();
+        (0..workers).map(|_| mpsc::channel::<Moved>(JOBS)).unzip();
     let loads: Arc<[AtomicUsize]> = (0..workers).map(|_| AtomicUsize::new(0)).collect();
     let crew = Crew {
         jobs: senders.into(),

@@ -21,30 +21,26 @@ use super::socket::Socket;
 use super::tls;
 use super::tunnel::frame::{Control, Open, StreamId, Why};
 use super::tunnel::{Tunnel, TunnelError};
-use super::worker::{Job, JobKind, Place, Worker};
+use super::worker::{Job, Place, Worker};
 use crate::identity::{Refusal, SpiffeId};
 use crate::metrics::Role;
 use crate::pods::PodHandle;
 use crate::record::{ClosedBy, Close, ConnectionOpen, ConnectionRecord, Reporter, Security};
 
 /// Serves a tunnel from its acceptance to its end.
-pub(crate) async fn serve(worker: &Rc<Worker>, job: Job) {
+pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
     let Job {
         share,
         place: _place,
-        stream,
-        ..
+        kind,
     } = job;
     let most = worker.timing.handshakes_per_pod;
     let Some(handshaking) = Place::take(&share, |s| &s.handshakes, most) else {
-        super::listener::refuse(worker, JobKind::Tunnel, &stream);
+        super::listener::refuse(worker, kind, &socket);
         return;
     };
     let entry = worker.live.register(&share.uid);
-    let (Ok(socket), Some(pod)) = (Socket::new(stream), worker.pod(&share.uid)) else {
-        return;
-    };
-    let Ok((_here, from)) = worker.dial.ends(&socket) else {
+    let (Ok((_here, from)), Some(pod)) = (worker.dial.ends(&socket), worker.pod(&share.uid)) else {
         return;
     };
     let proven = timeout(worker.timing.handshake, prove(worker, &pod, &socket));

@@ -6,8 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::TcpListener;
-use std::os::fd::AsFd as _;
+use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
@@ -15,20 +14,17 @@ use std::time::Duration;
 
 use mesh_common::Reason;
 use mesh_common::pod::ListenerSlot;
-use tokio::io::unix::AsyncFd;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::{JoinHandle, spawn_local};
 
+use super::socket::Socket;
 use super::worker::{Job, JobKind, Place, Share, Worker};
 use crate::metrics::Role;
 use crate::pods::{Listeners, PodHandle, PodTable};
-use crate::sys::socket;
 
 /// Pause after accept() failed for want of descriptors or memory.
 const BREATH: Duration = Duration::from_millis(50);
-
-/// Connections accepted before other tasks get their turn.
-const BATCH: usize = 64;
 
 /// The pods that this worker accepts for.
 #[derive(Debug, Default)]
@@ -100,7 +96,7 @@ fn start(worker: &Rc<Worker>, uid: &str, listeners: &Arc<Listeners>) -> io::Resu
         };
         // Accepted sockets inherit it: one system call less for each.
         socket2::SockRef::from(listener).set_tcp_nodelay(true)?;
-        let listener = AsyncFd::register(listener.try_clone()?)?;
+        let listener = TcpListener::from_std(listener.try_clone()?)?;
         let worker = Rc::clone(worker);
         let share = Arc::clone(&accepting.share);
         let task = spawn_local(async move { accept(&worker, &listener, kind, &share).await });
@@ -111,49 +107,29 @@ fn start(worker: &Rc<Worker>, uid: &str, listeners: &Arc<Listeners>) -> io::Resu
 
 async fn accept(
     worker: &Rc<Worker>,
-    listener: &AsyncFd<TcpListener>,
+    listener: &TcpListener,
     kind: JobKind,
     share: &Arc<Share>,
 ) {
     loop {
-        let mut ready = match listener.readable().await {
-            Ok(ready) => ready,
+        match listener.accept().await {
+            Ok((stream, _from)) => hand_over(worker, kind, share, stream),
+            // A connection that went away before it was accepted.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted
+                ) => {}
             Err(error) => {
-                tracing::error!(uid = %share.uid, %error, "a pod's listener failed");
-                return;
-            }
-        };
-        for _ in 0..BATCH {
-            match socket::accept(listener.get_ref().as_fd()) {
-                Ok(stream) => hand_over(worker, kind, share, stream),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    ready.clear_ready();
-                    break;
-                }
-                // A connection that went away before it was accepted.
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted
-                    ) => {}
-                Err(error) => {
-                    tracing::warn!(uid = %share.uid, %error, "cannot accept connections for a pod");
-                    tokio::time::sleep(BREATH).await;
-                    break;
-                }
+                tracing::warn!(uid = %share.uid, %error, "cannot accept connections for a pod");
+                tokio::time::sleep(BREATH).await;
             }
         }
-        tokio::task::yield_now().await;
     }
 }
 
 /// Counts a connection against its pod's bound and gives it to the worker that is to carry it.
-fn hand_over(
-    worker: &Rc<Worker>,
-    kind: JobKind,
-    share: &Arc<Share>,
-    stream: std::net::TcpStream,
-) {
+fn hand_over(worker: &Rc<Worker>, kind: JobKind, share: &Arc<Share>, stream: TcpStream) {
     let timing = &worker.timing;
     let place = match kind {
         JobKind::Captured => Place::take(share, |s| &s.captured, timing.captured_per_pod),
@@ -163,26 +139,28 @@ fn hand_over(
         refuse(worker, kind, &stream);
         return;
     };
-    let job = Job {
-        kind,
-        share: Arc::clone(share),
-        place,
-        stream,
-    };
+    let share = Arc::clone(share);
+    let job = Job { kind, share, place };
     let to = worker.crew.choose(worker.number);
     if to == worker.number {
-        worker.carry(job);
+        worker.carry(job, Socket::from_tokio(stream));
         return;
     }
-    match worker.crew.jobs[to].try_send(job) {
-        Ok(()) => {}
-        // It has fallen behind: better here than nowhere.
-        Err(TrySendError::Full(job) | TrySendError::Closed(job)) => worker.carry(job),
+    // From here on the socket is registered with no runtime, until the other worker does it.
+    let moved = stream.into_std().map(|stream| {
+        match worker.crew.jobs[to].try_send((job, stream)) {
+            Ok(()) => {}
+            // It has fallen behind: better here than nowhere.
+            Err(TrySendError::Full(back) | TrySendError::Closed(back)) => worker.adopt(back),
+        }
+    });
+    if let Err(error) = moved {
+        tracing::warn!(%error, "cannot hand a connection to another worker");
     }
 }
 
 /// Refuses a connection beyond a bound: the other end sees a reset.
-pub(crate) fn refuse(worker: &Worker, kind: JobKind, stream: &std::net::TcpStream) {
+pub(crate) fn refuse(worker: &Worker, kind: JobKind, stream: &impl AsFd) {
     let verdict = mesh_common::Verdict::refuse(Reason::LimitReached);
     match kind {
         JobKind::Captured => {

@@ -35,17 +35,13 @@ struct Target {
 }
 
 /// Carries a captured connection from its acceptance to its record.
-pub(crate) async fn carry(worker: &Rc<Worker>, job: Job) {
+pub(crate) async fn carry(worker: &Rc<Worker>, job: Job, app: Socket) {
     let Job {
         share,
         place: _place,
-        stream,
-        ..
+        kind: _,
     } = job;
     let entry = worker.live.register(&share.uid);
-    let Ok(app) = Socket::new(stream) else {
-        return;
-    };
     // Reset, until it is known to have ended otherwise.
     app.reset_on_drop();
     let (Ok((to, from)), Some(pod)) = (worker.dial.ends(&app), worker.pod(&share.uid)) else {

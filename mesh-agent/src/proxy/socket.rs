@@ -21,10 +21,15 @@ pub(crate) struct Socket {
 impl Socket {
     /// Registers a socket with this thread's runtime.
     pub(crate) fn new(stream: std::net::TcpStream) -> io::Result<Self> {
-        Ok(Self {
-            stream: TcpStream::from_std(stream)?,
+        TcpStream::from_std(stream).map(Self::from_tokio)
+    }
+
+    /// A socket that this thread's runtime knows already.
+    pub(crate) fn from_tokio(stream: TcpStream) -> Self {
+        Self {
+            stream,
             reset: Cell::new(false),
-        })
+        }
     }
 
     /// Where it is bound: for a steered connection, where the other end wanted to go.

@@ -19,6 +19,7 @@ use super::dial::Dial;
 use super::listener::{self, Listening};
 use super::live::Live;
 use super::pool::{Key, Pool};
+use super::socket::Socket;
 use super::tunnel::Tunnel;
 use super::{Phase, Timing};
 use crate::identity::{Epoch, Identities, SpiffeId};
@@ -71,7 +72,7 @@ impl Drop for Place {
     }
 }
 
-/// A connection on its way to the worker that will carry it.
+/// A connection to be carried.
 #[derive(Debug)]
 pub(crate) struct Job {
     /// What it is.
@@ -80,9 +81,10 @@ pub(crate) struct Job {
     pub(crate) share: Arc<Share>,
     /// Its place among the pod's connections.
     pub(crate) place: Place,
-    /// The socket, not yet registered with a runtime.
-    pub(crate) stream: std::net::TcpStream,
 }
+
+/// A connection on its way to another worker; its socket is registered with no runtime.
+pub(crate) type Moved = (Job, std::net::TcpStream);
 
 /// What was accepted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,7 +99,7 @@ pub(crate) enum JobKind {
 #[derive(Clone, Debug)]
 pub(crate) struct Crew {
     /// Where each takes jobs.
-    pub(crate) jobs: Arc<[mpsc::Sender<Job>]>,
+    pub(crate) jobs: Arc<[mpsc::Sender<Moved>]>,
     /// How many each carries.
     pub(crate) loads: Arc<[AtomicUsize]>,
 }
@@ -187,17 +189,25 @@ impl Worker {
     }
 
     /// Carries a connection, here and from now on.
-    pub(crate) fn carry(self: &Rc<Self>, job: Job) {
+    pub(crate) fn carry(self: &Rc<Self>, job: Job, socket: Socket) {
         let worker = Rc::clone(self);
         let load = Load::new(&self.crew, self.number);
         spawn_local(async move {
             let _load = load;
             let _counted = CountPanic(worker.metrics().clone());
             match job.kind {
-                JobKind::Captured => super::outbound::carry(&worker, job).await,
-                JobKind::Tunnel => super::inbound::serve(&worker, job).await,
+                JobKind::Captured => super::outbound::carry(&worker, job, socket).await,
+                JobKind::Tunnel => super::inbound::serve(&worker, job, socket).await,
             }
         });
+    }
+
+    /// Carries a connection that another worker has accepted.
+    pub(crate) fn adopt(self: &Rc<Self>, (job, stream): Moved) {
+        match Socket::new(stream) {
+            Ok(socket) => self.carry(job, socket),
+            Err(error) => tracing::warn!(%error, "cannot take over a connection"),
+        }
     }
 
     /// Ends tunnels, each with its last words.
@@ -210,7 +220,7 @@ impl Worker {
     /// Runs until the agent ends.
     pub(crate) async fn run(
         self: Rc<Self>,
-        mut jobs: mpsc::Receiver<Job>,
+        mut jobs: mpsc::Receiver<Moved>,
         mut phase: watch::Receiver<Phase>,
     ) {
         let mut pods = self.pods.clone();
@@ -222,7 +232,7 @@ impl Worker {
         pods.mark_changed();
         loop {
             tokio::select! {
-                Some(job) = jobs.recv() => self.carry(job),
+                Some(moved) = jobs.recv() => self.adopt(moved),
                 Ok(()) = pods.changed() => {
                     let table = Arc::clone(&pods.borrow_and_update());
                     self.pods_changed(&table, &mut listening);
