@@ -5,6 +5,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use crate::config::HostConfig;
 
@@ -20,12 +21,16 @@ impl Scratch {
     pub(super) fn new(config: &HostConfig) -> io::Result<Self> {
         sweep(&config.cgroup);
         sweep(&config.bpffs);
-        let name = format!("{PREFIX}{}", std::process::id());
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Relaxed);
+        let name = format!("{PREFIX}{}-{number}", std::process::id());
+        let cgroup = config.cgroup.join(&name);
+        fs::create_dir(&cgroup)?;
+        // From here on dropping it removes both.
         let scratch = Self {
-            cgroup: config.cgroup.join(&name),
+            cgroup,
             pins: config.bpffs.join(&name),
         };
-        fs::create_dir(&scratch.cgroup)?;
         fs::create_dir(&scratch.pins)?;
         Ok(scratch)
     }
@@ -45,7 +50,10 @@ fn sweep(parent: &Path) {
     };
     for entry in entries.flatten() {
         let name = entry.file_name();
-        let pid = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
+        let pid = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(PREFIX)?.split_once('-'))
+            .map(|(pid, _)| pid);
         if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
             remove(&entry.path());
         }

@@ -19,12 +19,23 @@ fn here() -> HostConfig {
     }
 }
 
+/// Trials of this process that are still there, once those of other tests have ended.
 fn left_behind(config: &HostConfig) -> usize {
-    let name = format!("mesh-check-{}", std::process::id());
-    [&config.cgroup, &config.bpffs]
-        .into_iter()
-        .filter(|parent| parent.join(&name).exists())
-        .count()
+    let prefix = format!("mesh-check-{}-", std::process::id());
+    let count = || {
+        [&config.cgroup, &config.bpffs]
+            .into_iter()
+            .filter_map(|parent| std::fs::read_dir(parent).ok())
+            .flatten()
+            .flatten()
+            .filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
+            .count()
+    };
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while count() > 0 && std::time::Instant::now() < until {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    count()
 }
 
 #[test]

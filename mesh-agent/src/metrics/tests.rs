@@ -181,3 +181,31 @@ fn the_references_are_up_to_date() {
     crate::testing::golden("docs/metrics.md", &reference());
     crate::testing::golden("docs/reasons.md", &crate::metrics::reasons());
 }
+
+/// Words of a text that look like the names of metrics of ours, without the suffixes of
+/// histograms.
+fn names(text: &str) -> BTreeSet<&str> {
+    text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+        .filter(|word| word.starts_with("mesh_") || word.starts_with("process_"))
+        .map(|word| word.trim_end_matches("_bucket"))
+        .collect()
+}
+
+#[test]
+fn alerts_and_dashboard_use_metrics_that_exist() {
+    let deploy = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy");
+    let known: BTreeSet<_> = DESCRIPTIONS.iter().map(|one| one.name).collect();
+    for file in ["alerts/mesh.yaml", "grafana/mesh.json"] {
+        let text = std::fs::read_to_string(format!("{deploy}/{file}")).unwrap();
+        let used = names(&text);
+        assert!(used.len() > 8, "{file}: {used:?}");
+        for name in used {
+            assert!(known.contains(name), "{file}: {name}");
+        }
+    }
+    let checked = Command::new("promtool")
+        .args(["check", "rules", &format!("{deploy}/alerts/mesh.yaml")])
+        .output()
+        .expect("promtool is installed (Debian package prometheus; cargo xtask setup)");
+    assert!(checked.status.success(), "{checked:?}");
+}
