@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A lab with an agent on every node: the whole mesh.
+//!
+//! Only starts, asks and waits; what is right is the tests' and the demo's to say.
+
+use std::io::{Read, Write};
+use std::ops::{Deref, DerefMut};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use crate::agent::{Agent, AgentConfig};
+use crate::lab::Lab;
+use crate::pod::Pod;
+use crate::wait::eventually;
+
+/// The label by which a namespace or pod takes part in the mesh.
+pub const ENROLLED: (&str, &str) = ("mesh.rs/dataplane", "enabled");
+/// Port of tunnels.
+pub const TUNNEL_PORT: u16 = 15008;
+/// How long a change of manifests may take until it is in force everywhere.
+pub const IN_FORCE: Duration = Duration::from_secs(10);
+
+/// A lab and its agents, that of node 1 first; agents end before the lab is removed.
+#[derive(Debug)]
+pub struct Mesh {
+    /// One for each node; may be taken out.
+    pub agents: Vec<Agent>,
+    lab: Lab,
+}
+
+impl Deref for Mesh {
+    type Target = Lab;
+    fn deref(&self) -> &Lab {
+        &self.lab
+    }
+}
+
+impl DerefMut for Mesh {
+    fn deref_mut(&mut self) -> &mut Lab {
+        &mut self.lab
+    }
+}
+
+impl Mesh {
+    /// Starts an agent on every node, all with a CA of the lab, and waits until each has adopted
+    /// its pods.
+    ///
+    /// # Errors
+    /// An agent does not become ready; the error carries the end of its log.
+    pub fn start(lab: Lab) -> Result<Self> {
+        let config = AgentConfig::new(&Self::own_ca(&lab));
+        Self::start_with(lab, &config)
+    }
+
+    /// The CA that [`Mesh::start`] uses: one directory for all nodes of the lab.
+    #[must_use]
+    pub fn own_ca(lab: &Lab) -> String {
+        format!("self:{}", lab.dir().join("ca").display())
+    }
+
+    /// Starts agents with a configuration of one's own.
+    ///
+    /// # Errors
+    /// As [`Mesh::start`].
+    pub fn start_with(lab: Lab, config: &AgentConfig) -> Result<Self> {
+        let agents = std::thread::scope(|scope| {
+            let start = |node| scope.spawn(move || lab_agent(node, config));
+            let threads: Vec<_> = lab.nodes().iter().map(start).collect();
+            let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Agent>>| {
+                thread
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            threads.into_iter().map(join).collect::<Result<Vec<_>>>()
+        })?;
+        let mesh = Self { agents, lab };
+        mesh.settled()?;
+        Ok(mesh)
+    }
+
+    /// The agent of node `number`, from 1.
+    ///
+    /// # Panics
+    /// There is none.
+    #[must_use]
+    pub fn agent(&self, number: u8) -> &Agent {
+        &self.agents[usize::from(number) - 1]
+    }
+
+    /// The agent of a pod's node.
+    ///
+    /// # Panics
+    /// It was taken out.
+    #[must_use]
+    pub fn agent_of(&self, pod: &Pod) -> &Agent {
+        self.agent(pod.node().number())
+    }
+
+    /// Waits until every agent has adopted the pods of its node that the lab has, and no others.
+    ///
+    /// # Errors
+    /// That does not come to pass; the error carries what the agent has instead.
+    pub fn settled(&self) -> Result<()> {
+        for agent in &self.agents {
+            let own = self
+                .lab
+                .pods()
+                .filter(|pod| pod.node().number() == agent.node().number());
+            let expected = u64::try_from(own.count())?;
+            let adopted = || agent.ask("/status").ok()?["pods"]["adopted"].as_u64();
+            eventually("agents to adopt their pods", IN_FORCE, || {
+                (adopted() == Some(expected)).then_some(())
+            })
+            .with_context(|| {
+                let pods = agent.ask("/pods").map(|pods| pods.to_string());
+                format!("{pods:?}\n{}", agent.log_tail())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The sum of a metric's samples whose labels contain all of `labels`, over all agents.
+    ///
+    /// # Errors
+    /// A page cannot be had.
+    pub fn metric(&self, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
+        self.agents
+            .iter()
+            .map(|agent| Ok(sum(&agent.metrics()?, name, labels)))
+            .sum()
+    }
+}
+
+fn lab_agent(node: &std::sync::Arc<crate::node::Node>, config: &AgentConfig) -> Result<Agent> {
+    node.start_agent(config.clone())
+}
+
+/// The sum of the samples called `name` whose labels contain all of `labels`.
+#[must_use]
+pub fn sum(page: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
+    let wanted: Vec<String> = labels
+        .iter()
+        .map(|(key, value)| format!("{key}={value:?}"))
+        .collect();
+    let sample = |line: &str| -> Option<f64> {
+        let rest = line.strip_prefix(name)?;
+        let (labels, value) = match rest.strip_prefix('{') {
+            Some(rest) => rest.rsplit_once("} ")?,
+            None => ("", rest.strip_prefix(' ')?),
+        };
+        let has = |pair: &String| labels.split(',').any(|label| label == pair);
+        if !wanted.iter().all(has) {
+            return None;
+        }
+        value.split(' ').next()?.parse().ok()
+    };
+    page.lines().filter_map(sample).sum()
+}
+
+impl Agent {
+    /// A JSON page of its admin interface, e.g. `/status`.
+    ///
+    /// # Errors
+    /// It does not answer, or with something else.
+    pub fn ask(&self, path: &str) -> Result<Value> {
+        let text = self.ask_text(path)?;
+        serde_json::from_str(&text).with_context(|| format!("{path}: {text}"))
+    }
+
+    /// A page of its admin interface, e.g. `/plan`.
+    ///
+    /// # Errors
+    /// It does not answer, or with an error.
+    pub fn ask_text(&self, path: &str) -> Result<String> {
+        let wait = Duration::from_secs(5);
+        let mut stream = UnixStream::connect(self.admin())?;
+        stream.set_read_timeout(Some(wait))?;
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n"
+        )?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer
+            .split_once("\r\n\r\n")
+            .context("no end of the header")?;
+        ensure!(head.contains(" 200 "), "{path}: {head}");
+        Ok(body.to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_are_summed_by_labels() {
+        let page = "# HELP x y\nx_total{a=\"1\",b=\"2\"} 3\nx_total{a=\"1\",b=\"3\"} 4.0 17\nx_total{a=\"2\"} 5\nx 9\n";
+        assert_eq!(sum(page, "x_total", &[("a", "1")]).to_string(), "7");
+        assert_eq!(sum(page, "x_total", &[]).to_string(), "12");
+        assert_eq!(sum(page, "x", &[]).to_string(), "9");
+        assert_eq!(sum(page, "x_total", &[("c", "1")]).to_string(), "0");
+    }
+}
