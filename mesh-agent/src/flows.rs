@@ -137,7 +137,11 @@ impl EventSource for crate::datapath::Events {
 }
 
 /// Makes records of the kernel's events until `stop` turns true, and once more then.
-pub async fn drain(mut events: impl EventSource, recorder: Recorder, mut stop: watch::Receiver<bool>) {
+pub async fn drain(
+    mut events: impl EventSource,
+    recorder: Recorder,
+    mut stop: watch::Receiver<bool>,
+) {
     let mut records = KernelRecords::new(recorder);
     let mut tick = tokio::time::interval(DRAIN_EVERY);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
