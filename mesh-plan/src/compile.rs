@@ -159,7 +159,9 @@ impl Known<'_, '_> {
             let owner = self.owners.get(&Addr::from(*address));
             matches!(owner, Some(Owner::Pod(owner)) if owner.uid == pod.uid)
         };
-        self.identities.of_pod.contains_key(pod.uid.as_str()) && pod.addresses.iter().all(own)
+        let id = self.identities.of_pod.get(pod.uid.as_str());
+        let known = id.is_some_and(|id| !self.identities.collided.contains(id));
+        known && pod.addresses.iter().all(own)
     }
 }
 
@@ -190,7 +192,7 @@ fn local_pods<'a>(
         let mut id = known.identities.of_pod.get(pod.uid.as_str()).copied();
         if !known.is_clear(pod) {
             set = PolicySetId::ISOLATED;
-            id = None;
+            id = id.filter(|id| known.identities.collided.contains(id));
         }
         authentication::conflicts(cluster, pod, rejections);
         let local = local_pod(plan, cluster, pod, known, options, rejections);
@@ -269,7 +271,8 @@ fn local_pod(
         v6: of_family(false),
         ..PodView::default()
     };
-    if !known.is_clear(pod) {
+    // A pod that ends yields its address in the course of things.
+    if !known.is_clear(pod) && !pod.terminating {
         rejections.push(Rejection {
             object: pod_ref(pod),
             field: "status.podIPs".to_owned(),

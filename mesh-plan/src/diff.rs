@@ -75,10 +75,7 @@ fn put(plan: &mut Plan, entry: &Entry) {
         Entry::Service(key, service) => drop(plan.services.insert(*key, *service)),
         Entry::Backend(key, backend) => drop(plan.backends.insert(*key, *backend)),
         Entry::Pod(uid, view) => {
-            let pod = plan
-                .pods
-                .entry(uid.clone())
-                .or_insert_with(LocalPod::default);
+            let pod = plan.pods.entry(uid.clone()).or_default();
             pod.view = *view;
         }
     }

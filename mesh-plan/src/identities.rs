@@ -152,9 +152,11 @@ pub(crate) fn named_ports<'a>(pod: &'a Pod, names: &BTreeSet<&str>) -> NamedPort
 pub(crate) struct Identities<'a> {
     /// By id.
     pub(crate) contents: BTreeMap<IdentityId, Content<'a>>,
-    /// The identity of each pod that is not the node itself, by UID. Pods whose identity's id
-    /// collides are missing.
+    /// The identity of each pod that is not the node itself, by UID.
     pub(crate) of_pod: BTreeMap<&'a str, IdentityId>,
+    /// Ids that stand for two contents; they are in `of_pod`, not in `contents`, and every set
+    /// refuses them.
+    pub(crate) collided: BTreeSet<IdentityId>,
 }
 
 impl<'a> Identities<'a> {
@@ -198,12 +200,9 @@ impl<'a> Identities<'a> {
     }
 
     fn close(&mut self, collided: &BTreeMap<IdentityId, &Pod>, rejections: &mut Vec<Rejection>) {
-        if collided.is_empty() {
-            return;
-        }
-        self.of_pod.retain(|_, id| !collided.contains_key(id));
         for (id, pod) in collided {
             self.contents.remove(id);
+            self.collided.insert(*id);
             rejections.push(Rejection {
                 object: pod_ref(pod),
                 field: "metadata.labels".to_owned(),
@@ -212,8 +211,10 @@ impl<'a> Identities<'a> {
                      that policies use",
                     id.0
                 ),
-                consequence: "the pods of both identities are isolated and unknown as peers"
-                    .to_owned(),
+                consequence:
+                    "the pods of both identities are isolated, and refused by every pod that has \
+                              policy"
+                        .to_owned(),
             });
         }
     }

@@ -9,6 +9,8 @@ pub mod authentication;
 pub mod cluster;
 pub mod compile;
 pub mod diff;
+pub mod evaluate;
+pub mod explain;
 pub mod plan;
 pub mod text;
 
@@ -17,6 +19,19 @@ mod identities;
 mod peers;
 mod policies;
 mod services;
+
+#[cfg(test)]
+extern crate self as mesh_plan;
+#[cfg(test)]
+#[path = "../tests/plan/random.rs"]
+#[allow(dead_code, reason = "the tests beside src use more of it")]
+mod random;
+#[cfg(test)]
+#[path = "../tests/plan/support.rs"]
+#[allow(dead_code, reason = "the tests beside src use more of it")]
+mod support;
+#[cfg(test)]
+mod tests;
 
 pub use cluster::{Cluster, Rejection};
 pub use compile::compile;

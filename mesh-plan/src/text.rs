@@ -142,7 +142,7 @@ fn workload(name: &IdentityName) -> String {
         namespace_labels,
         ports,
     } = name;
-    let mut text = format!("{namespace}");
+    let mut text = namespace.clone();
     braces(&mut text, namespace_labels);
     append(&mut text, format_args!("/{service_account}"));
     braces(&mut text, labels);
@@ -281,6 +281,9 @@ fn set_names(plan: &Plan) -> BTreeMap<PolicySetId, String> {
     names
 }
 
+/// A block of addresses and its list.
+type Block = (Prefix<Addr>, ListId);
+
 fn policy(plan: &Plan) -> Vec<String> {
     let lists = lists::Lists::of(plan);
     let mut selects: BTreeMap<(PolicySetId, u64), BTreeMap<String, _>> = BTreeMap::new();
@@ -288,7 +291,7 @@ fn policy(plan: &Plan) -> Vec<String> {
         let side = selects.entry((key.set, key.direction)).or_default();
         side.insert(identity(plan, key.peer), *pair);
     }
-    let mut blocks: BTreeMap<(PolicySetId, u64), Vec<(Prefix<Addr>, ListId)>> = BTreeMap::new();
+    let mut blocks: BTreeMap<(PolicySetId, u64), Vec<Block>> = BTreeMap::new();
     for (key, list) in &plan.cidrs {
         let prefix = Prefix {
             bits: key

@@ -21,6 +21,9 @@ const PROTOCOLS: [(Protocol, Option<Transport>); 4] = [
     (Protocol::SCTP, Some(Transport::Sctp)),
 ];
 
+/// A list that is never loaded: what has it is refused.
+pub(crate) const REFUSED: ListId = ListId(1);
+
 /// What a list says.
 type Content = [Vec<Span>; 4];
 
@@ -70,7 +73,7 @@ impl Lists {
         if content.iter().all(silent) {
             return ListId::NONE;
         }
-        let id = ListId(options.ids.id("list", 1, &content));
+        let id = ListId(options.ids.id("list", REFUSED.0 + 1, &content));
         match self.contents.get(&id) {
             None => {
                 self.entries.insert(id, entries(id, &content));

@@ -4,6 +4,8 @@
 //! Every port of every protocol is covered: a list that is silent about a port must say so, since
 //! a missing answer denies.
 
+use std::collections::BTreeSet;
+
 use mesh_common::policy::Answer;
 
 /// Answers for the ports from the one before's last to this `last`, ascending, up to 65535.
@@ -82,7 +84,7 @@ pub(crate) fn prefixes(spans: &[Span]) -> Vec<PortPrefix> {
 /// A node of the binary trie: the answers that its subtree could inherit with the fewest entries.
 struct Node {
     candidates: Vec<Answer>,
-    children: Option<Box<[Node; 2]>>,
+    children: Option<Box<[Self; 2]>>,
 }
 
 fn node(spans: &[Span], port: u16, bits: u32) -> Option<Node> {
@@ -127,6 +129,42 @@ fn emit(node: &Node, port: u16, bits: u32, inherited: Option<Answer>, out: &mut 
         emit(&children[0], low, bits + 1, holds, out);
         emit(&children[1], high, bits + 1, holds, out);
     }
+}
+
+/// How many bits of a port count, the port, and what holds where no longer one does.
+pub(crate) type PortEntry = (u32, u16, Answer);
+
+/// A first and a last port, and what holds for them and those between.
+pub(crate) type Range = (u16, u16, Answer);
+
+/// What longest-prefix entries mean, neighbours that say the same as one.
+pub(crate) fn ranges(mut entries: Vec<PortEntry>) -> Vec<Range> {
+    entries.sort_by_key(|(bits, port, _)| (*bits, *port));
+    let last = |bits: u32, port: u16| port | u16::MAX.checked_shr(bits).unwrap_or(0);
+    let mut starts: BTreeSet<u16> = BTreeSet::new();
+    for (bits, port, _) in &entries {
+        starts.insert(*port);
+        starts.extend(last(*bits, *port).checked_add(1));
+    }
+    let answer = |at: u16| {
+        let mut longest = entries.iter().rev();
+        let holds = longest.find(|(bits, port, _)| (*port..=last(*bits, *port)).contains(&at));
+        holds.map(|(_, _, answer)| *answer)
+    };
+    let mut ranges: Vec<Range> = Vec::new();
+    let ends = starts.iter().skip(1).map(|next| next - 1).chain([u16::MAX]);
+    for (start, end) in starts.iter().zip(ends) {
+        let Some(answer) = answer(*start) else {
+            continue;
+        };
+        match ranges.last_mut() {
+            Some((_, before, same)) if *same == answer && before.checked_add(1) == Some(*start) => {
+                *before = end;
+            }
+            _ => ranges.push((*start, end, answer)),
+        }
+    }
+    ranges
 }
 
 #[cfg(test)]
@@ -187,7 +225,7 @@ mod tests {
             seed = seed
                 .wrapping_mul(6364136223846793005)
                 .wrapping_add(1442695040888963407);
-            (seed >> 33) as u16
+            u16::try_from(seed >> 48).unwrap()
         };
         for _ in 0..20 {
             let mut rules = Vec::new();
@@ -203,5 +241,26 @@ mod tests {
     fn equal_neighbours_are_one_span() {
         let rules = [(10, 20, answer(1)), (21, 30, answer(1))];
         assert_eq!(spans(&rules).len(), 3);
+    }
+
+    #[test]
+    fn entries_become_ranges_again() {
+        let says = |n| Answer {
+            namespaced: n,
+            ..Answer::SILENT
+        };
+        let entries = vec![
+            (0, 0, says(0)),
+            (16, 80, says(1)),
+            (16, 81, says(1)),
+            (1, 32768, says(2)),
+        ];
+        let expected = vec![
+            (0, 79, says(0)),
+            (80, 81, says(1)),
+            (82, 32767, says(0)),
+            (32768, 65535, says(2)),
+        ];
+        assert_eq!(ranges(entries), expected);
     }
 }

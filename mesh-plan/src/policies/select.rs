@@ -39,6 +39,11 @@ impl<'i, 'a> Matcher<'i, 'a> {
             .map(|(id, _)| *id)
     }
 
+    /// Identities that nothing can be said about.
+    pub(crate) fn collided(&self) -> impl Iterator<Item = IdentityId> {
+        self.identities.collided.iter().copied()
+    }
+
     /// What an identity stands for; `None` for entities.
     pub(crate) fn content(&self, id: IdentityId) -> Option<&'i Content<'a>> {
         self.identities.contents.get(&id)

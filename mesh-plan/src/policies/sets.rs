@@ -9,7 +9,7 @@ use mesh_common::policy::{
 };
 
 use super::cidrs::{self, Block};
-use super::lists::{Lists, Names};
+use super::lists::{Lists, Names, REFUSED};
 use super::rules::{Ranked, ranked, rule_id};
 use super::select::Matcher;
 use super::{Entry, Places, Table};
@@ -183,7 +183,9 @@ impl<'c, 'i, 'a> Compiler<'c, 'i, 'a> {
             .flat_map(|(_, pair)| [pair.proven, pair.by_address]);
         let blocks = set.cidrs.iter().map(|(_, list)| *list);
         let all = pairs.chain(blocks).chain([ingress.any, egress.any]);
-        set.lists = all.filter(|list| *list != ListId::NONE).collect();
+        set.lists = all
+            .filter(|list| !matches!(*list, ListId::NONE | REFUSED))
+            .collect();
         set
     }
 
@@ -222,6 +224,14 @@ impl<'c, 'i, 'a> Compiler<'c, 'i, 'a> {
                 let key = SelectKey::new(id, peer, direction);
                 set.selects.push((key, pair));
             }
+        }
+        for peer in self.matcher.collided() {
+            let refused = ListPair {
+                proven: REFUSED,
+                by_address: REFUSED,
+            };
+            set.selects
+                .push((SelectKey::new(id, peer, direction), refused));
         }
         let cidrs = self.cidrs(&rules, own);
         let has_cidrs = !cidrs.is_empty();

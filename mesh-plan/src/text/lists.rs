@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Lists of answers as text: longest-prefix entries back to ranges of ports.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use mesh_common::Protocol;
 use mesh_common::policy::{Answer, ListId, PortKey, action};
 
 use super::{protocol, rule};
 use crate::plan::Plan;
+use crate::policies::ports::{PortEntry, Range, ranges};
 
 const PROTOCOLS: [Protocol; 4] = [
     Protocol::TCP,
@@ -16,8 +17,6 @@ const PROTOCOLS: [Protocol; 4] = [
     Protocol::OTHER,
 ];
 
-type Range = (u16, u16, Answer);
-
 /// Every list's ranges.
 pub(super) struct Lists {
     ranges: BTreeMap<(ListId, Protocol), Vec<Range>>,
@@ -25,7 +24,7 @@ pub(super) struct Lists {
 
 impl Lists {
     pub(super) fn of(plan: &Plan) -> Self {
-        let mut entries: BTreeMap<(ListId, Protocol), Vec<(u32, u16, Answer)>> = BTreeMap::new();
+        let mut entries: BTreeMap<(ListId, Protocol), Vec<PortEntry>> = BTreeMap::new();
         for (prefix, answer) in &plan.ports {
             let bits = prefix.bits.saturating_sub(PortKey::FIXED_BITS);
             let list = entries
@@ -73,36 +72,6 @@ impl Lists {
     }
 }
 
-/// What longest-prefix entries mean, neighbours that say the same as one.
-fn ranges(mut entries: Vec<(u32, u16, Answer)>) -> Vec<Range> {
-    entries.sort_by_key(|(bits, port, _)| (*bits, *port));
-    let last = |bits: u32, port: u16| port | u16::MAX.checked_shr(bits).unwrap_or(0);
-    let mut starts: BTreeSet<u16> = BTreeSet::new();
-    for (bits, port, _) in &entries {
-        starts.insert(*port);
-        starts.extend(last(*bits, *port).checked_add(1));
-    }
-    let answer = |at: u16| {
-        let mut longest = entries.iter().rev();
-        let holds = longest.find(|(bits, port, _)| (*port..=last(*bits, *port)).contains(&at));
-        holds.map(|(_, _, answer)| *answer)
-    };
-    let mut ranges: Vec<Range> = Vec::new();
-    let ends = starts.iter().skip(1).map(|next| next - 1).chain([u16::MAX]);
-    for (start, end) in starts.iter().zip(ends) {
-        let Some(answer) = answer(*start) else {
-            continue;
-        };
-        match ranges.last_mut() {
-            Some((_, before, same)) if *same == answer && before.checked_add(1) == Some(*start) => {
-                *before = end;
-            }
-            _ => ranges.push((*start, end, answer)),
-        }
-    }
-    ranges
-}
-
 fn says(plan: &Plan, answer: &Answer) -> String {
     let mut parts = Vec::new();
     let word = |number| match number {
@@ -132,31 +101,5 @@ fn says(plan: &Plan, answer: &Answer) -> String {
         "nothing".to_owned()
     } else {
         parts.join(", ")
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn entries_become_ranges_again() {
-        let says = |n| Answer {
-            namespaced: n,
-            ..Answer::SILENT
-        };
-        let entries = vec![
-            (0, 0, says(0)),
-            (16, 80, says(1)),
-            (16, 81, says(1)),
-            (1, 32768, says(2)),
-        ];
-        let expected = vec![
-            (0, 79, says(0)),
-            (80, 81, says(1)),
-            (82, 32767, says(0)),
-            (32768, 65535, says(2)),
-        ];
-        assert_eq!(ranges(entries), expected);
     }
 }

@@ -2,9 +2,17 @@
 //! What `compile` and `diff` promise, asked of their results with the very functions that the
 //! kernel programs run.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test that meets what it does not expect has failed"
+)]
+
 mod addresses;
 mod admin;
 mod authentication;
+mod explanations;
 mod network_policy;
 mod random;
 mod service_accounts;

@@ -85,13 +85,13 @@ pub(crate) fn change(r: &mut Random, world: World) -> World {
     match r.below(20) {
         0..2 => {
             let labels = *r.pick(&["", "team=a", "team=b", "team=a,mesh.rs/dataplane=enabled"]);
-            world.namespace(*r.pick(&NAMESPACES), labels)
+            world.namespace(word(r, &NAMESPACES), labels)
         }
         2..9 => pod(r, world),
         9 => remove(r, world),
         10 => {
             let mut world = world;
-            let server = ip(*r.pick(&["10.9.9.9", "10.0.0.2", "10.1.2.1"]));
+            let server = ip(word(r, &["10.9.9.9", "10.0.0.2", "10.1.2.1"]));
             if !world.0.api_servers.remove(&server) {
                 world.0.api_servers.insert(server);
             }
@@ -160,12 +160,12 @@ fn authentication(r: &mut Random, world: World) -> World {
             .chance(70)
             .then(|| *r.pick(&[Mtls::Strict, Mtls::Permissive])),
         ports: (0..r.below(2))
-            .map(|n| (80 + n as u16, Mtls::Strict))
+            .map(|n| ([80, 85][n], Mtls::Strict))
             .collect(),
         outbound: r.chance(30).then_some(OutboundMode::Required),
         udp: r.chance(30).then_some(UdpMode::SameNode),
     };
-    world.authentication(*r.pick(&["shop/a", "shop/b", "mesh-system/default"]), a)
+    world.authentication(word(r, &["shop/a", "shop/b", "mesh-system/default"]), a)
 }
 
 fn policy_of(r: &mut Random) -> (String, PolicyText) {

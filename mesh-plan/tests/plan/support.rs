@@ -133,6 +133,7 @@ impl Compiled {
             rule => format!(" {}", self.plan.names.rules[&rule]),
         };
         let word = if allowed { "allow" } else { "deny" };
+        #[expect(clippy::wildcard_enum_match_arm, reason = "policy gives no others")]
         match reason {
             Reason::NoPolicy => "allow by nothing".to_owned(),
             Reason::DefaultDeny => format!("{word} by default of{name}"),

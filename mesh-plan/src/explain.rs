@@ -1,0 +1,420 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Why policy says what it says, in words: the tiers in their order, each rule with whether it
+//! matches and why not, and the rule that decides.
+//!
+//! The rules are walked as they are written, not as they were compiled; the verdict beside them is
+//! that of the compiled policy, so a difference between the two would show.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use mesh_common::identity::IdentityId;
+use mesh_common::policy::{Direction, Question, RuleId};
+use mesh_common::{Addr, Protocol, Reason, Verdict};
+
+use crate::cluster::{
+    Cluster, Entity, NamespaceMatch, ObjectRef, PeerMatch, Pod, PortRange, Rule, RuleAction,
+    Transport,
+};
+use crate::compile::Options;
+use crate::evaluate::{Check, Compiled};
+use crate::policies::rules::{Place, Ranked, ranked};
+use crate::policies::{Places, Table};
+use crate::text;
+
+/// One connection at both ends.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Explanation {
+    /// At the sender, then at the receiver, as far as they are pods.
+    pub sides: Vec<Side>,
+}
+
+/// One connection at one end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Side {
+    /// The pod whose policy it is, and the direction: `ingress of shop/db`.
+    pub title: String,
+    /// Who the peer is and how well that is known.
+    pub peer: String,
+    /// The tiers and their rules.
+    pub steps: Vec<String>,
+    /// What the walk comes to.
+    pub conclusion: Conclusion,
+    /// What the compiled policy says.
+    pub verdict: Verdict,
+    /// The deciding rule's name.
+    pub rule: String,
+}
+
+/// What a walk over the rules comes to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Conclusion {
+    /// Nothing says anything.
+    AllowedByNothing,
+    /// The node's own traffic.
+    AllowedAsNodeLocal,
+    /// A rule allows it.
+    Allowed(ObjectRef, String),
+    /// A rule denies it.
+    Denied(ObjectRef, String),
+    /// A policy isolates the pod, and no rule allows it.
+    DeniedByDefault(ObjectRef),
+    /// The pod is cut off.
+    Isolated,
+}
+
+impl Conclusion {
+    /// Whether it may pass.
+    #[must_use]
+    pub const fn allows(&self) -> bool {
+        match self {
+            Self::AllowedByNothing | Self::AllowedAsNodeLocal | Self::Allowed(..) => true,
+            Self::Denied(..) | Self::DeniedByDefault(_) | Self::Isolated => false,
+        }
+    }
+}
+
+impl fmt::Display for Conclusion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AllowedByNothing => write!(f, "allowed: no policy says anything about it"),
+            Self::AllowedAsNodeLocal => {
+                write!(f, "allowed: the node may reach its own pods (node-local)")
+            }
+            Self::Allowed(object, rule) => write!(f, "allowed by {object} {rule}"),
+            Self::Denied(object, rule) => write!(f, "denied by {object} {rule}"),
+            Self::DeniedByDefault(object) => {
+                write!(
+                    f,
+                    "denied by default: {object} isolates the pod and no rule allows it"
+                )
+            }
+            Self::Isolated => write!(f, "denied: the pod is isolated, see the rejections"),
+        }
+    }
+}
+
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for side in &self.sides {
+            writeln!(f, "{}; the peer is {}", side.title, side.peer)?;
+            for step in &side.steps {
+                writeln!(f, "  {step}")?;
+            }
+            writeln!(f, "  => {}", side.conclusion)?;
+        }
+        Ok(())
+    }
+}
+
+/// Explains a question. `compiled` was made of the same cluster.
+#[must_use]
+pub fn explain(cluster: &Cluster, compiled: &Compiled, check: &Check) -> Explanation {
+    let places = Places::of(cluster);
+    let table = Table::of(cluster, &places);
+    let (egress, ingress) = compiled.questions(check, |view| view.set);
+    let outcome = compiled.evaluate(check);
+    let pod = |end| compiled.uid(end).and_then(|uid| cluster.pods.get(uid));
+    let mut sides = Vec::new();
+    let ends = [
+        (pod(check.from), pod(check.to), egress, outcome.egress),
+        (pod(check.to), pod(check.from), ingress, outcome.ingress),
+    ];
+    for (pod, peer, question, verdict) in ends {
+        let (Some(pod), Some(question), Some(verdict)) = (pod, question, verdict) else {
+            continue;
+        };
+        let walk = Walk {
+            cluster,
+            table: &table,
+            places: &places,
+            pod,
+            peer,
+            question,
+            rule: verdict.rule,
+        };
+        sides.push(walk.side(compiled, verdict));
+    }
+    Explanation { sides }
+}
+
+struct Walk<'w, 'a> {
+    cluster: &'a Cluster,
+    table: &'w Table<'a>,
+    places: &'w Places,
+    pod: &'a Pod,
+    peer: Option<&'a Pod>,
+    question: Question,
+    /// What the compiled policy names.
+    rule: RuleId,
+}
+
+/// Whether and why a rule matches.
+enum Matching {
+    Yes,
+    OtherPeers,
+    OtherPorts,
+    NeedsProof,
+}
+
+impl Walk<'_, '_> {
+    fn side(&self, compiled: &Compiled, verdict: Verdict) -> Side {
+        let mut steps = Vec::new();
+        let conclusion = if verdict.reason == Reason::PolicyMissing {
+            Conclusion::Isolated
+        } else {
+            self.walk(&mut steps)
+        };
+        let direction = self.question.direction;
+        let identity = text::identity(&compiled.plan, self.question.peer);
+        let name = match self.peer {
+            Some(peer) => format!("Pod {}, {identity}", peer.name),
+            None => format!("{}, {identity}", self.question.addr),
+        };
+        Side {
+            title: format!("{} of Pod {}", direction.label(), self.pod.name),
+            peer: format!("{name}, known by {}", self.question.evidence.label()),
+            steps,
+            conclusion,
+            verdict,
+            rule: match verdict.rule {
+                RuleId::NONE => String::new(),
+                rule => text::rule(&compiled.plan, rule),
+            },
+        }
+    }
+
+    fn walk(&self, steps: &mut Vec<String>) -> Conclusion {
+        let direction = self.question.direction;
+        let selecting = self.table.selecting(self.cluster, self.pod);
+        let audited = |index: &usize| {
+            self.table
+                .entries
+                .get(*index)
+                .is_some_and(|e| e.policy.audit)
+        };
+        let (audit, enforced): (Vec<usize>, Vec<usize>) = selecting.into_iter().partition(audited);
+        for entry in audit
+            .iter()
+            .filter_map(|index| self.table.entries.get(*index))
+        {
+            steps.push(format!("{} only audits", entry.object));
+        }
+        let rules = ranked(self.table, &enforced, direction, &Options::default());
+        let of = |test: fn(&Place) -> bool| rules.iter().filter(move |r| test(&r.place));
+        let admin = of(|place| matches!(place, Place::Admin(_)));
+        if let Some(conclusion) = self.first("admin tier", admin, steps) {
+            return conclusion;
+        }
+        if self.question.peer == IdentityId::HOST && direction == Direction::Ingress {
+            return Conclusion::AllowedAsNodeLocal;
+        }
+        let namespaced = of(|place| matches!(place, Place::Namespaced));
+        if let Some(conclusion) = self.strictest("namespaced tier", namespaced, steps) {
+            return conclusion;
+        }
+        let mut entries = enforced
+            .iter()
+            .filter_map(|index| self.table.entries.get(*index));
+        if let Some(isolating) = entries.find(|entry| entry.isolates(direction)) {
+            return Conclusion::DeniedByDefault(isolating.object.clone());
+        }
+        let baseline = of(|place| matches!(place, Place::Baseline(_)));
+        let found = self.first("baseline tier", baseline, steps);
+        found.unwrap_or(Conclusion::AllowedByNothing)
+    }
+
+    /// A tier in which the first match decides.
+    fn first<'r, 'a: 'r>(
+        &self,
+        tier: &str,
+        rules: impl Iterator<Item = &'r Ranked<'a>>,
+        steps: &mut Vec<String>,
+    ) -> Option<Conclusion> {
+        for rule in rules {
+            if !self.step(tier, rule, steps) {
+                continue;
+            }
+            return match rule.rule.action {
+                RuleAction::Allow => Some(allowed(rule)),
+                RuleAction::Deny => Some(denied(rule)),
+                RuleAction::Pass => None,
+            };
+        }
+        None
+    }
+
+    /// The tier in which Deny beats Allow.
+    fn strictest<'r, 'a: 'r>(
+        &self,
+        tier: &str,
+        rules: impl Iterator<Item = &'r Ranked<'a>>,
+        steps: &mut Vec<String>,
+    ) -> Option<Conclusion> {
+        // Of several rules that say the same, name the one that the records name.
+        let (mut allow, mut deny) = (None, None);
+        for rule in rules {
+            if !self.step(tier, rule, steps) {
+                continue;
+            }
+            let (found, conclusion) = match rule.rule.action {
+                RuleAction::Deny => (&mut deny, denied(rule)),
+                RuleAction::Allow => (&mut allow, allowed(rule)),
+                RuleAction::Pass => continue,
+            };
+            if found.is_none() || rule.id == self.rule {
+                *found = Some(conclusion);
+            }
+        }
+        deny.or(allow)
+    }
+
+    fn step(&self, tier: &str, rule: &Ranked<'_>, steps: &mut Vec<String>) -> bool {
+        let matching = self.matching(rule.rule);
+        let result = match matching {
+            Matching::Yes => "matches",
+            Matching::OtherPeers => "is about other peers",
+            Matching::OtherPorts => "is about other ports",
+            Matching::NeedsProof => "needs a proven identity",
+        };
+        let action = match rule.rule.action {
+            RuleAction::Allow => "allow",
+            RuleAction::Deny => "deny",
+            RuleAction::Pass => "pass",
+        };
+        steps.push(format!(
+            "{tier}: {} {} ({action}) {result}",
+            rule.object, rule.rule.name
+        ));
+        matches!(matching, Matching::Yes)
+    }
+
+    fn matching(&self, rule: &Rule) -> Matching {
+        let Some(peers) = &rule.peers else {
+            return match self.port_matches(rule, true) {
+                true => Matching::Yes,
+                false => Matching::OtherPorts,
+            };
+        };
+        let mut best = Matching::OtherPeers;
+        for peer in peers {
+            let by_identity = self.is_meant(peer);
+            if !by_identity && !self.is_inside(peer) {
+                continue;
+            }
+            let unproven = rule.action != RuleAction::Deny
+                && matches!(
+                    peer,
+                    PeerMatch::Pods {
+                        service_accounts: Some(_),
+                        ..
+                    }
+                )
+                && !self.question.evidence.is_proof();
+            if unproven {
+                best = Matching::NeedsProof;
+            } else if self.port_matches(rule, by_identity) {
+                return Matching::Yes;
+            } else if matches!(best, Matching::OtherPeers) {
+                best = Matching::OtherPorts;
+            }
+        }
+        best
+    }
+
+    /// Whether a peer of a rule means who the peer is.
+    fn is_meant(&self, peer: &PeerMatch) -> bool {
+        let id = self.question.peer;
+        match peer {
+            PeerMatch::Pods {
+                namespaces,
+                pods,
+                service_accounts,
+            } => self.peer.filter(|_| id.is_workload()).is_some_and(|pod| {
+                let namespace = &pod.name.namespace;
+                let in_namespace = match namespaces {
+                    NamespaceMatch::Name(name) => name == namespace,
+                    NamespaceMatch::Labels(selector) => {
+                        let facts = self.cluster.namespaces.get(namespace);
+                        selector.matches(&facts.map(|n| n.labels.clone()).unwrap_or_default())
+                    }
+                };
+                let accounts = service_accounts.as_ref().is_none_or(|accounts| {
+                    accounts.iter().any(|a| {
+                        a.namespace.as_ref().is_none_or(|n| n == namespace)
+                            && a.name.as_ref().is_none_or(|n| *n == pod.service_account)
+                    })
+                });
+                in_namespace && pods.matches(&pod.labels) && accounts
+            }),
+            PeerMatch::Entity(entity) => match entity {
+                Entity::Host => id == IdentityId::HOST,
+                Entity::RemoteNode => id == IdentityId::REMOTE_NODE,
+                Entity::KubeApiserver => id == IdentityId::KUBE_APISERVER,
+                Entity::Cluster => id != IdentityId::WORLD,
+                Entity::World => id == IdentityId::WORLD,
+            },
+            PeerMatch::Cidr { .. } | PeerMatch::Nodes(_) | PeerMatch::Nothing { .. } => false,
+        }
+    }
+
+    /// Whether a peer of a rule means the peer's address.
+    fn is_inside(&self, peer: &PeerMatch) -> bool {
+        let holds = |net: &IpNet| contains(net, self.question.addr);
+        let blocks = self.places.blocks(peer);
+        blocks
+            .iter()
+            .any(|(cidr, except)| holds(cidr) && !except.iter().any(holds))
+    }
+
+    /// Whether a rule's ports hold this one; names mean nothing for peers that are addresses.
+    fn port_matches(&self, rule: &Rule, by_identity: bool) -> bool {
+        let Some(ports) = &rule.ports else {
+            return true;
+        };
+        let transport = match self.question.protocol {
+            Protocol::TCP => Some(Transport::Tcp),
+            Protocol::UDP => Some(Transport::Udp),
+            Protocol::SCTP => Some(Transport::Sctp),
+            _ => None,
+        };
+        let number = self.question.port.get();
+        let named = |name: &str, transport: Transport| {
+            let key = (name.to_owned(), transport);
+            match (self.question.direction, by_identity) {
+                (Direction::Ingress, _) => self.pod.named_ports.get(&key) == Some(&number),
+                (Direction::Egress, true) => self
+                    .peer
+                    .is_some_and(|pod| pod.named_ports.get(&key) == Some(&number)),
+                (Direction::Egress, false) => rule.action == RuleAction::Deny,
+            }
+        };
+        ports
+            .iter()
+            .any(|port| match (&port.ports, port.transport) {
+                (PortRange::All, None) => true,
+                (_, None) => false,
+                (range, wanted) => {
+                    wanted == transport
+                        && match range {
+                            PortRange::All => true,
+                            PortRange::Range(first, last) => (*first..=*last).contains(&number),
+                            PortRange::Named(name) => wanted.is_some_and(|t| named(name, t)),
+                        }
+                }
+            })
+    }
+}
+
+fn contains(net: &IpNet, addr: Addr) -> bool {
+    net.contains(&IpAddr::from(addr))
+}
+
+fn allowed(rule: &Ranked<'_>) -> Conclusion {
+    Conclusion::Allowed(rule.object.clone(), rule.rule.name.clone())
+}
+
+fn denied(rule: &Ranked<'_>) -> Conclusion {
+    Conclusion::Denied(rule.object.clone(), rule.rule.name.clone())
+}
