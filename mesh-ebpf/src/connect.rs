@@ -4,7 +4,7 @@
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use aya_ebpf::programs::SockAddrContext;
 use mesh_common::path::{Origin, Outbound};
-use mesh_common::pod::PodIndex;
+use mesh_common::pod::{ListenerSlot, PodIndex};
 use mesh_common::service::Route;
 use mesh_common::settings::MARK_CAPTURE;
 use mesh_common::socket::SocketState;
@@ -52,14 +52,15 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         Outbound::Tunnel => MARK_CAPTURE,
         Outbound::Direct => 0,
     };
-    if !set_mark(ctx, mark) {
-        deny(
-            pod,
-            protocol,
-            &asked,
-            &to,
-            &Verdict::refuse(Reason::CaptureFailed),
-        );
+    let failure = if mark != 0 && !tables::agent_listens(pod.listener(outbound_slot(&to))) {
+        Some(Reason::ListenerGone)
+    } else if !set_mark(ctx, mark) {
+        Some(Reason::CaptureFailed)
+    } else {
+        None
+    };
+    if let Some(reason) = failure {
+        deny(pod, protocol, &asked, &to, &Verdict::refuse(reason));
         return refuse();
     }
     report::count(Direction::Egress, &path.verdict);
@@ -94,6 +95,16 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         set_endpoint::<F>(ctx, &to);
     }
     PASS
+}
+
+/// The listener of captured connections: by the family on the wire, not the socket's.
+#[inline(always)]
+fn outbound_slot(to: &Endpoint) -> ListenerSlot {
+    if to.addr.is_v4() {
+        ListenerSlot::Outbound4
+    } else {
+        ListenerSlot::Outbound6
+    }
 }
 
 /// Finds the real destination; `false` = refused, and reported.

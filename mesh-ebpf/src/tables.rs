@@ -6,7 +6,7 @@
 
 use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::SkStorage;
-use aya_ebpf::helpers::generated::bpf_map_lookup_elem;
+use aya_ebpf::helpers::generated::{bpf_map_lookup_elem, bpf_sk_release};
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockMap};
 use mesh_common::counter::COUNTERS as COUNTER_SLOTS;
@@ -96,6 +96,21 @@ pub(crate) static VIPS: SkStorage<Translations> = SkStorage::new();
 
 /// The maps as the decisions of `mesh_common` look them up.
 pub(crate) struct Tables;
+
+/// Whether the agent listens in a slot. A captured connection that nobody takes would time out: the
+/// kernel sends no reset from an IPv4 address that is not its own.
+#[inline(always)]
+pub(crate) fn agent_listens(slot: u32) -> bool {
+    let map = (&raw const LISTENERS).cast_mut().cast();
+    // SAFETY: the map's keys are 4 bytes, and it outlives the program.
+    let socket = unsafe { bpf_map_lookup_elem(map, (&raw const slot).cast()) };
+    if socket.is_null() {
+        return false;
+    }
+    // SAFETY: the look-up took a reference, which is given back here, once.
+    let _ = unsafe { bpf_sk_release(socket) };
+    true
+}
 
 impl Policies for Tables {
     #[inline(always)]
