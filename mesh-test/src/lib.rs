@@ -10,6 +10,7 @@ pub mod agent;
 pub mod apps;
 pub mod capture;
 pub mod cgroup;
+pub mod demo;
 pub mod forge;
 pub mod manifests;
 pub mod mesh;

@@ -43,13 +43,14 @@ fn parse(line: &str) -> Option<TcpSocket> {
     })
 }
 
-/// `ss` puts the interface of bound sockets behind the address: `10.0.0.1%eth0:80`.
+/// `ss` puts the interface of bound sockets behind the address: `10.0.0.1%eth0:80`,
+/// `[fd00::1]%eth0:80`.
 fn endpoint(word: &str) -> Option<SocketAddr> {
     let (address, port) = word.rsplit_once(':')?;
-    let address = address.trim_start_matches('[').trim_end_matches(']');
     let address = address
         .split_once('%')
         .map_or(address, |(address, _)| address);
+    let address = address.trim_start_matches('[').trim_end_matches(']');
     Some(SocketAddr::new(address.parse().ok()?, port.parse().ok()?))
 }
 
@@ -63,6 +64,8 @@ mod tests {
         assert_eq!(socket.state, "ESTAB");
         assert_eq!(socket.local, "10.244.1.10:52".parse().ok());
         assert_eq!(socket.remote, "[fd00::1]:80".parse().ok());
+        let bound = parse("ESTAB 0 0 [fd00::2]%lo:52 [fd00::1]:80").expect("line");
+        assert_eq!(bound.local, "[fd00::2]:52".parse().ok());
         let listener = parse("LISTEN 0 128 *:80 *:*").expect("line");
         assert_eq!((listener.local, listener.remote), (None, None));
     }

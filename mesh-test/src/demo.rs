@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The shop of deploy/examples on two nodes, and what the mesh promises of it, line by line.
+//!
+//! Each line is a function that makes traffic and looks for evidence outside the agent: a client's
+//! exit code, an application's log, a capture, `ss`. The `demo` program prints the evidence; tests
+//! run the same lines, and again with enrolment off, where every one of them must fail.
+
+mod lines;
+
+use std::fmt;
+use std::fs;
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, Result};
+
+use crate::apps::{Content, Nginx, SHOP_SQL, Shop, postgres, redis};
+use crate::capture::Capture;
+use crate::lab::Lab;
+use crate::mesh::{ENROLLED, Mesh};
+use crate::pod::PodSpec;
+use crate::process::Proc;
+use crate::topology::Topology;
+
+pub use lines::LINES;
+
+/// Addresses and ports of the services in deploy/examples/shop/services.yaml.
+pub(crate) mod service {
+    /// The front, by IPv4 and by IPv6.
+    pub(crate) const WEB: [&str; 2] = ["10.96.0.20", "[fd00:96::20]"];
+    /// The application, port included.
+    pub(crate) const APP: &str = "10.96.0.21:8000";
+    /// Redis, port included.
+    pub(crate) const REDIS: &str = "10.96.0.22:6379";
+    /// PostgreSQL, port included.
+    pub(crate) const POSTGRES: &str = "[fd00:96::23]:5432";
+}
+
+/// The port on which the front's pod listens.
+pub(crate) const WEB_PORT: u16 = 8080;
+/// The port on which the application's pod listens.
+const APP_PORT: u16 = 8000;
+/// The ports of the stores.
+pub(crate) const REDIS_PORT: u16 = 6379;
+pub(crate) const POSTGRES_PORT: u16 = 5432;
+
+/// What was seen of one line, a sentence each.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Evidence(Vec<String>);
+
+impl Evidence {
+    /// Adds a sentence.
+    pub(crate) fn add(&mut self, what: impl fmt::Display) {
+        self.0.push(what.to_string());
+    }
+
+    /// The sentences.
+    pub fn lines(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(String::as_str)
+    }
+}
+
+/// A promise, and how it is checked.
+#[derive(Clone, Copy, Debug)]
+pub struct Line {
+    /// The promise.
+    pub title: &'static str,
+    /// Makes the traffic and finds the evidence, or tells what is wrong.
+    pub check: fn(&Demo) -> Result<Evidence>,
+}
+
+/// The shop in its mesh, every program running, and a capture between the nodes.
+#[derive(Debug)]
+pub struct Demo {
+    /// nginx in front.
+    pub(crate) web: Nginx,
+    /// The application behind it.
+    pub(crate) app: Shop,
+    #[expect(dead_code, reason = "held for their drop")]
+    stores: [Proc; 2],
+    /// From before the first request on.
+    pub(crate) capture: Capture,
+    items: AtomicU32,
+    mesh: Mesh,
+}
+
+impl Deref for Demo {
+    type Target = Mesh;
+    fn deref(&self) -> &Mesh {
+        &self.mesh
+    }
+}
+
+impl Demo {
+    /// Starts it all. With `enrolled` false the namespaces carry no label, and nothing else is
+    /// different. `progress` is told what is being done.
+    ///
+    /// # Errors
+    /// Something does not start.
+    pub fn start(enrolled: bool, progress: impl Fn(&str)) -> Result<Self> {
+        progress("two nodes and nine pods, as network namespaces");
+        let mut lab = Lab::builder(Topology::Routed).build()?;
+        manifests(&lab, enrolled)?;
+        for spec in pods() {
+            lab.add_pod(spec)?;
+        }
+        progress("an agent on each node");
+        let mesh = Mesh::start(lab)?;
+        progress("Redis and PostgreSQL");
+        let stores = [
+            redis(&mesh.pod("redis"), REDIS_PORT)?,
+            postgres(&mesh.pod("postgres"), POSTGRES_PORT, SHOP_SQL)?,
+        ];
+        progress("the application, and nginx in front of it");
+        let app = Shop::start(
+            &mesh.pod("app"),
+            APP_PORT,
+            service::REDIS,
+            service::POSTGRES,
+        )?;
+        let behind = format!("http://{}", service::APP);
+        let web = Nginx::start(&mesh.pod("web"), WEB_PORT, Content::Proxy(&behind))?;
+        let capture = mesh.capture_wire()?;
+        Ok(Self {
+            web,
+            app,
+            stores,
+            capture,
+            items: AtomicU32::new(0),
+            mesh,
+        })
+    }
+
+    /// A word that was not used before, to be found again in logs, answers and captures.
+    pub(crate) fn word(&self) -> String {
+        let number = self.items.fetch_add(1, Ordering::Relaxed);
+        format!("teapot{}x{number:04}", std::process::id())
+    }
+}
+
+/// Node 1 has those who ask, node 2 those who answer, so that nearly everything crosses the wire.
+fn pods() -> [PodSpec; 9] {
+    let client = |name, node, app| {
+        PodSpec::new(name, node)
+            .namespace("clients")
+            .label("app", app)
+            .service_account(app)
+    };
+    let server = |name, node| PodSpec::new(name, node).namespace("shop");
+    [
+        client("client", 1, "client"),
+        client("neighbour", 2, "client"),
+        client("intruder", 1, "intruder"),
+        client("insider", 2, "intruder"),
+        server("app", 1),
+        server("web", 2),
+        server("redis", 2),
+        server("postgres", 2),
+        // Takes no part in the mesh.
+        client("plain", 1, "client").namespace("outside"),
+    ]
+}
+
+/// deploy/examples/shop.
+fn examples() -> Result<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .context("workspace")?;
+    Ok(root.join("deploy/examples/shop"))
+}
+
+/// Puts the example's manifests beside those that the lab writes of its nodes and pods.
+fn manifests(lab: &Lab, enrolled: bool) -> Result<()> {
+    let dir = examples()?;
+    let read = |name: &str| {
+        let path = dir.join(name).with_extension("yaml");
+        fs::read_to_string(&path).with_context(|| path.display().to_string())
+    };
+    for name in ["serviceaccounts", "services", "policies", "authentication"] {
+        lab.apply_text(name, &read(name)?)?;
+    }
+    let (key, value) = ENROLLED;
+    let label = format!("{key}: {value}");
+    for namespace in read("namespaces")?.split("---\n") {
+        let name = namespace
+            .lines()
+            .find_map(|line| line.strip_prefix("  name: "));
+        let name = name.context("a namespace has a name")?;
+        let text = if enrolled {
+            namespace.to_owned()
+        } else {
+            namespace.replace("  labels:\n", "").replace(&label, "")
+        };
+        lab.apply_text(&format!("namespace-{name}"), &text)?;
+    }
+    Ok(())
+}
