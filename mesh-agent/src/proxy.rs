@@ -285,3 +285,6 @@ impl relay::Count for Counted<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -244,6 +244,9 @@ impl<'a, C: Count> Relay<'a, C> {
         let mut moved = false;
         loop {
             if self.tunnel.has_data() {
+                if self.passed_on {
+                    return Err(self.broken(TunnelError::Unexpected("data behind FIN")));
+                }
                 match self.tunnel.poll_deliver(cx, self.app) {
                     Poll::Ready(Ok(given)) => self.count.given(given as u64),
                     Poll::Ready(Err(error)) => return Err(End::AppReset(error)),

@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Peers with a good certificate and bad intentions, and peers without one.
+
+use mesh_common::{Endpoint, Reason};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::task::LocalSet;
+
+use super::super::buffers::Buffers;
+use super::super::outbound::Failure;
+use super::super::socket::Socket;
+use super::super::tls;
+use super::super::tunnel::frame::{Control, Open, StreamId, Why};
+use super::super::tunnel::{Tunnel, TunnelError};
+use super::super::*;
+use super::rig::*;
+use crate::identity::{SpiffeId, server_name};
+
+/// A tunnel to the server's node, by somebody with the client's certificate and address.
+async fn tunnel(rig: &Rig) -> Tunnel {
+    let trust = rig.identities.trust_domain();
+    let id = |sa| SpiffeId::new(trust, "shop", sa).unwrap();
+    let config = rig.identities.client(&id("client-sa"), &id("server-sa")).unwrap();
+    let socket = Socket::new(raw_connection(rig).into_std().unwrap()).unwrap();
+    socket.connected().await.unwrap();
+    let name = server_name(SERVER.parse().unwrap());
+    let proven = |c: &_| Ok::<_, Failure>(rig.identities.peer(c)?);
+    let (secured, _peer) = tls::connect(&socket, config, name, proven).await.unwrap();
+    Tunnel::new(socket, secured, Rc::new(Buffers::default()))
+}
+
+fn raw_connection(rig: &Rig) -> TcpStream {
+    let from = format!("{CLIENT}:0").parse().unwrap();
+    let to = format!("{SERVER}:{}", rig.tunnel_port.get()).parse().unwrap();
+    TcpStream::from_std(rig.net.connect(from, rig.net.real(to)).unwrap()).unwrap()
+}
+
+/// An OPEN as it should be.
+fn open(route: &Route) -> Open {
+    Open {
+        destination: route.to.into(),
+        source: at("10.244.0.2:40000"),
+        service: None,
+    }
+}
+
+async fn flush(tunnel: &mut Tunnel) {
+    std::future::poll_fn(|cx| tunnel.poll_flush(cx)).await.unwrap();
+}
+
+async fn asked(tunnel: &mut Tunnel, open: Open) -> (StreamId, Control) {
+    let stream = tunnel.begin().unwrap();
+    tunnel.queue(stream, &Control::Open(open));
+    flush(tunnel).await;
+    let (of, answer) = tunnel.control().await.unwrap();
+    assert_eq!(of, stream);
+    (stream, answer)
+}
+
+fn local<T>(test: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(LocalSet::new().run_until(async {
+            tokio::time::timeout(Duration::from_secs(30), test)
+                .await
+                .expect("the test hangs")
+        }))
+}
+
+#[test]
+fn an_open_that_lies_is_refused_and_the_next_one_is_not() {
+    local(async {
+        let (rig, route) = Rig::new().await;
+        let good = open(&route);
+        let port = rig.tunnel_port.get();
+        let lies = [
+            (
+                Open {
+                    source: at("10.244.0.9:40000"),
+                    ..good
+                },
+                Reason::Spoofed,
+            ),
+            (
+                Open {
+                    destination: at("10.244.1.4:80"),
+                    ..good
+                },
+                Reason::NotTunnelled,
+            ),
+            (
+                Open {
+                    destination: at("127.0.0.1:80"),
+                    ..good
+                },
+                Reason::NotTunnelled,
+            ),
+            (
+                Open {
+                    destination: at(&format!("{SERVER}:{port}")),
+                    ..good
+                },
+                Reason::TunnelPort,
+            ),
+        ];
+        let mut tunnel = tunnel(&rig).await;
+        for (lie, reason) in lies {
+            let (_, answer) = asked(&mut tunnel, lie).await;
+            assert_eq!(answer, Control::Refused(Why::new(reason)), "{lie:?}");
+            tunnel.end();
+        }
+        let (_, answer) = asked(&mut tunnel, good).await;
+        assert_eq!(answer, Control::Opened);
+        let records = rig.far.records(4).await;
+        assert!(records.iter().all(|r| r["verdict"] == "denied"));
+    });
+}
+
+#[test]
+fn a_mapped_address_is_the_address() {
+    local(async {
+        let (rig, route) = Rig::new().await;
+        let mapped = |e: Endpoint| -> Endpoint {
+            let at = std::net::SocketAddr::from(e);
+            let std::net::IpAddr::V4(ip) = at.ip() else { panic!() };
+            std::net::SocketAddr::from((ip.to_ipv6_mapped(), at.port())).into()
+        };
+        let good = open(&route);
+        let open = Open {
+            destination: mapped(good.destination),
+            source: mapped(good.source),
+            service: None,
+        };
+        let mut tunnel = tunnel(&rig).await;
+        assert_eq!(asked(&mut tunnel, open).await.1, Control::Opened);
+    });
+}
+
+/// Whether the peer ends the tunnel.
+async fn is_ended(tunnel: &mut Tunnel) -> bool {
+    loop {
+        match tunnel.control().await {
+            Ok((_, Control::Opened | Control::Refused(_) | Control::Reset(_))) => {}
+            Ok(other) => panic!("{other:?}"),
+            Err(TunnelError::Ended | TunnelError::Cut | TunnelError::Io(_)) => return true,
+            Err(_) => return false,
+        }
+    }
+}
+
+#[test]
+fn frames_out_of_place_end_the_tunnel() {
+    local(async {
+        let (rig, route) = Rig::new().await;
+        let good = open(&route);
+        type Say = fn(&mut Tunnel, Open);
+        let cases: [(&str, Say); 7] = [
+            ("data before any OPEN", |t, _| t.queue_data(1, b"x")),
+            ("a stream that is not the next", |t, open| {
+                t.queue(2, &Control::Open(open));
+            }),
+            ("OPEN twice", |t, open| {
+                t.queue(1, &Control::Open(open));
+                t.queue(1, &Control::Open(open));
+            }),
+            ("data of another stream", |t, open| {
+                t.queue(1, &Control::Open(open));
+                t.queue_data(2, b"x");
+            }),
+            ("data behind FIN", |t, open| {
+                t.queue(1, &Control::Open(open));
+                t.queue(1, &Control::Fin);
+                t.queue_data(1, b"x");
+            }),
+            ("an answer", |t, open| {
+                t.queue(1, &Control::Open(open));
+                t.queue(1, &Control::Opened);
+            }),
+            ("an end without a beginning", |t, _| t.queue(1, &Control::Fin)),
+        ];
+        for (what, say) in cases {
+            let mut tunnel = tunnel(&rig).await;
+            say(&mut tunnel, good);
+            flush(&mut tunnel).await;
+            assert!(is_ended(&mut tunnel).await, "{what}");
+        }
+        // None of them has broken anything.
+        let (mut client, mut server) = rig.pair(&route).await;
+        client.write_all(b"x").await.unwrap();
+        loop {
+            // Connections of the cases above were accepted before.
+            match server.read(&mut [0; 9]).await {
+                Ok(1) => break,
+                Ok(_) | Err(_) => server = route.application.accept().await.unwrap().0,
+            }
+        }
+    });
+}
+
+#[test]
+fn who_says_nothing_or_nonsense_is_sent_away() {
+    local(async {
+        let (rig, _route) = Rig::with(Timing {
+            handshake: Duration::from_millis(200),
+            ..timing()
+        })
+        .await;
+        let mut silent = raw_connection(&rig);
+        let mut nonsense = raw_connection(&rig);
+        nonsense.writable().await.unwrap();
+        nonsense.write_all(&[0x55; 400]).await.unwrap();
+        for stream in [&mut silent, &mut nonsense] {
+            let mut rest = Vec::new();
+            match stream.read_to_end(&mut rest).await {
+                Ok(_) => {}
+                Err(error) => assert_eq!(error.kind(), io::ErrorKind::ConnectionReset),
+            }
+        }
+    });
+}
+
+#[test]
+fn half_open_handshakes_are_bounded() {
+    local(async {
+        let (rig, route) = Rig::with(Timing {
+            handshakes_per_pod: 5,
+            handshake: Duration::from_millis(500),
+            ..timing()
+        })
+        .await;
+        let mut silent: Vec<_> = (0..5).map(|_| raw_connection(&rig)).collect();
+        for stream in &silent {
+            stream.writable().await.unwrap();
+        }
+        let mut one_more = raw_connection(&rig);
+        assert!(is_reset(&mut one_more).await);
+        // Their time ends, and then others are served again.
+        for stream in &mut silent {
+            assert!(matches!(stream.read(&mut [0; 9]).await, Ok(0) | Err(_)));
+        }
+        let (mut client, mut server) = rig.pair(&route).await;
+        client.write_all(b"x").await.unwrap();
+        server.read_u8().await.unwrap();
+    });
+}

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Connections that are open when something changes.
+
+use mesh_common::policy::{PolicySetId, SetHead};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use super::super::*;
+use super::rig::*;
+
+/// A policy that refuses everything in one direction.
+fn isolate(pod: &'static str, flags: u32) -> impl FnOnce(&mut Plan) {
+    move |plan| {
+        let set = PolicySetId(9);
+        let head = SetHead {
+            flags,
+            ..SetHead::default()
+        };
+        plan.sets.insert(set, head);
+        plan.pods.get_mut(pod).unwrap().view.set = set;
+    }
+}
+
+async fn closes(rig: &Rig) -> [String; 2] {
+    let label = |record: &serde_json::Value| record["close"].as_str().unwrap().to_owned();
+    let near = rig.near.records(1).await;
+    let far = rig.far.records(1).await;
+    [label(&near[0]), label(&far[0])]
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_change_of_policy_ends_what_it_denies_at_either_end() {
+    for outgoing in [true, false] {
+        let (rig, route) = Rig::new().await;
+        let (mut client, mut server) = rig.pair(&route).await;
+        client.write_all(b"x").await.unwrap();
+        server.read_u8().await.unwrap();
+        // A change that does not concern it leaves it alone.
+        rig.near.change(|plan| plan.pod_cidrs.clear());
+        server.write_all(b"y").await.unwrap();
+        client.read_u8().await.unwrap();
+        if outgoing {
+            rig.near.change(isolate("client", SetHead::ISOLATED_EGRESS));
+        } else {
+            rig.far.change(isolate("server", SetHead::ISOLATED_INGRESS));
+        }
+        assert!(is_reset(&mut client).await);
+        assert!(is_reset(&mut server).await);
+        assert_eq!(closes(&rig).await, ["policy_changed", "policy_changed"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_pod_that_is_deleted_takes_its_connections_with_it() {
+    for near in [true, false] {
+        let (rig, route) = Rig::new().await;
+        let (mut client, mut server) = rig.pair(&route).await;
+        client.write_all(b"x").await.unwrap();
+        server.read_u8().await.unwrap();
+        let node = if near { &rig.near } else { &rig.far };
+        let pod = Arc::downgrade(node.pods.borrow().values().next().unwrap());
+        node.pods.send_replace(Arc::default());
+        assert!(is_reset(&mut client).await);
+        assert!(is_reset(&mut server).await);
+        assert_eq!(closes(&rig).await, ["pod_deleted", "pod_deleted"]);
+        // Whoever keeps the handle keeps the namespace.
+        let until = std::time::Instant::now() + Duration::from_secs(1);
+        while pod.strong_count() > 0 {
+            assert!(std::time::Instant::now() < until, "the pod is held");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn an_agent_that_drains_lets_connections_end_and_then_resets_them() {
+    let (rig, route) = Rig::new().await;
+    let (mut client, mut server) = rig.pair(&route).await;
+    let (mut kept, mut kept_far) = rig.pair(&route).await;
+    rig.near.proxy.drain();
+    client.write_all(b"still here").await.unwrap();
+    client.shutdown().await.unwrap();
+    let mut heard = String::new();
+    server.read_to_string(&mut heard).await.unwrap();
+    assert_eq!(heard, "still here");
+    drop(server);
+    rig.near.records(1).await;
+    let proxy = rig.near.proxy;
+    let still_open = tokio::time::timeout(Duration::from_millis(100), proxy.drained()).await;
+    assert!(still_open.is_err());
+    proxy.finish().await;
+    assert!(is_reset(&mut kept).await);
+    assert!(is_reset(&mut kept_far).await);
+    let closes: Vec<_> = rig.far.records(2).await;
+    assert_eq!(closes[0]["close"], "finished");
+    assert_eq!(closes[1]["close"], "agent_shutdown");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_reset_is_recorded_as_whose_it_was() {
+    let (rig, route) = Rig::new().await;
+    let (mut client, mut server) = rig.pair(&route).await;
+    client.write_all(b"x").await.unwrap();
+    server.read_u8().await.unwrap();
+    client.set_zero_linger().unwrap();
+    drop(client);
+    assert!(is_reset(&mut server).await);
+    for (node, by) in [(&rig.near, "local"), (&rig.far, "remote")] {
+        let record = &node.records(1).await[0];
+        assert_eq!((&record["close"], &record["closed_by"]), (&"reset".into(), &by.into()));
+    }
+}

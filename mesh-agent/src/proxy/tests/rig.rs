@@ -1,0 +1,422 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The two nodes, their pods, and what stands for the kernel.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant, SystemTime};
+
+use mesh_common::pod::{PodIndex, PodView};
+use mesh_common::{Addr, Endpoint, IdentityId, Peer, PodState, Port};
+use mesh_plan::Plan;
+use mesh_plan::cluster::ObjectName;
+use mesh_plan::plan::{LocalPod, Workload};
+use serde_json::Value;
+use socket2::{Domain, Socket as RawSocket, Type};
+use tokio::io::AsyncReadExt as _;
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+
+use super::super::dial::Dial;
+use super::super::socket::Socket;
+use super::super::*;
+use crate::config::FlowLog;
+use crate::flows::Flows;
+use crate::identity::{Ca, Clock, Config as IdentityConfig, SpiffeId, TrustDomain};
+use crate::metrics::Metrics;
+use crate::pods::{Listeners, PodHandle};
+use crate::sys::netns::NetNs;
+
+pub(super) const CLIENT: &str = "10.244.0.2";
+pub(super) const SERVER: &str = "10.244.1.3";
+
+const CLIENT_ID: IdentityId = IdentityId(1000);
+const SERVER_ID: IdentityId = IdentityId(1001);
+
+/// Each rig has a second octet of its own, so that tests can run at the same time.
+fn next_net() -> u8 {
+    static NEXT: AtomicUsize = AtomicUsize::new(10);
+    u8::try_from(NEXT.fetch_add(1, Relaxed)).unwrap()
+}
+
+/// Where things that have a pod's address really are: on loopback, in a net of the rig's own.
+#[derive(Clone)]
+pub(super) struct Loopback {
+    net: u8,
+    /// Tunnels that were dialled.
+    pub(super) dialled: Arc<AtomicUsize>,
+    /// The client's address and port at the last hand-over.
+    pub(super) client: Arc<OnceLock<SocketAddr>>,
+}
+
+impl Loopback {
+    /// `10.244.b.c` as the agent's listeners and sockets of pods have it.
+    pub(super) fn real(&self, at: SocketAddr) -> SocketAddr {
+        let IpAddr::V4(v4) = at.ip() else {
+            panic!("{at}")
+        };
+        let [_, _, c, d] = v4.octets();
+        (Ipv4Addr::new(127, self.net, c, d), at.port()).into()
+    }
+
+    /// The same, as applications of pods have it.
+    pub(super) fn application(&self, at: SocketAddr) -> SocketAddr {
+        let mut real = self.real(at);
+        if let IpAddr::V4(v4) = real.ip() {
+            let [a, b, c, d] = v4.octets();
+            real.set_ip(Ipv4Addr::new(a, b, c + 100, d).into());
+        }
+        real
+    }
+
+    fn pod(at: SocketAddr) -> SocketAddr {
+        let IpAddr::V4(v4) = at.ip() else {
+            panic!("{at}")
+        };
+        let [_, _, c, d] = v4.octets();
+        (Ipv4Addr::new(10, 244, c, d), at.port()).into()
+    }
+
+    pub(super) fn connect(
+        &self,
+        from: SocketAddr,
+        to: SocketAddr,
+    ) -> io::Result<std::net::TcpStream> {
+        let socket = RawSocket::new(Domain::IPV4, Type::STREAM.nonblocking(), None)?;
+        socket.set_tcp_nodelay(true)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&self.real(from).into())?;
+        match socket.connect(&to.into()) {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(socket.into())
+    }
+}
+
+impl Dial for Loopback {
+    fn ends(&self, socket: &Socket) -> io::Result<(SocketAddr, SocketAddr)> {
+        Ok((
+            Self::pod(socket.local_addr()?),
+            Self::pod(socket.peer_addr()?),
+        ))
+    }
+
+    fn peer(&self, _: &PodHandle, from: SocketAddr, to: SocketAddr) -> io::Result<std::net::TcpStream> {
+        self.dialled.fetch_add(1, Relaxed);
+        self.connect(from, self.real(to))
+    }
+
+    fn application(
+        &self,
+        _: &PodHandle,
+        client: SocketAddr,
+        to: SocketAddr,
+    ) -> io::Result<std::net::TcpStream> {
+        self.client.get_or_init(|| client);
+        let any = SocketAddr::new(to.ip(), 0);
+        self.connect(any, Self::application(self, to))
+    }
+
+    fn service(&self, _: &PodHandle, to: Endpoint, _: Port) -> Option<Endpoint> {
+        (to.port.get() != 0).then(|| at("10.96.0.1:80"))
+    }
+}
+
+pub(super) fn at(text: &str) -> Endpoint {
+    text.parse::<SocketAddr>().unwrap().into()
+}
+
+pub(super) fn addr(text: &str) -> Addr {
+    text.parse::<IpAddr>().unwrap().into()
+}
+
+/// One node.
+pub(super) struct Node {
+    pub(super) proxy: ProxyHandle,
+    pub(super) plan: watch::Sender<Arc<Plan>>,
+    pub(super) pods: watch::Sender<Arc<PodTable>>,
+    pub(super) metrics: Metrics,
+    flows: Flows,
+}
+
+impl Node {
+    pub(super) fn change(&self, change: impl FnOnce(&mut Plan)) {
+        self.plan.send_modify(|plan| change(Arc::make_mut(plan)));
+    }
+
+    /// The records so far, once there are `count`.
+    pub(super) async fn records(&self, count: usize) -> Vec<Value> {
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            let lines = self.flows.sink().recent().await;
+            if lines.len() >= count {
+                assert_eq!(lines.len(), count, "{lines:?}");
+                return lines.iter().map(|l| serde_json::from_str(l).unwrap()).collect();
+            }
+            assert!(Instant::now() < until, "{count} records: {lines:?}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+/// Two nodes, a client pod on one and a server pod on the other.
+pub(super) struct Rig {
+    pub(super) near: Node,
+    pub(super) far: Node,
+    pub(super) net: Loopback,
+    pub(super) identities: Identities,
+    pub(super) timing: Timing,
+    pub(super) tunnel_port: Port,
+    tunnel: TcpListener,
+    _ca: tempfile::TempDir,
+}
+
+/// What the client's node accepts for a destination: here every destination needs a listener.
+pub(super) struct Route {
+    pub(super) to: SocketAddr,
+    pub(super) application: tokio::net::TcpListener,
+}
+
+fn now() -> SystemTime {
+    #[expect(clippy::disallowed_methods, reason = "a test's wall clock")]
+    SystemTime::now()
+}
+
+pub(super) fn timing() -> Timing {
+    Timing {
+        unknown_peer: Duration::from_millis(500),
+        ..Timing::default()
+    }
+}
+
+fn workload(name: &str) -> Workload {
+    Workload {
+        pod: ObjectName::new("shop", name),
+        uid: name.to_owned(),
+        workload: name.to_owned(),
+        workload_kind: "Deployment".to_owned(),
+        service_account: format!("{name}-sa"),
+        node: String::new(),
+    }
+}
+
+fn plan(local: &str) -> Plan {
+    let mut plan = Plan::default();
+    for (name, ip, id) in [("client", CLIENT, CLIENT_ID), ("server", SERVER, SERVER_ID)] {
+        let flags = Peer::ENROLLED | Peer::READY | Peer::POD;
+        plan.peers.insert(addr(ip), Peer { id, flags, pad: 0 });
+        plan.names.workloads.insert(addr(ip), workload(name));
+        if name == local {
+            plan.pods.insert(name.to_owned(), local_pod(name, ip, id));
+        }
+    }
+    plan
+}
+
+fn local_pod(name: &str, ip: &str, id: IdentityId) -> LocalPod {
+    LocalPod {
+        name: ObjectName::new("shop", name),
+        service_account: format!("{name}-sa"),
+        addresses: [ip.parse().unwrap()].into(),
+        netns_path: None,
+        view: PodView {
+            id,
+            v4: addr(ip),
+            flags: PodState::ENROLLED,
+            ..PodView::default()
+        },
+    }
+}
+
+fn table(plan: &Plan, listeners: Listeners) -> Arc<PodTable> {
+    let (uid, local) = plan.pods.iter().next().unwrap();
+    let handle = PodHandle {
+        uid: uid.clone(),
+        local: local.clone(),
+        index: PodIndex(0),
+        netns: Arc::new(NetNs::own().unwrap()),
+        netns_cookie: 0,
+        listeners: Some(Arc::new(listeners)),
+        link: 0,
+        mac: [0; 8],
+    };
+    Arc::new(BTreeMap::from([(uid.clone(), Arc::new(handle))]))
+}
+
+const NOBODY: Listeners = Listeners {
+    outbound4: None,
+    outbound6: None,
+    tunnel4: None,
+    tunnel6: None,
+};
+
+fn listener(at: SocketAddr) -> TcpListener {
+    let listener = TcpListener::bind(at).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    listener
+}
+
+impl Rig {
+    pub(super) async fn new() -> (Self, Route) {
+        Self::with(timing()).await
+    }
+
+    pub(super) async fn with(timing: Timing) -> (Self, Route) {
+        let net = Loopback {
+            net: next_net(),
+            dialled: Arc::default(),
+            client: Arc::default(),
+        };
+        let ca = tempfile::tempdir().unwrap();
+        let config = IdentityConfig {
+            ca: Ca::SelfSigned(ca.path().to_owned()),
+            trust_domain: TrustDomain::new("cluster.local").unwrap(),
+            clock: Clock::new(now),
+            seed: 1,
+        };
+        let wanted: BTreeSet<_> = ["client-sa", "server-sa", "other-sa"]
+            .map(|sa| SpiffeId::new(&config.trust_domain, "shop", sa).unwrap())
+            .into();
+        let (sender, receiver) = watch::channel(wanted.clone());
+        let identities = Identities::start(config, receiver).await.unwrap();
+        for id in &wanted {
+            identities.ready(id).await.unwrap();
+        }
+        // Nobody changes what is wanted, until the process ends.
+        std::mem::forget(sender);
+
+        let server: SocketAddr = format!("{SERVER}:0").parse().unwrap();
+        // Bound by number: so it keeps the port while it does not listen.
+        let free = listener(net.real(server)).local_addr().unwrap();
+        let tunnel = listener(free);
+        let tunnel_port = Port::new(tunnel.local_addr().unwrap().port());
+        let outbound = listener(net.real(server));
+        let port = outbound.local_addr().unwrap().port();
+        let to = SocketAddr::new(server.ip(), port);
+        let application = listener(net.application(to));
+        let application = tokio::net::TcpListener::from_std(application).unwrap();
+
+        let far = Listeners {
+            tunnel4: Some(tunnel.try_clone().unwrap()),
+            ..NOBODY
+        };
+        let near = Listeners {
+            outbound4: Some(outbound),
+            ..NOBODY
+        };
+        let rig = Self {
+            near: node("client", near, &net, &identities, timing, tunnel_port),
+            far: node("server", far, &net, &identities, timing, tunnel_port),
+            net,
+            identities,
+            timing,
+            tunnel_port,
+            tunnel,
+            _ca: ca,
+        };
+        (rig, Route { to, application })
+    }
+
+    /// The agent of the server's node goes, and another comes.
+    pub(super) async fn restart_far(&mut self) {
+        let listeners = Listeners {
+            tunnel4: Some(self.tunnel.try_clone().unwrap()),
+            ..NOBODY
+        };
+        let next = node(
+            "server",
+            listeners,
+            &self.net,
+            &self.identities,
+            self.timing,
+            self.tunnel_port,
+        );
+        let old = std::mem::replace(&mut self.far, next);
+        old.proxy.finish().await;
+    }
+
+    /// Nobody answers on the tunnel port any more.
+    pub(super) fn close_tunnel_port(&self) {
+        // Bound and not listening: connects are refused, and nobody else takes the port.
+        raw_listener(&self.tunnel).shutdown(std::net::Shutdown::Both).unwrap();
+    }
+
+    /// The agent of the server's node listens again.
+    pub(super) fn open_tunnel_port(&self) {
+        raw_listener(&self.tunnel).listen(64).unwrap();
+    }
+
+    /// What the client's application does: connects to a destination and is captured.
+    pub(super) async fn connect(&self, route: &Route) -> TcpStream {
+        let from = format!("{CLIENT}:0").parse().unwrap();
+        let stream = self.net.connect(from, self.net.real(route.to)).unwrap();
+        let stream = TcpStream::from_std(stream).unwrap();
+        stream.writable().await.unwrap();
+        assert!(stream.take_error().unwrap().is_none());
+        stream
+    }
+
+    /// Both applications' ends of a connection.
+    pub(super) async fn pair(&self, route: &Route) -> (TcpStream, TcpStream) {
+        let (client, accepted) = tokio::join!(self.connect(route), route.application.accept());
+        (client, accepted.unwrap().0)
+    }
+}
+
+fn node(
+    name: &str,
+    listeners: Listeners,
+    net: &Loopback,
+    identities: &Identities,
+    timing: Timing,
+    tunnel_port: Port,
+) -> Node {
+    let metrics = Metrics::new();
+    let flows = Flows::start(&FlowLog::Off, &metrics).unwrap();
+    let (plan_sender, plan_receiver) = watch::channel(Arc::new(plan(name)));
+    let pods = table(&plan_receiver.borrow(), listeners);
+    let (pods_sender, pods) = watch::channel(pods);
+    let recorder = Recorder::new(
+        name,
+        plan_receiver.clone(),
+        metrics.clone(),
+        flows.sink(),
+        now,
+    );
+    let doors = Doors {
+        pods,
+        plan: plan_receiver,
+        identities: identities.clone(),
+        recorder,
+    };
+    let config = Config {
+        workers: NonZeroUsize::new(2).unwrap(),
+        tunnel_port,
+        timing,
+    };
+    let net = net.clone();
+    let proxy = start_with(config, doors, move || Box::new(net.clone())).unwrap();
+    Node {
+        proxy,
+        plan: plan_sender,
+        pods: pods_sender,
+        metrics,
+        flows,
+    }
+}
+
+/// Whether reading ends with a reset.
+pub(super) async fn is_reset(stream: &mut TcpStream) -> bool {
+    match stream.read(&mut [0; 64]).await {
+        Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
+        Ok(_) => false,
+    }
+}
+
+fn raw_listener(listener: &TcpListener) -> socket2::SockRef<'_> {
+    socket2::SockRef::from(listener)
+}
