@@ -169,7 +169,7 @@ fn admitted<'a>(
         };
         match head(kind, object) {
             Ok(head) => admitted.push((kind, head, object)),
-            Err(rejection) => outcome.rejections.push(rejection),
+            Err(bad) => outcome.rejections.push(bad.of(kind, object)),
         }
     }
     admitted.sort_by(|a, b| (&a.1.object, &a.2.origin).cmp(&(&b.1.object, &b.2.origin)));

@@ -80,7 +80,11 @@ pub fn objects(text: &str, format: Format) -> Result<Vec<Value>, Error> {
     Ok(objects)
 }
 
-fn flatten(document: Value, number: usize, objects: &mut Vec<Value>) -> Result<(), Error> {
+/// Adds the objects of one document, of which it is this one in its text, from 1.
+///
+/// # Errors
+/// The document is no object.
+pub fn flatten(document: Value, number: usize, objects: &mut Vec<Value>) -> Result<(), Error> {
     match document {
         Value::Null => Ok(()),
         Value::Object(mut map) => {

@@ -95,34 +95,45 @@ impl Held {
     }
 }
 
+/// Which field of an object's head is wrong, and why.
+pub(super) struct BadHead {
+    field: &'static str,
+    why: String,
+}
+
+impl BadHead {
+    pub(super) fn of(&self, kind: &Kind, object: &Object) -> Rejection {
+        nameless(kind.name, object, self.field, &self.why)
+    }
+}
+
 /// The head of an object of a known kind.
-pub(super) fn head(kind: &Kind, object: &Object) -> Result<Head, Rejection> {
+pub(super) fn head(kind: &Kind, object: &Object) -> Result<Head, BadHead> {
     let metadata = object.value.get("metadata");
-    let text = |key: &str| -> Result<Option<&str>, Rejection> {
-        match metadata.and_then(|m| m.get(key)) {
-            None | Some(Value::Null) => Ok(None),
-            Some(Value::String(text)) => Ok(Some(text)),
-            Some(_) => Err(nameless(
-                kind.name,
-                object,
-                key,
-                "must be a string, quoted where YAML reads something else (on, no, 1)",
-            )),
-        }
+    let bad = |field, why: &str| BadHead {
+        field,
+        why: why.to_owned(),
+    };
+    let text = |field: &'static str| match metadata.and_then(|m| m.get(field)) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text.as_str())),
+        Some(_) => Err(bad(
+            field,
+            "must be a string, quoted where YAML reads something else (on, no, 1)",
+        )),
     };
     let name = text("name")?
         .filter(|name| !name.is_empty())
-        .ok_or_else(|| nameless(kind.name, object, "name", "is missing"))?;
+        .ok_or_else(|| bad("name", "is missing"))?;
+    subdomain(name).map_err(|why| bad("name", &why))?;
     let namespace = match (kind.namespaced, text("namespace")?) {
         (false, _) => "",
         (true, None | Some("")) => "default",
-        (true, Some(namespace)) => namespace,
-    };
-    for (field, value) in [("name", name), ("namespace", namespace)] {
-        if !(field == "namespace" && value.is_empty()) {
-            subdomain(value).map_err(|why| nameless(kind.name, object, field, &why))?;
+        (true, Some(namespace)) => {
+            subdomain(namespace).map_err(|why| bad("namespace", &why))?;
+            namespace
         }
-    }
+    };
     Ok(Head {
         object: ObjectRef::new(kind.name, namespace, name),
         uid: text("uid")?.unwrap_or_default().to_owned(),

@@ -156,21 +156,22 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// What `<<` names fills in what the mapping itself does not say.
+/// What `<<` names, a mapping or a list of them, fills in what the mapping itself does not say.
 fn merge(map: &mut Map<String, Value>, merged: Value, at: Span) -> Result<(), Error> {
-    match merged {
-        Value::Object(other) => {
-            for (key, value) in other {
-                map.entry(key).or_insert(value);
-            }
-            Ok(())
+    let sources = if let Value::Array(sources) = merged {
+        sources
+    } else {
+        vec![merged]
+    };
+    for source in sources {
+        let Value::Object(source) = source else {
+            return Err(fail(at, "<< needs mappings"));
+        };
+        for (key, value) in source {
+            map.entry(key).or_insert(value);
         }
-        Value::Array(others) => others.into_iter().try_for_each(|other| match other {
-            Value::Object(_) => merge(map, other, at),
-            _ => Err(fail(at, "<< needs mappings")),
-        }),
-        _ => Err(fail(at, "<< needs a mapping")),
     }
+    Ok(())
 }
 
 fn fail(at: Span, why: impl Into<String>) -> Error {

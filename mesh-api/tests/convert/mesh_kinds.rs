@@ -18,12 +18,16 @@ fn object(group: &str, kind: &str, spec: &str) -> String {
 
 fn mesh_policy(spec: &str) -> Policy {
     let outcome = clean(&object("mesh.rs/v1alpha1", "MeshPolicy", spec));
-    policy(&outcome, "MeshPolicy", "shop/p").cloned().unwrap()
+    policy(&outcome, "MeshPolicy", "shop/p")
+        .cloned()
+        .expect("it is in force")
 }
 
 fn cluster_policy(spec: &str) -> Policy {
     let outcome = clean(&object("mesh.rs/v1alpha1", "ClusterMeshPolicy", spec));
-    policy(&outcome, "ClusterMeshPolicy", "p").cloned().unwrap()
+    policy(&outcome, "ClusterMeshPolicy", "p")
+        .cloned()
+        .expect("it is in force")
 }
 
 fn network(spec: &str) -> (Policy, Vec<String>) {
@@ -36,7 +40,7 @@ fn network(spec: &str) -> (Policy, Vec<String>) {
     assert_eq!(outcome.rejections, [], "{spec}");
     let policy = policy(&outcome, "ClusterNetworkPolicy", "p")
         .cloned()
-        .unwrap();
+        .expect("it is in force");
     (policy, warnings(&outcome))
 }
 

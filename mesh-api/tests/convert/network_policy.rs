@@ -25,7 +25,7 @@ fn good(spec: &str) -> Policy {
 
 fn only_ingress(spec: &str) -> Rule {
     let policy = good(&format!("{{podSelector: {{}}, ingress: [{spec}]}}"));
-    let [rule] = <[Rule; 1]>::try_from(policy.ingress.unwrap()).expect("one rule");
+    let [rule] = <[Rule; 1]>::try_from(policy.ingress.expect("ingress")).expect("one rule");
     rule
 }
 
@@ -131,13 +131,16 @@ fn ports() {
 
 #[test]
 fn peers() {
-    let pods = |rule: Rule| match rule.peers.unwrap().remove(0) {
-        PeerMatch::Pods {
+    let pods = |rule: Rule| {
+        let PeerMatch::Pods {
             namespaces,
             pods,
             service_accounts: None,
-        } => (namespaces, pods),
-        other => panic!("{other:?}"),
+        } = rule.peers.unwrap().remove(0)
+        else {
+            panic!("not pods")
+        };
+        (namespaces, pods)
     };
     let app = Selector {
         requirements: vec![Requirement {
@@ -205,100 +208,102 @@ fn selector_operators() {
     assert!(!pods.matches(&labels(&[("z", "1"), ("a", "y"), ("c", ""), ("d", "")])));
 }
 
+/// A spec, and how its only rejection begins.
+const REFUSED: &[(&str, &str)] = &[
+    (
+        "{ingress: [{from: [{}]}]}",
+        "spec.ingress[0].from[0]: needs a podSelector",
+    ),
+    (
+        "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/33}}]}]}",
+        "spec.ingress[0].from[0].ipBlock.cidr: \"10.0.0.0/33\" is no CIDR",
+    ),
+    (
+        "{ingress: [{from: [{ipBlock: {}}]}]}",
+        "spec.ingress[0].from[0].ipBlock.cidr: \"\" is no CIDR",
+    ),
+    (
+        "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [11.0.0.0/16]}}]}]}",
+        "spec.ingress[0].from[0].ipBlock.except[0]: 11.0.0.0/16 must be a true part",
+    ),
+    (
+        "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [10.0.0.0/8]}}]}]}",
+        "spec.ingress[0].from[0].ipBlock.except[0]: 10.0.0.0/8 must be a true part",
+    ),
+    (
+        "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8}, podSelector: {}}]}]}",
+        "spec.ingress[0].from[0].ipBlock: stands alone",
+    ),
+    (
+        "{ingress: [{ports: [{port: 0}]}]}",
+        "spec.ingress[0].ports[0].port: 0 is no port",
+    ),
+    (
+        "{egress: [{ports: [{port: 65536}]}]}",
+        "spec.egress[0].ports[0].port: 65536 is no port",
+    ),
+    (
+        "{ingress: [{ports: [{port: 90, endPort: 80}]}]}",
+        "spec.ingress[0].ports[0].endPort: 80 is below port 90",
+    ),
+    (
+        "{ingress: [{ports: [{port: http, endPort: 80}]}]}",
+        "spec.ingress[0].ports[0].endPort: needs a port that is a number",
+    ),
+    (
+        "{ingress: [{ports: [{endPort: 80}]}]}",
+        "spec.ingress[0].ports[0].endPort: needs a port",
+    ),
+    (
+        "{ingress: [{ports: [{port: HTTP}]}]}",
+        "spec.ingress[0].ports[0].port: \"HTTP\" is no port name",
+    ),
+    (
+        "{ingress: [{ports: [{port: '80'}]}]}",
+        "spec.ingress[0].ports[0].port: \"80\" is no port name",
+    ),
+    (
+        "{ingress: [{ports: [{protocol: ICMP}]}]}",
+        "spec.ingress[0].ports[0].protocol: \"ICMP\" is no protocol",
+    ),
+    (
+        "{policyTypes: [Both]}",
+        "spec.policyTypes[0]: \"Both\" must be Ingress or Egress",
+    ),
+    (
+        "{podSelector: {matchLabels: {'a b': c}}}",
+        "spec.podSelector.matchLabels.a b: \"a b\" is no label key",
+    ),
+    (
+        "{podSelector: {matchLabels: {a: 'b c'}}}",
+        "spec.podSelector.matchLabels.a: \"b c\" is no label value",
+    ),
+    (
+        "{podSelector: {matchExpressions: [{key: a, operator: Is}]}}",
+        "spec.podSelector.matchExpressions[0].operator: \"Is\" is no operator",
+    ),
+    (
+        "{podSelector: {matchExpressions: [{key: a, operator: In}]}}",
+        "spec.podSelector.matchExpressions[0].values: In needs at least one value",
+    ),
+    (
+        "{podSelector: {matchExpressions: [{key: a, operator: Exists, values: [b]}]}}",
+        "spec.podSelector.matchExpressions[0].values: Exists takes no values",
+    ),
+    (
+        "{podSelector: {matchLabels: {a: 1}}}",
+        "spec.podSelector.matchLabels.a: invalid type",
+    ),
+    ("{ingress: {from: []}}", "spec.ingress: invalid type"),
+    (
+        "{ingress: [{ports: [{port: [80]}]}]}",
+        "spec.ingress[0].ports[0].port: ",
+    ),
+];
+
 #[test]
 fn what_the_api_server_refuses_is_refused_with_its_path() {
-    let rows = [
-        (
-            "{ingress: [{from: [{}]}]}",
-            "spec.ingress[0].from[0]: needs a podSelector",
-        ),
-        (
-            "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/33}}]}]}",
-            "spec.ingress[0].from[0].ipBlock.cidr: \"10.0.0.0/33\" is no CIDR",
-        ),
-        (
-            "{ingress: [{from: [{ipBlock: {}}]}]}",
-            "spec.ingress[0].from[0].ipBlock.cidr: \"\" is no CIDR",
-        ),
-        (
-            "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [11.0.0.0/16]}}]}]}",
-            "spec.ingress[0].from[0].ipBlock.except[0]: 11.0.0.0/16 must be a true part",
-        ),
-        (
-            "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [10.0.0.0/8]}}]}]}",
-            "spec.ingress[0].from[0].ipBlock.except[0]: 10.0.0.0/8 must be a true part",
-        ),
-        (
-            "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8}, podSelector: {}}]}]}",
-            "spec.ingress[0].from[0].ipBlock: stands alone",
-        ),
-        (
-            "{ingress: [{ports: [{port: 0}]}]}",
-            "spec.ingress[0].ports[0].port: 0 is no port",
-        ),
-        (
-            "{egress: [{ports: [{port: 65536}]}]}",
-            "spec.egress[0].ports[0].port: 65536 is no port",
-        ),
-        (
-            "{ingress: [{ports: [{port: 90, endPort: 80}]}]}",
-            "spec.ingress[0].ports[0].endPort: 80 is below port 90",
-        ),
-        (
-            "{ingress: [{ports: [{port: http, endPort: 80}]}]}",
-            "spec.ingress[0].ports[0].endPort: needs a port that is a number",
-        ),
-        (
-            "{ingress: [{ports: [{endPort: 80}]}]}",
-            "spec.ingress[0].ports[0].endPort: needs a port",
-        ),
-        (
-            "{ingress: [{ports: [{port: HTTP}]}]}",
-            "spec.ingress[0].ports[0].port: \"HTTP\" is no port name",
-        ),
-        (
-            "{ingress: [{ports: [{port: '80'}]}]}",
-            "spec.ingress[0].ports[0].port: \"80\" is no port name",
-        ),
-        (
-            "{ingress: [{ports: [{protocol: ICMP}]}]}",
-            "spec.ingress[0].ports[0].protocol: \"ICMP\" is no protocol",
-        ),
-        (
-            "{policyTypes: [Both]}",
-            "spec.policyTypes[0]: \"Both\" must be Ingress or Egress",
-        ),
-        (
-            "{podSelector: {matchLabels: {'a b': c}}}",
-            "spec.podSelector.matchLabels.a b: \"a b\" is no label key",
-        ),
-        (
-            "{podSelector: {matchLabels: {a: 'b c'}}}",
-            "spec.podSelector.matchLabels.a: \"b c\" is no label value",
-        ),
-        (
-            "{podSelector: {matchExpressions: [{key: a, operator: Is}]}}",
-            "spec.podSelector.matchExpressions[0].operator: \"Is\" is no operator",
-        ),
-        (
-            "{podSelector: {matchExpressions: [{key: a, operator: In}]}}",
-            "spec.podSelector.matchExpressions[0].values: In needs at least one value",
-        ),
-        (
-            "{podSelector: {matchExpressions: [{key: a, operator: Exists, values: [b]}]}}",
-            "spec.podSelector.matchExpressions[0].values: Exists takes no values",
-        ),
-        (
-            "{podSelector: {matchLabels: {a: 1}}}",
-            "spec.podSelector.matchLabels.a: invalid type",
-        ),
-        ("{ingress: {from: []}}", "spec.ingress: invalid type"),
-        (
-            "{ingress: [{ports: [{port: [80]}]}]}",
-            "spec.ingress[0].ports[0].port: ",
-        ),
-    ];
-    for (spec, expected) in rows {
+    for (spec, expected) in REFUSED {
         let errors = errors(spec);
         assert!(
             errors.len() == 1 && errors[0].starts_with(expected),

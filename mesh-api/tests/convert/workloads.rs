@@ -18,7 +18,7 @@ fn pod(metadata: &str, spec: &str, status: &str) -> Pod {
 }
 
 fn ip(text: &str) -> IpAddr {
-    text.parse().unwrap()
+    text.parse().expect("an address")
 }
 
 #[test]

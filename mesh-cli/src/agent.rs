@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Questions to the agent of this node, over its admin socket.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::Outcome;
+use crate::args::{Agent, Status};
+
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Prints a page.
+pub(crate) fn page(agent: &Agent, path: &str, out: &mut impl Write) -> Result<Outcome> {
+    out.write_all(get(agent, path)?.as_bytes())?;
+    Ok(Outcome::Good)
+}
+
+/// Prints how the agent is; bad if it is not ready or rejects something.
+pub(crate) fn status(args: &Status, out: &mut impl Write) -> Result<Outcome> {
+    let text = get(&args.agent, "/status")?;
+    let status: Value = serde_json::from_str(&text).context("the agent's answer is no JSON")?;
+    if args.json {
+        out.write_all(text.as_bytes())?;
+    } else {
+        summary(&status, out)?;
+    }
+    let is_ready = status.get("ready") == Some(&Value::Bool(true));
+    let rejects = !rejections(&status).is_empty();
+    Ok(if is_ready && !rejects {
+        Outcome::Good
+    } else {
+        Outcome::Bad
+    })
+}
+
+fn rejections(status: &Value) -> &[Value] {
+    let list = status.get("rejections").and_then(Value::as_array);
+    list.map_or(&[], Vec::as_slice)
+}
+
+fn summary(status: &Value, out: &mut impl Write) -> Result<()> {
+    for (key, value) in status.as_object().into_iter().flatten() {
+        if let Value::Object(parts) = value {
+            write!(out, "{key}:")?;
+            for (name, part) in parts {
+                write!(out, " {name}={}", plain(part))?;
+            }
+            writeln!(out)?;
+        } else if !value.is_array() {
+            writeln!(out, "{key}: {}", plain(value))?;
+        }
+    }
+    let rejections = rejections(status);
+    writeln!(out, "rejections: {}", rejections.len())?;
+    for rejection in rejections {
+        let part = |name: &str| rejection.get(name).map(plain).unwrap_or_default();
+        let (object, field) = (part("object"), part("field"));
+        let (why, consequence) = (part("why"), part("consequence"));
+        writeln!(out, "  {object}: {field}: {why}; {consequence}")?;
+    }
+    Ok(())
+}
+
+fn plain(value: &Value) -> String {
+    value
+        .as_str()
+        .map_or_else(|| value.to_string(), str::to_owned)
+}
+
+/// One page of the agent.
+fn get(agent: &Agent, path: &str) -> Result<String> {
+    let socket = &agent.socket;
+    let mut stream = UnixStream::connect(socket)
+        .with_context(|| format!("no agent answers on {}", socket.display()))?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.set_write_timeout(Some(TIMEOUT))?;
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n"
+    )?;
+    let mut answer = String::new();
+    stream
+        .read_to_string(&mut answer)
+        .context("the agent's answer ended early")?;
+    let (head, body) = answer
+        .split_once("\r\n\r\n")
+        .context("the agent's answer is no HTTP")?;
+    let status = head.split(' ').nth(1).unwrap_or_default();
+    if status != "200" {
+        bail!("the agent answers {status} to {path}: {}", body.trim());
+    }
+    Ok(body.to_owned())
+}

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `meshctl policy matrix`: who reaches whom.
+
+use std::collections::BTreeSet;
+use std::io::{self, Write};
+
+use anyhow::Result;
+use mesh_common::Protocol;
+use mesh_common::identity::Evidence;
+use mesh_common::policy::PortKey;
+use mesh_plan::cluster::Pod;
+
+use super::world::{Party, World, evidence, number};
+use crate::args::Matrix;
+use crate::{Outcome, input};
+
+/// Prints a table for one port, or a line for each pair and its ports.
+pub(crate) fn run(args: &Matrix, out: &mut impl Write) -> Result<Outcome> {
+    let mut objects = Vec::new();
+    for path in &args.manifests.paths {
+        input::manifests(path, &mut objects)?;
+    }
+    let world = World::new(&objects);
+    for note in &world.notes {
+        writeln!(io::stderr(), "{note}")?;
+    }
+    let mut pods: Vec<&Pod> = world.cluster.pods.values().collect();
+    pods.sort_by(|a, b| a.name.cmp(&b.name));
+    let asks = Asks {
+        world: &world,
+        protocol: number(args.protocol),
+        evidence: evidence(args.evidence),
+    };
+    let concerns = |a: &Pod, b: &Pod| {
+        args.namespace
+            .as_ref()
+            .is_none_or(|name| [&a.name.namespace, &b.name.namespace].contains(&name))
+    };
+    match args.port {
+        Some(port) => {
+            pods.retain(|pod| concerns(pod, pod));
+            grid(&asks, &pods, port, out)?;
+        }
+        None => {
+            for from in &pods {
+                for to in pods
+                    .iter()
+                    .filter(|to| from.uid != to.uid && concerns(from, to))
+                {
+                    let ports = asks.ranges(from, to);
+                    writeln!(out, "{} -> {}: {}", from.name, to.name, describe(&ports))?;
+                }
+            }
+        }
+    }
+    Ok(Outcome::Good)
+}
+
+struct Asks<'a> {
+    world: &'a World,
+    protocol: Protocol,
+    evidence: Evidence,
+}
+
+impl Asks<'_> {
+    fn allows(&self, from: &Pod, to: &Pod, port: u16) -> bool {
+        let what = (self.protocol, port);
+        let ends = (Party::Pod(from), Party::Pod(to));
+        // Without a common family there is no connection.
+        self.world
+            .connection(ends.0, ends.1, what)
+            .is_ok_and(|connection| self.world.verdicts(&connection, self.evidence).allowed())
+    }
+
+    /// The ports that are allowed: asked once for each stretch that no rule divides.
+    fn ranges(&self, from: &Pod, to: &Pod) -> Vec<(u16, u16)> {
+        let mut starts = BTreeSet::from([1_u32]);
+        for pod in [from, to] {
+            for prefix in self.world.plan(pod).ports.keys() {
+                let bits = prefix.bits - PortKey::FIXED_BITS;
+                let first = u32::from(prefix.data.port.get());
+                starts.extend([first.max(1), first + (1 << (16 - bits.min(16)))]);
+            }
+        }
+        starts.insert(1 << 16);
+        let starts: Vec<u32> = starts
+            .into_iter()
+            .filter(|start| *start <= 1 << 16)
+            .collect();
+        let mut ranges: Vec<(u16, u16)> = Vec::new();
+        for pair in starts.windows(2) {
+            let (Ok(first), Ok(last)) = (u16::try_from(pair[0]), u16::try_from(pair[1] - 1)) else {
+                continue;
+            };
+            if !self.allows(from, to, first) {
+                continue;
+            }
+            match ranges.last_mut() {
+                Some(range) if range.1.checked_add(1) == Some(first) => range.1 = last,
+                _ => ranges.push((first, last)),
+            }
+        }
+        ranges
+    }
+}
+
+fn describe(ranges: &[(u16, u16)]) -> String {
+    match ranges {
+        [] => "nothing".to_owned(),
+        [(1, u16::MAX)] => "everything".to_owned(),
+        ranges => {
+            let words: Vec<String> = ranges
+                .iter()
+                .map(|(first, last)| {
+                    if first == last {
+                        first.to_string()
+                    } else {
+                        format!("{first}-{last}")
+                    }
+                })
+                .collect();
+            words.join(", ")
+        }
+    }
+}
+
+/// Rows connect to columns.
+fn grid(asks: &Asks<'_>, pods: &[&Pod], port: u16, out: &mut impl Write) -> Result<()> {
+    let names: Vec<String> = pods.iter().map(|pod| pod.name.to_string()).collect();
+    let width = names.iter().map(String::len).max().unwrap_or(0);
+    for (i, name) in names.iter().enumerate() {
+        writeln!(out, "{:>width$}  {i}", name)?;
+    }
+    let digits = pods.len().to_string().len();
+    write!(out, "{:>width$} ", "from \\ to")?;
+    for i in 0..pods.len() {
+        write!(out, " {i:>digits$}")?;
+    }
+    writeln!(out)?;
+    for (from, name) in pods.iter().zip(&names) {
+        write!(out, "{name:>width$} ")?;
+        for to in pods {
+            let mark = if from.uid == to.uid {
+                "-"
+            } else if asks.allows(from, to, port) {
+                "x"
+            } else {
+                "."
+            };
+            write!(out, " {mark:>digits$}")?;
+        }
+        writeln!(out)?;
+    }
+    Ok(())
+}

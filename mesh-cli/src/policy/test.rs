@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `meshctl policy test`.
+
+use std::io::{self, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use super::table::{self, Check, Expected, Table};
+use super::world::{Party, Verdicts, World, evidence, number};
+use crate::Outcome;
+use crate::args::Test;
+
+/// Runs every table of every file.
+pub(crate) fn run(args: &Test, out: &mut impl Write) -> Result<Outcome> {
+    let mut checks = 0;
+    let mut wrong = 0;
+    for file in &args.files {
+        let mut shown = 0;
+        for (i, table) in table::read(file)?.iter().enumerate() {
+            let name = table
+                .name
+                .clone()
+                .unwrap_or_else(|| format!("table {}", i + 1));
+            let place = format!("{}: {name}", file.display());
+            let run = one(table, file, &place, args.quiet)?;
+            checks += table.checks.len();
+            wrong += run.len();
+            for row in run.iter().take(args.show.saturating_sub(shown)) {
+                write!(out, "{row}")?;
+            }
+            shown += run.len();
+        }
+        if shown > args.show {
+            writeln!(out, "{}: {} more", file.display(), shown - args.show)?;
+        }
+    }
+    writeln!(out, "{checks} checks, {wrong} wrong")?;
+    Ok(if wrong == 0 {
+        Outcome::Good
+    } else {
+        Outcome::Bad
+    })
+}
+
+/// The wrong rows of a table.
+fn one(table: &Table, file: &Path, place: &str, quiet: bool) -> Result<Vec<String>> {
+    let world = World::new(&table::objects(table, file).with_context(|| place.to_owned())?);
+    if !quiet {
+        for note in &world.notes {
+            writeln!(io::stderr(), "{place}: {note}")?;
+        }
+    }
+    let mut wrong = Vec::new();
+    for (i, check) in table.checks.iter().enumerate() {
+        let row = || format!("{place}: check {}", i + 1);
+        if let Some(text) = difference(&world, check).with_context(row)? {
+            wrong.push(format!("{}: {text}", row()));
+        }
+    }
+    Ok(wrong)
+}
+
+/// What is wrong with a row, in lines; `None` = nothing.
+fn difference(world: &World, check: &Check) -> Result<Option<String>> {
+    let (from, to) = (world.party(&check.from)?, world.party(&check.to)?);
+    let port = World::port(to, check.protocol, &check.port)?;
+    let connection = world.connection(from, to, (number(check.protocol), port))?;
+    let verdicts = world.verdicts(&connection, evidence(check.evidence));
+    let got = |verdict: Option<mesh_common::verdict::Verdict>| {
+        Expected::of(verdict.is_none_or(|verdict| verdict.allowed))
+    };
+    let rows = [
+        ("", check.expect, Expected::of(verdicts.allowed())),
+        ("ingress ", check.expect_ingress, got(verdicts.ingress)),
+        ("egress ", check.expect_egress, got(verdicts.egress)),
+    ];
+    if rows.iter().all(|(_, expected, _)| expected.is_none()) {
+        anyhow::bail!("needs expect, expectIngress or expectEgress");
+    }
+    let wrong: Vec<_> = rows
+        .iter()
+        .filter_map(|(what, expected, got)| {
+            let expected = (*expected)?;
+            (expected != *got)
+                .then(|| format!("expected {what}{}, got {}", expected.word(), got.word()))
+        })
+        .collect();
+    if wrong.is_empty() {
+        return Ok(None);
+    }
+    let title = check
+        .name
+        .as_ref()
+        .map(|name| format!("{name}: "))
+        .unwrap_or_default();
+    let head = format!(
+        "{title}{} -> {} {} {} by {}: {}\n",
+        check.from,
+        check.to,
+        check.protocol,
+        check.port,
+        check.evidence,
+        wrong.join("; ")
+    );
+    Ok(Some(head + &reasons(world, from, to, &verdicts)))
+}
+
+fn reasons(world: &World, from: Party<'_>, to: Party<'_>, verdicts: &Verdicts) -> String {
+    let mut text = String::new();
+    for (direction, party, verdict) in [
+        ("egress", from, &verdicts.egress),
+        ("ingress", to, &verdicts.ingress),
+    ] {
+        let words = match verdict {
+            Some(verdict) => world.words(party, verdict),
+            None => "nothing is decided there".to_owned(),
+        };
+        text += &format!("    {direction}: {words}\n");
+    }
+    text
+}

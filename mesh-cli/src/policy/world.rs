@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A cluster as manifests say it is, and the policy of each of its nodes.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
+
+use anyhow::{Context, Result, bail};
+use mesh_api::{LastGood, Object, Options, convert};
+use mesh_common::identity::{Evidence, IdentityId};
+use mesh_common::policy::{Direction, Policies, PolicySetId, Question};
+use mesh_common::verdict::{Reason, Verdict};
+use mesh_common::{Addr, Port, Protocol};
+use mesh_plan::cluster::{Cluster, Pod, Transport};
+use mesh_plan::{Plan, compile};
+
+use super::index::Index;
+use crate::args;
+
+/// Facts, plans and names.
+pub(crate) struct World {
+    pub(crate) cluster: Cluster,
+    /// By node.
+    nodes: BTreeMap<String, Node>,
+    by_name: HashMap<String, String>,
+    by_address: HashMap<IpAddr, String>,
+    /// What is odd or rejected in the manifests.
+    pub(crate) notes: Vec<String>,
+}
+
+struct Node {
+    plan: Plan,
+    index: Index,
+}
+
+/// One end of a connection.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Party<'a> {
+    /// A pod.
+    Pod(&'a Pod),
+    /// An address that is no pod's.
+    Address(IpAddr),
+}
+
+/// A connection.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Connection<'a> {
+    pub(crate) from: Party<'a>,
+    pub(crate) to: Party<'a>,
+    pub(crate) source: IpAddr,
+    pub(crate) destination: IpAddr,
+    pub(crate) protocol: Protocol,
+    pub(crate) port: u16,
+}
+
+/// What is decided at both ends; `None` = nothing is decided there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Verdicts {
+    pub(crate) egress: Option<Verdict>,
+    pub(crate) ingress: Option<Verdict>,
+}
+
+impl Verdicts {
+    pub(crate) fn allowed(&self) -> bool {
+        let allows = |verdict: &Option<Verdict>| verdict.is_none_or(|verdict| verdict.allowed);
+        allows(&self.egress) && allows(&self.ingress)
+    }
+}
+
+pub(crate) fn number(protocol: args::Protocol) -> Protocol {
+    match protocol {
+        args::Protocol::Tcp => Protocol::TCP,
+        args::Protocol::Udp => Protocol::UDP,
+        args::Protocol::Sctp => Protocol::SCTP,
+    }
+}
+
+pub(crate) fn evidence(evidence: args::Evidence) -> Evidence {
+    match evidence {
+        args::Evidence::Address => Evidence::Address,
+        args::Evidence::Tls => Evidence::Tls,
+    }
+}
+
+impl World {
+    pub(crate) fn new(objects: &[Object]) -> Self {
+        let outcome = convert(objects, &LastGood::default(), Options { standalone: true });
+        let cluster = outcome.cluster;
+        let mut notes: Vec<String> = outcome
+            .rejections
+            .iter()
+            .map(|r| format!("rejected: {r}"))
+            .collect();
+        notes.extend(outcome.warnings.iter().map(|w| format!("warning: {w}")));
+        let mut nodes = BTreeMap::new();
+        let mut by_name = HashMap::new();
+        let mut by_address = HashMap::new();
+        for (uid, pod) in &cluster.pods {
+            by_name.insert(pod.name.to_string(), uid.clone());
+            for address in &pod.addresses {
+                by_address.insert(*address, uid.clone());
+            }
+            nodes.entry(pod.node.clone()).or_insert_with(|| {
+                let (plan, rejections) = compile(&cluster, &pod.node);
+                notes.extend(rejections.iter().map(|r| format!("rejected: {r}")));
+                let index = Index::new(&plan);
+                Node { plan, index }
+            });
+        }
+        notes.sort();
+        notes.dedup();
+        Self {
+            cluster,
+            nodes,
+            by_name,
+            by_address,
+            notes,
+        }
+    }
+
+    /// A pod by NAMESPACE/NAME, or whoever has an address.
+    pub(crate) fn party(&self, text: &str) -> Result<Party<'_>> {
+        if let Some(uid) = self.by_name.get(text) {
+            return Ok(Party::Pod(&self.cluster.pods[uid]));
+        }
+        match text.parse::<IpAddr>() {
+            Ok(address) => {
+                let address = address.to_canonical();
+                Ok(match self.by_address.get(&address) {
+                    Some(uid) => Party::Pod(&self.cluster.pods[uid]),
+                    None => Party::Address(address),
+                })
+            }
+            Err(_) if text.contains('/') => bail!("there is no pod {text}"),
+            Err(_) => bail!("{text:?} is neither NAMESPACE/POD nor an address"),
+        }
+    }
+
+    /// Pods of the host's network have the addresses of their node.
+    fn addresses(&self, party: Party<'_>) -> Vec<IpAddr> {
+        match party {
+            Party::Address(address) => vec![address],
+            Party::Pod(pod) if pod.host_network => {
+                let node = self.cluster.nodes.get(&pod.node);
+                node.map(|node| node.addresses.iter().copied().collect())
+                    .unwrap_or_default()
+            }
+            Party::Pod(pod) => pod.addresses.iter().copied().collect(),
+        }
+    }
+
+    /// A connection over a family that both ends have, IPv4 first.
+    pub(crate) fn connection<'a>(
+        &'a self,
+        from: Party<'a>,
+        to: Party<'a>,
+        (protocol, port): (Protocol, u16),
+    ) -> Result<Connection<'a>> {
+        let (sources, destinations) = (self.addresses(from), self.addresses(to));
+        let pick = |is: fn(&IpAddr) -> bool| {
+            let source = sources.iter().copied().find(is)?;
+            Some((source, destinations.iter().copied().find(is)?))
+        };
+        let (source, destination) = pick(IpAddr::is_ipv4)
+            .or_else(|| pick(IpAddr::is_ipv6))
+            .context("the two ends have no address of one family")?;
+        Ok(Connection {
+            from,
+            to,
+            source,
+            destination,
+            protocol,
+            port,
+        })
+    }
+
+    /// A port by number or by the name that the destination gives it.
+    pub(crate) fn port(to: Party<'_>, protocol: args::Protocol, text: &str) -> Result<u16> {
+        if let Ok(number) = text.parse() {
+            return Ok(number);
+        }
+        let transport = match protocol {
+            args::Protocol::Tcp => Transport::Tcp,
+            args::Protocol::Udp => Transport::Udp,
+            args::Protocol::Sctp => Transport::Sctp,
+        };
+        match to {
+            Party::Pod(pod) => pod
+                .named_ports
+                .get(&(text.to_owned(), transport))
+                .copied()
+                .with_context(|| format!("{} has no {protocol} port named {text:?}", pod.name)),
+            Party::Address(_) => bail!("port {text:?}: an address has no named ports"),
+        }
+    }
+
+    /// The plan of a pod's node.
+    pub(crate) fn plan(&self, pod: &Pod) -> &Plan {
+        &self.nodes[&pod.node].plan
+    }
+
+    /// Who an address is on a pod's node.
+    pub(crate) fn identity(&self, pod: &Pod, address: IpAddr) -> IdentityId {
+        use mesh_common::path::Peers;
+        let plan = self.plan(pod);
+        let address = Addr::from(address);
+        match plan.peers.get(&address) {
+            Some(peer) => peer.id,
+            None if plan.in_pod_cidr(&address) => IdentityId::UNKNOWN,
+            None => IdentityId::WORLD,
+        }
+    }
+
+    /// The question that policy asks at one end; `None` = it asks none there.
+    pub(crate) fn question(
+        &self,
+        connection: &Connection<'_>,
+        direction: Direction,
+        evidence: Evidence,
+    ) -> Option<(&Pod, Question)> {
+        let (pod, address) = match (direction, connection.from, connection.to) {
+            (Direction::Ingress, _, Party::Pod(to)) => (to, connection.source),
+            (Direction::Egress, Party::Pod(from), _) => (from, connection.destination),
+            (Direction::Ingress | Direction::Egress, _, _) => return None,
+        };
+        let pod = &self.cluster.pods[&pod.uid];
+        if pod.host_network {
+            return None;
+        }
+        let peer = self.identity(pod, address);
+        let local = self.plan(pod).pods.get(&pod.uid);
+        Some((
+            pod,
+            Question {
+                // A pod that has no plan is cut off.
+                set: local.map_or(PolicySetId::ISOLATED, |local| local.view.set),
+                direction,
+                peer,
+                addr: address.into(),
+                evidence: if peer.is_workload() {
+                    evidence
+                } else {
+                    Evidence::None
+                },
+                protocol: connection.protocol,
+                port: Port::new(connection.port),
+            },
+        ))
+    }
+
+    fn decide(
+        &self,
+        connection: &Connection<'_>,
+        direction: Direction,
+        evidence: Evidence,
+    ) -> Option<Verdict> {
+        let (pod, question) = self.question(connection, direction, evidence)?;
+        // Nothing stands between a pod and itself.
+        if connection.source == connection.destination {
+            return Some(Verdict::pass(Reason::OwnAddress));
+        }
+        Some(self.nodes[&pod.node].index.decide(&question))
+    }
+
+    /// What policy says at both ends.
+    pub(crate) fn verdicts(&self, connection: &Connection<'_>, evidence: Evidence) -> Verdicts {
+        Verdicts {
+            egress: self.decide(connection, Direction::Egress, evidence),
+            ingress: self.decide(connection, Direction::Ingress, evidence),
+        }
+    }
+
+    /// A verdict in words.
+    pub(crate) fn words(&self, party: Party<'_>, verdict: &Verdict) -> String {
+        let verb = if verdict.allowed { "allow" } else { "deny" };
+        let Party::Pod(pod) = party else {
+            return verb.to_owned();
+        };
+        let rule = match verdict.rule {
+            mesh_common::policy::RuleId::NONE => String::new(),
+            rule => format!(" by {}", mesh_plan::text::rule(self.plan(pod), rule)),
+        };
+        format!("{verb}{rule} ({})", verdict.reason.label())
+    }
+}

@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `meshctl` as a user runs it.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::thread;
+
+use tempfile::TempDir;
+
+const MANIFESTS: &str = "
+{apiVersion: v1, kind: Pod, metadata: {name: web, namespace: shop, labels: {app: web}}, spec: {nodeName: n1, serviceAccountName: web, containers: [{name: c, ports: [{name: http, containerPort: 8080}]}]}, status: {podIPs: [{ip: 10.0.0.1}]}}
+---
+{apiVersion: v1, kind: Pod, metadata: {name: app, namespace: shop, labels: {app: app}}, spec: {nodeName: n2, serviceAccountName: app}, status: {podIPs: [{ip: 10.0.0.2}, {ip: 'fd00::2'}]}}
+---
+{apiVersion: v1, kind: Pod, metadata: {name: six, namespace: shop, labels: {app: six}}, spec: {nodeName: n2}, status: {podIPs: [{ip: 'fd00::6'}]}}
+---
+{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: web, namespace: shop}, spec: {podSelector: {matchLabels: {app: web}}, ingress: [{from: [{ipBlock: {cidr: 192.0.2.0/24}}], ports: [{port: http}]}]}}
+---
+{apiVersion: mesh.rs/v1alpha1, kind: MeshPolicy, metadata: {name: web, namespace: shop}, spec: {podSelector: {matchLabels: {app: web}}, ingress: [{from: [{serviceAccounts: [app]}], ports: [{port: 8080}]}]}}
+---
+{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: six, namespace: shop}, spec: {podSelector: {matchLabels: {app: six}}, policyTypes: [Egress]}}
+";
+
+struct Run {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+fn meshctl(args: &[&str]) -> Run {
+    let output: Output = Command::new(env!("CARGO_BIN_EXE_meshctl"))
+        .args(args)
+        .output()
+        .expect("meshctl runs");
+    Run {
+        code: output.status.code().expect("it was not killed"),
+        out: String::from_utf8(output.stdout).expect("text"),
+        err: String::from_utf8(output.stderr).expect("text"),
+    }
+}
+
+fn path(dir: &TempDir, name: &str) -> String {
+    dir.path().join(name).display().to_string()
+}
+
+/// Runs checks, in YAML, over [`MANIFESTS`].
+fn checks(rows: &str) -> Run {
+    let dir = TempDir::new().unwrap();
+    fs::create_dir(dir.path().join("m")).unwrap();
+    fs::write(dir.path().join("m/all.yaml"), MANIFESTS).unwrap();
+    fs::write(
+        dir.path().join("t.yaml"),
+        format!("name: t\nmanifests: [m]\nchecks:\n{rows}"),
+    )
+    .unwrap();
+    meshctl(&["policy", "test", &path(&dir, "t.yaml")])
+}
+
+#[test]
+fn rows_that_hold() {
+    let run = checks(
+        "- {from: shop/app, to: shop/web, port: 8080, evidence: tls, expect: allow}
+- {from: shop/app, to: shop/web, port: http, evidence: tls, expect: allow, expectIngress: allow, expectEgress: allow}
+- {from: shop/app, to: shop/web, port: 8080, evidence: address, expect: deny, comment: an account needs proof}
+- {from: shop/app, to: shop/web, port: '8080', expect: deny}
+- {from: shop/app, to: shop/web, port: 8081, evidence: tls, expect: deny}
+- {from: shop/app, to: shop/web, port: 8080, protocol: UDP, evidence: tls, expect: deny}
+- {from: 192.0.2.7, to: shop/web, port: 8080, expect: allow}
+- {from: 192.0.3.7, to: shop/web, port: 8080, expect: deny}
+- {from: 10.0.0.2, to: shop/web, port: 8080, evidence: tls, expect: allow, name: an address of a pod is the pod}
+- {from: shop/six, to: shop/app, port: 1, expect: deny, expectIngress: allow, expectEgress: deny}
+- {from: shop/web, to: shop/web, port: 1, expect: allow}
+- {from: shop/web, to: 203.0.113.1, port: 1, expect: allow}
+",
+    );
+    assert_eq!(
+        (run.code, run.out.as_str()),
+        (0, "12 checks, 0 wrong\n"),
+        "{}",
+        run.err
+    );
+}
+
+#[test]
+fn rows_that_do_not_hold_are_shown_with_their_rules() {
+    let run = checks(
+        "- {from: shop/app, to: shop/web, port: 8080, evidence: tls, expect: deny, name: surprise}
+- {from: shop/app, to: shop/web, port: 8080, expect: deny}
+- {from: shop/six, to: shop/app, port: 1, expectEgress: allow}
+",
+    );
+    assert_eq!(run.code, 1);
+    assert!(run.out.contains("t.yaml: t: check 1: surprise: shop/app -> shop/web TCP 8080 by tls: expected deny, got allow"), "{}", run.out);
+    assert!(
+        run.out
+            .contains("ingress: allow by MeshPolicy shop/web ingress[0]"),
+        "{}",
+        run.out
+    );
+    assert!(!run.out.contains("check 2"));
+    assert!(run.out.contains("check 3") && run.out.contains("expected egress allow, got deny"));
+    assert!(run.out.contains("NetworkPolicy shop/six"));
+    assert!(run.out.ends_with("3 checks, 2 wrong\n"));
+}
+
+#[test]
+fn tables_in_json_and_several_in_one_file() {
+    let dir = TempDir::new().unwrap();
+    let manifests = r#"[{"apiVersion": "v1", "kind": "List", "items": [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", "namespace": "x"}, "status": {"podIPs": [{"ip": "10.0.0.1"}]}}]}]"#;
+    let table = |name: &str, expect: &str| {
+        format!(
+            r#"{{"name": "{name}", "manifests": {manifests}, "checks": [{{"from": "192.0.2.1", "to": "x/a", "port": 80, "protocol": "TCP", "expect": "{expect}"}}]}}"#
+        )
+    };
+    fs::write(dir.path().join("one.json"), table("one", "allow")).unwrap();
+    let list = format!("[{}, {}]", table("good", "allow"), table("bad", "deny"));
+    fs::write(dir.path().join("list.json"), &list).unwrap();
+    fs::write(
+        dir.path().join("list.yaml"),
+        format!("---\n{list}\n---\n{}\n", table("third", "allow")),
+    )
+    .unwrap();
+    assert_eq!(
+        meshctl(&["policy", "test", &path(&dir, "one.json")]).code,
+        0
+    );
+    for (name, count) in [("list.json", 2), ("list.yaml", 3)] {
+        let run = meshctl(&["policy", "test", &path(&dir, name)]);
+        assert_eq!(run.code, 1, "{}", run.err);
+        assert!(run.out.contains(": bad: check 1"), "{}", run.out);
+        assert!(run.out.ends_with(&format!("{count} checks, 1 wrong\n")));
+    }
+}
+
+#[test]
+fn what_cannot_be_read_is_a_mistake_of_the_user() {
+    let rows = [
+        (
+            "- {from: shop/none, to: shop/web, port: 1, expect: deny}",
+            "there is no pod shop/none",
+        ),
+        (
+            "- {from: web, to: shop/web, port: 1, expect: deny}",
+            "neither NAMESPACE/POD nor an address",
+        ),
+        ("- {from: shop/app, to: shop/web, port: 1}", "needs expect"),
+        (
+            "- {from: shop/app, to: shop/web, port: https, expect: deny}",
+            "no TCP port named",
+        ),
+        (
+            "- {from: shop/six, to: shop/web, port: 1, expect: deny}",
+            "no address of one family",
+        ),
+        (
+            "- {from: shop/app, to: shop/web, port: 1, expects: deny}",
+            "unknown field",
+        ),
+        (
+            "- {from: shop/app, to: shop/web, port: 1, expect: maybe}",
+            "maybe",
+        ),
+    ];
+    for (row, expected) in rows {
+        let run = checks(row);
+        assert_eq!(run.code, 2, "{row}: {}", run.out);
+        assert!(run.err.contains(expected), "{row}: {}", run.err);
+    }
+    assert_eq!(meshctl(&["policy", "test", "/nonexistent.yaml"]).code, 2);
+    assert_eq!(meshctl(&["policy", "test"]).code, 2);
+    assert_eq!(meshctl(&["polici"]).code, 2);
+}
+
+#[test]
+fn rejected_manifests_are_named_and_stay_closed() {
+    let dir = TempDir::new().unwrap();
+    let text = "manifests:
+- {apiVersion: v1, kind: Pod, metadata: {name: a, namespace: x}, status: {podIPs: [{ip: 10.0.0.1}]}}
+- {apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: p, namespace: x}, spec: {podSelector: {}, ingress: [{ports: [{port: 0}]}]}}
+checks:
+- {from: 192.0.2.1, to: x/a, port: 80, expect: deny}
+";
+    fs::write(dir.path().join("t.yaml"), text).unwrap();
+    let run = meshctl(&["policy", "test", &path(&dir, "t.yaml")]);
+    assert_eq!(run.code, 0, "{}", run.out);
+    assert!(
+        run.err
+            .contains("NetworkPolicy x/p: spec.ingress[0].ports[0].port: 0 is no port"),
+        "{}",
+        run.err
+    );
+}
+
+#[test]
+fn explain_names_the_rule_and_the_way() {
+    let dir = TempDir::new().unwrap();
+    fs::write(dir.path().join("m.yaml"), MANIFESTS).unwrap();
+    let explain = |from: &str, to: &str| {
+        meshctl(&[
+            "policy",
+            "explain",
+            "-f",
+            &path(&dir, "m.yaml"),
+            "--from",
+            from,
+            "--to",
+            to,
+        ])
+    };
+    let run = explain("192.0.2.7", "shop/web:http");
+    assert_eq!(run.code, 0, "{}{}", run.out, run.err);
+    assert!(
+        run.out.contains("NetworkPolicy shop/web ingress[0] allows"),
+        "{}",
+        run.out
+    );
+    let run = explain("shop/app", "shop/web:8080");
+    assert_eq!(run.code, 1, "{}", run.out);
+    assert!(
+        run.out.contains("isolated by") && run.out.contains("directly, in clear"),
+        "{}",
+        run.out
+    );
+    let run = explain("shop/six", "[fd00::2]:80");
+    assert!(run.out.contains("NetworkPolicy shop/six"), "{}", run.out);
+}
+
+#[test]
+fn the_matrix() {
+    let dir = TempDir::new().unwrap();
+    fs::write(dir.path().join("m.yaml"), MANIFESTS).unwrap();
+    let run = meshctl(&["policy", "matrix", "-f", &path(&dir, "m.yaml")]);
+    assert_eq!(run.code, 0, "{}", run.err);
+    let mut lines: Vec<&str> = run.out.lines().collect();
+    lines.sort_unstable();
+    assert_eq!(
+        lines,
+        [
+            "shop/app -> shop/six: everything",
+            "shop/app -> shop/web: 8080",
+            "shop/six -> shop/app: nothing",
+            "shop/six -> shop/web: nothing",
+            "shop/web -> shop/app: everything",
+            "shop/web -> shop/six: nothing",
+        ]
+    );
+    let run = meshctl(&[
+        "policy",
+        "matrix",
+        "-f",
+        &path(&dir, "m.yaml"),
+        "--port",
+        "8080",
+    ]);
+    assert!(run.out.contains("shop/app  - x x\n"), "{}", run.out);
+}
+
+#[test]
+fn the_shop_of_the_examples() {
+    let table = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples/shop.checks.yaml");
+    let run = meshctl(&["policy", "test", &table.display().to_string()]);
+    assert_eq!((run.code, run.err.as_str()), (0, ""), "{}", run.out);
+}
+
+/// An agent that answers one question.
+fn answering(
+    dir: &TempDir,
+    status: &'static str,
+    body: &'static str,
+) -> thread::JoinHandle<String> {
+    let listener = UnixListener::bind(dir.path().join("agent.sock")).unwrap();
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut request = Vec::new();
+        let mut byte = [0];
+        while !request.ends_with(b"\r\n\r\n") {
+            stream.read_exact(&mut byte).unwrap();
+            request.push(byte[0]);
+        }
+        write!(
+            stream,
+            "HTTP/1.1 {status}\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        )
+        .unwrap();
+        String::from_utf8(request).unwrap()
+    })
+}
+
+#[test]
+fn the_agents_answers() {
+    let ask = |command: &str, status: &'static str, body: &'static str| {
+        let dir = TempDir::new().unwrap();
+        let agent = answering(&dir, status, body);
+        let run = meshctl(&[command, "--socket", &path(&dir, "agent.sock")]);
+        (run, agent.join().unwrap())
+    };
+    let (run, request) = ask("dump", "200 OK", "pods:\n");
+    assert_eq!((run.code, run.out.as_str()), (0, "pods:\n"));
+    assert!(request.starts_with("GET /plan HTTP/1.1\r\n"));
+    let (run, _) = ask("status", "200 OK", r#"{"ready": true, "rejections": []}"#);
+    assert_eq!(
+        (run.code, run.out.as_str()),
+        (0, "ready: true\nrejections: 0\n")
+    );
+    let (run, _) = ask(
+        "status",
+        "200 OK",
+        r#"{"ready": true, "rejections": [{"object": "Pod a/b", "field": "f", "why": "w", "consequence": "c"}]}"#,
+    );
+    assert_eq!(run.code, 1);
+    assert!(run.out.contains("  Pod a/b: f: w; c\n"), "{}", run.out);
+    let (run, _) = ask("flows", "404 Not Found", "no such page");
+    assert_eq!(run.code, 1);
+    assert!(run.err.contains("404"), "{}", run.err);
+    assert_eq!(meshctl(&["status", "--socket", "/nonexistent"]).code, 1);
+}
