@@ -32,7 +32,7 @@ use crate::identity::{SpiffeId, TrustDomain};
 use crate::logging::Chain;
 use crate::pods::find::Find;
 use crate::pods::{PodTable, made};
-use adopted::{Adopted, Retry};
+use adopted::{Adopted, Leaving, Retry};
 
 pub use kernel::Kernel;
 pub use status::{PodStatus, Status};
@@ -168,6 +168,8 @@ struct Control<K, F> {
     pods: BTreeMap<String, Adopted>,
     /// Pods that cannot be adopted yet, by UID.
     waiting: BTreeMap<String, Retry>,
+    /// Pods that were let go, whose last sockets are still to end.
+    leaving: Vec<Leaving>,
     /// Slots that an earlier agent left and nobody has claimed; `None` = not read yet.
     inherited: Option<BTreeSet<PodIndex>>,
     /// Something changed since the last pass.
@@ -200,6 +202,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
             base: None,
             pods: BTreeMap::new(),
             waiting: BTreeMap::new(),
+            leaving: Vec::new(),
             inherited: None,
             dirty: false,
             failed: None,
@@ -249,6 +252,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
     /// Looks whether namespaces came or went, and now and then whether all is in place.
     fn look(&mut self) {
         let now = Instant::now();
+        self.leaving.retain_mut(|pod| sockets::end_left(pod));
         let gone = self.pods.values().any(|pod| !pod.home.is_there());
         let refused = self.pods.values().filter_map(|pod| pod.refused.as_ref());
         let due = self.waiting.values().chain(refused).any(|r| r.is_due(now));
@@ -296,9 +300,15 @@ impl<K: Kernel, F: Find> Control<K, F> {
 
     /// After the stop: lets pods go whose namespace is gone, and nothing else.
     fn let_go(&mut self) {
-        let before = self.pods.len();
-        self.pods.retain(|_, pod| pod.home.is_there());
-        if self.pods.len() != before {
+        self.leaving.retain_mut(|pod| sockets::end_left(pod));
+        let gone = |pod: &mut Adopted| !pod.home.is_there();
+        let gone: Vec<Adopted> = self
+            .pods
+            .extract_if(.., |_, pod| gone(pod))
+            .map(|(_, pod)| pod)
+            .collect();
+        if !gone.is_empty() {
+            self.leaving.extend(gone.into_iter().map(Leaving::from));
             self.publish_pods();
         }
     }

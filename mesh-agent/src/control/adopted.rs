@@ -112,6 +112,28 @@ impl Adopted {
     }
 }
 
+/// A pod that was let go. The proxy closes its sockets by itself; what it could not close in an
+/// orderly way, because the other end is gone too, would keep the namespace for minutes.
+#[derive(Debug)]
+pub(super) struct Leaving {
+    /// Its namespace.
+    pub(super) home: Home,
+    /// Which addresses were its own.
+    pub(super) view: PodView,
+    /// How often it is still looked at.
+    pub(super) rounds: u8,
+}
+
+impl From<Adopted> for Leaving {
+    fn from(pod: Adopted) -> Self {
+        Self {
+            home: pod.home,
+            view: pod.handle.local.view,
+            rounds: 2,
+        }
+    }
+}
+
 /// What can be in force of a view, given the facts: `gated`, and whether the pod could be enrolled.
 /// What cannot be guaranteed is not promised: a pod that wants more is cut off.
 pub(super) fn in_force(wanted: PodView, gated: bool, enrolled: bool, silent: bool) -> PodView {

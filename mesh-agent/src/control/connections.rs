@@ -67,6 +67,31 @@ pub fn with_the_agent(pod: &PodView, sockets: &[Socket]) -> Vec<(Socket, Reason)
         .collect()
 }
 
+/// The agent's own ends: tunnels, and what carries another's address.
+#[must_use]
+pub fn of_the_agent(pod: &PodView, sockets: &[Socket]) -> Vec<(Socket, Reason)> {
+    let ours = |s: &&Socket| {
+        let tunnel = s.local.port == TUNNEL_PORT || s.remote.port == TUNNEL_PORT;
+        tunnel || !(pod.owns(&s.local.addr) || s.local.addr.is_loopback())
+    };
+    connected(sockets).filter(ours).map(gone).collect()
+}
+
+/// Every connection of a namespace that is going away.
+#[must_use]
+pub fn all(sockets: &[Socket]) -> Vec<(Socket, Reason)> {
+    connected(sockets).map(gone).collect()
+}
+
+fn connected(sockets: &[Socket]) -> impl Iterator<Item = &Socket> {
+    let tcp = |s: &&Socket| s.protocol == Protocol::TCP && s.state != state::LISTEN;
+    sockets.iter().filter(tcp)
+}
+
+const fn gone(socket: &Socket) -> (Socket, Reason) {
+    (*socket, Reason::PodDeleted)
+}
+
 enum Fate {
     Keep,
     Old,

@@ -91,6 +91,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
             if let Some(pod) = self.pods.remove(uid) {
                 tracing::info!(pod = %pod.handle.local.name, uid, "pod let go");
                 leave(&pod);
+                self.leaving.push(pod.into());
             }
         }
         if !gone.is_empty() {

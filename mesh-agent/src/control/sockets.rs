@@ -5,6 +5,8 @@ use std::io;
 
 use mesh_common::{Protocol, Reason};
 
+use super::adopted::Leaving;
+use super::connections;
 use crate::sys::netns::NetNs;
 use crate::sys::sock_diag::{SockDiag, Socket, States};
 
@@ -36,4 +38,26 @@ pub(super) fn end(netns: &NetNs, sockets: &[(Socket, Reason)]) -> io::Result<u64
         }
         failure.map_or(Ok(ended), Err)
     })?
+}
+
+/// Ends what is left in the namespace of a pod that was let go: our own sockets, and all if the
+/// namespace has lost its file. Whether to look again.
+pub(super) fn end_left(pod: &mut Leaving) -> bool {
+    let netns = &pod.home.netns;
+    let is_there = pod.home.is_there();
+    let ended = list(netns).and_then(|sockets| {
+        let left = if is_there {
+            connections::of_the_agent(&pod.view, &sockets)
+        } else {
+            connections::all(&sockets)
+        };
+        end(netns, &left)
+    });
+    match ended {
+        Ok(0) => {}
+        Ok(ended) => tracing::debug!(ended, "sockets left in a pod that is gone were ended"),
+        Err(error) => tracing::warn!(%error, "sockets may be left in a pod that is gone"),
+    }
+    pod.rounds = pod.rounds.saturating_sub(1);
+    is_there && pod.rounds > 0
 }
