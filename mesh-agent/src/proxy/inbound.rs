@@ -25,7 +25,7 @@ use super::worker::{Job, Place, Worker};
 use crate::identity::{Refusal, SpiffeId};
 use crate::metrics::Role;
 use crate::pods::PodHandle;
-use crate::record::{ClosedBy, Close, ConnectionOpen, ConnectionRecord, Reporter, Security};
+use crate::record::{Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security};
 
 /// Serves a tunnel from its acceptance to its end.
 pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
@@ -202,7 +202,9 @@ impl Serving<'_> {
                 match self.decide(&now, pod, open) {
                     // Another node's pod may be known here a moment later than there.
                     Err(Reason::UnknownPeer | Reason::IdentityRefused)
-                        if timeout_at(until, plan.changed()).await.is_ok_and(|c| c.is_ok()) => {}
+                        if timeout_at(until, plan.changed())
+                            .await
+                            .is_ok_and(|c| c.is_ok()) => {}
                     decided => break decided,
                 }
             }

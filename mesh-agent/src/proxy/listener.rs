@@ -105,12 +105,7 @@ fn start(worker: &Rc<Worker>, uid: &str, listeners: &Arc<Listeners>) -> io::Resu
     Ok(accepting)
 }
 
-async fn accept(
-    worker: &Rc<Worker>,
-    listener: &TcpListener,
-    kind: JobKind,
-    share: &Arc<Share>,
-) {
+async fn accept(worker: &Rc<Worker>, listener: &TcpListener, kind: JobKind, share: &Arc<Share>) {
     loop {
         match listener.accept().await {
             Ok((stream, _from)) => hand_over(worker, kind, share, stream),

@@ -25,7 +25,7 @@ use super::worker::{Job, Worker};
 use crate::identity::{self, Epoch, Refusal, SpiffeId, server_name};
 use crate::metrics::Role;
 use crate::pods::PodHandle;
-use crate::record::{ClosedBy, Close, ConnectionOpen, ConnectionRecord, Reporter, Security};
+use crate::record::{Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security};
 
 /// Who may be behind a tunnel's other end, and how it is reached.
 struct Target {
@@ -243,7 +243,10 @@ impl Connection<'_> {
             self.worker.close(vec![pooled.tunnel]);
             return;
         }
-        let put = self.worker.pool.put(&self.target.key, pooled, Instant::now());
+        let put = self
+            .worker
+            .pool
+            .put(&self.target.key, pooled, Instant::now());
         if let Err(tunnel) = put {
             self.worker.close(vec![tunnel]);
         }

@@ -76,7 +76,9 @@ impl Pki {
             let (secured, ()) = tls::connect(&near, client, name(), done).await.unwrap();
             // The acceptor's handshake ends with the opener's first record.
             let mut tunnel = Tunnel::new(near, secured, Rc::clone(buffers));
-            std::future::poll_fn(|cx| tunnel.poll_flush(cx)).await.unwrap();
+            std::future::poll_fn(|cx| tunnel.poll_flush(cx))
+                .await
+                .unwrap();
             tunnel
         };
         let answer = async {
@@ -88,9 +90,7 @@ impl Pki {
     }
 }
 
-fn leaf(
-    issuer: &Issuer<'_, KeyPair>,
-) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
+fn leaf(issuer: &Issuer<'_, KeyPair>) -> (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>) {
     let key = KeyPair::generate().unwrap();
     let mut params = CertificateParams::new(["peer.test".to_owned()]).unwrap();
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];

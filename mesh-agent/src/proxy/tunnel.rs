@@ -69,11 +69,9 @@ impl TunnelError {
     pub(crate) const fn is_violation(&self) -> bool {
         match self {
             Self::Io(_) | Self::Ended | Self::Cut | Self::Alert(_) => false,
-            Self::Record(_)
-            | Self::Keys(_)
-            | Self::Frame(_)
-            | Self::Unexpected(_)
-            | Self::Lost => true,
+            Self::Record(_) | Self::Keys(_) | Self::Frame(_) | Self::Unexpected(_) | Self::Lost => {
+                true
+            }
         }
     }
 }
@@ -292,7 +290,9 @@ impl Tunnel {
         });
         match said.await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::debug!(error = %error, "a tunnel ended before its last words"),
+            Ok(Err(error)) => {
+                tracing::debug!(error = %error, "a tunnel ended before its last words")
+            }
             Err(_elapsed) => self.socket.reset_on_drop(),
         }
     }

@@ -300,7 +300,10 @@ impl Worker {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        if tokio::time::timeout(Duration::from_secs(2), said).await.is_err() {
+        if tokio::time::timeout(Duration::from_secs(2), said)
+            .await
+            .is_err()
+        {
             tracing::warn!(left = self.live.len(), "connections did not end in time");
         }
     }

@@ -75,7 +75,9 @@ async fn acceptor(mut tunnel: Tunnel, app: Socket) -> Report {
     tunnel.accept(stream).unwrap();
     tunnel.queue(stream, &Control::Opened);
     let count = Bytes::default();
-    let end = Relay::acceptor(&app, &mut tunnel, stream, &count).run().await;
+    let end = Relay::acceptor(&app, &mut tunnel, stream, &count)
+        .run()
+        .await;
     conclude(&app, &mut tunnel, &end, stream);
     report(end, &count, tunnel).await
 }
@@ -152,7 +154,10 @@ async fn read_pattern(stream: &mut (impl tokio::io::AsyncRead + Unpin), seed: u6
             return;
         }
         pattern(seed, at, &mut expected[..length]);
-        assert!(got[..length] == expected[..length], "wrong bytes after {at}");
+        assert!(
+            got[..length] == expected[..length],
+            "wrong bytes after {at}"
+        );
         at += length as u64;
     }
 }
@@ -182,7 +187,11 @@ fn bulk_both_ways_at_once_arrives_byte_for_byte() {
         );
         for report in [bridge.opener, bridge.acceptor] {
             let report = report.await.unwrap();
-            assert!(matches!(report.end, End::Finished { .. }), "{:?}", report.end);
+            assert!(
+                matches!(report.end, End::Finished { .. }),
+                "{:?}",
+                report.end
+            );
             assert_eq!((report.taken, report.given), (TOTAL, TOTAL));
         }
     });
@@ -268,7 +277,9 @@ fn a_reset_reaches_the_other_end_in_both_directions() {
 fn a_tunnel_that_is_cut_resets_both_applications() {
     local(async {
         let (near, far) = Pki::new().tunnels(&Rc::default()).await;
-        let cut = socket2::SockRef::from(near.socket().as_ref()).try_clone().unwrap();
+        let cut = socket2::SockRef::from(near.socket().as_ref())
+            .try_clone()
+            .unwrap();
         let mut bridge = bridge((near, far));
         bridge.client.write_all(b"x").await.unwrap();
         bridge.server.read_u8().await.unwrap();
@@ -277,7 +288,13 @@ fn a_tunnel_that_is_cut_resets_both_applications() {
         assert!(is_reset(bridge.server.read(&mut [0; 9]).await));
         let end = bridge.acceptor.await.unwrap().end;
         assert!(
-            matches!(&end, End::Tunnel { error: TunnelError::Cut, unused: false }),
+            matches!(
+                &end,
+                End::Tunnel {
+                    error: TunnelError::Cut,
+                    unused: false
+                }
+            ),
             "{end:?}"
         );
     });

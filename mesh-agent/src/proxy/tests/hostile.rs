@@ -20,7 +20,10 @@ use crate::identity::{SpiffeId, server_name};
 async fn tunnel(rig: &Rig) -> Tunnel {
     let trust = rig.identities.trust_domain();
     let id = |sa| SpiffeId::new(trust, "shop", sa).unwrap();
-    let config = rig.identities.client(&id("client-sa"), &id("server-sa")).unwrap();
+    let config = rig
+        .identities
+        .client(&id("client-sa"), &id("server-sa"))
+        .unwrap();
     let socket = Socket::new(raw_connection(rig).into_std().unwrap()).unwrap();
     socket.connected().await.unwrap();
     let name = server_name(SERVER.parse().unwrap());
@@ -31,7 +34,9 @@ async fn tunnel(rig: &Rig) -> Tunnel {
 
 fn raw_connection(rig: &Rig) -> TcpStream {
     let from = format!("{CLIENT}:0").parse().unwrap();
-    let to = format!("{SERVER}:{}", rig.tunnel_port.get()).parse().unwrap();
+    let to = format!("{SERVER}:{}", rig.tunnel_port.get())
+        .parse()
+        .unwrap();
     TcpStream::from_std(rig.net.connect(from, rig.net.real(to)).unwrap()).unwrap()
 }
 
@@ -45,7 +50,9 @@ fn open(route: &Route) -> Open {
 }
 
 async fn flush(tunnel: &mut Tunnel) {
-    std::future::poll_fn(|cx| tunnel.poll_flush(cx)).await.unwrap();
+    std::future::poll_fn(|cx| tunnel.poll_flush(cx))
+        .await
+        .unwrap();
 }
 
 async fn asked(tunnel: &mut Tunnel, open: Open) -> (StreamId, Control) {
@@ -124,7 +131,9 @@ fn a_mapped_address_is_the_address() {
         let (rig, route) = Rig::new().await;
         let mapped = |e: Endpoint| -> Endpoint {
             let at = std::net::SocketAddr::from(e);
-            let std::net::IpAddr::V4(ip) = at.ip() else { panic!() };
+            let std::net::IpAddr::V4(ip) = at.ip() else {
+                panic!()
+            };
             std::net::SocketAddr::from((ip.to_ipv6_mapped(), at.port())).into()
         };
         let good = open(&route);
@@ -178,7 +187,9 @@ fn frames_out_of_place_end_the_tunnel() {
                 t.queue(1, &Control::Open(open));
                 t.queue(1, &Control::Opened);
             }),
-            ("an end without a beginning", |t, _| t.queue(1, &Control::Fin)),
+            ("an end without a beginning", |t, _| {
+                t.queue(1, &Control::Fin)
+            }),
         ];
         for (what, say) in cases {
             let mut tunnel = tunnel(&rig).await;

@@ -106,6 +106,9 @@ async fn a_reset_is_recorded_as_whose_it_was() {
     assert!(is_reset(&mut server).await);
     for (node, by) in [(&rig.near, "local"), (&rig.far, "remote")] {
         let record = &node.records(1).await[0];
-        assert_eq!((&record["close"], &record["closed_by"]), (&"reset".into(), &by.into()));
+        assert_eq!(
+            (&record["close"], &record["closed_by"]),
+            (&"reset".into(), &by.into())
+        );
     }
 }

@@ -7,8 +7,8 @@ use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::task::JoinSet;
 
-use super::rig::*;
 use super::super::*;
+use super::rig::*;
 
 const RULE: RuleId = RuleId(77);
 
@@ -132,7 +132,8 @@ async fn a_denied_connection_is_reset_with_its_rule_and_the_tunnel_goes_on() {
         assert_eq!(record["verdict"], "denied");
         assert_eq!(record["close"], "default_deny");
     }
-    rig.far.change(|plan| plan.pods.get_mut("server").unwrap().view.set = PolicySetId::NONE);
+    rig.far
+        .change(|plan| plan.pods.get_mut("server").unwrap().view.set = PolicySetId::NONE);
     exchange(&rig, &route).await;
     rig.near.records(2).await;
     assert!(rig.net.dialled.load(Relaxed) <= 2);
@@ -250,15 +251,15 @@ async fn an_agent_that_restarts_costs_idle_tunnels_only() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_peer_that_is_just_starting_is_asked_again() {
     let (rig, route) = Rig::new().await;
-    rig.close_tunnel_port();
-    let connecting = async {
-        let (mut client, _server) = rig.pair(&route).await;
-        client.write_all(b"x").await.unwrap();
-    };
-    let starting = async {
-        tokio::time::sleep(Duration::from_millis(200)).await;
-        rig.open_tunnel_port();
-    };
-    tokio::join!(connecting, starting);
-    assert!(rig.net.dialled.load(Relaxed) > 1);
+    rig.net.refuse.store(4, Relaxed);
+    exchange(&rig, &route).await;
+    assert_eq!(rig.net.dialled.load(Relaxed), 5);
+
+    let (rig, route) = Rig::new().await;
+    rig.net.refuse.store(1000, Relaxed);
+    let begun = std::time::Instant::now();
+    let mut client = rig.connect(&route).await;
+    assert!(is_reset(&mut client).await);
+    assert!(begun.elapsed() < Duration::from_secs(3));
+    assert_eq!(rig.near.records(1).await[0]["close"], "peer_unreachable");
 }

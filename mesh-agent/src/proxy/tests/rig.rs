@@ -47,6 +47,8 @@ pub(super) struct Loopback {
     net: u8,
     /// Tunnels that were dialled.
     pub(super) dialled: Arc<AtomicUsize>,
+    /// Dials that are still to be refused, as by a peer that is not up yet.
+    pub(super) refuse: Arc<AtomicUsize>,
     /// The client's address and port at the last hand-over.
     pub(super) client: Arc<OnceLock<SocketAddr>>,
 }
@@ -105,9 +107,21 @@ impl Dial for Loopback {
         ))
     }
 
-    fn peer(&self, _: &PodHandle, from: SocketAddr, to: SocketAddr) -> io::Result<std::net::TcpStream> {
+    fn peer(
+        &self,
+        _: &PodHandle,
+        from: SocketAddr,
+        to: SocketAddr,
+    ) -> io::Result<std::net::TcpStream> {
         self.dialled.fetch_add(1, Relaxed);
-        self.connect(from, self.real(to))
+        let mut to = self.real(to);
+        let refuse = self
+            .refuse
+            .fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1));
+        if refuse.is_ok() {
+            to.set_port(1);
+        }
+        self.connect(from, to)
     }
 
     fn application(
@@ -155,7 +169,10 @@ impl Node {
             let lines = self.flows.sink().recent().await;
             if lines.len() >= count {
                 assert_eq!(lines.len(), count, "{lines:?}");
-                return lines.iter().map(|l| serde_json::from_str(l).unwrap()).collect();
+                return lines
+                    .iter()
+                    .map(|l| serde_json::from_str(l).unwrap())
+                    .collect();
             }
             assert!(Instant::now() < until, "{count} records: {lines:?}");
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -269,6 +286,7 @@ impl Rig {
         let net = Loopback {
             net: next_net(),
             dialled: Arc::default(),
+            refuse: Arc::default(),
             client: Arc::default(),
         };
         let ca = tempfile::tempdir().unwrap();
@@ -290,9 +308,7 @@ impl Rig {
         std::mem::forget(sender);
 
         let server: SocketAddr = format!("{SERVER}:0").parse().unwrap();
-        // Bound by number: so it keeps the port while it does not listen.
-        let free = listener(net.real(server)).local_addr().unwrap();
-        let tunnel = listener(free);
+        let tunnel = listener(net.real(server));
         let tunnel_port = Port::new(tunnel.local_addr().unwrap().port());
         let outbound = listener(net.real(server));
         let port = outbound.local_addr().unwrap().port();
@@ -339,24 +355,12 @@ impl Rig {
         old.proxy.finish().await;
     }
 
-    /// Nobody answers on the tunnel port any more.
-    pub(super) fn close_tunnel_port(&self) {
-        // Bound and not listening: connects are refused, and nobody else takes the port.
-        raw_listener(&self.tunnel).shutdown(std::net::Shutdown::Both).unwrap();
-    }
-
-    /// The agent of the server's node listens again.
-    pub(super) fn open_tunnel_port(&self) {
-        raw_listener(&self.tunnel).listen(64).unwrap();
-    }
-
     /// What the client's application does: connects to a destination and is captured.
     pub(super) async fn connect(&self, route: &Route) -> TcpStream {
         let from = format!("{CLIENT}:0").parse().unwrap();
         let stream = self.net.connect(from, self.net.real(route.to)).unwrap();
         let stream = TcpStream::from_std(stream).unwrap();
         stream.writable().await.unwrap();
-        assert!(stream.take_error().unwrap().is_none());
         stream
     }
 
@@ -415,8 +419,4 @@ pub(super) async fn is_reset(stream: &mut TcpStream) -> bool {
         Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
         Ok(_) => false,
     }
-}
-
-fn raw_listener(listener: &TcpListener) -> socket2::SockRef<'_> {
-    socket2::SockRef::from(listener)
 }

@@ -80,9 +80,7 @@ impl Keyed {
         let (algorithm, key, iv) = match secrets {
             ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (&AES_128_GCM, key, iv),
             ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (&AES_256_GCM, key, iv),
-            ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => {
-                (&CHACHA20_POLY1305, key, iv)
-            }
+            ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (&CHACHA20_POLY1305, key, iv),
             _ => return Err(RecordError::Suite),
         };
         let key = key.as_ref();
@@ -119,7 +117,10 @@ impl Sealer {
     ///
     /// # Errors
     /// A suite that TLS 1.3 does not have.
-    pub(crate) fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, RecordError> {
+    pub(crate) fn new(
+        sequence: u64,
+        secrets: &ConnectionTrafficSecrets,
+    ) -> Result<Self, RecordError> {
         Keyed::new(sequence, secrets).map(Self)
     }
 
@@ -168,7 +169,10 @@ impl Opener {
     ///
     /// # Errors
     /// A suite that TLS 1.3 does not have.
-    pub(crate) fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, RecordError> {
+    pub(crate) fn new(
+        sequence: u64,
+        secrets: &ConnectionTrafficSecrets,
+    ) -> Result<Self, RecordError> {
         Keyed::new(sequence, secrets).map(Self)
     }
 
@@ -297,7 +301,10 @@ mod tests {
         assert_eq!(length(&[23, 3, 3, 0]), Ok(None));
         assert_eq!(length(&[20, 3, 3, 0, 1]), Err(RecordError::Unprotected(20)));
         assert_eq!(length(&[23, 3, 3, 0, 16]), Err(RecordError::Length(16)));
-        assert_eq!(length(&[23, 3, 3, 0x41, 1]), Err(RecordError::Length(0x4101)));
+        assert_eq!(
+            length(&[23, 3, 3, 0x41, 1]),
+            Err(RecordError::Length(0x4101))
+        );
         assert_eq!(length(&[23, 3, 3, 0x41, 0]), Ok(Some(LONGEST)));
     }
 
