@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 
 pub use config::Config;
-pub use load::{Client, Done, Histogram, Program, Shape};
+pub use load::{Client, Done, Histogram, Program, Scheduling, Shape};
 pub use measure::{Cpu, Sample};
 pub use report::{Pair, Report, Row};
 
@@ -96,6 +96,9 @@ pub struct Options {
     /// NetworkPolicies that select the pods; 0: pods are not isolated
     #[arg(long, default_value_t = 50)]
     pub policies: u16,
+    /// Let the programs of both labs go before all others of the machine: for one that is not idle
+    #[arg(long)]
+    pub ahead: bool,
     /// Run the second lab without agents, too: its ratios show what this machine can tell apart
     #[arg(long)]
     pub control: bool,

@@ -20,6 +20,7 @@ pub struct Config {
     policies: u16,
     /// True: both labs were plain.
     control: bool,
+    ahead: bool,
     kernel: String,
     cpu: String,
     cpus: usize,
@@ -47,6 +48,7 @@ impl Config {
             topology: format!("{:?}", options.topology()).to_lowercase(),
             policies: options.policies,
             control: options.control,
+            ahead: options.ahead,
             kernel: read("/proc/sys/kernel/osrelease")?,
             cpu: cpu_model()?,
             cpus: std::thread::available_parallelism()?.get(),

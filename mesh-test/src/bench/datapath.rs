@@ -95,6 +95,7 @@ impl Metric {
             workers: self.workers,
             seconds: options.seconds.unwrap_or(default),
             cpus: self.pinned.then_some((0, 1)),
+            ahead: options.ahead,
         }
     }
 }

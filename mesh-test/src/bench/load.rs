@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 pub use histogram::Histogram;
@@ -53,9 +53,9 @@ pub enum Program {
     /// Serve every shape until killed
     #[command(hide = true)]
     LoadServer {
-        /// Bind all threads to this CPU
-        #[arg(long)]
-        cpu: Option<usize>,
+        /// Where and when
+        #[command(flatten)]
+        scheduling: Scheduling,
     },
     /// Make load and report it
     #[command(hide = true)]
@@ -77,9 +77,37 @@ pub struct Client {
     /// For how long
     #[arg(long)]
     pub seconds: f64,
+    #[command(flatten)]
+    scheduling: Scheduling,
+}
+
+/// Where and when a load program runs.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct Scheduling {
     /// Bind all threads to this CPU
     #[arg(long)]
-    pub cpu: Option<usize>,
+    cpu: Option<usize>,
+    /// Go before all other programs of the machine
+    #[arg(long)]
+    ahead: bool,
+}
+
+impl Scheduling {
+    /// Before any thread is made: they inherit it.
+    fn take_on(self) -> Result<()> {
+        if self.ahead {
+            go_ahead("self")?;
+        }
+        self.cpu.map_or(Ok(()), sys::pin_to_cpu)?;
+        Ok(())
+    }
+}
+
+/// Gives a process of a session of its own (`self`, or its id) precedence over the machine's other
+/// sessions: the nice value of its autogroup (sched(7)), which alone counts between sessions.
+pub(super) fn go_ahead(process: &str) -> Result<()> {
+    let path = format!("/proc/{process}/autogroup");
+    std::fs::write(&path, "-20").with_context(|| path)
 }
 
 /// What a client has done.
@@ -104,13 +132,12 @@ impl Program {
     /// It cannot listen, or cannot start threads. What fails of the load itself is reported.
     pub fn run(&self) -> Result<()> {
         match self {
-            Self::LoadServer { cpu } => {
-                // Before any thread is made: they inherit it.
-                cpu.map_or(Ok(()), sys::pin_to_cpu)?;
+            Self::LoadServer { scheduling } => {
+                scheduling.take_on()?;
                 server::run()
             }
             Self::LoadClient(client) => {
-                client.cpu.map_or(Ok(()), sys::pin_to_cpu)?;
+                client.scheduling.take_on()?;
                 say(&client::run(client)?)
             }
         }

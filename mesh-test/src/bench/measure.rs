@@ -29,12 +29,15 @@ pub(super) struct Orders {
     pub(super) seconds: f64,
     /// The CPUs of client and server, if they are bound.
     pub(super) cpus: Option<(usize, usize)>,
+    /// Before all other programs of the machine.
+    pub(super) ahead: bool,
 }
 
 impl Orders {
     /// Starts a server, runs a client against it, and gives back what the client says.
     pub(super) fn run(&self, lab: &Lab, scenario: Scenario) -> Result<Done> {
-        let pinned = |cmd: Cmd, cpu: Option<usize>| {
+        let scheduled = |cmd: Cmd, cpu: Option<usize>| {
+            let cmd = cmd.args(self.ahead.then_some("--ahead"));
             cmd.args(
                 cpu.into_iter()
                     .flat_map(|cpu| ["--cpu".to_owned(), cpu.to_string()]),
@@ -43,7 +46,7 @@ impl Orders {
         let (client_cpu, server_cpu) = self.cpus.unzip();
         let server_pod = lab.pod(scenario.server());
         let server = Cmd::new(OURSELVES).args(["load-server"]);
-        let server = server_pod.spawn_lines(pinned(server, server_cpu))?;
+        let server = server_pod.spawn_lines(scheduled(server, server_cpu))?;
         let ready = server.line(GRACE)?;
         ready.with_context(|| format!("the server ended: {}", server.log_tail()))?;
         let shape = match self.shape {
@@ -60,7 +63,7 @@ impl Orders {
         let deadline = Duration::from_secs_f64(self.seconds) + GRACE;
         let output = lab
             .pod(CLIENT)
-            .run(pinned(client, client_cpu), deadline)?
+            .run(scheduled(client, client_cpu), deadline)?
             .ok()?;
         output.json()
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::load::{BULK_PORT, CRR_PORTS, RR_PORT, Shape};
+use super::load::{BULK_PORT, CRR_PORTS, RR_PORT, Shape, go_ahead};
 use super::measure::Orders;
 use super::{Options, Scenario};
 use crate::agent::Agent;
@@ -97,6 +97,11 @@ impl Testbed {
             Side::Mesh(Mesh::start(second)?)
         };
         let testbed = Self { plain, mesh };
+        if options.ahead {
+            for agent in testbed.mesh.agents() {
+                go_ahead(&agent.process().id().to_string())?;
+            }
+        }
         for scenario in Scenario::ALL {
             testbed.prove(options, scenario)?;
         }
@@ -110,6 +115,7 @@ impl Testbed {
             workers: 1,
             seconds: 0.0,
             cpus: None,
+            ahead: options.ahead,
         };
         let open = orders.run(self.plain.lab(), scenario)?;
         ensure!(

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The bench in its shortest form: it starts, measures what it says, and writes rows that programs
+//! can read. What the figures are is nothing that a test on a busy machine can judge.
+
+use std::path::Path;
+use std::process::Command;
+
+use mesh_test::bench::{Row, Scenario};
+
+fn bench(json: &Path, args: &[&str]) -> serde_json::Value {
+    let output = Command::new(env!("CARGO_BIN_EXE_bench"))
+        .args(args)
+        .args(["--rounds", "1", "--seconds", "0.2", "--json"])
+        .arg(json)
+        .output()
+        .expect("run");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}\n{error}");
+    let text = std::fs::read_to_string(json).expect("results");
+    std::fs::remove_file(json).expect("remove");
+    serde_json::from_str(&text).expect("JSON")
+}
+
+fn rows(report: &serde_json::Value) -> Vec<Row> {
+    serde_json::from_value(report["rows"].clone()).expect("rows")
+}
+
+#[test]
+fn every_row_is_measured_plain_and_meshed() {
+    let json = std::env::temp_dir().join(format!("bench-{}-mesh.json", std::process::id()));
+    let report = bench(&json, &[]);
+    let rows = rows(&report);
+    let metrics = ["bulk_1", "bulk_4", "rr_1", "rr_16", "crr_1", "crr_16"];
+    let expected = Scenario::ALL
+        .into_iter()
+        .flat_map(|scenario| metrics.map(|metric| (scenario, metric.to_owned())));
+    let found = rows.iter().map(|row| (row.scenario, row.metric.clone()));
+    assert_eq!(found.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
+    for row in &rows {
+        assert!(row.plain > 0.0 && row.mesh > 0.0, "{row:?}");
+        assert!(
+            row.ratio_min <= row.ratio && row.ratio <= row.ratio_max,
+            "{row:?}"
+        );
+        assert_eq!((row.rounds, row.group.as_str()), (1, "datapath"));
+        let timed = !row.metric.starts_with("bulk");
+        assert_eq!((row.p50_us.is_some(), row.p99_us.is_some()), (timed, timed));
+        if row.scenario == Scenario::CrossNode {
+            assert!(row.cpu_s_per_unit > 0.0, "agents carry this: {row:?}");
+        }
+    }
+    let agents = report["config"]["agents"].as_array().expect("agents");
+    assert_eq!(agents.len(), 2);
+    let resident = report["config"]["agent_rss_end_bytes"].as_array();
+    assert_eq!(resident.expect("memory").len(), 2);
+}
+
+#[test]
+fn a_control_has_no_agents_and_a_part_has_its_rows_only() {
+    let json = std::env::temp_dir().join(format!("bench-{}-control.json", std::process::id()));
+    let report = bench(&json, &["crr", "--control", "--metric", "crr_16"]);
+    let rows = rows(&report);
+    assert_eq!(rows.len(), 2, "{rows:?}");
+    assert!(rows.iter().all(|row| row.metric == "crr_16"));
+    assert!(rows.iter().all(|row| row.cpu_s_per_unit.abs() < 1e-9));
+    assert_eq!(report["config"]["agents"], serde_json::json!([]));
+}
