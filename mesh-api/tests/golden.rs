@@ -30,7 +30,7 @@ fn cases() -> Vec<PathBuf> {
 fn read(case: &Path) -> Vec<Object> {
     let text = fs::read_to_string(case.join("objects.yaml")).expect("a case has objects.yaml");
     objects(&text, Format::Yaml)
-        .unwrap_or_else(|error| panic!("{}: {error}", case.display()))
+        .expect("objects.yaml is YAML")
         .into_iter()
         .map(|value| Object {
             origin: "objects.yaml".to_owned(),

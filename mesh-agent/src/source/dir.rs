@@ -104,7 +104,11 @@ impl Room {
 
     fn run(&mut self) {
         let (wake, woken) = sync_channel(1);
-        let mut listener = Listener::new(&self.path, wake.clone());
+        let mut listener = listen(&self.path, wake.clone());
+        if let Err(error) = &listener {
+            tracing::warn!(path = %self.path.display(), %error,
+                "no news of manifests; they are read every {} s", RESCAN.as_secs());
+        }
         // What changed between the first scan and the watch.
         let mut scan = Some(Scan::Changed);
         let mut scanned = Instant::now();
@@ -120,7 +124,7 @@ impl Room {
                 Ok(()) => scan = Some(Scan::Changed),
                 Err(RecvTimeoutError::Timeout) if scanned.elapsed() >= RESCAN => {
                     // A directory that was replaced has a watch no more.
-                    listener = Listener::new(&self.path, wake.clone());
+                    listener = listen(&self.path, wake.clone());
                     scan = Some(Scan::Everything);
                 }
                 Err(RecvTimeoutError::Timeout) => {}
@@ -141,11 +145,10 @@ impl Room {
             Ok(false) => {}
             Err(error) => {
                 let why = format!("{}: {error}", self.path.display());
-                tracing::warn!(
-                    why,
-                    "manifests cannot be read; what was read last stays in force"
-                );
-                self.publish(Some(why));
+                if self.report.borrow().stale.as_ref() != Some(&why) {
+                    tracing::warn!(why, "manifests cannot be read; the last ones stay in force");
+                    self.publish(Some(why));
+                }
             }
         }
     }
@@ -195,7 +198,9 @@ impl Room {
         let not_kept = self.store.save(&state).err();
         match &not_kept {
             Some(why) => {
-                tracing::warn!(why, "last good versions cannot be kept over a restart");
+                if self.report.borrow().not_kept.as_ref() != Some(why) {
+                    tracing::warn!(why, "last good versions cannot be kept over a restart");
+                }
                 self.unsaved = true;
             }
             None => self.kept = state,
@@ -246,31 +251,17 @@ fn wait(woken: &Receiver<()>, pause: Duration) -> Result<(), RecvTimeoutError> {
 }
 
 /// The kernel's news of a directory. Where they cannot be had, scans alone must do.
-struct Listener {
-    _watcher: Option<RecommendedWatcher>,
-}
-
-impl Listener {
-    fn new(path: &Path, wake: SyncSender<()>) -> Self {
-        let handler = move |event: notify::Result<notify::Event>| {
-            if event.is_ok_and(|event| is_read(event.kind)) {
-                return;
-            }
-            // Full = the scan is yet to come.
-            let _pending = wake.try_send(());
-        };
-        let watcher = notify::recommended_watcher(handler).and_then(|mut watcher| {
-            watcher.watch(path, RecursiveMode::Recursive)?;
-            Ok(watcher)
-        });
-        if let Err(error) = &watcher {
-            tracing::warn!(path = %path.display(), %error,
-                "no news of manifests; they are read every {} s", RESCAN.as_secs());
+fn listen(path: &Path, wake: SyncSender<()>) -> notify::Result<RecommendedWatcher> {
+    let handler = move |event: notify::Result<notify::Event>| {
+        if event.is_ok_and(|event| is_read(event.kind)) {
+            return;
         }
-        Self {
-            _watcher: watcher.ok(),
-        }
-    }
+        // Full = the scan is yet to come.
+        let _pending = wake.try_send(());
+    };
+    let mut watcher = notify::recommended_watcher(handler)?;
+    watcher.watch(path, RecursiveMode::Recursive)?;
+    Ok(watcher)
 }
 
 /// Reading is no change, and the scans read.

@@ -31,6 +31,8 @@ pub(super) struct Files {
     files: BTreeMap<PathBuf, File>,
     /// What an earlier run had, for files that are broken now.
     before: Kept,
+    /// Directories that cannot be listed.
+    unreadable: BTreeSet<PathBuf>,
 }
 
 #[derive(Default)]
@@ -77,6 +79,7 @@ impl Files {
             root,
             files: BTreeMap::new(),
             before,
+            unreadable: BTreeSet::new(),
         }
     }
 
@@ -88,7 +91,7 @@ impl Files {
     pub(super) fn scan(&mut self, scan: Scan) -> io::Result<bool> {
         let mut found = Found::default();
         found.walk(&self.root, Path::new(""), 0)?;
-        let mut changed = false;
+        let mut changed = self.unreadable != found.unreadable;
         let lost = |path: &Path| found.unreadable.iter().any(|dir| path.starts_with(dir));
         let before = self.files.len();
         self.files
@@ -104,6 +107,7 @@ impl Files {
             });
             changed |= known.read(&self.root.join(&path), format, scan);
         }
+        self.unreadable = found.unreadable;
         Ok(changed)
     }
 
@@ -134,7 +138,13 @@ impl Files {
                 .to_owned(),
             })
         });
-        broken.collect()
+        let lost = self.unreadable.iter().map(|path| Rejection {
+            object: ObjectRef::new("Directory", "", path.display().to_string()),
+            field: "content".to_owned(),
+            why: "cannot be listed, or lies too deep".to_owned(),
+            consequence: "what was read in it last stays in force".to_owned(),
+        });
+        broken.chain(lost).collect()
     }
 
     /// What is to survive a restart.
