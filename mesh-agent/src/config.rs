@@ -62,7 +62,7 @@ pub struct Config {
     pub workers: NonZeroUsize,
     /// The port on which the agents of other nodes are reached.
     pub tunnel_port: TunnelPort,
-    /// What a refused packet's sender sees.
+    /// What a client elsewhere sees of a connection that a pod of this node refuses.
     pub deny: Deny,
     /// Logs.
     pub log: LogConfig,
@@ -128,7 +128,7 @@ pub enum TunnelPort {
     Fixed(Port),
 }
 
-/// What the sender of a refused packet sees.
+/// What a client elsewhere sees of a connection that a pod of this node refuses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Deny {
     /// A refusal at once.

@@ -178,7 +178,8 @@ pub const FLAGS: &[Flag] = &[
     flag(
         "deny",
         "reject|drop",
-        "What the sender of a refused connection sees: a refusal at once, or nothing.",
+        "What a client elsewhere sees of a TCP connection that a pod of this node refuses: a reset \
+         at once, or nothing. A pod's own connect() that policy denies always fails at once.",
     )
     .or("reject"),
     flag(
