@@ -118,7 +118,13 @@ fn arriving(
         return steer(ctx, pod, slot, Direction::Ingress);
     }
     let tuple = udp::tuple(there, here.port);
-    if !tcp && udp::refresh(pod, &tuple, Way::ToPod, 0) {
+    // Where there is a gate it has counted the datagram already.
+    let way = if state.view.has(PodState::GATED) {
+        Way::LookUp
+    } else {
+        Way::ToPod
+    };
+    if !tcp && udp::refresh(pod, &tuple, way, 0) {
         return SK_PASS;
     }
     let origin = if state.view.has(PodState::GATED) {

@@ -29,6 +29,8 @@ pub(crate) enum Way {
     FromPod,
     /// To the pod.
     ToPod,
+    /// Only looked up: an ICMP error looks for its socket as a datagram does, and is no answer.
+    LookUp,
 }
 
 impl Way {
@@ -37,6 +39,7 @@ impl Way {
         match self {
             Self::FromPod => Flow::FROM_POD,
             Self::ToPod => Flow::TO_POD,
+            Self::LookUp => 0,
         }
     }
 }
@@ -102,7 +105,7 @@ extern "C" fn mesh_flow_refresh(pod: u32, tuple: *const FlowTuple, way: u32, byt
 pub(crate) fn open(pod: PodIndex, tuple: &FlowTuple, way: Way, path: &Path) {
     let flags = match way {
         Way::FromPod => Flow::FROM_POD | Flow::EGRESS,
-        Way::ToPod => Flow::TO_POD,
+        Way::ToPod | Way::LookUp => Flow::TO_POD,
     };
     let flags = u64::from(flags) << 32 | path.clear as u64;
     let _ = mesh_flow_open(pod.0, tuple, path.verdict.rule.0, flags);
