@@ -11,8 +11,10 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use mesh_plan::Rejection;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
 
 use crate::admin::{self, Admin, Readiness};
 use crate::config::{self, Config, Deny, TunnelPort};
@@ -23,7 +25,7 @@ use crate::identity::{self, Ca, Clock, GrpcCa, Identities, TrustDomain};
 use crate::logging::Level;
 use crate::metrics::Metrics;
 use crate::pods::find::ByAnnotation;
-use crate::proxy;
+use crate::proxy::{self, ProxyHandle};
 use crate::record::Recorder;
 use crate::shutdown::{self, Requests, Successor};
 use crate::source;
@@ -113,129 +115,187 @@ pub fn run(config: Config, level: Option<Level>) -> Result<(), Error> {
 
 async fn serve(config: Config, level: Option<Level>) -> Result<(), Error> {
     let mut requests = Requests::listen().map_err(tried("listen for signals"))?;
-    let metrics = Metrics::new();
-    let readiness = Readiness::new(metrics.clone());
-    let in_force = readiness.task("plan in force");
-    let certified = readiness.task("certificates");
-    let (ending, stop) = watch::channel(false);
+    let mut rooms = Rooms::build(&config).await?;
+    rooms.answer(&config, level).await?;
+    let successor = Successor::of(&config.admin);
+    let result = rooms.until_the_end(&mut requests, &successor).await;
+    let drain = match result {
+        Ok(()) => config.drain,
+        Err(_) => Duration::ZERO,
+    };
+    rooms.finish(&mut requests, &successor, drain).await;
+    result
+}
 
-    // Facts, and what the kernel holds.
-    let facts = source::watch(source::Settings {
+/// The rooms that run, and what ends them.
+struct Rooms {
+    metrics: Metrics,
+    readiness: Readiness,
+    views: control::Views,
+    rejections: watch::Receiver<Arc<Vec<Rejection>>>,
+    flow_log: Flows,
+    identities: Identities,
+    proxy: ProxyHandle,
+    /// Ends when `control` does.
+    control: oneshot::Receiver<()>,
+    /// Those that end when they are told to, and those that never do.
+    tasks: Vec<JoinHandle<()>>,
+    endless: JoinHandle<io::Result<()>>,
+    /// One agent writes to the kernel: this one stops when it ends, or when a successor is there.
+    quiet: watch::Sender<bool>,
+    /// No questions are answered any more: a successor does, or the agent ends.
+    silent: watch::Sender<bool>,
+    /// The agent ends.
+    ending: watch::Sender<bool>,
+}
+
+impl Rooms {
+    /// Builds every room, in the order of the data's flow.
+    async fn build(config: &Config) -> Result<Self, Error> {
+        let metrics = Metrics::new();
+        let readiness = Readiness::new(metrics.clone());
+        let conditions = mirror::Conditions {
+            in_force: readiness.task("plan in force"),
+            certified: readiness.task("certificates"),
+        };
+        let (ending, stop) = watch::channel(false);
+        let (quiet, writes_end) = watch::channel(false);
+
+        // Facts, and what the kernel holds.
+        let facts = source::watch(source_settings(config)).await?;
+        let (kernel, events) = Datapath::load(&datapath_config(config))?;
+        let handles = kernel.handles();
+        metrics.set_kernel(handles.clone());
+        let (outputs, views) = control::outputs();
+
+        // Who the pods are, and what is written about them.
+        let trust_domain = TrustDomain::new(&config.trust_domain)
+            .map_err(|_invalid| Error::TrustDomain(config.trust_domain.clone()))?;
+        let issuer = identity_config(config, &trust_domain);
+        let identities = Identities::start(issuer, views.wanted.clone()).await?;
+        let flow_log = Flows::start(&config.flow_log, &metrics)?;
+        let (plan, sink) = (views.plan.clone(), flow_log.sink());
+        let recorder = Recorder::new(&config.node, plan, metrics.clone(), sink, now);
+        let events = tokio::spawn(flows::drain(events, recorder.clone(), stop));
+
+        // Connections. The proxy is there before the first pod is.
+        let doors = proxy::Doors {
+            pods: views.pods.clone(),
+            plan: views.plan.clone(),
+            identities: identities.clone(),
+            recorder,
+        };
+        let proxy = proxy::start(proxy_config(config), doors, handles)
+            .map_err(tried("start the workers"))?;
+
+        // From here on the node becomes what the facts say.
+        let settings = control::Settings {
+            node: config.node.clone(),
+            trust_domain,
+            silent: config.deny == Deny::Drop,
+        };
+        let control = start_control(settings, kernel, facts.cluster, outputs, writes_end)?;
+        let rejections = mirror::start(&views, facts.report, &identities, &metrics, conditions);
+        Ok(Self {
+            endless: tokio::spawn(flows::reopen_on_hangup(flow_log.sink())),
+            metrics,
+            readiness,
+            views,
+            rejections,
+            flow_log,
+            identities,
+            proxy,
+            control,
+            tasks: vec![events],
+            quiet,
+            silent: watch::Sender::new(false),
+            ending,
+        })
+    }
+
+    /// Opens the doors for questions, once there is something to say.
+    async fn answer(&mut self, config: &Config, level: Option<Level>) -> Result<(), Error> {
+        tokio::select! {
+            () = mirror::first_plan(self.views.status.clone(), ANSWER_AFTER) => {}
+            _ = &mut self.control => return Err(Error::Room("control")),
+        }
+        let answers = admin::Views {
+            node: config.node.clone(),
+            metrics: self.metrics.clone(),
+            readiness: self.readiness.clone(),
+            plan: self.views.plan.clone(),
+            plan_text: mesh_plan::text::render,
+            rejections: self.rejections.clone(),
+            pods: self.views.pods.clone(),
+            flows: self.flow_log.sink(),
+            level,
+        };
+        let admin = Admin::bind(config.metrics, &config.admin, answers)?;
+        tracing::info!(node = config.node, metrics = %admin.metrics_addr(), "serving");
+        self.tasks
+            .push(tokio::spawn(admin.serve(self.silent.subscribe())));
+        Ok(())
+    }
+
+    /// Waits for a signal, or for a room that ends although nobody wanted it to.
+    async fn until_the_end(
+        &mut self,
+        requests: &mut Requests,
+        successor: &Successor,
+    ) -> Result<(), Error> {
+        let replaced = async {
+            successor.comes().await;
+            tracing::info!("a successor is there; it decides from now on");
+            self.quiet.send_replace(true);
+            // Both have the port of probes: who asks is to get the successor.
+            self.silent.send_replace(true);
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            signal = requests.next() => {
+                tracing::info!(signal, "ending");
+                Ok(())
+            }
+            () = self.proxy.failed() => Err(Error::Room("a worker")),
+            _ = &mut self.control => Err(Error::Room("control")),
+            () = replaced => Ok(()),
+        }
+    }
+
+    /// Ends in order: not ready, open connections, records.
+    async fn finish(self, requests: &mut Requests, successor: &Successor, drain: Duration) {
+        self.readiness.set("not shutting down", false);
+        self.quiet.send_replace(true);
+        tokio::select! {
+            () = shutdown::drain(self.proxy, successor, drain) => {}
+            signal = requests.next() => tracing::warn!(signal, "asked again: ending at once"),
+        }
+        self.silent.send_replace(true);
+        self.ending.send_replace(true);
+        self.endless.abort();
+        for task in self.tasks {
+            if let Err(error) = task.await {
+                tracing::error!(%error, "a task failed while the agent ended");
+            }
+        }
+        drop(self.identities);
+        self.flow_log.finish(LAST_RECORDS);
+    }
+}
+
+fn source_settings(config: &Config) -> source::Settings {
+    source::Settings {
         source: config.source.clone(),
         state_dir: config.host.state_dir.clone(),
         pod_cidrs: config.pod_cidrs.clone(),
-    })
-    .await?;
-    let (kernel, events) = Datapath::load(&datapath::Config {
+    }
+}
+
+fn datapath_config(config: &Config) -> datapath::Config {
+    datapath::Config {
         bpffs: config.host.bpffs.clone(),
         cgroup: config.host.cgroup.clone(),
-    })?;
-    let handles = kernel.handles();
-    metrics.set_kernel(handles.clone());
-    let (outputs, views) = control::outputs();
-
-    // Who the pods are, and what is written about them.
-    let trust_domain = TrustDomain::new(&config.trust_domain)
-        .map_err(|_invalid| Error::TrustDomain(config.trust_domain.clone()))?;
-    let identities = Identities::start(
-        identity_config(&config, &trust_domain),
-        views.wanted.clone(),
-    )
-    .await?;
-    let flow_log = Flows::start(&config.flow_log, &metrics)?;
-    let recorder = Recorder::new(
-        &config.node,
-        views.plan.clone(),
-        metrics.clone(),
-        flow_log.sink(),
-        now,
-    );
-    let events = tokio::spawn(flows::drain(events, recorder.clone(), stop.clone()));
-    let hangups = tokio::spawn(flows::reopen_on_hangup(flow_log.sink()));
-
-    // Connections. The proxy is there before the first pod is.
-    let doors = proxy::Doors {
-        pods: views.pods.clone(),
-        plan: views.plan.clone(),
-        identities: identities.clone(),
-        recorder,
-    };
-    let mut proxy =
-        proxy::start(proxy_config(&config), doors, handles).map_err(tried("start the workers"))?;
-
-    // From here on the node becomes what the facts say.
-    let settings = control::Settings {
-        node: config.node.clone(),
-        trust_domain,
-        silent: config.deny == Deny::Drop,
-    };
-    let mut control = start_control(
-        settings,
-        kernel,
-        facts.cluster.clone(),
-        outputs,
-        stop.clone(),
-    )?;
-    let rejections = mirror::start(
-        &views,
-        facts.report.clone(),
-        &identities,
-        &metrics,
-        mirror::Conditions {
-            in_force,
-            certified,
-        },
-    );
-
-    tokio::select! {
-        () = mirror::first_plan(views.status.clone(), ANSWER_AFTER) => {}
-        _ = &mut control => return Err(Error::Room("control")),
     }
-    let answers = admin::Views {
-        node: config.node.clone(),
-        metrics,
-        readiness: readiness.clone(),
-        plan: views.plan,
-        plan_text: mesh_plan::text::render,
-        rejections,
-        pods: views.pods,
-        flows: flow_log.sink(),
-        level,
-    };
-    let admin = Admin::bind(config.metrics, &config.admin, answers)?;
-    tracing::info!(node = config.node, metrics = %admin.metrics_addr(), "serving");
-    let successor = Successor::of(&config.admin);
-    let admin = tokio::spawn(admin.serve(stop));
-
-    let result = tokio::select! {
-        signal = requests.next() => {
-            tracing::info!(signal, "ending");
-            Ok(())
-        }
-        () = proxy.failed() => Err(Error::Room("a worker")),
-        _ = &mut control => Err(Error::Room("control")),
-    };
-    readiness.set("not shutting down", false);
-    ending.send_replace(true);
-    let longest = if result.is_ok() {
-        config.drain
-    } else {
-        Duration::ZERO
-    };
-    tokio::select! {
-        () = shutdown::drain(proxy, &successor, longest) => {}
-        // Asked a second time.
-        signal = requests.next() => tracing::warn!(signal, "ending at once"),
-    }
-    hangups.abort();
-    for task in [events, admin] {
-        if let Err(error) = task.await {
-            tracing::error!(%error, "a task failed while the agent ended");
-        }
-    }
-    drop(identities);
-    flow_log.finish(LAST_RECORDS);
-    result
 }
 
 /// `control` on a thread of its own: it enters namespaces and makes long series of system calls.

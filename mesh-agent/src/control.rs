@@ -19,6 +19,7 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -252,7 +253,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
     /// Looks whether namespaces came or went, and now and then whether all is in place.
     fn look(&mut self) {
         let now = Instant::now();
-        self.leaving.retain_mut(|pod| sockets::end_left(pod));
+        self.leaving.retain_mut(sockets::end_left);
         let gone = self.pods.values().any(|pod| !pod.home.is_there());
         let refused = self.pods.values().filter_map(|pod| pod.refused.as_ref());
         let due = self.waiting.values().chain(refused).any(|r| r.is_due(now));
@@ -263,6 +264,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
             for uid in uids {
                 self.repair(&uid);
             }
+            self.claim_listeners();
         }
     }
 
@@ -298,9 +300,22 @@ impl<K: Kernel, F: Find> Control<K, F> {
         self.publish_status();
     }
 
+    /// Puts our listeners into their slots again: an agent that was replaced may have put its own
+    /// there after us, for a pod that came while both ran.
+    fn claim_listeners(&mut self) {
+        for pod in self.pods.values() {
+            for (slot, listener) in pod.enrolment.iter().flat_map(|e| e.listeners.iter()) {
+                if let Err(error) = self.kernel.set_listener(pod.index, slot, listener.as_fd()) {
+                    let error = describe(&error);
+                    tracing::warn!(pod = %pod.handle.local.name, error, "a listener is not in place");
+                }
+            }
+        }
+    }
+
     /// After the stop: lets pods go whose namespace is gone, and nothing else.
     fn let_go(&mut self) {
-        self.leaving.retain_mut(|pod| sockets::end_left(pod));
+        self.leaving.retain_mut(sockets::end_left);
         let gone = |pod: &mut Adopted| !pod.home.is_there();
         let gone: Vec<Adopted> = self
             .pods

@@ -64,6 +64,13 @@ impl Successor {
         Self(socket)
     }
 
+    /// Waits for it. Cancel safe.
+    pub async fn comes(&self) {
+        while !self.is_there() {
+            sleep(LOOK).await;
+        }
+    }
+
     /// Whether it is there.
     #[must_use]
     pub fn is_there(&self) -> bool {

@@ -248,3 +248,6 @@ impl<'a> Scene<'a> {
             || self.plan.service(&key).is_some()
     }
 }
+
+#[cfg(test)]
+mod tests;

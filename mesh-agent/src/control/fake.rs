@@ -15,13 +15,16 @@ use mesh_plan::plan::{Entry, LocalPod, MapOp};
 use super::kernel::Kernel;
 use crate::datapath::{Error, PodAttachment, PodFacts};
 
+/// An old connection: the pod's end, the other end, why it is left.
+pub(super) type Old = (Endpoint, Endpoint, Reason);
+
 /// The state; shared, so that a test sees it while `control` owns the kernel.
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) plan: RefCell<Plan>,
     pub(super) pods: RefCell<BTreeMap<PodIndex, PodState>>,
     pub(super) uids: RefCell<BTreeMap<String, PodIndex>>,
-    pub(super) old: RefCell<BTreeMap<PodIndex, Vec<(Endpoint, Endpoint, Reason)>>>,
+    pub(super) old: RefCell<BTreeMap<PodIndex, Vec<Old>>>,
     /// What was done, one word each.
     pub(super) log: RefCell<Vec<String>>,
     /// Operations that succeed before one fails; `None` = all do.

@@ -24,6 +24,13 @@ const LOOPBACK: u32 = 1;
 /// hand-over take the same table. Serves IPv6 too.
 const FWMARK_ACCEPT: &str = "/proc/sys/net/ipv4/tcp_fwmark_accept";
 
+/// Sends the reset of a port that nobody listens on back to the agent's hand-over, which has the
+/// address of a client elsewhere: without it the answer would leave the pod, and the agent wait.
+const FWMARK_REFLECT: [(Family, &str); 2] = [
+    (Family::V4, "/proc/sys/net/ipv4/fwmark_reflect"),
+    (Family::V6, "/proc/sys/net/ipv6/fwmark_reflect"),
+];
+
 /// One thing in a pod's namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Made {
@@ -33,6 +40,21 @@ pub enum Made {
     Route(Route),
     /// `net.ipv4.tcp_fwmark_accept=1`.
     FwmarkAccept,
+    /// `fwmark_reflect=1` of a family.
+    FwmarkReflect(Family),
+}
+
+impl Made {
+    /// The switch that is turned on, where it is one.
+    fn switch(&self) -> Option<&'static str> {
+        match self {
+            Self::Rule(_) | Self::Route(_) => None,
+            Self::FwmarkAccept => Some(FWMARK_ACCEPT),
+            Self::FwmarkReflect(of) => FWMARK_REFLECT
+                .iter()
+                .find_map(|(family, path)| (family == of).then_some(*path)),
+        }
+    }
 }
 
 impl fmt::Display for Made {
@@ -41,6 +63,7 @@ impl fmt::Display for Made {
             Self::Rule(rule) => write!(f, "rule to table {} ({:?})", rule.table, rule.family),
             Self::Route(route) => write!(f, "route in table {} ({:?})", route.table, route.family),
             Self::FwmarkAccept => f.write_str("net.ipv4.tcp_fwmark_accept"),
+            Self::FwmarkReflect(family) => write!(f, "fwmark_reflect ({family:?})"),
         }
     }
 }
@@ -52,6 +75,7 @@ pub fn wanted(interface: u32, addresses: &BTreeSet<IpAddr>) -> Vec<Made> {
     let mut list = vec![Made::FwmarkAccept];
     for address in addresses {
         let family = Family::of(address);
+        list.push(Made::FwmarkReflect(family));
         // On the pod's own interface, so that a socket bound to it finds the route too.
         list.push(Made::Route(Route {
             family,
@@ -95,10 +119,11 @@ pub fn present(netns: &NetNs) -> Result<Vec<Made>, Error> {
             }
             list.retain(|made| match made {
                 Made::Route(route) => [TABLE_CAPTURE, TABLE_INBOUND].contains(&route.table),
-                Made::Rule(_) | Made::FwmarkAccept => true,
+                Made::Rule(_) | Made::FwmarkAccept | Made::FwmarkReflect(_) => true,
             });
             if !list.is_empty() {
                 list.push(Made::FwmarkAccept);
+                list.extend(FWMARK_REFLECT.map(|(family, _)| Made::FwmarkReflect(family)));
             }
             Ok(list)
         })
@@ -119,7 +144,7 @@ pub fn ensure(netns: &NetNs, list: &[Made]) -> Result<Vec<Made>, Error> {
                 match made {
                     Made::Rule(rule) => routing.add_rule(rule)?,
                     Made::Route(route) => routing.add_route(route)?,
-                    Made::FwmarkAccept => fs::write(FWMARK_ACCEPT, "1")?,
+                    Made::FwmarkAccept | Made::FwmarkReflect(_) => turn(made, "1")?,
                 }
             }
             Ok(missing)
@@ -141,7 +166,7 @@ pub fn remove(netns: &NetNs, list: &[Made]) -> Result<(), Error> {
                 let one = match made {
                     Made::Rule(rule) => routing.remove_rule(rule),
                     Made::Route(route) => routing.remove_route(route),
-                    Made::FwmarkAccept => fs::write(FWMARK_ACCEPT, "0"),
+                    Made::FwmarkAccept | Made::FwmarkReflect(_) => turn(made, "0"),
                 };
                 result = result.and(one);
             }
@@ -158,7 +183,7 @@ fn missing(routing: &mut Routing, list: &[Made]) -> io::Result<Vec<Made>> {
         .filter_map(|made| match made {
             Made::Rule(rule) => Some(rule.family),
             Made::Route(route) => Some(route.family),
-            Made::FwmarkAccept => None,
+            Made::FwmarkAccept | Made::FwmarkReflect(_) => None,
         })
         .collect();
     for family in families {
@@ -166,11 +191,24 @@ fn missing(routing: &mut Routing, list: &[Made]) -> io::Result<Vec<Made>> {
         there.extend(rules.into_iter().map(Made::Rule));
         there.extend(routes.into_iter().map(Made::Route));
     }
-    if fs::read_to_string(FWMARK_ACCEPT)?.trim() == "1" {
-        there.insert(Made::FwmarkAccept);
+    for made in list {
+        if let Some(path) = made.switch()
+            && fs::read_to_string(path)?.trim() == "1"
+        {
+            there.insert(*made);
+        }
     }
     let missing = list.iter().filter(|made| !there.contains(made));
     Ok(missing.copied().collect())
+}
+
+fn turn(made: &Made, value: &str) -> io::Result<()> {
+    match made.switch().map(|path| fs::write(path, value)) {
+        // A kernel without IPv6 has no switch of it.
+        Some(Err(e)) if e.kind() == io::ErrorKind::NotFound && value == "0" => Ok(()),
+        Some(result) => result,
+        None => Ok(()),
+    }
 }
 
 /// A kernel without IPv6 has no rules of it.

@@ -47,6 +47,18 @@ impl Netlink {
     /// # Errors
     /// When the kernel has no such family.
     pub(crate) fn open(family: i32) -> io::Result<Self> {
+        Self::with_buffer(family, BUFFER)
+    }
+
+    /// A socket that only listens to `groups` (`RTNLGRP_...`), nonblocking. What it hears is thrown
+    /// away, so it needs little room.
+    pub(crate) fn listening(family: i32, groups: &[u32]) -> io::Result<Self> {
+        let socket = Self::with_buffer(family, HEADER)?;
+        socket.subscribe(groups)?;
+        Ok(socket)
+    }
+
+    fn with_buffer(family: i32, size: usize) -> io::Result<Self> {
         // SAFETY: makes a descriptor, touches no memory.
         let fd = unsafe {
             libc::socket(
@@ -64,7 +76,7 @@ impl Netlink {
         let socket = Self {
             fd,
             sequence: 0,
-            buffer: vec![0; BUFFER],
+            buffer: vec![0; size],
         };
         socket.bind()?;
         Ok(socket)
@@ -85,8 +97,7 @@ impl Netlink {
         }
     }
 
-    /// Subscribes to multicast groups (`RTNLGRP_...`) and makes the socket nonblocking.
-    pub(crate) fn subscribe(&self, groups: &[u32]) -> io::Result<()> {
+    fn subscribe(&self, groups: &[u32]) -> io::Result<()> {
         const NETLINK_ADD_MEMBERSHIP: i32 = 1;
         for group in groups {
             let length = libc::socklen_t::try_from(mem::size_of::<u32>()).unwrap_or(0);
@@ -111,7 +122,7 @@ impl Netlink {
     pub(crate) fn drain(&mut self) -> io::Result<bool> {
         let mut any = false;
         loop {
-            match self.receive() {
+            match self.receive_part() {
                 Ok(_) => any = true,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(any),
                 Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => any = true,
@@ -217,6 +228,18 @@ impl Netlink {
     }
 
     fn receive(&mut self) -> io::Result<usize> {
+        let length = self.receive_part()?;
+        if length > self.buffer.len() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "a netlink message was longer than the buffer",
+            ));
+        }
+        Ok(length)
+    }
+
+    /// Receives a datagram as far as it fits; its whole length.
+    fn receive_part(&mut self) -> io::Result<usize> {
         // SAFETY: the buffer is written for at most its own length.
         let length = unsafe {
             libc::recv(
@@ -226,14 +249,7 @@ impl Netlink {
                 libc::MSG_TRUNC,
             )
         };
-        let length = usize::try_from(length).map_err(|_negative| io::Error::last_os_error())?;
-        if length > self.buffer.len() {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "a netlink message was longer than the buffer",
-            ));
-        }
-        Ok(length)
+        usize::try_from(length).map_err(|_negative| io::Error::last_os_error())
     }
 }
 

@@ -232,14 +232,14 @@ impl RoutingWatch {
     /// # Errors
     /// When the kernel refuses.
     pub fn open() -> io::Result<Self> {
-        let socket = Netlink::open(libc::NETLINK_ROUTE)?;
-        socket.subscribe(&[
+        let groups = [
             GROUP_LINK,
             GROUP_IPV4_ROUTE,
             GROUP_IPV4_RULE,
             GROUP_IPV6_ROUTE,
             GROUP_IPV6_RULE,
-        ])?;
+        ];
+        let socket = Netlink::listening(libc::NETLINK_ROUTE, &groups)?;
         // SAFETY: a `Netlink` owns its descriptor, always names the same one, and closes it when it
         // is dropped, which is after the `AsyncFd` has let go of it.
         Ok(Self(unsafe { AsyncFd::register(socket) }?))

@@ -73,6 +73,25 @@ impl Socket {
         !self.remote.addr.is_unspecified() && self.remote.port.0 != 0
     }
 
+    /// A socket that only a test knows.
+    #[cfg(test)]
+    pub(crate) fn imagined(protocol: Protocol, state: u8, ends: [&str; 2], mark: u32) -> Self {
+        let end = |text: &str| {
+            let at: std::net::SocketAddr = text.parse().expect("an address with a port");
+            Endpoint::from(at)
+        };
+        Self {
+            family: Family::V6,
+            protocol,
+            state,
+            local: end(ends[0]),
+            remote: end(ends[1]),
+            mark,
+            inode: 1,
+            id: [0; ID],
+        }
+    }
+
     /// The socket's cookie, as in `SO_COOKIE`.
     #[must_use]
     pub fn cookie(&self) -> u64 {

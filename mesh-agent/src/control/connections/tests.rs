@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Each case: the sockets of a namespace, and what becomes of the first.
+
+use std::net::IpAddr;
+
+use mesh_common::identity::IdentityId;
+use mesh_common::policy::{PolicySetId, SetHead};
+use mesh_common::service::Service;
+
+use super::*;
+
+const ESTABLISHED: u8 = state::ESTABLISHED;
+const CLOSE_WAIT: u8 = 8;
+const OWN: &str = "10.1.0.1:40000";
+const SERVED: &str = "10.1.0.1:80";
+const PEER: &str = "10.2.0.1:80";
+const CLIENT: &str = "10.2.0.1:40000";
+const VIP: &str = "10.96.0.1:80";
+
+fn addr(text: &str) -> mesh_common::Addr {
+    text.parse::<IpAddr>().expect("an address").into()
+}
+
+fn plan(peer: u32) -> Plan {
+    let mut plan = Plan::default();
+    let peer = Peer {
+        id: IdentityId(400),
+        flags: peer,
+        pad: 0,
+    };
+    plan.peers.insert(addr("10.2.0.1"), peer);
+    plan.services
+        .insert(ServiceKey::marker(addr("10.96.0.1")), Service::default());
+    plan.sets.insert(
+        PolicySetId(9),
+        SetHead {
+            flags: SetHead::ISOLATED_EGRESS | SetHead::ISOLATED_INGRESS,
+            ..SetHead::default()
+        },
+    );
+    plan
+}
+
+fn pod(flags: u32, set: u64) -> PodView {
+    PodView {
+        flags,
+        set: PolicySetId(set),
+        id: IdentityId(300),
+        v4: addr("10.1.0.1"),
+        ..PodView::default()
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Becomes {
+    Kept,
+    Old,
+    Ended,
+}
+use Becomes::{Ended, Kept, Old};
+
+fn first(plan: &Plan, pod: &PodView, sockets: &[Socket]) -> Becomes {
+    let judgement = judge(plan, pod, sockets, true);
+    if judgement.denied.iter().any(|(s, _)| *s == sockets[0]) {
+        Ended
+    } else if judgement.old.iter().any(|(l, ..)| *l == sockets[0].local) {
+        Old
+    } else {
+        Kept
+    }
+}
+
+fn tcp(state: u8, ends: [&str; 2], mark: u32) -> Socket {
+    Socket::imagined(Protocol::TCP, state, ends, mark)
+}
+
+const MEMBER: u32 = PodState::ENROLLED;
+const STRICT: u32 = PodState::ENROLLED | PodState::STRICT;
+const REQUIRED: u32 = PodState::ENROLLED | PodState::REQUIRED;
+const READY: u32 = Peer::POD | Peer::ENROLLED | Peer::READY;
+
+#[test]
+fn what_the_pod_opened() {
+    let direct = tcp(ESTABLISHED, [OWN, PEER], 0);
+    let half_closed = tcp(CLOSE_WAIT, [OWN, PEER], 0);
+    let captured = tcp(ESTABLISHED, [OWN, PEER], MARK_CAPTURE | 7);
+    let connecting = tcp(state::SYN_SENT, [OWN, PEER], 0);
+    let virtual_one = tcp(ESTABLISHED, [OWN, VIP], 0);
+    let own = tcp(ESTABLISHED, [OWN, SERVED], 0);
+    for (name, socket, flags, set, peer, expected) in [
+        ("to a peer that tunnels", direct, MEMBER, 0, READY, Old),
+        ("half closed", half_closed, MEMBER, 0, READY, Old),
+        ("still connecting", connecting, MEMBER, 0, READY, Kept),
+        ("own Strict", direct, STRICT, 0, READY, Ended),
+        (
+            "the peer's Strict",
+            direct,
+            MEMBER,
+            0,
+            READY | Peer::STRICT,
+            Ended,
+        ),
+        ("own Required", direct, REQUIRED, 0, READY, Ended),
+        (
+            "Required, to a stranger",
+            direct,
+            REQUIRED,
+            0,
+            Peer::POD,
+            Ended,
+        ),
+        ("to a stranger", direct, MEMBER, 0, Peer::POD, Kept),
+        ("captured", captured, STRICT, 0, READY, Kept),
+        ("captured, denied now", captured, MEMBER, 9, READY, Ended),
+        ("outside, denied now", direct, 0, 9, Peer::POD, Ended),
+        ("outside, no policy", direct, 0, 0, READY, Kept),
+        ("to a virtual address", virtual_one, MEMBER, 0, READY, Old),
+        (
+            "to a virtual address, Strict",
+            virtual_one,
+            STRICT,
+            0,
+            READY,
+            Ended,
+        ),
+        (
+            "outside, to a virtual address",
+            virtual_one,
+            0,
+            9,
+            READY,
+            Kept,
+        ),
+        ("to itself", own, STRICT, 9, READY, Kept),
+    ] {
+        let becomes = first(&plan(peer), &pod(flags, set), &[socket]);
+        assert_eq!(becomes, expected, "{name}");
+    }
+}
+
+#[test]
+fn a_socket_whose_reverse_is_here_leads_to_the_agent() {
+    let app = tcp(ESTABLISHED, [OWN, PEER], 0);
+    let agent = tcp(ESTABLISHED, [PEER, OWN], 0);
+    let plan = plan(READY);
+    assert_eq!(first(&plan, &pod(STRICT, 0), &[app]), Ended);
+    assert_eq!(first(&plan, &pod(STRICT, 0), &[app, agent]), Kept);
+    assert_eq!(first(&plan, &pod(STRICT, 0), &[agent, app]), Kept);
+    let ends = with_the_agent(&pod(MEMBER, 0), &[app, agent]);
+    assert_eq!(ends.len(), 1);
+    assert_eq!(ends[0].0, app);
+    assert_eq!(of_the_agent(&pod(MEMBER, 0), &[app, agent])[0].0, agent);
+}
+
+#[test]
+fn what_the_pod_accepted() {
+    let listener = tcp(state::LISTEN, ["0.0.0.0:80", "0.0.0.0:0"], 0);
+    let plain = tcp(ESTABLISHED, [SERVED, CLIENT], 0);
+    let handed = tcp(ESTABLISHED, [SERVED, CLIENT], MARK_INBOUND);
+    let host = tcp(ESTABLISHED, [SERVED, "192.0.2.1:4000"], 0);
+    for (name, socket, flags, set, peer, expected) in [
+        ("plain, Strict", plain, STRICT, 0, Peer::POD, Ended),
+        ("plain, Permissive", plain, MEMBER, 0, Peer::POD, Kept),
+        ("plain from who tunnels now", plain, MEMBER, 0, READY, Old),
+        (
+            "plain from who is Strict now",
+            plain,
+            MEMBER,
+            0,
+            READY | Peer::STRICT,
+            Ended,
+        ),
+        ("plain, denied now", plain, MEMBER, 9, Peer::POD, Ended),
+        ("through a tunnel", handed, STRICT, 9, READY, Kept),
+        ("from outside, Strict", host, STRICT, 0, Peer::POD, Ended),
+    ] {
+        let becomes = first(&plan(peer), &pod(flags, set), &[socket, listener]);
+        assert_eq!(becomes, expected, "{name}");
+    }
+}
+
+#[test]
+fn the_agents_tunnels_are_never_judged() {
+    let listener = tcp(state::LISTEN, ["0.0.0.0:80", "0.0.0.0:0"], 0);
+    for ends in [
+        ["10.1.0.1:15008", "10.2.0.1:3333"],
+        ["10.1.0.1:3333", "10.2.0.1:15008"],
+    ] {
+        let tunnel = tcp(ESTABLISHED, ends, 0);
+        let becomes = first(&plan(READY), &pod(STRICT, 9), &[tunnel, listener]);
+        assert_eq!(becomes, Kept);
+        assert_eq!(of_the_agent(&pod(STRICT, 9), &[tunnel]).len(), 1);
+    }
+}
+
+#[test]
+fn udp_ends_only_where_both_directions_are_denied() {
+    let socket = |state| Socket::imagined(Protocol::UDP, state, [OWN, PEER], 0);
+    let plan = plan(Peer::POD);
+    let connected = socket(ESTABLISHED);
+    assert_eq!(first(&plan, &pod(MEMBER, 9), &[connected]), Ended);
+    assert_eq!(first(&plan, &pod(MEMBER, 0), &[connected]), Kept);
+    let unconnected =
+        Socket::imagined(Protocol::UDP, state::CLOSE, ["10.1.0.1:53", "0.0.0.0:0"], 0);
+    assert_eq!(first(&plan, &pod(MEMBER, 9), &[unconnected]), Kept);
+}
