@@ -42,6 +42,8 @@ pub use status::{PodStatus, Status};
 const TICK: Duration = Duration::from_millis(250);
 /// How often what was made in the pods is checked without being told.
 const CHECK: Duration = Duration::from_secs(1);
+/// How often UDP flows that have expired are swept out.
+const SWEEP: Duration = Duration::from_secs(10);
 /// Changes in pods that wait to be looked at; more are found by the check.
 const CHANGES: usize = 256;
 
@@ -178,6 +180,7 @@ struct Control<K, F> {
     /// The last pass failed.
     failed: Option<Retry>,
     checked: Instant,
+    swept: Instant,
     revision: u64,
     tampered: u64,
     ended: u64,
@@ -208,6 +211,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
             dirty: false,
             failed: None,
             checked: Instant::now(),
+            swept: Instant::now(),
             revision: 0,
             tampered: 0,
             ended: 0,
@@ -265,6 +269,13 @@ impl<K: Kernel, F: Find> Control<K, F> {
                 self.repair(&uid);
             }
             self.claim_listeners();
+        }
+        if now.duration_since(self.swept) >= SWEEP {
+            self.swept = now;
+            if let Err(error) = self.kernel.expire_flows() {
+                let error = describe(&error);
+                tracing::warn!(error, "expired UDP flows stay in the map");
+            }
         }
     }
 

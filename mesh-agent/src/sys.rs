@@ -10,6 +10,7 @@
 )]
 
 pub mod bpf;
+pub mod clock;
 #[cfg(test)]
 pub(crate) mod lab;
 pub mod limits;

@@ -63,6 +63,13 @@ pub trait Kernel {
         index: PodIndex,
         connections: &[(Endpoint, Endpoint, Reason)],
     ) -> Result<(), Error>;
+    /// See [`Datapath::expire_flows`].
+    ///
+    /// # Errors
+    /// When the map cannot be read.
+    fn expire_flows(&mut self) -> Result<usize, Error> {
+        Ok(0)
+    }
 }
 
 impl Kernel for Datapath {
@@ -109,5 +116,9 @@ impl Kernel for Datapath {
         connections: &[(Endpoint, Endpoint, Reason)],
     ) -> Result<(), Error> {
         Self::set_old_connections(self, index, connections)
+    }
+
+    fn expire_flows(&mut self) -> Result<usize, Error> {
+        Self::expire_flows(self)
     }
 }
