@@ -67,6 +67,7 @@ impl Buffers {
     }
 
     /// Bytes that connections hold at the moment.
+    #[cfg(test)]
     pub(crate) fn lent(&self) -> usize {
         self.lent.get()
     }

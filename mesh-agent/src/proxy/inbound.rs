@@ -173,7 +173,12 @@ impl Serving<'_> {
         let Some(pod) = self.worker.pod(self.uid) else {
             return false;
         };
-        let outcome = self.admit(&pod, &open).await;
+        let outcome = tokio::select! {
+            biased;
+            // A pod that is deleted does not wait for anybody's policy: it would stay until then.
+            reason = self.entry.ended() => Err(Refused::decided(Verdict::refuse(reason))),
+            outcome = self.admit(&pod, &open) => outcome,
+        };
         drop(pod);
         let verdict = match &outcome {
             Ok((verdict, _app)) => verdict,

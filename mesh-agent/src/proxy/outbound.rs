@@ -247,7 +247,7 @@ impl Connection<'_> {
             .worker
             .pool
             .put(&self.target.key, pooled, Instant::now());
-        if let Err(tunnel) = put {
+        if let Some(tunnel) = put {
             self.worker.close(vec![tunnel]);
         }
     }

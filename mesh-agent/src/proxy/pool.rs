@@ -105,18 +105,19 @@ impl Pool {
     }
 
     /// Keeps a tunnel for the next connection, or hands it back where there is no room.
-    pub(crate) fn put(&self, key: &Key, pooled: Pooled, now: Instant) -> Result<(), Tunnel> {
+    #[must_use = "a tunnel that does not fit is to be closed"]
+    pub(crate) fn put(&self, key: &Key, pooled: Pooled, now: Instant) -> Option<Tunnel> {
         let mut idle = self.idle.borrow_mut();
         if self.count.get() >= self.bounds.total {
-            return Err(pooled.tunnel);
+            return Some(pooled.tunnel);
         }
         let tunnels = idle.entry(key.clone()).or_default();
         if tunnels.len() >= self.bounds.per_key {
-            return Err(pooled.tunnel);
+            return Some(pooled.tunnel);
         }
         tunnels.push(Idle { pooled, since: now });
         self.count.set(self.count.get() + 1);
-        Ok(())
+        None
     }
 
     /// Takes out what is too old, or was closed by the peer, or fails `keep`.

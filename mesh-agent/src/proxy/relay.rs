@@ -332,12 +332,19 @@ impl<'a, C: Count> Relay<'a, C> {
 
 /// What a failed connect to the application was, for the frame that tells the opener.
 pub(crate) fn cause(error: &io::Error) -> Cause {
-    match error.kind() {
-        io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => Cause::Refused,
-        io::ErrorKind::TimedOut => Cause::TimedOut,
-        io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => Cause::Unreachable,
-        io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable => Cause::AddressInUse,
-        _ => Cause::None,
+    use io::ErrorKind as Kind;
+
+    let of = |kinds: &[Kind]| kinds.contains(&error.kind());
+    if of(&[Kind::ConnectionRefused, Kind::ConnectionReset]) {
+        Cause::Refused
+    } else if of(&[Kind::TimedOut]) {
+        Cause::TimedOut
+    } else if of(&[Kind::HostUnreachable, Kind::NetworkUnreachable]) {
+        Cause::Unreachable
+    } else if of(&[Kind::AddrInUse, Kind::AddrNotAvailable]) {
+        Cause::AddressInUse
+    } else {
+        Cause::None
     }
 }
 

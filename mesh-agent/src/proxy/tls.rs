@@ -206,9 +206,10 @@ async fn drive<S: Side>(side: &mut S, socket: &Socket) -> Result<Flight, Handsha
             Ok(Turn::Send | Turn::Done) => return Ok(flight),
             Ok(Turn::Receive) => flight.receive(socket).await?,
             Err(error) => {
-                // The alert that tells the peer; nobody waits for it to arrive.
-                while let Ok(Turn::Again) = flight.turn(side) {}
-                if let Err(error) = flight.send(socket).await {
+                // The alert that tells the peer, if there is one: exactly one turn, because another
+                // would look at the peer's bytes again, which rustls does not expect.
+                let alert = flight.turn(side).is_ok();
+                if alert && let Err(error) = flight.send(socket).await {
                     tracing::debug!(%error, "cannot tell the peer why the handshake failed");
                 }
                 return Err(error);
@@ -219,7 +220,7 @@ async fn drive<S: Side>(side: &mut S, socket: &Socket) -> Result<Flight, Handsha
 
 impl Flight {
     fn turn<S: Side>(&mut self, side: &mut S) -> Result<Turn, HandshakeError> {
-        let UnbufferedStatus { discard, state, .. } = side.process(&mut self.input[..self.filled]);
+        let UnbufferedStatus { discard, state } = side.process(&mut self.input[..self.filled]);
         let turn = match state {
             Ok(ConnectionState::EncodeTlsData(mut data)) => {
                 let at = self.output.len();
@@ -309,3 +310,6 @@ impl Flight {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -366,3 +366,66 @@ fn late_bytes_of_a_refused_stream_never_reach_the_next() {
         opener.abort();
     });
 }
+
+#[test]
+fn a_slow_reader_holds_back_the_writer_and_not_our_memory() {
+    local(async {
+        let buffers = Rc::new(Buffers::default());
+        let bridge = bridge(Pki::new().tunnels(&buffers).await);
+        let mut chunk = vec![0; 1 << 20];
+        let mut sent: u64 = 0;
+        loop {
+            pattern(3, sent, &mut chunk);
+            match tokio::time::timeout(Duration::from_millis(500), bridge.client.writable()).await {
+                Ok(writable) => writable.unwrap(),
+                // Nothing has moved for long: everything between the two is full.
+                Err(_elapsed) => break,
+            }
+            match bridge.client.try_write(&chunk) {
+                Ok(written) => sent += written as u64,
+                Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+            }
+        }
+        // Four socket buffers of the kernel's (tcp_wmem and tcp_rmem: at most 4 and 6 MB).
+        assert!(sent < 32 << 20, "{sent}");
+        // One batch on its way out, and one on its way in.
+        assert!(buffers.lent() <= 2 * 270_000, "{}", buffers.lent());
+        let Bridge {
+            mut client,
+            mut server,
+            opener,
+            acceptor,
+        } = bridge;
+        tokio::join!(read_pattern(&mut server, 3, sent), async {
+            client.shutdown().await.unwrap();
+        });
+        drop(server);
+        opener.await.unwrap();
+        acceptor.await.unwrap();
+        assert_eq!(buffers.lent(), 0);
+    });
+}
+
+#[test]
+fn a_reset_reaches_an_application_that_reads_nothing() {
+    local(async {
+        let (near, far) = Pki::new().tunnels(&Rc::default()).await;
+        let dying = socket2::SockRef::from(near.socket().as_ref())
+            .try_clone()
+            .unwrap();
+        let bridge = bridge((near, far));
+        let chunk = vec![0; 1 << 20];
+        while tokio::time::timeout(Duration::from_millis(300), bridge.client.writable())
+            .await
+            .is_ok()
+        {
+            let _full = bridge.client.try_write(&chunk);
+        }
+        // The opener's node goes away in the middle.
+        dying.set_linger(Some(Duration::ZERO)).unwrap();
+        drop(dying);
+        bridge.opener.abort();
+        let end = bridge.acceptor.await.unwrap().end;
+        assert!(matches!(end, End::Tunnel { .. }), "{end:?}");
+    });
+}

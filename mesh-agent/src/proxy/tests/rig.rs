@@ -153,7 +153,6 @@ pub(super) struct Node {
     pub(super) proxy: ProxyHandle,
     pub(super) plan: watch::Sender<Arc<Plan>>,
     pub(super) pods: watch::Sender<Arc<PodTable>>,
-    pub(super) metrics: Metrics,
     flows: Flows,
 }
 
@@ -408,7 +407,6 @@ fn node(
         proxy,
         plan: plan_sender,
         pods: pods_sender,
-        metrics,
         flows,
     }
 }
