@@ -135,7 +135,7 @@ impl KernelRecords {
             reporter,
             protocol: protocol_label(protocol),
             duration_us: duration_us(event),
-            evidence: self.evidence(event.remote, same_node),
+            evidence: self.evidence(kind, event.remote, same_node),
             source,
             destination,
             service: names::service(&self.plan, service, at, protocol),
@@ -161,10 +161,14 @@ impl KernelRecords {
         }
     }
 
-    fn evidence(&self, remote: Endpoint, same_node: bool) -> Evidence {
-        if same_node {
+    fn evidence(&self, kind: Kind, remote: Endpoint, same_node: bool) -> Evidence {
+        let workload = self.plan.names.workloads.get(&remote.addr);
+        // What the gate drops may have another's address.
+        let held =
+            |workload: &Workload| kind != Kind::Dropped && *workload.node == *self.recorder.0.node;
+        if same_node || workload.is_some_and(held) {
             Evidence::Node
-        } else if self.plan.names.workloads.contains_key(&remote.addr) {
+        } else if workload.is_some() {
             Evidence::Address
         } else {
             Evidence::None
