@@ -1,57 +1,490 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The main job: a connection from pod to pod across nodes, as both applications and the wire see
-//! it.
+//! it, and who is kept out of it.
 
+use std::fs;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
 
 use mesh_test::apps::{Content, Nginx};
+use mesh_test::capture::Captured;
 use mesh_test::mesh::{ENROLLED, TUNNEL_PORT};
-use mesh_test::{Lab, Mesh, PodSpec, Topology};
+use mesh_test::reports::{Bulk, Storm, Tcp};
+use mesh_test::{AgentConfig, Cmd, Families, Lab, Mesh, Pod, PodSpec, Topology, eventually};
 
 const MARKER: &str = "the-marker-that-must-not-be-seen";
+const SOON: Duration = Duration::from_secs(10);
+const TOPOLOGIES: [Topology; 2] = [Topology::Routed, Topology::Bridged];
 
-fn lab(topology: Topology) -> Lab {
-    [PodSpec::new("a", 1), PodSpec::new("b", 2)]
-        .into_iter()
-        .fold(
-            Lab::builder(topology)
-                .outside()
-                .namespace("default", &[ENROLLED]),
-            |lab, pod| lab.pod(pod),
-        )
+fn lab_of(topology: Topology, families: Families) -> Lab {
+    let pods = [PodSpec::new("a", 1), PodSpec::new("b", 2)];
+    let builder = Lab::builder(topology)
+        .outside()
+        .namespace("default", &[ENROLLED])
+        .namespace("plain", &[]);
+    pods.into_iter()
+        .fold(builder, |lab, pod| lab.pod(pod.families(families)))
         .build()
         .expect("lab")
 }
 
-fn url(to: IpAddr, port: u16) -> String {
-    format!("http://{}/", SocketAddr::new(to, port))
+fn lab(topology: Topology) -> Lab {
+    lab_of(topology, Families::Dual)
+}
+
+fn ends(pod: &Pod, port: u16) -> Vec<SocketAddr> {
+    let at = |ip: &IpAddr| SocketAddr::new(*ip, port);
+    pod.addresses().iter().map(at).collect()
+}
+
+fn tcp(from: &mesh_test::Place, line: &str) -> Tcp {
+    let output = from.probe(&format!("tcp {line}")).expect("run");
+    output.json().expect("report")
+}
+
+/// Nothing readable, and nothing but tunnels.
+fn assert_tunnelled(seen: &Captured, what: &str) {
+    seen.complete().expect("no frame lost");
+    assert_eq!(seen.find(MARKER.as_bytes()).expect("search"), [], "{what}");
+    assert_eq!(seen.tcp_service_ports(), [TUNNEL_PORT], "{what}");
+}
+
+/// Fetches a page that holds the marker and compares what curl says of its own end with nginx's log.
+fn curl_all(a: &Pod, b: &Pod, what: &str) {
+    let page = format!("{MARKER}\n");
+    let content = Content::Files(&[("index.html", page.as_bytes())]);
+    let nginx = Nginx::start(b, 80, content).expect("nginx");
+    for to in ends(b, 80) {
+        let url = format!("http://{to}/");
+        let curl =
+            Cmd::new("curl").args(["-sSg", "--max-time", "5", "-w", "%{local_ip} %{local_port}"]);
+        let output = a
+            .run(curl.args([&url]), SOON)
+            .expect("run")
+            .ok()
+            .expect(what);
+        let text = output.text();
+        let own = text.strip_prefix(&page).expect("the page");
+        let (ip, port) = own.split_once(' ').expect("both");
+        let own = SocketAddr::new(ip.parse().expect("ip"), port.parse().expect("port"));
+        assert!(a.addresses().contains(&own.ip()), "{what}: {own}");
+        // nginx logs after it has answered.
+        let logged = || {
+            nginx
+                .requests()
+                .ok()?
+                .pop()
+                .filter(|seen| seen.client == own)
+        };
+        eventually("nginx to log the client's own address", SOON, logged)
+            .unwrap_or_else(|e| panic!("{what}: {own}: {e:#}: {:?}", nginx.requests()));
+    }
 }
 
 #[test]
 fn curl_across_nodes_is_tunnelled_and_transparent() {
-    for topology in [Topology::Routed, Topology::Bridged] {
+    for topology in TOPOLOGIES {
+        let lab = lab(topology);
+        let capture = lab.capture_wire().expect("capture");
+        curl_all(&lab.pod("a"), &lab.pod("b"), "without the mesh");
+        let seen = capture.stop().expect("stop");
+        assert_ne!(seen.find(MARKER.as_bytes()).expect("search"), [], "control");
+        drop(lab);
+
+        let what = format!("{topology:?}");
+        let mesh = Mesh::start(self::lab(topology)).expect("mesh");
+        let capture = mesh.capture_wire().expect("capture");
+        curl_all(&mesh.pod("a"), &mesh.pod("b"), &what);
+        assert_tunnelled(&capture.stop().expect("stop"), &what);
+    }
+}
+
+#[test]
+fn pods_of_one_family_are_as_good_as_others() {
+    for families in [Families::V6, Families::V4] {
+        let what = format!("{families:?}");
+        let mesh = Mesh::start(lab_of(Topology::Routed, families)).expect("mesh");
+        let capture = mesh.capture_wire().expect("capture");
+        curl_all(&mesh.pod("a"), &mesh.pod("b"), &what);
+        assert_tunnelled(&capture.stop().expect("stop"), &what);
+    }
+}
+
+#[test]
+fn every_kind_of_client_socket_is_tunnelled_and_sees_no_difference() {
+    let options = [
+        "",
+        "--nonblocking",
+        "--fastopen",
+        "--device eth0",
+        "--mark 0x10",
+        "--mptcp",
+        "--mapped",
+        "--mapped --nonblocking",
+        "--reset --from",
+    ];
+    for topology in TOPOLOGIES {
         let mesh = Mesh::start(lab(topology)).expect("mesh");
         let (a, b) = (mesh.pod("a"), mesh.pod("b"));
-        let page = format!("{MARKER}\n");
-        let nginx = Nginx::start(&b, 80, Content::Files(&[("index.html", page.as_bytes())]))
-            .expect("nginx");
+        let _server = b.serve("--tcp [::]:7000 --name b").expect("server");
         let capture = mesh.capture_wire().expect("capture");
-        for (to, own) in [
-            (IpAddr::from(b.v4()), IpAddr::from(a.v4())),
-            (b.v6().into(), a.v6().into()),
-        ] {
-            let output = a.curl(&url(to, 80)).expect("run").ok().expect("curl");
-            assert_eq!(output.text(), page);
-            let seen = nginx.requests().expect("log").pop().expect("a request");
-            assert_eq!(seen.client.ip(), own, "{topology:?}");
+        for (to, own) in ends(&b, 7000).into_iter().zip(ends(&a, 4711)) {
+            for option in options {
+                let from = if option.ends_with("--from") {
+                    own.to_string()
+                } else {
+                    String::new()
+                };
+                let line = format!("--to {to} --say {MARKER} {option} {from}");
+                let report = tcp(&a, &line);
+                assert!(report.ok && report.ends_agree(), "{line}: {report:?}");
+                assert_eq!(report.peer, Some(to), "{line}");
+                assert_eq!(report.received.as_deref(), Some(MARKER), "{line}");
+                assert_eq!(report.local.expect("local").ip(), own.ip(), "{line}");
+                if !from.is_empty() {
+                    assert_eq!(report.local, Some(own), "{line}");
+                }
+            }
         }
-        let seen = capture.stop().expect("stop");
-        seen.complete().expect("no frame lost");
-        assert_eq!(
-            seen.find(MARKER.as_bytes()).expect("search"),
-            [],
-            "{topology:?}"
+        assert_tunnelled(&capture.stop().expect("stop"), &format!("{topology:?}"));
+    }
+}
+
+#[test]
+fn short_connections_from_two_threads_all_reach_whom_they_asked_for() {
+    let mut lab = lab(Topology::Routed);
+    let c = lab.add_pod(PodSpec::new("c", 2)).expect("pod");
+    let mesh = Mesh::start(lab).expect("mesh");
+    let (a, b) = (mesh.pod("a"), mesh.pod("b"));
+    let ports = "7000-7063";
+    let _servers = [(&b, "b"), (&c, "c")].map(|(pod, name)| {
+        let line = format!("--tcp [::]:0 --ports {ports} --name {name}");
+        pod.serve(&line).expect("server")
+    });
+    let capture = mesh.capture_wire().expect("capture");
+    let to: String = [ends(&b, 0), ends(&c, 0)]
+        .concat()
+        .iter()
+        .map(|to| format!("--to {to} "))
+        .collect();
+    let line = format!("storm {to} --ports {ports} --threads 2 --count 10000");
+    let storm = a.start_probe(&line).expect("storm");
+    let report = storm.line(Duration::from_secs(120)).expect("line");
+    let report: Storm = serde_json::from_str(&report.expect("report")).expect("json");
+    assert_eq!(
+        (report.ok, report.wrong, report.failed),
+        (10_000, 0, 0),
+        "{report:?}"
+    );
+    let seen = capture.stop().expect("stop");
+    assert_eq!(seen.tcp_service_ports(), [TUNNEL_PORT]);
+}
+
+#[test]
+fn bulk_arrives_whole_in_both_directions() {
+    let mesh = Mesh::start(lab(Topology::Bridged)).expect("mesh");
+    let (a, b) = (mesh.pod("a"), mesh.pod("b"));
+    let _server = b.serve("--tcp [::]:7000").expect("server");
+    for to in ends(&b, 7000) {
+        for reverse in ["", "--reverse"] {
+            let line = format!("bulk --to {to} --streams 4 --bytes 20000003 {reverse}");
+            let output = a.probe(&line).expect("run").ok().expect(&line);
+            let report: Bulk = output.json().expect("report");
+            assert_eq!(
+                (report.bytes, report.confirmed),
+                (80_000_012, 80_000_012),
+                "{line}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_refused_port_and_a_half_close_are_what_they_are_without_a_mesh() {
+    let mesh = Mesh::start(lab(Topology::Routed)).expect("mesh");
+    let (a, b) = (mesh.pod("a"), mesh.pod("b"));
+    for to in ends(&b, 7001) {
+        // A captured connect() succeeds before the peer is asked; then it is reset.
+        let begun = std::time::Instant::now();
+        let report = tcp(&a, &format!("--to {to}"));
+        let gone = [
+            libc::ECONNREFUSED,
+            libc::ECONNRESET,
+            libc::ENOTCONN,
+            libc::EPIPE,
+        ];
+        assert!(
+            report.errno.is_some_and(|errno| gone.contains(&errno)),
+            "{report:?}"
         );
-        assert_eq!(seen.tcp_service_ports(), [TUNNEL_PORT], "{topology:?}");
+        let took = begun.elapsed();
+        assert!(took < Duration::from_secs(1), "{took:?}: {report:?}");
+    }
+    // The server answers only after it has seen the client's end.
+    for to in ends(&b, 7002) {
+        let serve = format!(
+            "import socket; s = socket.create_server(('::', {}), family=socket.AF_INET6, \
+             dualstack_ipv6=True); print('up', flush=True); c, _ = s.accept(); n = 0\n\
+             while True:\n d = c.recv(65536)\n if not d: break\n n += len(d)\n\
+             c.sendall(str(n).encode()); c.close()",
+            to.port()
+        );
+        let server = b
+            .spawn_lines(Cmd::new("/usr/bin/python3").args(["-c", &serve]))
+            .expect("server");
+        assert_eq!(server.line(SOON).expect("line").as_deref(), Some("up"));
+        let ask = format!(
+            "import socket; c = socket.create_connection(('{}', {})); c.sendall(b'x' * 1000003); \
+             c.shutdown(socket.SHUT_WR); print(c.recv(64).decode(), repr(c.recv(64)))",
+            to.ip(),
+            to.port()
+        );
+        let output = a.run(Cmd::new("/usr/bin/python3").args(["-c", &ask]), SOON);
+        let output = output.expect("run").ok().expect("half close");
+        assert_eq!(output.text(), "1000003 b''\n");
+    }
+}
+
+/// Runs openssl on the machine itself.
+fn openssl(args: &[&str]) {
+    let output = Command::new("openssl")
+        .args(args)
+        .output()
+        .expect("openssl");
+    assert!(
+        output.status.success(),
+        "openssl {args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// `tls.crt`, `tls.key` and `ca.crt` in `DIR/default/ACCOUNT`, for the identity of `subject`.
+fn certificate(dir: &Path, ca: &Path, account: &str, subject: &str) {
+    let at = dir.join("default").join(account);
+    fs::create_dir_all(&at).expect("directory");
+    let path = |name: &str| at.join(name).display().to_string();
+    let extensions = path("extensions");
+    let text = format!(
+        "subjectAltName=critical,URI:spiffe://cluster.local/ns/default/sa/{subject}\n\
+         keyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth,clientAuth\n\
+         basicConstraints=critical,CA:false\n"
+    );
+    fs::write(&extensions, text).expect("extensions");
+    let (key, request, chain) = (path("tls.key"), path("request"), path("tls.crt"));
+    let curve = [
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+    ];
+    openssl(
+        &[
+            &["req", "-new"],
+            &curve[..],
+            &["-subj", "/", "-keyout", &key, "-out", &request],
+        ]
+        .concat(),
+    );
+    let (ca_key, ca_crt) = (ca.join("ca.key"), ca.join("ca.crt"));
+    let (ca_key, ca_crt) = (ca_key.display().to_string(), ca_crt.display().to_string());
+    openssl(&[
+        "x509",
+        "-req",
+        "-in",
+        &request,
+        "-CA",
+        &ca_crt,
+        "-CAkey",
+        &ca_key,
+        "-CAcreateserial",
+        "-days",
+        "1",
+        "-extfile",
+        &extensions,
+        "-out",
+        &chain,
+    ]);
+    fs::copy(ca_crt, path("ca.crt")).expect("ca");
+}
+
+fn authority(dir: &Path) {
+    fs::create_dir_all(dir).expect("directory");
+    let path = |name: &str| dir.join(name).display().to_string();
+    openssl(&[
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:P-256",
+        "-nodes",
+        "-days",
+        "1",
+        "-subj",
+        "/CN=test",
+        "-keyout",
+        &path("ca.key"),
+        "-out",
+        &path("ca.crt"),
+        "-addext",
+        "keyUsage=critical,keyCertSign",
+    ]);
+}
+
+/// A server that is not the agent: takes any TLS client of the authority and prints what it says.
+fn impostor(b: &Pod, certs: &Path, account: &str) -> mesh_test::Proc {
+    let of = |name: &str| {
+        certs
+            .join("default")
+            .join(account)
+            .join(name)
+            .display()
+            .to_string()
+    };
+    let (chain, key, ca) = (of("tls.crt"), of("tls.key"), of("ca.crt"));
+    // It ends when its standard input does.
+    let script = format!(
+        "sleep 60 | openssl s_server -accept 15008 -tls1_3 -alpn mesh/1 -Verify 1 -quiet \
+         -cert {chain} -key {key} -CAfile {ca}"
+    );
+    let cmd = Cmd::shell(&script);
+    let server = b.spawn(cmd).expect("openssl");
+    eventually("the impostor to listen", SOON, || {
+        let sockets = b.tcp_sockets().ok()?;
+        let listens = |state: &str| state == "LISTEN";
+        sockets
+            .iter()
+            .any(|socket| listens(&socket.state))
+            .then_some(())
+    })
+    .expect("listens");
+    server
+}
+
+#[test]
+fn only_whom_the_cluster_names_is_spoken_to() {
+    let lab = lab(Topology::Routed);
+    let (ca, other, certs) = (
+        lab.dir().join("authority"),
+        lab.dir().join("other"),
+        lab.dir().join("certs"),
+    );
+    authority(&ca);
+    authority(&other);
+    for account in ["a", "b", "c"] {
+        certificate(&certs, &ca, account, account);
+    }
+    certificate(&certs, &other, "stranger", "b");
+    let config = AgentConfig::new(&format!("files:{}", certs.display()));
+    let (a, b) = (lab.pod("a"), lab.pod("b"));
+    // Node 2 has no agent: what answers on the tunnel's port is whoever listens there.
+    let agent = lab.node(1).start_agent(config).expect("agent");
+    for to in ends(&b, 7000) {
+        for (account, right) in [("b", true), ("c", false), ("stranger", false)] {
+            let mut server = impostor(&b, &certs, account);
+            let capture = lab.capture_wire().expect("capture");
+            let report = tcp(&a, &format!("--to {to} --say {MARKER} --timeout-ms 2000"));
+            assert!(!report.ok, "{account}: {report:?}");
+            let said = || std::fs::read(server.log()).is_ok_and(|log| contains(&log, b"ID\n"));
+            if right {
+                eventually("the right one to be spoken to", SOON, || {
+                    said().then_some(())
+                })
+                .unwrap_or_else(|e| panic!("{e:#}: {}", agent.log_tail()));
+            } else {
+                assert_eq!(
+                    report.errno,
+                    Some(libc::ECONNRESET),
+                    "{account}: {report:?}"
+                );
+                assert!(!said(), "{account}: {}", server.log_tail());
+            }
+            let seen = capture.stop().expect("stop");
+            assert_tunnelled(&seen, account);
+            server.kill().expect("kill");
+        }
+    }
+    let flows = agent.flows().expect("flows");
+    let refused = flows
+        .iter()
+        .filter(|flow| flow["close"] == "identity_refused");
+    assert_eq!(refused.count(), 4, "{flows:#?}");
+}
+
+fn contains(bytes: &[u8], part: &[u8]) -> bool {
+    bytes.windows(part.len()).any(|window| window == part)
+}
+
+#[test]
+fn certificates_in_files_carry_the_main_job() {
+    let lab = lab(Topology::Bridged);
+    let (ca, certs) = (lab.dir().join("authority"), lab.dir().join("certs"));
+    authority(&ca);
+    for account in ["a", "b"] {
+        certificate(&certs, &ca, account, account);
+    }
+    let config = AgentConfig::new(&format!("files:{}", certs.display()));
+    let mesh = Mesh::start_with(lab, &config).expect("mesh");
+    let capture = mesh.capture_wire().expect("capture");
+    curl_all(&mesh.pod("a"), &mesh.pod("b"), "files");
+    assert_tunnelled(&capture.stop().expect("stop"), "files");
+}
+
+#[test]
+fn a_stranger_gets_nothing_from_the_tunnels_port() {
+    let mut lab = lab(Topology::Routed);
+    let plain = lab
+        .add_pod(PodSpec::new("plain", 1).namespace("plain"))
+        .expect("pod");
+    let mesh = Mesh::start(lab).expect("mesh");
+    let (a, b) = (mesh.pod("a"), mesh.pod("b"));
+    let _server = b.serve("--tcp [::]:7000").expect("server");
+    let report = tcp(&a, &format!("--to {} --say x", ends(&b, 7000)[0]));
+    assert!(report.ok, "{report:?}");
+
+    let certs = mesh.dir().join("stranger");
+    authority(&mesh.dir().join("other"));
+    certificate(&certs, &mesh.dir().join("other"), "a", "a");
+    let own = certs.join("default/a").display().to_string();
+    let outside = mesh.outside().expect("outside");
+    for to in ends(&b, TUNNEL_PORT) {
+        for chain in ["", "-cert DIR/tls.crt -key DIR/tls.key"] {
+            let line = format!("openssl s_client -connect {to} -alpn mesh/1 -ign_eof {chain}");
+            let cmd = Cmd::line(&line.replace("DIR", &own)).input("ID\n".repeat(1000));
+            let output = outside.run(cmd, SOON).expect("run");
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(!output.status.success(), "{chain}: {output}");
+            assert!(said.contains("alert"), "{chain}: {said}");
+        }
+        // Without TLS: whatever is said, no answer of the application comes back.
+        let report = tcp(outside, &format!("--to {to} --no-id --say {MARKER}"));
+        let answer = report.received.unwrap_or_default();
+        assert!(!answer.contains(MARKER), "{to}: {answer}");
+        // A process of a pod, enrolled or not, is not the agent.
+        for pod in [&a, &plain] {
+            let report = tcp(pod, &format!("--to {to} --no-id"));
+            assert_eq!(report.errno, Some(libc::ECONNREFUSED), "{report:?}");
+        }
+    }
+    // The agent's own listeners are on loopback only.
+    let listeners: Vec<SocketAddr> = b
+        .tcp_sockets()
+        .expect("ss")
+        .into_iter()
+        .filter(|socket| socket.state == "LISTEN")
+        .filter_map(|socket| socket.local)
+        .filter(|local| local.port() != 7000)
+        .collect();
+    assert_eq!(listeners.len(), 4, "{listeners:?}");
+    for listener in listeners {
+        assert!(listener.ip().is_loopback(), "{listener}");
+        let to = ends(&b, listener.port());
+        for to in to {
+            let report = tcp(outside, &format!("--to {to} --no-id"));
+            assert_eq!(report.errno, Some(libc::ECONNREFUSED), "{report:?}");
+        }
     }
 }

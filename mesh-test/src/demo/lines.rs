@@ -28,7 +28,7 @@ const COUNTED: u32 = 10;
 /// Every line, in the order of the demo.
 pub const LINES: &[Line] = &[
     Line {
-        title: "requests go through services, across nodes",
+        title: "requests go through services, across nodes, in tunnels",
         check: requests,
     },
     Line {
@@ -40,7 +40,7 @@ pub const LINES: &[Line] = &[
         check: addresses,
     },
     Line {
-        title: "who is not allowed is refused at once, and the record names the rule",
+        title: "who is not allowed is refused at once; the record names the rule and who it was",
         check: denied,
     },
     Line {
@@ -77,12 +77,14 @@ fn short(output: &Output) -> String {
     format!("exit {code}: {line}")
 }
 
-/// The web server's log line of the request that has `word` in it.
-fn logged(requests: &[Request], word: &str) -> Result<Request> {
-    let found = requests.iter().find(|request| request.line.contains(word));
-    found
-        .cloned()
-        .with_context(|| format!("no request with {word} was logged"))
+/// A server's log line of the request that has `word` in it; it is written after the answer.
+fn logged(requests: impl Fn() -> Result<Vec<Request>>, word: &str) -> Result<Request> {
+    eventually(&format!("a request with {word} in the log"), SOON, || {
+        let requests = requests().ok()?;
+        requests
+            .into_iter()
+            .find(|request| request.line.contains(word))
+    })
 }
 
 fn requests(demo: &Demo) -> Result<Evidence> {
@@ -94,12 +96,36 @@ fn requests(demo: &Demo) -> Result<Evidence> {
         let output = client.curl(&url)?.ok().context("the client's curl")?;
         let answer: Value = output.json()?;
         ensure!(answer["item"] == item.as_str(), "{url} answered {answer}");
-        let at_app = logged(&demo.app.requests()?, &item)?;
+        let at_app = logged(|| demo.app.requests(), &item)?;
         ensure!(at_app.status == 200, "the application logged {at_app:?}");
         seen.add(format_args!("client$ curl {url}"));
         seen.add(format_args!("  {}", short(&output)));
     }
-    seen.add("client (node 1) -> web (2) -> app (1) -> Redis and PostgreSQL (2), all by service");
+    let hops = [
+        ("client", "web"),
+        ("web", "app"),
+        ("app", "redis"),
+        ("app", "postgres"),
+    ];
+    for (from, to) in hops {
+        let (from, to) = (demo.pod(from), demo.pod(to));
+        let ends = ends(&to, TUNNEL_PORT);
+        let sockets = from.tcp_sockets()?;
+        let tunnel = sockets.iter().find(|socket| {
+            let remote = socket.remote.is_some_and(|remote| ends.contains(&remote));
+            socket.state == "ESTAB" && remote
+        });
+        let name = from.name();
+        let tunnel = tunnel.and_then(|socket| Some((socket.local?, socket.remote?)));
+        let (local, remote) =
+            tunnel.with_context(|| format!("ss in {name} shows no tunnel to {}", to.name()))?;
+        seen.add(format_args!(
+            "{name} ({})$ ss: {local} -> {remote}, a tunnel to {} ({})",
+            from.node().name(),
+            to.name(),
+            to.node().name()
+        ));
+    }
     Ok(seen)
 }
 
@@ -111,7 +137,7 @@ fn wire(demo: &Demo) -> Result<Evidence> {
         let word = demo.word();
         // Whether the shop can answer is not in question here, only that this was said.
         let _answer = client.curl(&format!("http://{to}/order?item={word}"))?;
-        logged(&demo.web.requests()?, &word)?;
+        logged(|| demo.web.requests(), &word)?;
         words.push(word);
     }
     let captured = demo.capture.so_far()?;
@@ -176,10 +202,21 @@ fn addresses(demo: &Demo) -> Result<Evidence> {
             client.addresses().contains(&own.ip()),
             "curl had the address {own}"
         );
-        let at_web = logged(&demo.web.requests()?, &word)?;
+        let at_web = logged(|| demo.web.requests(), &word)?;
         ensure!(at_web.client == own, "curl was {own}, nginx saw {at_web:?}");
-        seen.add(format_args!("curl was {own}, nginx logged {own}"));
-        let at_app = logged(&demo.app.requests()?, &word)?;
+        let captured = demo.capture.so_far()?;
+        captured.complete()?;
+        let direct = captured
+            .flows()
+            .find(|flow| flow.src == own || flow.dst == own);
+        ensure!(
+            direct.is_none(),
+            "the connection itself crossed the wire: {direct:?}"
+        );
+        seen.add(format_args!(
+            "curl was {own}, nginx logged {own}; on the wire nobody used that port"
+        ));
+        let at_app = logged(|| demo.app.requests(), &word)?;
         ensure!(
             web.addresses().contains(&at_app.client.ip()),
             "the application saw {at_app:?}"
@@ -234,7 +271,21 @@ fn denied(demo: &Demo) -> Result<Evidence> {
         let (reason, rule) = (&record["reason"], &record["rule"]);
         let named = rule.as_str().is_some_and(|rule| rule.contains("redis"));
         ensure!(named, "the record names no rule for Redis: {record}");
-        seen.add(format_args!("  record: reason {reason}, rule {rule}"));
+        // Who it was is known by more than an address: by certificate, or by its own namespace.
+        let (evidence, proof) = (
+            &record["evidence"],
+            if name == "insider" { "node" } else { "tls" },
+        );
+        ensure!(
+            evidence == proof,
+            "the record has no proof of who it was: {record}"
+        );
+        let who = record["peer_identity"]
+            .as_str()
+            .unwrap_or("a pod of this node");
+        seen.add(format_args!(
+            "  record: reason {reason}, rule {rule}, peer {who} ({proof})"
+        ));
     }
     Ok(seen)
 }
