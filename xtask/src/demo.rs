@@ -26,6 +26,9 @@ pub(crate) fn hand_over(name: &str, args: &[String]) -> Result<Command> {
     }
     setup::run(&setup::Args::default())?;
     build::build(true)?;
+    // Not only the program itself: it starts the small clients and servers of mesh-test.
+    let mut programs = run::cargo(["build", "--release", "--package", "mesh-test", "--bins"]);
+    run::timed("build of mesh-test", || run::show(&mut programs))?;
     let mut cargo = run::cargo([
         "run",
         "--quiet",
