@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `mesh-agent`: parses what it was asked to do, does it, and says by its exit code how it went
-//! (sysexits.h): 0 done, 1 failed, 2 usage, 69 a feature is missing, 70 internal, 78 configuration.
+//! `mesh-agent`: does what it was asked to do, and says by its exit code how it went (sysexits.h):
+//! 0 done, 1 failed, 2 usage, 69 a feature is missing, 70 internal, 78 configuration.
 
 use std::error::Error;
 use std::io::Write as _;
@@ -10,23 +10,14 @@ use mesh_agent::config::{self, Command};
 use mesh_agent::logging::Chain;
 use mesh_agent::{agent, check, cleanup, logging};
 
-const FAILED: u8 = 1;
-const UNAVAILABLE: u8 = 69;
-const CONFIGURATION: u8 = 78;
-
 fn main() -> ExitCode {
-    if std::env::args_os()
-        .nth(1)
-        .is_some_and(|name| name == "controller")
-    {
+    if std::env::args_os().nth(1) == Some("controller".into()) {
         say(&"this build has no controller");
-        return UNAVAILABLE.into();
+        return ExitCode::from(69);
     }
     match config::parse(std::env::args_os(), &config::Process) {
         Ok(command) => run(command).into(),
-        Err(config::Error::Usage(usage)) => {
-            usage.exit();
-        }
+        Err(config::Error::Usage(usage)) => usage.exit(),
         Err(error) => fail(&error, error.exit_code()).into(),
     }
 }
@@ -36,7 +27,7 @@ fn run(command: Command) -> u8 {
         Command::Run(config) => match logging::init(&config.log) {
             Ok(level) => agent::run(*config, Some(level))
                 .map_or_else(|error| fail(&error, error.exit_code()), |()| 0),
-            Err(error) => fail(&error, CONFIGURATION),
+            Err(error) => fail(&error, 78),
         },
         Command::Check(host) => {
             let report = check::run(&host);
@@ -49,7 +40,7 @@ fn run(command: Command) -> u8 {
                 say(&removed);
                 0
             }
-            Err(error) => fail(&error, FAILED),
+            Err(error) => fail(&error, 1),
         },
     }
 }
@@ -59,7 +50,7 @@ fn fail(error: &(dyn Error + 'static), code: u8) -> u8 {
     code
 }
 
-/// To standard error, which is for people; a closed one is no reason to fail.
+/// To people; a closed standard error is no reason to fail.
 fn say(text: &dyn std::fmt::Display) {
     drop(writeln!(std::io::stderr(), "{text}"));
 }
