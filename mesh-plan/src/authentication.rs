@@ -92,13 +92,19 @@ pub(crate) fn check_labels(cluster: &Cluster, rejections: &mut Vec<Rejection>) {
             &["enabled", "disabled", "required"],
         );
     }
-    for pod in cluster.pods.values() {
+    for pod in cluster.pods.values().filter(|pod| !has_known_label(pod)) {
         check(
             pod_ref(pod),
             pod.labels.get(DATAPLANE_LABEL),
             &["enabled", "disabled"],
         );
     }
+}
+
+/// Whether a pod's own label, if it has one, means something.
+pub(crate) fn has_known_label(pod: &Pod) -> bool {
+    let value = pod.labels.get(DATAPLANE_LABEL);
+    value.is_none_or(|value| matches!(value.as_str(), "enabled" | "disabled"))
 }
 
 /// What MeshAuthentication says about a pod.

@@ -315,14 +315,8 @@ impl Selector {
     /// Whether it selects something with these labels.
     #[must_use]
     pub fn matches(&self, labels: &Labels) -> bool {
-        self.matches_by(|key| labels.get(key).map(String::as_str))
-    }
-
-    /// The same, for labels in any form: `label` gives the value of a key.
-    #[must_use]
-    pub fn matches_by<'a>(&self, label: impl Fn(&str) -> Option<&'a str>) -> bool {
         self.requirements.iter().all(|r| {
-            let value = label(&r.key);
+            let value = labels.get(&r.key);
             match &r.test {
                 LabelTest::In(values) => value.is_some_and(|v| values.contains(v)),
                 LabelTest::NotIn(values) => value.is_none_or(|v| !values.contains(v)),
@@ -463,7 +457,7 @@ pub enum Entity {
     RemoteNode,
     /// The Kubernetes API server.
     KubeApiserver,
-    /// Every pod, node and unknown pod address.
+    /// Every pod, node, API server and unknown pod address.
     Cluster,
     /// Everything outside.
     World,

@@ -6,24 +6,22 @@
 //! ([`crate::authentication`]) and the services ([`crate::services`]). What cannot be done is a
 //! [`Rejection`], and never opens anything.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod again;
+mod local;
+
+use std::collections::BTreeSet;
 
 use mesh_common::Addr;
-use mesh_common::identity::IdentityId;
 use mesh_common::maps;
-use mesh_common::pod::{ModeKey, PodState, PodView};
-use mesh_common::policy::PolicySetId;
 
-use crate::authentication::{self, Enrolment};
+pub use self::again::Compiler;
+use crate::authentication;
 use crate::cluster::{Cluster, ObjectRef, Pod, Rejection};
 use crate::digest::Ids;
-use crate::identities::{Identities, Relevant};
-use crate::peers::{self, Owner};
-use crate::plan::{LocalPod, Plan, Prefix, Workload};
-use crate::policies::fit::fit;
-use crate::policies::select::Matcher;
-use crate::policies::sets::Compiler;
-use crate::policies::{self, Places, Table, cidrs};
+use crate::identities::{Identifier, Identities};
+use crate::peers;
+use crate::plan::{Plan, Prefix};
+use crate::policies::{self, cidrs};
 use crate::services;
 
 /// How many entries each part of a plan may have.
@@ -113,220 +111,48 @@ fn build(
     options: &Options,
     rejections: &mut Vec<Rejection>,
 ) -> Plan {
-    authentication::check_labels(cluster, rejections);
-    policies::check(cluster, rejections);
-    let owners = peers::owners(cluster, scope.node(), rejections);
-    let relevant = Relevant::of(cluster.policies.values());
-    let identities = Identities::of(cluster, &relevant, options, rejections);
-    let mut plan = Plan {
-        peers: peers::peers(cluster, scope.node(), &owners, &identities),
-        pod_cidrs: pod_cidrs(cluster),
-        ..Plan::default()
-    };
-    plan.names.identities = identities.names();
-    plan.names.workloads = workloads(&owners);
-    local_pods(
-        &mut plan,
-        cluster,
-        scope,
-        &Known {
-            owners: &owners,
-            identities: &identities,
-        },
-        options,
-        rejections,
-    );
-    if let Some(node) = scope.node() {
-        let services = services::services(cluster, node, &owners, options, rejections);
-        plan.services = services.services;
-        plan.backends = services.backends;
-        plan.names.services = services.names;
-    }
+    let identifier = Identifier::of(cluster, options);
+    let (mut plan, identities) = addresses(cluster, scope, &identifier, rejections);
+    local::pods(&mut plan, cluster, scope, &identities, options, rejections);
+    add_services(&mut plan, cluster, scope, options, rejections);
     bound_addresses(&mut plan, cluster, scope, &options.limits, rejections);
     plan
 }
 
-/// Who is where and who is who.
-struct Known<'k, 'a> {
-    owners: &'k BTreeMap<Addr, Owner<'a>>,
-    identities: &'k Identities<'a>,
-}
-
-impl Known<'_, '_> {
-    /// Whether all of a pod's addresses, and its identity, are its own.
-    fn is_clear(&self, pod: &Pod) -> bool {
-        let own = |address: &std::net::IpAddr| {
-            let owner = self.owners.get(&Addr::from(*address));
-            matches!(owner, Some(Owner::Pod(owner)) if owner.uid == pod.uid)
-        };
-        let id = self.identities.of_pod.get(pod.uid.as_str());
-        let known = id.is_some_and(|id| !self.identities.collided.contains(id));
-        known && pod.addresses.iter().all(own)
-    }
-}
-
-/// The pods in scope with their policy.
-fn local_pods<'a>(
-    plan: &mut Plan,
-    cluster: &'a Cluster,
+/// What of a plan is about all pods of the cluster: who has which address, and who is who.
+fn addresses(
+    cluster: &Cluster,
     scope: Scope<'_>,
-    known: &Known<'_, 'a>,
-    options: &Options,
+    identifier: &Identifier<'_>,
     rejections: &mut Vec<Rejection>,
-) {
-    let places = Places::of(cluster);
-    let table = Table::of(cluster, &places);
-    let matcher = Matcher::new(known.identities);
-    let mut compiler = Compiler::new(&table, &places, matcher, options);
-    let everywhere = scope.node().is_none();
-    let mut pods: Vec<&Pod> = cluster
-        .pods
-        .values()
-        .filter(|pod| scope.holds(pod) && (everywhere || !pod.addresses.is_empty()))
-        .collect();
-    bound_pods(&mut pods, everywhere, &options.limits, rejections);
-    let mut of_set: BTreeMap<PolicySetId, Vec<String>> = BTreeMap::new();
-    for pod in pods {
-        let mut set = compiler.set_of(cluster, pod);
-        of_set.entry(set).or_default().push(pod.name.to_string());
-        let mut id = known.identities.of_pod.get(pod.uid.as_str()).copied();
-        if !known.is_clear(pod) {
-            set = PolicySetId::ISOLATED;
-            id = id.filter(|id| known.identities.collided.contains(id));
-        }
-        authentication::conflicts(cluster, pod, rejections);
-        let local = local_pod(plan, cluster, pod, known, options, rejections);
-        let view = PodView {
-            set,
-            id: id.unwrap_or(IdentityId::UNKNOWN),
-            ..local.view
-        };
-        plan.pods
-            .insert(pod.uid.clone(), LocalPod { view, ..local });
-    }
-    let limits = if everywhere {
-        &Limits {
-            sets: usize::MAX,
-            selects: usize::MAX,
-            cidrs: usize::MAX,
-            ports: usize::MAX,
-            ..options.limits
-        }
-    } else {
-        &options.limits
+) -> (Plan, Identities) {
+    authentication::check_labels(cluster, rejections);
+    policies::check(cluster, rejections);
+    let owners = peers::owners(cluster, scope.node(), rejections);
+    let (identities, of_pods) = Identities::of(cluster, identifier, rejections);
+    let mut plan = Plan {
+        peers: peers::peers(cluster, scope.node(), &owners, &of_pods),
+        pod_cidrs: pod_cidrs(cluster),
+        ..Plan::default()
     };
-    let unusable = compiler.unusable(rejections);
-    let fitting = fit(&compiler, &unusable, &of_set, limits, rejections, &table);
-    for pod in plan.pods.values_mut() {
-        let set = pod.view.set;
-        if set != PolicySetId::NONE && !fitting.sets.contains(&set) {
-            pod.view.set = PolicySetId::ISOLATED;
-        }
-    }
-    let used: BTreeSet<PolicySetId> = plan.pods.values().map(|pod| pod.view.set).collect();
-    write_sets(plan, &compiler, &fitting.sets, &used);
+    plan.names.identities = identities.names.clone();
+    plan.names.workloads = peers::workloads(&owners);
+    (plan, identities)
 }
 
-/// The maps' content of the sets that are used, their shadows among them.
-fn write_sets(
-    plan: &mut Plan,
-    compiler: &Compiler<'_, '_, '_>,
-    fitting: &BTreeSet<PolicySetId>,
-    used: &BTreeSet<PolicySetId>,
-) {
-    let shadows = used
-        .iter()
-        .filter_map(|id| compiler.sets.get(id).map(|set| set.head.shadow));
-    let all: BTreeSet<PolicySetId> = used.iter().copied().chain(shadows).collect();
-    for id in all.intersection(fitting) {
-        let Some(set) = compiler.sets.get(id) else {
-            continue;
-        };
-        plan.sets.insert(*id, set.head);
-        plan.selects.extend(set.selects.iter().copied());
-        plan.cidrs.extend(set.cidrs.iter().copied());
-        for list in &set.lists {
-            plan.ports
-                .extend(compiler.lists.entries(*list).iter().copied());
-        }
-    }
-    plan.names.rules = compiler.rules.clone();
-}
-
-/// A local pod but for its set and identity.
-fn local_pod(
+fn add_services(
     plan: &mut Plan,
     cluster: &Cluster,
-    pod: &Pod,
-    known: &Known<'_, '_>,
+    scope: Scope<'_>,
     options: &Options,
     rejections: &mut Vec<Rejection>,
-) -> LocalPod {
-    let of_family = |v4: bool| {
-        let mut own = pod.addresses.iter().filter(|a| a.is_ipv4() == v4);
-        own.next().map_or(Addr::NONE, |a| Addr::from(*a))
-    };
-    let mut view = PodView {
-        v4: of_family(true),
-        v6: of_family(false),
-        ..PodView::default()
-    };
-    // A pod that ends yields its address in the course of things.
-    if !known.is_clear(pod) && !pod.terminating {
-        rejections.push(Rejection {
-            object: pod_ref(pod),
-            field: "status.podIPs".to_owned(),
-            why: "its address or its identity is also another's".to_owned(),
-            consequence: "the pod is isolated until it is its own".to_owned(),
-        });
+) {
+    if let Some(node) = scope.node() {
+        let services = services::services(cluster, node, plan, options, rejections);
+        plan.services = services.services;
+        plan.backends = services.backends;
+        plan.names.services = services.names;
     }
-    if authentication::enrolment(cluster, pod) != Enrolment::No {
-        let modes = authentication::modes(cluster, pod);
-        view.flags = PodState::ENROLLED | modes.flags();
-        let ports = modes.port_modes(options);
-        if !add_port_modes(&mut plan.port_modes, &ports, options.limits.port_modes) {
-            view.flags |= if modes.any_strict() {
-                PodState::STRICT
-            } else {
-                0
-            };
-            rejections.push(Rejection {
-                object: pod_ref(pod),
-                field: "status".to_owned(),
-                why: format!(
-                    "the modes of its ports need {} entries, and half of the map holds {}",
-                    plan.port_modes.len() + ports.len(),
-                    options.limits.port_modes
-                ),
-                consequence: "all of its ports have the strictest mode".to_owned(),
-            });
-        } else if let Some((key, _)) = ports.first() {
-            view.modes = key.set;
-        }
-    }
-    LocalPod {
-        name: pod.name.clone(),
-        service_account: pod.service_account.clone(),
-        addresses: pod.addresses.clone(),
-        netns_path: pod.netns_path.clone(),
-        view,
-    }
-}
-
-/// Adds them all, or none if they do not fit or their key has another meaning.
-fn add_port_modes(to: &mut BTreeMap<ModeKey, u8>, add: &[(ModeKey, u8)], limit: usize) -> bool {
-    let Some((first, _)) = add.first() else {
-        return true;
-    };
-    let known = to.keys().filter(|key| key.set == first.set).count();
-    if known > 0 {
-        return known == add.len() && add.iter().all(|(key, mode)| to.get(key) == Some(mode));
-    }
-    if to.len() + add.len() > limit {
-        return false;
-    }
-    to.extend(add.iter().copied());
-    true
 }
 
 fn pod_cidrs(cluster: &Cluster) -> BTreeSet<Prefix<Addr>> {
@@ -337,46 +163,9 @@ fn pod_cidrs(cluster: &Cluster) -> BTreeSet<Prefix<Addr>> {
         .collect()
 }
 
-fn workloads(owners: &BTreeMap<Addr, Owner<'_>>) -> BTreeMap<Addr, Workload> {
-    let workload = |(address, owner): (&Addr, &Owner<'_>)| match owner {
-        Owner::Pod(pod) => Some((
-            *address,
-            Workload {
-                pod: pod.name.clone(),
-                uid: pod.uid.clone(),
-                workload: pod.workload.1.clone(),
-                workload_kind: pod.workload.0.clone(),
-                service_account: pod.service_account.clone(),
-                node: pod.node.clone(),
-            },
-        )),
-        Owner::Node(_) | Owner::Disputed => None,
-    };
-    owners.iter().filter_map(workload).collect()
-}
-
 /// Names a pod.
 pub(crate) fn pod_ref(pod: &Pod) -> ObjectRef {
     ObjectRef::new("Pod", &*pod.name.namespace, &*pod.name.name)
-}
-
-fn bound_pods(
-    pods: &mut Vec<&Pod>,
-    everywhere: bool,
-    limits: &Limits,
-    rejections: &mut Vec<Rejection>,
-) {
-    if everywhere || pods.len() <= limits.pods {
-        return;
-    }
-    for pod in pods.split_off(limits.pods) {
-        rejections.push(Rejection {
-            object: pod_ref(pod),
-            field: "spec.nodeName".to_owned(),
-            why: format!("this node has more than {} pods", limits.pods),
-            consequence: "the pod is not protected".to_owned(),
-        });
-    }
 }
 
 /// Leaves out what does not fit: an address that is left out counts as unknown or as outside.

@@ -142,7 +142,7 @@ pub fn explain(cluster: &Cluster, compiled: &Compiled, check: &Check) -> Explana
 struct Walk<'w, 'a> {
     cluster: &'a Cluster,
     table: &'w Table<'a>,
-    places: &'w Places,
+    places: &'w Places<'a>,
     pod: &'a Pod,
     peer: Option<&'a Pod>,
     question: Question,
@@ -291,36 +291,31 @@ impl Walk<'_, '_> {
     }
 
     fn matching(&self, rule: &Rule) -> Matching {
-        let Some(peers) = &rule.peers else {
-            return match self.port_matches(rule, true) {
-                true => Matching::Yes,
-                false => Matching::OtherPorts,
-            };
+        let proven = |peer: &PeerMatch| {
+            let by_account = matches!(
+                peer,
+                PeerMatch::Pods {
+                    service_accounts: Some(_),
+                    ..
+                }
+            );
+            !by_account || rule.action == RuleAction::Deny || self.question.evidence.is_proof()
         };
-        let mut best = Matching::OtherPeers;
-        for peer in peers {
-            let by_identity = self.is_meant(peer);
-            if !by_identity && !self.is_inside(peer) {
-                continue;
-            }
-            let unproven = rule.action != RuleAction::Deny
-                && matches!(
-                    peer,
-                    PeerMatch::Pods {
-                        service_accounts: Some(_),
-                        ..
-                    }
-                )
-                && !self.question.evidence.is_proof();
-            if unproven {
-                best = Matching::NeedsProof;
-            } else if self.port_matches(rule, by_identity) {
-                return Matching::Yes;
-            } else if matches!(best, Matching::OtherPeers) {
-                best = Matching::OtherPorts;
+        if let Some(peers) = &rule.peers {
+            let mut meant = peers
+                .iter()
+                .filter(|peer| self.is_meant(peer) || self.is_inside(peer));
+            let Some(first) = meant.next() else {
+                return Matching::OtherPeers;
+            };
+            if !proven(first) && !meant.any(proven) {
+                return Matching::NeedsProof;
             }
         }
-        best
+        match self.port_matches(rule) {
+            true => Matching::Yes,
+            false => Matching::OtherPorts,
+        }
     }
 
     /// Whether a peer of a rule means who the peer is.
@@ -368,8 +363,8 @@ impl Walk<'_, '_> {
             .any(|(cidr, except)| holds(cidr) && !except.iter().any(holds))
     }
 
-    /// Whether a rule's ports hold this one; names mean nothing for peers that are addresses.
-    fn port_matches(&self, rule: &Rule, by_identity: bool) -> bool {
+    /// Whether a rule's ports hold this one; names are those of the destination.
+    fn port_matches(&self, rule: &Rule) -> bool {
         let Some(ports) = &rule.ports else {
             return true;
         };
@@ -380,15 +375,17 @@ impl Walk<'_, '_> {
             _ => None,
         };
         let number = self.question.port.get();
+        let destination = match self.question.direction {
+            Direction::Ingress => Some(self.pod),
+            Direction::Egress => self.peer,
+        };
+        let is_place = |peer: &PeerMatch| self.is_inside(peer);
+        let every = rule.action == RuleAction::Deny
+            && self.question.direction == Direction::Egress
+            && rule.peers.iter().flatten().any(is_place);
         let named = |name: &str, transport: Transport| {
             let key = (name.to_owned(), transport);
-            match (self.question.direction, by_identity) {
-                (Direction::Ingress, _) => self.pod.named_ports.get(&key) == Some(&number),
-                (Direction::Egress, true) => self
-                    .peer
-                    .is_some_and(|pod| pod.named_ports.get(&key) == Some(&number)),
-                (Direction::Egress, false) => rule.action == RuleAction::Deny,
-            }
+            every || destination.is_some_and(|pod| pod.named_ports.get(&key) == Some(&number))
         };
         ports
             .iter()

@@ -5,7 +5,7 @@
 //! policy's peers name, and the named ports that some egress rule names. It says nothing about the
 //! policies that select the pod itself.
 
-use std::collections::{BTreeMap, BTreeSet, btree_map};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use mesh_common::identity::IdentityId;
 
@@ -77,49 +77,49 @@ type Pairs<'a> = Vec<(&'a str, &'a str)>;
 
 /// What makes an identity.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Content<'a> {
-    pub(crate) namespace: &'a str,
-    pub(crate) service_account: &'a str,
-    pub(crate) labels: Pairs<'a>,
-    pub(crate) namespace_labels: Pairs<'a>,
-    pub(crate) ports: NamedPorts<'a>,
+struct Content<'a> {
+    namespace: &'a str,
+    service_account: &'a str,
+    labels: Pairs<'a>,
+    namespace_labels: &'a [(&'a str, &'a str)],
+    ports: NamedPorts<'a>,
 }
 
 /// Named ports as sorted triples.
 pub(crate) type NamedPorts<'a> = Vec<(&'a str, Transport, u16)>;
 
 impl Content<'_> {
-    /// The value of a label of the pod.
-    pub(crate) fn label(&self, key: &str) -> Option<&str> {
-        value(&self.labels, key)
-    }
-
-    /// The value of a label of the namespace.
-    pub(crate) fn namespace_label(&self, key: &str) -> Option<&str> {
-        value(&self.namespace_labels, key)
-    }
-
     fn name(&self) -> IdentityName {
+        let port = |(name, transport, number): &(&str, Transport, u16)| {
+            (((*name).to_owned(), *transport), *number)
+        };
         IdentityName {
             namespace: self.namespace.to_owned(),
             service_account: self.service_account.to_owned(),
             labels: owned(&self.labels),
-            namespace_labels: owned(&self.namespace_labels),
-            ports: self
-                .ports
-                .iter()
-                .map(|(name, transport, number)| (((*name).to_owned(), *transport), *number))
-                .collect(),
+            namespace_labels: owned(self.namespace_labels),
+            ports: self.ports.iter().map(port).collect(),
         }
+    }
+
+    fn is(&self, name: &IdentityName) -> bool {
+        let equal = |pairs: &[(&str, &str)], labels: &Labels| {
+            let labels = labels.iter().map(|(k, v)| (k.as_str(), v.as_str()));
+            pairs.iter().copied().eq(labels)
+        };
+        let ports = name
+            .ports
+            .iter()
+            .map(|((n, t), number)| (n.as_str(), *t, *number));
+        self.namespace == name.namespace
+            && self.service_account == name.service_account
+            && equal(&self.labels, &name.labels)
+            && equal(self.namespace_labels, &name.namespace_labels)
+            && self.ports.iter().copied().eq(ports)
     }
 }
 
-fn value<'a>(pairs: &Pairs<'a>, key: &str) -> Option<&'a str> {
-    let at = pairs.binary_search_by(|(k, _)| (*k).cmp(key)).ok()?;
-    pairs.get(at).map(|(_, v)| *v)
-}
-
-fn owned(pairs: &Pairs<'_>) -> Labels {
+fn owned(pairs: &[(&str, &str)]) -> Labels {
     let pair = |(k, v): &(&str, &str)| ((*k).to_owned(), (*v).to_owned());
     pairs.iter().map(pair).collect()
 }
@@ -147,86 +147,136 @@ pub(crate) fn named_ports<'a>(pod: &'a Pod, names: &BTreeSet<&str>) -> NamedPort
         .collect()
 }
 
-/// Every identity of the cluster's workloads, and whose it is.
-#[derive(Debug, Default)]
-pub(crate) struct Identities<'a> {
-    /// By id.
-    pub(crate) contents: BTreeMap<IdentityId, Content<'a>>,
-    /// The identity of each pod that is not the node itself, by UID.
-    pub(crate) of_pod: BTreeMap<&'a str, IdentityId>,
-    /// Ids that stand for two contents; they are in `of_pod`, not in `contents`, and every set
-    /// refuses them.
-    pub(crate) collided: BTreeSet<IdentityId>,
+/// Tells pods' identities.
+pub(crate) struct Identifier<'c> {
+    relevant: Relevant<'c>,
+    namespaces: HashMap<&'c str, Pairs<'c>>,
+    options: &'c Options,
 }
 
-impl<'a> Identities<'a> {
-    /// The identities of a cluster's pods.
-    pub(crate) fn of(
-        cluster: &'a Cluster,
-        relevant: &Relevant<'_>,
-        options: &Options,
-        rejections: &mut Vec<Rejection>,
-    ) -> Self {
-        let mut all = Self::default();
-        let mut collided: BTreeMap<IdentityId, &'a Pod> = BTreeMap::new();
-        let namespaces: BTreeMap<&str, Pairs<'a>> = cluster
+impl<'c> Identifier<'c> {
+    /// For the pods of a cluster.
+    pub(crate) fn of(cluster: &'c Cluster, options: &'c Options) -> Self {
+        let relevant = Relevant::of(cluster.policies.values());
+        let namespaces = cluster
             .namespaces
             .iter()
             .map(|(name, n)| (name.as_str(), pairs(&n.labels, &relevant.namespaces)))
             .collect();
-        for (uid, pod) in cluster.pods.iter().filter(|(_, pod)| !pod.host_network) {
-            let namespace = pod.name.namespace.as_str();
-            let content = Content {
-                namespace,
-                service_account: &pod.service_account,
-                labels: pairs(&pod.labels, &relevant.pods),
-                namespace_labels: namespaces.get(namespace).cloned().unwrap_or_default(),
-                ports: named_ports(pod, &relevant.ports),
-            };
-            let id = identity_id(options, &content);
-            match all.contents.entry(id) {
-                btree_map::Entry::Vacant(entry) => {
-                    entry.insert(content);
-                }
-                btree_map::Entry::Occupied(entry) if *entry.get() == content => {}
-                btree_map::Entry::Occupied(_) => {
-                    collided.insert(id, pod);
-                }
-            }
-            all.of_pod.insert(uid, id);
-        }
-        all.close(&collided, rejections);
-        all
-    }
-
-    fn close(&mut self, collided: &BTreeMap<IdentityId, &Pod>, rejections: &mut Vec<Rejection>) {
-        for (id, pod) in collided {
-            self.contents.remove(id);
-            self.collided.insert(*id);
-            rejections.push(Rejection {
-                object: pod_ref(pod),
-                field: "metadata.labels".to_owned(),
-                why: format!(
-                    "this pod's identity and another's have the same hash {:#x}; change a label \
-                     that policies use",
-                    id.0
-                ),
-                consequence:
-                    "the pods of both identities are isolated, and refused by every pod that has \
-                              policy"
-                        .to_owned(),
-            });
+        Self {
+            relevant,
+            namespaces,
+            options,
         }
     }
 
-    /// The names for people.
-    pub(crate) fn names(&self) -> BTreeMap<IdentityId, IdentityName> {
-        let name = |(id, content): (&IdentityId, &Content<'_>)| (*id, content.name());
-        self.contents.iter().map(name).collect()
+    fn content<'s>(&'s self, pod: &'s Pod) -> Content<'s> {
+        let namespace = pod.name.namespace.as_str();
+        Content {
+            namespace,
+            service_account: &pod.service_account,
+            labels: pairs(&pod.labels, &self.relevant.pods),
+            namespace_labels: self.namespaces.get(namespace).map_or(&[], Vec::as_slice),
+            ports: named_ports(pod, &self.relevant.ports),
+        }
+    }
+
+    /// The identity of a pod.
+    pub(crate) fn id_of(&self, pod: &Pod) -> IdentityId {
+        self.id(&self.content(pod))
+    }
+
+    fn id(&self, content: &Content<'_>) -> IdentityId {
+        let first = IdentityId::FIRST_WORKLOAD.0;
+        IdentityId(self.options.ids.id("identity", first, content))
     }
 }
 
-fn identity_id(options: &Options, content: &Content<'_>) -> IdentityId {
-    let first = IdentityId::FIRST_WORKLOAD.0;
-    IdentityId(options.ids.id("identity", first, content))
+/// The identities of pods by UID; those of the host's network have none.
+pub(crate) type OfPods<'a> = HashMap<&'a str, IdentityId>;
+
+/// Every identity of the cluster's workloads.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Identities {
+    /// What each stands for.
+    pub(crate) names: BTreeMap<IdentityId, IdentityName>,
+    /// How many pods have it.
+    counts: HashMap<IdentityId, usize>,
+    /// Ids that stand for two contents; they are not in `names`, and every set refuses them.
+    pub(crate) collided: BTreeSet<IdentityId>,
+}
+
+impl Identities {
+    /// The identities of a cluster's pods, and whose they are.
+    pub(crate) fn of<'a>(
+        cluster: &'a Cluster,
+        identifier: &'a Identifier<'a>,
+        rejections: &mut Vec<Rejection>,
+    ) -> (Self, OfPods<'a>) {
+        let mut all = Self::default();
+        let mut of_pods = OfPods::new();
+        let mut known: HashMap<Content<'a>, IdentityId> = HashMap::new();
+        let mut collided: BTreeMap<IdentityId, &'a Pod> = BTreeMap::new();
+        for (uid, pod) in cluster.pods.iter().filter(|(_, pod)| !pod.host_network) {
+            let content = identifier.content(pod);
+            let id = match known.get(&content) {
+                Some(id) => *id,
+                None => {
+                    let id = identifier.id(&content);
+                    if all.names.contains_key(&id) {
+                        collided.insert(id, pod);
+                    }
+                    all.names.entry(id).or_insert_with(|| content.name());
+                    known.insert(content, id);
+                    id
+                }
+            };
+            *all.counts.entry(id).or_default() += 1;
+            of_pods.insert(uid, id);
+        }
+        for (id, pod) in collided {
+            all.names.remove(&id);
+            all.collided.insert(id);
+            rejections.push(collision(id, pod));
+        }
+        (all, of_pods)
+    }
+
+    /// Takes one pod more into account; `None` = its identity's id collides.
+    pub(crate) fn add(&mut self, identifier: &Identifier<'_>, pod: &Pod) -> Option<IdentityId> {
+        let content = identifier.content(pod);
+        let id = identifier.id(&content);
+        if self.collided.contains(&id) {
+            return None;
+        }
+        let name = self.names.entry(id).or_insert_with(|| content.name());
+        *self.counts.entry(id).or_default() += 1;
+        content.is(name).then_some(id)
+    }
+
+    /// Takes one pod less into account.
+    pub(crate) fn remove(&mut self, identifier: &Identifier<'_>, pod: &Pod) {
+        let id = identifier.id(&identifier.content(pod));
+        let count = self.counts.entry(id).or_default();
+        *count = count.saturating_sub(1);
+        if *count == 0 {
+            self.counts.remove(&id);
+            self.names.remove(&id);
+        }
+    }
+}
+
+fn collision(id: IdentityId, pod: &Pod) -> Rejection {
+    Rejection {
+        object: pod_ref(pod),
+        field: "metadata.labels".to_owned(),
+        why: format!(
+            "this pod's identity and another's have the same hash {:#x}; change a label that \
+             policies use",
+            id.0
+        ),
+        consequence: "the pods of both identities are isolated, and refused by every pod that \
+                      has policy"
+            .to_owned(),
+    }
 }

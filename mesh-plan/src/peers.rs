@@ -13,7 +13,8 @@ use mesh_common::identity::{IdentityId, Peer};
 use crate::authentication::{self, Enrolment};
 use crate::cluster::{Cluster, ObjectRef, Pod, Rejection};
 use crate::compile::pod_ref;
-use crate::identities::Identities;
+use crate::identities::OfPods;
+use crate::plan::Workload;
 
 /// Who says that an address is theirs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,7 +132,7 @@ pub(crate) fn peers(
     cluster: &Cluster,
     node: Option<&str>,
     owners: &BTreeMap<Addr, Owner<'_>>,
-    identities: &Identities<'_>,
+    of_pods: &OfPods<'_>,
 ) -> BTreeMap<Addr, Peer> {
     let entity = |id| Peer {
         id,
@@ -143,8 +144,7 @@ pub(crate) fn peers(
         .map(|(address, owner)| {
             let peer = match owner {
                 Owner::Pod(pod) => Peer {
-                    id: identities
-                        .of_pod
+                    id: of_pods
                         .get(pod.uid.as_str())
                         .copied()
                         .unwrap_or(IdentityId::UNKNOWN),
@@ -167,7 +167,7 @@ pub(crate) fn peers(
 }
 
 /// The flags of a pod as a peer.
-fn flags(cluster: &Cluster, pod: &Pod) -> u32 {
+pub(crate) fn flags(cluster: &Cluster, pod: &Pod) -> u32 {
     let enrolment = authentication::enrolment(cluster, pod);
     if enrolment == Enrolment::No {
         return Peer::POD;
@@ -180,4 +180,25 @@ fn flags(cluster: &Cluster, pod: &Pod) -> u32 {
         flags |= Peer::STRICT;
     }
     flags
+}
+
+/// How records name a pod.
+pub(crate) fn workload(pod: &Pod) -> Workload {
+    Workload {
+        pod: pod.name.clone(),
+        uid: pod.uid.clone(),
+        workload: pod.workload.1.clone(),
+        workload_kind: pod.workload.0.clone(),
+        service_account: pod.service_account.clone(),
+        node: pod.node.clone(),
+    }
+}
+
+/// Who has each address that a pod has alone.
+pub(crate) fn workloads(owners: &BTreeMap<Addr, Owner<'_>>) -> BTreeMap<Addr, Workload> {
+    let named = |(address, owner): (&Addr, &Owner<'_>)| match owner {
+        Owner::Pod(pod) => Some((*address, workload(pod))),
+        Owner::Node(_) | Owner::Disputed => None,
+    };
+    owners.iter().filter_map(named).collect()
 }

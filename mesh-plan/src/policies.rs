@@ -25,6 +25,7 @@ use crate::cluster::{
     RuleAction, Subject, Tier,
 };
 use crate::digest::digest;
+use crate::identities::{NamedPorts, named_ports};
 
 /// A policy with what is derived from it alone and from the nodes.
 #[derive(Debug)]
@@ -54,67 +55,93 @@ impl Entry<'_> {
 
     /// Names of the selected pod's own ports that its rules use.
     fn own_names(&self) -> impl Iterator<Item = &str> {
-        let rules = self.policy.ingress.iter().flatten();
-        rules
-            .flat_map(|r| r.ports.iter().flatten())
-            .filter_map(|p| match &p.ports {
-                PortRange::Named(name) => Some(name.as_str()),
-                PortRange::All | PortRange::Range(..) => None,
-            })
+        self.policy.ingress.iter().flatten().flat_map(names)
     }
 }
 
-/// Addresses that some peers of rules stand for.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Places {
-    nodes: Vec<(Labels, BTreeSet<IpAddr>)>,
+/// A block of addresses, and those inside that are not meant.
+pub(crate) type Net = (IpNet, BTreeSet<IpNet>);
+
+/// What addresses some peers of rules stand for.
+#[derive(Clone, Debug)]
+pub(crate) struct Places<'a> {
+    cluster: &'a Cluster,
     /// API servers whose address is also a pod's or a node's, and whose identity is theirs.
     api_servers: BTreeSet<IpAddr>,
 }
 
-impl Places {
+impl<'a> Places<'a> {
     /// The places of a cluster.
-    pub(crate) fn of(cluster: &Cluster) -> Self {
-        let taken: BTreeSet<IpAddr> = cluster
-            .pods
-            .values()
-            .filter(|pod| !pod.host_network)
-            .flat_map(|pod| pod.addresses.iter().copied())
-            .chain(
-                cluster
-                    .nodes
-                    .values()
-                    .flat_map(|n| n.addresses.iter().copied()),
-            )
-            .filter(|address| cluster.api_servers.contains(address))
-            .collect();
+    pub(crate) fn of(cluster: &'a Cluster) -> Self {
+        let mut taken = BTreeSet::new();
+        if !cluster.api_servers.is_empty() {
+            let of_pods = pods(cluster).flat_map(|pod| &pod.addresses);
+            let of_nodes = cluster.nodes.values().flat_map(|node| &node.addresses);
+            let servers = &cluster.api_servers;
+            taken.extend(of_pods.chain(of_nodes).filter(|a| servers.contains(a)));
+        }
         Self {
-            nodes: cluster
-                .nodes
-                .values()
-                .map(|n| (n.labels.clone(), n.addresses.clone()))
-                .collect(),
+            cluster,
             api_servers: taken,
         }
     }
 
-    /// The blocks that a peer matches by address, each with its exceptions.
-    pub(crate) fn blocks(&self, peer: &PeerMatch) -> Vec<(IpNet, BTreeSet<IpNet>)> {
+    /// The blocks that a peer matches by address.
+    pub(crate) fn blocks(&self, peer: &PeerMatch) -> Vec<Net> {
         let single = |a: &IpAddr| (IpNet::from(*a), BTreeSet::new());
         match peer {
             PeerMatch::Cidr { cidr, except } => vec![(*cidr, except.clone())],
-            PeerMatch::Nodes(selector) => self
-                .nodes
-                .iter()
-                .filter(|(labels, _)| selector.matches(labels))
-                .flat_map(|(_, addresses)| addresses.iter().map(single))
-                .collect(),
+            PeerMatch::Nodes(selector) => {
+                let nodes = self.cluster.nodes.values();
+                let selected = nodes.filter(|node| selector.matches(&node.labels));
+                selected
+                    .flat_map(|node| node.addresses.iter().map(single))
+                    .collect()
+            }
             PeerMatch::Entity(Entity::KubeApiserver) => {
                 self.api_servers.iter().map(single).collect()
             }
             PeerMatch::Pods { .. } | PeerMatch::Entity(_) | PeerMatch::Nothing { .. } => Vec::new(),
         }
     }
+
+    /// The pods that an egress rule's peer matches by address and that have ports which the rule
+    /// names, with these ports. (For a Deny all ports are meant: see [`check`].)
+    pub(crate) fn named(&self, rule: &Rule, peer: &PeerMatch) -> Vec<(IpAddr, NamedPorts<'a>)> {
+        let names: BTreeSet<&str> = names(rule).collect();
+        if names.is_empty() || rule.action == RuleAction::Deny {
+            return Vec::new();
+        }
+        let blocks = self.blocks(peer);
+        let meant = |address: &&IpAddr| {
+            let holds = |net: &IpNet| net.contains(*address);
+            blocks
+                .iter()
+                .any(|(net, except)| holds(net) && !except.iter().any(holds))
+        };
+        let mut found = Vec::new();
+        for pod in pods(self.cluster).filter(|pod| !pod.named_ports.is_empty()) {
+            let ports = named_ports(pod, &names);
+            if !ports.is_empty() {
+                let addresses = pod.addresses.iter().filter(meant);
+                found.extend(addresses.map(|address| (*address, ports.clone())));
+            }
+        }
+        found
+    }
+}
+
+fn pods(cluster: &Cluster) -> impl Iterator<Item = &Pod> {
+    cluster.pods.values().filter(|pod| !pod.host_network)
+}
+
+/// The names of ports that a rule uses.
+pub(crate) fn names(rule: &Rule) -> impl Iterator<Item = &str> {
+    let ports = rule.ports.iter().flatten();
+    ports.filter_map(|port| match &port.ports {
+        PortRange::Named(name) => Some(name.as_str()),
+        PortRange::All | PortRange::Range(..) => None,
+    })
 }
 
 /// Every policy, and how to find those that select a pod.
@@ -127,7 +154,7 @@ pub(crate) struct Table<'a> {
 
 impl<'a> Table<'a> {
     /// The table of a cluster's policies.
-    pub(crate) fn of(cluster: &'a Cluster, places: &Places) -> Self {
+    pub(crate) fn of(cluster: &'a Cluster, places: &Places<'a>) -> Self {
         let mut table = Self::default();
         for (index, (object, policy)) in cluster.policies.iter().enumerate() {
             match &policy.subject {
@@ -137,12 +164,19 @@ impl<'a> Table<'a> {
                 Subject::Namespaces { .. } => table.wide.push(index),
             }
             let rules = policy.ingress.iter().chain(&policy.egress).flatten();
-            let blocks: Vec<_> = rules
+            let blocks: Vec<Vec<Net>> = rules
                 .flat_map(|r| r.peers.iter().flatten())
                 .filter(|p| !matches!(p, PeerMatch::Cidr { .. }))
                 .map(|p| places.blocks(p))
                 .collect();
-            let content = (object, policy.tier, &policy.ingress, &policy.egress, blocks);
+            let egress = policy.egress.iter().flatten();
+            let named: Vec<_> = egress
+                .flat_map(|r| r.peers.iter().flatten().map(move |p| places.named(r, p)))
+                .collect();
+            let content = (
+                (object, policy.tier, &policy.ingress, &policy.egress),
+                (blocks, named),
+            );
             table.entries.push(Entry {
                 object,
                 policy,
@@ -186,32 +220,22 @@ pub(crate) fn selects(cluster: &Cluster, subject: &Subject, pod: &Pod) -> bool {
     }
 }
 
-/// Names what is enforced otherwise than it is written.
+/// Names rules that are enforced otherwise than they are written.
 pub(crate) fn check(cluster: &Cluster, rejections: &mut Vec<Rejection>) {
+    let is_place = |peer: &PeerMatch| matches!(peer, PeerMatch::Cidr { .. } | PeerMatch::Nodes(_));
     for (object, policy) in &cluster.policies {
         for rule in policy.egress.iter().flatten() {
-            let named = rule
-                .ports
-                .iter()
-                .flatten()
-                .any(|p| matches!(p.ports, PortRange::Named(_)));
-            let by_address = rule
-                .peers
-                .iter()
-                .flatten()
-                .any(|p| matches!(p, PeerMatch::Cidr { .. } | PeerMatch::Nodes(_)));
-            if named && by_address {
-                let consequence = match rule.action {
-                    RuleAction::Deny => "for these peers every port of the transport is denied",
-                    RuleAction::Allow | RuleAction::Pass => "for these peers it matches nothing",
-                };
+            if rule.action == RuleAction::Deny
+                && names(rule).next().is_some()
+                && rule.peers.iter().flatten().any(is_place)
+            {
                 rejections.push(Rejection {
                     object: object.clone(),
                     field: format!("spec.{}.ports", rule.name),
-                    why: "a named port belongs to a pod, and this rule's peers are addresses; \
-                          write the port's number"
+                    why: "a named port belongs to a pod, and these peers are addresses; write the \
+                          port's number"
                         .to_owned(),
-                    consequence: consequence.to_owned(),
+                    consequence: "every port of the transport is denied for them".to_owned(),
                 });
             }
         }

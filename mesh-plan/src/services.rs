@@ -10,6 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use mesh_common::identity::{IdentityId, Peer};
 use mesh_common::service::{BackendKey, BackendListId, Service as Entry, ServiceKey};
 use mesh_common::{Addr, Endpoint, Port, Protocol};
 
@@ -17,7 +18,7 @@ use crate::cluster::{
     Cluster, ObjectName, ObjectRef, Rejection, Service, ServiceEndpoint, ServicePort, Transport,
 };
 use crate::compile::Options;
-use crate::peers::Owner;
+use crate::plan::Plan;
 
 /// The services of a cluster as one node serves them.
 #[derive(Debug, Default)]
@@ -45,11 +46,11 @@ enum Scope<'a> {
     Node(&'a str),
 }
 
-/// Compiles every service.
+/// Compiles every service. `plan` says who has which address.
 pub(crate) fn services(
     cluster: &Cluster,
     node: &str,
-    owners: &BTreeMap<Addr, Owner<'_>>,
+    plan: &Plan,
     options: &Options,
     rejections: &mut Vec<Rejection>,
 ) -> Services {
@@ -72,15 +73,13 @@ pub(crate) fn services(
     for (name, service) in &cluster.services {
         for ip in &service.external_ips {
             let address = Addr::from(*ip);
-            match owners.get(&address) {
-                Some(Owner::Pod(pod)) => {
-                    builder.refuse_external(name, *ip, &pod.name);
-                    continue;
-                }
-                Some(Owner::Node(_) | Owner::Disputed) => {}
-                None => {
-                    markers.insert(address);
-                }
+            if let Some(workload) = plan.names.workloads.get(&address) {
+                builder.refuse_external(name, *ip, &workload.pod);
+                continue;
+            }
+            let server = |peer: &Peer| peer.id == IdentityId::KUBE_APISERVER;
+            if plan.peers.get(&address).is_none_or(server) {
+                markers.insert(address);
             }
             for claim in claims_at(name, service, *ip, Scope::All, "spec.externalIPs") {
                 builder.add(claim);

@@ -37,7 +37,8 @@ fn inside(inner: &Prefix<Addr>, outer: &Prefix<Addr>) -> bool {
         && masked(inner.data, outer.bits) == outer.data
 }
 
-/// One rule's block: in this one, but in none of these.
+/// A block, and by what number `entries` names the rule that means it: in this one, but in none of
+/// these.
 #[derive(Clone, Debug)]
 pub(crate) struct Block {
     pub(crate) rule: usize,
@@ -46,7 +47,7 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    /// A rule's block.
+    /// A block of a rule.
     pub(crate) fn new(rule: usize, cidr: &IpNet, except: &BTreeSet<IpNet>) -> Self {
         Self {
             rule,

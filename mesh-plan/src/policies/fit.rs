@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use mesh_common::policy::{ListId, PolicySetId};
 
 use super::Table;
-use super::sets::{Compiler, Set};
+use super::sets::{Set, SetCompiler};
 use crate::cluster::{ObjectRef, Rejection};
 use crate::compile::Limits;
 
@@ -52,7 +52,7 @@ pub(crate) struct Fitting {
 
 /// Chooses among the usable sets. `pods` are the pods of each set, for the rejections.
 pub(crate) fn fit(
-    compiler: &Compiler<'_, '_, '_>,
+    compiler: &SetCompiler<'_, '_, '_>,
     unusable: &BTreeSet<PolicySetId>,
     pods: &BTreeMap<PolicySetId, Vec<String>>,
     limits: &Limits,

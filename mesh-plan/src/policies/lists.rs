@@ -8,7 +8,7 @@ use mesh_common::{Port, Protocol};
 
 use super::ports::{PortPrefix, Span, prefixes, spans};
 use super::rules::Ranked;
-use crate::cluster::{PortMatch, PortRange, RuleAction, Transport};
+use crate::cluster::{PortMatch, PortRange, Transport};
 use crate::compile::Options;
 use crate::identities::NamedPorts;
 use crate::plan::Prefix;
@@ -27,13 +27,13 @@ pub(crate) const REFUSED: ListId = ListId(1);
 /// What a list says.
 type Content = [Vec<Span>; 4];
 
-/// Whose named ports a rule's names mean.
+/// What the names of ports in a rule mean.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Names<'n, 'a> {
+pub(crate) enum Names<'n> {
     /// These.
-    Of(&'n NamedPorts<'a>),
-    /// Nobody can tell.
-    Unknown,
+    Of(&'n NamedPorts<'n>),
+    /// Every port of the transport: a Deny whose names cannot mean anything is not to open.
+    Every,
 }
 
 /// Every list, by id.
@@ -46,23 +46,23 @@ pub(crate) struct Lists {
 }
 
 impl Lists {
-    /// The list of some rules, which match a peer in everything but the port.
+    /// The list of some rules, which match a peer in everything but the port, each with what
+    /// its names of ports mean.
     pub(crate) fn add<'r, 'a: 'r>(
         &mut self,
-        rules: impl Iterator<Item = &'r Ranked<'a>> + Clone,
-        names: Names<'_, '_>,
+        rules: impl Iterator<Item = (&'r Ranked<'a>, Names<'r>)> + Clone,
         options: &Options,
     ) -> ListId {
         let content: Content = PROTOCOLS.map(|(_, transport)| {
             let mut ranges = Vec::new();
-            for rule in rules.clone() {
+            for (rule, names) in rules.clone() {
                 let answer = rule.answer();
                 let mut add = |range: (u16, u16)| ranges.push((range.0, range.1, answer));
                 match &rule.rule.ports {
                     None => add(ALL),
                     Some(ports) => {
                         for port in ports {
-                            range(port, transport, names, rule.rule.action).map(&mut add);
+                            range(port, transport, names).map(&mut add);
                         }
                     }
                 }
@@ -96,12 +96,7 @@ impl Lists {
 const ALL: (u16, u16) = (0, u16::MAX);
 
 /// The ports of a transport (`None` = a protocol without ports) that a rule's alternative means.
-fn range(
-    port: &PortMatch,
-    transport: Option<Transport>,
-    names: Names<'_, '_>,
-    action: RuleAction,
-) -> Option<(u16, u16)> {
+fn range(port: &PortMatch, transport: Option<Transport>, names: Names<'_>) -> Option<(u16, u16)> {
     if port.transport.is_some() && port.transport != transport {
         return None;
     }
@@ -111,11 +106,11 @@ fn range(
         PortRange::Range(..) | PortRange::Named(_) if port.transport.is_none() => None,
         PortRange::Range(first, last) => (first <= last).then_some((*first, *last)),
         PortRange::Named(name) => match names {
+            Names::Every => Some(ALL),
             Names::Of(ports) => ports
                 .iter()
                 .find(|(n, t, _)| n == name && Some(*t) == transport)
                 .map(|(_, _, number)| (*number, *number)),
-            Names::Unknown => (action == RuleAction::Deny).then_some(ALL),
         },
     }
 }

@@ -7,22 +7,23 @@ use std::rc::Rc;
 use mesh_common::identity::IdentityId;
 
 use crate::cluster::{Entity, NamespaceMatch, PeerMatch, Selector, ServiceAccountMatch};
-use crate::identities::{Content, Identities};
+use crate::identities::Identities;
+use crate::plan::IdentityName;
 
 /// The identities of a cluster, entities among them, and who matched whom so far.
 #[derive(Debug)]
 pub(crate) struct Matcher<'i, 'a> {
-    identities: &'i Identities<'a>,
-    by_namespace: BTreeMap<&'i str, Vec<(IdentityId, &'i Content<'a>)>>,
+    identities: &'i Identities,
+    by_namespace: BTreeMap<&'i str, Vec<(IdentityId, &'i IdentityName)>>,
     known: BTreeMap<&'a PeerMatch, Rc<[IdentityId]>>,
 }
 
 impl<'i, 'a> Matcher<'i, 'a> {
     /// For these identities.
-    pub(crate) fn new(identities: &'i Identities<'a>) -> Self {
+    pub(crate) fn new(identities: &'i Identities) -> Self {
         let mut by_namespace: BTreeMap<&str, Vec<_>> = BTreeMap::new();
-        for (id, content) in &identities.contents {
-            let of = by_namespace.entry(content.namespace).or_default();
+        for (id, content) in &identities.names {
+            let of = by_namespace.entry(content.namespace.as_str()).or_default();
             of.push((*id, content));
         }
         Self {
@@ -34,7 +35,7 @@ impl<'i, 'a> Matcher<'i, 'a> {
 
     /// The workloads that have named ports.
     pub(crate) fn with_ports(&self) -> impl Iterator<Item = IdentityId> {
-        let all = self.identities.contents.iter();
+        let all = self.identities.names.iter();
         all.filter(|(_, content)| !content.ports.is_empty())
             .map(|(id, _)| *id)
     }
@@ -45,8 +46,8 @@ impl<'i, 'a> Matcher<'i, 'a> {
     }
 
     /// What an identity stands for; `None` for entities.
-    pub(crate) fn content(&self, id: IdentityId) -> Option<&'i Content<'a>> {
-        self.identities.contents.get(&id)
+    pub(crate) fn content(&self, id: IdentityId) -> Option<&'i IdentityName> {
+        self.identities.names.get(&id)
     }
 
     /// The identities that a peer of a rule matches, addresses apart.
@@ -61,7 +62,7 @@ impl<'i, 'a> Matcher<'i, 'a> {
                 service_accounts,
             } => {
                 let accounts = service_accounts.as_ref();
-                let has_account = |content: &Content<'_>| {
+                let has_account = |content: &IdentityName| {
                     accounts.is_none_or(|all| all.iter().any(|a| account_matches(a, content)))
                 };
                 self.pods(namespaces, pods)
@@ -80,7 +81,7 @@ impl<'i, 'a> Matcher<'i, 'a> {
         &'s self,
         namespaces: &'s NamespaceMatch,
         pods: &'s Selector,
-    ) -> impl Iterator<Item = (IdentityId, &'i Content<'a>)> {
+    ) -> impl Iterator<Item = (IdentityId, &'i IdentityName)> {
         let named = match namespaces {
             NamespaceMatch::Name(name) => self.by_namespace.get(name.as_str()),
             NamespaceMatch::Labels(_) => None,
@@ -93,7 +94,7 @@ impl<'i, 'a> Matcher<'i, 'a> {
             self.by_namespace.values().filter(move |of| {
                 // All identities of a namespace have the same labels of the namespace.
                 of.first()
-                    .is_some_and(|(_, c)| selector.matches_by(|key| c.namespace_label(key)))
+                    .is_some_and(|(_, c)| selector.matches(&c.namespace_labels))
             })
         });
         named
@@ -101,7 +102,7 @@ impl<'i, 'a> Matcher<'i, 'a> {
             .chain(by_labels)
             .flatten()
             .copied()
-            .filter(|(_, content)| pods.matches_by(|key| content.label(key)))
+            .filter(|(_, content)| pods.matches(&content.labels))
     }
 
     fn entity(&self, entity: Entity) -> Rc<[IdentityId]> {
@@ -117,13 +118,13 @@ impl<'i, 'a> Matcher<'i, 'a> {
                 IdentityId::UNKNOWN,
             ]
             .into_iter()
-            .chain(self.identities.contents.keys().copied())
+            .chain(self.identities.names.keys().copied())
             .collect(),
         }
     }
 }
 
-fn account_matches(account: &ServiceAccountMatch, content: &Content<'_>) -> bool {
+fn account_matches(account: &ServiceAccountMatch, content: &IdentityName) -> bool {
     let namespace = account.namespace.as_deref();
     let name = account.name.as_deref();
     namespace.is_none_or(|n| n == content.namespace)

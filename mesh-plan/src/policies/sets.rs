@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, btree_map};
 
+use ipnet::IpNet;
 use mesh_common::identity::IdentityId;
 use mesh_common::policy::{
     CidrKey, Direction, ListId, Lists as ListPair, PolicySetId, RuleId, SelectKey, SetHead,
@@ -12,11 +13,11 @@ use super::cidrs::{self, Block};
 use super::lists::{Lists, Names, REFUSED};
 use super::rules::{Ranked, ranked, rule_id};
 use super::select::Matcher;
-use super::{Entry, Places, Table};
-use crate::cluster::{Cluster, PeerMatch, Pod, PortRange, Rejection, RuleAction};
+use super::{Entry, Places, Table, names};
+use crate::cluster::{Cluster, PeerMatch, Pod, Rejection, RuleAction};
 use crate::compile::Options;
 use crate::identities::{NamedPorts, named_ports};
-use crate::plan::{Prefix, RuleName};
+use crate::plan::{IdentityName, Prefix, RuleName};
 
 /// What makes a set: policies by their position in the table, and the pod's own ports that their
 /// ingress rules name.
@@ -91,9 +92,9 @@ struct Side {
 }
 
 /// Compiles sets, each once.
-pub(crate) struct Compiler<'c, 'i, 'a> {
+pub(crate) struct SetCompiler<'c, 'i, 'a> {
     table: &'c Table<'a>,
-    places: &'c Places,
+    places: &'c Places<'a>,
     matcher: Matcher<'i, 'a>,
     options: &'c Options,
     specs: BTreeMap<PolicySetId, Spec<'a>>,
@@ -104,10 +105,10 @@ pub(crate) struct Compiler<'c, 'i, 'a> {
     pub(crate) collided: BTreeSet<PolicySetId>,
 }
 
-impl<'c, 'i, 'a> Compiler<'c, 'i, 'a> {
+impl<'c, 'i, 'a> SetCompiler<'c, 'i, 'a> {
     pub(crate) fn new(
         table: &'c Table<'a>,
-        places: &'c Places,
+        places: &'c Places<'a>,
         matcher: Matcher<'i, 'a>,
         options: &'c Options,
     ) -> Self {
@@ -214,8 +215,8 @@ impl<'c, 'i, 'a> Compiler<'c, 'i, 'a> {
         let mut memo = Memo::default();
         let any = memo.list(self, &rules, &everybody, own.unwrap_or(&nothing));
         for (peer, (proven, by_address)) in self.rows(&rules, &everybody, direction) {
-            let theirs = self.matcher.content(peer).map(|content| &content.ports);
-            let names = own.or(theirs).unwrap_or(&nothing);
+            let theirs = self.matcher.content(peer).map(ports);
+            let names = own.or(theirs.as_ref()).unwrap_or(&nothing);
             let pair = ListPair {
                 proven: memo.list(self, &rules, &proven, names),
                 by_address: memo.list(self, &rules, &by_address, names),
@@ -306,21 +307,40 @@ impl<'c, 'i, 'a> Compiler<'c, 'i, 'a> {
         rules: &[Ranked<'a>],
         own: Option<&NamedPorts<'a>>,
     ) -> Vec<(Prefix<mesh_common::Addr>, ListId)> {
+        let nothing = NamedPorts::new();
+        // `None` = every port of the transport.
+        let mut uses: Vec<(&Ranked<'a>, Option<NamedPorts<'a>>)> = Vec::new();
         let mut blocks = Vec::new();
-        for (index, rule) in rules.iter().enumerate() {
+        for rule in rules {
             for peer in rule.rule.peers.iter().flatten() {
                 let of_peer = self.places.blocks(peer);
                 blocks.extend(
                     of_peer
                         .iter()
-                        .map(|(cidr, out)| Block::new(index, cidr, out)),
+                        .map(|(net, out)| Block::new(uses.len(), net, out)),
                 );
+                if own.is_none() && rule.rule.action == RuleAction::Deny {
+                    uses.push((rule, None));
+                    continue;
+                }
+                uses.push((rule, Some(own.unwrap_or(&nothing).clone())));
+                if own.is_some() {
+                    continue;
+                }
+                for (address, ports) in self.places.named(rule.rule, peer) {
+                    let net = IpNet::from(address);
+                    blocks.push(Block::new(uses.len(), &net, &BTreeSet::new()));
+                    uses.push((rule, Some(ports)));
+                }
             }
         }
-        let names = own.map_or(Names::Unknown, Names::Of);
         cidrs::entries(&blocks, |matching| {
-            let matching = matching.iter().filter_map(|index| rules.get(*index));
-            self.lists.add(matching, names, self.options)
+            let matching = matching.iter().filter_map(|index| uses.get(*index));
+            let matching = matching.map(|(rule, ports)| match ports {
+                Some(ports) => (*rule, Names::Of(ports)),
+                None => (*rule, Names::Every),
+            });
+            self.lists.add(matching, self.options)
         })
     }
 
@@ -361,9 +381,15 @@ fn needs_proof(peer: &PeerMatch, action: RuleAction) -> bool {
     by_account && action != RuleAction::Deny
 }
 
+fn ports(name: &IdentityName) -> NamedPorts<'_> {
+    let ports = name.ports.iter();
+    ports
+        .map(|((name, transport), number)| (name.as_str(), *transport, *number))
+        .collect()
+}
+
 fn uses_names(rule: &Ranked<'_>) -> bool {
-    let mut ports = rule.rule.ports.iter().flatten();
-    ports.any(|port| matches!(port.ports, PortRange::Named(_)))
+    names(rule.rule).next().is_some()
 }
 
 /// Lists that were made in this direction of this set, by rules and named ports.
@@ -372,13 +398,13 @@ struct Memo<'a> {
     known: BTreeMap<(Vec<usize>, NamedPorts<'a>), ListId>,
 }
 
-impl<'a> Memo<'a> {
-    fn list(
+impl<'m> Memo<'m> {
+    fn list<'a>(
         &mut self,
-        compiler: &mut Compiler<'_, '_, 'a>,
+        compiler: &mut SetCompiler<'_, '_, 'a>,
         rules: &[Ranked<'a>],
         matching: &[usize],
-        names: &NamedPorts<'a>,
+        names: &NamedPorts<'m>,
     ) -> ListId {
         let matching_rules = matching.iter().filter_map(|index| rules.get(*index));
         let relevant = if matching_rules.clone().any(uses_names) {
@@ -390,9 +416,10 @@ impl<'a> Memo<'a> {
         if let Some(known) = self.known.get(&key) {
             return *known;
         }
-        let list = compiler
-            .lists
-            .add(matching_rules, Names::Of(names), compiler.options);
+        let list = compiler.lists.add(
+            matching_rules.map(|rule| (rule, Names::Of(names))),
+            compiler.options,
+        );
         self.known.insert(key, list);
         list
     }

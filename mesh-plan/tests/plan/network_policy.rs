@@ -279,10 +279,35 @@ fn named_ports_are_the_destination_pods() {
              shop/web out 8.8.8.8 tcp/8080 -> deny",
         );
     }
-    let by_block = policy("shop", "app=web").egress([allow("10.1.0.0/16 : tcp/http")]);
-    let plan = world.policy("NetworkPolicy shop/p", by_block).on("n1");
-    plan.rejected("NetworkPolicy shop/p", "named port");
-    plan.table("shop/web out 10.1.1.11 tcp/8080 -> deny");
+    let rules = [
+        allow("10.1.0.0/16-10.1.1.12/32 : tcp/http tcp/7"),
+        deny("10.1.1.11/32 : tcp/http"),
+    ];
+    let [allowed, denied] = rules;
+    let by_block = world.clone().policy(
+        "NetworkPolicy shop/p",
+        policy("shop", "app=web").egress([allowed]),
+    );
+    by_block.on("n1").clean().table(
+        "shop/web out 10.1.1.11 tcp/8080 -> allow
+         shop/web out 10.1.1.11 tcp/7 -> allow
+         shop/web out 10.1.1.11 tcp/9090 -> deny
+         shop/web out 10.1.1.12 tcp/9090 -> deny
+         shop/web out 10.1.1.2 tcp/8080 -> deny
+         shop/web out 10.1.1.2 tcp/7 -> allow",
+    );
+    let denies = world.policy(
+        "MeshPolicy shop/p",
+        policy("shop", "app=web").egress([denied]),
+    );
+    let plan = denies.on("n1");
+    plan.rejected("MeshPolicy shop/p", "named port");
+    plan.table(
+        "shop/web out 10.1.1.11 tcp/8080 -> deny
+         shop/web out 10.1.1.11 tcp/8081 -> deny
+         shop/web out 10.1.1.11 udp/8081 -> allow
+         shop/web out 10.1.1.12 tcp/9090 -> allow",
+    );
 }
 
 #[test]

@@ -105,8 +105,14 @@ pub(crate) fn change(r: &mut Random, world: World) -> World {
     }
 }
 
-fn pod(r: &mut Random, world: World) -> World {
+/// The same with a pod that is new, changed or gone.
+pub(crate) fn pod(r: &mut Random, world: World) -> World {
     let address = ADDRESSES[r.below(7)];
+    if r.chance(15) {
+        let mut world = world;
+        world.0.pods.remove(&format!("uid-{address}"));
+        return world;
+    }
     let namespace = *r.pick(&NAMESPACES[..2]);
     let app = *r.pick(&[
         "",

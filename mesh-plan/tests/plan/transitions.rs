@@ -3,16 +3,18 @@
 //! the old or the new verdict.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use mesh_common::path::who;
 use mesh_common::policy::{Question, decide};
 use mesh_common::service::route;
 use mesh_common::{Addr, Direction, Endpoint, Port, Protocol, Verdict};
+use mesh_plan::compile::Compiler;
 use mesh_plan::diff::apply;
 use mesh_plan::plan::{Entry, Key};
 use mesh_plan::{MapOp, Plan, compile, diff};
 
-use crate::random::{ADDRESSES, change, world};
+use crate::random::{ADDRESSES, change, pod, world};
 use crate::support::*;
 
 /// A plan as maps hold it: without names.
@@ -287,5 +289,24 @@ fn equal_facts_in_any_order_are_one_plan() {
             mesh_plan::text::render(&plan),
             mesh_plan::text::render(&plan.clone())
         );
+    }
+}
+
+#[test]
+fn compiling_again_is_compiling() {
+    let mut r = Random(13);
+    for _ in 0..30 {
+        let mut at = world(&mut r);
+        let mut compiler = Compiler::new("n1");
+        for step in 0..25 {
+            at = if r.chance(60) {
+                pod(&mut r, at)
+            } else {
+                change(&mut r, at)
+            };
+            let expected = compile(&at.0, "n1");
+            let got = compiler.compile(&Arc::new(at.0.clone()));
+            assert!(got == expected, "step {step}");
+        }
     }
 }

@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+//! How long compiling and comparing take, and how many entries come out:
+//! `cargo run --release -p mesh-plan --example scale -- [PODS [POLICIES]]`.
+#![allow(
+    clippy::print_stdout,
+    clippy::expect_used,
+    reason = "a tool for people"
+)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::time::Instant;
+
+use mesh_common::Protocol;
+use mesh_plan::cluster::*;
+use mesh_plan::compile::Compiler;
+use mesh_plan::evaluate::{Check, compile_policies};
+use mesh_plan::{compile, diff};
+
+const NODES: usize = 100;
+const NAMESPACES: usize = 50;
+const ROUNDS: usize = 5;
+
+fn main() {
+    let mut numbers = std::env::args()
+        .skip(1)
+        .map(|n| n.parse::<usize>().expect("a number"));
+    let pods = numbers.next().unwrap_or(10_000);
+    let policies = numbers.next().unwrap_or(500);
+    let mut cluster = Cluster::default();
+    for n in 0..NODES {
+        let node = Node {
+            addresses: [address(100, n)].into(),
+            ..Node::default()
+        };
+        cluster.nodes.insert(format!("node-{n}"), node);
+    }
+    for n in 0..NAMESPACES {
+        let name = format!("ns-{n}");
+        let labels = labels(&[
+            ("kubernetes.io/metadata.name", &name),
+            ("team", &format!("t{}", n % 7)),
+        ]);
+        let uid = format!("uid-{name}");
+        cluster.namespaces.insert(name, Namespace { uid, labels });
+    }
+    for n in 0..pods {
+        let pod = pod(n);
+        cluster.pods.insert(pod.uid.clone(), pod);
+    }
+    for n in 0..policies {
+        let namespace = format!("ns-{}", n % NAMESPACES);
+        let name = format!("p{n}");
+        let object = ObjectRef::new("NetworkPolicy", &*namespace, &*name);
+        cluster.policies.insert(object, policy(n, namespace));
+    }
+    let node = "node-3";
+    let (mut plan, rejections) = timed("compile", || compile(&cluster, node));
+    println!(
+        "peers {} identities {} sets {} selects {} cidrs {} ports {} rejections {}",
+        plan.peers.len(),
+        plan.names.identities.len(),
+        plan.sets.len(),
+        plan.selects.len(),
+        plan.cidrs.len(),
+        plan.ports.len(),
+        rejections.len()
+    );
+    let mut compiler = Compiler::new(node);
+    timed("first of a compiler", || {
+        compiler.compile(&Arc::new(cluster.clone()))
+    });
+    for round in 0..ROUNDS {
+        let changed = pod(3 + NODES * round);
+        let mut changed_cluster = cluster.clone();
+        let mut labels = changed.labels.clone();
+        labels.insert("app".into(), format!("app-{round}"));
+        changed_cluster
+            .pods
+            .insert(changed.uid.clone(), Pod { labels, ..changed });
+        if round % 2 == 1 {
+            let other = pod(pods + round);
+            changed_cluster.pods.insert(other.uid.clone(), other);
+        }
+        cluster = changed_cluster;
+        let shared = Arc::new(cluster.clone());
+        let start = Instant::now();
+        let (next, _) = compiler.compile(&shared);
+        let compiled = start.elapsed();
+        let ops = diff(&plan, &next);
+        println!(
+            "one change: compile {compiled:?}, with diff {:?}, {} operations",
+            start.elapsed(),
+            ops.len()
+        );
+        assert!(
+            compile(&cluster, node).0 == next,
+            "the compiler differs from compile()"
+        );
+        plan = next;
+    }
+    if numbers.next().is_none() {
+        evaluate(&cluster);
+    }
+}
+
+fn evaluate(cluster: &Cluster) {
+    let (compiled, _) = timed("compile for all nodes", || compile_policies(cluster));
+    let names: Vec<String> = compiled.names().map(ToString::to_string).collect();
+    let checks = 1_000_000;
+    let start = Instant::now();
+    let mut allowed = 0;
+    for n in 0..checks {
+        let name = |n: usize| {
+            names
+                .get(n % names.len())
+                .map(String::as_str)
+                .unwrap_or_default()
+        };
+        let check = Check {
+            from: compiled.find(name(n * 7)).expect("it has a name"),
+            to: compiled.find(name(n * 13 + 5)).expect("it has a name"),
+            protocol: Protocol::TCP,
+            port: 80,
+            evidence: None,
+        };
+        allowed += usize::from(compiled.evaluate(&check).allowed());
+    }
+    println!("{checks} checks: {:?}, {allowed} allowed", start.elapsed());
+}
+
+fn timed<T>(what: &str, f: impl FnOnce() -> T) -> T {
+    let start = Instant::now();
+    let result = f();
+    println!("{what}: {:?}", start.elapsed());
+    result
+}
+
+fn labels(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    pairs
+        .iter()
+        .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+        .collect()
+}
+
+fn address(second: u8, n: usize) -> IpAddr {
+    let byte = |n: usize| u8::try_from(n % 256).expect("below 256");
+    Ipv4Addr::new(10, second, byte(n / 256), byte(n)).into()
+}
+
+fn pod(n: usize) -> Pod {
+    let app = format!("app-{}", n / NAMESPACES % 20);
+    Pod {
+        name: ObjectName::new(format!("ns-{}", n % NAMESPACES), format!("pod-{n}")),
+        uid: format!("00000000-0000-0000-0000-{n:012}"),
+        labels: labels(&[
+            ("app", &app),
+            ("pod-template-hash", &format!("{:x}", n % 977)),
+            ("tier", ["front", "back"][n % 2]),
+        ]),
+        service_account: app,
+        node: format!("node-{}", n % NODES),
+        addresses: [address(1, n)].into(),
+        ready: true,
+        workload: ("Deployment".into(), format!("w-{n}")),
+        ..Pod::default()
+    }
+}
+
+fn policy(n: usize, namespace: String) -> Policy {
+    let app = |n: usize| Selector {
+        requirements: vec![Requirement {
+            key: "app".into(),
+            test: LabelTest::In([format!("app-{}", n % 20)].into()),
+        }],
+    };
+    let pods = |namespaces, pods| PeerMatch::Pods {
+        namespaces,
+        pods,
+        service_accounts: None,
+    };
+    let team = Selector {
+        requirements: vec![Requirement {
+            key: "team".into(),
+            test: LabelTest::In([format!("t{}", n % 7)].into()),
+        }],
+    };
+    let port = |first, last| PortMatch {
+        transport: Some(Transport::Tcp),
+        ports: PortRange::Range(first, last),
+    };
+    let rule = |name: &str, peers, ports| Rule {
+        name: name.into(),
+        action: RuleAction::Allow,
+        peers: Some(peers),
+        ports: Some(ports),
+    };
+    let block = PeerMatch::Cidr {
+        cidr: "192.168.0.0/16".parse().expect("a block"),
+        except: BTreeSet::new(),
+    };
+    Policy {
+        tier: Tier::Namespaced,
+        subject: Subject::Pods {
+            namespace: namespace.clone(),
+            pods: app(n / NAMESPACES),
+        },
+        ingress: Some(vec![
+            rule(
+                "ingress[0]",
+                vec![pods(NamespaceMatch::Name(namespace), app(n + 1))],
+                vec![port(80, 80)],
+            ),
+            rule(
+                "ingress[1]",
+                vec![pods(NamespaceMatch::Labels(team), app(n + 2)), block],
+                vec![port(8000, 8100)],
+            ),
+        ]),
+        egress: None,
+        audit: false,
+    }
+}

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Compiling again after a small change: what is about all pods of the cluster is carried over
+//! when only pods and services changed; what is about this node's pods is always made anew.
+//!
+//! Anything out of the ordinary (a disputed address, a collision, an unknown label value, more
+//! than fits) goes the long way, so the short way has nothing to say about it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use mesh_common::Addr;
+use mesh_common::identity::Peer;
+
+use super::{Options, Scope, add_services, addresses, bound_addresses, local};
+use crate::authentication;
+use crate::cluster::{Cluster, Pod, Rejection};
+use crate::identities::{Identifier, Identities};
+use crate::peers;
+use crate::plan::Plan;
+use crate::policies;
+
+/// Compiles one plan after the other and keeps what the next can use again. Each plan is exactly
+/// that of [`super::compile()`].
+#[derive(Debug)]
+pub struct Compiler {
+    node: String,
+    options: Options,
+    previous: Option<Previous>,
+}
+
+/// What is kept of a compilation.
+#[derive(Debug)]
+struct Previous {
+    cluster: Arc<Cluster>,
+    /// As [`addresses`] makes it.
+    plan: Plan,
+    identities: Identities,
+    /// Only of policies, if it is ordinary.
+    rejections: Vec<Rejection>,
+    /// Every address has one claimant, every identity one content, every label a meaning.
+    ordinary: bool,
+}
+
+/// A pod before and after.
+type Change<'c> = (Option<&'c Pod>, Option<&'c Pod>);
+
+impl Compiler {
+    /// For the node with this name.
+    #[must_use]
+    pub fn new(node: impl Into<String>) -> Self {
+        Self {
+            node: node.into(),
+            options: Options::default(),
+            previous: None,
+        }
+    }
+
+    /// The plan of this cluster.
+    pub fn compile(&mut self, cluster: &Arc<Cluster>) -> (Plan, Vec<Rejection>) {
+        let carried = self
+            .previous
+            .take()
+            .and_then(|before| before.carry(cluster, &self.options));
+        let next = match carried {
+            Some(next) => next,
+            None => self.start(cluster),
+        };
+        let scope = Scope::Node(&self.node);
+        let mut plan = next.plan.clone();
+        let mut rejections = next.rejections.clone();
+        let options = &self.options;
+        local::pods(
+            &mut plan,
+            cluster,
+            scope,
+            &next.identities,
+            options,
+            &mut rejections,
+        );
+        add_services(&mut plan, cluster, scope, options, &mut rejections);
+        bound_addresses(&mut plan, cluster, scope, &options.limits, &mut rejections);
+        rejections.sort();
+        rejections.dedup();
+        self.previous = Some(next);
+        (plan, rejections)
+    }
+
+    fn start(&self, cluster: &Arc<Cluster>) -> Previous {
+        let identifier = Identifier::of(cluster, &self.options);
+        let mut rejections = Vec::new();
+        let scope = Scope::Node(&self.node);
+        let (plan, identities) = addresses(cluster, scope, &identifier, &mut rejections);
+        let mut of_policies = Vec::new();
+        policies::check(cluster, &mut of_policies);
+        // A pod that ends and yields its address makes no rejection, but it claims it.
+        let pods = cluster.pods.values().filter(|pod| !pod.host_network);
+        let claims: usize = pods.map(|pod| pod.addresses.len()).sum();
+        Previous {
+            ordinary: identities.collided.is_empty()
+                && rejections == of_policies
+                && claims == plan.names.workloads.len(),
+            cluster: Arc::clone(cluster),
+            plan,
+            identities,
+            rejections,
+        }
+    }
+}
+
+impl Previous {
+    /// The same for the next cluster; `None` = it takes the long way.
+    fn carry(mut self, cluster: &Arc<Cluster>, options: &Options) -> Option<Self> {
+        if !self.ordinary || !same_but_pods_and_services(&self.cluster, cluster) {
+            return None;
+        }
+        let before = Arc::clone(&self.cluster);
+        let identifier = Identifier::of(cluster, options);
+        let changes = changes(&before.pods, &cluster.pods);
+        for old in changes.iter().filter_map(|(old, _)| *old) {
+            self.remove(&identifier, old)?;
+        }
+        for new in changes.iter().filter_map(|(_, new)| *new) {
+            self.add(cluster, &identifier, new)?;
+        }
+        if !changes.is_empty() {
+            self.plan
+                .names
+                .identities
+                .clone_from(&self.identities.names);
+        }
+        self.cluster = Arc::clone(cluster);
+        Some(self)
+    }
+
+    fn remove(&mut self, identifier: &Identifier<'_>, pod: &Pod) -> Option<()> {
+        if pod.host_network {
+            return Some(());
+        }
+        self.identities.remove(identifier, pod);
+        for address in &pod.addresses {
+            let addr = Addr::from(*address);
+            // An address without a workload, or with another, was disputed.
+            let workload = self.plan.names.workloads.remove(&addr)?;
+            if workload.uid != pod.uid || self.cluster.api_servers.contains(address) {
+                return None;
+            }
+            self.plan.peers.remove(&addr);
+        }
+        Some(())
+    }
+
+    fn add(&mut self, cluster: &Cluster, identifier: &Identifier<'_>, pod: &Pod) -> Option<()> {
+        if !authentication::has_known_label(pod) {
+            return None;
+        }
+        if pod.host_network {
+            return Some(());
+        }
+        let peer = Peer {
+            id: self.identities.add(identifier, pod)?,
+            flags: peers::flags(cluster, pod),
+            pad: 0,
+        };
+        for address in &pod.addresses {
+            let addr = Addr::from(*address);
+            if self.plan.peers.insert(addr, peer).is_some() {
+                return None;
+            }
+            self.plan.names.workloads.insert(addr, peers::workload(pod));
+        }
+        Some(())
+    }
+}
+
+/// What was not looked at is not the same.
+fn same_but_pods_and_services(a: &Cluster, b: &Cluster) -> bool {
+    let Cluster {
+        namespaces,
+        nodes,
+        pods: _,
+        services: _,
+        policies,
+        authentications,
+        ready,
+        api_servers,
+        pod_cidrs,
+    } = a;
+    *namespaces == b.namespaces
+        && *nodes == b.nodes
+        && *policies == b.policies
+        && *authentications == b.authentications
+        && *ready == b.ready
+        && *api_servers == b.api_servers
+        && *pod_cidrs == b.pod_cidrs
+}
+
+/// The pods that differ.
+fn changes<'c>(
+    before: &'c BTreeMap<String, Pod>,
+    after: &'c BTreeMap<String, Pod>,
+) -> Vec<Change<'c>> {
+    let mut changes = Vec::new();
+    let mut after = after.iter().peekable();
+    for (uid, old) in before {
+        while let Some((_, new)) = after.next_if(|(next, _)| *next < uid) {
+            changes.push((None, Some(new)));
+        }
+        match after.next_if(|(next, _)| *next == uid) {
+            Some((_, new)) if new == old => {}
+            Some((_, new)) => changes.push((Some(old), Some(new))),
+            None => changes.push((Some(old), None)),
+        }
+    }
+    changes.extend(after.map(|(_, new)| (None, Some(new))));
+    changes
+}
