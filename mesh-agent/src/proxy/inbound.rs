@@ -355,6 +355,7 @@ impl Serving<'_> {
             Ok(End::Tunnel { error, .. }) => {
                 tracing::debug!(from = %self.from, error = %error, "a tunnel failed");
                 if error.is_violation() {
+                    tunnel.queue(stream, &Control::Reset(Why::new(Reason::Protocol)));
                     Close::Failed(Reason::Protocol)
                 } else {
                     Close::Reset(ClosedBy::Remote)

@@ -227,11 +227,11 @@ impl Connection<'_> {
             End::Tunnel { unused: true, .. } => None,
             End::Tunnel { error, .. } => {
                 tracing::debug!(to = %self.target.key.to, error = %error, "a tunnel failed");
-                Some(if error.is_violation() {
-                    Close::Failed(Reason::Protocol)
-                } else {
-                    Close::Reset(ClosedBy::Remote)
-                })
+                if !error.is_violation() {
+                    return Some(Close::Reset(ClosedBy::Remote));
+                }
+                self.give_up(pooled.tunnel, stream, Why::new(Reason::Protocol));
+                Some(Close::Failed(Reason::Protocol))
             }
         }
     }

@@ -210,8 +210,7 @@ pub fn outgoing(from: SocketAddr) -> io::Result<Socket> {
 /// exempt it, then connect.
 ///
 /// # Errors
-/// When the address cannot be bound (`EADDRINUSE`: this client's connection still exists), or
-/// without CAP_NET_ADMIN.
+/// When the address cannot be bound, or without CAP_NET_ADMIN.
 pub fn on_behalf_of(client: SocketAddr, mark: u32) -> io::Result<Socket> {
     let socket = Socket::new(
         Domain::for_address(client),
@@ -222,8 +221,39 @@ pub fn on_behalf_of(client: SocketAddr, mark: u32) -> io::Result<Socket> {
     socket.set_reuse_address(true)?;
     set_mark(socket.as_fd(), mark)?;
     socket.bind_device(Some(b"lo"))?;
-    socket.bind(&client.into())?;
+    match socket.bind(&client.into()) {
+        // An application listens on a port of the same number, without SO_REUSEADDR. It is no
+        // clash: the address is another.
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            bind_past_listeners(&socket, client)?;
+        }
+        bound => bound?,
+    }
     Ok(socket)
+}
+
+/// Binds although the port is in use: a socket under repair is not compared with others (3.5). A
+/// clash of whole connections is still found, by connect().
+fn bind_past_listeners(socket: &Socket, addr: SocketAddr) -> io::Result<()> {
+    const REPAIR_ON: i32 = 1;
+    // Without a window probe; there is no window yet (4.19).
+    const REPAIR_OFF: i32 = -1;
+    set(
+        socket.as_fd(),
+        libc::IPPROTO_TCP,
+        libc::TCP_REPAIR,
+        REPAIR_ON,
+    )?;
+    let bound = socket.bind(&addr.into());
+    set(
+        socket.as_fd(),
+        libc::IPPROTO_TCP,
+        libc::TCP_REPAIR,
+        REPAIR_OFF,
+    )?;
+    // The end of repair has taken it away.
+    socket.set_reuse_address(true)?;
+    bound
 }
 
 #[cfg(test)]
@@ -276,6 +306,21 @@ mod tests {
             netns_cookie(a.as_fd()).unwrap(),
             netns_cookie(b.as_fd()).unwrap()
         );
+    }
+
+    #[test]
+    fn a_clients_port_may_be_one_that_an_application_listens_on() {
+        let application = TcpListener::bind("0.0.0.0:0").unwrap();
+        let port = application.local_addr().unwrap().port();
+        let client = SocketAddr::from(([10, 244, 7, 10], port));
+        let plain = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        set_transparent(plain.as_fd(), &client).unwrap();
+        let refused = plain.bind(&client.into()).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::AddrInUse);
+
+        let socket = on_behalf_of(client, 0x006d_0000).unwrap();
+        assert_eq!(socket.local_addr().unwrap().as_socket(), Some(client));
+        assert!(socket.reuse_address().unwrap());
     }
 
     #[test]
