@@ -4,6 +4,8 @@
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use mesh_api::truth::Known;
+use mesh_plan::cluster::Transport;
 
 /// Asks the mesh's agents, and tries policy out without a cluster.
 #[derive(Debug, Parser)]
@@ -110,14 +112,23 @@ pub(crate) struct Matrix {
 }
 
 /// A protocol with ports.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, ValueEnum, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, ValueEnum)]
 #[value(rename_all = "UPPER")]
-#[serde(rename_all = "UPPERCASE")]
 pub(crate) enum Protocol {
     #[default]
     Tcp,
     Udp,
     Sctp,
+}
+
+impl From<Transport> for Protocol {
+    fn from(transport: Transport) -> Self {
+        match transport {
+            Transport::Tcp => Self::Tcp,
+            Transport::Udp => Self::Udp,
+            Transport::Sctp => Self::Sctp,
+        }
+    }
 }
 
 impl std::fmt::Display for Protocol {
@@ -131,8 +142,7 @@ impl std::fmt::Display for Protocol {
 }
 
 /// How the other end is known.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, ValueEnum, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, ValueEnum)]
 pub(crate) enum Evidence {
     /// By its address.
     #[default]
@@ -141,12 +151,12 @@ pub(crate) enum Evidence {
     Tls,
 }
 
-impl std::fmt::Display for Evidence {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Address => "address",
-            Self::Tls => "tls",
-        })
+impl From<Known> for Evidence {
+    fn from(known: Known) -> Self {
+        match known {
+            Known::Address => Self::Address,
+            Known::Tls => Self::Tls,
+        }
     }
 }
 

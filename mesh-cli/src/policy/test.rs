@@ -5,11 +5,12 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use mesh_api::truth::{Check, Expected, Table};
 
-use super::table::{self, Check, Expected, Table};
+use super::table;
 use super::world::{Party, Verdicts, World, evidence, number};
 use crate::Outcome;
-use crate::args::Test;
+use crate::args::{Evidence, Protocol, Test};
 
 /// Runs every table of every file.
 pub(crate) fn run(args: &Test, out: &mut impl Write) -> Result<Outcome> {
@@ -64,9 +65,10 @@ fn one(table: &Table, file: &Path, place: &str, quiet: bool) -> Result<Vec<Strin
 /// What is wrong with a row, in lines; `None` = nothing.
 fn difference(world: &World, check: &Check) -> Result<Option<String>> {
     let (from, to) = (world.party(&check.from)?, world.party(&check.to)?);
-    let port = World::port(to, check.protocol, &check.port)?;
-    let connection = world.connection(from, to, (number(check.protocol), port))?;
-    let verdicts = world.verdicts(&connection, evidence(check.evidence));
+    let protocol = Protocol::from(check.protocol);
+    let port = World::port(to, protocol, &check.port)?;
+    let connection = world.connection(from, to, (number(protocol), port))?;
+    let verdicts = world.verdicts(&connection, evidence(Evidence::from(check.evidence)));
     let got = |verdict: Option<mesh_common::verdict::Verdict>| {
         Expected::of(verdict.is_none_or(|verdict| verdict.allowed))
     };
@@ -95,12 +97,11 @@ fn difference(world: &World, check: &Check) -> Result<Option<String>> {
         .map(|name| format!("{name}: "))
         .unwrap_or_default();
     let head = format!(
-        "{title}{} -> {} {} {} by {}: {}\n",
+        "{title}{} -> {} {protocol} {} by {}: {}\n",
         check.from,
         check.to,
-        check.protocol,
         check.port,
-        check.evidence,
+        check.evidence.word(),
         wrong.join("; ")
     );
     Ok(Some(head + &reasons(world, from, to, &verdicts)))
