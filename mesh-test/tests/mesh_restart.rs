@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Agents that end and start again under load: the kernel goes on translating, allowing and
+//! denying. The same load notices what a detached program lets through.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use mesh_test::mesh::ENROLLED;
+use mesh_test::reports::{Storm, Tcp};
+use mesh_test::{Agent, AgentConfig, Lab, Mesh, Pod, PodSpec, Proc, Topology, eventually};
+
+const SOON: Duration = Duration::from_secs(20);
+const VIPS: [&str; 2] = ["10.96.7.7", "fd00:96::77"];
+
+const ONLY_GOOD: &str = "
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: only-good, namespace: default}
+spec:
+  podSelector: {matchLabels: {app: server}}
+  policyTypes: [Ingress]
+  ingress:
+    - from: [{podSelector: {matchLabels: {app: good}}}]
+";
+
+struct Scene {
+    mesh: Mesh,
+    good: std::sync::Arc<Pod>,
+    bad: std::sync::Arc<Pod>,
+    #[expect(dead_code, reason = "held for its drop")]
+    server: Proc,
+    direct: Vec<SocketAddr>,
+}
+
+/// A server, one who may reach it and one who may not, all on one node.
+fn scene() -> Scene {
+    let pods = ["good", "bad", "server"].map(|name| PodSpec::new(name, 1));
+    let builder = Lab::builder(Topology::Routed)
+        .nodes(1)
+        .namespace("default", &[ENROLLED]);
+    let lab = pods.into_iter().fold(builder, |lab, pod| lab.pod(pod));
+    let lab = lab.build().expect("lab");
+    lab.apply_text("only-good", ONLY_GOOD).expect("policy");
+    let ips = VIPS.map(|ip| ip.parse().expect("address"));
+    let (app, ports) = (("app", "server"), [(80, 7000, "TCP")]);
+    lab.service(("default", "server"), &ips, app, &ports)
+        .expect("service");
+    let mesh = Mesh::start(lab).expect("mesh");
+    let [good, bad, server] = ["good", "bad", "server"].map(|name| mesh.pod(name));
+    let direct = server
+        .addresses()
+        .iter()
+        .map(|ip| SocketAddr::new(*ip, 7000))
+        .collect();
+    let server = server.serve("--tcp [::]:7000").expect("server");
+    let scene = Scene {
+        mesh,
+        good,
+        bad,
+        server,
+        direct,
+    };
+    for to in scene.virtually().iter().chain(&scene.direct) {
+        assert!(scene.tcp(&scene.good, *to).ok, "{to}");
+        assert!(!scene.tcp(&scene.bad, *to).ok, "{to}");
+    }
+    scene
+}
+
+impl Scene {
+    fn virtually(&self) -> [SocketAddr; 2] {
+        VIPS.map(|ip| SocketAddr::new(ip.parse().expect("address"), 80))
+    }
+
+    fn tcp(&self, from: &Pod, to: SocketAddr) -> Tcp {
+        let output = from.probe(&format!("tcp --to {to} --timeout-ms 1000"));
+        output.expect("run").json().expect("report")
+    }
+
+    /// Direct, through the service, and denied, until asked for.
+    fn storms(&self, seconds: u32) -> [Proc; 3] {
+        let start = |from: &Pod, to: &[SocketAddr]| {
+            let to: String = to.iter().map(|to| format!("--to {to} ")).collect();
+            let line = format!(
+                "storm {to} --any-server --seconds {seconds} --pause-us 1000 --timeout-ms 1000"
+            );
+            from.start_probe(&line).expect("storm")
+        };
+        [
+            start(&self.good, &self.direct),
+            start(&self.good, &self.virtually()),
+            start(&self.bad, &self.direct),
+        ]
+    }
+
+    fn agent(&mut self) -> &mut Agent {
+        &mut self.mesh.agents[0]
+    }
+}
+
+fn finished(storms: &[Proc; 3]) -> [Storm; 3] {
+    storms.each_ref().map(|storm| {
+        let line = storm.line(Duration::from_secs(60)).expect("line");
+        serde_json::from_str(&line.expect("report")).expect("json")
+    })
+}
+
+#[test]
+fn no_restart_is_noticed_on_the_node_and_nobody_denied_slips_through() {
+    let mut scene = scene();
+    let storms = scene.storms(15);
+    let agent = scene.agent();
+    // A successor beside it, a kill, an orderly end.
+    let mut old = agent.succeed().expect("a successor");
+    old.signal(libc::SIGTERM).expect("asked to end");
+    assert!(old.wait(SOON).expect("ended").success());
+    agent.kill_9().expect("killed");
+    agent.start_again().expect("started");
+    agent.terminate(SOON).expect("ended");
+    agent.start_again().expect("started");
+    let [direct, virtually, denied] = finished(&storms);
+    let all = format!("{direct:?}\n{virtually:?}\n{denied:?}");
+    assert!(direct.ok + virtually.ok >= 5000, "{all}");
+    assert_eq!((direct.failed, direct.wrong), (0, 0), "{all}");
+    assert_eq!((virtually.failed, virtually.wrong), (0, 0), "{all}");
+    assert_eq!((denied.ok, denied.wrong), (0, 0), "{all}");
+    assert!(denied.failed > 1000, "{all}");
+}
+
+#[test]
+fn the_same_load_notices_programs_that_were_detached() {
+    let mut scene = scene();
+    let storms = scene.storms(8);
+    let config = AgentConfig::new(&Mesh::own_ca(&scene.mesh));
+    let agent = scene.agent();
+    agent.terminate(SOON).expect("ended");
+    let node = std::sync::Arc::clone(agent.node());
+    Agent::run_subcommand(&node, &config, "cleanup", SOON)
+        .expect("run")
+        .ok()
+        .expect("removed");
+    agent.start_again().expect("started");
+    let (bad, to) = (std::sync::Arc::clone(&scene.bad), scene.direct[0]);
+    eventually("the policy to be in force again", SOON, || {
+        (!scene.tcp(&bad, to).ok).then_some(())
+    })
+    .expect("in force");
+    let [_, virtually, denied] = finished(&storms);
+    assert!(
+        virtually.failed > 0 && denied.ok > 0,
+        "{virtually:?}\n{denied:?}"
+    );
+}
