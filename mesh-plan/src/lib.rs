@@ -11,6 +11,7 @@ pub mod compile;
 pub mod diff;
 pub mod evaluate;
 pub mod explain;
+pub mod modes;
 pub mod plan;
 pub mod text;
 

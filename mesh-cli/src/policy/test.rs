@@ -119,5 +119,8 @@ fn reasons(world: &World, from: Party<'_>, to: Party<'_>, verdicts: &Verdicts) -
         };
         text += &format!("    {direction}: {words}\n");
     }
+    if let Some(reason) = verdicts.refused {
+        text += &format!("    refused whatever policy says ({})\n", reason.label());
+    }
     text
 }

@@ -7,11 +7,12 @@ use std::net::IpAddr;
 use anyhow::{Context, Result, bail};
 use mesh_api::{LastGood, Object, Options, convert};
 use mesh_common::identity::{Evidence, IdentityId};
+use mesh_common::pod::PodView;
 use mesh_common::policy::{Direction, Policies, PolicySetId, Question};
 use mesh_common::verdict::{Reason, Verdict};
-use mesh_common::{Addr, Port, Protocol};
+use mesh_common::{Addr, Endpoint, Port, Protocol};
 use mesh_plan::cluster::{Cluster, Pod, Transport};
-use mesh_plan::{Plan, compile};
+use mesh_plan::{Plan, compile, modes};
 
 use super::index::Index;
 use crate::args;
@@ -55,14 +56,18 @@ pub(crate) struct Connection<'a> {
 /// What is decided at both ends; `None` = nothing is decided there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Verdicts {
+    /// What policy says at the source.
     pub(crate) egress: Option<Verdict>,
+    /// What policy says at the destination.
     pub(crate) ingress: Option<Verdict>,
+    /// Why enrolment or MeshAuthentication refuse it, whatever policy says.
+    pub(crate) refused: Option<Reason>,
 }
 
 impl Verdicts {
     pub(crate) fn allowed(&self) -> bool {
         let allows = |verdict: &Option<Verdict>| verdict.is_none_or(|verdict| verdict.allowed);
-        allows(&self.egress) && allows(&self.ingress)
+        allows(&self.egress) && allows(&self.ingress) && self.refused.is_none()
     }
 }
 
@@ -261,12 +266,38 @@ impl World {
         Some(self.nodes[&pod.node].index.decide(&question))
     }
 
-    /// What policy says at both ends.
+    /// What holds at both ends.
     pub(crate) fn verdicts(&self, connection: &Connection<'_>, evidence: Evidence) -> Verdicts {
         Verdicts {
             egress: self.decide(connection, Direction::Egress, evidence),
             ingress: self.decide(connection, Direction::Ingress, evidence),
+            refused: self.modes(connection, evidence).err(),
         }
+    }
+
+    /// What enrolment and MeshAuthentication say. Between enrolled pods TCP is tunnelled, whatever
+    /// is assumed of the evidence; what is known by a certificate came through a tunnel.
+    fn modes(&self, connection: &Connection<'_>, evidence: Evidence) -> Result<(), Reason> {
+        let (protocol, port) = (connection.protocol, Port::new(connection.port));
+        if let Some((plan, view)) = self.enforcing(connection.from) {
+            let to = Endpoint::new(connection.destination.into(), port);
+            if modes::outbound(plan, view, to, protocol)? {
+                return Ok(());
+            }
+        }
+        match self.enforcing(connection.to) {
+            Some((plan, view)) if evidence != Evidence::Tls || protocol != Protocol::TCP => {
+                modes::inbound(plan, view, &connection.source.into(), protocol, port)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A pod as its node sees it.
+    fn enforcing(&self, party: Party<'_>) -> Option<(&Plan, &PodView)> {
+        let Party::Pod(pod) = party else { return None };
+        let plan = &self.nodes.get(&pod.node)?.plan;
+        Some((plan, &plan.pods.get(&pod.uid)?.view))
     }
 
     /// A verdict in words.
