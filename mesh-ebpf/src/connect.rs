@@ -15,7 +15,7 @@ use crate::context::{
     set_mark, socket, storage,
 };
 use crate::decision::{self, Ask, UNDECIDED};
-use crate::report::{self, DENIED, Refused, refused};
+use crate::report::{self, DENIED, Hook, Refused, refused, trace};
 use crate::tables::{self, SOCKETS, Tables};
 use crate::udp::{self, Way};
 
@@ -44,6 +44,7 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
     };
     let mut path = UNDECIDED;
     decision::outbound(&ask, &mut path);
+    trace(Hook::Connect, pod, &to, &path);
     let mark = match path.action {
         Outbound::Refuse => {
             deny(pod, protocol, &asked, &to, &path.verdict);

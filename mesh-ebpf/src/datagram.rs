@@ -11,7 +11,7 @@ use crate::context::{
     Family, PASS, endpoint, exempt, netns_cookie, protocol, refuse, set_endpoint, socket, storage,
 };
 use crate::decision::{self, Ask, UNDECIDED};
-use crate::report;
+use crate::report::{self, Hook, trace};
 use crate::tables::{self, SOCKETS, VIPS};
 use crate::udp::{self, Way};
 
@@ -41,6 +41,7 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
         };
         let mut path = UNDECIDED;
         decision::outbound(&ask, &mut path);
+        trace(Hook::Sendmsg, pod, &to, &path);
         if matches!(path.action, Outbound::Refuse) {
             deny(pod, Protocol::UDP, &asked, &to, &path.verdict);
             return refuse();

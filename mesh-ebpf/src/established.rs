@@ -23,7 +23,7 @@ use mesh_common::{Addr, Direction, Endpoint, Port, Protocol, Reason};
 
 use crate::context::{read, storage};
 use crate::decision::{self, Ask, UNDECIDED};
-use crate::report::{add, now};
+use crate::report::{Hook, add, now, trace};
 use crate::tables::{self, CAPTURED, EVENTS, EXEMPT, SOCKETS, Tables};
 
 /// The value sock_ops programs return; it means nothing for these callbacks.
@@ -201,6 +201,7 @@ fn accepted(ctx: &SockOpsContext) {
     // sk_lookup has allowed it and cannot leave a word with the socket.
     let mut path = UNDECIDED;
     decision::inbound(&ask, &mut path);
+    trace(Hook::Accepted, pod, &there, &path);
     let state = storage::<_, SocketState>(&SOCKETS, sk, true);
     // SAFETY: null or of this type.
     let Some(state) = (unsafe { state.as_mut() }) else {

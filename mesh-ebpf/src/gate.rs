@@ -17,7 +17,7 @@ use mesh_common::{Addr, Direction, Endpoint, IdentityId, Peer, Port, Protocol, R
 use crate::context::read;
 use crate::decision::{self, Ask, UNDECIDED};
 use crate::packet::{self, ACK, Fragment, Kind, Packet, RST, SYN};
-use crate::report::{self, DROPPED, Refused, count, now, refused};
+use crate::report::{self, DROPPED, Hook, Refused, count, now, refused, trace};
 use crate::tables::{self, FRAGMENTS, OLD_CONNECTIONS, Tables};
 use crate::udp::{self, Way};
 
@@ -253,6 +253,7 @@ fn send(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
             &ask(pod, ip.protocol, Origin::Address, &ip.to, Port(0)),
             &mut path,
         );
+        trace(Hook::GateFromPod, pod, &ip.to, &path);
         if matches!(path.action, Outbound::Refuse) {
             return drop_packet(pod, Direction::Egress, ip, &path.verdict);
         }
@@ -307,6 +308,7 @@ fn send_tcp(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
         &ask(pod, ip.protocol, Origin::Address, &ip.to, Port(0)),
         &mut path,
     );
+    trace(Hook::GateFromPod, pod, &ip.to, &path);
     match path.action {
         Outbound::Direct => NEXT,
         Outbound::Refuse => drop_packet(pod, Direction::Egress, ip, &path.verdict),
@@ -374,6 +376,7 @@ fn decide_arrival(pod: PodIndex, ip: &Packet, origin: Origin) -> i32 {
         &ask(pod, ip.protocol, origin, &ip.from, ip.to.port),
         &mut path,
     );
+    trace(Hook::GateToPod, pod, &ip.from, &path);
     if matches!(path.action, Outbound::Refuse) {
         return drop_packet(pod, Direction::Ingress, ip, &path.verdict);
     }

@@ -14,7 +14,7 @@ use mesh_common::{Addr, Direction, Endpoint, Port, Protocol, Reason, Verdict};
 
 use crate::context::read;
 use crate::decision::{self, Ask, UNDECIDED};
-use crate::report::{self, DENIED, Refused, refused};
+use crate::report::{self, DENIED, Hook, Refused, refused, trace};
 use crate::tables::{self, LISTENERS};
 use crate::udp::{self, Way};
 
@@ -141,6 +141,7 @@ fn arriving(
     };
     let mut path = UNDECIDED;
     decision::inbound(&ask, &mut path);
+    trace(Hook::Inbound, pod, there, &path);
     if matches!(path.action, Outbound::Refuse) {
         let who = Refused::new(pod, Direction::Ingress, protocol, DENIED);
         refused(who, Some(here), Some(there), None, &path.verdict);

@@ -8,10 +8,61 @@ use aya_ebpf::helpers::generated::bpf_ktime_get_ns;
 use mesh_common::counter::Counter;
 use mesh_common::event::{DROPS_PER_POD_SECOND, Event, kind};
 use mesh_common::maps::DropRate;
+use mesh_common::path::Path;
 use mesh_common::pod::PodIndex;
 use mesh_common::{Direction, Endpoint, Protocol, Reason, Verdict};
 
 use crate::tables::{COUNTERS, DROP_RATE, EVENTS};
+
+/// Which hook has decided, in the log.
+#[derive(Clone, Copy)]
+#[repr(u32)]
+pub(crate) enum Hook {
+    Connect = 0,
+    Sendmsg = 1,
+    Inbound = 2,
+    Accepted = 3,
+    GateFromPod = 4,
+    GateToPod = 5,
+}
+
+/// Logs what a hook decided, through aya-log. Nothing without the feature `trace`.
+#[inline(always)]
+pub(crate) fn trace(hook: Hook, pod: PodIndex, with: &Endpoint, path: &Path) {
+    #[cfg(feature = "trace")]
+    let _ = mesh_trace(hook as u32, pod.0, with, path);
+    #[cfg(not(feature = "trace"))]
+    let _ = (hook as u32, pod, with, path);
+}
+
+/// [`trace`] as a global function (see `decision`).
+#[cfg(feature = "trace")]
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn mesh_trace(hook: u32, pod: u32, with: *const Endpoint, path: *const Path) -> u64 {
+    use mesh_common::path::Outbound;
+    // SAFETY: null, or of these types: the verifier holds callers to it.
+    let (Some(with), Some(path)) = (unsafe { (with.as_ref(), path.as_ref()) }) else {
+        return 1;
+    };
+    let action = match path.action {
+        Outbound::Direct => 0u8,
+        Outbound::Tunnel => 1,
+        Outbound::Refuse => 2,
+    };
+    aya_log_ebpf::info!(
+        &(),
+        "hook {} pod {} with {:i} port {}: action {} reason {} rule {:x}",
+        hook,
+        pod,
+        with.addr.octets(),
+        with.port.get(),
+        action,
+        path.verdict.reason as u8,
+        path.verdict.rule.0
+    );
+    0
+}
 
 /// Adds to a counter.
 #[inline(always)]

@@ -10,6 +10,9 @@ use super::Error;
 /// The kernel programs' reports. Programs never wake the reader: drain it every few milliseconds.
 pub struct Events {
     ring: RingBuf<MapData>,
+    /// What each hook decided, for the log.
+    #[cfg(feature = "trace")]
+    decisions: aya_log::EbpfLogger<&'static dyn log::Log>,
 }
 
 impl std::fmt::Debug for Events {
@@ -26,11 +29,20 @@ impl Events {
             map: "EVENTS",
             source: Box::new(source),
         })?;
-        Ok(Self { ring })
+        #[cfg(feature = "trace")]
+        let decisions =
+            aya_log::EbpfLogger::init(object).map_err(|_no_map| Error::Missing("AYA_LOGS"))?;
+        Ok(Self {
+            ring,
+            #[cfg(feature = "trace")]
+            decisions,
+        })
     }
 
     /// Hands over what has come since the last call, at most `limit` events; returns how many.
     pub fn drain(&mut self, limit: usize, mut f: impl FnMut(Event)) -> usize {
+        #[cfg(feature = "trace")]
+        self.decisions.flush();
         let mut count = 0;
         while count < limit {
             let Some(item) = self.ring.next() else {
