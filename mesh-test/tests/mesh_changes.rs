@@ -5,6 +5,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use anyhow::Context as _;
 use mesh_test::mesh::{ENROLLED, TUNNEL_PORT};
 use mesh_test::reports::{Storm, Tcp};
 use mesh_test::{Agent, Lab, Mesh, Pod, PodSpec, Proc, Topology, eventually};
@@ -40,13 +41,10 @@ fn reached(mesh: &Mesh, from: &Pod, to: &Pod, port: u16) {
             let report = tcp(from, &format!("--to {to}"));
             (report.ok && report.ends_agree()).then_some(())
         });
-        answer.unwrap_or_else(|e| {
-            panic!(
-                "{to}: {e:#}\n{}\n{}",
-                mesh.agent(1).log_tail(),
-                mesh.agent(2).log_tail()
-            )
-        });
+        let logs = || [1, 2].map(|node| mesh.agent(node).log_tail()).join("\n");
+        answer
+            .with_context(|| format!("{to}: {}", logs()))
+            .expect("reached");
     }
 }
 
@@ -200,7 +198,8 @@ fn rejected(mesh: &Mesh, name: &str, field: &str) {
             all.iter().any(is).then_some(())
         };
         eventually("the rejection", SOON, named)
-            .unwrap_or_else(|e| panic!("{e:#}: {:?}", rejections(agent)));
+            .with_context(|| format!("{:?}", rejections(agent)))
+            .expect("rejected");
     }
 }
 

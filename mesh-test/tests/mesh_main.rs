@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use anyhow::Context as _;
 use mesh_test::apps::{Content, Nginx};
 use mesh_test::capture::Captured;
 use mesh_test::mesh::{ENROLLED, TUNNEL_PORT};
@@ -79,7 +80,8 @@ fn curl_all(a: &Pod, b: &Pod, what: &str) {
                 .filter(|seen| seen.client == own)
         };
         eventually("nginx to log the client's own address", SOON, logged)
-            .unwrap_or_else(|e| panic!("{what}: {own}: {e:#}: {:?}", nginx.requests()));
+            .with_context(|| format!("{what}: {own}: {:?}", nginx.requests()))
+            .expect("logged");
     }
 }
 

@@ -5,6 +5,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use mesh_test::mesh::ENROLLED;
 use mesh_test::reports::Tcp;
 use mesh_test::{Lab, Mesh, Place, PodSpec, Topology, eventually};
@@ -337,7 +338,8 @@ fn enforce(mesh: &Mesh, number: usize, row: &Row) {
         let all = now.iter().zip(&before).all(|(now, before)| now > before);
         all.then_some(())
     })
-    .unwrap_or_else(|e| panic!("{}: {e:#}: {}", row.name, mesh.agent(2).log_tail()));
+    .with_context(|| format!("{}: {}", row.name, mesh.agent(2).log_tail()))
+    .expect("in force");
     for agent in &mesh.agents {
         let status = agent.ask("/status").expect("status");
         let none = status["rejections"].as_array().is_some_and(Vec::is_empty);
