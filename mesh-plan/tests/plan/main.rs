@@ -18,4 +18,5 @@ mod random;
 mod service_accounts;
 mod services;
 mod support;
+mod texts;
 mod transitions;
