@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::IpAddr;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Once};
@@ -266,7 +267,13 @@ impl Lab {
             Some(number) => number,
             None => self.free_host(spec.node)?,
         };
+        ensure!(
+            spec.addresses.is_empty() || self.topology == Topology::Routed,
+            "pod {}: only routed pods have addresses of their own",
+            spec.name
+        );
         self.serial += 1;
+        self.lead(&spec.addresses, spec.node)?;
         let pod = Pod::create(self.id, self.topology, node, spec, (self.serial, host))?;
         topology::settle(&pod)?;
         topology::settle(pod.node())?;
@@ -278,6 +285,36 @@ impl Lab {
         let pod = Arc::new(pod);
         self.pods.insert(pod.name().to_owned(), Arc::clone(&pod));
         Ok(pod)
+    }
+
+    /// Gives a node, or with `None` the outside host, more addresses; all nodes and the outside host
+    /// reach them.
+    ///
+    /// # Errors
+    /// There is no such host, or it has one of them.
+    pub fn add_addresses(&self, node: Option<u8>, addresses: &[IpAddr]) -> Result<()> {
+        let (host, number): (&Place, u8) = match node {
+            Some(number) => (self.node(number), number),
+            None => (self.outside()?, OUTSIDE_HOST),
+        };
+        for address in addresses {
+            topology::add_address(host, *address)?;
+        }
+        self.lead(addresses, number)
+    }
+
+    /// Routes on every other host.
+    fn lead(&self, addresses: &[IpAddr], by: u8) -> Result<()> {
+        if addresses.is_empty() {
+            return Ok(());
+        }
+        for node in self.nodes.iter().filter(|node| node.number() != by) {
+            topology::add_routes(node, addresses, by)?;
+        }
+        match &self.outside {
+            Some(outside) if by != OUTSIDE_HOST => topology::add_routes(outside, addresses, by),
+            _ => Ok(()),
+        }
     }
 
     fn free_host(&self, node: u8) -> Result<u8> {

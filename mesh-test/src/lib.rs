@@ -24,6 +24,7 @@ pub mod sockets;
 pub mod sweep;
 pub mod sys;
 pub mod talk;
+pub mod truth;
 
 mod lab;
 mod names;

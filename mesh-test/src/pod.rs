@@ -43,6 +43,7 @@ pub struct PodSpec {
     pub(crate) families: Families,
     pub(crate) ports: Vec<(String, u16, String)>,
     pub(crate) host_number: Option<u8>,
+    pub(crate) addresses: Vec<IpAddr>,
 }
 
 impl PodSpec {
@@ -59,6 +60,7 @@ impl PodSpec {
             families: Families::Dual,
             ports: Vec::new(),
             host_number: None,
+            addresses: Vec::new(),
         }
     }
 
@@ -111,6 +113,14 @@ impl PodSpec {
         self.host_number = Some(number);
         self
     }
+
+    /// Addresses of its own, outside its node's CIDRs, at most one of each family; in routed labs
+    /// only.
+    #[must_use]
+    pub fn addresses(mut self, addresses: &[IpAddr]) -> Self {
+        self.addresses = addresses.to_vec();
+        self
+    }
 }
 
 /// A pod of the lab.
@@ -154,6 +164,7 @@ impl Pod {
         let v4 = IpAddr::from(topology::pod_v4(node.number(), host_number));
         let v6 = IpAddr::from(topology::pod_v6(node.number(), host_number));
         let addresses = match spec.families {
+            _ if !spec.addresses.is_empty() => spec.addresses.clone(),
             Families::Dual => vec![v4, v6],
             Families::V4 => vec![v4],
             Families::V6 => vec![v6],
@@ -225,13 +236,13 @@ impl Pod {
         &self.addresses
     }
 
-    /// Its IPv4 address, whether or not it has it.
+    /// Its IPv4 address by its node and number, whether or not it has it.
     #[must_use]
     pub fn v4(&self) -> Ipv4Addr {
         topology::pod_v4(self.node.number(), self.host_number)
     }
 
-    /// Its IPv6 address, whether or not it has it.
+    /// Its IPv6 address by its node and number, whether or not it has it.
     #[must_use]
     pub fn v6(&self) -> Ipv6Addr {
         topology::pod_v6(self.node.number(), self.host_number)

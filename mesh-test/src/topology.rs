@@ -190,6 +190,27 @@ pub(crate) fn join_wire(
     )
 }
 
+/// Gives a host on the wire another address.
+pub(crate) fn add_address(host: &Netns, address: IpAddr) -> Result<()> {
+    let batch = match address {
+        IpAddr::V4(v4) => format!("addr add {v4}/32 dev {UPLINK}\n"),
+        IpAddr::V6(v6) => format!("addr add {v6}/128 dev {UPLINK} nodad\n"),
+    };
+    ip_batch(host, &batch)
+}
+
+/// Leads to addresses by way of another host on the wire.
+pub(crate) fn add_routes(host: &Netns, to: &[IpAddr], by: u8) -> Result<()> {
+    let mut batch = String::new();
+    for address in to {
+        match address {
+            IpAddr::V4(v4) => writeln!(batch, "route replace {v4}/32 via {}", node_v4(by))?,
+            IpAddr::V6(v6) => writeln!(batch, "route replace {v6}/128 via {}", node_v6(by))?,
+        }
+    }
+    ip_batch(host, &batch)
+}
+
 /// What a node has besides its uplink.
 pub(crate) fn lay_node(topology: Topology, node: &Netns, number: u8) -> Result<()> {
     node.sysctl("ipv4/ip_forward", "1")?;

@@ -19,6 +19,7 @@ mod run;
 mod setup;
 mod test;
 mod tidy;
+mod truth;
 
 use std::process::ExitCode;
 
@@ -50,6 +51,8 @@ enum Command {
     Demo(demo::Args),
     /// Measure what the mesh costs
     Bench(bench::Args),
+    /// Run truth tables over real connections; exit code 1 if a row differs
+    Truth(truth::Args),
 }
 
 fn main() -> ExitCode {
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args).map(done),
         Command::Demo(args) => demo::run(&args).map(done),
         Command::Bench(args) => bench::run(&args).map(done),
+        Command::Truth(args) => truth::run(&args),
     };
     result.unwrap_or_else(|err| {
         eprintln!("error: {err:#}");

@@ -3,6 +3,7 @@
 //! exits with 0 if everything asked for came to pass, 1 if not, 2 if asked wrongly.
 
 mod args;
+mod checks;
 mod connect;
 mod datagram;
 mod flow;
@@ -38,6 +39,8 @@ enum Command {
     Hold(flow::HoldArgs),
     /// Datagrams that are answered.
     Udp(datagram::Args),
+    /// Single connections and datagrams as the input lists them, all at once.
+    Checks(checks::Args),
     /// A lab to look around in.
     Lab(lab::Args),
     /// Servers for all of these.
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Command::Hold(args) => flow::hold(&args),
         Command::Udp(args) => datagram::run(&args),
         Command::Serve(args) => server::run(&args),
+        Command::Checks(args) => checks::run(&args),
         Command::Lab(args) => lab::run(&args),
         Command::Raw(args) => forge::raw(&args),
         Command::Frame(args) => forge::frame(&args),

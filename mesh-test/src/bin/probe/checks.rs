@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `probe checks`: many single connections and datagrams at once, as its input lists them.
+
+use std::io::{self, Read};
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use mesh_test::talk::{Identity, ask_identity};
+use mesh_test::truth::errand::{Errand, Tried};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+use crate::say;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Threads, each with one errand at a time
+    #[arg(long, default_value_t = 64)]
+    threads: usize,
+    /// Give up after so many milliseconds without progress
+    #[arg(long, default_value_t = 1500)]
+    timeout_ms: u64,
+}
+
+/// The standard input is a JSON list of errands; one line for each result, in any order.
+pub(crate) fn run(args: &Args) -> Result<bool> {
+    let mut input = String::new();
+    io::stdin().read_to_string(&mut input)?;
+    let errands: Vec<Errand> = serde_json::from_str(&input).context("the list of errands")?;
+    let timeout = Duration::from_millis(args.timeout_ms);
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        let work = || {
+            while let Some(errand) = errands.get(next.fetch_add(1, Ordering::Relaxed)) {
+                say(&tried(errand, timeout))?;
+            }
+            Ok(())
+        };
+        let threads: Vec<_> = (0..args.threads.min(errands.len()))
+            .map(|_| scope.spawn(work))
+            .collect();
+        let join = |thread: std::thread::ScopedJoinHandle<'_, Result<()>>| {
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        threads.into_iter().try_for_each(join)
+    })?;
+    Ok(true)
+}
+
+fn tried(errand: &Errand, timeout: Duration) -> Tried {
+    let result = if errand.udp {
+        datagram(errand, timeout)
+    } else {
+        connection(errand, timeout)
+    };
+    let (answer, error) = match result {
+        Ok(answer) => (Some(answer), None),
+        Err(error) => (None, Some(error)),
+    };
+    Tried {
+        id: errand.id,
+        answer,
+        errno: error.as_ref().and_then(|error| {
+            error
+                .downcast_ref::<io::Error>()
+                .and_then(io::Error::raw_os_error)
+        }),
+        error: error.map(|error| format!("{error:#}")),
+    }
+}
+
+fn socket(errand: &Errand, timeout: Duration) -> Result<Socket> {
+    let (kind, protocol) = if errand.udp {
+        (Type::DGRAM, Protocol::UDP)
+    } else {
+        (Type::STREAM, Protocol::TCP)
+    };
+    let socket = Socket::new(Domain::for_address(errand.to), kind, Some(protocol))?;
+    socket.set_read_timeout(Some(timeout))?;
+    // A blocking connect() ends after this, too.
+    socket.set_write_timeout(Some(timeout))?;
+    if let Some(from) = errand.from {
+        let from = SocketAddr::new(from, 0);
+        socket.bind(&SockAddr::from(from)).context("bind")?;
+    }
+    Ok(socket)
+}
+
+fn connection(errand: &Errand, timeout: Duration) -> Result<Identity> {
+    let socket = socket(errand, timeout)?;
+    socket
+        .connect(&SockAddr::from(errand.to))
+        .context("connect")?;
+    ask_identity(&mut socket.into()).context("identity")
+}
+
+fn datagram(errand: &Errand, timeout: Duration) -> Result<Identity> {
+    let socket = UdpSocket::from(socket(errand, timeout)?);
+    let said = format!("errand-{}", errand.id);
+    socket.send_to(said.as_bytes(), errand.to).context("send")?;
+    let until = Instant::now() + timeout;
+    let mut buffer = [0; 1024];
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        socket.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+        let (length, from) = socket.recv_from(&mut buffer).context("receive")?;
+        let text = String::from_utf8_lossy(&buffer[..length]);
+        if from == errand.to && text.ends_with(&said) {
+            return Ok(text.parse()?);
+        }
+    }
+}

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Truth tables over real connections: the files of `meshctl policy test` with a namespace for each
+//! pod, an agent on each node, and a client and a server for every row.
+//!
+//! Every row that is run is first run without agents, where it must come about: a refusal later is
+//! the mesh's own. What cannot be run here is named, and never counts as right.
+
+mod cast;
+pub mod errand;
+mod rows;
+mod stage;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use mesh_api::manifests::Format;
+use mesh_api::truth::{Expected, Table, tables};
+
+use self::cast::Cast;
+use self::rows::{Row, Run, What};
+use self::stage::Stage;
+use crate::lab::Lab;
+use crate::mesh::Mesh;
+
+/// How often what ought to come about is tried before it counts as refused: the machine is shared,
+/// and datagrams get lost.
+const TRIES: u32 = 3;
+/// Between two tries.
+const PAUSE: Duration = Duration::from_millis(300);
+
+impl AsRef<Self> for Lab {
+    fn as_ref(&self) -> &Self {
+        self
+    }
+}
+
+impl AsRef<Lab> for Mesh {
+    fn as_ref(&self) -> &Lab {
+        self
+    }
+}
+
+/// What came of a table.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Rows.
+    pub checks: usize,
+    /// Rows that were run and are as expected.
+    pub right: usize,
+    /// Rows that were run and are not, in lines.
+    pub differ: Vec<String>,
+    /// Rows that were not run, and why.
+    pub not_run: Vec<String>,
+    /// What is odd or rejected in the manifests.
+    pub notes: Vec<String>,
+    /// What it took.
+    pub took: Duration,
+}
+
+/// The tables of a file.
+///
+/// # Errors
+/// The file cannot be read, or is not of such tables.
+pub fn read(file: &Path) -> Result<Vec<Table>> {
+    let shown = || file.display().to_string();
+    let format = file.to_str().and_then(Format::of);
+    let format = format.with_context(|| format!("{}: .yaml, .yml or .json", shown()))?;
+    let text = std::fs::read_to_string(file).with_context(shown)?;
+    tables(&text, format).with_context(shown)
+}
+
+/// Runs a table of `file`, from which paths in it are taken. With `mtls` every namespace is
+/// enrolled, or where the table has labels that enrol, those that it says; without, none is.
+///
+/// # Errors
+/// The table is wrong in itself (as for `meshctl policy test`), or its lab cannot be made.
+pub fn run(table: &Table, file: &Path, mtls: bool) -> Result<Report> {
+    let begun = Instant::now();
+    let cast = Cast::of(table, file, mtls)?;
+    let rows = rows::rows(&cast, &table.checks)?;
+    let runs: Vec<&Run> = rows.iter().filter_map(Row::run).collect();
+    let mut report = Report {
+        checks: rows.len(),
+        notes: cast.notes.clone(),
+        ..Report::default()
+    };
+    if !runs.is_empty() {
+        let lab = Stage::build(&cast, &runs)?;
+        let without = lab.try_all(&runs)?;
+        for (row, run) in rows
+            .iter()
+            .filter_map(|row| row.run().map(|run| (row, run)))
+        {
+            let tried = &without[&run.errand.id];
+            if tried.answer.is_none() || !lab.is_right(run, tried) {
+                report.differ.push(format!(
+                    "{}: does not come about even without the mesh: {tried:?}",
+                    row.title
+                ));
+            }
+        }
+        // What the lab does not carry by itself says nothing about the mesh.
+        if report.differ.is_empty() {
+            judge(&lab.start()?, &rows, &mut report)?;
+        }
+    }
+    for row in &rows {
+        if let What::Leave(why) = &row.what {
+            report.not_run.push(format!("{}: {why}", row.title));
+        }
+    }
+    report.took = begun.elapsed();
+    Ok(report)
+}
+
+/// Runs rows under agents.
+fn judge(stage: &Stage<Mesh>, rows: &[Row], report: &mut Report) -> Result<()> {
+    let runs: Vec<&Run> = rows.iter().filter_map(Row::run).collect();
+    let mut results = stage.try_all(&runs)?;
+    for _ in 1..TRIES {
+        let again: Vec<&Run> = runs
+            .iter()
+            .filter(|run| run.expected == Expected::Allow)
+            .filter(|run| results[&run.errand.id].answer.is_none())
+            .copied()
+            .collect();
+        if again.is_empty() {
+            break;
+        }
+        std::thread::sleep(PAUSE);
+        results.extend(stage.try_all(&again)?);
+    }
+    for row in rows {
+        let Some(run) = row.run() else { continue };
+        let tried = &results[&run.errand.id];
+        let got = tried.allowed().map(Expected::of);
+        if got.as_ref() == Ok(&run.expected) && stage.is_right(run, tried) {
+            report.right += 1;
+            continue;
+        }
+        let got = match got {
+            Ok(got) => got.word().to_owned(),
+            Err(error) => format!("neither: {error}"),
+        };
+        let mut text = format!("{}: expected {}, got {got}", row.title, run.expected.word());
+        if let Some(error) = &tried.error {
+            text += &format!(" ({error})");
+        }
+        if let Some(seen) = &tried.answer {
+            text += &format!(" (answered: {seen})");
+        }
+        report
+            .differ
+            .push(format!("{text}\n    compiler: {}", row.compiler));
+    }
+    Ok(())
+}

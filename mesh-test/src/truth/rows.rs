@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Rows of a table: which connection each is in the lab, what must become of it there, or why it
+//! cannot be run.
+
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context, Result};
+use mesh_api::truth::{Check, Expected, Known};
+use mesh_common::identity::Evidence;
+use mesh_common::{Protocol, Verdict};
+use mesh_plan::cluster::Transport;
+use mesh_plan::evaluate::{self, Compiled, Outcome};
+use mesh_plan::text;
+
+use super::cast::{Cast, End, Place};
+use super::errand::Errand;
+use crate::mesh::TUNNEL_PORT;
+
+/// A row.
+#[derive(Debug)]
+pub(crate) struct Row {
+    /// What it is, for people.
+    pub(crate) title: String,
+    /// What the compiler says, for people.
+    pub(crate) compiler: String,
+    pub(crate) what: What,
+}
+
+impl Row {
+    /// Its connection, if it is run.
+    pub(crate) fn run(&self) -> Option<&Run> {
+        match &self.what {
+            What::Run(run) => Some(run),
+            What::Leave(_) => None,
+        }
+    }
+}
+
+/// What is to be done about a row.
+#[derive(Debug)]
+pub(crate) enum What {
+    /// It is run.
+    Run(Run),
+    /// It is not, and why.
+    Leave(String),
+}
+
+/// A connection of a row.
+#[derive(Debug)]
+pub(crate) struct Run {
+    pub(crate) from: Place,
+    pub(crate) to: Place,
+    pub(crate) errand: Errand,
+    pub(crate) expected: Expected,
+}
+
+/// Plans the rows of a table.
+pub(crate) fn rows(cast: &Cast, checks: &[Check]) -> Result<Vec<Row>> {
+    let (compiled, _rejections) = evaluate::compile_policies(&cast.cluster);
+    let planner = Planner {
+        cast,
+        compiled: &compiled,
+        sctp: has_sctp(),
+    };
+    let row = |(id, check): (usize, &Check)| {
+        let row = planner.row(id, check);
+        row.with_context(|| format!("check {}", id + 1))
+    };
+    checks.iter().enumerate().map(row).collect()
+}
+
+/// Whether this kernel has SCTP.
+fn has_sctp() -> bool {
+    let protocols = std::fs::read_to_string("/proc/net/protocols").unwrap_or_default();
+    protocols.lines().any(|line| line.starts_with("SCTP"))
+}
+
+struct Planner<'a> {
+    cast: &'a Cast,
+    compiled: &'a Compiled,
+    sctp: bool,
+}
+
+/// A connection over a family that both ends have.
+struct Ends {
+    from: End,
+    to: End,
+    source: IpAddr,
+    destination: IpAddr,
+    port: u16,
+}
+
+impl Planner<'_> {
+    fn row(&self, id: usize, check: &Check) -> Result<Row> {
+        let name = check.name.as_ref();
+        let title = format!(
+            "check {}: {}{} -> {} {} {} by {}",
+            id + 1,
+            name.map(|name| format!("{name}: ")).unwrap_or_default(),
+            check.from,
+            check.to,
+            protocol_word(check.protocol),
+            check.port,
+            check.evidence.word()
+        );
+        let ends = self.ends(check)?;
+        let real = self.evaluate(check, &ends, None)?;
+        let compiler = format!(
+            "egress: {}; ingress: {}",
+            self.words(real.egress),
+            self.words(real.ingress)
+        );
+        let what = match self.cannot(check, &ends, &real)? {
+            Some(why) => What::Leave(why),
+            None => match expected(check, &real) {
+                Err(why) => What::Leave(why.to_owned()),
+                Ok(expected) => What::Run(Run {
+                    errand: Errand {
+                        id,
+                        udp: check.protocol == Transport::Udp,
+                        from: match ends.from.place {
+                            // The kernel's choice is part of what is tried.
+                            Place::Pod(_) => None,
+                            Place::Node(_) | Place::Outside => Some(ends.source),
+                        },
+                        to: SocketAddr::new(ends.destination, ends.port),
+                    },
+                    from: ends.from.place,
+                    to: ends.to.place,
+                    expected,
+                }),
+            },
+        };
+        Ok(Row {
+            title,
+            compiler,
+            what,
+        })
+    }
+
+    fn ends(&self, check: &Check) -> Result<Ends> {
+        let (from, to) = (self.cast.end(&check.from)?, self.cast.end(&check.to)?);
+        let pick = |is: fn(&IpAddr) -> bool| {
+            let source = from.addresses.iter().copied().find(is)?;
+            Some((source, to.addresses.iter().copied().find(is)?))
+        };
+        let (source, destination) = pick(IpAddr::is_ipv4)
+            .or_else(|| pick(IpAddr::is_ipv6))
+            .context("the two ends have no address of one family")?;
+        let port = match check.port.parse() {
+            Ok(number) => number,
+            Err(_) => {
+                let pod = to.pod.as_ref().map(|uid| &self.cast.cluster.pods[uid]);
+                let named = pod.and_then(|pod| {
+                    let key = (check.port.clone(), check.protocol);
+                    pod.named_ports.get(&key).copied()
+                });
+                named.with_context(|| format!("{} has no port named {:?}", check.to, check.port))?
+            }
+        };
+        Ok(Ends {
+            from,
+            to,
+            source,
+            destination,
+            port,
+        })
+    }
+
+    /// What the compiler says, with some evidence or with the real one.
+    fn evaluate(&self, check: &Check, ends: &Ends, evidence: Option<Evidence>) -> Result<Outcome> {
+        let find = |address: IpAddr| {
+            let end = self.compiled.find(&address.to_string());
+            end.context("an address is an end")
+        };
+        Ok(self.compiled.evaluate(&evaluate::Check {
+            from: find(ends.source)?,
+            to: find(ends.destination)?,
+            protocol: match check.protocol {
+                Transport::Tcp => Protocol::TCP,
+                Transport::Udp => Protocol::UDP,
+                Transport::Sctp => Protocol::SCTP,
+            },
+            port: ends.port,
+            evidence,
+        }))
+    }
+
+    fn words(&self, verdict: Option<Verdict>) -> String {
+        let Some(verdict) = verdict else {
+            return "nothing is decided there".to_owned();
+        };
+        let verb = if verdict.allowed { "allow" } else { "deny" };
+        let rule = text::rule(&self.compiled.plan, verdict.rule);
+        format!("{verb} ({}, {rule})", verdict.reason.label())
+    }
+
+    /// Why a row cannot be run, if so.
+    fn cannot(&self, check: &Check, ends: &Ends, real: &Outcome) -> Result<Option<String>> {
+        let in_pod = |end: &End| matches!(end.place, Place::Pod(_));
+        let why = match check.protocol {
+            Transport::Sctp if !self.sctp => Some("this kernel has no SCTP"),
+            Transport::Sctp => Some("there is no client for SCTP"),
+            Transport::Tcp if ends.port == TUNNEL_PORT && in_pod(&ends.to) => {
+                Some("the port of tunnels is the agent's")
+            }
+            _ if ends.port == 0 => Some("there is no port 0 on the wire"),
+            _ if !in_pod(&ends.from) && !in_pod(&ends.to) => Some("no pod takes part in it"),
+            _ if self.cast.is_service(&ends.destination) => {
+                Some("a service's address stands for one of its endpoints")
+            }
+            _ if [ends.source, ends.destination].iter().any(is_special) => {
+                Some("nobody but the sender itself can have that address")
+            }
+            Transport::Tcp | Transport::Udp => None,
+        };
+        if let Some(why) = why {
+            return Ok(Some(why.to_owned()));
+        }
+        let (claimed, proof) = match check.evidence {
+            Known::Address => (Evidence::Address, false),
+            Known::Tls => (Evidence::Tls, true),
+        };
+        if self.evaluate(check, ends, Some(claimed))?.allowed() == real.allowed() {
+            return Ok(None);
+        }
+        let instead = if proof {
+            "its address is all that is known"
+        } else {
+            "its identity is proven"
+        };
+        Ok(Some(format!(
+            "the row is about evidence {}, and here {instead}",
+            check.evidence.word()
+        )))
+    }
+}
+
+fn is_special(address: &IpAddr) -> bool {
+    let link_local = match address {
+        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    link_local || address.is_loopback() || address.is_multicast() || address.is_unspecified()
+}
+
+/// What must become of the connection as a whole.
+fn expected(check: &Check, compiler: &Outcome) -> Result<Expected, &'static str> {
+    if let Some(expected) = check.expect {
+        return Ok(expected);
+    }
+    let sides = [
+        (check.expect_ingress, compiler.ingress),
+        (check.expect_egress, compiler.egress),
+    ];
+    if sides.iter().all(|(said, _)| said.is_none()) {
+        return Err("it expects nothing");
+    }
+    if sides.iter().any(|(said, _)| *said == Some(Expected::Deny)) {
+        return Ok(Expected::Deny);
+    }
+    let refuses = |(said, verdict): &(Option<Expected>, Option<Verdict>)| {
+        said.is_none() && verdict.is_some_and(|verdict| !verdict.allowed)
+    };
+    if sides.iter().any(refuses) {
+        return Err("it is about one end, and the other end refuses the connection");
+    }
+    Ok(Expected::Allow)
+}
+
+fn protocol_word(protocol: Transport) -> &'static str {
+    match protocol {
+        Transport::Tcp => "TCP",
+        Transport::Udp => "UDP",
+        Transport::Sctp => "SCTP",
+    }
+}

@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A table's cluster as a lab: a namespace for each pod, a server for every port that a row asks,
+//! clients that try all rows at once, and agents.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use super::cast::{Cast, Place};
+use super::errand::{Errand, Tried};
+use super::rows::Run;
+use crate::lab::Lab;
+use crate::manifests::Manifests;
+use crate::mesh::Mesh;
+use crate::pod::{PodSpec, probe_cmd};
+use crate::process::{self, Proc};
+use crate::topology::Topology;
+
+/// How long all rows of one client may take together.
+const BATCH: Duration = Duration::from_secs(120);
+
+/// A table's cluster, with servers.
+pub(crate) struct Stage<L> {
+    lab: L,
+    /// The lab's pods by UID.
+    pods: BTreeMap<String, String>,
+    /// What the clients are to hear.
+    names: BTreeMap<Place, String>,
+    servers: Vec<Proc>,
+}
+
+impl Stage<Lab> {
+    /// Makes it, with everything that agents are to read, and starts the servers.
+    pub(crate) fn build(cast: &Cast, runs: &[&Run]) -> Result<Self> {
+        let mut lab = Lab::builder(Topology::Routed)
+            .nodes(cast.nodes)
+            .outside()
+            .build()?;
+        for node in lab.nodes() {
+            lab.withdraw(&format!("node-{}", node.name()))?;
+        }
+        for (node, addresses) in cast.node_addresses()? {
+            lab.add_addresses(Some(node), &addresses)?;
+        }
+        let outsiders: BTreeSet<IpAddr> = runs.iter().flat_map(|run| outsiders(run)).collect();
+        lab.add_addresses(None, &Vec::from_iter(outsiders))?;
+        let mut pods = BTreeMap::new();
+        for (uid, pod) in cast.pods() {
+            let addresses: Vec<IpAddr> = pod.addresses.iter().copied().collect();
+            let node = pod.node.strip_prefix("node").context("a node of the lab")?;
+            let name = format!("{}.{}", pod.name.namespace, pod.name.name);
+            let spec = PodSpec::new(&name, node.parse()?)
+                .namespace(&pod.name.namespace)
+                .addresses(&addresses);
+            let made = lab.add_pod(spec)?;
+            // The table has its own.
+            lab.withdraw(&Manifests::pod_file(&made))?;
+            lab.withdraw(&format!("namespace-{}", made.namespace()))?;
+            pods.insert(uid.clone(), name);
+        }
+        let mut stage = Self {
+            lab,
+            pods,
+            names: BTreeMap::new(),
+            servers: Vec::new(),
+        };
+        stage.write_manifests(cast)?;
+        stage.serve(runs)?;
+        Ok(stage)
+    }
+
+    fn write_manifests(&self, cast: &Cast) -> Result<()> {
+        for (number, object) in cast.objects.iter().enumerate() {
+            let mut object = object.clone();
+            if object["kind"] == "Pod" {
+                self.name_netns(&mut object)?;
+            }
+            self.lab.apply(&format!("truth-{number:05}"), &object)?;
+        }
+        Ok(())
+    }
+
+    fn name_netns(&self, object: &mut Value) -> Result<()> {
+        let of = |field: &str, or: &str| {
+            let text = object["metadata"][field].as_str();
+            text.unwrap_or(or).to_owned()
+        };
+        let name = format!("{}.{}", of("namespace", "default"), of("name", ""));
+        let Some(pod) = self.lab.pods().find(|pod| pod.name() == name) else {
+            return Ok(());
+        };
+        let metadata = &mut object["metadata"];
+        if metadata["annotations"].is_null() {
+            metadata["annotations"] = json!({});
+        }
+        metadata["annotations"]["mesh.rs/netns"] = pod.path().display().to_string().into();
+        Ok(())
+    }
+
+    /// Before the agents, so that no port is theirs already.
+    fn serve(&mut self, runs: &[&Run]) -> Result<()> {
+        let mut lines: BTreeMap<Place, BTreeSet<String>> = BTreeMap::new();
+        for run in runs {
+            let (flag, to) = (
+                if run.errand.udp { "--udp" } else { "--tcp" },
+                run.errand.to,
+            );
+            let lines = lines.entry(run.to.clone()).or_default();
+            match run.to {
+                Place::Pod(_) => lines.insert(format!("{flag} [::]:{}", to.port())),
+                // Answers must come from the address that was asked.
+                Place::Node(_) | Place::Outside => lines.insert(format!("{flag} {to}")),
+            };
+        }
+        for (place, flags) in lines {
+            let name = format!("server-{}", self.names.len());
+            let mut line = format!("--name {name}");
+            for flag in flags {
+                write!(line, " {flag}")?;
+            }
+            let server = at(&self.lab, &self.pods, &place, |it| it.serve(&line))?;
+            self.servers.push(server);
+            self.names.insert(place, name);
+        }
+        Ok(())
+    }
+
+    /// Starts the agents.
+    pub(crate) fn start(self) -> Result<Stage<Mesh>> {
+        Ok(Stage {
+            lab: Mesh::start(self.lab)?,
+            pods: self.pods,
+            names: self.names,
+            servers: self.servers,
+        })
+    }
+}
+
+/// The addresses of a run that nobody in the cluster has.
+fn outsiders(run: &Run) -> impl Iterator<Item = IpAddr> {
+    let from = (run.from == Place::Outside).then_some(run.errand.from);
+    let to = (run.to == Place::Outside).then_some(run.errand.to.ip());
+    from.flatten().into_iter().chain(to)
+}
+
+/// Does something in a place.
+fn at<T>(
+    lab: &Lab,
+    pods: &BTreeMap<String, String>,
+    place: &Place,
+    f: impl FnOnce(&process::Place) -> Result<T>,
+) -> Result<T> {
+    match place {
+        Place::Pod(uid) => {
+            let name = pods.get(uid);
+            f(&lab.pod(name.context("a pod that was made")?))
+        }
+        Place::Node(number) => f(lab.node(*number)),
+        Place::Outside => f(lab.outside()?),
+    }
+}
+
+impl<L: AsRef<Lab>> Stage<L> {
+    /// Tries all of them, each from its place; what came of each, by its number.
+    pub(crate) fn try_all(&self, runs: &[&Run]) -> Result<BTreeMap<usize, Tried>> {
+        let mut batches: BTreeMap<&Place, Vec<&Errand>> = BTreeMap::new();
+        for run in runs {
+            batches.entry(&run.from).or_default().push(&run.errand);
+        }
+        let (lab, pods) = (self.lab.as_ref(), &self.pods);
+        let batch = |(place, errands): (&Place, Vec<&Errand>)| -> Result<Vec<Tried>> {
+            let input = serde_json::to_vec(&errands)?;
+            let output = at(lab, pods, place, |it| {
+                it.run(probe_cmd("checks")?.input(input), BATCH)
+            })?;
+            let tried: Vec<Tried> = output
+                .ok()?
+                .text()
+                .lines()
+                .map(|line| Ok(serde_json::from_str(line)?))
+                .collect::<Result<_>>()?;
+            ensure!(tried.len() == errands.len(), "a client lost rows");
+            Ok(tried)
+        };
+        let batch = &batch;
+        let tried = std::thread::scope(|scope| {
+            let threads: Vec<_> = batches
+                .into_iter()
+                .map(|of_place| scope.spawn(move || batch(of_place)))
+                .collect();
+            let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Vec<Tried>>>| {
+                thread
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            threads.into_iter().map(join).collect::<Result<Vec<_>>>()
+        })?;
+        let by_id = tried.into_iter().flatten().map(|tried| (tried.id, tried));
+        Ok(by_id.collect())
+    }
+
+    /// Whether an answer is the one that a run asks for: from its server, which saw the right client.
+    pub(crate) fn is_right(&self, run: &Run, tried: &Tried) -> bool {
+        tried.answer.as_ref().is_none_or(|seen| {
+            let own_source = run.errand.from.is_none_or(|from| seen.client.ip() == from);
+            self.names.get(&run.to) == Some(&seen.name) && own_source
+        })
+    }
+}

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `cargo xtask truth FILE...`: sets up, builds, and hands over to the `truth` program of mesh-test.
+//!
+//! Built without optimisation: rows are right or wrong, not fast or slow.
+
+use std::{ffi::OsString, process::ExitCode};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{build, run, setup};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Passed on as they are: `FILE... [--mtls on|off] [--only NAME]`
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+    pub(crate) args: Vec<OsString>,
+}
+
+/// Exits as the program does: 1 if a row differs, 2 if a table cannot be run.
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    if !run::is_root() {
+        bail!("`truth` makes network namespaces and loads kernel programs: run it as root");
+    }
+    setup::run(&setup::Args::default())?;
+    build::build(false)?;
+    // The clients and servers in the pods are a program of their own beside it.
+    run::show(run::cargo(["build", "--quiet", "--package", "mesh-test"]).arg("--bins"))?;
+    let mut truth = run::cargo(["run", "--quiet", "--package", "mesh-test"]);
+    truth.args(["--bin", "truth", "--"]).args(&args.args);
+    // Files are named from where the user is.
+    truth.current_dir(std::env::current_dir().context("there is no working directory")?);
+    let status = truth
+        .status()
+        .with_context(|| format!("cannot start {}", run::line(&truth)))?;
+    Ok(match status.code() {
+        Some(0) => ExitCode::SUCCESS,
+        Some(1) => ExitCode::from(1),
+        _ => ExitCode::from(2),
+    })
+}
