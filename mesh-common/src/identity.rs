@@ -22,8 +22,17 @@ impl IdentityId {
     pub const WORLD: Self = Self(4);
     /// An address inside a pod CIDR that no known pod has.
     pub const UNKNOWN: Self = Self(5);
+    /// This node, by an address that is also an API server's.
+    pub const HOST_API_SERVER: Self = Self(6);
     /// Hashes are raised above this.
     pub const FIRST_WORKLOAD: Self = Self(256);
+
+    /// Whether this is this node, by whichever address.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_host(self) -> bool {
+        self.0 == Self::HOST.0 || self.0 == Self::HOST_API_SERVER.0
+    }
 
     /// Whether this stands for a workload, not for an entity.
     #[inline(always)]

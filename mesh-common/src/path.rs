@@ -301,7 +301,7 @@ pub fn inbound<T: Peers + Policies>(
         };
     }
     if enrolled && protocol == Protocol::TCP && strict(tables, pod, port) {
-        let trusted = peer.id == IdentityId::HOST || (peer.local && peer.has(Peer::ENROLLED));
+        let trusted = peer.id.is_host() || (peer.local && peer.has(Peer::ENROLLED));
         if !trusted {
             let reason = if peer.id == IdentityId::UNKNOWN {
                 Reason::UnknownPeer
@@ -315,7 +315,7 @@ pub fn inbound<T: Peers + Policies>(
         set: pod.set,
         direction: Direction::Ingress,
         peer: peer.id,
-        addr: *from,
+        addr,
         evidence: peer.evidence,
         protocol,
         port,

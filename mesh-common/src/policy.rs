@@ -455,7 +455,7 @@ fn conclude(head: &SetHead, a: Option<&Answer>, b: Option<&Answer>, q: &Question
         action::DENY => return Verdict::deny(Reason::Policy, rule),
         _ => {}
     }
-    if q.peer == IdentityId::HOST && matches!(q.direction, Direction::Ingress) {
+    if q.peer.is_host() && matches!(q.direction, Direction::Ingress) {
         return Verdict::allow(Reason::NodeLocal, RuleId::NODE_LOCAL);
     }
     let namespaced = |answer: &Answer| (answer.namespaced, answer.namespaced_rule);

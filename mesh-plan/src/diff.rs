@@ -320,7 +320,7 @@ impl Move {
 
     /// What a decision takes from the host's identity is more than its lists.
     fn is_bridgeable(self) -> bool {
-        self.from != self.to && self.from != IdentityId::HOST && self.to != IdentityId::HOST
+        self.from != self.to && !self.from.is_host() && !self.to.is_host()
     }
 }
 

@@ -3,7 +3,7 @@
 //! `matrix` and `explain` ask. The compiler and the decision are those of the agents; only the
 //! look-ups are made for speed.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 
 use mesh_common::identity::{Evidence, IdentityId, Peer};
@@ -30,6 +30,7 @@ pub struct Compiled {
     by_name: HashMap<String, Place>,
     by_addr: HashMap<Addr, Place>,
     node_addrs: HashMap<Addr, Vec<String>>,
+    servers: BTreeSet<Addr>,
 }
 
 /// One end of a connection; made by [`Compiled::find`].
@@ -100,6 +101,7 @@ pub fn compile_policies(cluster: &Cluster) -> (Compiled, Vec<Rejection>) {
         by_name: HashMap::new(),
         by_addr: HashMap::new(),
         node_addrs: HashMap::new(),
+        servers: cluster.api_servers.iter().map(|a| Addr::from(*a)).collect(),
         plan,
     };
     for (name, node) in &cluster.nodes {
@@ -258,9 +260,10 @@ impl Compiled {
             return peer.view.id;
         }
         if let Some(nodes) = self.node_addrs.get(addr) {
-            return match nodes.contains(&of.node) {
-                true => IdentityId::HOST,
-                false => IdentityId::REMOTE_NODE,
+            return match (nodes.contains(&of.node), self.servers.contains(addr)) {
+                (true, true) => IdentityId::HOST_API_SERVER,
+                (true, false) => IdentityId::HOST,
+                (false, _) => IdentityId::REMOTE_NODE,
             };
         }
         match self.plan.peer(addr) {

@@ -111,7 +111,7 @@ impl fmt::Display for Explanation {
 /// Explains a question. `compiled` was made of the same cluster.
 #[must_use]
 pub fn explain(cluster: &Cluster, compiled: &Compiled, check: &Check) -> Explanation {
-    let places = Places::of(cluster);
+    let places = Places::of(cluster, None);
     let table = Table::of(cluster, &places);
     let (egress, ingress) = compiled.questions(check, |view| view.set);
     let outcome = compiled.evaluate(check);
@@ -207,7 +207,7 @@ impl Walk<'_, '_> {
         if let Some(conclusion) = self.first("admin tier", admin, steps) {
             return conclusion;
         }
-        if self.question.peer == IdentityId::HOST && direction == Direction::Ingress {
+        if self.question.peer.is_host() && direction == Direction::Ingress {
             return Conclusion::AllowedAsNodeLocal;
         }
         let namespaced = of(|place| matches!(place, Place::Namespaced));
@@ -344,9 +344,11 @@ impl Walk<'_, '_> {
                 in_namespace && pods.matches(&pod.labels) && accounts
             }),
             PeerMatch::Entity(entity) => match entity {
-                Entity::Host => id == IdentityId::HOST,
+                Entity::Host => id.is_host(),
                 Entity::RemoteNode => id == IdentityId::REMOTE_NODE,
-                Entity::KubeApiserver => id == IdentityId::KUBE_APISERVER,
+                Entity::KubeApiserver => {
+                    matches!(id, IdentityId::KUBE_APISERVER | IdentityId::HOST_API_SERVER)
+                }
                 Entity::Cluster => id != IdentityId::WORLD,
                 Entity::World => id == IdentityId::WORLD,
             },
@@ -379,7 +381,9 @@ impl Walk<'_, '_> {
             Direction::Ingress => Some(self.pod),
             Direction::Egress => self.peer,
         };
-        let is_place = |peer: &PeerMatch| self.is_inside(peer);
+        let is_place = |peer: &PeerMatch| {
+            matches!(peer, PeerMatch::Cidr { .. } | PeerMatch::Nodes(_)) && self.is_inside(peer)
+        };
         let every = rule.action == RuleAction::Deny
             && self.question.direction == Direction::Egress
             && rule.peers.iter().flatten().any(is_place);

@@ -139,6 +139,7 @@ pub(crate) fn peers(
         flags: 0,
         pad: 0,
     };
+    let servers: BTreeSet<Addr> = cluster.api_servers.iter().map(|a| Addr::from(*a)).collect();
     let mut peers: BTreeMap<Addr, Peer> = owners
         .iter()
         .map(|(address, owner)| {
@@ -151,16 +152,19 @@ pub(crate) fn peers(
                     flags: flags(cluster, pod),
                     pad: 0,
                 },
-                Owner::Node(name) if Some(*name) == node => entity(IdentityId::HOST),
+                Owner::Node(name) if Some(*name) == node => match servers.contains(address) {
+                    true => entity(IdentityId::HOST_API_SERVER),
+                    false => entity(IdentityId::HOST),
+                },
                 Owner::Node(_) => entity(IdentityId::REMOTE_NODE),
                 Owner::Disputed => entity(IdentityId::UNKNOWN),
             };
             (*address, peer)
         })
         .collect();
-    for address in &cluster.api_servers {
+    for address in servers {
         peers
-            .entry(Addr::from(*address))
+            .entry(address)
             .or_insert(entity(IdentityId::KUBE_APISERVER));
     }
     peers

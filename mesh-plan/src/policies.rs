@@ -66,17 +66,22 @@ pub(crate) type Net = (IpNet, BTreeSet<IpNet>);
 #[derive(Clone, Debug)]
 pub(crate) struct Places<'a> {
     cluster: &'a Cluster,
-    /// API servers whose address is also a pod's or a node's, and whose identity is theirs.
+    /// API servers whose address is also a pod's or another node's, and whose identity is theirs.
     api_servers: BTreeSet<IpAddr>,
 }
 
 impl<'a> Places<'a> {
-    /// The places of a cluster.
-    pub(crate) fn of(cluster: &'a Cluster) -> Self {
+    /// The places of a cluster, seen from a node. Its own addresses are told by their identity, as
+    /// packets may have them that are not the node's.
+    pub(crate) fn of(cluster: &'a Cluster, node: Option<&str>) -> Self {
         let mut taken = BTreeSet::new();
         if !cluster.api_servers.is_empty() {
             let of_pods = pods(cluster).flat_map(|pod| &pod.addresses);
-            let of_nodes = cluster.nodes.values().flat_map(|node| &node.addresses);
+            let others = cluster
+                .nodes
+                .iter()
+                .filter(|(name, _)| Some(name.as_str()) != node);
+            let of_nodes = others.flat_map(|(_, facts)| &facts.addresses);
             let servers = &cluster.api_servers;
             taken.extend(of_pods.chain(of_nodes).filter(|a| servers.contains(a)));
         }
@@ -106,10 +111,10 @@ impl<'a> Places<'a> {
     }
 
     /// The pods that an egress rule's peer matches by address and that have ports which the rule
-    /// names, with these ports. (For a Deny all ports are meant: see [`check`].)
+    /// names, with these ports.
     pub(crate) fn named(&self, rule: &Rule, peer: &PeerMatch) -> Vec<(IpAddr, NamedPorts<'a>)> {
         let names: BTreeSet<&str> = names(rule).collect();
-        if names.is_empty() || rule.action == RuleAction::Deny {
+        if names.is_empty() {
             return Vec::new();
         }
         let blocks = self.blocks(peer);

@@ -123,6 +123,7 @@ pub fn identity(plan: &Plan, id: IdentityId) -> String {
     match id {
         IdentityId::ANY => "others".to_owned(),
         IdentityId::HOST => "host".to_owned(),
+        IdentityId::HOST_API_SERVER => "host+kube-apiserver".to_owned(),
         IdentityId::REMOTE_NODE => "remote-node".to_owned(),
         IdentityId::KUBE_APISERVER => "kube-apiserver".to_owned(),
         IdentityId::WORLD => "world".to_owned(),

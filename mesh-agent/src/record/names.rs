@@ -71,7 +71,7 @@ impl Party {
     fn entity(plan: &Plan, at: Endpoint) -> Self {
         let name = match plan.peer(&at.addr).map(|peer| peer.id) {
             _ if at.addr.is_loopback() => "host",
-            Some(IdentityId::HOST) => "host",
+            Some(id) if id.is_host() => "host",
             Some(IdentityId::REMOTE_NODE) => "remote-node",
             Some(IdentityId::KUBE_APISERVER) => "kube-apiserver",
             Some(id) if id.is_workload() => "unknown",

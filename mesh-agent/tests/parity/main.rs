@@ -166,7 +166,7 @@ fn received(world: &World, view: &PodView, packet: &Packet, entered: u32) -> Out
         .plan
         .peers
         .get(&from)
-        .is_some_and(|p| p.id == mesh_common::IdentityId::HOST);
+        .is_some_and(|p| p.id.is_host());
     let origin = if entered != 0 && is_host {
         Origin::Translated
     } else {

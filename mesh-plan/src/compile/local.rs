@@ -27,7 +27,7 @@ pub(super) fn pods(
     options: &Options,
     rejections: &mut Vec<Rejection>,
 ) {
-    let places = Places::of(cluster);
+    let places = Places::of(cluster, scope.node());
     let table = Table::of(cluster, &places);
     let matcher = Matcher::new(identities);
     let identifier = Identifier::of(cluster, options);

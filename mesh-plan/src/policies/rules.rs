@@ -136,21 +136,21 @@ fn queue<'a>(entry: &Entry<'a>, direction: Direction) -> Queue<'a> {
         .collect()
 }
 
-/// Policies of one priority as one list. Each keeps its order; among the first rules of all, Deny
-/// goes before Pass and Pass before Allow. (The ClusterNetworkPolicy API leaves the order of equal
-/// priorities open.)
+/// Policies of one priority as one list. Each keeps its order, and what leads to a Deny comes
+/// first, so that a Deny decides even where another policy's first match is none; of the rest Pass
+/// goes before Allow. (The ClusterNetworkPolicy API leaves the order of equal priorities open.)
 fn merge<'a>(mut queues: Vec<Queue<'a>>) -> Vec<Named<'a>> {
     let mut merged = Vec::new();
-    let strictness = |action| match action {
-        RuleAction::Deny => 0,
-        RuleAction::Pass => 1,
-        RuleAction::Allow => 2,
-    };
+    let is = |action, named: &Named<'_>| named.1.action == action;
     loop {
-        let first = queues
-            .iter_mut()
-            .filter(|queue| !queue.is_empty())
-            .min_by_key(|queue| queue.front().map(|(_, rule)| strictness(rule.action)));
+        let rest = queues.iter_mut().filter(|queue| !queue.is_empty());
+        let first = rest.min_by_key(|queue| {
+            let to_deny = queue.iter().position(|named| is(RuleAction::Deny, named));
+            let passes = queue
+                .front()
+                .is_some_and(|named| is(RuleAction::Pass, named));
+            (to_deny.unwrap_or(usize::MAX), !passes)
+        });
         match first.and_then(VecDeque::pop_front) {
             Some(rule) => merged.push(rule),
             None => return merged,

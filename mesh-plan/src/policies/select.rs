@@ -107,12 +107,15 @@ impl<'i, 'a> Matcher<'i, 'a> {
 
     fn entity(&self, entity: Entity) -> Rc<[IdentityId]> {
         match entity {
-            Entity::Host => Rc::new([IdentityId::HOST]),
+            Entity::Host => Rc::new([IdentityId::HOST, IdentityId::HOST_API_SERVER]),
             Entity::RemoteNode => Rc::new([IdentityId::REMOTE_NODE]),
-            Entity::KubeApiserver => Rc::new([IdentityId::KUBE_APISERVER]),
+            Entity::KubeApiserver => {
+                Rc::new([IdentityId::KUBE_APISERVER, IdentityId::HOST_API_SERVER])
+            }
             Entity::World => Rc::new([IdentityId::WORLD]),
             Entity::Cluster => [
                 IdentityId::HOST,
+                IdentityId::HOST_API_SERVER,
                 IdentityId::REMOTE_NODE,
                 IdentityId::KUBE_APISERVER,
                 IdentityId::UNKNOWN,

