@@ -292,13 +292,16 @@ pub fn inbound<T: Peers + Policies>(
         return Path::refuse(Verdict::refuse(Reason::LinkLocal), IdentityId::WORLD);
     }
     let mut peer = who(tables, from);
-    if matches!(origin, Origin::Translated) {
-        peer = Who {
-            id: IdentityId::WORLD,
-            evidence: Evidence::None,
-            local: false,
-            flags: 0,
-        };
+    match origin {
+        Origin::Address => {}
+        Origin::Translated => peer = Who::WORLD,
+        Origin::Ungated if peer.id.is_host() => peer = Who::WORLD,
+        Origin::Ungated => {
+            peer.local = false;
+            if peer.evidence.is_proof() {
+                peer.evidence = Evidence::Address;
+            }
+        }
     }
     if enrolled && protocol == Protocol::TCP && strict(tables, pod, port) {
         let trusted = peer.id.is_host() || (peer.local && peer.has(Peer::ENROLLED));
@@ -315,7 +318,7 @@ pub fn inbound<T: Peers + Policies>(
         set: pod.set,
         direction: Direction::Ingress,
         peer: peer.id,
-        addr,
+        addr: *from,
         evidence: peer.evidence,
         protocol,
         port,
