@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use super::cast::{Cast, Place};
 use super::errand::{Errand, Tried};
 use super::rows::Run;
+use crate::agent::AgentConfig;
 use crate::lab::Lab;
 use crate::manifests::Manifests;
 use crate::mesh::Mesh;
@@ -22,6 +23,10 @@ use crate::topology::Topology;
 
 /// How long all rows of one client may take together.
 const BATCH: Duration = Duration::from_secs(120);
+
+/// How long an agent may take for the first of all its pods: each costs it some waits for the kernel,
+/// which are long on a busy machine.
+const ALL_PODS: Duration = Duration::from_secs(90);
 
 /// A table's cluster, with servers.
 pub(crate) struct Stage<L> {
@@ -131,8 +136,9 @@ impl Stage<Lab> {
 
     /// Starts the agents.
     pub(crate) fn start(self) -> Result<Stage<Mesh>> {
+        let config = AgentConfig::new(&Mesh::own_ca(&self.lab)).ready_within(ALL_PODS);
         Ok(Stage {
-            lab: Mesh::start(self.lab)?,
+            lab: Mesh::start_with(self.lab, &config)?,
             pods: self.pods,
             names: self.names,
             servers: self.servers,
