@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cargo xtask demo`: sets up, builds, and hands over to the `demo` program of mesh-test.
 
+use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
-use crate::{build, run, setup};
+use crate::{run, setup};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -19,26 +20,27 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 /// Makes the machine and the optimised programs ready, and returns the command that runs the
-/// binary `name` of mesh-test. The agent is built first: the binary starts it as a process.
+/// binary `name` of mesh-test. It starts the agent and the small clients and servers of mesh-test
+/// as processes, so all are built, and together: for each set of packages cargo would build what
+/// they depend on with other features.
 pub(crate) fn hand_over(name: &str, args: &[String]) -> Result<Command> {
     if !run::is_root() {
         bail!("`{name}` makes network namespaces and loads kernel programs: run it as root");
     }
     setup::run(&setup::Args::default())?;
-    build::build(true)?;
-    // Not only the program itself: it starts the small clients and servers of mesh-test.
-    let mut programs = run::cargo(["build", "--release", "--package", "mesh-test", "--bins"]);
-    run::timed("build of mesh-test", || run::show(&mut programs))?;
-    let mut cargo = run::cargo([
-        "run",
-        "--quiet",
-        "--release",
-        "--package",
-        "mesh-test",
-        "--bin",
-        name,
-        "--",
-    ]);
-    cargo.args(args);
-    Ok(cargo)
+    let packages = ["mesh-agent", "mesh-cli", "mesh-test"];
+    let mut cargo = run::cargo(["build", "--release", "--bins"]);
+    cargo.args(packages.iter().flat_map(|package| ["--package", package]));
+    run::timed("build", || run::show(&mut cargo))?;
+    let mut program = run::command(built(name)?);
+    program.args(args);
+    Ok(program)
+}
+
+/// Where cargo puts the optimised binary `name`: beside the profile that this program is of.
+fn built(name: &str) -> Result<PathBuf> {
+    let this = std::env::current_exe().context("cannot tell where this program is")?;
+    let target = this.ancestors().nth(2);
+    let target = target.with_context(|| format!("{} is in no target directory", this.display()))?;
+    Ok(target.join("release").join(name))
 }
