@@ -145,9 +145,7 @@ fn same(claimed: &[u8; 6], own: &[u8; 8]) -> bool {
 
 #[inline(always)]
 fn is_host(addr: &Addr) -> bool {
-    Tables
-        .peer(addr)
-        .is_some_and(|peer| peer.id.is_host())
+    Tables.peer(addr).is_some_and(|peer| peer.id.is_host())
 }
 
 /// Whether a packet to a pod has an address that its sender cannot have: the pod's own, or another

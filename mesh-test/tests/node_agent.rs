@@ -44,7 +44,10 @@ impl Mesh {
     /// Waits until a client gets through.
     fn reach(&self, from: &Pod, to: SocketAddr) -> Tcp {
         let report = eventually("a connection", SOON, || tcp(from, to).filter(|r| r.ok));
-        report.unwrap_or_else(|e| panic!("{}", self.explain(&format!("{e:#}"))))
+        match report {
+            Ok(report) => report,
+            Err(error) => unreachable!("{}", self.explain(&format!("{error:#}"))),
+        }
     }
 }
 

@@ -162,11 +162,7 @@ fn received(world: &World, view: &PodView, packet: &Packet, entered: u32) -> Out
     if !concerned || tunnel {
         return Outcome::PASSED;
     }
-    let is_host = world
-        .plan
-        .peers
-        .get(&from)
-        .is_some_and(|p| p.id.is_host());
+    let is_host = world.plan.peers.get(&from).is_some_and(|p| p.id.is_host());
     let origin = if entered != 0 && is_host {
         Origin::Translated
     } else {
