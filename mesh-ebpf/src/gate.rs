@@ -12,7 +12,7 @@ use mesh_common::path::{Origin, Outbound, Peers as _, who};
 use mesh_common::pod::{PodIndex, PodState};
 use mesh_common::policy::PolicySetId;
 use mesh_common::settings::{FRAGMENT_NS, TUNNEL_PORT};
-use mesh_common::{Addr, Direction, Endpoint, IdentityId, Peer, Port, Protocol, Reason, Verdict};
+use mesh_common::{Addr, Direction, Endpoint, Peer, Port, Protocol, Reason, Verdict};
 
 use crate::context::read;
 use crate::decision::{self, Ask, UNDECIDED};
