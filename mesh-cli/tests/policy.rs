@@ -267,6 +267,19 @@ fn the_shop_of_the_examples() {
     assert_eq!((run.code, run.err.as_str()), (0, ""), "{}", run.out);
 }
 
+#[test]
+fn the_clauses_of_every_kind() {
+    let tables = Path::new(env!("CARGO_MANIFEST_DIR")).join("../mesh-test/truth");
+    let mut files = 0;
+    for entry in fs::read_dir(tables).unwrap() {
+        let table = entry.unwrap().path().display().to_string();
+        let run = meshctl(&["policy", "test", "--quiet", &table]);
+        assert_eq!((run.code, run.err.as_str()), (0, ""), "{}", run.out);
+        files += 1;
+    }
+    assert!(files >= 5, "{files}");
+}
+
 /// An agent that answers one question.
 fn answering(
     dir: &TempDir,
