@@ -17,7 +17,7 @@ fn holds(name: &str, mtls: bool, not_run: usize) {
     let file = file(name);
     for table in read(&file).expect("tables") {
         let what = table.name.clone().unwrap_or_default();
-        let report = run(&table, &file, mtls).unwrap_or_else(|e| panic!("{what}: {e:#}"));
+        let report = run(&table, &file, mtls).expect(&what);
         assert_eq!(report.differ, [""; 0], "{what}");
         assert_eq!(report.right + report.not_run.len(), report.checks, "{what}");
         assert!(
