@@ -18,7 +18,7 @@ use crate::programs;
 use crate::wait::eventually;
 
 /// Port of metrics and probes.
-const METRICS_PORT: u16 = 15020;
+pub(crate) const METRICS_PORT: u16 = 15020;
 
 /// How an agent is started; everything not said is what a node of the lab has by itself.
 #[derive(Clone, Debug)]

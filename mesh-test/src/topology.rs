@@ -193,8 +193,8 @@ pub(crate) fn join_wire(
 /// Gives a host on the wire another address.
 pub(crate) fn add_address(host: &Netns, address: IpAddr) -> Result<()> {
     let batch = match address {
-        IpAddr::V4(v4) => format!("addr add {v4}/32 dev {UPLINK}\n"),
-        IpAddr::V6(v6) => format!("addr add {v6}/128 dev {UPLINK} nodad\n"),
+        IpAddr::V4(v4) => format!("addr replace {v4}/32 dev {UPLINK}\n"),
+        IpAddr::V6(v6) => format!("addr replace {v6}/128 dev {UPLINK} nodad\n"),
     };
     ip_batch(host, &batch)
 }

@@ -119,16 +119,14 @@ fn judge(stage: &Stage<Mesh>, rows: &[Row], report: &mut Report) -> Result<()> {
     let runs: Vec<&Run> = rows.iter().filter_map(Row::run).collect();
     let mut results = stage.try_all(&runs)?;
     for _ in 1..TRIES {
-        let again: Vec<&Run> = runs
-            .iter()
-            .filter(|run| run.expected == Expected::Allow)
-            .filter(|run| results[&run.errand.id].answer.is_none())
-            .copied()
-            .collect();
-        if again.is_empty() {
+        let answered = |run: &&Run| results[&run.errand.id].answer.is_some();
+        let missing = |run: &&Run| run.expected == Expected::Allow && !answered(run);
+        if !runs.iter().any(|run| missing(run)) {
             break;
         }
         std::thread::sleep(PAUSE);
+        // What is refused may only have come too early as well.
+        let again: Vec<&Run> = runs.iter().copied().filter(|run| !answered(run)).collect();
         results.extend(stage.try_all(&again)?);
     }
     for row in rows {

@@ -14,6 +14,7 @@ use mesh_plan::text;
 
 use super::cast::{Cast, End, Place};
 use super::errand::Errand;
+use crate::agent::METRICS_PORT;
 use crate::mesh::TUNNEL_PORT;
 
 /// A row.
@@ -203,6 +204,9 @@ impl Planner<'_> {
             Transport::Sctp => Some("there is no client for SCTP"),
             Transport::Tcp if ends.port == TUNNEL_PORT && in_pod(&ends.to) => {
                 Some("the port of tunnels is the agent's")
+            }
+            Transport::Tcp if ends.port == METRICS_PORT && !in_pod(&ends.to) => {
+                Some("the port is the agent's")
             }
             _ if ends.port == 0 => Some("there is no port 0 on the wire"),
             _ if !in_pod(&ends.from) && !in_pod(&ends.to) => Some("no pod takes part in it"),
