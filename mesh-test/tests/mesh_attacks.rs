@@ -434,3 +434,34 @@ fn what_was_translated_to_the_nodes_address_is_world_and_probes_pass() {
     );
     assert!(!through());
 }
+
+#[test]
+fn who_takes_the_agents_ports_gets_nothing() {
+    let mesh = Mesh::start(lab(Topology::Routed)).expect("mesh");
+    let (a, b) = (mesh.pod("a"), mesh.pod("b"));
+    let _server = nginx(&b);
+    // Root of the pod, with SO_REUSEPORT: on the tunnel's port it may bind, on the agent's own
+    // listeners it may not.
+    let impostor = b
+        .serve("--tcp [::]:15008 --reuseport --report")
+        .expect("binds");
+    let listeners: Vec<_> = b
+        .tcp_sockets()
+        .expect("ss")
+        .into_iter()
+        .filter_map(|socket| socket.local)
+        .filter(|local| local.ip().is_loopback())
+        .collect();
+    assert!(listeners.len() >= 4, "the agent's listeners: {listeners:?}");
+    for listener in listeners {
+        let stolen = b.serve(&format!("--tcp {listener} --reuseport"));
+        assert!(stolen.is_err(), "{listener} could be bound, too");
+    }
+    let url = format!("http://{}:8080/{MARKER}", b.v4());
+    for _ in 0..20 {
+        let page = a.curl(&url).expect("run").ok().expect("curl");
+        assert_eq!(page.text(), "served\n");
+    }
+    let arrived = impostor.line(Duration::from_millis(500)).ok().flatten();
+    assert_eq!(arrived, None, "a tunnel went to the impostor");
+}
