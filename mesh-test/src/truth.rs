@@ -121,7 +121,7 @@ fn judge(stage: &Stage<Mesh>, rows: &[Row], report: &mut Report) -> Result<()> {
     for _ in 1..TRIES {
         let answered = |run: &&Run| results[&run.errand.id].answer.is_some();
         let missing = |run: &&Run| run.expected == Expected::Allow && !answered(run);
-        if !runs.iter().any(|run| missing(run)) {
+        if !runs.iter().any(missing) {
             break;
         }
         std::thread::sleep(PAUSE);
