@@ -60,6 +60,9 @@ pub(crate) struct Test {
     /// Show at most this many wrong rows of each file.
     #[arg(long, default_value_t = 50, value_name = "N")]
     pub(crate) show: usize,
+    /// Name the rows that hold, too: `holds: PLACE: check NUMBER: NAME: allow|deny`.
+    #[arg(long)]
+    pub(crate) all: bool,
     /// Say nothing about manifests that are odd or rejected.
     #[arg(long, short)]
     pub(crate) quiet: bool,

@@ -24,7 +24,7 @@ pub(crate) fn run(args: &Test, out: &mut impl Write) -> Result<Outcome> {
                 .clone()
                 .unwrap_or_else(|| format!("table {}", i + 1));
             let place = format!("{}: {name}", file.display());
-            let run = one(table, file, &place, args.quiet)?;
+            let run = one(table, file, &place, args, out)?;
             checks += table.checks.len();
             wrong += run.len();
             for row in run.iter().take(args.show.saturating_sub(shown)) {
@@ -45,9 +45,15 @@ pub(crate) fn run(args: &Test, out: &mut impl Write) -> Result<Outcome> {
 }
 
 /// The wrong rows of a table.
-fn one(table: &Table, file: &Path, place: &str, quiet: bool) -> Result<Vec<String>> {
+fn one(
+    table: &Table,
+    file: &Path,
+    place: &str,
+    args: &Test,
+    out: &mut impl Write,
+) -> Result<Vec<String>> {
     let world = World::new(&table::objects(table, file).with_context(|| place.to_owned())?);
-    if !quiet {
+    if !args.quiet {
         for note in &world.notes {
             writeln!(io::stderr(), "{place}: {note}")?;
         }
@@ -57,6 +63,11 @@ fn one(table: &Table, file: &Path, place: &str, quiet: bool) -> Result<Vec<Strin
         let row = || format!("{place}: check {}", i + 1);
         if let Some(text) = difference(&world, check).with_context(row)? {
             wrong.push(format!("{}: {text}", row()));
+        } else if args.all {
+            let name = check.name.as_deref().unwrap_or("-");
+            let said = [check.expect, check.expect_ingress, check.expect_egress];
+            let said = said.into_iter().flatten().next().map_or("", Expected::word);
+            writeln!(out, "holds: {}: {name}: {said}", row())?;
         }
     }
     Ok(wrong)
