@@ -8,6 +8,14 @@
 #![cfg_attr(
     target_arch = "bpf",
     allow(
+        clippy::cast_possible_truncation,
+        clippy::let_underscore_must_use,
+        reason = "contexts hold small numbers in wide fields; what a program cannot help it passes by"
+    )
+)]
+#![cfg_attr(
+    target_arch = "bpf",
+    allow(
         unsafe_code,
         reason = "programs, maps and helpers are raw memory and symbols"
     ),

@@ -11,6 +11,7 @@ use mesh_test::manifests::Manifests;
 use mesh_test::{Families, Lab, PodSpec, Topology};
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "one object after the other")]
 fn manifests_are_read_as_what_the_lab_is() {
     let lab = Lab::builder(Topology::Routed)
         .namespace("shop", &[("mesh.rs/dataplane", "enabled")])
