@@ -158,7 +158,9 @@ pub fn sum(page: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
         value.split(' ').next()?.parse().ok()
     };
     // Not `sum()`, whose empty sum of floats is -0.
-    page.lines().filter_map(sample).fold(0.0, |all, one| all + one)
+    page.lines()
+        .filter_map(sample)
+        .fold(0.0, |all, one| all + one)
 }
 
 impl Agent {
