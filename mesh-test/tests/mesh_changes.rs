@@ -137,6 +137,13 @@ fn an_address_that_is_used_again_has_no_rights_of_its_old_owner() {
         let b = mesh.pod("b");
         let mut server = b.serve("--tcp [::]:7000 --report").expect("server");
         mesh.apply_text("only-good", ONLY_GOOD).expect("apply");
+        // Who was never good is refused: the policy is in force before the first good one comes.
+        let a = mesh.pod("a");
+        eventually("the policy to be in force", SOON, || {
+            let refused = |to: &SocketAddr| !tcp(&a, &format!("--to {to} --timeout-ms 1000")).ok;
+            ends(&b, 7000).iter().all(refused).then_some(())
+        })
+        .expect("in force");
         for _round in 0..2 {
             let good = PodSpec::new("good", node).host_number(77);
             let good = mesh.add_pod(good).expect("pod");
