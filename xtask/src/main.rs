@@ -12,6 +12,7 @@
 
 mod bench;
 mod build;
+mod coverage;
 mod demo;
 mod generate;
 mod lint;

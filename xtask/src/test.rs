@@ -3,7 +3,7 @@
 //!
 //! First all crates but mesh-test, in parallel; then mesh-test, one test at a time, because its
 //! tests share the machine's kernel and measure time. Both run to their end. The last line is
-//! the sum over all test programs.
+//! the sum over all test programs. With `policy --coverage`: what the truth tables prove instead.
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -13,16 +13,25 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{build, run, setup};
+use crate::{build, coverage, run, setup};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Run only tests whose name contains this
     filter: Option<String>,
+    /// Run no tests, but say per clause what the truth tables prove (with the filter `policy`)
+    #[arg(long)]
+    coverage: bool,
 }
 
 /// Whether every test passed; the counts are the last line that it prints.
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    if args.coverage {
+        return match args.filter.as_deref() {
+            Some("policy") => coverage::run(),
+            _ => bail!("coverage is known of the policy only: test policy --coverage"),
+        };
+    }
     if !run::is_root() {
         bail!("the tests make network namespaces and load kernel programs: run them as root");
     }
