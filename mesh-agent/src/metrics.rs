@@ -20,6 +20,7 @@ use mesh_common::{Direction, Reason, Verdict};
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use crate::identity::Refusal;
 use crate::record::{Close, Reporter};
 
 mod describe;
@@ -86,13 +87,16 @@ pub struct Metrics(Arc<Inner>);
 const CODES: usize = Reason::CODES as usize;
 /// Failures that have no [`Reason`]: reset, aborted.
 const FAILURES: usize = CODES + 2;
+/// Refused for each reason, or ok.
+const HANDSHAKES: usize = Refusal::LABELS.len() + 1;
 
 #[expect(clippy::disallowed_types, reason = "see the import")]
 struct Inner {
     connections: Arc<series::Table>,
     failures: [[AtomicU64; FAILURES]; 2],
     verdicts: [AtomicU64; COUNTERS as usize],
-    handshakes: [[AtomicU64; CODES + 1]; 2],
+    handshakes: [[AtomicU64; HANDSHAKES]; 2],
+    retried: [AtomicU64; CODES],
     certificates: Mutex<BTreeMap<(String, String), u64>>,
     ready: Mutex<BTreeMap<&'static str, bool>>,
     plan_apply: Histogram,
@@ -135,6 +139,7 @@ impl Metrics {
             failures: std::array::from_fn(|_| zeros()),
             verdicts: zeros(),
             handshakes: std::array::from_fn(|_| zeros()),
+            retried: zeros(),
             certificates: Mutex::new(BTreeMap::new()),
             ready: Mutex::new(BTreeMap::new()),
             plan_apply: Histogram::new(APPLY_BUCKETS),
@@ -171,6 +176,14 @@ impl Metrics {
         self.0.failures[reporter as usize][index].fetch_add(1, Relaxed);
     }
 
+    /// Counts a connection that is made to another endpoint of its service, because this happened
+    /// with the first one.
+    pub(crate) fn retried(&self, close: &Close) {
+        if let Close::Refused(Verdict { reason, .. }) | Close::Failed(reason) = close {
+            self.0.retried[*reason as usize].fetch_add(1, Relaxed);
+        }
+    }
+
     /// Counts a decision that the agent made. The kernel's are counted by the kernel.
     pub fn verdict(&self, direction: Direction, verdict: &Verdict) {
         let counter = Counter::Verdict(direction, verdict.allowed, verdict.reason);
@@ -180,10 +193,10 @@ impl Metrics {
     }
 
     /// Counts a TLS handshake.
-    pub fn handshake(&self, role: Role, result: Result<(), Reason>) {
+    pub fn handshake(&self, role: Role, result: Result<(), Refusal>) {
         let index = match result {
-            Ok(()) => CODES,
-            Err(reason) => reason as usize,
+            Ok(()) => HANDSHAKES - 1,
+            Err(refusal) => refusal.index(),
         };
         self.0.handshakes[role as usize][index].fetch_add(1, Relaxed);
     }

@@ -85,6 +85,8 @@ pub struct Timing {
     pub handshake: Duration,
     /// To reach another node's agent, or an application.
     pub connect: Duration,
+    /// The same, where another endpoint of the service can be tried.
+    pub connect_first: Duration,
     /// How long a peer that refuses connections may be just starting.
     pub retry: Duration,
     /// The first pause between two attempts; it doubles.
@@ -106,6 +108,7 @@ impl Default for Timing {
             handshakes_per_pod: 256,
             handshake: Duration::from_secs(5),
             connect: Duration::from_secs(10),
+            connect_first: Duration::from_secs(2),
             retry: Duration::from_secs(2),
             first_retry: Duration::from_millis(20),
             certificate: Duration::from_secs(2),

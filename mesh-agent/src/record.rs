@@ -487,6 +487,18 @@ impl ConnectionRecord {
         &self.bytes
     }
 
+    /// The connection is made to another endpoint than the one it was opened for. Metrics keep the
+    /// labels of the first one: endpoints of a service hardly ever differ in them.
+    pub(crate) fn redirect(&mut self, to: Endpoint, verdict: Verdict, identity: Arc<str>) {
+        let Some(end) = &mut self.end else {
+            return;
+        };
+        end.destination = Party::of(&end.recorder.plan(), to);
+        end.open.destination = to;
+        end.open.verdict = verdict;
+        end.open.peer_identity = Some(identity);
+    }
+
     /// What the tunnel's socket says: smoothed round-trip time, and segments sent again over this
     /// connection.
     pub fn set_transport(&mut self, rtt_us: u32, retransmits: u32) {

@@ -85,11 +85,17 @@ pub enum Refusal {
     /// Anything else: ours, or the socket's.
     #[error("the handshake failed here")]
     Failed,
+    /// A bound on handshakes or tunnels was reached.
+    #[error("too many handshakes or tunnels at a time")]
+    LimitReached,
+    /// There is no certificate to show the peer.
+    #[error("there is no certificate to show the peer")]
+    NoOwnCertificate,
 }
 
 impl Refusal {
     /// All label values, in the order of [`Self::index`].
-    pub const LABELS: [&'static str; 21] = [
+    pub const LABELS: [&'static str; 23] = [
         "no_certificate",
         "unknown_ca",
         "expired",
@@ -111,6 +117,8 @@ impl Refusal {
         "closed",
         "timeout",
         "failed",
+        "limit_reached",
+        "no_own_certificate",
     ];
 
     /// Which of [`Self::LABELS`], for counters in an array.
@@ -137,6 +145,8 @@ impl Refusal {
             Self::Closed => 18,
             Self::Timeout => 19,
             Self::Failed => 20,
+            Self::LimitReached => 21,
+            Self::NoOwnCertificate => 22,
         }
     }
 
@@ -161,6 +171,8 @@ impl Refusal {
             | Self::BadCertificate
             | Self::BadSignature => Reason::IdentityRefused,
             Self::Protocol => Reason::Protocol,
+            Self::LimitReached => Reason::LimitReached,
+            Self::NoOwnCertificate => Reason::NoCertificate,
             Self::TlsVersion
             | Self::NoCommonParameters
             | Self::NotTls
@@ -306,7 +318,8 @@ mod tests {
         assert_eq!(Refusal::SeveralNames.label(), "several_names");
         assert_eq!(Refusal::RefusedByPeer(48).label(), "refused_by_peer");
         assert_eq!(Refusal::Failed.label(), "failed");
-        assert_eq!(Refusal::Failed.index() + 1, Refusal::LABELS.len());
+        let last = Refusal::NoOwnCertificate;
+        assert_eq!(last.index() + 1, Refusal::LABELS.len());
     }
 
     #[test]

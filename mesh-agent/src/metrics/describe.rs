@@ -85,6 +85,8 @@ descriptions! {
         "Application bytes from destination to source";
     FAILED "mesh_tcp_connections_failed_total" Counter &["reporter", "reason"],
         "TCP connections that did not end in order, by reason; docs/reasons.md explains them";
+    RETRIED "mesh_tcp_connections_retried_total" Counter &["reason"],
+        "Times a connection was made to another endpoint of its service because one could not be connected to";
     VERDICTS "mesh_policy_verdicts_total" Counter &["direction", "verdict", "reason", "decided_by"],
         "Decisions about connections, datagrams and packets. The kernel's survive restarts of the agent";
     UNENCRYPTED "mesh_unencrypted_bytes_total" Counter &["reason"],

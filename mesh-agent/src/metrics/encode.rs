@@ -16,7 +16,8 @@ use prometheus_client::encoding::{
 
 use super::describe::{self, Description};
 use super::process::Usage;
-use super::{CODES, Metrics, Role, Totals};
+use super::{HANDSHAKES, Metrics, Role, Totals};
+use crate::identity::Refusal;
 use crate::record::{Close, ClosedBy, Reporter};
 
 /// Writes every family.
@@ -76,6 +77,7 @@ impl Collector for Page {
         let encoder = &mut encoder;
         self.connections(encoder)?;
         self.failures(encoder)?;
+        self.retries(encoder)?;
         self.verdicts(encoder)?;
         self.handshakes(encoder)?;
         self.certificates(encoder)?;
@@ -151,15 +153,23 @@ impl Page {
         Ok(())
     }
 
+    fn retries(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let mut family = family(encoder, describe::RETRIED)?;
+        for (reason, count) in Reason::ALL.iter().zip(&self.0.0.retried) {
+            family.counter_unless_0(&[("reason", reason.label())], load(count))?;
+        }
+        Ok(())
+    }
+
     fn handshakes(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let mut family = family(encoder, describe::HANDSHAKES)?;
         for role in Role::ALL {
             let counts = &self.0.0.handshakes[role as usize];
             let ok = [("role", role.label()), ("result", "ok")];
-            family.counter(&ok, load(&counts[CODES]))?;
-            for reason in Reason::ALL {
-                let labels = [("role", role.label()), ("result", reason.label())];
-                family.counter_unless_0(&labels, load(&counts[*reason as usize]))?;
+            family.counter(&ok, load(&counts[HANDSHAKES - 1]))?;
+            for (label, count) in Refusal::LABELS.into_iter().zip(counts) {
+                let labels = [("role", role.label()), ("result", label)];
+                family.counter_unless_0(&labels, load(count))?;
             }
         }
         Ok(())

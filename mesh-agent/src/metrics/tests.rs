@@ -46,7 +46,8 @@ fn full() -> Metrics {
         &Verdict::deny(Reason::DefaultDeny, RuleId::NONE),
     );
     metrics.handshake(Role::Client, Ok(()));
-    metrics.handshake(Role::Server, Err(Reason::IdentityRefused));
+    metrics.handshake(Role::Server, Err(Refusal::WrongIdentity));
+    metrics.retried(&Close::Failed(Reason::ConnectFailed));
     metrics.certificate("shop", "web", Some(1_800_000_000));
     assert_eq!(metrics.plan_applied(Duration::from_millis(3), 1), 1);
     metrics.pods(PodCounts {
@@ -147,7 +148,7 @@ fn values_are_those_that_were_counted() {
         "reason=\"default_deny\",decided_by=\"agent\"} 1\n".to_owned(),
         format!("reason=\"default_deny\",decided_by=\"kernel\"}} {by_kernel}\n"),
         "mesh_tls_handshakes_total{role=\"client\",result=\"ok\"} 1\n".to_owned(),
-        "{role=\"server\",result=\"identity_refused\"} 1\n".to_owned(),
+        "{role=\"server\",result=\"wrong_identity\"} 1\n".to_owned(),
         "{namespace=\"shop\",service_account=\"web\"} 1800000000\n".to_owned(),
         "mesh_plan_apply_seconds_bucket{le=\"0.005\"} 1\n".to_owned(),
         "mesh_flow_events_lost_total{at=\"flow_log\"} 4\n".to_owned(),

@@ -5,9 +5,11 @@
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::AsFd as _;
+use std::time::Duration;
 
 use mesh_common::settings::MARK_INBOUND;
 use mesh_common::{Endpoint, Port};
+use socket2::TcpKeepalive;
 
 use super::socket::Socket;
 use crate::datapath::Handles;
@@ -34,6 +36,13 @@ pub(crate) trait Dial {
     fn service(&self, pod: &PodHandle, to: Endpoint, local_port: Port) -> Option<Endpoint>;
 }
 
+/// A node that has vanished is noticed in a minute: whoever waits for a connection that a tunnel
+/// carries asks only its own node, which is always there to answer.
+pub(crate) const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
+    .with_time(Duration::from_secs(30))
+    .with_interval(Duration::from_secs(10))
+    .with_retries(3);
+
 /// The real thing.
 #[derive(Debug)]
 pub(crate) struct InPod(pub(crate) Handles);
@@ -58,6 +67,7 @@ impl Dial for InPod {
 
     fn peer(&self, pod: &PodHandle, from: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
         let socket = pod.netns.run(|| socket::outgoing(from))??;
+        socket.set_tcp_keepalive(&KEEPALIVE)?;
         self.connect(socket, to)
     }
 

@@ -50,7 +50,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
         proven = proven => proven.unwrap_or(Err(Failure::Refused(Refusal::Timeout))),
     };
     drop(handshaking);
-    let result = proven.as_ref().map(|_| ()).map_err(Failure::reason);
+    let result = proven.as_ref().map(|_| ()).map_err(Failure::refusal);
     worker.metrics().handshake(Role::Server, result);
     let (secured, peer) = match proven {
         Ok(proven) => proven,

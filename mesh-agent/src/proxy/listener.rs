@@ -18,8 +18,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::{JoinHandle, spawn_local};
 
+use super::dial::KEEPALIVE;
 use super::socket::Socket;
 use super::worker::{Job, JobKind, Place, Share, Worker};
+use crate::identity::Refusal;
 use crate::metrics::Role;
 use crate::pods::{Listeners, PodHandle, PodTable};
 
@@ -94,8 +96,11 @@ fn start(worker: &Rc<Worker>, uid: &str, listeners: &Arc<Listeners>) -> io::Resu
             ListenerSlot::Outbound4 | ListenerSlot::Outbound6 => JobKind::Captured,
             ListenerSlot::Tunnel4 | ListenerSlot::Tunnel6 => JobKind::Tunnel,
         };
-        // Accepted sockets inherit it: one system call less for each.
+        // Accepted sockets inherit these: no system call for each.
         socket2::SockRef::from(listener).set_tcp_nodelay(true)?;
+        if kind == JobKind::Tunnel {
+            socket2::SockRef::from(listener).set_tcp_keepalive(&KEEPALIVE)?;
+        }
         let listener = TcpListener::from_std(listener.try_clone()?)?;
         let worker = Rc::clone(worker);
         let share = Arc::clone(&accepting.share);
@@ -165,7 +170,7 @@ pub(crate) fn refuse(worker: &Worker, kind: JobKind, stream: &impl AsFd) {
         JobKind::Tunnel => {
             worker
                 .metrics()
-                .handshake(Role::Server, Err(Reason::LimitReached));
+                .handshake(Role::Server, Err(Refusal::LimitReached));
         }
     }
     let linger = Some(Duration::ZERO);

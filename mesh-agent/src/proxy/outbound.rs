@@ -2,37 +2,32 @@
 //! A captured connection on its way out: decided again, given a tunnel to the destination's node,
 //! and carried.
 
-use std::io;
-use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
-use mesh_common::path::{Outbound, Path, outbound};
-use mesh_common::{Direction, Endpoint, Evidence, Protocol, Reason, Verdict};
-use mesh_plan::Plan;
-use tokio::time::{Instant as Deadline, sleep, timeout_at};
+use mesh_common::{Direction, Endpoint, Evidence, Reason, Verdict};
 
+use self::target::Target;
 use super::Counted;
 use super::live::{Entry, Subject};
-use super::pool::{Key, Pooled};
+use super::pool::Pooled;
 use super::relay::{End, Relay, Retained};
 use super::socket::Socket;
-use super::tls::{self, HandshakeError};
 use super::tunnel::Tunnel;
 use super::tunnel::frame::{Control, Open, StreamId, Why};
 use super::worker::{Job, Worker};
-use crate::identity::{self, Epoch, Refusal, SpiffeId, server_name};
-use crate::metrics::Role;
+use crate::identity::SpiffeId;
 use crate::pods::PodHandle;
 use crate::record::{Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security};
 
-/// Who may be behind a tunnel's other end, and how it is reached.
-struct Target {
-    key: Key,
-    from: SocketAddr,
-    to: SocketAddr,
-}
+pub(crate) use self::reach::Failure;
+
+mod reach;
+mod target;
+
+/// Other endpoints that are tried when one cannot be connected to.
+const OTHERS: usize = 2;
 
 /// Carries a captured connection from its acceptance to its record.
 pub(crate) async fn carry(worker: &Rc<Worker>, job: Job, app: Socket) {
@@ -54,9 +49,7 @@ pub(crate) async fn carry(worker: &Rc<Worker>, job: Job, app: Socket) {
         source: from,
         service,
     };
-    let plan = worker.plan();
-    let decided = decide(worker, &plan, &pod, &open);
-    drop(plan);
+    let decided = target::decide(worker, &worker.plan(), &pod, open);
     let record = |verdict, peer: Option<&SpiffeId>| {
         worker.recorder.open(ConnectionOpen {
             reporter: Reporter::Source,
@@ -69,66 +62,22 @@ pub(crate) async fn carry(worker: &Rc<Worker>, job: Job, app: Socket) {
             security: Security::MutualTls,
         })
     };
-    let (target, verdict) = match decided {
-        Ok(decided) => decided,
+    let target = match decided {
+        Ok(target) => target,
         Err(verdict) => {
             worker.metrics().verdict(Direction::Egress, &verdict);
             record(verdict, None).finish(Close::Refused(verdict));
             return;
         }
     };
-    let mut record = record(verdict, Some(&target.key.expected));
-    entry.set_subject(Some(Subject::Outbound { to }));
+    let mut record = record(target.verdict, Some(&target.key.expected));
     let connection = Connection {
         worker,
         pod: &pod,
         app: &app,
-        target: &target,
-        open,
     };
-    let close = connection.relay(&mut record, &entry).await;
+    let close = connection.relay(target, &mut record, &entry).await;
     record.finish(close);
-}
-
-/// Decides again: the mark that brought the connection here is no proof of anything.
-fn decide(
-    worker: &Worker,
-    plan: &Plan,
-    pod: &PodHandle,
-    open: &Open,
-) -> Result<(Target, Verdict), Verdict> {
-    let refused = Err(Verdict::refuse(Reason::NotTunnelled));
-    let local = plan.pods.get(&pod.uid).unwrap_or(&pod.local);
-    let Path {
-        action, verdict, ..
-    } = outbound(plan, &local.view, open.destination, Protocol::TCP);
-    match action {
-        Outbound::Tunnel => {}
-        Outbound::Refuse => return Err(verdict),
-        Outbound::Direct => return refused,
-    }
-    if !local.view.owns(&open.source.addr) {
-        return refused;
-    }
-    let Some(peer) = plan.names.workloads.get(&open.destination.addr) else {
-        return Err(Verdict::refuse(Reason::UnknownPeer));
-    };
-    let (Some(own), Some(expected)) = (
-        worker.identity(&local.name.namespace, &local.service_account),
-        worker.identity(&peer.pod.namespace, &peer.service_account),
-    ) else {
-        return Err(Verdict::refuse(Reason::IdentityRefused));
-    };
-    let key = Key {
-        to: Endpoint::new(open.destination.addr, worker.tunnel_port),
-        from: open.source.addr,
-        uid: pod.uid.as_str().into(),
-        own,
-        expected,
-    };
-    let from = SocketAddr::new(IpAddr::from(open.source.addr), 0);
-    let to = SocketAddr::from(key.to);
-    Ok((Target { key, from, to }, verdict))
 }
 
 /// One captured connection.
@@ -136,48 +85,129 @@ struct Connection<'a> {
     worker: &'a Rc<Worker>,
     pod: &'a PodHandle,
     app: &'a Socket,
-    target: &'a Target,
-    open: Open,
+}
+
+/// What came of a tunnel or an endpoint.
+enum Outcome {
+    /// The connection has ended.
+    Ended(Close),
+    /// The peer closed the tunnel before it acted on OPEN: another tunnel may be tried.
+    Unused,
+    /// There is no connection to this endpoint, and nothing was given to an application: another
+    /// one may be tried.
+    NotMade(Close),
 }
 
 impl Connection<'_> {
-    /// Relays through a tunnel that waits, or a new one. A tunnel that the peer closed before it
-    /// acted on OPEN is replaced by a new one, once.
-    async fn relay(&self, record: &mut ConnectionRecord, entry: &Entry) -> Close {
+    /// Relays to the endpoint, or where that cannot be connected to, to another of its service.
+    async fn relay(
+        &self,
+        mut target: Target,
+        record: &mut ConnectionRecord,
+        entry: &Entry,
+    ) -> Close {
         let mut retained = Retained::default();
+        let mut tried = Vec::new();
+        loop {
+            let to = target.open.destination;
+            entry.set_subject(Some(Subject::Outbound { to }));
+            tried.push(to);
+            let endpoint = Endpoints {
+                connection: self,
+                target: &target,
+                tried: &tried,
+            };
+            let (close, next) = match endpoint.relay(&mut retained, record, entry).await {
+                (Outcome::Ended(close), _) => return close,
+                (Outcome::Unused, next) => (Close::Failed(Reason::PeerUnreachable), next),
+                (Outcome::NotMade(close), next) => (close, next),
+            };
+            let Some(next) = next else {
+                return close;
+            };
+            tracing::debug!(%to, instead = %next.open.destination, why = close.label(), "tries another endpoint");
+            self.worker.metrics().retried(&close);
+            target = next;
+            record.redirect(
+                target.open.destination,
+                target.verdict,
+                text(&target.key.expected),
+            );
+        }
+    }
+}
+
+/// A captured connection and one of its endpoints.
+struct Endpoints<'a> {
+    connection: &'a Connection<'a>,
+    target: &'a Target,
+    tried: &'a [Endpoint],
+}
+
+impl<'a> std::ops::Deref for Endpoints<'a> {
+    type Target = Connection<'a>;
+
+    fn deref(&self) -> &Connection<'a> {
+        self.connection
+    }
+}
+
+impl Endpoints<'_> {
+    /// Another endpoint, if one more may be tried.
+    fn another(&self) -> Option<Target> {
+        if self.tried.len() > OTHERS {
+            return None;
+        }
+        target::another(self.worker, self.pod, self.target.open, self.tried)
+    }
+
+    /// Relays through a tunnel that waits, or a new one. A tunnel that the peer closed before it
+    /// acted on OPEN is replaced by a new one, once. Also returns where to try instead.
+    async fn relay(
+        &self,
+        retained: &mut Retained,
+        record: &mut ConnectionRecord,
+        entry: &Entry,
+    ) -> (Outcome, Option<Target>) {
         let key = &self.target.key;
         let epoch = self.worker.identities.epoch(&key.own);
         let waiting = epoch.and_then(|now| self.worker.pool.take(key, now, Instant::now()));
-        if let Some(pooled) = waiting
-            && let Some(close) = self.attempt(pooled, &mut retained, record, entry).await
-        {
-            return close;
+        if let Some(pooled) = waiting {
+            match self.attempt(pooled, retained, record, entry).await {
+                Outcome::Unused => {}
+                Outcome::Ended(close) => return (Outcome::Ended(close), None),
+                not_made @ Outcome::NotMade(_) => return (not_made, self.another()),
+            }
         }
+        let next = self.another();
         let made = tokio::select! {
             biased;
-            reason = entry.ended() => Err(reason),
-            made = self.tunnel() => made,
+            reason = entry.ended() => return (Outcome::Ended(Close::Failed(reason)), None),
+            made = reach::tunnel(self.worker, self.pod, self.target, next.is_some()) => made,
         };
-        let pooled = match made {
-            Ok(pooled) => pooled,
-            Err(reason) => return Close::Failed(reason),
+        let outcome = match made {
+            Ok(pooled) => self.attempt(pooled, retained, record, entry).await,
+            Err(reason @ (Reason::PeerUnreachable | Reason::TlsFailed)) => {
+                Outcome::NotMade(Close::Failed(reason))
+            }
+            Err(reason) => Outcome::Ended(Close::Failed(reason)),
         };
-        self.attempt(pooled, &mut retained, record, entry)
-            .await
-            .unwrap_or(Close::Failed(Reason::PeerUnreachable))
+        (outcome, next)
     }
 
-    /// Relays through one tunnel; `None` = another may be tried.
+    /// Relays through one tunnel.
     async fn attempt(
         &self,
         mut pooled: Pooled,
         retained: &mut Retained,
         record: &mut ConnectionRecord,
         entry: &Entry,
-    ) -> Option<Close> {
+    ) -> Outcome {
         let tunnel = &mut pooled.tunnel;
-        let stream = tunnel.begin()?;
-        tunnel.queue(stream, &Control::Open(self.open));
+        let Some(stream) = tunnel.begin() else {
+            return Outcome::Unused;
+        };
+        tunnel.queue(stream, &Control::Open(self.target.open));
         let end = {
             let count = Counted::source(record.bytes());
             let relay = Relay::opener(self.app, tunnel, stream, &count, retained);
@@ -193,47 +223,52 @@ impl Connection<'_> {
             Ok(end) => self.conclude(pooled, stream, end),
             Err(reason) => {
                 self.give_up(pooled.tunnel, stream, Why::new(reason));
-                Some(Close::Failed(reason))
+                Outcome::Ended(Close::Failed(reason))
             }
         }
     }
 
     /// What becomes of the tunnel, and how the connection ended.
-    fn conclude(&self, mut pooled: Pooled, stream: StreamId, end: End) -> Option<Close> {
-        match end {
+    fn conclude(&self, mut pooled: Pooled, stream: StreamId, end: End) -> Outcome {
+        Outcome::Ended(match end {
             End::Finished { local_first } => {
                 self.app.close_on_drop();
                 self.keep(pooled);
-                Some(Close::Finished(if local_first {
+                Close::Finished(if local_first {
                     ClosedBy::Local
                 } else {
                     ClosedBy::Remote
-                }))
+                })
             }
             End::Refused(why) => {
                 pooled.tunnel.end();
                 self.keep(pooled);
-                Some(refused(why))
+                let close = refused(why);
+                if is_about_the_endpoint(&close) {
+                    return Outcome::NotMade(close);
+                }
+                close
             }
             End::AppReset(error) => {
                 tracing::trace!(%error, "an application reset its connection");
                 self.give_up(pooled.tunnel, stream, Why::APPLICATION);
-                Some(Close::Reset(ClosedBy::Local))
+                Close::Reset(ClosedBy::Local)
             }
             End::PeerReset(why) => {
                 self.worker.close(vec![pooled.tunnel]);
-                Some(reset(why))
+                reset(why)
             }
-            End::Tunnel { unused: true, .. } => None,
+            End::Tunnel { unused: true, .. } => return Outcome::Unused,
             End::Tunnel { error, .. } => {
                 tracing::debug!(to = %self.target.key.to, error = %error, "a tunnel failed");
-                if !error.is_violation() {
-                    return Some(Close::Reset(ClosedBy::Remote));
+                if error.is_violation() {
+                    self.give_up(pooled.tunnel, stream, Why::new(Reason::Protocol));
+                    Close::Failed(Reason::Protocol)
+                } else {
+                    Close::Reset(ClosedBy::Remote)
                 }
-                self.give_up(pooled.tunnel, stream, Why::new(Reason::Protocol));
-                Some(Close::Failed(Reason::Protocol))
             }
-        }
+        })
     }
 
     /// Keeps a tunnel for the next connection.
@@ -257,112 +292,6 @@ impl Connection<'_> {
         tunnel.queue(stream, &Control::Reset(why));
         self.worker.close(vec![tunnel]);
     }
-
-    /// A new tunnel to the destination's agent.
-    async fn tunnel(&self) -> Result<Pooled, Reason> {
-        let timing = &self.worker.timing;
-        let begun = Deadline::now();
-        let key = &self.target.key;
-        let ready = self.worker.identities.ready(&key.own);
-        match timeout_at(begun + timing.certificate, ready).await {
-            Ok(Ok(_certificate)) => {}
-            Ok(Err(_)) | Err(_) => return Err(Reason::NoCertificate),
-        }
-        let connected = timeout_at(begun + timing.connect, self.connected(begun)).await;
-        let socket = match connected {
-            Ok(Ok(socket)) => socket,
-            Ok(Err(error)) => {
-                tracing::debug!(to = %key.to, %error, "cannot reach another node's agent");
-                return Err(Reason::PeerUnreachable);
-            }
-            Err(_elapsed) => return Err(Reason::PeerUnreachable),
-        };
-        let handshake = self.secure(socket);
-        let made = match timeout_at(Deadline::now() + timing.handshake, handshake).await {
-            Ok(made) => made,
-            Err(_elapsed) => Err(Failure::Refused(Refusal::Timeout)),
-        };
-        let result = made.as_ref().map(|_| ()).map_err(Failure::reason);
-        self.worker.metrics().handshake(Role::Client, result);
-        made.map_err(|failure| {
-            tracing::debug!(to = %key.to, expected = %key.expected, %failure, "no tunnel");
-            failure.reason()
-        })
-    }
-
-    /// Connects; a peer that refuses may be just starting, and is asked again for a while. It is
-    /// never reached in clear instead.
-    async fn connected(&self, begun: Deadline) -> io::Result<Socket> {
-        let timing = &self.worker.timing;
-        let mut pause = timing.first_retry;
-        loop {
-            let Target { from, to, .. } = *self.target;
-            let stream = self.worker.dial.peer(self.pod, from, to)?;
-            let socket = Socket::new(stream)?;
-            match socket.connected().await {
-                Ok(()) => return Ok(socket),
-                Err(error)
-                    if error.kind() == io::ErrorKind::ConnectionRefused
-                        && begun.elapsed() + pause < timing.retry =>
-                {
-                    sleep(pause).await;
-                    pause *= 2;
-                }
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    async fn secure(&self, socket: Socket) -> Result<Pooled, Failure> {
-        let key = &self.target.key;
-        let identities = &self.worker.identities;
-        let config = identities.client(&key.own, &key.expected)?;
-        let epoch: Epoch = identities
-            .epoch(&key.own)
-            .ok_or(Failure::Refused(Refusal::Failed))?;
-        let name = server_name(key.to.addr.into());
-        let verify = |connection: &_| {
-            let proven = identities.peer(connection)?;
-            if proven == key.expected {
-                Ok(())
-            } else {
-                Err(Failure::Refused(Refusal::WrongIdentity))
-            }
-        };
-        let (secured, ()) = tls::connect(&socket, config, name, verify).await?;
-        Ok(Pooled {
-            tunnel: Tunnel::new(socket, secured, Rc::clone(&self.worker.buffers)),
-            epoch,
-            made: Instant::now(),
-        })
-    }
-}
-
-/// Why there is no tunnel.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum Failure {
-    /// The handshake did not prove the peer.
-    #[error(transparent)]
-    Refused(#[from] Refusal),
-    /// There is no certificate to show.
-    #[error(transparent)]
-    Identity(#[from] identity::Error),
-}
-
-impl From<HandshakeError> for Failure {
-    fn from(error: HandshakeError) -> Self {
-        Self::Refused(error.refusal())
-    }
-}
-
-impl Failure {
-    /// For metrics and records.
-    pub(crate) fn reason(&self) -> Reason {
-        match self {
-            Self::Refused(refusal) => refusal.reason(),
-            Self::Identity(_) => Reason::NoCertificate,
-        }
-    }
 }
 
 /// How a connection ended that the other end refused.
@@ -377,6 +306,20 @@ pub(crate) fn refused(why: Why) -> Close {
     } else {
         Close::Failed(reason)
     }
+}
+
+/// Whether a refusal says nothing about who asks: another endpoint may answer otherwise.
+const fn is_about_the_endpoint(close: &Close) -> bool {
+    matches!(
+        close,
+        Close::Failed(
+            Reason::ConnectFailed
+                | Reason::PodDeleted
+                | Reason::AgentShutdown
+                | Reason::LimitReached
+                | Reason::NotTunnelled
+        )
+    )
 }
 
 /// How a connection ended that the other end reset.

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Tunnels of one worker that wait for their next connection.
 //!
-//! A tunnel is used again only by the same pod, as the same identity, towards the same address,
-//! for a peer that proved the same identity, and only while the certificate and roots under which
-//! that was proven are in use.
+//! A tunnel is used again only by the same pod, as the same identity and under the same policy,
+//! towards the same pod at the same address, which proved the same identity, and only while the
+//! certificate and roots under which that was proven are in use.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mesh_common::Endpoint;
+use mesh_common::policy::PolicySetId;
+use mesh_common::{Endpoint, IdentityId};
 
 use super::tunnel::Tunnel;
 use crate::identity::{Epoch, SpiffeId};
@@ -24,6 +25,12 @@ pub(crate) struct Key {
     pub(crate) from: mesh_common::Addr,
     /// The pod it begins in.
     pub(crate) uid: Arc<str>,
+    /// The pod it ends in.
+    pub(crate) peer_uid: Arc<str>,
+    /// The policy of the pod it begins in.
+    pub(crate) set: PolicySetId,
+    /// Who the peer is to policy.
+    pub(crate) peer: IdentityId,
     /// Its identity.
     pub(crate) own: SpiffeId,
     /// The identity the peer has proven.

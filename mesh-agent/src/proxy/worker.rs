@@ -275,8 +275,17 @@ impl Worker {
         let keep = |key: &Key, epoch: Epoch| {
             table.contains_key(&*key.uid)
                 && self.identities.epoch(&key.own) == Some(epoch)
+                && plan
+                    .pods
+                    .get(&*key.uid)
+                    .is_none_or(|pod| pod.view.set == key.set)
+                && plan
+                    .peers
+                    .get(&key.to.addr)
+                    .is_some_and(|now| now.id == key.peer)
                 && plan.names.workloads.get(&key.to.addr).is_some_and(|now| {
-                    now.pod.namespace == key.expected.namespace()
+                    *now.uid == *key.peer_uid
+                        && now.pod.namespace == key.expected.namespace()
                         && now.service_account == key.expected.service_account()
                 })
         };

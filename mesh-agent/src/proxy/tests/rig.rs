@@ -153,10 +153,18 @@ pub(super) struct Node {
     pub(super) proxy: ProxyHandle,
     pub(super) plan: watch::Sender<Arc<Plan>>,
     pub(super) pods: watch::Sender<Arc<PodTable>>,
+    pub(super) metrics: Metrics,
     flows: Flows,
 }
 
 impl Node {
+    /// A number on the page of metrics; 0 if it is not there.
+    pub(super) fn metric(&self, series: &str) -> u64 {
+        let page = self.metrics.page(crate::metrics::Form::Prometheus);
+        let line = page.lines().find_map(|line| line.strip_prefix(series));
+        line.map_or(0, |number| number.trim().parse().unwrap())
+    }
+
     pub(super) fn change(&self, change: impl FnOnce(&mut Plan)) {
         self.plan.send_modify(|plan| change(Arc::make_mut(plan)));
     }
@@ -407,6 +415,7 @@ fn node(
         proxy,
         plan: plan_sender,
         pods: pods_sender,
+        metrics,
         flows,
     }
 }
