@@ -53,6 +53,30 @@ abi! {
         pub revision_end: u64,
     }
 
+    /// Value of the map `PODS_BY_LINK`: what the gate needs of the pod behind an interface for the
+    /// segments of connections that are already open. Written right after the pod's [`PodState`],
+    /// whole; nothing that opens a connection is decided by it.
+    pub struct GatePod {
+        /// The pod.
+        pub index: PodIndex,
+        /// As [`PodView::flags`].
+        pub flags: u32,
+        /// As [`PodState::mac`].
+        pub mac: [u8; 8],
+        /// As [`PodView::v4`].
+        pub v4: Addr,
+        /// As [`PodView::v6`].
+        pub v6: Addr,
+    }
+
+    /// Value of the map `PODS_BY_ADDR`.
+    pub struct LocalAddr {
+        /// The pod that has the address.
+        pub index: PodIndex,
+        /// As [`PodState::link`].
+        pub link: u32,
+    }
+
     /// Key of the map `PORT_MODES`: a port whose mode differs from the pod's own.
     pub struct ModeKey {
         /// [`PodView::modes`].
@@ -81,6 +105,34 @@ abi! {
         pub flags: u32,
         /// Always 0.
         pub pad: u32,
+    }
+}
+
+impl GatePod {
+    /// What the gate needs of a pod.
+    #[must_use]
+    pub const fn new(index: PodIndex, state: &PodState) -> Self {
+        Self {
+            index,
+            flags: state.view.flags,
+            mac: state.mac,
+            v4: state.view.v4,
+            v6: state.view.v6,
+        }
+    }
+
+    /// Whether a flag of [`PodState`] is set.
+    #[inline(always)]
+    #[must_use]
+    pub const fn has(&self, flag: u32) -> bool {
+        self.flags & flag != 0
+    }
+
+    /// Whether the address is one of the pod's own.
+    #[inline(always)]
+    #[must_use]
+    pub fn owns(&self, addr: &Addr) -> bool {
+        !addr.is_none() && (self.v4 == *addr || self.v6 == *addr)
     }
 }
 

@@ -9,7 +9,7 @@
 use aya_ebpf::programs::TcContext;
 use mesh_common::maps::{ConnectionKey, FragmentKey, FragmentVerdict};
 use mesh_common::path::{Origin, Outbound, Peers as _, who};
-use mesh_common::pod::{PodIndex, PodState};
+use mesh_common::pod::{GatePod, PodIndex, PodState};
 use mesh_common::policy::PolicySetId;
 use mesh_common::settings::{FRAGMENT_NS, TUNNEL_PORT};
 use mesh_common::{Addr, Direction, Endpoint, Peer, Port, Protocol, Reason, Verdict};
@@ -34,7 +34,14 @@ const ECHO_REQUEST_V6: u8 = 128;
 /// A frame from a pod.
 #[inline(always)]
 pub(crate) fn from_pod(ctx: &TcContext) -> i32 {
-    let Some((pod, state)) = pod_of(ctx) else {
+    let Some(gate) = tables::gate(read!(ctx.skb.skb, ifindex)) else {
+        return DROP;
+    };
+    if continues_from_pod(ctx, gate) {
+        return NEXT;
+    }
+    let pod = gate.index;
+    let Some(state) = tables::pod(pod) else {
         return DROP;
     };
     let Some(ethernet) = packet::ethernet(ctx) else {
@@ -78,7 +85,16 @@ pub(crate) fn from_pod(ctx: &TcContext) -> i32 {
 /// A frame to a pod.
 #[inline(always)]
 pub(crate) fn to_pod(ctx: &TcContext) -> i32 {
-    let Some((pod, state)) = pod_of(ctx) else {
+    // The interface is in the map before the program is attached, and until it is detached: one
+    // without a pod is in between, and closed.
+    let Some(gate) = tables::gate(read!(ctx.skb.skb, ifindex)) else {
+        return DROP;
+    };
+    if continues_to_pod(ctx, gate) {
+        return NEXT;
+    }
+    let pod = gate.index;
+    let Some(state) = tables::pod(pod) else {
         return DROP;
     };
     let Some(ethernet) = packet::ethernet(ctx) else {
@@ -96,7 +112,7 @@ pub(crate) fn to_pod(ctx: &TcContext) -> i32 {
         Kind::Malformed => return drop_frame(pod, Direction::Ingress, Reason::Malformed),
     }
     let entered = read!(ctx.skb.skb, ingress_ifindex);
-    if spoofed(state, &ip.from.addr, entered) {
+    if state.view.owns(&ip.from.addr) || foreign(&ip.from.addr, entered) {
         return drop_packet(
             pod,
             Direction::Ingress,
@@ -112,17 +128,41 @@ pub(crate) fn to_pod(ctx: &TcContext) -> i32 {
     if !concerned(state) {
         return NEXT;
     }
-    // The node's own address on a packet that this node did not make: translated on its way.
-    let translated = entered != 0 && is_host(&ip.from.addr);
-    receive(pod, state, ip, translated)
+    receive(pod, state, ip, entered)
 }
 
-/// The pod behind the interface. The program is attached after the map is written and detached
-/// before it is cleared: an interface without a pod is in between, and closed.
-#[inline(always)]
-fn pod_of(ctx: &TcContext) -> Option<(PodIndex, &'static PodState)> {
-    let pod = tables::pod_by_link(read!(ctx.skb.skb, ifindex))?;
-    Some((pod, tables::pod(pod)?))
+/// Whether a segment of a pod passes because everything that the whole check would ask of it is
+/// known to hold: its source is true, it opens nothing, and it is no plaintext towards a pod that
+/// is tunnelled to. Most packets end here; whatever does not is checked as a whole.
+#[inline(never)]
+fn continues_from_pod(ctx: &TcContext, gate: &GatePod) -> bool {
+    let Some(segment) = packet::segment(ctx) else {
+        return false;
+    };
+    let own_mac = u64::from_ne_bytes(gate.mac);
+    if segment.flags & (SYN | ACK) == SYN
+        || (own_mac != 0 && own_mac != segment.mac)
+        || !gate.owns(&segment.from.addr)
+    {
+        return false;
+    }
+    !gate.has(PodState::ENROLLED)
+        || segment.to.port == TUNNEL_PORT
+        || segment.from.port == TUNNEL_PORT
+        || tables::local(&segment.to.addr).is_some()
+}
+
+/// As [`continues_from_pod`], towards a pod: the destination is its own, and the source can be.
+#[inline(never)]
+fn continues_to_pod(ctx: &TcContext, gate: &GatePod) -> bool {
+    let Some(segment) = packet::segment(ctx) else {
+        return false;
+    };
+    let entered = read!(ctx.skb.skb, ingress_ifindex);
+    segment.flags & (SYN | ACK) != SYN
+        && gate.owns(&segment.to.addr)
+        && !gate.owns(&segment.from.addr)
+        && !foreign(&segment.from.addr, entered)
 }
 
 /// Whether more than addresses is to be checked: the pod is enrolled, or policy selects it.
@@ -148,17 +188,11 @@ fn is_host(addr: &Addr) -> bool {
     Tables.peer(addr).is_some_and(|peer| peer.id.is_host())
 }
 
-/// Whether a packet to a pod has an address that its sender cannot have: the pod's own, or another
-/// local pod's on a packet that did not enter by that pod's interface.
+/// Whether an address is another local pod's on a packet that did not enter by that pod's
+/// interface.
 #[inline(always)]
-fn spoofed(state: &PodState, from: &Addr, entered: u32) -> bool {
-    if state.view.owns(from) {
-        return true;
-    }
-    match tables::pod_by_addr(from).and_then(tables::pod) {
-        Some(sender) => sender.link != 0 && sender.link != entered,
-        None => false,
-    }
+fn foreign(from: &Addr, entered: u32) -> bool {
+    tables::local(from).is_some_and(|sender| sender.link != 0 && sender.link != entered)
 }
 
 /// ARP passes with the pod's own sender address.
@@ -329,23 +363,27 @@ fn old_connection(local: &Endpoint, remote: &Endpoint) -> bool {
 
 /// A packet to a pod, its source as true as can be told.
 #[inline(always)]
-fn receive(pod: PodIndex, state: &PodState, ip: &Packet, translated: bool) -> i32 {
+fn receive(pod: PodIndex, state: &PodState, ip: &Packet, entered: u32) -> i32 {
     let has_ports = ip.protocol == Protocol::TCP || ip.protocol == Protocol::UDP;
     let own = state.view.owns(&ip.to.addr) || ip.to.addr.is_multicast_or_broadcast();
     if state.view.has(PodState::ENROLLED) && has_ports && !own {
         let verdict = Verdict::refuse(Reason::ForeignDestination);
         return drop_packet(pod, Direction::Ingress, ip, &verdict);
     }
+    let tcp = ip.protocol == Protocol::TCP;
+    if tcp && (ip.flags & (SYN | ACK) != SYN || ip.to.port == TUNNEL_PORT) {
+        return NEXT;
+    }
+    // The node's own address on a packet that this node did not make: translated on its way.
+    let translated = entered != 0 && is_host(&ip.from.addr);
     let origin = if translated {
         Origin::Translated
     } else {
         Origin::Address
     };
-    if ip.protocol == Protocol::TCP {
+    if tcp {
         // sk_lookup decides connections, but cannot see a translation, and cannot be silent.
-        let opens = ip.flags & (SYN | ACK) == SYN;
-        let silent = state.view.has(PodState::SILENT);
-        if !opens || ip.to.port == TUNNEL_PORT || !(translated || silent) {
+        if !translated && !state.view.has(PodState::SILENT) {
             return NEXT;
         }
         return decide_arrival(pod, ip, origin);

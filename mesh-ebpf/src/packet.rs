@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! Frames at the gate, parsed: the only place that knows offsets. Everything is copied out by
-//! bounded loads, so no look at a packet can be out of range.
+//! Frames at the gate, parsed: the only place that knows offsets. What is common is read in place,
+//! inside bounds that the verifier checks; everything else is copied out by bounded loads.
+
+use core::ptr;
 
 use aya_ebpf::programs::TcContext;
 use mesh_common::{Addr, Endpoint, Port, Protocol};
+
+use crate::context::read;
 
 const ETHERNET: usize = 14;
 const ETHERTYPE_IPV4: u16 = 0x0800;
@@ -130,6 +134,71 @@ impl Packet {
         mac: [0; 6],
         pad: 0,
     };
+}
+
+/// A whole TCP segment, read in place.
+pub(crate) struct Segment {
+    pub(crate) from: Endpoint,
+    pub(crate) to: Endpoint,
+    /// The sender's MAC address, then 2 bytes 0, as a word in memory.
+    pub(crate) mac: u64,
+    /// TCP's flags.
+    pub(crate) flags: u8,
+}
+
+/// TCP directly behind an IPv4 header without options, not fragmented, or directly behind an IPv6
+/// header, with all of that in the frame's linear part. `None` = something else, to be parsed as a
+/// whole.
+#[inline(always)]
+pub(crate) fn segment(ctx: &TcContext) -> Option<Segment> {
+    /// Of IPv4 up to TCP's flags, and as much more in IPv6.
+    const FLAGS: usize = ETHERNET + size_of::<Ipv4>() + 13;
+    const MORE: usize = size_of::<Ipv6>() - size_of::<Ipv4>();
+
+    let start = read!(ctx.skb.skb, data) as usize;
+    let end = read!(ctx.skb.skb, data_end) as usize;
+    if start + FLAGS + 1 > end {
+        return None;
+    }
+    // SAFETY: below, every offset is even and inside what was just checked.
+    let half = |at: usize| unsafe { ptr::read_volatile((start + at) as *const u16) };
+    let [a, b, c] = [6, 8, 10].map(|at| half(at).to_ne_bytes());
+    let mac = u64::from_ne_bytes([a[0], a[1], b[0], b[1], c[0], c[1], 0, 0]);
+    let head = half(ETHERNET).to_ne_bytes()[0];
+    let word = |at: usize| {
+        let [first, second] = [half(at), half(at + 2)].map(u16::to_ne_bytes);
+        u32::from_ne_bytes([first[0], first[1], second[0], second[1]])
+    };
+    match u16::from_be(half(12)) {
+        ETHERTYPE_IPV4 => {
+            let whole = u16::from_be(half(ETHERNET + 6)) & 0x3fff == 0;
+            let protocol = half(ETHERNET + 8).to_ne_bytes()[1];
+            if head != 0x45 || !whole || protocol != Protocol::TCP.0 {
+                return None;
+            }
+            Some(Segment {
+                from: Endpoint::new(Addr::from_v4_word(word(26)), Port(half(34))),
+                to: Endpoint::new(Addr::from_v4_word(word(30)), Port(half(36))),
+                mac,
+                flags: half(FLAGS - 1).to_ne_bytes()[1],
+            })
+        }
+        ETHERTYPE_IPV6 => {
+            let next = half(ETHERNET + 6).to_ne_bytes()[0];
+            if start + FLAGS + MORE + 1 > end || head >> 4 != 6 || next != Protocol::TCP.0 {
+                return None;
+            }
+            let address =
+                |at: usize| Addr::from_words([word(at), word(at + 4), word(at + 8), word(at + 12)]);
+            Some(Segment {
+                from: Endpoint::new(address(ETHERNET + 8), Port(half(34 + MORE))),
+                to: Endpoint::new(address(ETHERNET + 24), Port(half(36 + MORE))),
+                mac,
+                flags: half(FLAGS + MORE - 1).to_ne_bytes()[1],
+            })
+        }
+        _ => None,
+    }
 }
 
 /// The Ethernet header of a frame.

@@ -19,7 +19,7 @@ use mesh_common::maps::{
     MAX_POLICY_SETS, MAX_PORT_MODES, MAX_SERVICES,
 };
 use mesh_common::path::Peers;
-use mesh_common::pod::{ModeKey, PodIndex, PodState, PodView};
+use mesh_common::pod::{GatePod, LocalAddr, ModeKey, PodIndex, PodState, PodView};
 use mesh_common::policy::{
     Answer, CidrKey, ListId, Lists, Policies, PolicySetId, PortKey, Question, SelectKey, SetHead,
 };
@@ -35,11 +35,10 @@ static PODS: HashMap<PodIndex, PodState> = HashMap::with_max_entries(MAX_PODS, B
 static PODS_BY_NETNS: HashMap<u64, PodIndex> =
     HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
 #[map]
-static PODS_BY_ADDR: HashMap<Addr, PodIndex> =
+static PODS_BY_ADDR: HashMap<Addr, LocalAddr> =
     HashMap::with_max_entries(MAX_LOCAL_ADDRS, BPF_F_NO_PREALLOC);
 #[map]
-static PODS_BY_LINK: HashMap<u32, PodIndex> =
-    HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
+static PODS_BY_LINK: HashMap<u32, GatePod> = HashMap::with_max_entries(MAX_PODS, BPF_F_NO_PREALLOC);
 #[map]
 static PEERS: HashMap<Addr, Peer> = HashMap::with_max_entries(MAX_PEERS, BPF_F_NO_PREALLOC);
 #[map]
@@ -216,18 +215,25 @@ pub(crate) fn pod_by_netns(cookie: u64) -> Option<PodIndex> {
     unsafe { PODS_BY_NETNS.get(cookie) }.copied()
 }
 
-/// The pod of this node that has an address.
+/// The pod of this node that has an address, and its interface.
 #[inline(always)]
-pub(crate) fn pod_by_addr(addr: &Addr) -> Option<PodIndex> {
+pub(crate) fn local(addr: &Addr) -> Option<LocalAddr> {
     // SAFETY: as above.
     unsafe { PODS_BY_ADDR.get(addr) }.copied()
 }
 
-/// The pod behind an interface of the host.
+/// The pod of this node that has an address.
 #[inline(always)]
-pub(crate) fn pod_by_link(link: u32) -> Option<PodIndex> {
-    // SAFETY: as above.
-    unsafe { PODS_BY_LINK.get(link) }.copied()
+pub(crate) fn pod_by_addr(addr: &Addr) -> Option<PodIndex> {
+    local(addr).map(|local| local.index)
+}
+
+/// What the gate needs of the pod behind an interface of the host, read in place.
+#[inline(always)]
+pub(crate) fn gate(link: u32) -> Option<&'static GatePod> {
+    let pod = PODS_BY_LINK.get_ptr(link)?;
+    // SAFETY: the element lives until the program ends.
+    Some(unsafe { &*pod })
 }
 
 /// A pod's state, read in place.

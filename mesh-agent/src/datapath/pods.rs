@@ -12,7 +12,7 @@ use aya::programs::links::FdLink;
 use aya::programs::tc::{TcAttachOptions, TcAttachType};
 use mesh_common::flow::Flow;
 use mesh_common::maps::{ConnectionKey, MAX_PODS};
-use mesh_common::pod::{ListenerSlot, PodIndex, PodState, PodView};
+use mesh_common::pod::{GatePod, ListenerSlot, LocalAddr, PodIndex, PodState, PodView};
 use mesh_common::{Addr, Endpoint, Reason};
 
 use super::load::{GATES, INBOUND, gate, inbound, pin_directory, pod_directory, program_fd};
@@ -87,7 +87,7 @@ impl Datapath {
             ..PodState::default()
         };
         self.write(index, base)?;
-        let ungated = self.attach_gate(index, pod, &directory)?;
+        let ungated = self.attach_gate(pod, &directory)?;
         let mut gated = base;
         match ungated {
             None => gated.view.flags |= PodState::GATED,
@@ -98,7 +98,12 @@ impl Datapath {
             .into_iter()
             .filter(|addr| !addr.is_none())
         {
-            put(&mut self.maps.by_addr, "PODS_BY_ADDR", addr, index)?;
+            put(
+                &mut self.maps.by_addr,
+                "PODS_BY_ADDR",
+                addr,
+                LocalAddr { index, link },
+            )?;
         }
         put(
             &mut self.maps.by_netns,
@@ -128,8 +133,14 @@ impl Datapath {
         let new = [view.v4, view.v6];
         state.view = *view;
         state.view.flags = (view.flags & !PodState::GATED) | gated;
+        let link = state.link;
         for addr in new.into_iter().filter(|addr| !addr.is_none()) {
-            put(&mut self.maps.by_addr, "PODS_BY_ADDR", addr, index)?;
+            put(
+                &mut self.maps.by_addr,
+                "PODS_BY_ADDR",
+                addr,
+                LocalAddr { index, link },
+            )?;
         }
         self.write(index, state)?;
         for addr in old
@@ -293,7 +304,7 @@ impl Datapath {
                 .maps
                 .by_addr
                 .get(&addr, 0)
-                .is_ok_and(|now| now == index)
+                .is_ok_and(|now| now.index == index)
         {
             remove(&mut self.maps.by_addr, "PODS_BY_ADDR", addr)?;
         }
@@ -312,7 +323,12 @@ impl Datapath {
             revision_end: self.revision,
             ..state
         };
-        put(&mut self.maps.pods, "PODS", index, state)
+        put(&mut self.maps.pods, "PODS", index, state)?;
+        if state.link == 0 {
+            return Ok(());
+        }
+        let gate = GatePod::new(index, &state);
+        put(&mut self.maps.by_link, "PODS_BY_LINK", state.link, gate)
     }
 
     pub(super) fn latest_revision(&self) -> u64 {
@@ -331,16 +347,14 @@ impl Datapath {
     /// Attaches the gate, first in order, or updates it. `Some` = why there is none.
     fn attach_gate(
         &mut self,
-        index: PodIndex,
         pod: &PodAttachment<'_>,
         directory: &Path,
     ) -> Result<Option<String>, Error> {
-        let Some((link, name)) = &pod.link else {
+        let Some((_, name)) = &pod.link else {
             return Ok(Some(
                 "the pod has no interface on the host's side".to_owned(),
             ));
         };
-        put(&mut self.maps.by_link, "PODS_BY_LINK", *link, index)?;
         for (program, (pin, side)) in GATES.into_iter().zip(PIN_GATES) {
             let path = directory.join(pin);
             let refused = |source| Error::Attach {

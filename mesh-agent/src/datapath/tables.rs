@@ -10,7 +10,7 @@ use aya::{Ebpf, Pod};
 use mesh_common::flow::{Flow, FlowSlot};
 use mesh_common::identity::Peer;
 use mesh_common::maps::ConnectionKey;
-use mesh_common::pod::{ModeKey, PodIndex, PodState, PodView};
+use mesh_common::pod::{GatePod, LocalAddr, ModeKey, PodIndex, PodState, PodView};
 use mesh_common::policy::{
     Answer, CidrKey, ListId, Lists, PolicySetId, PortKey, SelectKey, SetHead,
 };
@@ -25,8 +25,8 @@ use super::{Datapath, Error};
 pub(crate) struct Maps {
     pub(super) pods: HashMap<MapData, PodIndex, PodState>,
     pub(super) by_netns: HashMap<MapData, u64, PodIndex>,
-    pub(super) by_addr: HashMap<MapData, Addr, PodIndex>,
-    pub(super) by_link: HashMap<MapData, u32, PodIndex>,
+    pub(super) by_addr: HashMap<MapData, Addr, LocalAddr>,
+    pub(super) by_link: HashMap<MapData, u32, GatePod>,
     pub(super) listeners: SockMap<MapData>,
     pub(super) flows: HashMap<MapData, FlowSlot, Flow>,
     pub(super) old_connections: HashMap<MapData, ConnectionKey, u32>,

@@ -14,7 +14,7 @@ use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, maps};
 use mesh_common::event::Event;
 use mesh_common::path::{self, Origin, Outbound, Path};
-use mesh_common::pod::{PodIndex, PodState, PodView};
+use mesh_common::pod::{GatePod, LocalAddr, PodIndex, PodState, PodView};
 use mesh_common::settings::TUNNEL_PORT;
 use mesh_common::{Protocol, Reason};
 use mesh_plan::Plan;
@@ -143,6 +143,16 @@ fn sent(world: &World, view: &PodView, packet: &Packet) -> Outcome {
     if !concerned || tunnel {
         return Outcome::PASSED;
     }
+    if packet.protocol == Protocol::TCP && !packet.opens() {
+        let tunnelled = enrolled
+            && !peer.local
+            && peer.has(mesh_common::Peer::ENROLLED | mesh_common::Peer::READY);
+        return if tunnelled && packet.source != TUNNEL_PORT && !packet.resets() {
+            Outcome::dropped(Reason::Bypass, 0)
+        } else {
+            Outcome::PASSED
+        };
+    }
     let Path {
         action, verdict, ..
     } = path::outbound(&world.plan, view, to, packet.protocol);
@@ -158,8 +168,9 @@ fn received(world: &World, view: &PodView, packet: &Packet, entered: u32) -> Out
     let enrolled = view.flags & PodState::ENROLLED != 0;
     let concerned = enrolled || view.set != mesh_common::policy::PolicySetId::NONE;
     let from = packet.remote.addr;
-    let tunnel = packet.protocol == Protocol::TCP && packet.local.port == TUNNEL_PORT;
-    if !concerned || tunnel {
+    let tcp = packet.protocol == Protocol::TCP;
+    let undecided = tcp && (packet.local.port == TUNNEL_PORT || !packet.opens());
+    if !concerned || undecided {
         return Outcome::PASSED;
     }
     let is_host = world.plan.peers.get(&from).is_some_and(|p| p.id.is_host());
@@ -224,9 +235,15 @@ fn fill(kernel: &mut Kernel, plan: &Plan, views: &[PodView]) {
             ..PodState::default()
         };
         hash!("PODS", &[(index, state)]);
-        hash!("PODS_BY_ADDR", &[(view.v4, index), (view.v6, index)]);
+        let local = LocalAddr {
+            index,
+            link: state.link,
+        };
+        hash!("PODS_BY_ADDR", &[(view.v4, local), (view.v6, local)]);
+        if state.link != 0 {
+            hash!("PODS_BY_LINK", &[(state.link, GatePod::new(index, &state))]);
+        }
     }
-    hash!("PODS_BY_LINK", &[(LINK, PodIndex(0))]);
 }
 
 #[test]

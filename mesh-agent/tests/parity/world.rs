@@ -46,13 +46,20 @@ pub(crate) struct World {
     remotes: Vec<Addr>,
 }
 
-/// A TCP SYN or a datagram between the first pod and somebody.
+/// TCP's flags.
+pub(crate) const SYN: u8 = 0x02;
+const RST: u8 = 0x04;
+const ACK: u8 = 0x10;
+
+/// A TCP segment without data or a datagram between the first pod and somebody.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Packet {
     pub(crate) local: Endpoint,
     pub(crate) remote: Endpoint,
     pub(crate) protocol: Protocol,
-    source: Port,
+    /// Of TCP.
+    pub(crate) flags: u8,
+    pub(crate) source: Port,
     to_pod: bool,
 }
 
@@ -163,11 +170,13 @@ impl World {
         let protocol = *random.pick(&[Protocol::TCP, Protocol::UDP]);
         let service = Port::new(*random.pick(&PORTS));
         let source = Port::new(20_000 + u16::try_from(number).expect("few packets"));
+        let later = *random.pick(&[ACK, SYN | ACK, RST, RST | ACK]);
         // Either end may be the server: which, is settled with the direction.
         Packet {
             local: Endpoint::new(own, service),
             remote: Endpoint::new(addr, service),
             protocol,
+            flags: if random.one_in(3) { later } else { SYN },
             source,
             to_pod: false,
         }
@@ -175,6 +184,16 @@ impl World {
 }
 
 impl Packet {
+    /// Whether it asks to open a connection.
+    pub(crate) fn opens(&self) -> bool {
+        self.flags & (SYN | ACK) == SYN
+    }
+
+    /// Whether it is a bare reset.
+    pub(crate) fn resets(&self) -> bool {
+        self.flags & RST != 0
+    }
+
     /// The packet as it goes one way.
     pub(crate) fn directed(self, to_pod: bool) -> Self {
         Self { to_pod, ..self }
@@ -192,7 +211,6 @@ impl Packet {
         transport.extend_from_slice(&from.port.0.to_ne_bytes());
         transport.extend_from_slice(&to.port.0.to_ne_bytes());
         if self.protocol == Protocol::TCP {
-            const SYN: u8 = 2;
             transport.extend_from_slice(&[
                 0,
                 0,
@@ -203,7 +221,7 @@ impl Packet {
                 0,
                 0,
                 5 << 4,
-                SYN,
+                self.flags,
                 255,
                 255,
                 0,
