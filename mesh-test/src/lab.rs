@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Once};
@@ -232,6 +232,12 @@ impl Lab {
         &self.wire
     }
 
+    /// The address of the wire, which is the nodes' default gateway.
+    #[must_use]
+    pub fn gateway() -> Ipv4Addr {
+        topology::gateway_v4()
+    }
+
     /// The host on the wire that is not part of the cluster.
     ///
     /// # Errors
@@ -348,7 +354,14 @@ impl Lab {
 
 /// Removes everything of the lab.
 #[derive(Debug)]
-struct Cleaner(LabId);
+pub(crate) struct Cleaner(LabId);
+
+impl Cleaner {
+    /// From now on the lab is removed when this is dropped.
+    pub(crate) fn of(id: LabId) -> Self {
+        Self(id)
+    }
+}
 
 impl Drop for Cleaner {
     fn drop(&mut self) {

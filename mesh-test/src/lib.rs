@@ -13,6 +13,7 @@ pub mod capture;
 pub mod cgroup;
 pub mod demo;
 pub mod forge;
+pub mod kube;
 pub mod manifests;
 pub mod mesh;
 pub mod netns;
@@ -34,6 +35,7 @@ mod wait;
 
 pub use agent::{Agent, AgentConfig};
 pub use capture::Capture;
+pub use kube::Kube;
 pub use lab::{Builder, Lab};
 pub use mesh::Mesh;
 pub use names::LabId;

@@ -69,6 +69,17 @@ impl Netns {
         })
     }
 
+    /// The one that this process is in, which has no file of its own.
+    pub(crate) fn of_this_process() -> Result<Self> {
+        let path = PathBuf::from(format!("/proc/{}/ns/net", std::process::id()));
+        let cookie = sys::netns_cookie(&std::net::UdpSocket::bind("127.0.0.1:0")?)?;
+        Ok(Self {
+            name: String::new(),
+            path,
+            cookie,
+        })
+    }
+
     /// File name in /run/netns, as `ip -n` takes it.
     #[must_use]
     pub fn name(&self) -> &str {

@@ -208,6 +208,17 @@ impl Place {
         })
     }
 
+    /// Another place in the same namespace, with a cgroup and a directory of its own.
+    pub(crate) fn beside(&self, name: &str) -> Result<Self> {
+        let replace = |path: &Path| path.with_file_name(name);
+        Self::new(
+            name,
+            Arc::clone(&self.netns),
+            replace(&self.cgroup),
+            replace(&self.dir),
+        )
+    }
+
     /// Name within the lab.
     #[must_use]
     pub fn label(&self) -> &str {

@@ -45,6 +45,11 @@ pub(crate) fn node_v4(host: u8) -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 50, host)
 }
 
+/// The wire's own address.
+pub(crate) fn gateway_v4() -> Ipv4Addr {
+    node_v4(GATEWAY_HOST)
+}
+
 /// As [`node_v4`].
 pub(crate) fn node_v6(host: u8) -> Ipv6Addr {
     Ipv6Addr::new(0xfd00, 0x50, 0, 0, 0, 0, 0, u16::from(host))

@@ -9,6 +9,7 @@ mod linker;
 mod machine;
 mod packages;
 mod rust_src;
+mod servers;
 
 use std::{env, path::PathBuf, time::Instant};
 
@@ -45,11 +46,12 @@ type Part<'a> = (&'a str, &'a dyn Fn() -> Result<Outcome>);
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let start = Instant::now();
-    let parts: [Part<'_>; 4] = [
+    let parts: [Part<'_>; 5] = [
         ("Debian packages", &packages::ensure),
         ("bpf-linker", &linker::ensure),
         ("rust-src", &|| rust_src::ensure(args.rust_src.as_deref())),
         ("kernel", &machine::ensure),
+        ("Kubernetes servers", &servers::ensure),
     ];
     let mut failed = Vec::new();
     for (name, ensure) in parts {

@@ -39,6 +39,11 @@ const PACKAGES: &[&str] = &[
     "postgresql",
     "python3",
     "redis-server",
+    // The nodes of the real cluster: container runtime, its network plugins, kube-proxy's tool.
+    "containerd",
+    "containernetworking-plugins",
+    "iptables",
+    "runc",
     // For promtool, which checks the metrics page.
     "prometheus",
 ];

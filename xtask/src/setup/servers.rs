@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The Kubernetes servers of the tests, built from their Go modules in the background: it takes
+//! minutes, and nothing waits for it before the first test that needs them.
+
+use std::{
+    env,
+    fs::File,
+    os::unix::process::CommandExt as _,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use super::Outcome;
+use crate::run;
+
+const SCRIPT: &str = "mesh-test/apiserver/build.sh";
+
+/// As the script has it: what `go.mod` of the servers asks for.
+const GO: &str = "Go 1.24 or later";
+
+pub(super) fn ensure() -> Result<Outcome> {
+    if env::var_os("KUBEBUILDER_ASSETS").is_some() {
+        return Ok(Outcome::Present);
+    }
+    if run::capture(run::command(run::root().join(SCRIPT)).arg("--find")).is_ok() {
+        return Ok(Outcome::Present);
+    }
+    if run::find("go").is_none() {
+        bail!("the tests' Kubernetes servers are built with {GO}, which is not in PATH");
+    }
+    let log = env::temp_dir().join(format!("mesh-servers-{}.log", std::process::id()));
+    start(&log)?;
+    Ok(Outcome::Done(format!(
+        "being built in the background, log in {}",
+        log.display()
+    )))
+}
+
+/// What builds in the foreground goes first. The script's own lock is what others wait for.
+fn start(log: &Path) -> Result<()> {
+    let output = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+    let mut build = Command::new("nice");
+    build
+        .arg(run::root().join(SCRIPT))
+        .stdin(Stdio::null())
+        .stdout(output.try_clone()?)
+        .stderr(output)
+        .process_group(0);
+    build
+        .spawn()
+        .with_context(|| format!("cannot start {}", run::line(&build)))?;
+    Ok(())
+}
