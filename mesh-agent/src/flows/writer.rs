@@ -7,7 +7,6 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
@@ -32,7 +31,8 @@ enum Target {
 
 pub(super) struct Writer {
     target: Target,
-    recent: VecDeque<Arc<str>>,
+    /// The last lines; the oldest one's memory takes the next.
+    recent: VecDeque<String>,
     most_recent: usize,
     metrics: Metrics,
 }
@@ -89,29 +89,39 @@ impl Writer {
             Message::Reopen => self.reopen(),
             Message::Recent(answer) => {
                 // Who asked may have given up.
-                drop(answer.send(self.recent.iter().cloned().collect()));
+                drop(
+                    answer.send(
+                        self.recent
+                            .iter()
+                            .map(|line| line.as_str().into())
+                            .collect(),
+                    ),
+                );
             }
         }
         0
     }
 
     fn record(&mut self, record: &FlowRecord) -> u64 {
-        let line = match serde_json::to_string(record) {
-            Ok(line) => line,
-            Err(error) => {
-                self.lost(1, &error);
-                return 0;
-            }
-        };
+        let mut line = match self.recent.len() {
+            full if full == self.most_recent => self.recent.pop_front().unwrap_or_default(),
+            _ => String::new(),
+        }
+        .into_bytes();
+        line.clear();
+        if let Err(error) = serde_json::to_writer(&mut line, record) {
+            self.lost(1, &error);
+            return 0;
+        }
+        line.push(b'\n');
         let written = match &mut self.target {
-            Target::Stdout(out) => writeln!(out, "{line}"),
-            Target::File { file, .. } => writeln!(file, "{line}"),
+            Target::Stdout(out) => out.write_all(&line),
+            Target::File { file, .. } => file.write_all(&line),
             Target::Off => Ok(()),
         };
-        if self.recent.len() == self.most_recent {
-            self.recent.pop_front();
-        }
-        self.recent.push_back(line.into());
+        line.pop();
+        self.recent
+            .push_back(String::from_utf8(line).unwrap_or_default());
         match written {
             Ok(()) => 1,
             Err(error) => {

@@ -4,6 +4,7 @@
 //! A pod's last events arrive after the plan has forgotten it, so names of pods that went are
 //! kept for a while.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -30,7 +31,13 @@ pub struct KernelRecords {
     recorder: Recorder,
     plan: Arc<Plan>,
     gone: BTreeMap<Addr, (Instant, Workload)>,
+    /// Who had an address in an earlier event under this plan: a busy node reports the same few
+    /// ends thousands of times a second.
+    known: RefCell<BTreeMap<Addr, Party>>,
 }
+
+/// Ends that are kept named.
+const MOST_KNOWN: usize = 4096;
 
 impl KernelRecords {
     /// With no pod gone yet.
@@ -40,6 +47,7 @@ impl KernelRecords {
             plan: recorder.plan(),
             recorder,
             gone: BTreeMap::new(),
+            known: RefCell::default(),
         }
     }
 
@@ -61,9 +69,26 @@ impl KernelRecords {
             }
         }
         self.plan = latest;
+        self.known.get_mut().clear();
     }
 
     fn party(&self, at: Endpoint) -> Party {
+        let mut known = self.known.borrow_mut();
+        if let Some(party) = known.get(&at.addr) {
+            return Party {
+                port: at.port.get(),
+                ..party.clone()
+            };
+        }
+        let party = self.name(at);
+        if known.len() == MOST_KNOWN {
+            known.clear();
+        }
+        known.insert(at.addr, party.clone());
+        party
+    }
+
+    fn name(&self, at: Endpoint) -> Party {
         match self.gone.get(&at.addr) {
             Some((_, workload)) if !self.plan.names.workloads.contains_key(&at.addr) => {
                 Party::pod(workload, at)

@@ -23,7 +23,7 @@ pub struct Party {
     /// The port.
     pub port: u16,
     /// The pod's name; empty if the end is no pod.
-    pub pod: String,
+    pub pod: Arc<str>,
     /// Namespace, workload and service account; for an end that is no pod, its entity.
     pub group: Arc<Group>,
 }
@@ -36,7 +36,7 @@ impl serde::Serialize for Party {
         if self.pod.is_empty() {
             map.serialize_entry("entity", &self.group.workload)?;
         } else {
-            map.serialize_entry("pod", &self.pod)?;
+            map.serialize_entry("pod", &*self.pod)?;
             map.serialize_entry("namespace", &self.group.namespace)?;
             map.serialize_entry("workload", &self.group.workload)?;
             map.serialize_entry("service_account", &self.group.service_account)?;
@@ -59,7 +59,7 @@ impl Party {
         Self {
             address: at.addr.into(),
             port: at.port.get(),
-            pod: workload.pod.name.clone(),
+            pod: workload.pod.name.as_str().into(),
             group: Arc::new(Group {
                 namespace: workload.pod.namespace.clone(),
                 workload: workload.workload.clone(),
@@ -81,7 +81,7 @@ impl Party {
         Self {
             address: at.addr.into(),
             port: at.port.get(),
-            pod: String::new(),
+            pod: "".into(),
             group: Arc::new(Group {
                 workload: name.to_owned(),
                 ..Group::default()
