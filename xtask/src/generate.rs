@@ -32,12 +32,22 @@ fn generated() -> Vec<Generated> {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let all = generated();
     write_all(run::root(), &all, args.check)?;
+    crds(!args.check)?;
     if !args.check {
         bless()?;
     }
     let verb = if args.check { "up to date" } else { "written" };
-    println!("{} generated files {verb}", all.len());
+    println!("generated files {verb}");
     Ok(())
+}
+
+/// Has the test of mesh-api, which knows the types, write or compare the CRDs.
+fn crds(write: bool) -> Result<()> {
+    let mut test = run::cargo(["test", "--quiet", "--package", "mesh-api", "--test", "crds"]);
+    if write {
+        test.env("MESH_BLESS", "1");
+    }
+    run::show(&mut test)
 }
 
 /// Has the agent's tests write what only the agent knows: settings, metrics, reasons. They compare

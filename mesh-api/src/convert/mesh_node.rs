@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use super::Fact;
-use super::object::{Held, Issues, Subject, own_spec};
-use crate::crd::MeshNodeSpec;
+use super::object::{Held, Issues, Subject, typed};
+use crate::crd::MeshNodeStatus;
 
 /// What a node reports.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,10 +19,14 @@ pub(super) struct NodeReport {
 }
 
 pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> {
-    let spec: MeshNodeSpec = own_spec(subject.value, issues)?;
+    // A node that was just made has no status yet.
+    let status: MeshNodeStatus = match subject.raw(&["status"]) {
+        Some(value) => typed(value, issues)?,
+        None => MeshNodeStatus::default(),
+    };
     Some(Fact::Report(NodeReport {
-        namespaces: spec.enrolled_namespaces.into_iter().collect(),
-        pods: spec.enrolled_pods.into_iter().collect(),
+        namespaces: status.enrolled_namespaces.into_iter().collect(),
+        pods: status.enrolled_pods.into_iter().collect(),
     }))
 }
 

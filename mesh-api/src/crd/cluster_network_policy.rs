@@ -2,13 +2,36 @@
 //! ClusterNetworkPolicy of `policy.networking.k8s.io/v1alpha2` (network-policy-api).
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::mesh_policy::ClusterTier;
+use super::schema;
+use super::status::PolicyStatus;
 
 /// Rules for a whole cluster, before or behind what namespaces say.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[kube(
+    group = "policy.networking.k8s.io",
+    version = "v1alpha2",
+    kind = "ClusterNetworkPolicy",
+    doc = "Rules for a whole cluster, before or behind what namespaces say.",
+    status = "PolicyStatus",
+    derive = "PartialEq",
+    shortname = "cnp",
+    annotation(
+        "api-approved.kubernetes.io",
+        "https://github.com/kubernetes-sigs/network-policy-api/pull/300"
+    ),
+    printcolumn(name = "Tier", type_ = "string", json_path = ".spec.tier"),
+    printcolumn(name = "Priority", type_ = "string", json_path = ".spec.priority"),
+    printcolumn(
+        name = "Age",
+        type_ = "date",
+        json_path = ".metadata.creationTimestamp"
+    )
+)]
 #[serde(rename_all = "camelCase")]
 pub struct ClusterNetworkPolicySpec {
     /// Admin: before NetworkPolicy. Baseline: only for pods that NetworkPolicy does not isolate.
@@ -31,6 +54,7 @@ pub struct ClusterNetworkPolicySpec {
 /// Which pods; exactly one field is set. Pods of the host's network are never included.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
+#[schemars(extend("minProperties" = 1, "maxProperties" = 1))]
 pub struct ClusterSubject {
     /// All pods of these namespaces.
     pub namespaces: Option<LabelSelector>,
@@ -79,6 +103,7 @@ pub struct ClusterRule<'a, P> {
 pub struct IngressRule {
     /// What the rule is called; at most 100 characters.
     #[serde(default)]
+    #[schemars(length(max = 100))]
     pub name: Option<String>,
     /// What the rule does.
     pub action: ClusterRuleAction,
@@ -87,6 +112,7 @@ pub struct IngressRule {
     pub from: Vec<IngressPeer>,
     /// With which protocols; 1 to 25. Missing: any.
     #[serde(default)]
+    #[schemars(length(min = 1, max = 25))]
     pub protocols: Option<Vec<ClusterProtocol>>,
 }
 
@@ -96,6 +122,7 @@ pub struct IngressRule {
 pub struct EgressRule {
     /// What the rule is called; at most 100 characters.
     #[serde(default)]
+    #[schemars(length(max = 100))]
     pub name: Option<String>,
     /// What the rule does.
     pub action: ClusterRuleAction,
@@ -104,12 +131,14 @@ pub struct EgressRule {
     pub to: Vec<EgressPeer>,
     /// With which protocols; 1 to 25. Missing: any.
     #[serde(default)]
+    #[schemars(length(min = 1, max = 25))]
     pub protocols: Option<Vec<ClusterProtocol>>,
 }
 
 /// From whom; exactly one field is set.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
+#[schemars(extend("minProperties" = 1, "maxProperties" = 1))]
 pub struct IngressPeer {
     /// All pods of these namespaces.
     pub namespaces: Option<LabelSelector>,
@@ -120,6 +149,7 @@ pub struct IngressPeer {
 /// To whom; exactly one field is set.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
+#[schemars(extend("minProperties" = 1, "maxProperties" = 1))]
 pub struct EgressPeer {
     /// All pods of these namespaces.
     pub namespaces: Option<LabelSelector>,
@@ -128,14 +158,17 @@ pub struct EgressPeer {
     /// Nodes with these labels; empty: all.
     pub nodes: Option<LabelSelector>,
     /// Addresses, pods' addresses too; 1 to 25.
+    #[schemars(schema_with = "schema::networks")]
     pub networks: Option<Vec<String>>,
     /// Names, of Accept rules only; 1 to 25.
+    #[schemars(length(min = 1, max = 25))]
     pub domain_names: Option<Vec<String>>,
 }
 
 /// A protocol, with ports; exactly one field is set.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
+#[schemars(extend("minProperties" = 1, "maxProperties" = 1))]
 pub struct ClusterProtocol {
     /// TCP.
     pub tcp: Option<ClusterProtocolPorts>,
@@ -158,8 +191,10 @@ pub struct ClusterProtocolPorts {
 /// A port or a range; exactly one field is set.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
+#[schemars(extend("minProperties" = 1, "maxProperties" = 1))]
 pub struct ClusterPort {
     /// A port from 1 to 65535.
+    #[schemars(range(min = 1, max = 65535))]
     pub number: Option<i32>,
     /// Several.
     pub range: Option<ClusterPortRange>,
@@ -168,9 +203,15 @@ pub struct ClusterPort {
 /// A range of ports, both ends included.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = schema::rules(&[(
+    "self.start < self.end",
+    "start must be below end: the range is upside down",
+)])))]
 pub struct ClusterPortRange {
     /// The first, from 1 to 65535.
+    #[schemars(range(min = 1, max = 65535))]
     pub start: i32,
     /// The last, above the first.
+    #[schemars(range(min = 1, max = 65535))]
     pub end: i32,
 }

@@ -2,20 +2,58 @@
 //! MeshAuthentication.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use super::schema;
+use super::status::PolicyStatus;
 
 /// What enrolled pods accept and send without mutual TLS. The most specific object decides: with a
 /// podSelector, then the namespace's, then the mesh's (`default` in `mesh-system`); of two of one
 /// rank the stricter.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[kube(
+    group = "mesh.rs",
+    version = "v1alpha1",
+    kind = "MeshAuthentication",
+    doc = "What enrolled pods accept and send without mutual TLS.",
+    namespaced,
+    status = "PolicyStatus",
+    derive = "PartialEq",
+    shortname = "ma",
+    category = "mesh",
+    printcolumn(name = "mTLS", type_ = "string", json_path = ".spec.mtls"),
+    printcolumn(name = "Outbound", type_ = "string", json_path = ".spec.outbound"),
+    printcolumn(name = "UDP", type_ = "string", json_path = ".spec.udp"),
+    printcolumn(
+        name = "Accepted",
+        type_ = "string",
+        json_path = r#".status.conditions[?(@.type=="Accepted")].status"#
+    ),
+    printcolumn(name = "Nodes", type_ = "string", json_path = ".status.nodes"),
+    printcolumn(
+        name = "Age",
+        type_ = "date",
+        json_path = ".metadata.creationTimestamp"
+    )
+)]
 #[serde(rename_all = "camelCase", default)]
+#[schemars(extend("x-kubernetes-validations" = schema::rules(&[(
+    "has(self.mtls) || has(self.ports) || has(self.outbound) || has(self.udp)",
+    "says nothing: needs mtls, ports, outbound or udp",
+)])))]
 pub struct MeshAuthenticationSpec {
     /// The pods of the namespace that it applies to. Missing: all of them.
+    #[schemars(schema_with = "schema::label_selector")]
     pub pod_selector: Option<LabelSelector>,
     /// What TCP connections the pods accept. Missing: as the less specific object says.
     pub mtls: Option<MtlsMode>,
     /// The same for single ports.
+    #[schemars(length(min = 1, max = 64), extend(
+        "x-kubernetes-list-type" = "map",
+        "x-kubernetes-list-map-keys" = ["port"],
+    ))]
     pub ports: Option<Vec<PortAuthentication>>,
     /// What the pods may send in clear. Missing: as the less specific object says.
     pub outbound: Option<OutboundTraffic>,

@@ -1,11 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
 //! MeshTrafficPolicy.
 
+use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::status::PolicyStatus;
+
 /// How connections to one service are made.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[kube(
+    group = "mesh.rs",
+    version = "v1alpha1",
+    kind = "MeshTrafficPolicy",
+    doc = "How connections to one service are made. This version does not act on it.",
+    namespaced,
+    status = "PolicyStatus",
+    derive = "PartialEq",
+    plural = "meshtrafficpolicies",
+    shortname = "mtp",
+    category = "mesh",
+    printcolumn(name = "Service", type_ = "string", json_path = ".spec.targetRef.name"),
+    printcolumn(
+        name = "Accepted",
+        type_ = "string",
+        json_path = r#".status.conditions[?(@.type=="Accepted")].status"#
+    ),
+    printcolumn(name = "Nodes", type_ = "string", json_path = ".status.nodes"),
+    printcolumn(
+        name = "Age",
+        type_ = "date",
+        json_path = ".metadata.creationTimestamp"
+    )
+)]
 #[serde(rename_all = "camelCase")]
 pub struct MeshTrafficPolicySpec {
     /// The service, in the policy's namespace.

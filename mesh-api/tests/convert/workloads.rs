@@ -347,9 +347,9 @@ fn the_api_servers_addresses() {
 
 #[test]
 fn readiness_is_what_a_pods_own_node_reports() {
-    let node = |name: &str, spec: &str| {
+    let node = |name: &str, status: &str| {
         format!(
-            "---\n{{apiVersion: mesh.rs/v1alpha1, kind: MeshNode, metadata: {{name: {name}}}, spec: {spec}}}\n"
+            "---\n{{apiVersion: mesh.rs/v1alpha1, kind: MeshNode, metadata: {{name: {name}}}, status: {status}}}\n"
         )
     };
     let text = format!(
