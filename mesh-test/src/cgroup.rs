@@ -30,6 +30,19 @@ fn find_mount(mountinfo: &str) -> Option<PathBuf> {
     })
 }
 
+/// The cgroups of this name in all hierarchies that there are: the v1 ones that nodes of a cluster
+/// use, then cgroup2.
+pub(crate) fn everywhere(name: &str) -> Vec<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let points = mounts.lines().filter_map(|line| {
+        let (left, right) = line.split_once(" - ")?;
+        let ours = right.starts_with("cgroup");
+        ours.then(|| left.split(' ').nth(4).map(PathBuf::from))?
+    });
+    let found = points.map(|point| point.join(name));
+    found.filter(|path| path.exists()).collect()
+}
+
 /// Makes the cgroup and its parents.
 pub(crate) fn create(path: &Path) -> Result<()> {
     fs::create_dir_all(path).with_context(|| format!("cannot make cgroup {}", path.display()))

@@ -11,6 +11,7 @@ pub mod apps;
 pub mod bench;
 pub mod capture;
 pub mod cgroup;
+pub mod cluster;
 pub mod demo;
 pub mod forge;
 pub mod kube;
@@ -35,6 +36,7 @@ mod wait;
 
 pub use agent::{Agent, AgentConfig};
 pub use capture::Capture;
+pub use cluster::Cluster;
 pub use kube::Kube;
 pub use lab::{Builder, Lab};
 pub use mesh::Mesh;

@@ -23,6 +23,13 @@ use crate::cgroup;
 use crate::netns::{Netns, ignore_absent};
 use crate::sys::{self, Placement, Rights};
 
+/// What a piped program has printed and nobody has read.
+#[expect(
+    clippy::disallowed_types,
+    reason = "a receiver alone would keep threads of a test from sharing its lab"
+)]
+type Lines = std::sync::Mutex<Receiver<String>>;
+
 /// Lines of a piped program that may wait to be read; then the program waits.
 const LINES: usize = 65_536;
 
@@ -108,6 +115,25 @@ impl Cmd {
     pub fn rights(mut self, rights: Rights) -> Self {
         self.rights = rights;
         self
+    }
+
+    /// This program as the last arguments of another one, which replaces itself by it.
+    #[must_use]
+    pub(crate) fn after(self, first: Self) -> Self {
+        let mut first = first;
+        first.command.arg(self.command.get_program());
+        first.command.args(self.command.get_args());
+        for (key, value) in self.command.get_envs() {
+            match value {
+                Some(value) => first.command.env(key, value),
+                None => first.command.env_remove(key),
+            };
+        }
+        Self {
+            rights: self.rights,
+            input: self.input,
+            ..first
+        }
     }
 
     fn program(&self) -> String {
@@ -251,11 +277,11 @@ impl Place {
     /// It cannot be started.
     pub fn spawn(&self, cmd: impl Into<Cmd>) -> Result<Proc> {
         let cmd = cmd.into();
-        let number = self.started.fetch_add(1, Ordering::Relaxed);
+        let (number, group) = self.next_group();
         let log = self.dir.join(format!("{number}-{}.log", cmd.program()));
         let file = File::create(&log)?;
         let out = file.try_clone()?;
-        self.launch(cmd, number, (out.into(), file.into()), log)
+        self.launch(cmd, group, (out.into(), file.into()), log)
     }
 
     /// Starts a program whose output is read line by line with [`Proc::line`].
@@ -263,11 +289,15 @@ impl Place {
     /// # Errors
     /// It cannot be started.
     pub fn spawn_lines(&self, cmd: impl Into<Cmd>) -> Result<Proc> {
-        let cmd = cmd.into();
-        let number = self.started.fetch_add(1, Ordering::Relaxed);
+        let (number, group) = self.next_group();
+        self.spawn_lines_in(cmd.into(), (number, group))
+    }
+
+    /// As [`Place::spawn_lines`], in a cgroup that may hold others too; all end with this one.
+    pub(crate) fn spawn_lines_in(&self, cmd: Cmd, (number, group): (u32, PathBuf)) -> Result<Proc> {
         let log = self.dir.join(format!("{number}-{}.log", cmd.program()));
         let errors = File::create(&log)?;
-        let mut process = self.launch(cmd, number, (Stdio::piped(), errors.into()), log)?;
+        let mut process = self.launch(cmd, group, (Stdio::piped(), errors.into()), log)?;
         let stdout = process.child.stdout.take().context("stdout is piped")?;
         let (sender, lines) = sync_channel(LINES);
         // Ends with the pipe, which ends with the program's cgroup.
@@ -277,7 +307,7 @@ impl Place {
                 .map_while(Result::ok)
                 .try_for_each(|line| sender.send(line))
         });
-        process.lines = Some(lines);
+        process.lines = Some(Lines::new(lines));
         Ok(process)
     }
 
@@ -288,9 +318,9 @@ impl Place {
     pub fn run(&self, cmd: impl Into<Cmd>, deadline: Duration) -> Result<Output> {
         let cmd = cmd.into();
         let what = format!("{:?} in {}", cmd.command, self.name);
-        let number = self.started.fetch_add(1, Ordering::Relaxed);
+        let (_, group) = self.next_group();
         let pipes = (Stdio::piped(), Stdio::piped());
-        let mut process = self.launch(cmd, number, pipes, PathBuf::new())?;
+        let mut process = self.launch(cmd, group, pipes, PathBuf::new())?;
         let stdout = drain(process.child.stdout.take().context("stdout is piped")?);
         let stderr = drain(process.child.stderr.take().context("stderr is piped")?);
         let ended = sys::wait_exit(process.id(), deadline)?;
@@ -309,14 +339,19 @@ impl Place {
         }
     }
 
+    /// The number of the next program, and the cgroup of its own.
+    fn next_group(&self) -> (u32, PathBuf) {
+        let number = self.started.fetch_add(1, Ordering::Relaxed);
+        (number, self.cgroup.join(number.to_string()))
+    }
+
     fn launch(
         &self,
         mut cmd: Cmd,
-        number: u32,
+        group: PathBuf,
         (stdout, stderr): (Stdio, Stdio),
         log: PathBuf,
     ) -> Result<Proc> {
-        let group = self.cgroup.join(number.to_string());
         cgroup::create(&group)?;
         let placement = Placement {
             netns: self.netns.descriptor()?,
@@ -367,7 +402,8 @@ pub struct Proc {
     child: Child,
     group: PathBuf,
     log: PathBuf,
-    lines: Option<Receiver<String>>,
+    /// Behind a lock so that threads may share the lab; one reads at a time.
+    lines: Option<Lines>,
     status: Option<ExitStatus>,
 }
 
@@ -411,7 +447,11 @@ impl Proc {
     /// No line came within `deadline`, or its output goes to a log.
     pub fn line(&self, deadline: Duration) -> Result<Option<String>> {
         let lines = self.lines.as_ref().context("its output goes to a log")?;
-        match lines.recv_timeout(deadline) {
+        let received = match lines.lock() {
+            Ok(lines) => lines.recv_timeout(deadline),
+            Err(poisoned) => poisoned.into_inner().recv_timeout(deadline),
+        };
+        match received {
             Ok(line) => Ok(Some(line)),
             Err(RecvTimeoutError::Disconnected) => Ok(None),
             Err(RecvTimeoutError::Timeout) => {

@@ -69,8 +69,8 @@ pub fn remove_on_interrupt() -> Result<()> {
 pub fn remains(id: LabId) -> Result<Vec<PathBuf>> {
     let mut found = netns_files(id);
     found.extend(mounts_below(&id.dir())?);
-    let cgroup = cgroup::mount_point()?.join(id.cgroup());
-    found.extend([cgroup, id.dir()].into_iter().filter(|path| path.exists()));
+    found.extend(cgroup::everywhere(&id.cgroup()));
+    found.extend([id.dir()].into_iter().filter(|path| path.exists()));
     Ok(found)
 }
 
@@ -129,7 +129,9 @@ pub(crate) fn remove(id: LabId) -> Result<()> {
     for file in netns_files(id) {
         remove_file(&file)?;
     }
-    cgroup::remove(&cgroup)?;
+    for group in cgroup::everywhere(&id.cgroup()) {
+        cgroup::remove(&group)?;
+    }
     // Last: as long as the directory is there, its owner file tells whose the rest is.
     ignore_absent(fs::remove_dir_all(&dir))
         .with_context(|| format!("cannot remove {}", dir.display()))

@@ -204,7 +204,7 @@ fn api_args(pki: &Pki, address: IpAddr, (port, etcd_port): (u16, u16)) -> Vec<St
         "--service-account-issuer=https://kubernetes.default.svc.cluster.local".to_owned(),
         format!("--service-account-signing-key-file={}", file("sa.key")),
         format!("--service-account-key-file={}", file("sa.pub")),
-        "--service-cluster-ip-range=10.96.0.0/12".to_owned(),
+        "--service-cluster-ip-range=10.96.0.0/12,fd00:96::/112".to_owned(),
         "--allow-privileged=true".to_owned(),
         format!(
             "--kubelet-client-certificate={}",

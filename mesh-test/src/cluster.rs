@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A real Kubernetes cluster on this machine: a control plane, and nodes with containerd, runc,
+//! kubelet and kube-proxy, on the same wire as a lab's.
+//!
+//! Each node has a network, mount, UTS and cgroup namespace of its own and its own subtree in
+//! every cgroup hierarchy, so that all programs find their usual paths and nothing of theirs is
+//! left on the machine. Removed on drop, and after a kill -9 by the next one, as a lab is.
+
+mod image;
+mod machine;
+
+use std::fmt;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::capture::{Capture, Scope};
+use crate::kube::Kube;
+use crate::lab::{Cleaner, Lab};
+use crate::names::LabId;
+use crate::netns::Netns;
+use crate::process::{Output, Place};
+use crate::{cgroup, sweep, sys, topology};
+
+pub use image::BASE;
+pub use machine::Machine;
+
+/// How long nodes may take to become Ready, and a rollout to be done, on a machine that also
+/// compiles.
+pub const SOON: Duration = Duration::from_secs(120);
+
+/// A cluster that runs; ended and removed when dropped.
+#[derive(Debug)]
+pub struct Cluster {
+    nodes: Vec<Machine>,
+    kube: Kube,
+    wire: Place,
+    dir: PathBuf,
+    /// Last, so that everything else has let go before.
+    #[expect(dead_code, reason = "held for its drop")]
+    cleaner: Cleaner,
+}
+
+impl Cluster {
+    /// Starts a control plane and `count` nodes, and waits until all are Ready. `progress` is told
+    /// what is being done.
+    ///
+    /// # Errors
+    /// Not root, or something does not start; the error carries its last words.
+    pub fn start(count: u8, progress: impl Fn(&str)) -> Result<Self> {
+        ensure!(
+            sys::effective_uid() == 0,
+            "nodes are made of namespaces: run this as root"
+        );
+        sweep::sweep()?;
+        let id = LabId::next();
+        let dir = id.claim()?;
+        let cleaner = Cleaner::of(id);
+        let group = cgroup::mount_point()?.join(id.cgroup());
+        let netns = Arc::new(Netns::create(&id.netns("wire"))?);
+        let wire = Place::new("wire", netns, group.join("wire"), dir.join("wire"))?;
+        topology::lay_wire(&wire)?;
+        wire.sysctl("ipv4/ip_forward", "1")?;
+        progress("the control plane: etcd, API server, controller manager, scheduler");
+        let kube = Kube::builder()
+            .controllers()
+            .scheduler()
+            // Those that end pods of dead nodes, too.
+            .controller_flag("--node-monitor-grace-period=20s")
+            .start_at(id, wire.beside("kube")?, (IpAddr::V4(Lab::gateway()), None))?;
+        progress("the nodes: containerd, kubelet, kube-proxy");
+        let base = image::base(&dir)?;
+        let start = |number| Machine::start(id, (number, count), &wire, (&kube, &base));
+        let nodes = std::thread::scope(|scope| {
+            let threads: Vec<_> = (1..=count)
+                .map(|number| scope.spawn(move || start(number)))
+                .collect();
+            let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Machine>>| {
+                thread
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            threads.into_iter().map(join).collect::<Result<Vec<_>>>()
+        })?;
+        let cluster = Self {
+            nodes,
+            kube,
+            wire,
+            dir,
+            cleaner,
+        };
+        for node in &cluster.nodes {
+            cluster.wait_ready(node)?;
+        }
+        Ok(cluster)
+    }
+
+    fn wait_ready(&self, node: &Machine) -> Result<()> {
+        // The taint goes a moment later; until then nothing is scheduled, and a DaemonSet of no
+        // pods counts as rolled out.
+        let untainted = |object: &serde_json::Value| object["spec"]["taints"].is_null();
+        let ready = |object: &serde_json::Value| {
+            let conditions = object["status"]["conditions"].as_array();
+            conditions.is_some_and(|all| {
+                let is =
+                    |one: &serde_json::Value| one["type"] == "Ready" && one["status"] == "True";
+                all.iter().any(is)
+            })
+        };
+        let found = self.kube.until(SOON, &["node", node.name()], |object| {
+            ready(object) && untainted(object)
+        });
+        found.map(drop).with_context(|| node.log_tails())
+    }
+
+    /// The control plane.
+    #[must_use]
+    pub fn kube(&self) -> &Kube {
+        &self.kube
+    }
+
+    /// The control plane, to be stopped and started.
+    pub fn kube_mut(&mut self) -> &mut Kube {
+        &mut self.kube
+    }
+
+    /// Its nodes.
+    #[must_use]
+    pub fn nodes(&self) -> &[Machine] {
+        &self.nodes
+    }
+
+    /// Node `number`, from 1.
+    ///
+    /// # Panics
+    /// There are fewer.
+    #[must_use]
+    pub fn node(&self, number: u8) -> &Machine {
+        &self.nodes[usize::from(number) - 1]
+    }
+
+    /// The node of this name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn node_named(&self, name: &str) -> Result<&Machine> {
+        let found = self.nodes.iter().find(|node| node.name() == name);
+        found.with_context(|| format!("no node {name}"))
+    }
+
+    /// Where files of tests may lie; removed with the cluster.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The namespace that joins the nodes.
+    #[must_use]
+    pub fn wire(&self) -> &Place {
+        &self.wire
+    }
+
+    /// Captures what nodes put on the wire: each frame once.
+    ///
+    /// # Errors
+    /// No packet socket can be had.
+    pub fn capture_wire(&self) -> Result<Capture> {
+        Capture::start(&self.wire, &Scope::PortsOf(topology::WIRE))
+    }
+
+    /// Imports an image (a docker or OCI archive) on all nodes.
+    ///
+    /// # Errors
+    /// It is not an archive.
+    pub fn import(&self, archive: &Path) -> Result<()> {
+        self.nodes.iter().try_for_each(|node| node.import(archive))
+    }
+
+    /// `kubectl exec` in a pod or in one of `deploy/NAME`: its output, whatever comes of it.
+    ///
+    /// # Errors
+    /// kubectl cannot be run, or hangs.
+    pub fn exec<'a>(
+        &self,
+        (namespace, pod): (&'a str, &'a str),
+        command: impl IntoIterator<Item = &'a str>,
+    ) -> Result<Output> {
+        let exec = ["exec", "--namespace", namespace, pod, "--"];
+        self.kube.try_kubectl(exec.into_iter().chain(command))
+    }
+
+    /// Waits until a workload is rolled out, e.g. `deploy/web`.
+    ///
+    /// # Errors
+    /// It is not within [`SOON`]; the error says what its pods do instead.
+    pub fn rolled_out(&self, namespace: &str, workload: &str) -> Result<()> {
+        let timeout = format!("--timeout={}s", SOON.as_secs());
+        let args = ["rollout", "status", "--namespace", namespace, workload];
+        let command = self.kube.kubectl_cmd(args)?.args([timeout]);
+        let done = self.kube.place().run(command, SOON * 2)?.ok();
+        done.map(drop).with_context(|| self.report(namespace))
+    }
+
+    /// What the pods of a namespace do, for error messages.
+    #[must_use]
+    pub fn report(&self, namespace: &str) -> String {
+        let mut report = Report::default();
+        report.add(
+            self.kube
+                .kubectl(["get", "pods", "-n", namespace, "-o", "wide"]),
+        );
+        report.add(self.kube.kubectl([
+            "get",
+            "events",
+            "-n",
+            namespace,
+            "--sort-by=.lastTimestamp",
+        ]));
+        let all = ["logs", "-n", namespace, "--all-containers", "--tail=20"];
+        report.add(self.kube.kubectl(all.into_iter().chain([
+            "--prefix",
+            "--selector=mesh.rs/no-such!=x",
+            "--ignore-errors",
+        ])));
+        report.0
+    }
+}
+
+#[derive(Default)]
+struct Report(String);
+
+impl Report {
+    fn add(&mut self, said: Result<impl fmt::Display>) {
+        match said {
+            Ok(text) => self.0 += &format!("{text}\n"),
+            Err(e) => self.0 += &format!("{e:#}\n"),
+        }
+    }
+}

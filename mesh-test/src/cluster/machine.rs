@@ -1,0 +1,389 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One real node: its namespaces and cgroups, and the programs of a node in them.
+//!
+//! Made for hosts with the v1 cgroup hierarchies (hybrid), as runc and the kubelet then use them.
+
+use std::fs;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use crate::kube::{Kube, Programs};
+use crate::names::LabId;
+use crate::netns::Netns;
+use crate::process::{Cmd, Output, Place, Proc, tail};
+use crate::topology::{self, Topology};
+use crate::wait::eventually;
+use crate::{cgroup, sys};
+
+/// Until containerd answers.
+const START: Duration = Duration::from_secs(60);
+
+/// Below it every hierarchy is mounted.
+const HIERARCHIES: &str = "/sys/fs/cgroup";
+
+/// A node of the cluster.
+#[derive(Debug)]
+pub struct Machine {
+    kubelet: Proc,
+    #[expect(dead_code, reason = "held for its drop")]
+    proxy: Proc,
+    containerd: Proc,
+    /// Keeps the namespaces; its cgroup holds everything of the node, so it is dropped last.
+    holder: Proc,
+    place: Place,
+    name: String,
+    address: IpAddr,
+    /// Of the node, in the cgroup2 hierarchy.
+    cgroup: PathBuf,
+    /// Below each hierarchy.
+    group: String,
+}
+
+impl Machine {
+    pub(super) fn start(
+        id: LabId,
+        (number, count): (u8, u8),
+        wire: &Place,
+        (kube, base): (&Kube, &Path),
+    ) -> Result<Self> {
+        let name = format!("node{number}");
+        let address = IpAddr::V4(topology::node_v4(number));
+        let netns = Arc::new(Netns::create(&id.netns(&name))?);
+        topology::lay_node(Topology::Routed, &netns, number)?;
+        topology::join_wire(wire, &netns, &name, number, count)?;
+        let group = format!("{}/{name}", id.cgroup());
+        make_groups(&group)?;
+        let cgroup = cgroup::mount_point()?.join(&group);
+        let dir = id.dir().join(&name);
+        let place = Place::new(&name, netns, cgroup.join("host"), dir)?;
+        register(kube, &name, number)?;
+        let holder = hold(&place, &group, &cgroup, &name)?;
+        let prefix = Prefix {
+            holder: holder.id(),
+            group: &group,
+        };
+        let config = write_config(&place, number)?;
+        let containerd = Cmd::new("containerd").args([
+            "--config".to_owned(),
+            config.join("containerd.toml").display().to_string(),
+        ]);
+        let containerd = place.spawn(prefix.spawned(containerd))?;
+        let programs = Programs::find()?;
+        let kubelet = kubelet(&programs, kube, (&name, address), &config)?;
+        let proxy = programs.all().display().to_string();
+        let proxy_config = kube.user("system:kube-proxy", None)?;
+        let proxy = Cmd::new(proxy).args([
+            "kube-proxy".to_owned(),
+            format!("--kubeconfig={}", proxy_config.display()),
+            format!("--hostname-override={name}"),
+            "--proxy-mode=iptables".to_owned(),
+            // Only the first namespace of the machine may change them.
+            "--conntrack-max-per-core=0".to_owned(),
+            "--conntrack-tcp-timeout-established=0".to_owned(),
+            "--conntrack-tcp-timeout-close-wait=0".to_owned(),
+        ]);
+        let proxy = place.spawn(prefix.spawned(proxy))?;
+        let answers = |containerd: &Proc| {
+            let what = format!("containerd of {}", place.label());
+            eventually(&what, START, || {
+                std::thread::sleep(Duration::from_millis(100));
+                let output = place.run(prefix.joined(Cmd::line("ctr version")), START);
+                output.is_ok_and(|said| said.status.success()).then_some(())
+            })
+            .with_context(|| containerd.log_tail())
+        };
+        answers(&containerd)?;
+        let import = prefix.joined(ctr_import(base));
+        place.run(import, START)?.ok()?;
+        let kubelet = place.spawn(prefix.spawned(kubelet))?;
+        Ok(Self {
+            kubelet,
+            proxy,
+            containerd,
+            holder,
+            place,
+            name,
+            address,
+            cgroup,
+            group,
+        })
+    }
+
+    /// Its name, as in `spec.nodeName`.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its address on the wire.
+    #[must_use]
+    pub fn address(&self) -> IpAddr {
+        self.address
+    }
+
+    /// Its network namespace; [`Machine::run`] also has its mounts.
+    #[must_use]
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// What is the root of its cgroups, seen from outside.
+    #[must_use]
+    pub fn root_cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
+    /// The process that keeps its namespaces; `/proc/PID/root` is its file system.
+    #[must_use]
+    pub fn holder(&self) -> u32 {
+        self.holder.id()
+    }
+
+    /// A path on the node, as this process sees it.
+    #[must_use]
+    pub fn path(&self, path: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/root{path}", self.holder.id()))
+    }
+
+    fn prefix(&self) -> Prefix<'_> {
+        Prefix {
+            holder: self.holder.id(),
+            group: &self.group,
+        }
+    }
+
+    /// Runs a program in all of its namespaces to the end.
+    ///
+    /// # Errors
+    /// It cannot be started, or has not ended within `deadline`.
+    pub fn run(&self, cmd: Cmd, deadline: Duration) -> Result<Output> {
+        self.place.run(self.prefix().joined(cmd), deadline)
+    }
+
+    /// Imports an image.
+    pub(super) fn import(&self, archive: &Path) -> Result<()> {
+        self.run(ctr_import(archive), START)?.ok().map(drop)
+    }
+
+    /// The last lines of what its programs logged.
+    #[must_use]
+    pub fn log_tails(&self) -> String {
+        let logs = [&self.containerd, &self.kubelet];
+        logs.map(|program| tail(program.log(), 25)).join("\n")
+    }
+}
+
+/// How programs get into the node.
+#[derive(Clone, Copy, Debug)]
+struct Prefix<'a> {
+    holder: u32,
+    group: &'a str,
+}
+
+impl Prefix<'_> {
+    /// A short look: in the namespaces, but outside the node's v1 cgroups.
+    fn joined(&self, cmd: Cmd) -> Cmd {
+        let enter = Cmd::new("nsenter").args([format!("--target={}", self.holder)]);
+        cmd.after(enter.args(["--mount", "--uts", "--cgroup", "--"]))
+    }
+
+    /// One of its programs. Entering a cgroup namespace changes the view only: the cgroups
+    /// themselves are joined first.
+    fn spawned(&self, cmd: Cmd) -> Cmd {
+        let script = format!(
+            "for h in {HIERARCHIES}/*/; do \
+               [ -e $h/cgroup.kill ] || [ $h = {HIERARCHIES}/unified/ ] || \
+               echo $$ >$h/{}/cgroup.procs; \
+             done; exec \"$@\"",
+            self.group
+        );
+        self.joined(cmd)
+            .after(Cmd::new("/bin/sh").args(["-ec", &script, "node"]))
+    }
+}
+
+fn ctr_import(archive: &Path) -> Cmd {
+    Cmd::line("ctr --namespace k8s.io images import").args([archive])
+}
+
+/// The node's subtree in every v1 hierarchy. A cpuset has no CPUs until it is given some.
+fn make_groups(group: &str) -> Result<()> {
+    let mut found = false;
+    for hierarchy in fs::read_dir(HIERARCHIES)?.flatten() {
+        let root = hierarchy.path();
+        if !root.join("tasks").exists() {
+            continue;
+        }
+        found = true;
+        let mut dir = root.clone();
+        for part in group.split('/') {
+            let parent = dir.clone();
+            dir = dir.join(part);
+            cgroup::create(&dir)?;
+            for file in ["cpuset.cpus", "cpuset.mems"] {
+                if dir.join(file).exists() {
+                    fs::write(dir.join(file), fs::read(parent.join(file))?)?;
+                }
+            }
+        }
+    }
+    ensure!(
+        found,
+        "no cgroup v1 hierarchy below {HIERARCHIES}: nodes are made for hybrid hosts"
+    );
+    Ok(())
+}
+
+/// The Node object, made before the kubelet comes so that the pod CIDRs are those that routes on
+/// the wire lead to.
+fn register(kube: &Kube, name: &str, number: u8) -> Result<()> {
+    let cidrs = topology::pod_cidrs(number);
+    let node = json!({
+        "apiVersion": "v1", "kind": "Node",
+        "metadata": { "name": name, "labels": { "kubernetes.io/hostname": name } },
+        "spec": { "podCIDR": cidrs[0], "podCIDRs": cidrs },
+    });
+    kube.apply_text(&node.to_string()).map(drop)
+}
+
+/// What makes the mount namespace: the usual directories empty and of its own, its own subtree of
+/// each cgroup hierarchy at the usual place, a BPF file system. The root must be shared, or volumes
+/// with mount propagation cannot be had.
+const HOLDER: &str = r#"
+for h in /sys/fs/cgroup/*/; do
+    [ "$h" = /sys/fs/cgroup/unified/ ] || echo $$ >"$h/$GROUP/cgroup.procs"
+done
+exec unshare --mount --propagation private --cgroup --uts /bin/sh -euc '
+    hostname "$NAME"
+    mount --make-rprivate /
+    hierarchies=$(ls /sys/fs/cgroup)
+    mount -t sysfs sysfs /sys
+    mount -t tmpfs -o mode=755 tmpfs /sys/fs/cgroup
+    for h in $hierarchies; do
+        mkdir "/sys/fs/cgroup/$h"
+        case $h in
+            unified) mount -t cgroup2 cgroup2 "/sys/fs/cgroup/$h" ;;
+            systemd) mount -t cgroup -o none,name=systemd cgroup "/sys/fs/cgroup/$h" ;;
+            *) mount -t cgroup -o "$h" cgroup "/sys/fs/cgroup/$h" ;;
+        esac
+    done
+    mount -t bpf bpf /sys/fs/bpf
+    mount --make-rshared /
+    for d in /run /var/lib /var/log; do mount -t tmpfs -o mode=755 tmpfs "$d"; done
+    mkdir -p /run/netns /run/lock
+    echo ready
+    exec sleep infinity'
+"#;
+
+/// Starts what keeps the namespaces. Its own cgroup is the node's root: a cgroup namespace begins
+/// where the process that makes it is.
+fn hold(place: &Place, group: &str, root: &Path, name: &str) -> Result<Proc> {
+    let script = Cmd::new("/bin/sh").args(["-euc", HOLDER]);
+    let script = script.env("GROUP", group).env("NAME", name);
+    let holder = place.spawn_lines_in(script, (0, root.to_owned()))?;
+    let line = holder.line(START)?;
+    ensure!(
+        line.as_deref() == Some("ready"),
+        "the node's namespaces cannot be made: {}",
+        holder.log_tail()
+    );
+    Ok(holder)
+}
+
+/// The files that containerd and the kubelet read; gives their directory.
+fn write_config(place: &Place, number: u8) -> Result<PathBuf> {
+    let dir = place.dir().join("etc");
+    let cni = dir.join("cni");
+    fs::create_dir_all(&cni)?;
+    let [v4, v6] = topology::pod_cidrs(number);
+    let network = json!({
+        "cniVersion": "0.4.0", "name": "pods",
+        "plugins": [
+            {
+                "type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true,
+                "ipam": {
+                    "type": "host-local",
+                    "ranges": [[{ "subnet": v4 }], [{ "subnet": v6 }]],
+                    "routes": [{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }],
+                },
+            },
+            { "type": "portmap", "capabilities": { "portMappings": true } },
+        ],
+    });
+    fs::write(cni.join("10-pods.conflist"), network.to_string())?;
+    // restrict_oom_score_adj: without it, a host that does not let containerd lower its score
+    // fails every sandbox with an end of file.
+    fs::write(
+        dir.join("containerd.toml"),
+        format!(
+            "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\n\
+             sandbox_image = \"{}\"\nrestrict_oom_score_adj = true\n\
+             enable_unprivileged_ports = true\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = \"/usr/lib/cni\"\n\
+             conf_dir = \"{}\"\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.runc]\n\
+             runtime_type = \"io.containerd.runc.v2\"\n",
+            super::BASE,
+            cni.display()
+        ),
+    )?;
+    Ok(dir)
+}
+
+fn kubelet(
+    programs: &Programs,
+    kube: &Kube,
+    (name, address): (&str, IpAddr),
+    dir: &Path,
+) -> Result<Cmd> {
+    let (certificate, key) = kube.node_certificate(name, address)?;
+    let user = kube.user(&format!("system:node:{name}"), Some("system:nodes"))?;
+    let config = json!({
+        "apiVersion": "kubelet.config.k8s.io/v1beta1", "kind": "KubeletConfiguration",
+        "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock",
+        "cgroupDriver": "cgroupfs", "failCgroupV1": false,
+        "cgroupsPerQOS": true, "enforceNodeAllocatable": ["pods"], "failSwapOn": false,
+        "authentication": {
+            "anonymous": { "enabled": false }, "webhook": { "enabled": true },
+            "x509": { "clientCAFile": kube.ca()? },
+        },
+        "authorization": { "mode": "Webhook" },
+        "tlsCertFile": certificate, "tlsPrivateKeyFile": key,
+        // No DNS server runs here.
+        "clusterDNS": ["10.96.0.10"], "clusterDomain": "cluster.local", "resolvConf": "",
+        "makeIPTablesUtilChains": false,
+        // The disk is the machine's: what others leave on it is not this node's pressure.
+        "evictionHard": {
+            "memory.available": "1Mi", "nodefs.available": "0%", "imagefs.available": "0%",
+            "nodefs.inodesFree": "0%",
+        },
+        "imageGCHighThresholdPercent": 100,
+        "nodeStatusReportFrequency": "10s", "nodeStatusUpdateFrequency": "2s",
+        "syncFrequency": "5s", "shutdownGracePeriod": "0s",
+    });
+    let file = dir.join("kubelet.json");
+    fs::write(&file, config.to_string())?;
+    let v6 = topology::node_v6(name.trim_start_matches("node").parse()?);
+    Ok(Cmd::new(programs.all()).args([
+        "kubelet".to_owned(),
+        format!("--config={}", file.display()),
+        format!("--kubeconfig={}", user.display()),
+        format!("--hostname-override={name}"),
+        format!("--node-ip={address},{v6}"),
+    ]))
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            crate::lab::complain(&format_args!("{}:\n{}", self.name, self.log_tails()));
+        }
+        // Everything in the node's cgroup, containers included.
+        drop(sys::signal(self.holder.id(), libc::SIGKILL));
+    }
+}
