@@ -20,6 +20,7 @@ use mesh_plan::Plan;
 use mesh_plan::plan::{Entry, Key, LocalPod, MapOp, Prefix};
 
 use super::{Datapath, Error};
+use crate::sys::clock;
 
 /// The maps that user space fills.
 pub(crate) struct Maps {
@@ -171,10 +172,28 @@ impl Datapath {
     /// At the first operation that fails; those before it are done, and doing all of them again is
     /// harmless.
     pub fn apply(&mut self, ops: &[MapOp]) -> Result<(), Error> {
+        let mut put = false;
         for op in ops {
             match op {
-                MapOp::Put(entry) => self.put_entry(entry)?,
-                MapOp::Remove(key) => self.remove_key(key)?,
+                MapOp::Put(entry) => {
+                    self.put_entry(entry)?;
+                    put = true;
+                }
+                MapOp::Remove(key) => {
+                    // A program that has read what referred to this entry before it was replaced
+                    // may still be about to look the entry up.
+                    if std::mem::take(&mut put)
+                        && let Err(error) = clock::wait_for_programs()
+                    {
+                        crate::logging::warn_limited!(
+                            "membarrier",
+                            error,
+                            "the kernel cannot wait for its programs: a decision that is made during \
+                             a change of policy may be refused"
+                        );
+                    }
+                    self.remove_key(key)?;
+                }
             }
         }
         Ok(())
