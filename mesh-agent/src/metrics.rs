@@ -23,6 +23,7 @@ use prometheus_client::registry::Registry;
 use crate::identity::Refusal;
 use crate::record::{Close, Reporter};
 
+mod audit;
 mod describe;
 mod encode;
 mod process;
@@ -95,6 +96,7 @@ struct Inner {
     connections: Arc<series::Table>,
     failures: [[AtomicU64; FAILURES]; 2],
     verdicts: [AtomicU64; COUNTERS as usize],
+    audit: audit::Audit,
     handshakes: [[AtomicU64; HANDSHAKES]; 2],
     retried: [AtomicU64; CODES],
     certificates: Mutex<BTreeMap<(String, String), u64>>,
@@ -138,6 +140,7 @@ impl Metrics {
             connections: Arc::new(series::Table::new(MOST_SERIES)),
             failures: std::array::from_fn(|_| zeros()),
             verdicts: zeros(),
+            audit: audit::Audit::default(),
             handshakes: std::array::from_fn(|_| zeros()),
             retried: zeros(),
             certificates: Mutex::new(BTreeMap::new()),
@@ -190,6 +193,11 @@ impl Metrics {
         if let Some(count) = self.0.verdicts.get(counter.index() as usize) {
             count.fetch_add(1, Relaxed);
         }
+    }
+
+    /// Counts what passed and a rule in audit mode would have refused.
+    pub(crate) fn audited(&self, direction: Direction, rule: &str, reason: Reason) {
+        self.0.audit.count(direction, rule, reason);
     }
 
     /// Counts a TLS handshake.

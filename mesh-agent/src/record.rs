@@ -20,6 +20,7 @@ use tokio::sync::watch;
 use crate::flows::FlowSink;
 use crate::metrics::{Labels, Metrics, Open};
 
+mod audit;
 mod kernel;
 mod names;
 

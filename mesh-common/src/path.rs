@@ -174,7 +174,7 @@ pub fn outbound<T: Peers + Policies>(
         && peer.has(Peer::ENROLLED | Peer::READY);
     let evidence = if tunnel { Evidence::Tls } else { peer.evidence };
     let verdict = tables.decide(&Question {
-        set: pod.set,
+        set: tables.set_of(pod),
         direction: Direction::Egress,
         peer: peer.id,
         addr: to.addr,
@@ -315,7 +315,7 @@ pub fn inbound<T: Peers + Policies>(
         }
     }
     let verdict = tables.decide(&Question {
-        set: pod.set,
+        set: tables.set_of(pod),
         direction: Direction::Ingress,
         peer: peer.id,
         addr: *from,
@@ -353,7 +353,7 @@ pub fn tunnelled(
     port: crate::Port,
 ) -> Verdict {
     policies.decide(&Question {
-        set: pod.set,
+        set: policies.set_of(pod),
         direction: Direction::Ingress,
         peer,
         addr: *from,

@@ -173,6 +173,8 @@ impl PodState {
     pub const SILENT: u32 = 1 << 5;
     /// The gate is on the pod's interface: provenance of packets is proven.
     pub const GATED: u32 = 1 << 6;
+    /// Policies in audit mode select it: its set has a shadow that is to be asked as well.
+    pub const AUDITED: u32 = 1 << 7;
 }
 
 impl PodView {

@@ -9,6 +9,7 @@
 
 use crate::addr::{Addr, Port, Protocol};
 use crate::identity::{Evidence, IdentityId};
+use crate::pod::PodView;
 use crate::verdict::{Reason, Verdict};
 
 abi_id! {
@@ -344,6 +345,11 @@ pub trait Policies {
     fn cidr(&self, key: &CidrKey) -> Option<ListId>;
     /// The answer of the longest prefix that holds the port.
     fn answer(&self, key: &PortKey) -> Option<&Answer>;
+    /// The set that is asked about a pod: its own, unless another is to be tried.
+    #[inline(always)]
+    fn set_of(&self, pod: &PodView) -> PolicySetId {
+        pod.set
+    }
     /// Decides a question. The kernel programs put a function boundary here, so that the verifier
     /// sees the decision once.
     #[inline(always)]

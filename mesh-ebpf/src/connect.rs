@@ -4,12 +4,13 @@
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use aya_ebpf::programs::SockAddrContext;
 use mesh_common::path::{Origin, Outbound};
-use mesh_common::pod::{ListenerSlot, PodIndex};
+use mesh_common::pod::{ListenerSlot, PodIndex, PodState};
 use mesh_common::service::Route;
 use mesh_common::settings::MARK_CAPTURE;
 use mesh_common::socket::SocketState;
 use mesh_common::{Addr, Direction, Endpoint, Port, Protocol, Reason, Verdict, route};
 
+use crate::audit;
 use crate::context::{
     self, Family, PASS, endpoint, exempt, netns_cookie, protocol, read, refuse, set_endpoint,
     set_mark, socket, storage,
@@ -65,6 +66,15 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         return refuse();
     }
     report::count(Direction::Egress, &path.verdict);
+    if let Some(audited) = audit::audited(pod) {
+        // A UDP socket whose port is not chosen yet opens its flow at the gate.
+        let at_the_gate = protocol == Protocol::UDP
+            && audited.view.has(PodState::GATED)
+            && local_port(ctx) == Port(0);
+        if !at_the_gate {
+            audit::outbound(audited, &ask, if to == asked { None } else { Some(&asked) });
+        }
+    }
     let state = storage::<_, SocketState>(&SOCKETS, socket(ctx), true);
     if let Some(pod_state) = tables::pod(pod)
         && !state.is_null()

@@ -3,9 +3,11 @@
 
 use aya_ebpf::programs::SockAddrContext;
 use mesh_common::path::{Origin, Outbound};
+use mesh_common::pod::PodState;
 use mesh_common::socket::{SocketState, Translation, Translations, VIPS_PER_SOCKET};
 use mesh_common::{Direction, Endpoint, Port, Protocol};
 
+use crate::audit;
 use crate::connect::{deny, local_port, resolve};
 use crate::context::{
     Family, PASS, endpoint, exempt, netns_cookie, protocol, refuse, set_endpoint, socket, storage,
@@ -47,6 +49,11 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
             return refuse();
         }
         report::count(Direction::Egress, &path.verdict);
+        if let Some(audited) = audit::audited(pod)
+            && (tuple.local_port != Port(0) || !audited.view.has(PodState::GATED))
+        {
+            audit::outbound(audited, &ask, if to == asked { None } else { Some(&asked) });
+        }
         if tuple.local_port != Port(0) {
             udp::open(pod, &tuple, Way::FromPod, &path);
         }

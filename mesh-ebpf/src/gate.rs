@@ -14,6 +14,7 @@ use mesh_common::policy::PolicySetId;
 use mesh_common::settings::{FRAGMENT_NS, TUNNEL_PORT};
 use mesh_common::{Addr, Direction, Endpoint, Peer, Port, Protocol, Reason, Verdict};
 
+use crate::audit;
 use crate::context::read;
 use crate::decision::{self, Ask, UNDECIDED};
 use crate::packet::{self, ACK, Fragment, Kind, Packet, RST, SYN};
@@ -281,15 +282,16 @@ fn send(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
             return drop_packet(pod, Direction::Egress, ip, &verdict);
         }
         let mut path = UNDECIDED;
-        decision::outbound(
-            &ask(pod, ip.protocol, Origin::Address, &ip.to, Port(0)),
-            &mut path,
-        );
+        let question = ask(pod, ip.protocol, Origin::Address, &ip.to, ip.from.port);
+        decision::outbound(&question, &mut path);
         trace(Hook::GateFromPod, pod, &ip.to, &path);
         if matches!(path.action, Outbound::Refuse) {
             return drop_packet(pod, Direction::Egress, ip, &path.verdict);
         }
         count(Direction::Egress, &path.verdict);
+        if let Some(audited) = audit::audited(pod) {
+            audit::outbound(audited, &question, None);
+        }
         if udp {
             udp::open(pod, &tuple, Way::FromPod, &path);
             report::add(
@@ -408,13 +410,16 @@ fn receive(pod: PodIndex, state: &PodState, ip: &Packet, entered: u32) -> i32 {
 #[inline(always)]
 fn decide_arrival(pod: PodIndex, ip: &Packet, origin: Origin) -> i32 {
     let mut path = UNDECIDED;
-    decision::inbound(
-        &ask(pod, ip.protocol, origin, &ip.from, ip.to.port),
-        &mut path,
-    );
+    let question = ask(pod, ip.protocol, origin, &ip.from, ip.to.port);
+    decision::inbound(&question, &mut path);
     trace(Hook::GateToPod, pod, &ip.from, &path);
     if matches!(path.action, Outbound::Refuse) {
         return drop_packet(pod, Direction::Ingress, ip, &path.verdict);
+    }
+    // What sk_lookup sees as it is, it asks about.
+    let asked_again = ip.protocol == Protocol::TCP && !matches!(origin, Origin::Translated);
+    if !asked_again && audit::audited(pod).is_some() {
+        audit::inbound(&question, &ip.to);
     }
     if ip.protocol == Protocol::UDP {
         udp::open(pod, &udp::tuple(&ip.from, ip.to.port), Way::ToPod, &path);

@@ -12,6 +12,7 @@ use mesh_common::pod::{ListenerSlot, PodIndex, PodState};
 use mesh_common::settings::TUNNEL_PORT;
 use mesh_common::{Addr, Direction, Endpoint, Port, Protocol, Reason, Verdict};
 
+use crate::audit;
 use crate::context::read;
 use crate::decision::{self, Ask, UNDECIDED};
 use crate::report::{self, DENIED, Hook, Refused, refused, trace};
@@ -148,6 +149,9 @@ fn arriving(
         return SK_DROP;
     }
     report::count(Direction::Ingress, &path.verdict);
+    if audit::audited(pod).is_some() {
+        audit::inbound(&ask, here);
+    }
     if !tcp {
         udp::open(pod, &tuple, Way::ToPod, &path);
     }

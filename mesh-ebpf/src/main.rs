@@ -23,6 +23,8 @@
 )]
 
 #[cfg(target_arch = "bpf")]
+mod audit;
+#[cfg(target_arch = "bpf")]
 mod connect;
 #[cfg(target_arch = "bpf")]
 mod context;

@@ -161,7 +161,10 @@ extern "C" fn mesh_report(
         0 => Direction::Ingress,
         _ => Direction::Egress,
     };
-    count(direction, verdict);
+    // What is audited has passed, and was counted as such.
+    if who.kind() != AUDIT {
+        count(direction, verdict);
+    }
     let time_ns = now();
     if over_rate(who.pod(), time_ns) {
         add(Counter::SuppressedEvents, 1);
@@ -207,6 +210,8 @@ fn or_none(at: *const Endpoint) -> Endpoint {
 
 /// The kind of a hook's refusal.
 pub(crate) const DENIED: u8 = kind::DENIED;
+/// The kind of what passed, and policies in audit mode would have refused.
+pub(crate) const AUDIT: u8 = kind::AUDIT;
 /// The kind of a drop at the gate.
 pub(crate) const DROPPED: u8 = kind::DROPPED;
 

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use mesh_common::identity::{IdentityId, Peer};
 use mesh_common::path::Peers;
-use mesh_common::pod::{ModeKey, PodView};
+use mesh_common::pod::{ModeKey, PodState, PodView};
 use mesh_common::policy::{
     Answer, CidrKey, ListId, Lists, Policies, PolicySetId, PortKey, RuleId, SelectKey, SetHead,
 };
@@ -188,6 +188,20 @@ pub enum MapOp {
     Put(Entry),
     /// Remove an entry; removing what is absent is no error.
     Remove(Key),
+}
+
+impl Plan {
+    /// A pod as it would be if the policies in audit mode that select it were enforced; `None` =
+    /// there are none.
+    #[must_use]
+    pub fn audited(&self, pod: &PodView) -> Option<PodView> {
+        let shadow = self.sets.get(&pod.set)?.shadow;
+        let known = pod.has(PodState::AUDITED) && shadow != PolicySetId::NONE;
+        known.then_some(PodView {
+            set: shadow,
+            ..*pod
+        })
+    }
 }
 
 impl Policies for Plan {

@@ -86,6 +86,7 @@ fn pods(plan: &Plan) -> BTreeSet<String> {
                 (PodState::UDP_SAME_NODE, "udp-same-node"),
                 (PodState::UDP_DENY, "udp-deny"),
                 (PodState::SILENT, "silent"),
+                (PodState::AUDITED, "audited"),
             ],
         ));
         for (key, mode) in plan

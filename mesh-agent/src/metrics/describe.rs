@@ -89,6 +89,9 @@ descriptions! {
         "Times a connection was made to another endpoint of its service because one could not be connected to";
     VERDICTS "mesh_policy_verdicts_total" Counter &["direction", "verdict", "reason", "decided_by"],
         "Decisions about connections, datagrams and packets. The kernel's survive restarts of the agent";
+    AUDIT "mesh_policy_audit_total" Counter &["direction", "rule", "reason"],
+        "Connections, UDP flows and packets that passed and that a policy with `mode: Audit` would have \
+         refused, by its rule; those of suppressed events are not in it";
     UNENCRYPTED "mesh_unencrypted_bytes_total" Counter &["reason"],
         "Bytes of enrolled workloads that were not under mTLS, by reason";
     HANDSHAKES "mesh_tls_handshakes_total" Counter &["role", "result"],
@@ -112,7 +115,8 @@ descriptions! {
     LOST "mesh_flow_events_lost_total" Counter &["at"],
         "Records of connections that were lost: in the kernel's ring, or on the way to the flow log";
     SUPPRESSED "mesh_flow_events_suppressed_total" Counter &[],
-        "Dropped packets that got no record, because their pod had too many in one second";
+        "Refused, dropped and audited packets that got no record, because their pod had too many in one \
+         second";
     SERIES "mesh_connection_series" Gauge &[],
         "Label sets of connection metrics in use";
     SERIES_OVERFLOWED "mesh_connection_series_overflowed_total" Counter &[],

@@ -79,6 +79,7 @@ impl Collector for Page {
         self.failures(encoder)?;
         self.retries(encoder)?;
         self.verdicts(encoder)?;
+        self.audit(encoder)?;
         self.handshakes(encoder)?;
         self.certificates(encoder)?;
         self.maps(encoder)?;
@@ -157,6 +158,19 @@ impl Page {
         let mut family = family(encoder, describe::RETRIED)?;
         for (reason, count) in Reason::ALL.iter().zip(&self.0.0.retried) {
             family.counter_unless_0(&[("reason", reason.label())], load(count))?;
+        }
+        Ok(())
+    }
+
+    fn audit(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let mut family = family(encoder, describe::AUDIT)?;
+        for ((direction, rule, reason), count) in self.0.0.audit.snapshot() {
+            let labels = [
+                ("direction", Direction::label(direction)),
+                ("rule", rule.as_str()),
+                ("reason", reason.label()),
+            ];
+            family.counter(&labels, count)?;
         }
         Ok(())
     }

@@ -45,6 +45,8 @@ fn full() -> Metrics {
         Direction::Ingress,
         &Verdict::deny(Reason::DefaultDeny, RuleId::NONE),
     );
+    let rule = "MeshPolicy shop/db ingress[0]";
+    metrics.audited(Direction::Ingress, rule, Reason::Policy);
     metrics.handshake(Role::Client, Ok(()));
     metrics.handshake(Role::Server, Err(Refusal::WrongIdentity));
     metrics.retried(&Close::Failed(Reason::ConnectFailed));

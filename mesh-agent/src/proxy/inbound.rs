@@ -128,6 +128,8 @@ impl Refused {
 /// A stream that may be carried.
 struct Allowed {
     verdict: Verdict,
+    /// The refusal of policies in audit mode.
+    audit: Option<Verdict>,
     id: IdentityId,
 }
 
@@ -220,6 +222,10 @@ impl Serving<'_> {
         if !allowed.verdict.allowed {
             return Err(Refused::decided(allowed.verdict));
         }
+        if let Some(audit) = &allowed.audit {
+            let opening = self.opening(open, allowed.verdict);
+            self.worker.recorder.audited(&opening, audit);
+        }
         self.entry.set_subject(Some(Subject::Inbound {
             from: open.source,
             peer: allowed.id,
@@ -265,8 +271,11 @@ impl Serving<'_> {
             return Err(Reason::IdentityRefused);
         }
         let port = open.destination.port;
+        let audit = plan.audited(&view);
+        let audit = audit.map(|shadow| tunnelled(plan, &shadow, peer.id, &self.from, port));
         Ok(Allowed {
             verdict: tunnelled(plan, &view, peer.id, &self.from, port),
+            audit: audit.filter(|verdict| !verdict.allowed),
             id: peer.id,
         })
     }
@@ -300,7 +309,11 @@ impl Serving<'_> {
     }
 
     fn record(&self, open: &Open, verdict: Verdict) -> ConnectionRecord {
-        self.worker.recorder.open(ConnectionOpen {
+        self.worker.recorder.open(self.opening(open, verdict))
+    }
+
+    fn opening(&self, open: &Open, verdict: Verdict) -> ConnectionOpen {
+        ConnectionOpen {
             reporter: Reporter::Destination,
             source: open.source,
             destination: open.destination,
@@ -309,7 +322,7 @@ impl Serving<'_> {
             evidence: Evidence::Tls,
             peer_identity: Some(Arc::clone(&self.text)),
             security: Security::MutualTls,
-        })
+        }
     }
 
     /// Carries a stream to its end; whether the tunnel may carry another.

@@ -122,6 +122,8 @@ impl KernelRecords {
             });
             counted.add(record.bytes_sent, record.bytes_received);
             metrics.closed(record.reporter, &close(record.closed_by));
+        } else if kind == Kind::Audit {
+            self.recorder.count_audited(&record);
         }
         self.recorder.emit(record);
     }
@@ -146,7 +148,8 @@ impl KernelRecords {
         let same_node = clear == Reason::SameNode;
         let closed_by = match kind {
             Kind::Connection => ClosedBy::from_code(event.closed_by),
-            Kind::Denied | Kind::Dropped | Kind::Audit => ClosedBy::Failed,
+            Kind::Denied | Kind::Dropped => ClosedBy::Failed,
+            Kind::Audit => ClosedBy::Unknown,
         };
         let close = match kind {
             Kind::Connection => close(closed_by).label(),

@@ -80,6 +80,12 @@ pub(super) fn pods(
             pod.view.set = PolicySetId::ISOLATED;
         }
     }
+    for pod in plan.pods.values_mut() {
+        let set = compiler.sets.get(&pod.view.set);
+        if set.is_some_and(|set| fitting.sets.contains(&set.head.shadow)) {
+            pod.view.flags |= PodState::AUDITED;
+        }
+    }
     let used: BTreeSet<PolicySetId> = plan.pods.values().map(|pod| pod.view.set).collect();
     write_sets(plan, &compiler, &fitting.sets, &used);
 }
