@@ -68,7 +68,7 @@ pub struct Settings {
     pub node: String,
     /// The trust domain of identities.
     pub trust_domain: TrustDomain,
-    /// Refused packets vanish instead of being answered.
+    /// Refused packets vanish instead of being answered, where the pod's namespace says nothing.
     pub silent: bool,
 }
 

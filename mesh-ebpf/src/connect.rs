@@ -3,7 +3,7 @@
 
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use aya_ebpf::programs::SockAddrContext;
-use mesh_common::path::{Origin, Outbound};
+use mesh_common::path::{Origin, Outbound, Path};
 use mesh_common::pod::{ListenerSlot, PodIndex, PodState};
 use mesh_common::service::Route;
 use mesh_common::settings::MARK_CAPTURE;
@@ -49,6 +49,12 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
     let mark = match path.action {
         Outbound::Refuse => {
             deny(pod, protocol, &asked, &to, &path.verdict);
+            if silent(pod, &path) && set_mark(ctx, 0) {
+                if to != asked {
+                    set_endpoint::<F>(ctx, &to);
+                }
+                return PASS;
+            }
             return refuse();
         }
         Outbound::Tunnel => MARK_CAPTURE,
@@ -106,6 +112,17 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         set_endpoint::<F>(ctx, &to);
     }
     PASS
+}
+
+/// Whether a refusal is to be silence: policy's, where the gate sees the packets. They go on to where
+/// they were decided for, and the gate decides again.
+#[inline(always)]
+pub(crate) fn silent(pod: PodIndex, path: &Path) -> bool {
+    let by_policy = matches!(path.verdict.reason, Reason::Policy | Reason::DefaultDeny);
+    by_policy
+        && tables::pod(pod).is_some_and(|state| {
+            state.view.has(PodState::SILENT) && state.view.has(PodState::GATED)
+        })
 }
 
 /// The listener of captured connections: by the family on the wire, not the socket's.

@@ -8,7 +8,7 @@ use mesh_common::socket::{SocketState, Translation, Translations, VIPS_PER_SOCKE
 use mesh_common::{Direction, Endpoint, Port, Protocol};
 
 use crate::audit;
-use crate::connect::{deny, local_port, resolve};
+use crate::connect::{deny, local_port, resolve, silent};
 use crate::context::{
     Family, PASS, endpoint, exempt, netns_cookie, protocol, refuse, set_endpoint, socket, storage,
 };
@@ -46,6 +46,12 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
         trace(Hook::Sendmsg, pod, &to, &path);
         if matches!(path.action, Outbound::Refuse) {
             deny(pod, Protocol::UDP, &asked, &to, &path.verdict);
+            if silent(pod, &path) {
+                if to != asked {
+                    set_endpoint::<F>(ctx, &to);
+                }
+                return PASS;
+            }
             return refuse();
         }
         report::count(Direction::Egress, &path.verdict);

@@ -11,9 +11,11 @@ use mesh_common::Port;
 use mesh_common::pod::{ModeKey, PodState, port_mode};
 
 use crate::cluster::{
-    Authentication, Cluster, Mtls, ObjectName, ObjectRef, OutboundMode, Pod, Rejection, UdpMode,
+    Authentication, Cluster, Labels, Mtls, ObjectName, ObjectRef, OutboundMode, Pod, Rejection,
+    UdpMode,
 };
 use crate::compile::{Options, pod_ref};
+use crate::plan::Deny;
 
 /// The mesh's own namespace; it is never enrolled.
 pub const MESH_NAMESPACE: &str = "mesh-system";
@@ -21,6 +23,9 @@ pub const MESH_NAMESPACE: &str = "mesh-system";
 const SYSTEM_NAMESPACE: &str = "kube-system";
 /// The label of namespaces and pods that enrols.
 pub const DATAPLANE_LABEL: &str = "mesh.rs/dataplane";
+
+/// The label of namespaces that says what a refusal of their pods looks like.
+pub const DENY_LABEL: &str = "mesh.rs/deny";
 
 /// How a pod is enrolled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,32 +77,36 @@ pub(crate) fn ready(cluster: &Cluster, pod: &Pod, enrolment: Enrolment) -> bool 
             .is_some_and(|n| ready.contains(&n.uid))
 }
 
-/// Labels that enrol but have an unknown value count as missing; they are named.
+/// What the namespace of a pod says about the look of refusals.
+pub(crate) fn deny(cluster: &Cluster, pod: &Pod) -> Option<Deny> {
+    let namespace = cluster.namespaces.get(&pod.name.namespace)?;
+    match namespace.labels.get(DENY_LABEL)?.as_str() {
+        "reject" => Some(Deny::Reject),
+        "drop" => Some(Deny::Drop),
+        _ => None,
+    }
+}
+
+/// The mesh's own labels that have an unknown value count as missing; they are named.
 pub(crate) fn check_labels(cluster: &Cluster, rejections: &mut Vec<Rejection>) {
-    let mut check = |object: ObjectRef, value: Option<&String>, known: &[&str]| {
-        let Some(value) = value.filter(|v| !known.contains(&v.as_str())) else {
-            return;
-        };
-        rejections.push(Rejection {
+    let mut check = |object: ObjectRef, labels: &Labels, label: &str, known: &[&str]| {
+        let value = labels.get(label).filter(|v| !known.contains(&v.as_str()));
+        rejections.extend(value.map(|value| Rejection {
             object,
-            field: format!("metadata.labels[{DATAPLANE_LABEL}]"),
+            field: format!("metadata.labels[{label}]"),
             why: format!("{value:?} is none of {}", known.join(", ")),
             consequence: "the label counts as missing".to_owned(),
-        });
+        }));
     };
     for (name, namespace) in &cluster.namespaces {
-        check(
-            ObjectRef::new("Namespace", "", name),
-            namespace.labels.get(DATAPLANE_LABEL),
-            &["enabled", "disabled", "required"],
-        );
+        let object = || ObjectRef::new("Namespace", "", name);
+        let enrols = ["enabled", "disabled", "required"];
+        check(object(), &namespace.labels, DATAPLANE_LABEL, &enrols);
+        check(object(), &namespace.labels, DENY_LABEL, &["reject", "drop"]);
     }
     for pod in cluster.pods.values().filter(|pod| !has_known_label(pod)) {
-        check(
-            pod_ref(pod),
-            pod.labels.get(DATAPLANE_LABEL),
-            &["enabled", "disabled"],
-        );
+        let enrols = ["enabled", "disabled"];
+        check(pod_ref(pod), &pod.labels, DATAPLANE_LABEL, &enrols);
     }
 }
 

@@ -63,9 +63,20 @@ pub struct LocalPod {
     pub addresses: BTreeSet<IpAddr>,
     /// Its namespace's file, where the source gives it.
     pub netns_path: Option<String>,
+    /// What a refusal looks like, if its namespace says so; `None` = the agent's setting holds.
+    pub deny: Option<Deny>,
     /// What the hooks decide by: set, identity, addresses, modes and flags (without `GATED`, which
     /// depends on what could be attached).
     pub view: PodView,
+}
+
+/// What a refusal looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Deny {
+    /// Refused at once.
+    Reject,
+    /// Silence.
+    Drop,
 }
 
 /// Names of what maps hold as numbers.

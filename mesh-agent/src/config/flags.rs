@@ -178,8 +178,9 @@ pub const FLAGS: &[Flag] = &[
     flag(
         "deny",
         "reject|drop",
-        "What a client elsewhere sees of a TCP connection that a pod of this node refuses: a reset \
-         at once, or nothing. A pod's own connect() that policy denies always fails at once.",
+        "What a refusal by policy looks like, to a client that connects to a pod of this node and to \
+         the pod's own connect(): refused at once, or silence until a time-out. The label \
+         `mesh.rs/deny` of a namespace says otherwise for its pods.",
     )
     .or("reject"),
     flag(

@@ -18,7 +18,7 @@ use std::time::Instant;
 use mesh_common::pod::{PodIndex, PodState, PodView};
 use mesh_common::policy::PolicySetId;
 use mesh_common::{Endpoint, Reason};
-use mesh_plan::plan::{Entry, Key, LocalPod, MapOp};
+use mesh_plan::plan::{Deny, Entry, Key, LocalPod, MapOp};
 use mesh_plan::{Plan, diff};
 
 use super::adopted::{Adopted, Enrolment, Retry, before_the_first_plan, in_force};
@@ -189,12 +189,13 @@ impl<K: Kernel, F: Find> Control<K, F> {
     /// Turns the wish into what can be in force, and the handles with it.
     fn write_what_is(&mut self, plan: &mut Plan) {
         let pods = &mut self.pods;
-        let silent = self.settings.silent;
+        let setting = self.settings.silent;
         plan.pods.retain(|uid, local| {
             let Some(pod) = pods.get_mut(uid) else {
                 return false;
             };
             let gated = pod.ungated.is_none();
+            let silent = local.deny.map_or(setting, |deny| deny == Deny::Drop);
             local.view = in_force(local.view, gated, pod.enrolment.is_some(), silent);
             pod.refresh(local);
             true

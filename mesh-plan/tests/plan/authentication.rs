@@ -8,6 +8,7 @@ use mesh_common::path::{Peers, strict};
 use mesh_common::pod::PodState;
 use mesh_common::{Addr, Port};
 use mesh_plan::cluster::{Authentication, Mtls, OutboundMode, UdpMode};
+use mesh_plan::plan::Deny;
 
 use crate::support::*;
 
@@ -207,4 +208,22 @@ fn pods_outside_the_mesh_have_no_modes() {
         .authentication("mesh-system/default", mtls(Mtls::Strict));
     assert_eq!(flags(&world), 0);
     assert_eq!(peer_flags(&world, "10.1.1.1"), Peer::POD);
+}
+
+#[test]
+fn the_namespace_says_what_a_refusal_looks_like() {
+    let look = |text: &str| {
+        let world = World::new()
+            .namespace("shop", text)
+            .pod("shop/web", "10.1.1.1", "");
+        world.on("n1").plan.pods["uid-shop/web"].deny
+    };
+    assert_eq!(look(""), None);
+    assert_eq!(look("mesh.rs/deny=reject"), Some(Deny::Reject));
+    assert_eq!(look("mesh.rs/deny=drop"), Some(Deny::Drop));
+    assert_eq!(look("mesh.rs/deny=maybe"), None);
+    World::new()
+        .namespace("shop", "mesh.rs/deny=maybe")
+        .on("n1")
+        .rejected("Namespace shop", "none of reject, drop");
 }

@@ -247,6 +247,7 @@ fn local_pod(name: &str, ip: &str, id: IdentityId) -> LocalPod {
         service_account: format!("{name}-sa"),
         addresses: [ip.parse().unwrap()].into(),
         netns_path: None,
+        deny: None,
         view: PodView {
             id,
             v4: addr(ip),

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a refusal looks like: at once, or silence; by the agent's setting and by the namespace's
+//! label, to clients from elsewhere and to a pod's own calls.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use mesh_test::mesh::ENROLLED;
+use mesh_test::reports::{Tcp, Udp};
+use mesh_test::{AgentConfig, Lab, Mesh, Place, Pod, PodSpec, Topology, eventually};
+
+const SOON: Duration = Duration::from_secs(10);
+const ECONNREFUSED: i32 = 111;
+const PORT: u16 = 7000;
+/// What a client waits; a SYN is sent again after a second.
+const PATIENCE_MS: u32 = 1500;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Look {
+    Passes,
+    AtOnce,
+    Silence,
+}
+
+fn tcp(from: &Place, to: SocketAddr) -> Look {
+    let begun = Instant::now();
+    let line = format!("tcp --to {to} --timeout-ms {PATIENCE_MS}");
+    let report: Tcp = from.probe(&line).expect("run").json().expect("report");
+    let waited = begun.elapsed() >= Duration::from_millis(PATIENCE_MS.into());
+    match (report.ok, report.errno, waited) {
+        (true, _, false) => Look::Passes,
+        (false, Some(ECONNREFUSED), false) => Look::AtOnce,
+        (false, Some(error), true) if error != ECONNREFUSED => Look::Silence,
+        other => unreachable!("{to}: {other:?}: {report:?}"),
+    }
+}
+
+fn at(pod: &Pod) -> [SocketAddr; 2] {
+    [(pod.v4(), PORT).into(), (pod.v6(), PORT).into()]
+}
+
+/// Every namespace the same: the pod takes nothing and may send nothing but to `open`.
+fn isolate(namespace: &str) -> String {
+    format!(
+        "apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {{name: closed, namespace: {namespace}}}
+spec:
+  podSelector: {{}}
+  policyTypes: [Ingress, Egress]
+  egress: [{{to: [{{namespaceSelector: {{matchLabels: {{kubernetes.io/metadata.name: open}}}}}}]}}]
+---
+"
+    )
+}
+
+const SERVICE: &str = "
+apiVersion: v1
+kind: Service
+metadata: {name: red, namespace: red}
+spec: {clusterIP: 10.96.9.9, selector: {app: red}, ports: [{port: 80, targetPort: 7000}]}
+";
+
+/// Namespaces: `red` says nothing, `blue` says drop, `green` says reject; `inside` is in the mesh
+/// and says drop.
+fn mesh(deny: &str) -> Mesh {
+    let builder = Lab::builder(Topology::Routed)
+        .outside()
+        .namespace("open", &[])
+        .namespace("red", &[])
+        .namespace("blue", &[("mesh.rs/deny", "drop")])
+        .namespace("green", &[("mesh.rs/deny", "reject")])
+        .namespace("inside", &[ENROLLED, ("mesh.rs/deny", "drop")])
+        .pod(PodSpec::new("open", 1).namespace("open"));
+    let lab = ["red", "blue", "green", "inside"]
+        .into_iter()
+        .fold(builder, |lab, name| {
+            lab.pod(PodSpec::new(name, 2).namespace(name).label("app", name))
+        })
+        .build()
+        .expect("lab");
+    let config = AgentConfig::new(&Mesh::own_ca(&lab)).flag("--deny", deny);
+    Mesh::start_with(lab, &config).expect("mesh")
+}
+
+fn enforce(mesh: &Mesh) {
+    let revision = || mesh.agent(2).ask("/status").ok()?["policy_revision"].as_u64();
+    let before = revision();
+    let policies: String = ["red", "blue", "green", "inside"].map(isolate).concat();
+    mesh.apply_text("closed", &format!("{policies}{SERVICE}"))
+        .expect("apply");
+    eventually("the policies to be in force", SOON, || {
+        (revision() > before).then_some(())
+    })
+    .expect("in force");
+}
+
+/// What each namespace's pod shows: to a pod of another node, to a host outside, and to its own
+/// calls.
+fn look(mesh: &Mesh, name: &str) -> [Look; 3] {
+    let pod = mesh.pod(name);
+    let outside = mesh.outside().expect("outside");
+    // Not to `open`, which it may reach: to another pod of its own node.
+    let other = mesh.pod(if name == "red" { "blue" } else { "red" });
+    let open = mesh.pod("open");
+    let pairs: [(&Place, _); 3] = [(&open, at(&pod)), (outside, at(&pod)), (&pod, at(&other))];
+    std::thread::scope(|scope| {
+        pairs
+            .map(|(from, to)| to.map(|to| scope.spawn(move || tcp(from, to))))
+            .map(|families| {
+                let [v4, v6] = families.map(|thread| thread.join().expect("no panic"));
+                assert_eq!(v4, v6, "{name}: the families differ");
+                v4
+            })
+    })
+}
+
+#[test]
+fn a_refusal_is_told_at_once_or_not_at_all() {
+    let all = [
+        ("reject", [("red", Look::AtOnce), ("blue", Look::Silence)]),
+        ("drop", [("red", Look::Silence), ("green", Look::AtOnce)]),
+    ];
+    for (deny, expected) in all {
+        let mesh = mesh(deny);
+        let line = format!("--tcp [::]:{PORT} --udp [::]:{PORT}");
+        let _servers = ["open", "red", "blue", "green", "inside"]
+            .map(|name| mesh.pod(name).serve(&line).expect("server"));
+        let names = expected.map(|(name, _)| name).into_iter().chain(["inside"]);
+        for name in names.clone() {
+            assert_eq!(look(&mesh, name), [Look::Passes; 3], "{name}, no policy");
+        }
+        enforce(&mesh);
+        for (name, look_of) in expected.into_iter().chain([("inside", Look::Silence)]) {
+            assert_eq!(look(&mesh, name), [look_of; 3], "{name}, --deny {deny}");
+            // What is allowed is so in either case.
+            let open = at(&mesh.pod("open"))[0];
+            assert_eq!(tcp(&mesh.pod(name), open), Look::Passes, "{name}");
+        }
+        // Through a service: translated, or its packets would go past what was decided.
+        let red = expected[1].1;
+        let virtual_address: SocketAddr = "10.96.9.9:80".parse().expect("an address");
+        let client = mesh.pod(expected[1].0);
+        assert_eq!(tcp(&client, virtual_address), red, "a service");
+        datagrams(&mesh, &client, red);
+        let told = |record: &serde_json::Value| {
+            record["kind"] == "denied" && record["service"] == "red/red"
+        };
+        eventually("the refused call's record", SOON, || {
+            let flows = mesh.agent(2).flows().expect("flows");
+            flows.iter().any(told).then_some(())
+        })
+        .expect("recorded");
+    }
+}
+
+/// A datagram that policy refuses: the call fails, or seems to succeed.
+fn datagrams(mesh: &Mesh, client: &Pod, look: Look) {
+    let to = at(&mesh.pod("red"))[0];
+    for connected in ["", "--connected"] {
+        let line = format!("udp --to {to} {connected} --timeout-ms 500");
+        let report: Udp = client.probe(&line).expect("run").json().expect("report");
+        let sent = usize::from(look == Look::Silence);
+        let seen = (usize::try_from(report.sent).expect("few"), report.received);
+        assert_eq!(seen, (sent, 0), "{connected}: {report:?}");
+    }
+}
