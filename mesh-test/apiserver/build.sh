@@ -28,8 +28,9 @@ mkdir -p "$cache"
 exec 9>"$cache/$module.lock"
 flock 9
 if [ ! -x "$program" ]; then
+    PATH=$PATH:/usr/local/go/bin
     command -v go >/dev/null || {
-        echo "$here/$module needs Go 1.24 or later to be built: no go in PATH" >&2
+        echo "$here/$module needs Go 1.24 or later to be built: no go in PATH or /usr/local/go/bin" >&2
         exit 1
     }
     # The servers tell their version from the linker's values alone.

@@ -10,7 +10,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 
 use super::Outcome;
 use crate::run;
@@ -20,6 +20,9 @@ const SCRIPT: &str = "mesh-test/apiserver/build.sh";
 /// As the script has it: what `go.mod` of the servers asks for.
 const GO: &str = "Go 1.24 or later";
 
+/// Where Go's own archive is unpacked to; the script looks there too.
+const USUAL: &str = "/usr/local/go/bin";
+
 pub(super) fn ensure() -> Result<Outcome> {
     if env::var_os("KUBEBUILDER_ASSETS").is_some() {
         return Ok(Outcome::Present);
@@ -27,8 +30,11 @@ pub(super) fn ensure() -> Result<Outcome> {
     if run::capture(run::command(run::root().join(SCRIPT)).arg("--find")).is_ok() {
         return Ok(Outcome::Present);
     }
-    if run::find("go").is_none() {
-        bail!("the tests' Kubernetes servers are built with {GO}, which is not in PATH");
+    // Nothing but the tests on Kubernetes needs them, and those fail without.
+    if run::find("go").is_none() && !Path::new(USUAL).is_dir() {
+        return Ok(Outcome::Done(format!(
+            "left out: they are built with {GO}, which is neither in PATH nor in {USUAL}"
+        )));
     }
     let log = env::temp_dir().join(format!("mesh-servers-{}.log", std::process::id()));
     start(&log)?;
