@@ -51,7 +51,7 @@ pub enum Error {
     #[error(transparent)]
     Identity(#[from] identity::Error),
     /// The trust domain.
-    #[error("--trust-domain {0:?} is no trust domain")]
+    #[error("{0:?} is no trust domain")]
     TrustDomain(String),
     /// The flow log.
     #[error(transparent)]
@@ -102,6 +102,7 @@ fn tried(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 /// What could not be built, or which room failed.
 pub fn run(config: Config, level: Option<Level>) -> Result<(), Error> {
     limits::raise_open_files().map_err(tried("raise the limit of open files"))?;
+    limits::forbid_dumps().map_err(tried("keep keys out of core dumps"))?;
     let runtime = Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)
         .thread_name("mesh-control")
@@ -169,9 +170,8 @@ impl Rooms {
         let (outputs, views) = control::outputs();
 
         // Who the pods are, and what is written about them.
-        let trust_domain = TrustDomain::new(&config.trust_domain)
-            .map_err(|_invalid| Error::TrustDomain(config.trust_domain.clone()))?;
-        let issuer = identity_config(config, &trust_domain);
+        let trust_domain = trust_domain(&config.trust_domain)?;
+        let issuer = identity_config(config, &trust_domain)?;
         let identities = Identities::start(issuer, views.wanted.clone()).await?;
         let flow_log = Flows::start(&config.flow_log, &metrics)?;
         let (plan, sink) = (views.plan.clone(), flow_log.sink());
@@ -326,7 +326,15 @@ fn current_thread() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
 }
 
-fn identity_config(config: &Config, trust_domain: &TrustDomain) -> identity::Config {
+fn trust_domain(name: &str) -> Result<TrustDomain, Error> {
+    TrustDomain::new(name).map_err(|_invalid| Error::TrustDomain(name.to_owned()))
+}
+
+fn identity_config(config: &Config, trust_domain: &TrustDomain) -> Result<identity::Config, Error> {
+    let aliases = config.trust_domain_aliases.iter();
+    let aliases = aliases
+        .map(|name| self::trust_domain(name))
+        .collect::<Result<_, _>>()?;
     let ca = match &config.ca {
         config::Ca::SelfSigned(path) => Ca::SelfSigned(path.clone()),
         config::Ca::Files(path) => Ca::Files(path.clone()),
@@ -338,12 +346,14 @@ fn identity_config(config: &Config, trust_domain: &TrustDomain) -> identity::Con
             cluster: "Kubernetes".to_owned(),
         }),
     };
-    identity::Config {
+    Ok(identity::Config {
         ca,
         trust_domain: trust_domain.clone(),
+        aliases,
+        crls: config.crls.clone(),
         clock: Clock::new(now),
         seed: seed(&config.node),
-    }
+    })
 }
 
 /// Spreads renewals over the nodes: FNV-1a of the node's name.

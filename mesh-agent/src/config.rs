@@ -46,6 +46,10 @@ pub struct Config {
     pub ca: Ca,
     /// The trust domain of SPIFFE identities, a DNS name in lower case.
     pub trust_domain: String,
+    /// Trust domains that count as the same.
+    pub trust_domain_aliases: Vec<String>,
+    /// Files of certificate revocation lists.
+    pub crls: Vec<PathBuf>,
     /// What the agent takes of the machine.
     pub host: HostConfig,
     /// Where the agent's own state and questions about it are found.
@@ -314,6 +318,8 @@ pub fn parse(
         source: values.required("source", values::source)?,
         ca: values.required("ca", values::ca)?,
         trust_domain: values.required("trust-domain", values::dns_name)?,
+        trust_domain_aliases: values.list("trust-domain-alias", values::dns_name)?,
+        crls: values.list("crl", values::path)?,
         host,
         admin: values.list("admin", values::admin)?,
         metrics: values.required("metrics", values::socket_addr)?,

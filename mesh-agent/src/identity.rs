@@ -12,12 +12,15 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::PathBuf,
     sync::Arc,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use mesh_common::Reason;
-use rustls::{ClientConfig, CommonState, ServerConfig, crypto::CryptoProvider};
+use rustls::{
+    ClientConfig, CommonState, ServerConfig, crypto::CryptoProvider, pki_types::CertificateDer,
+};
 use tokio::sync::watch;
 
 mod certificate;
@@ -27,6 +30,7 @@ mod issuer;
 mod key;
 mod refusal;
 mod renewal;
+mod revocation;
 mod spiffe;
 mod tls;
 mod verify;
@@ -37,11 +41,16 @@ pub use self::{
     issuer::{Ca, GrpcCa, IssueError},
     key::KeyError,
     refusal::Refusal,
+    revocation::CrlError,
     spiffe::{SpiffeError, SpiffeId, TrustDomain},
     tls::{ALPN, server_name},
     verify::Bundle,
 };
-use self::{configs::ClientConfigs, verify::Rules};
+use self::{
+    configs::ClientConfigs,
+    revocation::Revoked,
+    verify::{Rules, Skew, Trust},
+};
 
 /// What this room needs to know.
 #[derive(Debug, Clone)]
@@ -50,6 +59,10 @@ pub struct Config {
     pub ca: Ca,
     /// The one trust domain whose identities are believed.
     pub trust_domain: TrustDomain,
+    /// Trust domains that count as the same: an identity of theirs is that of ours.
+    pub aliases: Vec<TrustDomain>,
+    /// Files of certificate revocation lists.
+    pub crls: Vec<PathBuf>,
     /// What time it is.
     pub clock: Clock,
     /// Any number that differs from agent to agent: it spreads their renewals and retries.
@@ -63,6 +76,9 @@ pub enum Error {
     /// The issuer cannot be used at all.
     #[error("cannot use the CA")]
     Issuer(#[source] IssueError),
+    /// A file of revocation lists cannot be used.
+    #[error(transparent)]
+    Crl(#[from] CrlError),
     /// There is no certificate yet: the issuer has not given one, or it was not asked for.
     #[error("no certificate for {0} yet")]
     NotReady(SpiffeId),
@@ -81,7 +97,9 @@ impl Error {
     /// The reason of the record of a connection that fails by it.
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Issuer(_) | Self::NotReady(_) | Self::Expired(_) => Reason::NoCertificate,
+            Self::Issuer(_) | Self::Crl(_) | Self::NotReady(_) | Self::Expired(_) => {
+                Reason::NoCertificate
+            }
             Self::Foreign(_) => Reason::IdentityRefused,
             Self::Tls(_) => Reason::TlsFailed,
         }
@@ -143,8 +161,17 @@ struct Shared {
     now: watch::Receiver<Arc<Snapshot>>,
     clients: ClientConfigs,
     provider: Arc<CryptoProvider>,
-    trust_domain: TrustDomain,
+    trust: Trust,
+    skew: Arc<Skew>,
     clock: Clock,
+}
+
+/// What a peer has proven itself with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Proof {
+    /// Who it is.
+    pub id: SpiffeId,
+    chain: Vec<CertificateDer<'static>>,
 }
 
 impl Identities {
@@ -153,32 +180,43 @@ impl Identities {
     ///
     /// # Errors
     /// [`Error::Issuer`]: the issuer cannot be used, for example a directory not be written.
+    /// [`Error::Crl`]: a revocation list cannot be read.
     pub async fn start(
         config: Config,
         wanted: watch::Receiver<BTreeSet<SpiffeId>>,
     ) -> Result<Self, Error> {
         let issuer = config.ca.open(&config.clock).await.map_err(Error::Issuer)?;
-        Ok(Self::with(issuer, config, wanted))
+        let revoked = revocation::follow(config.crls.clone()).await?;
+        Ok(Self::with(issuer, config, wanted, revoked))
     }
 
     fn with(
         issuer: Arc<dyn issuer::Issuer>,
         config: Config,
         wanted: watch::Receiver<BTreeSet<SpiffeId>>,
+        revoked: watch::Receiver<Arc<Revoked>>,
     ) -> Self {
         let Config {
             ca: _,
+            crls: _,
             trust_domain,
+            aliases,
             clock,
             seed,
         } = config;
         let provider = tls::provider();
         let (bundle, _none) = Bundle::new([]);
         let bundle = Arc::new(bundle);
+        let trust = Trust {
+            domain: trust_domain,
+            aliases: aliases.into(),
+        };
+        let skew = Arc::new(Skew::default());
         let rules = Rules {
             provider: Arc::clone(&provider),
-            trust_domain: trust_domain.clone(),
+            trust: trust.clone(),
             bundle: Arc::clone(&bundle),
+            skew: Arc::clone(&skew),
         };
         let empty = Snapshot {
             bundle,
@@ -192,13 +230,14 @@ impl Identities {
             clock: clock.clone(),
             spread,
         };
-        tokio::spawn(renewal::run(keeper, wanted, writer));
+        tokio::spawn(renewal::run(keeper, wanted, revoked, writer));
         let clients = ClientConfigs::default();
         Self(Arc::new(Shared {
             now,
             clients,
             provider,
-            trust_domain,
+            trust,
+            skew,
             clock,
         }))
     }
@@ -248,7 +287,7 @@ impl Identities {
 
     /// The trust domain.
     pub fn trust_domain(&self) -> &TrustDomain {
-        &self.0.trust_domain
+        &self.0.trust.domain
     }
 
     /// How to dial as `own` a peer that must prove to be `expected`. The same configuration, and
@@ -258,16 +297,12 @@ impl Identities {
     /// There is no valid certificate of `own`, or `expected` is of another trust domain.
     pub fn client(&self, own: &SpiffeId, expected: &SpiffeId) -> Result<Arc<ClientConfig>, Error> {
         let shared = &*self.0;
-        if *expected.trust_domain() != shared.trust_domain {
+        if *expected.trust_domain() != shared.trust.domain {
             return Err(Error::Foreign(expected.clone()));
         }
         let (served, bundle) = self.valid(own)?;
         shared.clients.get(own, expected, served.epoch, || {
-            let rules = Rules {
-                provider: Arc::clone(&shared.provider),
-                trust_domain: shared.trust_domain.clone(),
-                bundle,
-            };
+            let rules = shared.rules(bundle);
             tls::client(&served.certificate, expected, rules, &shared.clock)
         })
     }
@@ -298,22 +333,49 @@ impl Identities {
     ///
     /// # Errors
     /// No proof, or not of a present member of the trust domain, or not in the tunnel protocol.
-    pub fn peer(&self, connection: &CommonState) -> Result<SpiffeId, Refusal> {
+    pub fn peer(&self, connection: &CommonState) -> Result<Proof, Refusal> {
         if connection.is_handshaking() {
             return Err(Refusal::NoCertificate);
         }
-        let leaf = connection.peer_certificates().and_then(<[_]>::first);
-        let leaf = verify::read_leaf(leaf.ok_or(Refusal::NoCertificate)?)?;
-        if *leaf.id.trust_domain() != self.0.trust_domain {
-            return Err(Refusal::WrongTrustDomain);
-        }
+        let chain = connection.peer_certificates().unwrap_or_default();
+        let leaf = verify::read_leaf(chain.first().ok_or(Refusal::NoCertificate)?)?;
+        let id = self.0.trust.own(leaf.id)?;
         if leaf.not_after <= self.0.clock.now() {
             return Err(Refusal::Expired);
         }
         if connection.alpn_protocol() != Some(ALPN) {
             return Err(Refusal::Protocol);
         }
-        Ok(leaf.id)
+        let chain = chain.to_vec();
+        let proof = Proof { id, chain };
+        // The handshake may have begun under older lists.
+        if self.is_revoked(&proof) {
+            return Err(Refusal::Revoked);
+        }
+        Ok(proof)
+    }
+
+    /// Whether a CA has revoked a certificate of a peer that was proven before.
+    pub fn is_revoked(&self, proof: &Proof) -> bool {
+        let bundle = Arc::clone(&self.0.now.borrow().bundle);
+        let now = clock::unix_time(self.0.clock.now());
+        self.0.rules(bundle).is_revoked_now(&proof.chain, now)
+    }
+
+    /// By how much this node's clock is seen to be behind others', the most so far.
+    pub fn clock_skew(&self) -> Duration {
+        self.0.skew.most()
+    }
+}
+
+impl Shared {
+    fn rules(&self, bundle: Arc<Bundle>) -> Rules {
+        Rules {
+            provider: Arc::clone(&self.provider),
+            trust: self.trust.clone(),
+            bundle,
+            skew: Arc::clone(&self.skew),
+        }
     }
 }
 

@@ -100,6 +100,8 @@ struct Inner {
     handshakes: [[AtomicU64; HANDSHAKES]; 2],
     retried: [AtomicU64; CODES],
     certificates: Mutex<BTreeMap<(String, String), u64>>,
+    crls: Mutex<BTreeMap<String, u64>>,
+    clock_skew: AtomicU64,
     ready: Mutex<BTreeMap<&'static str, bool>>,
     plan_apply: Histogram,
     revision: AtomicU64,
@@ -144,6 +146,8 @@ impl Metrics {
             handshakes: std::array::from_fn(|_| zeros()),
             retried: zeros(),
             certificates: Mutex::new(BTreeMap::new()),
+            crls: Mutex::new(BTreeMap::new()),
+            clock_skew: AtomicU64::new(0),
             ready: Mutex::new(BTreeMap::new()),
             plan_apply: Histogram::new(APPLY_BUCKETS),
             revision: AtomicU64::new(0),
@@ -222,6 +226,16 @@ impl Metrics {
             Some(at) => all.insert(key, at),
             None => all.remove(&key),
         };
+    }
+
+    /// Shows when each revocation list promises to be replaced, in seconds since 1970, by file.
+    pub fn revocation_lists(&self, next_updates: BTreeMap<String, u64>) {
+        *self.0.crls.lock().unwrap_or_else(PoisonError::into_inner) = next_updates;
+    }
+
+    /// Shows by how much this node's clock was seen to be behind.
+    pub fn clock_skew(&self, behind: Duration) {
+        self.0.clock_skew.store(behind.as_secs(), Relaxed);
     }
 
     /// Counts a plan that is in force, and how long that took since the change was seen. Returns

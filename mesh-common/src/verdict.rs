@@ -81,7 +81,7 @@ reasons! {
     31 NotAWorkload "not_a_workload" "The other end is no pod.";
     32 OptedOut "opted_out" "This end is not enrolled.";
     33 PermissivePlaintext "permissive_plaintext" "The pod is Permissive and accepted a connection without mTLS.";
-    34 IdentityRefused "identity_refused" "The peer's certificate does not prove the identity that was expected.";
+    34 IdentityRefused "identity_refused" "The peer's certificate does not prove the identity that was expected, or was revoked; mesh_tls_handshakes_total has the exact reason of refused handshakes.";
     35 TlsFailed "tls_failed" "The TLS handshake failed.";
     36 ConnectFailed "connect_failed" "The application's port could not be connected to.";
     37 PeerUnreachable "peer_unreachable" "The other node's agent could not be reached on the tunnel port.";

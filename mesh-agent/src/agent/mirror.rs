@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Shows what rooms publish in metrics, readiness and the admin interface. Only copies.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -10,9 +10,12 @@ use tokio::sync::watch;
 
 use crate::admin::ReadyTask;
 use crate::control::{Status, Views};
-use crate::identity::{Identities, SpiffeId};
+use crate::identity::{Identities, Snapshot, SpiffeId};
 use crate::metrics::{Metrics, PodCounts};
 use crate::source::Report;
+
+/// How often that is looked at which nobody announces.
+const LOOK: Duration = Duration::from_secs(10);
 
 /// The conditions of readiness that are fulfilled here.
 pub(super) struct Conditions {
@@ -119,7 +122,9 @@ async fn certificates(
     let mut shown: BTreeSet<SpiffeId> = BTreeSet::new();
     loop {
         let mut now = BTreeSet::new();
-        for certificate in snapshots.borrow_and_update().certificates() {
+        let snapshot = Arc::clone(&snapshots.borrow_and_update());
+        metrics.revocation_lists(next_updates(&snapshot));
+        for certificate in snapshot.certificates() {
             let id = certificate.id();
             let ends = certificate.not_after().duration_since(UNIX_EPOCH);
             let ends = ends.unwrap_or_default().as_secs();
@@ -140,6 +145,17 @@ async fn certificates(
         tokio::select! {
             news = snapshots.changed() => if news.is_err() { return },
             news = status.changed() => if news.is_err() { return },
+            () = tokio::time::sleep(LOOK) => {}
         }
+        metrics.clock_skew(identities.clock_skew());
     }
+}
+
+fn next_updates(snapshot: &Snapshot) -> BTreeMap<String, u64> {
+    let lists = snapshot.bundle().revocation_lists();
+    let lists = lists.map(|(file, at)| {
+        let at = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        (file.display().to_string(), at.as_secs())
+    });
+    lists.collect()
 }

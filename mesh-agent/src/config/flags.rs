@@ -115,6 +115,22 @@ pub const FLAGS: &[Flag] = &[
     )
     .or("cluster.local"),
     flag(
+        "trust-domain-alias",
+        "DOMAIN",
+        "Another trust domain whose identities count as the same ones of this, for moving from one \
+         name to the other. May be repeated.",
+    )
+    .or_computed("none")
+    .many(),
+    flag(
+        "crl",
+        "FILE",
+        "Certificate revocation lists, PEM or DER, read again when they change. Tunnels of a revoked \
+         certificate are closed. May be repeated.",
+    )
+    .or_computed("none")
+    .many(),
+    flag(
         "cgroup",
         "PATH",
         "The cgroup2 directory below which sockets are the mesh's.",

@@ -68,6 +68,8 @@ fn defaults() {
             source: Source::Dir("/m".into()),
             ca: Ca::SelfSigned("/ca".into()),
             trust_domain: "cluster.local".to_owned(),
+            trust_domain_aliases: Vec::new(),
+            crls: Vec::new(),
             host: HostConfig {
                 cgroup: "/sys/fs/cgroup/unified".into(),
                 bpffs: "/sys/fs/bpf".into(),

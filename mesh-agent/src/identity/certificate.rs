@@ -66,6 +66,12 @@ impl Certificate {
         &self.id
     }
 
+    /// The certificate itself, in DER.
+    #[cfg(test)]
+    pub(crate) fn leaf(&self) -> &rustls::pki_types::CertificateDer<'static> {
+        &self.key.cert[0]
+    }
+
     /// From when it is valid.
     pub fn not_before(&self) -> SystemTime {
         self.not_before

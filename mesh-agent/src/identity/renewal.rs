@@ -22,6 +22,7 @@ use super::{
     Bundle, Certificate, Clock, Epoch, Served, Snapshot, SpiffeId,
     clock::Spread,
     issuer::{IssueError, Issuer, Version},
+    revocation::Revoked,
     tls,
     verify::Rules,
 };
@@ -52,6 +53,7 @@ pub(super) struct Keeper {
 pub(super) async fn run(
     keeper: Keeper,
     mut wanted: watch::Receiver<BTreeSet<SpiffeId>>,
+    mut revoked: watch::Receiver<Arc<Revoked>>,
     writer: watch::Sender<Arc<Snapshot>>,
 ) {
     let (sender, mut fresh) = mpsc::channel::<Arc<Certificate>>(QUEUE);
@@ -60,6 +62,7 @@ pub(super) async fn run(
         keeper: keeper.clone(),
         served: BTreeMap::new(),
         taken: 0,
+        revoked: Arc::clone(&revoked.borrow_and_update()),
     };
     wanted.mark_changed();
     loop {
@@ -78,6 +81,9 @@ pub(super) async fn run(
                     continue;
                 }
                 present.take(certificate);
+            }
+            Ok(()) = revoked.changed() => {
+                present.revoked = Arc::clone(&revoked.borrow_and_update());
             }
         }
         writer.send_replace(Arc::new(present.snapshot()));
@@ -120,6 +126,7 @@ struct Present {
     keeper: Keeper,
     served: BTreeMap<SpiffeId, Arc<Served>>,
     taken: u64,
+    revoked: Arc<Revoked>,
 }
 
 impl Present {
@@ -159,6 +166,7 @@ impl Present {
             .values()
             .flat_map(|s| s.certificate.roots.roots().iter().cloned());
         let (bundle, _counted_before) = Bundle::new(roots);
+        let bundle = bundle.with(Arc::clone(&self.revoked));
         if bundle.revision() != self.keeper.rules.bundle.revision() {
             tracing::info!(?bundle, "new trust bundle");
             self.keeper.rules.bundle = Arc::new(bundle);

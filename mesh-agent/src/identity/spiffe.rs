@@ -134,6 +134,14 @@ impl SpiffeId {
         }
     }
 
+    /// The same workload under another name of its trust domain.
+    pub(super) fn in_domain(self, trust_domain: &TrustDomain) -> Self {
+        Self {
+            trust_domain: trust_domain.clone(),
+            ..self
+        }
+    }
+
     /// The trust domain.
     pub fn trust_domain(&self) -> &TrustDomain {
         &self.trust_domain

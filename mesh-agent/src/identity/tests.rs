@@ -6,4 +6,6 @@ mod handshakes;
 mod issuers;
 mod pki;
 mod renewals;
+mod revocations;
 mod sessions;
+mod trust;

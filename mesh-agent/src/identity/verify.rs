@@ -5,7 +5,10 @@
 //! they are used. Names of hosts and addresses play no part.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -17,15 +20,19 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, TrustAnchor, UnixTime},
     server::danger::{ClientCertVerified, ClientCertVerifier},
 };
-use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
+use webpki::{
+    EndEntityCert, ExpirationPolicy, KeyUsage, RevocationCheckDepth, RevocationOptions,
+    RevocationOptionsBuilder, UnknownStatusPolicy, anchor_from_trusted_cert,
+};
 use x509_parser::{extensions::GeneralName, prelude::FromDer as _};
 
-use super::{Refusal, SpiffeId, TrustDomain};
+use super::{Refusal, SpiffeId, TrustDomain, revocation::Revoked};
 
 /// The roots of the trust domain at one moment.
 pub struct Bundle {
     roots: Vec<CertificateDer<'static>>,
     anchors: Vec<TrustAnchor<'static>>,
+    revoked: Arc<Revoked>,
     revision: u64,
 }
 
@@ -40,6 +47,7 @@ impl Bundle {
         let mut bundle = Self {
             roots: Vec::new(),
             anchors: Vec::new(),
+            revoked: Arc::default(),
             revision: 0,
         };
         let mut hash = digest::Context::new(&digest::SHA256);
@@ -62,12 +70,24 @@ impl Bundle {
         (bundle, unreadable)
     }
 
+    /// The same roots, and what their CAs have revoked.
+    pub(super) fn with(mut self, revoked: Arc<Revoked>) -> Self {
+        self.revision ^= revoked.version();
+        self.revoked = revoked;
+        self
+    }
+
+    /// Until when each revocation list promises to be the latest, by file.
+    pub fn revocation_lists(&self) -> impl Iterator<Item = (&std::path::Path, SystemTime)> {
+        self.revoked.next_updates()
+    }
+
     /// The roots, in DER.
     pub fn roots(&self) -> &[CertificateDer<'static>] {
         &self.roots
     }
 
-    /// A hash of the roots: the same on every node that trusts the same ones.
+    /// A hash of the roots and of what is revoked: the same on every node that trusts the same.
     pub fn revision(&self) -> u64 {
         self.revision
     }
@@ -78,10 +98,12 @@ impl std::fmt::Debug for Bundle {
         let Self {
             roots,
             anchors: _,
+            revoked,
             revision,
         } = self;
         f.debug_struct("Bundle")
             .field("roots", &roots.len())
+            .field("revoked", revoked)
             .field("revision", &format_args!("{revision:016x}"))
             .finish()
     }
@@ -139,16 +161,68 @@ pub(super) fn read_leaf(der: &CertificateDer<'_>) -> Result<Leaf, Refusal> {
     })
 }
 
-fn system_time(unix: i64) -> SystemTime {
+/// From when a certificate is valid, in seconds since 1970.
+fn not_before(der: &CertificateDer<'_>) -> Option<u64> {
+    let (_, certificate) = x509_parser::certificate::X509Certificate::from_der(der).ok()?;
+    u64::try_from(certificate.validity().not_before.timestamp()).ok()
+}
+
+pub(super) fn system_time(unix: i64) -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(u64::try_from(unix).unwrap_or(0))
+}
+
+/// How far a certificate may lie in the future and still be believed: the clocks of two nodes
+/// differ, and not every CA dates its certificates back.
+const TOLERATED: Duration = Duration::from_secs(300);
+
+/// How far the clocks of others were seen to be ahead of this node's.
+#[derive(Debug, Default)]
+pub(super) struct Skew(AtomicU64);
+
+impl Skew {
+    /// The most so far.
+    pub(super) fn most(&self) -> Duration {
+        Duration::from_secs(self.0.load(Relaxed))
+    }
+
+    fn saw(&self, ahead: Duration) {
+        self.0.fetch_max(ahead.as_secs().max(1), Relaxed);
+        tracing::warn!(
+            ?ahead,
+            "a certificate is not valid yet, and believed: this node's clock is behind, or its CA's ahead"
+        );
+    }
+}
+
+/// Whose identities are believed.
+#[derive(Debug, Clone)]
+pub(super) struct Trust {
+    /// The trust domain.
+    pub(super) domain: TrustDomain,
+    /// Others that count as the same.
+    pub(super) aliases: Arc<[TrustDomain]>,
+}
+
+impl Trust {
+    /// The identity as it is known here, or that it is nobody's here.
+    pub(super) fn own(&self, id: SpiffeId) -> Result<SpiffeId, Refusal> {
+        if *id.trust_domain() == self.domain {
+            Ok(id)
+        } else if self.aliases.contains(id.trust_domain()) {
+            Ok(id.in_domain(&self.domain))
+        } else {
+            Err(Refusal::WrongTrustDomain)
+        }
+    }
 }
 
 /// What is asked of a certificate.
 #[derive(Debug, Clone)]
 pub(super) struct Rules {
     pub(super) provider: Arc<CryptoProvider>,
-    pub(super) trust_domain: TrustDomain,
+    pub(super) trust: Trust,
     pub(super) bundle: Arc<Bundle>,
+    pub(super) skew: Arc<Skew>,
 }
 
 impl Rules {
@@ -160,21 +234,90 @@ impl Rules {
         now: UnixTime,
         usage: KeyUsage,
     ) -> Result<Leaf, Refusal> {
-        let certificate = EndEntityCert::try_from(leaf)?;
-        certificate.verify_for_usage(
+        self.chains(leaf, above, now, usage, None)
+            .or_else(|why| self.chains_soon(leaf, above, now, usage, why))?;
+        if self.is_revoked(leaf, above, now, usage) {
+            return Err(Refusal::Revoked);
+        }
+        let leaf = read_leaf(leaf)?;
+        let id = self.trust.own(leaf.id)?;
+        Ok(Leaf { id, ..leaf })
+    }
+
+    fn chains(
+        &self,
+        leaf: &CertificateDer<'_>,
+        above: &[CertificateDer<'_>],
+        now: UnixTime,
+        usage: KeyUsage,
+        revocation: Option<RevocationOptions<'_>>,
+    ) -> Result<(), Refusal> {
+        EndEntityCert::try_from(leaf)?.verify_for_usage(
             self.provider.signature_verification_algorithms.all,
             &self.bundle.anchors,
             above,
             now,
             usage,
-            None,
+            revocation,
             None,
         )?;
-        let leaf = read_leaf(leaf)?;
-        if *leaf.id.trust_domain() != self.trust_domain {
-            return Err(Refusal::WrongTrustDomain);
+        Ok(())
+    }
+
+    /// The same for a chain that is not valid yet, but would be if our clock were a little behind.
+    fn chains_soon(
+        &self,
+        leaf: &CertificateDer<'_>,
+        above: &[CertificateDer<'_>],
+        now: UnixTime,
+        usage: KeyUsage,
+        why: Refusal,
+    ) -> Result<(), Refusal> {
+        if why != Refusal::NotYetValid {
+            return Err(why);
         }
-        Ok(leaf)
+        let seconds = now.as_secs();
+        let later = Duration::from_secs(seconds) + TOLERATED;
+        self.chains(leaf, above, UnixTime::since_unix_epoch(later), usage, None)
+            .map_err(|_in_any_case| why)?;
+        let begins = std::iter::once(leaf).chain(above).filter_map(not_before);
+        let ahead = begins.max().map_or(0, |at| at.saturating_sub(seconds));
+        self.skew.saw(Duration::from_secs(ahead));
+        Ok(())
+    }
+
+    /// Whether a CA of this chain, which is proven, has revoked a certificate of it.
+    fn is_revoked(
+        &self,
+        leaf: &CertificateDer<'_>,
+        above: &[CertificateDer<'_>],
+        now: UnixTime,
+        usage: KeyUsage,
+    ) -> bool {
+        self.bundle.revoked.naming(leaf, above).iter().any(|list| {
+            let only = [*list];
+            let options = RevocationOptionsBuilder::new(&only).map(|options| {
+                options
+                    .with_depth(RevocationCheckDepth::Chain)
+                    .with_status_policy(UnknownStatusPolicy::Allow)
+                    .with_expiration_policy(ExpirationPolicy::Ignore)
+                    .build()
+            });
+            // Any other answer: the list is of another CA with the same name.
+            options.is_ok_and(|options| {
+                self.chains(leaf, above, now, usage, Some(options)) == Err(Refusal::Revoked)
+            })
+        })
+    }
+
+    /// Whether a chain that was proven before is revoked now.
+    pub(super) fn is_revoked_now(&self, chain: &[CertificateDer<'_>], now: UnixTime) -> bool {
+        let Some((leaf, above)) = chain.split_first() else {
+            return false;
+        };
+        [KeyUsage::client_auth(), KeyUsage::server_auth()]
+            .into_iter()
+            .any(|usage| self.is_revoked(leaf, above, now, usage))
     }
 
     fn signed(

@@ -98,6 +98,10 @@ descriptions! {
         "TLS handshakes between agents: ok, or the reason of the failure";
     EXPIRY "mesh_certificate_expiry_timestamp_seconds" Gauge &["namespace", "service_account"],
         "When the certificate in use expires, in seconds since 1970";
+    CRL_NEXT_UPDATE "mesh_crl_next_update_timestamp_seconds" Gauge &["file"],
+        "When a revocation list in use promises to be replaced, in seconds since 1970; it counts after that too";
+    CLOCK_SKEW "mesh_clock_skew_seconds" Gauge &[],
+        "By how much this node's clock was seen to be behind that of a CA: the most by which a certificate that was believed lay in the future";
     MAP_ENTRIES "mesh_map_entries" Gauge &["map"],
         "Entries of the kernel's maps";
     MAP_CAPACITY "mesh_map_capacity" Gauge &["map"],

@@ -200,7 +200,14 @@ impl Page {
             ];
             family.gauge(&labels, *at)?;
         }
-        Ok(())
+        let lists = self.0.0.crls.lock();
+        let lists = lists.unwrap_or_else(PoisonError::into_inner).clone();
+        let mut family = self::family(encoder, describe::CRL_NEXT_UPDATE)?;
+        for (file, at) in &lists {
+            family.gauge(&[("file", file)], *at)?;
+        }
+        let behind = load(&self.0.0.clock_skew);
+        self::family(encoder, describe::CLOCK_SKEW)?.gauge(&[], behind)
     }
 
     fn maps(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {

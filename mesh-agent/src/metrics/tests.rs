@@ -49,6 +49,7 @@ fn full() -> Metrics {
     metrics.audited(Direction::Ingress, rule, Reason::Policy);
     metrics.handshake(Role::Client, Ok(()));
     metrics.handshake(Role::Server, Err(Refusal::WrongIdentity));
+    metrics.revocation_lists(BTreeMap::from([("/crl.pem".to_owned(), 1_800_000_000)]));
     metrics.retried(&Close::Failed(Reason::ConnectFailed));
     metrics.certificate("shop", "web", Some(1_800_000_000));
     assert_eq!(metrics.plan_applied(Duration::from_millis(3), 1), 1);

@@ -22,7 +22,7 @@ use super::tls;
 use super::tunnel::frame::{Control, Open, StreamId, Why};
 use super::tunnel::{Tunnel, TunnelError};
 use super::worker::{Job, Place, Worker};
-use crate::identity::{Refusal, SpiffeId};
+use crate::identity::{Proof, Refusal, SpiffeId};
 use crate::metrics::Role;
 use crate::pods::PodHandle;
 use crate::record::{Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security};
@@ -52,7 +52,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
     drop(handshaking);
     let result = proven.as_ref().map(|_| ()).map_err(Failure::refusal);
     worker.metrics().handshake(Role::Server, result);
-    let (secured, peer) = match proven {
+    let (secured, proof) = match proven {
         Ok(proven) => proven,
         Err(failure) => {
             tracing::debug!(%from, pod = %pod.local.name, %failure, "refused a tunnel");
@@ -60,12 +60,13 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
         }
     };
     drop(pod);
+    entry.set_proof(&proof);
     let serving = Serving {
         worker,
         uid: &share.uid,
         from: Endpoint::from(from).addr,
-        text: text(&peer),
-        peer,
+        text: text(&proof.id),
+        peer: &proof.id,
         entry: &entry,
     };
     let mut tunnel = Tunnel::new(socket, secured, Rc::clone(&worker.buffers));
@@ -84,13 +85,13 @@ async fn prove(
     worker: &Worker,
     pod: &PodHandle,
     socket: &Socket,
-) -> Result<(tls::Secured, SpiffeId), Failure> {
+) -> Result<(tls::Secured, Rc<Proof>), Failure> {
     let local = &pod.local;
     let own = worker
         .identity(&local.name.namespace, &local.service_account)
         .ok_or(Failure::Refused(Refusal::Failed))?;
     let config = worker.identities.server(&own)?;
-    let verify = |connection: &_| Ok::<_, Failure>(worker.identities.peer(connection)?);
+    let verify = |connection: &_| Ok::<_, Failure>(Rc::new(worker.identities.peer(connection)?));
     tls::accept(socket, config, verify).await
 }
 
@@ -99,7 +100,7 @@ struct Serving<'a> {
     worker: &'a Rc<Worker>,
     uid: &'a str,
     from: Addr,
-    peer: SpiffeId,
+    peer: &'a SpiffeId,
     text: Arc<str>,
     entry: &'a Entry,
 }

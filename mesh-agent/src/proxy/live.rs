@@ -12,6 +12,8 @@ use mesh_common::{Endpoint, IdentityId, Protocol, Reason};
 use mesh_plan::Plan;
 use tokio::sync::Notify;
 
+use crate::identity::{Identities, Proof};
+
 /// What a connection was allowed for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Subject {
@@ -55,6 +57,7 @@ impl Subject {
 pub(crate) struct Entry {
     uid: Arc<str>,
     subject: Cell<Option<Subject>>,
+    proof: RefCell<Option<Rc<Proof>>>,
     idle: Cell<bool>,
     ended: Cell<Option<Reason>>,
     notify: Notify,
@@ -72,6 +75,11 @@ impl Entry {
     /// What it is to be judged by from now on; `None` = nothing that policy speaks of.
     pub(crate) fn set_subject(&self, subject: Option<Subject>) {
         self.subject.set(subject);
+    }
+
+    /// What the peer has proven itself with.
+    pub(crate) fn set_proof(&self, proof: &Rc<Proof>) {
+        *self.proof.borrow_mut() = Some(Rc::clone(proof));
     }
 
     /// Whether it is a tunnel that carries no connection at the moment.
@@ -106,6 +114,7 @@ impl Live {
         let entry = Rc::new(Entry {
             uid: Arc::clone(uid),
             subject: Cell::new(None),
+            proof: RefCell::new(None),
             idle: Cell::new(false),
             ended: Cell::new(None),
             notify: Notify::new(),
@@ -130,6 +139,19 @@ impl Live {
                 && !subject.is_allowed(plan, &entry.uid)
             {
                 entry.end(Reason::PolicyChanged);
+            }
+        }
+    }
+
+    /// Ends those whose peer's certificate is revoked.
+    pub(crate) fn prove_again(&self, identities: &Identities) {
+        for entry in self.entries.borrow().values() {
+            if let Some(proof) = &*entry.proof.borrow()
+                && entry.ended.get().is_none()
+                && identities.is_revoked(proof)
+            {
+                tracing::info!(uid = %entry.uid, peer = %proof.id, "a peer's certificate is revoked: its tunnel is closed");
+                entry.end(Reason::IdentityRefused);
             }
         }
     }

@@ -208,6 +208,7 @@ impl Endpoints<'_> {
             return Outcome::Unused;
         };
         tunnel.queue(stream, &Control::Open(self.target.open));
+        entry.set_proof(&pooled.proof);
         let end = {
             let count = Counted::source(record.bytes());
             let relay = Relay::opener(self.app, tunnel, stream, &count, retained);

@@ -7,6 +7,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ use mesh_common::policy::PolicySetId;
 use mesh_common::{Endpoint, IdentityId};
 
 use super::tunnel::Tunnel;
-use crate::identity::{Epoch, SpiffeId};
+use crate::identity::{Epoch, Proof, SpiffeId};
 
 /// What two connections must have in common to use the same tunnel.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -67,6 +68,8 @@ pub(crate) struct Pooled {
     pub(crate) tunnel: Tunnel,
     /// Under which certificate and roots it was made.
     pub(crate) epoch: Epoch,
+    /// How the peer has proven itself.
+    pub(crate) proof: Rc<Proof>,
     /// When it was made.
     pub(crate) made: Instant,
 }

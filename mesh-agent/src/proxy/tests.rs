@@ -6,3 +6,4 @@ mod hostile;
 mod live;
 mod paths;
 mod rig;
+mod trust;

@@ -244,6 +244,7 @@ impl Worker {
                 }
                 Ok(()) = certificates.changed() => {
                     certificates.mark_unchanged();
+                    self.live.prove_again(&self.identities);
                     self.sweep();
                 }
                 _ = sweep.tick() => self.sweep(),

@@ -23,3 +23,17 @@ pub fn raise_open_files() -> io::Result<u64> {
     }
     Ok(limit.rlim_cur)
 }
+
+/// Keeps this process's memory, in which private keys are, out of core dumps, and from other
+/// processes of its user that have no right of their own to trace it.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn forbid_dumps() -> io::Result<()> {
+    let no: libc::c_ulong = 0;
+    // SAFETY: takes and returns numbers only.
+    if unsafe { libc::prctl(libc::PR_SET_DUMPABLE, no, no, no, no) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

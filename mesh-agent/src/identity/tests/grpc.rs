@@ -224,9 +224,9 @@ async fn two_workloads_believe_each_other_with_certificates_of_the_ca() {
     identities.ready(&id("db")).await.unwrap();
     let client = identities.client(&id("web"), &id("db")).unwrap();
     let (client, server) = shake(client, identities.server(&id("db")).unwrap()).await;
-    assert_eq!(identities.peer(client.unwrap().get_ref().1), Ok(id("db")));
+    assert_eq!(identities.who(client.unwrap().get_ref().1), Ok(id("db")));
     let server = server.unwrap();
-    assert_eq!(identities.peer(server.get_ref().1), Ok(id("web")));
+    assert_eq!(identities.who(server.get_ref().1), Ok(id("web")));
     let sent = server.get_ref().1.peer_certificates().unwrap();
     assert_eq!(sent.len(), 1, "the root is not sent to peers");
 

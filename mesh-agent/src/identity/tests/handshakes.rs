@@ -20,8 +20,8 @@ async fn both_ends_prove_who_they_are_with_the_algorithms_of_the_mesh() {
     let server = agent.identities.server(&id("db")).unwrap();
     let (client, server) = shake(client, server).await;
     let (client, server) = (client.unwrap(), server.unwrap());
-    assert_eq!(agent.identities.peer(client.get_ref().1), Ok(id("db")));
-    assert_eq!(agent.identities.peer(server.get_ref().1), Ok(id("web")));
+    assert_eq!(agent.identities.who(client.get_ref().1), Ok(id("db")));
+    assert_eq!(agent.identities.who(server.get_ref().1), Ok(id("web")));
     let connection = server.get_ref().1;
     assert_eq!(
         connection.protocol_version(),
@@ -170,13 +170,13 @@ async fn the_control_for_both_tables_is_accepted() {
     let server = agent.identities.server(&id("db")).unwrap();
     let (_, server) = shake(Arc::new(stranger(Some(&pair))), server).await;
     assert_eq!(
-        agent.identities.peer(server.unwrap().get_ref().1),
+        agent.identities.who(server.unwrap().get_ref().1),
         Ok(id("web"))
     );
     let client = agent.identities.client(&id("cron"), &id("web")).unwrap();
     let (client, _) = shake(client, Arc::new(impostor(&pair))).await;
     assert_eq!(
-        agent.identities.peer(client.unwrap().get_ref().1),
+        agent.identities.who(client.unwrap().get_ref().1),
         Ok(id("web"))
     );
 }
@@ -190,7 +190,7 @@ async fn nobody_without_the_protocol_is_a_peer() {
     let server = agent.identities.server(&id("db")).unwrap();
     let (_, server) = shake(Arc::new(none), server).await;
     assert_eq!(
-        agent.identities.peer(server.unwrap().get_ref().1),
+        agent.identities.who(server.unwrap().get_ref().1),
         Err(Refusal::Protocol)
     );
 
@@ -207,7 +207,7 @@ async fn nobody_without_the_protocol_is_a_peer() {
     server.alpn_protocols.clear();
     let client = agent.identities.client(&id("cron"), &id("web")).unwrap();
     let (client, _) = shake(client, Arc::new(server)).await;
-    let proven = client.and_then(|client| agent.identities.peer(client.get_ref().1));
+    let proven = client.and_then(|client| agent.identities.who(client.get_ref().1));
     assert_eq!(proven, Err(Refusal::Protocol));
 }
 

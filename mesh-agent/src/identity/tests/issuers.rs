@@ -36,8 +36,8 @@ async fn agents_that_share_a_directory_believe_each_other() {
     );
     let client = a.client(&id("web"), &id("db")).unwrap();
     let (client, server) = shake(client, b.server(&id("db")).unwrap()).await;
-    assert_eq!(a.peer(client.unwrap().get_ref().1), Ok(id("db")));
-    assert_eq!(b.peer(server.unwrap().get_ref().1), Ok(id("web")));
+    assert_eq!(a.who(client.unwrap().get_ref().1), Ok(id("db")));
+    assert_eq!(b.who(server.unwrap().get_ref().1), Ok(id("web")));
     let mut names: Vec<_> = dir
         .read_dir()
         .unwrap()

@@ -12,11 +12,12 @@ use std::{
 };
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DistinguishedName,
+    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose,
+    PKCS_ECDSA_P256_SHA256, RevokedCertParams, SanType, SerialNumber,
 };
 use rustls::{
-    ClientConfig, DigitallySignedStruct, Error, ServerConfig, SignatureScheme,
+    ClientConfig, CommonState, DigitallySignedStruct, Error, ServerConfig, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime},
     version::TLS13,
@@ -27,6 +28,7 @@ use tokio::{
     sync::watch,
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
+use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use crate::identity::{ALPN, Ca, Clock, Config, Identities, Refusal, SpiffeId, tls};
 
@@ -116,7 +118,7 @@ impl Root {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         params.distinguished_name = DistinguishedName::new();
         params
             .distinguished_name
@@ -159,6 +161,25 @@ impl Root {
         }
     }
 
+    /// A revocation list that names these certificates.
+    pub(super) fn revoke(&self, pairs: &[&Pair], next_update: SystemTime) -> String {
+        let revoked_certs = pairs.iter().map(|pair| RevokedCertParams {
+            serial_number: serial(&pair.chain[0]),
+            revocation_time: OffsetDateTime::UNIX_EPOCH,
+            reason_code: None,
+            invalidity_date: None,
+        });
+        let params = CertificateRevocationListParams {
+            this_update: OffsetDateTime::UNIX_EPOCH,
+            next_update: OffsetDateTime::from(next_update),
+            crl_number: SerialNumber::from(1_u64),
+            issuing_distribution_point: None,
+            revoked_certs: revoked_certs.collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        params.signed_by(&self.issuer).unwrap().pem().unwrap()
+    }
+
     /// Writes a good certificate where `files:` looks for it.
     pub(super) fn write(&self, dir: &Path, name: &str, leaf: Leaf) {
         let pair = self.sign(leaf);
@@ -170,10 +191,24 @@ impl Root {
     }
 }
 
+fn serial(der: &CertificateDer<'_>) -> SerialNumber {
+    let (_, certificate) = X509Certificate::from_der(der).unwrap();
+    SerialNumber::from_slice(certificate.raw_serial())
+}
+
+impl Identities {
+    /// Who the other end of a handshake is.
+    pub(super) fn who(&self, connection: &CommonState) -> Result<SpiffeId, Refusal> {
+        self.peer(connection).map(|proof| proof.id)
+    }
+}
+
 pub(super) fn config(ca: Ca, clock: Clock) -> Config {
     Config {
         ca,
         trust_domain: "cluster.local".parse().unwrap(),
+        aliases: Vec::new(),
+        crls: Vec::new(),
         clock,
         seed: 7,
     }
@@ -196,6 +231,11 @@ pub(super) struct Agent {
 
 impl Agent {
     pub(super) async fn start() -> Self {
+        Self::with(|_, _| {}).await
+    }
+
+    /// The same, with a configuration that `change` changes, given also the directory.
+    pub(super) async fn with(change: impl FnOnce(&mut Config, &Path)) -> Self {
         let hand = Hand::new();
         let root = Root::new(hand.now());
         let dir = tempfile::tempdir().unwrap();
@@ -204,7 +244,8 @@ impl Agent {
             root.write(dir.path(), name, Leaf::good(name, hand.now()));
         }
         let (wanted, ids) = want(&names);
-        let config = config(Ca::Files(dir.path().to_owned()), hand.clock());
+        let mut config = config(Ca::Files(dir.path().to_owned()), hand.clock());
+        change(&mut config, dir.path());
         let identities = Identities::start(config, ids).await.unwrap();
         for name in names {
             identities.ready(&id(name)).await.unwrap();

@@ -67,7 +67,8 @@ impl Life {
         let (wanted, ids) = want(names);
         let config = config(Ca::SelfSigned(dir.path().to_owned()), clock);
         let shared: Arc<dyn Issuer> = Arc::<Moody>::clone(&issuer);
-        let identities = Identities::with(shared, config, ids);
+        let (_, revoked) = tokio::sync::watch::channel(Arc::default());
+        let identities = Identities::with(shared, config, ids, revoked);
         Self {
             identities,
             issuer,

@@ -13,11 +13,11 @@ async fn kind(agent: &Agent, own: &str, peer: &str) -> rustls::HandshakeKind {
     let server = agent.identities.server(&id(peer)).unwrap();
     let (client, server) = shake(client, server).await;
     assert_eq!(
-        agent.identities.peer(client.unwrap().get_ref().1),
+        agent.identities.who(client.unwrap().get_ref().1),
         Ok(id(peer))
     );
     let server = server.unwrap();
-    assert_eq!(agent.identities.peer(server.get_ref().1), Ok(id(own)));
+    assert_eq!(agent.identities.who(server.get_ref().1), Ok(id(own)));
     server.get_ref().1.handshake_kind().unwrap()
 }
 
@@ -84,7 +84,7 @@ async fn a_resumed_session_does_not_outlive_the_clients_certificate() {
     };
     let (_, first) = once().await;
     assert_eq!(
-        agent.identities.peer(first.unwrap().get_ref().1),
+        agent.identities.who(first.unwrap().get_ref().1),
         Ok(id("web"))
     );
     agent.hand.forward(2 * hour);
@@ -96,7 +96,7 @@ async fn a_resumed_session_does_not_outlive_the_clients_certificate() {
         "TLS itself does not look"
     );
     assert_eq!(
-        agent.identities.peer(again.get_ref().1),
+        agent.identities.who(again.get_ref().1),
         Err(Refusal::Expired)
     );
 }

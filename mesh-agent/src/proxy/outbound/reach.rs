@@ -91,23 +91,25 @@ async fn connected(
 async fn secure(worker: &Worker, target: &Target, socket: Socket) -> Result<Pooled, Failure> {
     let key = &target.key;
     let identities = &worker.identities;
-    let config = identities.client(&key.own, &key.expected)?;
+    // The epoch first: a tunnel may count as older than it is, never as newer.
     let epoch: Epoch = identities
         .epoch(&key.own)
         .ok_or(Failure::Refused(Refusal::Failed))?;
+    let config = identities.client(&key.own, &key.expected)?;
     let name = server_name(key.to.addr.into());
     let verify = |connection: &_| {
-        let proven = identities.peer(connection)?;
-        if proven == key.expected {
-            Ok(())
+        let proof = identities.peer(connection)?;
+        if proof.id == key.expected {
+            Ok(Rc::new(proof))
         } else {
             Err(Failure::Refused(Refusal::WrongIdentity))
         }
     };
-    let (secured, ()) = tls::connect(&socket, config, name, verify).await?;
+    let (secured, proof) = tls::connect(&socket, config, name, verify).await?;
     Ok(Pooled {
         tunnel: Tunnel::new(socket, secured, Rc::clone(&worker.buffers)),
         epoch,
+        proof,
         made: Instant::now(),
     })
 }

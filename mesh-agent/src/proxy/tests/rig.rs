@@ -24,7 +24,8 @@ use super::super::socket::Socket;
 use super::super::*;
 use crate::config::FlowLog;
 use crate::flows::Flows;
-use crate::identity::{Ca, Clock, Config as IdentityConfig, SpiffeId, TrustDomain};
+pub(super) use crate::identity::Config as IdentityConfig;
+use crate::identity::{Ca, Clock, SpiffeId, TrustDomain};
 use crate::metrics::Metrics;
 use crate::pods::{Listeners, PodHandle};
 use crate::sys::netns::NetNs;
@@ -196,7 +197,7 @@ pub(super) struct Rig {
     pub(super) timing: Timing,
     pub(super) tunnel_port: Port,
     tunnel: TcpListener,
-    _ca: tempfile::TempDir,
+    pub(super) ca: tempfile::TempDir,
 }
 
 /// What the client's node accepts for a destination: here every destination needs a listener.
@@ -205,7 +206,7 @@ pub(super) struct Route {
     pub(super) application: tokio::net::TcpListener,
 }
 
-fn now() -> SystemTime {
+pub(super) fn now() -> SystemTime {
     #[expect(clippy::disallowed_methods, reason = "a test's wall clock")]
     SystemTime::now()
 }
@@ -291,6 +292,14 @@ impl Rig {
     }
 
     pub(super) async fn with(timing: Timing) -> (Self, Route) {
+        Self::of(timing, |_, _| {}).await
+    }
+
+    /// With another configuration of certificates; `change` is also given a directory.
+    pub(super) async fn of(
+        timing: Timing,
+        change: impl FnOnce(&mut IdentityConfig, &std::path::Path),
+    ) -> (Self, Route) {
         let net = Loopback {
             net: next_net(),
             dialled: Arc::default(),
@@ -298,12 +307,15 @@ impl Rig {
             client: Arc::default(),
         };
         let ca = tempfile::tempdir().unwrap();
-        let config = IdentityConfig {
+        let mut config = IdentityConfig {
             ca: Ca::SelfSigned(ca.path().to_owned()),
             trust_domain: TrustDomain::new("cluster.local").unwrap(),
+            aliases: Vec::new(),
+            crls: Vec::new(),
             clock: Clock::new(now),
             seed: 1,
         };
+        change(&mut config, ca.path());
         let wanted: BTreeSet<_> = ["client-sa", "server-sa", "other-sa"]
             .map(|sa| SpiffeId::new(&config.trust_domain, "shop", sa).unwrap())
             .into();
@@ -340,7 +352,7 @@ impl Rig {
             timing,
             tunnel_port,
             tunnel,
-            _ca: ca,
+            ca,
         };
         (rig, Route { to, application })
     }
