@@ -28,9 +28,11 @@ mod describe;
 mod encode;
 mod process;
 mod series;
+mod usage;
 
 pub use describe::{ALL as DESCRIPTIONS, Description, Kind, reasons, reference};
 pub use series::{Group, Labels, MOST_SERIES, Open, Totals};
+pub use usage::Usage;
 
 /// What the kernel programs count; the agent reads it when a page is asked for.
 pub trait Kernel: Send + Sync + 'static {
@@ -109,6 +111,7 @@ struct Inner {
     pods: Mutex<PodCounts>,
     lost: AtomicU64,
     panics: AtomicU64,
+    usage: usage::Table,
     kernel: OnceLock<Box<dyn Kernel>>,
 }
 
@@ -155,6 +158,7 @@ impl Metrics {
             pods: Mutex::new(PodCounts::default()),
             lost: AtomicU64::new(0),
             panics: AtomicU64::new(0),
+            usage: usage::Table::default(),
             kernel: OnceLock::new(),
         }))
     }
@@ -226,6 +230,13 @@ impl Metrics {
             Some(at) => all.insert(key, at),
             None => all.remove(&key),
         };
+    }
+
+    /// Where is counted what the connections of a workload use of the agent, for as long as somebody
+    /// keeps it.
+    #[must_use]
+    pub fn usage(&self, namespace: &str, workload: &str) -> Arc<Usage> {
+        self.0.usage.of(namespace, workload)
     }
 
     /// Shows when each revocation list promises to be replaced, in seconds since 1970, by file.

@@ -31,6 +31,7 @@ use crate::identity::Identities;
 use crate::pods::PodTable;
 use crate::record::{Bytes, Recorder};
 
+pub mod admission;
 mod buffers;
 mod dial;
 mod inbound;
@@ -44,6 +45,7 @@ mod socket;
 mod testing;
 mod tls;
 pub mod tunnel;
+mod turns;
 mod worker;
 
 /// Connections that wait to be taken over by another worker.
@@ -79,8 +81,8 @@ pub struct Timing {
     pub captured_per_pod: usize,
     /// Accepted tunnels of one pod.
     pub tunnels_per_pod: usize,
-    /// Those of them whose handshake is not over.
-    pub handshakes_per_pod: usize,
+    /// Handshakes.
+    pub handshakes: admission::Bounds,
     /// For a TLS handshake, either side.
     pub handshake: Duration,
     /// To reach another node's agent, or an application.
@@ -105,7 +107,7 @@ impl Default for Timing {
         Self {
             captured_per_pod: 16_384,
             tunnels_per_pod: 16_384,
-            handshakes_per_pod: 256,
+            handshakes: admission::Bounds::default(),
             handshake: Duration::from_secs(5),
             connect: Duration::from_secs(10),
             connect_first: Duration::from_secs(2),
@@ -203,6 +205,7 @@ fn start_with(
     let crew = Crew {
         jobs: senders.into(),
         loads: Arc::clone(&loads),
+        handshakes: admission::Total::new(&config.timing.handshakes),
     };
     for (number, jobs) in receivers.into_iter().enumerate() {
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -225,6 +228,7 @@ fn start_with(
                     tunnel_port: config.tunnel_port,
                     timing: config.timing,
                     buffers: Rc::default(),
+                    turns: turns::Turns::default(),
                     pool: pool::Pool::new(pool::Bounds::default()),
                     live: Rc::default(),
                     draining: Cell::new(false),

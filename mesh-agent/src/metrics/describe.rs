@@ -96,6 +96,10 @@ descriptions! {
         "Bytes of enrolled workloads that were not under mTLS, by reason";
     HANDSHAKES "mesh_tls_handshakes_total" Counter &["role", "result"],
         "TLS handshakes between agents: ok, or the reason of the failure";
+    WORKER_SECONDS "mesh_worker_seconds_total" Counter &["namespace", "workload"],
+        "Time of the agent's workers spent on connections and tunnels of pods of this node, handshakes included";
+    BUFFER_BYTES "mesh_buffer_bytes" Gauge &["namespace", "workload"],
+        "Buffers that connections of pods of this node hold";
     EXPIRY "mesh_certificate_expiry_timestamp_seconds" Gauge &["namespace", "service_account"],
         "When the certificate in use expires, in seconds since 1970";
     CRL_NEXT_UPDATE "mesh_crl_next_update_timestamp_seconds" Gauge &["file"],

@@ -81,6 +81,7 @@ impl Collector for Page {
         self.verdicts(encoder)?;
         self.audit(encoder)?;
         self.handshakes(encoder)?;
+        self.usage(encoder)?;
         self.certificates(encoder)?;
         self.maps(encoder)?;
         self.state(encoder)?;
@@ -185,6 +186,31 @@ impl Page {
                 let labels = [("role", role.label()), ("result", label)];
                 family.counter_unless_0(&labels, load(count))?;
             }
+        }
+        Ok(())
+    }
+
+    fn usage(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let all = self.0.0.usage.all();
+        let labels = |key: &(String, String)| {
+            let (namespace, workload) = key.clone();
+            [("namespace", namespace), ("workload", workload)]
+        };
+        let mut seconds = family(encoder, describe::WORKER_SECONDS)?;
+        for (key, usage) in &all {
+            let labels = labels(key);
+            let labels = labels
+                .each_ref()
+                .map(|(name, value)| (*name, value.as_str()));
+            seconds.counter(&labels, usage.seconds())?;
+        }
+        let mut buffers = family(encoder, describe::BUFFER_BYTES)?;
+        for (key, usage) in &all {
+            let labels = labels(key);
+            let labels = labels
+                .each_ref()
+                .map(|(name, value)| (*name, value.as_str()));
+            buffers.gauge(&labels, usage.buffers())?;
         }
         Ok(())
     }

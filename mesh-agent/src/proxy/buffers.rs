@@ -6,8 +6,11 @@
 //! allocator.
 
 use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
 
 use super::tls::records::{FULL, LONGEST};
+use crate::metrics::Usage;
 
 /// Full records in a large buffer: 256 KiB of content.
 pub(crate) const LARGE_RECORDS: usize = 16;
@@ -40,8 +43,8 @@ pub(crate) struct Buffers {
 }
 
 impl Buffers {
-    /// Lends a buffer; its content is what the last borrower left.
-    pub(crate) fn take(&self, size: Size) -> Buffer {
+    /// Lends a buffer of this size; its content is what the last borrower left.
+    fn take(&self, size: Size) -> Buffer {
         let (kept, bytes) = match size {
             Size::Small => (&self.small, SMALL),
             Size::Large => (&self.large, LARGE),
@@ -52,7 +55,7 @@ impl Buffers {
     }
 
     /// Takes a buffer back.
-    pub(crate) fn give(&self, buffer: Buffer) {
+    fn give(&self, buffer: Buffer) {
         self.lent.set(self.lent.get().saturating_sub(buffer.len()));
         let (kept, most) = match buffer.len() {
             LARGE => (&self.large, KEEP_LARGE),
@@ -70,6 +73,49 @@ impl Buffers {
     #[cfg(test)]
     pub(crate) fn lent(&self) -> usize {
         self.lent.get()
+    }
+}
+
+/// Large buffers of one worker, all together: beyond that connections get small ones.
+const LARGE_TOTAL: usize = 128 << 20;
+/// The same of the pods of one workload.
+const LARGE_WORKLOAD: u64 = 32 << 20;
+
+/// Lends buffers to the connections of a pod, and counts what they have.
+#[derive(Clone, Debug)]
+pub(crate) struct Lender {
+    buffers: Rc<Buffers>,
+    usage: Arc<Usage>,
+}
+
+impl Lender {
+    /// From these buffers, for whom `usage` counts.
+    pub(crate) const fn new(buffers: Rc<Buffers>, usage: Arc<Usage>) -> Self {
+        Self { buffers, usage }
+    }
+
+    /// Lends a buffer of this size, or a small one where large ones are scarce.
+    pub(crate) fn take(&self, size: Size) -> Buffer {
+        let scarce = size == Size::Large
+            && (self.buffers.lent.get() + LARGE > LARGE_TOTAL
+                || self.usage.buffers() + LARGE as u64 > LARGE_WORKLOAD);
+        self.take_as_is(if scarce { Size::Small } else { size })
+    }
+
+    /// Lends a buffer of this size in any case: for what has to be whole.
+    pub(crate) fn take_as_is(&self, size: Size) -> Buffer {
+        let buffer = self.buffers.take(size);
+        self.usage.lent(buffer.len());
+        buffer
+    }
+
+    /// Takes a buffer back.
+    pub(crate) fn give(&self, buffer: Buffer) {
+        // Others were made by the handshake, and never counted.
+        if matches!(buffer.len(), SMALL | LARGE) {
+            self.usage.gave_back(buffer.len());
+        }
+        self.buffers.give(buffer);
     }
 }
 
@@ -125,6 +171,24 @@ mod tests {
         lent.into_iter().for_each(|buffer| buffers.give(buffer));
         assert_eq!(buffers.lent(), 0);
         assert_eq!(buffers.large.borrow().len(), KEEP_LARGE);
+    }
+
+    #[test]
+    fn large_buffers_are_scarce_for_who_has_many_and_not_for_others() {
+        let buffers = Rc::<Buffers>::default();
+        let greedy = Lender::new(Rc::clone(&buffers), Arc::default());
+        let other = Lender::new(Rc::clone(&buffers), Arc::default());
+        let most = usize::try_from(LARGE_WORKLOAD).unwrap() / LARGE;
+        let mut lent: Vec<_> = (0..most).map(|_| greedy.take(Size::Large)).collect();
+        assert!(lent.iter().all(|buffer| buffer.len() == LARGE));
+        assert_eq!(greedy.take(Size::Large).len(), SMALL);
+        assert_eq!(greedy.take_as_is(Size::Large).len(), LARGE);
+        assert_eq!(other.take(Size::Large).len(), LARGE);
+        greedy.give(lent.pop().unwrap());
+        lent.into_iter().for_each(|buffer| greedy.give(buffer));
+        // The three that the assertions above have kept.
+        assert_eq!(greedy.usage.buffers(), (SMALL + LARGE) as u64);
+        assert_eq!(greedy.take(Size::Large).len(), LARGE);
     }
 
     #[test]

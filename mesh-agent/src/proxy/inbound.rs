@@ -18,10 +18,11 @@ use super::live::{Entry, Subject};
 use super::outbound::{Failure, reset, text};
 use super::relay::{End, Relay, cause};
 use super::socket::Socket;
-use super::tls;
+use super::tls::{self, HandshakeError};
 use super::tunnel::frame::{Control, Open, StreamId, Why};
 use super::tunnel::{Tunnel, TunnelError};
-use super::worker::{Job, Place, Worker};
+use super::turns::Computing;
+use super::worker::{Job, Share, Worker};
 use crate::identity::{Proof, Refusal, SpiffeId};
 use crate::metrics::Role;
 use crate::pods::PodHandle;
@@ -34,22 +35,29 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
         place: _place,
         kind,
     } = job;
-    let most = worker.timing.handshakes_per_pod;
-    let Some(handshaking) = Place::take(&share, |s| &s.handshakes, most) else {
+    let (Ok((_here, from)), Some(pod)) = (worker.dial.ends(&socket), worker.pod(&share.uid)) else {
+        return;
+    };
+    let Some(unproven) = share.admission.arrived(Endpoint::from(from).addr) else {
         super::listener::refuse(worker, kind, &socket);
         return;
     };
     let entry = worker.live.register(&share.uid);
-    let (Ok((_here, from)), Some(pod)) = (worker.dial.ends(&socket), worker.pod(&share.uid)) else {
-        return;
+    let proven = async {
+        // Who says nothing takes no place.
+        socket.readable().await.map_err(HandshakeError::from)?;
+        let admitted = share.admission.accept(&unproven).await;
+        let proven = prove(worker, &pod, &share, &socket).await;
+        drop(admitted);
+        proven
     };
-    let proven = timeout(worker.timing.handshake, prove(worker, &pod, &socket));
+    let proven = timeout(worker.timing.handshake, proven);
     let proven = tokio::select! {
         biased;
         _reason = entry.ended() => return,
         proven = proven => proven.unwrap_or(Err(Failure::Refused(Refusal::Timeout))),
     };
-    drop(handshaking);
+    drop(unproven);
     let result = proven.as_ref().map(|_| ()).map_err(Failure::refusal);
     worker.metrics().handshake(Role::Server, result);
     let (secured, proof) = match proven {
@@ -69,7 +77,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
         peer: &proof.id,
         entry: &entry,
     };
-    let mut tunnel = Tunnel::new(socket, secured, Rc::clone(&worker.buffers));
+    let mut tunnel = Tunnel::new(socket, secured, worker.lender(&share));
     match serving.run(&mut tunnel).await {
         Ok(()) | Err(TunnelError::Ended) => {}
         Err(error) => {
@@ -84,6 +92,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
 async fn prove(
     worker: &Worker,
     pod: &PodHandle,
+    share: &Share,
     socket: &Socket,
 ) -> Result<(tls::Secured, Rc<Proof>), Failure> {
     let local = &pod.local;
@@ -92,7 +101,8 @@ async fn prove(
         .ok_or(Failure::Refused(Refusal::Failed))?;
     let config = worker.identities.server(&own)?;
     let verify = |connection: &_| Ok::<_, Failure>(Rc::new(worker.identities.peer(connection)?));
-    tls::accept(socket, config, verify).await
+    let computing = Computing::of(&worker.turns, &share.uid);
+    tls::accept((socket, computing), config, verify).await
 }
 
 /// A tunnel whose peer is proven.

@@ -18,6 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::{JoinHandle, spawn_local};
 
+use super::admission::Admission;
 use super::dial::KEEPALIVE;
 use super::socket::Socket;
 use super::worker::{Job, JobKind, Place, Share, Worker};
@@ -69,7 +70,7 @@ pub(crate) fn reconcile(worker: &Rc<Worker>, table: &PodTable, listening: &mut L
         if listening.0.contains_key(uid) || !own(pod) {
             continue;
         }
-        match start(worker, uid, listeners) {
+        match start(worker, pod, listeners) {
             Ok(accepting) => {
                 listening.0.insert(uid.clone(), accepting);
             }
@@ -80,14 +81,20 @@ pub(crate) fn reconcile(worker: &Rc<Worker>, table: &PodTable, listening: &mut L
     }
 }
 
-fn start(worker: &Rc<Worker>, uid: &str, listeners: &Arc<Listeners>) -> io::Result<Accepting> {
+fn start(
+    worker: &Rc<Worker>,
+    pod: &PodHandle,
+    listeners: &Arc<Listeners>,
+) -> io::Result<Accepting> {
+    let bounds = worker.timing.handshakes;
     let mut accepting = Accepting {
         listeners: Arc::clone(listeners),
         share: Arc::new(Share {
-            uid: uid.into(),
+            uid: pod.uid.as_str().into(),
             captured: AtomicUsize::new(0),
             tunnels: AtomicUsize::new(0),
-            handshakes: AtomicUsize::new(0),
+            admission: Admission::new(bounds, worker.crew.handshakes.clone()),
+            usage: worker.usage(pod),
         }),
         tasks: Vec::new(),
     };

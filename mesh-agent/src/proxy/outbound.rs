@@ -16,7 +16,7 @@ use super::relay::{End, Relay, Retained};
 use super::socket::Socket;
 use super::tunnel::Tunnel;
 use super::tunnel::frame::{Control, Open, StreamId, Why};
-use super::worker::{Job, Worker};
+use super::worker::{Job, Share, Worker};
 use crate::identity::SpiffeId;
 use crate::pods::PodHandle;
 use crate::record::{Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security};
@@ -74,6 +74,7 @@ pub(crate) async fn carry(worker: &Rc<Worker>, job: Job, app: Socket) {
     let connection = Connection {
         worker,
         pod: &pod,
+        share: &share,
         app: &app,
     };
     let close = connection.relay(target, &mut record, &entry).await;
@@ -84,6 +85,7 @@ pub(crate) async fn carry(worker: &Rc<Worker>, job: Job, app: Socket) {
 struct Connection<'a> {
     worker: &'a Rc<Worker>,
     pod: &'a PodHandle,
+    share: &'a Share,
     app: &'a Socket,
 }
 
@@ -183,7 +185,7 @@ impl Endpoints<'_> {
         let made = tokio::select! {
             biased;
             reason = entry.ended() => return (Outcome::Ended(Close::Failed(reason)), None),
-            made = reach::tunnel(self.worker, self.pod, self.target, next.is_some()) => made,
+            made = reach::tunnel(self.worker, (self.pod, self.share), self.target, next.is_some()) => made,
         };
         let outcome = match made {
             Ok(pooled) => self.attempt(pooled, retained, record, entry).await,

@@ -48,6 +48,11 @@ impl Socket {
         self.stream.take_error()?.map_or(Ok(()), Err)
     }
 
+    /// Waits until there is something to read, or the end.
+    pub(crate) async fn readable(&self) -> io::Result<()> {
+        self.stream.readable().await
+    }
+
     /// Reads into `room` bytes of `buffers`. `Ok(0)` = the other end has finished.
     pub(crate) fn poll_read(
         &self,

@@ -13,10 +13,11 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
-use super::buffers::Buffers;
+use super::buffers::{Buffers, Lender};
 use super::socket::Socket;
 use super::tls::{self, HandshakeError};
 use super::tunnel::Tunnel;
+use super::turns::Computing;
 
 /// The name in every test certificate.
 pub(crate) fn name() -> ServerName<'static> {
@@ -73,9 +74,15 @@ impl Pki {
         let server = Arc::clone(&self.server);
         let dial = async {
             let done = |_: &_| Ok::<_, HandshakeError>(());
-            let (secured, ()) = tls::connect(&near, client, name(), done).await.unwrap();
+            let (secured, ()) = tls::connect((&near, Computing::ALONE), client, name(), done)
+                .await
+                .unwrap();
             // The acceptor's handshake ends with the opener's first record.
-            let mut tunnel = Tunnel::new(near, secured, Rc::clone(buffers));
+            let mut tunnel = Tunnel::new(
+                near,
+                secured,
+                Lender::new(Rc::clone(buffers), Arc::default()),
+            );
             std::future::poll_fn(|cx| tunnel.poll_flush(cx))
                 .await
                 .unwrap();
@@ -83,8 +90,14 @@ impl Pki {
         };
         let answer = async {
             let done = |_: &_| Ok::<_, HandshakeError>(());
-            let (secured, ()) = tls::accept(&far, server, done).await.unwrap();
-            Tunnel::new(far, secured, Rc::clone(buffers))
+            let (secured, ()) = tls::accept((&far, Computing::ALONE), server, done)
+                .await
+                .unwrap();
+            Tunnel::new(
+                far,
+                secured,
+                Lender::new(Rc::clone(buffers), Arc::default()),
+            )
         };
         tokio::join!(dial, answer)
     }

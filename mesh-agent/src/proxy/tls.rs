@@ -15,6 +15,7 @@ use rustls::{ClientConfig, CommonState, ConnectionTrafficSecrets, ExtractedSecre
 
 use self::records::{Opener, RecordError, Sealer};
 use super::socket::Socket;
+use super::turns::Computing;
 use crate::identity::Refusal;
 
 pub(crate) mod records;
@@ -110,14 +111,14 @@ impl Rest {
 /// Dials: proves our identity and has the peer prove the one that `config` expects. `verify` asks
 /// for the proof once the handshake is over.
 pub(crate) async fn connect<T, E: From<HandshakeError>>(
-    socket: &Socket,
+    (socket, computing): (&Socket, Computing<'_>),
     config: Arc<ClientConfig>,
     name: ServerName<'static>,
     verify: impl FnOnce(&CommonState) -> Result<T, E>,
 ) -> Result<(Secured, T), E> {
     let connection = UnbufferedClientConnection::new(config, name).map_err(HandshakeError::from)?;
     let mut connection = Box::new(connection);
-    let flight = drive(&mut *connection, socket).await?;
+    let flight = drive(&mut *connection, socket, computing).await?;
     let peer = verify(&connection)?;
     let (secrets, rest) = connection
         .dangerous_into_kernel_connection()
@@ -127,13 +128,13 @@ pub(crate) async fn connect<T, E: From<HandshakeError>>(
 
 /// Answers a dialler, who has to prove an identity.
 pub(crate) async fn accept<T, E: From<HandshakeError>>(
-    socket: &Socket,
+    (socket, computing): (&Socket, Computing<'_>),
     config: Arc<ServerConfig>,
     verify: impl FnOnce(&CommonState) -> Result<T, E>,
 ) -> Result<(Secured, T), E> {
     let connection = UnbufferedServerConnection::new(config).map_err(HandshakeError::from)?;
     let mut connection = Box::new(connection);
-    let flight = drive(&mut *connection, socket).await?;
+    let flight = drive(&mut *connection, socket, computing).await?;
     let peer = verify(&connection)?;
     let (secrets, rest) = connection
         .dangerous_into_kernel_connection()
@@ -192,19 +193,32 @@ enum Turn {
 
 /// Runs a handshake to its end. Data that came with the peer's last flight is kept, and our own
 /// last flight is left to be sent with the first data.
-async fn drive<S: Side>(side: &mut S, socket: &Socket) -> Result<Flight, HandshakeError> {
+async fn drive<S: Side>(
+    side: &mut S,
+    socket: &Socket,
+    computing: Computing<'_>,
+) -> Result<Flight, HandshakeError> {
     let mut flight = Flight {
         input: vec![0; 4096],
         filled: 0,
         output: Vec::new(),
         early: Vec::new(),
     };
+    // What has come is where the work is; what is sent was made in the same turn.
+    let mut turn = computing.turn().await;
     loop {
         match flight.turn(side) {
             Ok(Turn::Again) => {}
-            Ok(Turn::Send) if side.handshaking() => flight.send(socket).await?,
+            Ok(Turn::Send) if side.handshaking() => {
+                drop(turn.take());
+                flight.send(socket).await?;
+            }
             Ok(Turn::Send | Turn::Done) => return Ok(flight),
-            Ok(Turn::Receive) => flight.receive(socket).await?,
+            Ok(Turn::Receive) => {
+                drop(turn.take());
+                flight.receive(socket).await?;
+                turn = computing.turn().await;
+            }
             Err(error) => {
                 // The alert that tells the peer, if there is one: exactly one turn, because another
                 // would look at the peer's bytes again, which rustls does not expect.

@@ -20,7 +20,7 @@ use self::frame::{Control, FrameError, StreamId};
 use self::inbox::{Inbox, Item};
 use self::outbox::Outbox;
 pub(crate) use self::outbox::TakeError;
-use super::buffers::Buffers;
+use super::buffers::Lender;
 use super::socket::Socket;
 use super::tls::records::RecordError;
 use super::tls::{HandshakeError, Rest, Secured};
@@ -80,7 +80,7 @@ impl TunnelError {
 pub(crate) struct Tunnel {
     socket: Rc<Socket>,
     rest: Rest,
-    buffers: Rc<Buffers>,
+    buffers: Lender,
     outbox: Outbox,
     inbox: Inbox,
     /// The stream that is open.
@@ -105,7 +105,7 @@ pub(crate) enum Arrival {
 
 impl Tunnel {
     /// A tunnel on a connection that has just been secured.
-    pub(crate) fn new(socket: Socket, secured: Secured, buffers: Rc<Buffers>) -> Self {
+    pub(crate) fn new(socket: Socket, secured: Secured, buffers: Lender) -> Self {
         Self {
             outbox: Outbox::new(secured.sealer, secured.unsent),
             inbox: Inbox::new(secured.opener, &secured.early, &secured.unread),
@@ -190,7 +190,7 @@ impl Tunnel {
         stream: StreamId,
         copy: Option<&mut Vec<u8>>,
     ) -> Poll<Result<usize, TakeError>> {
-        let lenders = (&mut self.rest, &*self.buffers);
+        let lenders = (&mut self.rest, &self.buffers);
         self.outbox.poll_take(cx, lenders, app, stream, copy)
     }
 

@@ -14,16 +14,18 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_local;
 use tokio::time::MissedTickBehavior;
 
-use super::buffers::Buffers;
+use super::admission::{Admission, Total};
+use super::buffers::{Buffers, Lender};
 use super::dial::Dial;
 use super::listener::{self, Listening};
 use super::live::Live;
 use super::pool::{Key, Pool};
 use super::socket::Socket;
 use super::tunnel::Tunnel;
+use super::turns::{self, Turns};
 use super::{Phase, Timing};
 use crate::identity::{Epoch, Identities, SpiffeId};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Usage};
 use crate::pods::{PodHandle, PodTable};
 use crate::record::Recorder;
 
@@ -39,8 +41,10 @@ pub(crate) struct Share {
     pub(crate) captured: AtomicUsize,
     /// Tunnels that were accepted and are open.
     pub(crate) tunnels: AtomicUsize,
-    /// Those of them whose handshake is not over.
-    pub(crate) handshakes: AtomicUsize,
+    /// Places for handshakes.
+    pub(crate) admission: Admission,
+    /// What its connections use.
+    pub(crate) usage: Arc<Usage>,
 }
 
 /// A place in a bounded count; given back when dropped.
@@ -102,6 +106,8 @@ pub(crate) struct Crew {
     pub(crate) jobs: Arc<[mpsc::Sender<Moved>]>,
     /// How many each carries.
     pub(crate) loads: Arc<[AtomicUsize]>,
+    /// Places for handshakes of all.
+    pub(crate) handshakes: Total,
 }
 
 impl Crew {
@@ -159,6 +165,8 @@ pub(crate) struct Worker {
     pub(crate) timing: Timing,
     /// Buffers.
     pub(crate) buffers: Rc<Buffers>,
+    /// Whose handshakes may compute.
+    pub(crate) turns: Turns,
     /// Idle tunnels.
     pub(crate) pool: Pool,
     /// Open connections.
@@ -183,6 +191,22 @@ impl Worker {
         self.recorder.metrics()
     }
 
+    /// Where is counted what a pod of this node uses.
+    pub(crate) fn usage(&self, pod: &PodHandle) -> Arc<Usage> {
+        let plan = self.plan();
+        let view = &pod.local.view;
+        let workload = [view.v4, view.v6]
+            .iter()
+            .find_map(|addr| plan.names.workloads.get(addr))
+            .map_or(pod.local.name.name.as_str(), |workload| &workload.workload);
+        self.metrics().usage(&pod.local.name.namespace, workload)
+    }
+
+    /// Buffers for a pod's connections.
+    pub(crate) fn lender(&self, share: &Share) -> Lender {
+        Lender::new(Rc::clone(&self.buffers), Arc::clone(&share.usage))
+    }
+
     /// The identity of a workload of the trust domain.
     pub(crate) fn identity(&self, namespace: &str, service_account: &str) -> Option<SpiffeId> {
         SpiffeId::new(self.identities.trust_domain(), namespace, service_account).ok()
@@ -192,14 +216,25 @@ impl Worker {
     pub(crate) fn carry(self: &Rc<Self>, job: Job, socket: Socket) {
         let worker = Rc::clone(self);
         let load = Load::new(&self.crew, self.number);
-        spawn_local(async move {
+        let measured = (Rc::clone(self), Arc::clone(&job.share));
+        let task = async move {
             let _load = load;
             let _counted = CountPanic(worker.metrics().clone());
             match job.kind {
                 JobKind::Captured => super::outbound::carry(&worker, job, socket).await,
                 JobKind::Tunnel => super::inbound::serve(&worker, job, socket).await,
             }
-        });
+        };
+        let mut task = Box::pin(task);
+        spawn_local(std::future::poll_fn(move |cx| {
+            let (worker, share) = &measured;
+            let begun = Instant::now();
+            let polled = task.as_mut().poll(cx);
+            let ended = Instant::now();
+            worker.turns.ran(turns::number(&share.uid), ended);
+            share.usage.worked(ended - begun);
+            polled
+        }));
     }
 
     /// Carries a connection that another worker has accepted.
@@ -230,6 +265,8 @@ impl Worker {
         let mut sweep = tokio::time::interval(SWEEP);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
         pods.mark_changed();
+        let turns = Rc::clone(&self);
+        let turns = spawn_local(async move { turns.turns.run().await });
         loop {
             tokio::select! {
                 Some(moved) = jobs.recv() => self.adopt(moved),
@@ -259,6 +296,7 @@ impl Worker {
             }
         }
         self.end(&mut listening).await;
+        turns.abort();
     }
 
     fn pods_changed(self: &Rc<Self>, table: &PodTable, listening: &mut Listening) {

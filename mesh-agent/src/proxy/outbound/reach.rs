@@ -16,13 +16,14 @@ use crate::proxy::pool::Pooled;
 use crate::proxy::socket::Socket;
 use crate::proxy::tls::{self, HandshakeError};
 use crate::proxy::tunnel::Tunnel;
-use crate::proxy::worker::Worker;
+use crate::proxy::turns::Computing;
+use crate::proxy::worker::{Share, Worker};
 
 /// Makes a tunnel to the target's agent. With `elsewhere` another endpoint can be tried, and this
 /// one is given up sooner.
 pub(super) async fn tunnel(
     worker: &Rc<Worker>,
-    pod: &PodHandle,
+    (pod, share): (&PodHandle, &Share),
     target: &Target,
     elsewhere: bool,
 ) -> Result<Pooled, Reason> {
@@ -48,7 +49,10 @@ pub(super) async fn tunnel(
         }
         Err(_elapsed) => return Err(Reason::PeerUnreachable),
     };
-    let handshake = secure(worker, target, socket);
+    let handshake = async {
+        let _admitted = share.admission.dial().await;
+        secure(worker, share, target, socket).await
+    };
     let made = match timeout_at(Deadline::now() + timing.handshake, handshake).await {
         Ok(made) => made,
         Err(_elapsed) => Err(Failure::Refused(Refusal::Timeout)),
@@ -88,7 +92,12 @@ async fn connected(
     }
 }
 
-async fn secure(worker: &Worker, target: &Target, socket: Socket) -> Result<Pooled, Failure> {
+async fn secure(
+    worker: &Worker,
+    share: &Share,
+    target: &Target,
+    socket: Socket,
+) -> Result<Pooled, Failure> {
     let key = &target.key;
     let identities = &worker.identities;
     // The epoch first: a tunnel may count as older than it is, never as newer.
@@ -96,6 +105,7 @@ async fn secure(worker: &Worker, target: &Target, socket: Socket) -> Result<Pool
         .epoch(&key.own)
         .ok_or(Failure::Refused(Refusal::Failed))?;
     let config = identities.client(&key.own, &key.expected)?;
+    let computing = Computing::of(&worker.turns, &share.uid);
     let name = server_name(key.to.addr.into());
     let verify = |connection: &_| {
         let proof = identities.peer(connection)?;
@@ -105,9 +115,9 @@ async fn secure(worker: &Worker, target: &Target, socket: Socket) -> Result<Pool
             Err(Failure::Refused(Refusal::WrongIdentity))
         }
     };
-    let (secured, proof) = tls::connect(&socket, config, name, verify).await?;
+    let (secured, proof) = tls::connect((&socket, computing), config, name, verify).await?;
     Ok(Pooled {
-        tunnel: Tunnel::new(socket, secured, Rc::clone(&worker.buffers)),
+        tunnel: Tunnel::new(socket, secured, worker.lender(share)),
         epoch,
         proof,
         made: Instant::now(),

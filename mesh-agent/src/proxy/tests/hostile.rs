@@ -6,12 +6,13 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::LocalSet;
 
-use super::super::buffers::Buffers;
+use super::super::buffers::Lender;
 use super::super::outbound::Failure;
 use super::super::socket::Socket;
 use super::super::tls;
 use super::super::tunnel::frame::{Control, Open, StreamId, Why};
 use super::super::tunnel::{Tunnel, TunnelError};
+use super::super::turns::Computing;
 use super::super::*;
 use super::rig::*;
 use crate::identity::{SpiffeId, server_name};
@@ -28,8 +29,10 @@ async fn tunnel(rig: &Rig) -> Tunnel {
     socket.connected().await.unwrap();
     let name = server_name(SERVER.parse().unwrap());
     let proven = |c: &_| Ok::<_, Failure>(rig.identities.peer(c)?);
-    let (secured, _peer) = tls::connect(&socket, config, name, proven).await.unwrap();
-    Tunnel::new(socket, secured, Rc::new(Buffers::default()))
+    let (secured, _peer) = tls::connect((&socket, Computing::ALONE), config, name, proven)
+        .await
+        .unwrap();
+    Tunnel::new(socket, secured, Lender::new(Rc::default(), Arc::default()))
 }
 
 fn raw_connection(rig: &Rig) -> TcpStream {
@@ -232,21 +235,53 @@ fn who_says_nothing_or_nonsense_is_sent_away() {
     });
 }
 
+/// The first flight of a client, as anybody can send it.
+fn client_hello() -> Vec<u8> {
+    let config = stranger();
+    let name = server_name(SERVER.parse().unwrap());
+    let mut connection = rustls::ClientConnection::new(config, name).unwrap();
+    let mut hello = Vec::new();
+    connection.write_tls(&mut hello).unwrap();
+    hello
+}
+
+/// A client that proves nothing.
+fn stranger() -> Arc<rustls::ClientConfig> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(rustls::RootCertStore::empty())
+        .with_no_client_auth();
+    Arc::new(config)
+}
+
+const LIMIT_REACHED: &str = "mesh_tls_handshakes_total{role=\"server\",result=\"limit_reached\"}";
+const TIMEOUT: &str = "mesh_tls_handshakes_total{role=\"server\",result=\"timeout\"}";
+
+fn bounds(source: usize, unproven: usize) -> Timing {
+    Timing {
+        handshakes: admission::Bounds {
+            source,
+            unproven,
+            ..admission::Bounds::default()
+        },
+        handshake: Duration::from_secs(4),
+        ..timing()
+    }
+}
+
 #[test]
-fn half_open_handshakes_are_bounded() {
+fn a_source_that_says_nothing_is_bounded_and_forgotten() {
     local(async {
-        let (rig, route) = Rig::with(Timing {
-            handshakes_per_pod: 5,
-            handshake: Duration::from_millis(500),
-            ..timing()
-        })
-        .await;
+        let (rig, route) = Rig::with(bounds(64, 5)).await;
         let mut silent: Vec<_> = (0..5).map(|_| raw_connection(&rig)).collect();
         for stream in &silent {
             stream.writable().await.unwrap();
         }
         let mut one_more = raw_connection(&rig);
         assert!(is_reset(&mut one_more).await);
+        assert_eq!(rig.far.metric(LIMIT_REACHED), 1);
         // Their time ends, and then others are served again.
         for stream in &mut silent {
             assert!(matches!(stream.read(&mut [0; 9]).await, Ok(0) | Err(_)));
@@ -254,5 +289,42 @@ fn half_open_handshakes_are_bounded() {
         let (mut client, mut server) = rig.pair(&route).await;
         client.write_all(b"x").await.unwrap();
         server.read_u8().await.unwrap();
+        assert_eq!(rig.far.metric(TIMEOUT), 5);
+    });
+}
+
+#[test]
+fn handshakes_that_are_begun_and_left_keep_others_waiting_only_until_their_time_ends() {
+    local(async {
+        let (rig, route) = Rig::with(bounds(3, 1000)).await;
+        let hello = client_hello();
+        let mut begun = Vec::new();
+        for _ in 0..3 {
+            let mut stream = raw_connection(&rig);
+            stream.writable().await.unwrap();
+            stream.write_all(&hello).await.unwrap();
+            // The server's flight: the handshake has its place.
+            stream.read_u8().await.unwrap();
+            begun.push(stream);
+        }
+        // So that the next one's time ends well after theirs.
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        let at = std::time::Instant::now();
+        let (mut client, mut server) = rig.pair(&route).await;
+        client.write_all(b"x").await.unwrap();
+        server.read_u8().await.unwrap();
+        let waited = at.elapsed();
+        assert!(waited > Duration::from_millis(300), "{waited:?}");
+        assert_eq!(rig.far.metric(TIMEOUT), 3);
+        // Where nobody waits, a place is there at once, whoever else is silent.
+        let silent: Vec<_> = (0..100).map(|_| raw_connection(&rig)).collect();
+        let at = std::time::Instant::now();
+        rig.near.change(|plan| {
+            let workload = plan.names.workloads.get_mut(&addr(SERVER)).unwrap();
+            workload.uid = "so that a new tunnel is made".to_owned();
+        });
+        rig.pair(&route).await;
+        assert!(at.elapsed() < Duration::from_secs(3));
+        drop(silent);
     });
 }

@@ -10,7 +10,7 @@ use mesh_common::Endpoint;
 use rustls::{ClientConnection, ServerConnection};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::super::buffers::Buffers;
+use super::super::buffers::Lender;
 use super::super::relay::{Count, End, Relay, Retained};
 use super::super::testing::{Pki, application, name, sockets, streams};
 use super::super::tunnel::Tunnel;
@@ -90,9 +90,11 @@ async fn data_with_the_end_of_the_handshake_and_new_keys_are_read() {
     let config = Arc::clone(&pki.client);
     let foreign = tokio::task::spawn_blocking(move || foreign_opener(near, config));
     let far = Socket::new(far).unwrap();
-    let (secured, ()) = accept(&far, Arc::clone(&pki.server), proven).await.unwrap();
+    let (secured, ()) = accept((&far, Computing::ALONE), Arc::clone(&pki.server), proven)
+        .await
+        .unwrap();
     assert!(!secured.early.is_empty() || !secured.unread.is_empty());
-    let mut tunnel = Tunnel::new(far, secured, Rc::new(Buffers::default()));
+    let mut tunnel = Tunnel::new(far, secured, Lender::new(Rc::default(), Arc::default()));
     let (stream, _open) = tunnel.control().await.unwrap();
     tunnel.accept(stream).unwrap();
     tunnel.queue(stream, &Control::Opened);
@@ -153,13 +155,18 @@ async fn tickets_and_new_keys_of_a_server_are_read_and_sessions_resume() {
         let foreign = tokio::task::spawn_blocking(move || foreign_acceptor(far, config));
         let near = Socket::new(near).unwrap();
         let kind = |c: &CommonState| Ok::<_, HandshakeError>(c.handshake_kind());
-        let (secured, kind) = connect(&near, Arc::clone(&pki.client), name(), kind)
-            .await
-            .unwrap();
+        let (secured, kind) = connect(
+            (&near, Computing::ALONE),
+            Arc::clone(&pki.client),
+            name(),
+            kind,
+        )
+        .await
+        .unwrap();
         let resumed = kind == Some(rustls::HandshakeKind::Resumed);
         assert_eq!(resumed, round > 0, "{kind:?}");
         assert!(!secured.unsent.is_empty(), "the last flight goes with OPEN");
-        let mut tunnel = Tunnel::new(near, secured, Rc::new(Buffers::default()));
+        let mut tunnel = Tunnel::new(near, secured, Lender::new(Rc::default(), Arc::default()));
         let (mut client, app) = application();
         let stream = tunnel.begin().unwrap();
         tunnel.queue(stream, &open());
@@ -197,7 +204,12 @@ async fn a_peer_that_hangs_up_or_babbles_is_no_peer() {
             .await
             .unwrap();
         near.finish().unwrap();
-        let refused = accept(&far, Arc::clone(&Pki::new().server), proven).await;
+        let refused = accept(
+            (&far, Computing::ALONE),
+            Arc::clone(&Pki::new().server),
+            proven,
+        )
+        .await;
         assert!(refused.is_err());
     }
 }

@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 
 use super::TunnelError;
 use super::frame::{Control, Decoder, Event, StreamId};
-use crate::proxy::buffers::{Appetite, Buffer, Buffers};
+use crate::proxy::buffers::{Appetite, Buffer, Lender};
 use crate::proxy::socket::Socket;
 use crate::proxy::tls::Rest;
 use crate::proxy::tls::records::{self, Kind, LONGEST, Opener};
@@ -215,7 +215,7 @@ impl Inbox {
         &mut self,
         cx: &mut Context<'_>,
         socket: &Socket,
-        buffers: &Buffers,
+        buffers: &Lender,
     ) -> Poll<Result<(), TunnelError>> {
         debug_assert!(self.plain.is_empty() && self.pieces.is_empty());
         let mut buffer = self.make_room(buffers);
@@ -237,7 +237,7 @@ impl Inbox {
     }
 
     /// The buffer with what is left of the last record at its beginning.
-    fn make_room(&mut self, buffers: &Buffers) -> Buffer {
+    fn make_room(&mut self, buffers: &Lender) -> Buffer {
         let wanted = self.appetite.size();
         let left = self.sealed.len();
         let Some(mut old) = self.buffer.take() else {
@@ -261,7 +261,7 @@ impl Inbox {
         &mut self,
         cx: &mut Context<'_>,
         app: &Socket,
-        buffers: &Buffers,
+        buffers: &Lender,
     ) -> Poll<io::Result<usize>> {
         let Some(buffer) = &self.buffer else {
             return Poll::Ready(Ok(0));
@@ -288,7 +288,7 @@ impl Inbox {
     }
 
     /// Gives the buffer back once nothing in it is needed.
-    pub(super) fn release_if_empty(&mut self, buffers: &Buffers) {
+    pub(super) fn release_if_empty(&mut self, buffers: &Lender) {
         if self.pieces.is_empty()
             && self.plain.is_empty()
             && self.sealed.is_empty()
@@ -299,7 +299,7 @@ impl Inbox {
     }
 
     /// Gives back what is lent.
-    pub(super) fn release(&mut self, buffers: &Buffers) {
+    pub(super) fn release(&mut self, buffers: &Lender) {
         if let Some(buffer) = self.buffer.take() {
             buffers.give(buffer);
         }

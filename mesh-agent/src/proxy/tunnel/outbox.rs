@@ -7,7 +7,7 @@ use std::task::{Context, Poll, ready};
 
 use super::TunnelError;
 use super::frame::{self, Control, HEADER, StreamId};
-use crate::proxy::buffers::{Appetite, Buffer, Buffers, LARGE_RECORDS, Size};
+use crate::proxy::buffers::{Appetite, Buffer, LARGE_RECORDS, Lender, Size};
 use crate::proxy::socket::Socket;
 use crate::proxy::tls::Rest;
 use crate::proxy::tls::records::{CONTENT, FULL, HEAD, Kind, Sealer};
@@ -92,14 +92,14 @@ impl Outbox {
     pub(super) fn seal_control(
         &mut self,
         rest: &mut Rest,
-        buffers: &Buffers,
+        buffers: &Lender,
     ) -> Result<(), TunnelError> {
         if self.batch.is_some() || self.control.is_empty() {
             return Ok(());
         }
         self.renew(rest)?;
         let length = self.control.len();
-        let mut buffer = buffers.take(if length <= CONTENT {
+        let mut buffer = buffers.take_as_is(if length <= CONTENT {
             Size::Small
         } else {
             Size::Large
@@ -129,7 +129,7 @@ impl Outbox {
     pub(super) fn poll_take(
         &mut self,
         cx: &mut Context<'_>,
-        (rest, buffers): (&mut Rest, &Buffers),
+        (rest, buffers): (&mut Rest, &Lender),
         app: &Socket,
         stream: StreamId,
         copy: Option<&mut Vec<u8>>,
@@ -198,7 +198,7 @@ impl Outbox {
         &mut self,
         cx: &mut Context<'_>,
         socket: &Socket,
-        buffers: &Buffers,
+        buffers: &Lender,
     ) -> Poll<io::Result<()>> {
         loop {
             let ahead = &self.ahead[self.ahead_sent..];
@@ -235,7 +235,7 @@ impl Outbox {
     }
 
     /// Gives back what is lent.
-    pub(super) fn release(&mut self, buffers: &Buffers) {
+    pub(super) fn release(&mut self, buffers: &Lender) {
         if let Some(batch) = self.batch.take() {
             buffers.give(batch.buffer);
         }

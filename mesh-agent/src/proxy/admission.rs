@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+//! How many handshakes may be under way: of one source towards a pod, of a pod, and of the agent.
+//!
+//! Who waits waits in the order of coming, and not longer than a handshake may take. What has not
+//! sent a byte takes no place: it is only counted against its source.
+
+use std::collections::BTreeMap;
+#[expect(
+    clippy::disallowed_types,
+    reason = "private to this file: tunnels of one pod are served by several workers; held for a look-up"
+)]
+use std::sync::Mutex;
+use std::sync::{Arc, PoisonError, Weak};
+
+use mesh_common::Addr;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Bounds of handshakes.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Under way towards one pod, or by it.
+    pub pod: usize,
+    /// Under way from one address towards one pod.
+    pub source: usize,
+    /// Connections from one address to one pod that have not proven anything yet.
+    pub unproven: usize,
+    /// Under way in the whole agent.
+    pub total: usize,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            pod: 256,
+            source: 64,
+            unproven: 1024,
+            total: 2048,
+        }
+    }
+}
+
+/// Places in the whole agent.
+#[derive(Clone, Debug)]
+pub(crate) struct Total(Arc<Semaphore>);
+
+impl Total {
+    pub(crate) fn new(bounds: &Bounds) -> Self {
+        Self(Arc::new(Semaphore::new(bounds.total)))
+    }
+}
+
+/// Places of one source.
+#[derive(Debug)]
+struct Source {
+    unproven: Arc<Semaphore>,
+    handshakes: Arc<Semaphore>,
+}
+
+/// Places of one pod.
+#[derive(Debug)]
+#[expect(clippy::disallowed_types, reason = "see the import")]
+pub(crate) struct Admission {
+    bounds: Bounds,
+    pod: Arc<Semaphore>,
+    total: Total,
+    sources: Mutex<Sources>,
+}
+
+/// Sources that were seen.
+#[derive(Debug, Default)]
+struct Sources {
+    known: BTreeMap<Addr, Weak<Source>>,
+    /// With so many, those that are gone are forgotten.
+    room: usize,
+}
+
+/// Sources that are remembered although they are gone.
+const REMEMBERED: usize = 64;
+
+/// A connection that has not proven anything yet, counted against its source.
+#[derive(Debug)]
+pub(crate) struct Unproven {
+    source: Arc<Source>,
+    _counted: OwnedSemaphorePermit,
+}
+
+/// A handshake's places; given back when dropped.
+#[derive(Debug)]
+pub(crate) struct Admitted {
+    _places: [Option<OwnedSemaphorePermit>; 3],
+}
+
+impl Admission {
+    #[expect(clippy::disallowed_types, reason = "see the import")]
+    pub(crate) fn new(bounds: Bounds, total: Total) -> Self {
+        Self {
+            bounds,
+            pod: Arc::new(Semaphore::new(bounds.pod)),
+            total,
+            sources: Mutex::new(Sources::default()),
+        }
+    }
+
+    /// Counts a connection against its source; `None` = the source has too many.
+    pub(crate) fn arrived(&self, from: Addr) -> Option<Unproven> {
+        let source = self.source(from);
+        let _counted = Arc::clone(&source.unproven).try_acquire_owned().ok()?;
+        Some(Unproven { source, _counted })
+    }
+
+    fn source(&self, from: Addr) -> Arc<Source> {
+        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = sources.known.get(&from).and_then(Weak::upgrade) {
+            return known;
+        }
+        if sources.known.len() >= sources.room {
+            sources.known.retain(|_, source| source.strong_count() > 0);
+            sources.room = 2 * sources.known.len() + REMEMBERED;
+        }
+        let source = Arc::new(Source {
+            unproven: Arc::new(Semaphore::new(self.bounds.unproven)),
+            handshakes: Arc::new(Semaphore::new(self.bounds.source)),
+        });
+        sources.known.insert(from, Arc::downgrade(&source));
+        source
+    }
+
+    /// Waits for the places of a handshake with who has dialled. Cancel safe.
+    pub(crate) async fn accept(&self, from: &Unproven) -> Admitted {
+        let source = place(&from.source.handshakes).await;
+        let [_, pod, total] = self.dial().await._places;
+        Admitted {
+            _places: [source, pod, total],
+        }
+    }
+
+    /// Waits for the places of a handshake with whom the pod dials. Cancel safe.
+    pub(crate) async fn dial(&self) -> Admitted {
+        let pod = place(&self.pod).await;
+        let total = place(&self.total.0).await;
+        Admitted {
+            _places: [None, pod, total],
+        }
+    }
+}
+
+/// The semaphores are never closed.
+async fn place(of: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+    Arc::clone(of).acquire_owned().await.ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn addr(last: u8) -> Addr {
+        std::net::IpAddr::from([10, 0, 0, last]).into()
+    }
+
+    fn admission(total: &Total) -> Admission {
+        let bounds = Bounds {
+            pod: 3,
+            source: 2,
+            unproven: 4,
+            total: 5,
+        };
+        Admission::new(bounds, total.clone())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_source_a_pod_and_the_agent_are_bounded_each() {
+        let total = Total(Arc::new(Semaphore::new(5)));
+        let (one, two) = (admission(&total), admission(&total));
+        let waits = async |pod: &Admission, from: &Unproven| {
+            let second = std::time::Duration::from_secs(1);
+            tokio::time::timeout(second, pod.accept(from)).await.ok()
+        };
+        let (a, b) = (one.arrived(addr(1)).unwrap(), one.arrived(addr(2)).unwrap());
+        let first = waits(&one, &a).await.unwrap();
+        let _second = waits(&one, &a).await.unwrap();
+        assert!(waits(&one, &a).await.is_none(), "the source");
+        let _third = waits(&one, &b).await.unwrap();
+        assert!(waits(&one, &b).await.is_none(), "the pod");
+        let c = two.arrived(addr(1)).unwrap();
+        let _fourth = waits(&two, &c).await.unwrap();
+        let _fifth = waits(&two, &c).await.unwrap();
+        let d = two.arrived(addr(4)).unwrap();
+        assert!(waits(&two, &d).await.is_none(), "the agent");
+        drop(first);
+        assert!(waits(&two, &d).await.is_some());
+    }
+
+    #[test]
+    fn what_has_proven_nothing_is_bounded_by_source_and_forgotten() {
+        let total = Total(Arc::new(Semaphore::new(5)));
+        let pod = admission(&total);
+        let all: Vec<_> = (0..4).map(|_| pod.arrived(addr(1)).unwrap()).collect();
+        assert!(pod.arrived(addr(1)).is_none());
+        assert!(pod.arrived(addr(2)).is_some());
+        drop(all);
+        assert!(pod.arrived(addr(1)).is_some());
+        for last in 0..=255 {
+            drop(pod.arrived(addr(last)));
+        }
+        assert!(pod.sources.lock().unwrap().known.len() <= REMEMBERED);
+    }
+}
