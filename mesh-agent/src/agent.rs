@@ -80,7 +80,8 @@ impl Error {
         match self {
             Self::Datapath(datapath::Error::Object(_) | datapath::Error::Program { .. }) => 69,
             Self::Datapath(datapath::Error::Missing(_)) | Self::Room(_) => 70,
-            Self::TrustDomain(_) | Self::Source(source::Error::Unsupported(_)) => 78,
+            Self::TrustDomain(_) => 78,
+            Self::Source(error) if error.is_configuration() => 78,
             Self::Source(_)
             | Self::Datapath(_)
             | Self::Identity(_)
@@ -194,8 +195,9 @@ impl Rooms {
             trust_domain,
             silent: config.deny == Deny::Drop,
         };
-        let control = start_control(settings, kernel, facts.cluster, outputs, writes_end)?;
-        let rejections = mirror::start(&views, facts.report, &identities, &metrics, conditions);
+        let report = facts.report.clone();
+        let control = start_control(settings, kernel, facts, outputs, writes_end)?;
+        let rejections = mirror::start(&views, report, &identities, &metrics, conditions);
         Ok(Self {
             endless: tokio::spawn(flows::reopen_on_hangup(flow_log.sink())),
             metrics,
@@ -288,6 +290,7 @@ fn source_settings(config: &Config) -> source::Settings {
         source: config.source.clone(),
         state_dir: config.host.state_dir.clone(),
         pod_cidrs: config.pod_cidrs.clone(),
+        kubeconfig: config.kubeconfig.clone(),
     }
 }
 
@@ -303,9 +306,9 @@ fn datapath_config(config: &Config) -> datapath::Config {
 fn start_control(
     settings: control::Settings,
     kernel: Datapath,
-    facts: watch::Receiver<Arc<mesh_plan::Cluster>>,
+    facts: source::Watched,
     outputs: control::Outputs,
-    stop: watch::Receiver<bool>,
+    mut stop: watch::Receiver<bool>,
 ) -> Result<oneshot::Receiver<()>, Error> {
     let runtime = current_thread().map_err(tried("build control's runtime"))?;
     let (ended, end) = oneshot::channel::<()>();
@@ -313,7 +316,19 @@ fn start_control(
         .name("mesh-plan".to_owned())
         .spawn(move || {
             let _ended = ended;
-            let run = control::run(settings, kernel, ByAnnotation, facts, outputs, stop);
+            let source::Watched {
+                cluster,
+                mut complete,
+                ..
+            } = facts;
+            let run = async {
+                // What is pinned is in force until then.
+                tokio::select! {
+                    _ = complete.wait_for(|complete| *complete) => {}
+                    _ = stop.wait_for(|stop| *stop) => {}
+                }
+                control::run(settings, kernel, ByAnnotation, cluster, outputs, stop).await
+            };
             if let Err(error) = runtime.block_on(run) {
                 tracing::error!(%error, "control ended");
             }

@@ -42,6 +42,8 @@ pub struct Config {
     pub node: String,
     /// Where the state of the cluster comes from.
     pub source: Source,
+    /// How the Kubernetes API is reached; `None` = as a pod of the cluster.
+    pub kubeconfig: Option<PathBuf>,
     /// Who signs certificates.
     pub ca: Ca,
     /// The trust domain of SPIFFE identities, a DNS name in lower case.
@@ -316,6 +318,13 @@ pub fn parse(
     let config = Config {
         node: values.required("node", values::dns_name)?,
         source: values.required("source", values::source)?,
+        kubeconfig: match values.optional("kubeconfig", values::path)? {
+            Some(path) => Some(path),
+            None => around
+                .env("KUBECONFIG")
+                .filter(|path| !path.is_empty())
+                .map(PathBuf::from),
+        },
         ca: values.required("ca", values::ca)?,
         trust_domain: values.required("trust-domain", values::dns_name)?,
         trust_domain_aliases: values.list("trust-domain-alias", values::dns_name)?,

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use mesh_common::pod::PodIndex;
 use mesh_plan::cluster::{Cluster, Rejection};
-use mesh_plan::{Plan, compile};
+use mesh_plan::{Compiler, Plan};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -163,6 +163,7 @@ struct Control<K, F> {
     outputs: Outputs,
     /// Where pods' watches report.
     changed: mpsc::Sender<String>,
+    compiler: Compiler,
     /// What the facts say, compiled.
     desired: Plan,
     rejections: Vec<Rejection>,
@@ -196,6 +197,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
         changed: mpsc::Sender<String>,
     ) -> Self {
         Self {
+            compiler: Compiler::new(&*settings.node),
             settings,
             kernel,
             finder,
@@ -220,8 +222,8 @@ impl<K: Kernel, F: Find> Control<K, F> {
     }
 
     /// Takes new facts.
-    fn learn(&mut self, cluster: &Cluster) {
-        (self.desired, self.rejections) = compile(cluster, &self.settings.node);
+    fn learn(&mut self, cluster: &Arc<Cluster>) {
+        (self.desired, self.rejections) = self.compiler.compile(cluster);
         self.dirty = true;
     }
 

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Where the facts about the cluster come from.
 //!
-//! [`watch`] gives the latest [`Cluster`] and the latest [`Report`] of what could not be used. The
-//! first value is complete: nothing is ever decided on half of the facts. This room knows nothing
-//! of nodes, pods on this machine, plans or maps.
+//! [`watch`] gives the latest [`Cluster`] and the latest [`Report`] of what could not be used, and
+//! says when the facts are complete: nothing is ever decided on half of them. This room knows
+//! nothing of nodes, pods on this machine, plans or maps.
 
 mod dir;
 mod files;
+#[cfg(feature = "kubernetes")]
+pub(crate) mod kubernetes;
 mod state;
 
 use std::io;
@@ -29,6 +31,8 @@ pub struct Settings {
     pub state_dir: PathBuf,
     /// Pod CIDRs beside those of Node objects.
     pub pod_cidrs: Vec<IpNet>,
+    /// How the Kubernetes API is reached; `None` = as a pod of the cluster.
+    pub kubeconfig: Option<PathBuf>,
 }
 
 /// The latest facts. When both receivers are dropped, the room ends.
@@ -38,6 +42,9 @@ pub struct Watched {
     pub cluster: watch::Receiver<Arc<Cluster>>,
     /// What could not be used, and what is probably not meant.
     pub report: watch::Receiver<Arc<Report>>,
+    /// Turns true with the first facts; before that they are empty, and nothing may be decided on
+    /// them.
+    pub complete: watch::Receiver<bool>,
 }
 
 /// What the facts do not say.
@@ -51,6 +58,8 @@ pub struct Report {
     pub stale: Option<String>,
     /// Why last good versions cannot be kept over a restart.
     pub not_kept: Option<String>,
+    /// Kinds that are not installed in the cluster.
+    pub absent: Vec<String>,
 }
 
 /// Why there are no facts.
@@ -65,21 +74,81 @@ pub enum Error {
         source: io::Error,
     },
     /// The thread that reads could not be started, or ended.
-    #[error("cannot run the thread that reads manifests")]
+    #[error("cannot run the thread that reads the cluster's state")]
     Thread(#[source] io::Error),
+    /// The kubeconfig cannot be used.
+    #[cfg(feature = "kubernetes")]
+    #[error("cannot use the kubeconfig {path}")]
+    Kubeconfig {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: Box<kube::config::KubeconfigError>,
+    },
+    /// The agent is no pod of a cluster.
+    #[cfg(feature = "kubernetes")]
+    #[error("not in a pod of a cluster; name a kubeconfig with --kubeconfig")]
+    InCluster(#[source] Box<kube::config::InClusterError>),
+    /// No client can be made of what is configured.
+    #[cfg(feature = "kubernetes")]
+    #[error("cannot make a client of the Kubernetes API")]
+    Client(#[source] Box<kube::Error>),
     /// The source is not built in.
+    #[cfg(not(feature = "kubernetes"))]
     #[error("this program has no source {0:?}; use dir:PATH")]
     Unsupported(&'static str),
 }
 
-/// Reads the source and goes on doing so until every receiver is dropped. Returns when the first
-/// facts are complete.
+impl Error {
+    /// Whether the configuration must change before it goes away.
+    #[must_use]
+    pub fn is_configuration(&self) -> bool {
+        match self {
+            Self::Read { .. } | Self::Thread(_) => false,
+            #[cfg(feature = "kubernetes")]
+            Self::Kubeconfig { .. } | Self::InCluster(_) | Self::Client(_) => true,
+            #[cfg(not(feature = "kubernetes"))]
+            Self::Unsupported(_) => true,
+        }
+    }
+}
+
+/// Reads the source and goes on doing so until every receiver is dropped.
 ///
 /// # Errors
 /// The source cannot be read at all.
 pub async fn watch(settings: Settings) -> Result<Watched, Error> {
     match settings.source.clone() {
         Source::Dir(path) => dir::watch(path, settings).await,
+        #[cfg(feature = "kubernetes")]
+        Source::Kubernetes => kubernetes::watch(settings).await,
+        #[cfg(not(feature = "kubernetes"))]
         Source::Kubernetes => Err(Error::Unsupported("kubernetes")),
+    }
+}
+
+fn replace<T: PartialEq>(to: &watch::Sender<Arc<T>>, value: T) {
+    to.send_if_modified(|current| {
+        let changed = **current != value;
+        if changed {
+            *current = Arc::new(value);
+        }
+        changed
+    });
+}
+
+/// Logs what was not said before.
+fn announce(before: &Report, now: &Report) {
+    for rejection in &now.rejections {
+        if !before.rejections.contains(rejection) {
+            tracing::error!(object = %rejection.object, field = rejection.field,
+                why = rejection.why, consequence = rejection.consequence, "object rejected");
+        }
+    }
+    for warning in &now.warnings {
+        if !before.warnings.contains(warning) {
+            tracing::warn!(object = %warning.object, field = warning.field,
+                what = warning.what, "object is odd");
+        }
     }
 }

@@ -9,6 +9,7 @@
 mod assemble;
 mod cluster_network_policy;
 mod endpoint_slice;
+mod facts;
 mod kinds;
 mod mesh_authentication;
 mod mesh_node;
@@ -31,6 +32,7 @@ use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
 use crate::convert::endpoint_slice::SliceFact;
+pub use crate::convert::facts::Facts;
 use crate::convert::kinds::{Kind, kind_of};
 use crate::convert::mesh_node::NodeReport;
 use crate::convert::object::{Head, Issues, Subject, head};
@@ -118,15 +120,26 @@ enum Fact {
 }
 
 fn lasting<S: Serializer>(kept: &BTreeMap<ObjectRef, Kept>, to: S) -> Result<S::Ok, S::Error> {
-    let lasts = |fact: &Fact| match fact {
+    to.collect_map(kept.iter().filter(|(_, kept)| lasts(&kept.fact)))
+}
+
+/// Whether it must survive a restart.
+fn lasts(fact: &Fact) -> bool {
+    match fact {
         Fact::Pod(_) | Fact::Slice(_) | Fact::Report(_) => false,
         Fact::Namespace(_)
         | Fact::Node(_)
         | Fact::Service(_)
         | Fact::Policy(_)
         | Fact::Authentication(_) => true,
-    };
-    to.collect_map(kept.iter().filter(|(_, kept)| lasts(&kept.fact)))
+    }
+}
+
+impl LastGood {
+    fn get(&self, object: &ObjectRef, uid: &str) -> Option<&Fact> {
+        let kept = self.kept.get(object);
+        kept.filter(|kept| kept.uid == uid).map(|kept| &kept.fact)
+    }
 }
 
 /// Turns objects of any kinds into facts. Kinds that the mesh does not read are passed over.
@@ -140,9 +153,17 @@ pub fn convert(objects: &[Object], previous: &LastGood, options: Options) -> Out
             value: &object.value,
             standalone: options.standalone,
         };
-        if let Some(fact) = one(kind, &subject, previous, &mut outcome) {
-            facts.push((head.object, fact));
+        let before = previous.get(&head.object, &head.uid);
+        let read = one(kind, &subject, before, &mut outcome);
+        let Some(fact) = read.fact else { continue };
+        if read.good {
+            let kept = Kept {
+                uid: head.uid,
+                fact: fact.clone(),
+            };
+            outcome.last_good.kept.insert(head.object.clone(), kept);
         }
+        facts.push((head.object, fact));
     }
     assemble::assemble(facts, options, &mut outcome);
     outcome.rejections.sort();
@@ -199,13 +220,15 @@ fn place(origin: &str) -> &str {
     }
 }
 
+/// What holds for one object.
+struct Read {
+    fact: Option<Fact>,
+    /// It is what the object says, or said when it was last good.
+    good: bool,
+}
+
 /// What one object says, or said when it was last good, or says at its strictest.
-fn one(
-    kind: &Kind,
-    subject: &Subject<'_>,
-    previous: &LastGood,
-    outcome: &mut Outcome,
-) -> Option<Fact> {
+fn one(kind: &Kind, subject: &Subject<'_>, before: Option<&Fact>, outcome: &mut Outcome) -> Read {
     let object = &subject.head.object;
     let mut issues = Issues::default();
     let fact = (kind.parse)(subject, &mut issues);
@@ -217,34 +240,18 @@ fn one(
             field,
             what,
         }));
-    let keep = |fact: &Fact, outcome: &mut Outcome| {
-        let kept = Kept {
-            uid: subject.head.uid.clone(),
-            fact: fact.clone(),
-        };
-        outcome.last_good.kept.insert(object.clone(), kept);
-    };
     if problems.is_empty() {
-        if let Some(fact) = &fact {
-            keep(fact, outcome);
-        }
-        return fact;
+        return Read { fact, good: true };
     }
-    let before = previous
-        .kept
-        .get(object)
-        .filter(|kept| kept.uid == subject.head.uid);
-    let (fact, consequence) = match before {
-        Some(kept) => {
-            keep(&kept.fact, outcome);
-            (
-                Some(kept.fact.clone()),
-                "the last good version stays in force".to_owned(),
-            )
-        }
+    let (fact, good, consequence) = match before {
+        Some(fact) => (
+            Some(fact.clone()),
+            true,
+            "the last good version stays in force".to_owned(),
+        ),
         None => {
             let held = (kind.rejected)(subject);
-            (held.fact, held.consequence)
+            (held.fact, false, held.consequence)
         }
     };
     outcome
@@ -255,5 +262,5 @@ fn one(
             why,
             consequence: consequence.clone(),
         }));
-    fact
+    Read { fact, good }
 }

@@ -11,4 +11,4 @@ pub mod crd;
 pub mod manifests;
 pub mod truth;
 
-pub use convert::{LastGood, Object, Options, Outcome, Warning, convert};
+pub use convert::{Facts, LastGood, Object, Options, Outcome, Warning, convert};

@@ -47,7 +47,7 @@ fn main() {
     }
     for n in 0..pods {
         let pod = pod(n);
-        cluster.pods.insert(pod.uid.clone(), pod);
+        cluster.pods.insert(pod.uid.clone(), pod.into());
     }
     for n in 0..policies {
         let namespace = format!("ns-{}", n % NAMESPACES);
@@ -78,10 +78,10 @@ fn main() {
         labels.insert("app".into(), format!("app-{round}"));
         changed_cluster
             .pods
-            .insert(changed.uid.clone(), Pod { labels, ..changed });
+            .insert(changed.uid.clone(), Pod { labels, ..changed }.into());
         if round % 2 == 1 {
             let other = pod(pods + round);
-            changed_cluster.pods.insert(other.uid.clone(), other);
+            changed_cluster.pods.insert(other.uid.clone(), other.into());
         }
         cluster = changed_cluster;
         let shared = Arc::new(cluster.clone());

@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -20,7 +21,7 @@ pub struct Cluster {
     /// Nodes by name.
     pub nodes: BTreeMap<String, Node>,
     /// Pods by UID. Pods that ended (Succeeded, Failed) are not here: their addresses are reused.
-    pub pods: BTreeMap<String, Pod>,
+    pub pods: BTreeMap<String, Arc<Pod>>,
     /// Services by name.
     pub services: BTreeMap<ObjectName, Service>,
     /// Policies of every kind, by kind and name.
@@ -34,6 +35,19 @@ pub struct Cluster {
     pub api_servers: BTreeSet<IpAddr>,
     /// CIDRs of pods beside those of [`Node::pod_cidrs`] (`--pod-cidr`).
     pub pod_cidrs: BTreeSet<IpNet>,
+    /// Which versions of policies and the like these facts are of, for status. Nothing is decided
+    /// by them. Empty where the source has no versions.
+    #[serde(default)]
+    pub versions: BTreeMap<ObjectRef, Version>,
+}
+
+/// A version of an object.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Version {
+    /// The object's UID.
+    pub uid: String,
+    /// `metadata.generation` of the version that is in force; 0 = not known, or none is.
+    pub generation: i64,
 }
 
 /// `namespace/name`.

@@ -130,7 +130,7 @@ pub fn explain(cluster: &Cluster, compiled: &Compiled, check: &Check) -> Explana
             table: &table,
             places: &places,
             pod,
-            peer,
+            peer: peer.map(|pod| &**pod),
             question,
             rule: verdict.rule,
         };

@@ -35,6 +35,6 @@ mod support;
 mod tests;
 
 pub use cluster::{Cluster, Rejection};
-pub use compile::compile;
+pub use compile::{Compiler, compile};
 pub use diff::diff;
 pub use plan::{MapOp, Plan};

@@ -137,7 +137,8 @@ impl<'a> Places<'a> {
 }
 
 fn pods(cluster: &Cluster) -> impl Iterator<Item = &Pod> {
-    cluster.pods.values().filter(|pod| !pod.host_network)
+    let pods = cluster.pods.values().map(|pod| &**pod);
+    pods.filter(|pod| !pod.host_network)
 }
 
 /// The names of ports that a rule uses.

@@ -103,6 +103,12 @@ pub const FLAGS: &[Flag] = &[
         "Where the state of the cluster comes from: manifests in a directory, or the Kubernetes API.",
     ),
     flag(
+        "kubeconfig",
+        "PATH",
+        "How the Kubernetes API is reached, with --source kubernetes.",
+    )
+    .or_computed("KUBECONFIG, else as a pod of the cluster"),
+    flag(
         "ca",
         "grpc:URL|files:DIR|self:DIR",
         "Who signs certificates: a server of the Istio certificate service, files that somebody else \

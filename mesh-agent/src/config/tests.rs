@@ -66,6 +66,7 @@ fn defaults() {
         Config {
             node: "n1".to_owned(),
             source: Source::Dir("/m".into()),
+            kubeconfig: None,
             ca: Ca::SelfSigned("/ca".into()),
             trust_domain: "cluster.local".to_owned(),
             trust_domain_aliases: Vec::new(),

@@ -480,6 +480,6 @@ fn facts(local: &LocalPod) -> Cluster {
         netns_path: local.netns_path.clone(),
         ..mesh_plan::cluster::Pod::default()
     };
-    cluster.pods.insert(UID.to_owned(), pod);
+    cluster.pods.insert(UID.to_owned(), pod.into());
     cluster
 }

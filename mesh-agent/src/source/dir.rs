@@ -17,8 +17,8 @@ use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::{oneshot, watch};
 
 use super::files::{Files, Scan};
-use super::state::{State, Store};
-use super::{Error, Report, Settings, Watched};
+use super::state::{Keeper, State};
+use super::{Error, Report, Settings, Watched, announce, replace};
 
 /// From a change to the scan: files that belong together are written one after the other.
 const SETTLE: Duration = Duration::from_millis(50);
@@ -26,8 +26,6 @@ const SETTLE: Duration = Duration::from_millis(50);
 const RESCAN: Duration = Duration::from_secs(10);
 /// How often listeners are looked for.
 const TICK: Duration = Duration::from_secs(1);
-/// Last good versions are written at most this often.
-const SAVE_INTERVAL: Duration = Duration::from_secs(1);
 
 const STANDALONE: Options = Options { standalone: true };
 
@@ -57,24 +55,15 @@ struct Room {
     settings: Settings,
     files: Files,
     last_good: LastGood,
-    store: Store,
-    saved: Option<Instant>,
-    /// Something is to be written.
-    unsaved: bool,
-    /// What the file of last good versions holds.
-    kept: State,
+    keeper: Keeper,
     cluster: watch::Sender<Arc<Cluster>>,
     report: watch::Sender<Arc<Report>>,
 }
 
 impl Room {
     fn open(path: PathBuf, settings: Settings) -> Result<(Self, Watched), Error> {
-        let store = Store::new(settings.state_dir.clone());
-        let (kept, not_kept) = store.load();
-        if let Some(why) = &not_kept {
-            tracing::warn!(why, "last good versions of an earlier run cannot be read");
-        }
-        let mut files = Files::new(path.clone(), kept.files.clone());
+        let (keeper, kept) = Keeper::open(&settings.state_dir);
+        let mut files = Files::new(path.clone(), kept.files);
         files.scan(Scan::Everything).map_err(|source| Error::Read {
             path: path.clone(),
             source,
@@ -85,11 +74,8 @@ impl Room {
             path,
             settings,
             files,
-            last_good: kept.last_good.clone(),
-            store,
-            saved: None,
-            unsaved: false,
-            kept,
+            last_good: kept.last_good,
+            keeper,
             cluster,
             report,
         };
@@ -98,6 +84,7 @@ impl Room {
         let watched = Watched {
             cluster: clusters,
             report: reports,
+            complete: watch::channel(true).1,
         };
         Ok((room, watched))
     }
@@ -117,10 +104,14 @@ impl Room {
                 self.scan(scan);
                 scanned = Instant::now();
             }
-            if self.is_save_due() {
+            if self
+                .keeper
+                .due()
+                .is_some_and(|due| due <= tokio::time::Instant::now())
+            {
                 self.save();
             }
-            match wait(&woken, self.pause()) {
+            match wait(&woken, TICK) {
                 Ok(()) => scan = Some(Scan::Changed),
                 Err(RecvTimeoutError::Timeout) if scanned.elapsed() >= RESCAN => {
                     // A directory that was replaced has a watch no more.
@@ -166,78 +157,21 @@ impl Room {
             warnings: outcome.warnings,
             stale,
             not_kept: self.report.borrow().not_kept.clone(),
+            absent: Vec::new(),
         };
         self.last_good = outcome.last_good;
-        self.unsaved = true;
+        self.keeper.mark();
         announce(&self.report.borrow(), &report);
         replace(&self.report, report);
         replace(&self.cluster, outcome.cluster);
     }
 
-    fn pause(&self) -> Duration {
-        if self.unsaved { SAVE_INTERVAL } else { TICK }
-    }
-
-    fn is_save_due(&self) -> bool {
-        self.unsaved
-            && self
-                .saved
-                .is_none_or(|saved| saved.elapsed() >= SAVE_INTERVAL)
-    }
-
     fn save(&mut self) {
-        self.unsaved = false;
-        self.saved = Some(Instant::now());
         let state = State {
             last_good: self.last_good.clone(),
             files: self.files.kept(),
         };
-        if state == self.kept {
-            return;
-        }
-        let not_kept = self.store.save(&state).err();
-        match &not_kept {
-            Some(why) => {
-                if self.report.borrow().not_kept.as_ref() != Some(why) {
-                    tracing::warn!(why, "last good versions cannot be kept over a restart");
-                }
-                self.unsaved = true;
-            }
-            None => self.kept = state,
-        }
-        self.report.send_if_modified(|report| {
-            let changed = report.not_kept != not_kept;
-            if changed {
-                Arc::make_mut(report).not_kept = not_kept;
-            }
-            changed
-        });
-    }
-}
-
-fn replace<T: PartialEq>(to: &watch::Sender<Arc<T>>, value: T) {
-    to.send_if_modified(|current| {
-        let changed = **current != value;
-        if changed {
-            *current = Arc::new(value);
-        }
-        changed
-    });
-}
-
-/// Logs what was not said before.
-fn announce(before: &Report, now: &Report) {
-    for rejection in &now.rejections {
-        if !before.rejections.contains(rejection) {
-            tracing::error!(object = %rejection.object, field = rejection.field,
-                why = rejection.why, consequence = rejection.consequence, "object rejected");
-        }
-    }
-    for warning in &now.warnings {
-        if !before.warnings.contains(warning) {
-            tracing::warn!(object = %warning.object, field = warning.field,
-                what = warning.what, "object is odd");
-        }
+        self.keeper.save(state, &self.report);
     }
 }
 

@@ -5,14 +5,21 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use mesh_api::LastGood;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+use tokio::time::Instant;
 
+use super::Report;
 use super::files::Kept;
 
 const NAME: &str = "last-good.json";
 const DRAFT: &str = ".last-good.json.draft";
+/// Last good versions are written at most this often.
+const SAVE_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What is kept. Unknown fields are ignored and missing ones empty, so that agents of neighbouring
 /// versions read each other's.
@@ -23,18 +30,85 @@ pub(super) struct State {
     pub(super) files: Kept,
 }
 
+/// Keeps the last good versions on disk: what changed is written at most once a second.
+pub(super) struct Keeper {
+    store: Store,
+    /// Something is to be written.
+    changed: bool,
+    /// What the file holds.
+    kept: State,
+    saved: Option<Instant>,
+}
+
+impl Keeper {
+    /// Opens what an earlier run kept.
+    pub(super) fn open(dir: &Path) -> (Self, State) {
+        let store = Store::new(dir.to_owned());
+        let (kept, not_read) = store.load();
+        if let Some(why) = not_read {
+            tracing::warn!(why, "last good versions of an earlier run cannot be read");
+        }
+        let keeper = Self {
+            store,
+            changed: false,
+            kept: kept.clone(),
+            saved: None,
+        };
+        (keeper, kept)
+    }
+
+    /// What is to be kept may have changed.
+    pub(super) fn mark(&mut self) {
+        self.changed = true;
+    }
+
+    /// When to write next; `None` = there is nothing to write.
+    pub(super) fn due(&self) -> Option<Instant> {
+        let due = self
+            .saved
+            .map_or_else(Instant::now, |saved| saved + SAVE_INTERVAL);
+        self.changed.then_some(due)
+    }
+
+    /// Writes it, and says in the report if that fails; then it is tried again.
+    pub(super) fn save(&mut self, state: State, report: &watch::Sender<Arc<Report>>) {
+        self.saved = Some(Instant::now());
+        self.changed = false;
+        if state == self.kept {
+            return;
+        }
+        let not_kept = self.store.save(&state).err();
+        match &not_kept {
+            Some(why) => {
+                if report.borrow().not_kept.as_ref() != Some(why) {
+                    tracing::warn!(why, "last good versions cannot be kept over a restart");
+                }
+                self.changed = true;
+            }
+            None => self.kept = state,
+        }
+        report.send_if_modified(|report| {
+            let changed = report.not_kept != not_kept;
+            if changed {
+                Arc::make_mut(report).not_kept = not_kept;
+            }
+            changed
+        });
+    }
+}
+
 /// The file.
-pub(super) struct Store {
+struct Store {
     dir: PathBuf,
 }
 
 impl Store {
-    pub(super) fn new(dir: PathBuf) -> Self {
+    fn new(dir: PathBuf) -> Self {
         Self { dir }
     }
 
     /// What was kept; nothing, with a reason, where that cannot be read.
-    pub(super) fn load(&self) -> (State, Option<String>) {
+    fn load(&self) -> (State, Option<String>) {
         let path = self.dir.join(NAME);
         let text = match fs::read(&path) {
             Ok(text) => text,
@@ -48,7 +122,7 @@ impl Store {
     }
 
     /// Replaces what is kept; after a crash it is the old or the new.
-    pub(super) fn save(&self, state: &State) -> Result<(), String> {
+    fn save(&self, state: &State) -> Result<(), String> {
         let path = self.dir.join(NAME);
         self.replace(&path, state)
             .map_err(|error| describe(&path, &error))

@@ -11,7 +11,11 @@ use super::pod::PodFact;
 use super::service::{ServiceFact, Target};
 use super::{Fact, Options, Outcome};
 
-pub(super) fn assemble(facts: Vec<(ObjectRef, Fact)>, options: Options, outcome: &mut Outcome) {
+pub(super) fn assemble(
+    facts: impl IntoIterator<Item = (ObjectRef, Fact)>,
+    options: Options,
+    outcome: &mut Outcome,
+) {
     let mut cluster = Cluster::default();
     let mut pods: BTreeMap<String, PodFact> = BTreeMap::new();
     let mut services: BTreeMap<ObjectName, ServiceFact> = BTreeMap::new();

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
@@ -21,8 +22,8 @@ const NETNS: &str = "mesh.rs/netns";
 /// A pod, and what only services need of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct PodFact {
-    pub(super) pod: Pod,
-    /// `status.podIPs`: for hostNetwork pods, those of the node.
+    pub(super) pod: Arc<Pod>,
+    /// `status.podIPs`: for hostNetwork pods, those of the node. Only without a control plane.
     pub(super) served_at: BTreeSet<IpAddr>,
 }
 
@@ -72,7 +73,14 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
         labels,
         name,
     };
-    Some(Fact::Pod(Box::new(PodFact { pod, served_at })))
+    Some(Fact::Pod(Box::new(PodFact {
+        pod: Arc::new(pod),
+        served_at: if subject.standalone {
+            served_at
+        } else {
+            BTreeSet::new()
+        },
+    })))
 }
 
 /// A pod whose only fault is its enrolment label is enrolled; any other is unknown.

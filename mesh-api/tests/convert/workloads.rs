@@ -14,7 +14,7 @@ fn pod_object(metadata: &str, spec: &str, status: &str) -> String {
 }
 
 fn pod(metadata: &str, spec: &str, status: &str) -> Pod {
-    clean(&pod_object(metadata, spec, status)).cluster.pods["u1"].clone()
+    Pod::clone(&clean(&pod_object(metadata, spec, status)).cluster.pods["u1"])
 }
 
 fn ip(text: &str) -> IpAddr {

@@ -24,7 +24,7 @@ pub(crate) fn run(args: &Matrix, out: &mut impl Write) -> Result<Outcome> {
     for note in &world.notes {
         writeln!(io::stderr(), "{note}")?;
     }
-    let mut pods: Vec<&Pod> = world.cluster.pods.values().collect();
+    let mut pods: Vec<&Pod> = world.cluster.pods.values().map(|pod| &**pod).collect();
     pods.sort_by(|a, b| a.name.cmp(&b.name));
     let asks = Asks {
         world: &world,

@@ -184,6 +184,7 @@ fn same_but_pods_and_services(a: &Cluster, b: &Cluster) -> bool {
         ready,
         api_servers,
         pod_cidrs,
+        versions: _,
     } = a;
     *namespaces == b.namespaces
         && *nodes == b.nodes
@@ -196,10 +197,10 @@ fn same_but_pods_and_services(a: &Cluster, b: &Cluster) -> bool {
 
 /// The pods that differ.
 fn changes<'c>(
-    before: &'c BTreeMap<String, Pod>,
-    after: &'c BTreeMap<String, Pod>,
+    before: &'c BTreeMap<String, Arc<Pod>>,
+    after: &'c BTreeMap<String, Arc<Pod>>,
 ) -> Vec<Change<'c>> {
-    let mut changes = Vec::new();
+    let mut changes: Vec<Change<'c>> = Vec::new();
     let mut after = after.iter().peekable();
     for (uid, old) in before {
         while let Some((_, new)) = after.next_if(|(next, _)| *next < uid) {
@@ -211,6 +212,6 @@ fn changes<'c>(
             None => changes.push((Some(old), None)),
         }
     }
-    changes.extend(after.map(|(_, new)| (None, Some(new))));
+    changes.extend(after.map(|(_, new)| (None, Some(&**new))));
     changes
 }

@@ -36,6 +36,7 @@ pub(super) fn pods(
     let mut pods: Vec<&Pod> = cluster
         .pods
         .values()
+        .map(|pod| &**pod)
         .filter(|pod| scope.holds(pod) && (everywhere || !pod.addresses.is_empty()))
         .collect();
     bound_pods(&mut pods, everywhere, &options.limits, rejections);

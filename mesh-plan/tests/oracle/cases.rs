@@ -2,6 +2,7 @@
 //! Single cases: where two readings are possible, and the text that settles which one holds.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use mesh_common::path::Outbound;
 use mesh_plan::cluster::{
@@ -44,7 +45,7 @@ fn cluster() -> Cluster {
             named_ports: BTreeMap::from([(("http".to_owned(), Transport::Tcp), 8080)]),
             ..Pod::default()
         };
-        cluster.pods.insert(name.to_owned(), pod);
+        cluster.pods.insert(name.to_owned(), pod.into());
     }
     cluster
 }
@@ -244,7 +245,7 @@ fn what_exempts_needs_proof_of_the_service_account() {
         let mut cluster = cluster();
         for pod in cluster.pods.values_mut() {
             let label = ("mesh.rs/dataplane".to_owned(), "enabled".to_owned());
-            pod.labels.extend([label]);
+            Arc::make_mut(pod).labels.extend([label]);
         }
         let rules = [(action, pods_of("remote")), (RuleAction::Deny, None)];
         add(&mut cluster, "a", Tier::Admin(0), Side::Ingress, &rules);

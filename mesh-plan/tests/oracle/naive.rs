@@ -402,6 +402,7 @@ fn pod_at(cluster: &Cluster, address: IpAddr) -> Option<&Pod> {
     cluster
         .pods
         .values()
+        .map(|pod| &**pod)
         .find(|pod| !pod.host_network && pod.addresses.contains(&address))
 }
 

@@ -3,6 +3,7 @@
 //! left as manifests would say it.
 
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use mesh_plan::cluster::{
     Cluster, LabelTest, NamespaceMatch, PeerMatch, Policy, PortRange, Rule, Selector, Subject,
@@ -67,14 +68,14 @@ fn candidates(cluster: &Cluster) -> Vec<Cluster> {
         for key in cluster.pods[uid].labels.keys() {
             with(&|c| {
                 c.pods.entry(uid.clone()).and_modify(|pod| {
-                    pod.labels.remove(key);
+                    Arc::make_mut(pod).labels.remove(key);
                 });
             });
         }
         with(&|c| {
             c.pods
                 .entry(uid.clone())
-                .and_modify(|pod| pod.named_ports.clear());
+                .and_modify(|pod| Arc::make_mut(pod).named_ports.clear());
         });
     }
     for (name, namespace) in &cluster.namespaces {

@@ -92,7 +92,7 @@ pub(crate) fn cluster(random: &mut Random) -> Cluster {
     }
     for index in 0..4 + random.below(8) {
         let pod = pod(random, index);
-        cluster.pods.insert(pod.uid.clone(), pod);
+        cluster.pods.insert(pod.uid.clone(), pod.into());
     }
     if random.one_in(2) {
         let places = ["192.168.0.1", "192.168.0.2", "fd00:a::3", "203.0.113.7"];
@@ -231,7 +231,7 @@ impl Places {
             places.ports.extend(pod.named_ports.values());
             places.pods.extend(&pod.addresses);
             if !pod.addresses.is_empty() {
-                places.subjects.push(pod.clone());
+                places.subjects.push(Pod::clone(pod));
             }
         }
         for rule in rules::all(cluster) {

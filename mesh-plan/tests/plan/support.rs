@@ -74,7 +74,7 @@ impl World {
             ..Pod::default()
         };
         change(&mut pod);
-        self.0.pods.insert(pod.uid.clone(), pod);
+        self.0.pods.insert(pod.uid.clone(), pod.into());
         self
     }
 

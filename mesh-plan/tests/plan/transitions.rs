@@ -278,7 +278,7 @@ fn equal_facts_in_any_order_are_one_plan() {
             other.0.policies.insert(name.clone(), policy.clone());
         }
         for (uid, pod) in one.0.pods.iter().rev() {
-            other.0.pods.insert(uid.clone(), pod.clone());
+            other.0.pods.insert(uid.clone(), Arc::clone(pod));
         }
         other.0.namespaces = one.0.namespaces.clone();
         other.0.authentications = one.0.authentications.clone();

@@ -28,6 +28,7 @@ impl Bench {
             source: Source::Dir(self.manifests.path().to_owned()),
             state_dir: self.state.path().to_owned(),
             pod_cidrs: vec!["10.9.0.0/16".parse().unwrap()],
+            kubeconfig: None,
         };
         super::super::watch(settings).await.unwrap()
     }
@@ -187,6 +188,7 @@ async fn a_directory_that_vanishes_leaves_everything_in_force() {
         source: Source::Dir(bench.manifests.path().join("d")),
         state_dir: bench.state.path().to_owned(),
         pod_cidrs: Vec::new(),
+        kubeconfig: None,
     };
     let mut watched = super::super::watch(settings.clone()).await.unwrap();
     fs::rename(

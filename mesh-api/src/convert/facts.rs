@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Objects that come one by one: each is read once, and only what it says is kept.
+//!
+//! For sources that tell of changes. Reading is as in [`super::convert()`], and so is everything
+//! that is rejected; [`Facts::outcome`] puts together what holds now without reading anything
+//! again.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use mesh_plan::cluster::{ObjectRef, Rejection, Version};
+use serde_json::Value;
+
+use super::kinds::kind_of;
+use super::object::{Subject, head};
+use super::{Fact, Kept, LastGood, Object, Options, Outcome, Warning, assemble, lasts, one};
+
+/// What every known object says.
+#[derive(Debug)]
+pub struct Facts {
+    options: Options,
+    /// From an earlier run, for objects that are bad when they are first met.
+    before: LastGood,
+    entries: BTreeMap<ObjectRef, Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    uid: String,
+    fact: Option<Fact>,
+    /// The generation that `fact` is of; 0 = not known, or of none.
+    generation: i64,
+    /// The fact is what the object says, or said when it was last good.
+    good: bool,
+    said: Option<Box<Said>>,
+}
+
+/// What is wrong with an object, and what is odd.
+#[derive(Debug)]
+struct Said {
+    rejections: Vec<Rejection>,
+    warnings: Vec<Warning>,
+}
+
+impl Said {
+    fn of(outcome: Outcome) -> Option<Box<Self>> {
+        let is_silent = outcome.rejections.is_empty() && outcome.warnings.is_empty();
+        (!is_silent).then(|| {
+            Box::new(Self {
+                rejections: outcome.rejections,
+                warnings: outcome.warnings,
+            })
+        })
+    }
+}
+
+impl Facts {
+    /// Nothing is known yet but what was good in an earlier run.
+    #[must_use]
+    pub fn new(before: LastGood, options: Options) -> Self {
+        Self {
+            options,
+            before,
+            entries: BTreeMap::new(),
+        }
+    }
+
+    /// Takes a new or changed object. Returns its name; `None` = it is of no kind that is read.
+    pub fn apply(&mut self, object: &Object) -> Option<ObjectRef> {
+        let mut outcome = Outcome::default();
+        let kind = match kind_of(&object.value) {
+            Ok(kind) => kind?,
+            Err(wrong) => return Some(self.reject(wrong.of(object))),
+        };
+        let head = match head(kind, object) {
+            Ok(head) => head,
+            Err(bad) => return Some(self.reject(bad.of(kind, object))),
+        };
+        let old = self.entries.remove(&head.object);
+        let old = old.filter(|entry| entry.uid == head.uid && entry.good);
+        let before = match &old {
+            Some(entry) => entry.fact.as_ref(),
+            None => self.before.get(&head.object, &head.uid),
+        };
+        let subject = Subject {
+            head: &head,
+            value: &object.value,
+            standalone: self.options.standalone,
+        };
+        let read = one(kind, &subject, before, &mut outcome);
+        let generation = match (outcome.rejections.is_empty(), &old) {
+            (true, _) => generation(&object.value),
+            (false, Some(entry)) => entry.generation,
+            (false, None) => 0,
+        };
+        let entry = Entry {
+            uid: head.uid,
+            fact: read.fact,
+            generation,
+            good: read.good,
+            said: Said::of(outcome),
+        };
+        self.entries.insert(head.object.clone(), entry);
+        Some(head.object)
+    }
+
+    /// Forgets an object.
+    pub fn remove(&mut self, object: &ObjectRef) {
+        self.entries.remove(object);
+    }
+
+    /// Forgets the objects of a kind that are not among these: for after a list.
+    pub fn retain(&mut self, kind: &str, listed: &BTreeSet<ObjectRef>) {
+        self.entries
+            .retain(|object, _| object.kind != kind || listed.contains(object));
+    }
+
+    /// How many objects are known.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether nothing is known.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// What is good now, of what is to survive a restart.
+    #[must_use]
+    pub fn last_good(&self) -> LastGood {
+        let kept = |(object, entry): (&ObjectRef, &Entry)| {
+            let fact = entry.fact.as_ref();
+            let fact = fact.filter(|fact| entry.good && lasts(fact))?;
+            let kept = Kept {
+                uid: entry.uid.clone(),
+                fact: fact.clone(),
+            };
+            Some((object.clone(), kept))
+        };
+        LastGood {
+            kept: self.entries.iter().filter_map(kept).collect(),
+        }
+    }
+
+    /// What holds now, but for [`Outcome::last_good`], which is empty.
+    #[must_use]
+    pub fn outcome(&self) -> Outcome {
+        let mut outcome = Outcome::default();
+        for entry in self.entries.values() {
+            if let Some(said) = &entry.said {
+                outcome.rejections.extend(said.rejections.iter().cloned());
+                outcome.warnings.extend(said.warnings.iter().cloned());
+            }
+        }
+        let facts = self
+            .entries
+            .iter()
+            .filter_map(|(object, entry)| Some((object.clone(), entry.fact.clone()?)));
+        assemble::assemble(facts, self.options, &mut outcome);
+        outcome.cluster.versions = self.versions();
+        outcome.rejections.sort();
+        outcome.rejections.dedup();
+        outcome.warnings.sort();
+        outcome.warnings.dedup();
+        outcome
+    }
+
+    fn versions(&self) -> BTreeMap<ObjectRef, Version> {
+        self.entries
+            .iter()
+            .filter(|(_, entry)| match entry.fact {
+                Some(Fact::Policy(_) | Fact::Authentication(_)) => true,
+                Some(
+                    Fact::Namespace(_)
+                    | Fact::Node(_)
+                    | Fact::Pod(_)
+                    | Fact::Service(_)
+                    | Fact::Slice(_)
+                    | Fact::Report(_),
+                )
+                | None => entry.said.is_some(),
+            })
+            .map(|(object, entry)| {
+                let version = Version {
+                    uid: entry.uid.clone(),
+                    generation: entry.generation,
+                };
+                (object.clone(), version)
+            })
+            .collect()
+    }
+
+    fn reject(&mut self, rejection: Rejection) -> ObjectRef {
+        let object = rejection.object.clone();
+        let said = Said {
+            rejections: vec![rejection],
+            warnings: Vec::new(),
+        };
+        let entry = Entry {
+            uid: String::new(),
+            fact: None,
+            generation: 0,
+            good: false,
+            said: Some(Box::new(said)),
+        };
+        self.entries.insert(object.clone(), entry);
+        object
+    }
+}
+
+fn generation(object: &Value) -> i64 {
+    object
+        .pointer("/metadata/generation")
+        .and_then(Value::as_i64)
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests;
