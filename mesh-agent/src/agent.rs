@@ -24,7 +24,7 @@ use crate::flows::{self, Flows};
 use crate::identity::{self, Ca, Clock, GrpcCa, Identities, TrustDomain};
 use crate::logging::Level;
 use crate::metrics::Metrics;
-use crate::pods::find::ByAnnotation;
+use crate::pods::find::{ByAnnotation, ByCgroup, Finder};
 use crate::proxy::{self, ProxyHandle};
 use crate::record::Recorder;
 use crate::shutdown::{self, Requests, Successor};
@@ -196,6 +196,7 @@ impl Rooms {
             silent: config.deny == Deny::Drop,
         };
         let report = facts.report.clone();
+        let kernel = (kernel, finder(config));
         let control = start_control(settings, kernel, facts, outputs, writes_end)?;
         let rejections = mirror::start(&views, report, &identities, &metrics, conditions);
         Ok(Self {
@@ -294,6 +295,13 @@ fn source_settings(config: &Config) -> source::Settings {
     }
 }
 
+fn finder(config: &Config) -> Finder {
+    match config.source {
+        config::Source::Dir(_) => Finder::Annotation(ByAnnotation),
+        config::Source::Kubernetes => Finder::Cgroup(ByCgroup::new(&config.proc)),
+    }
+}
+
 fn datapath_config(config: &Config) -> datapath::Config {
     datapath::Config {
         bpffs: config.host.bpffs.clone(),
@@ -305,7 +313,7 @@ fn datapath_config(config: &Config) -> datapath::Config {
 /// The receiver ends with it, however it ends.
 fn start_control(
     settings: control::Settings,
-    kernel: Datapath,
+    (kernel, finder): (Datapath, Finder),
     facts: source::Watched,
     outputs: control::Outputs,
     mut stop: watch::Receiver<bool>,
@@ -327,7 +335,7 @@ fn start_control(
                     _ = complete.wait_for(|complete| *complete) => {}
                     _ = stop.wait_for(|stop| *stop) => {}
                 }
-                control::run(settings, kernel, ByAnnotation, cluster, outputs, stop).await
+                control::run(settings, kernel, finder, cluster, outputs, stop).await
             };
             if let Err(error) = runtime.block_on(run) {
                 tracing::error!(%error, "control ended");

@@ -44,6 +44,8 @@ pub struct Config {
     pub source: Source,
     /// How the Kubernetes API is reached; `None` = as a pod of the cluster.
     pub kubeconfig: Option<PathBuf>,
+    /// The proc file system that shows the processes of the machine.
+    pub proc: PathBuf,
     /// Who signs certificates.
     pub ca: Ca,
     /// The trust domain of SPIFFE identities, a DNS name in lower case.
@@ -325,6 +327,7 @@ pub fn parse(
                 .filter(|path| !path.is_empty())
                 .map(PathBuf::from),
         },
+        proc: values.required("proc", values::path)?,
         ca: values.required("ca", values::ca)?,
         trust_domain: values.required("trust-domain", values::dns_name)?,
         trust_domain_aliases: values.list("trust-domain-alias", values::dns_name)?,

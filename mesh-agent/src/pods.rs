@@ -37,6 +37,25 @@ pub enum Error {
     /// The source names no namespace.
     #[error("its namespace is not known: set the annotation mesh.rs/netns")]
     NotNamed,
+    /// No process shows where it is.
+    #[error(
+        "no process of it is in {path}: has it started, and does the agent see the processes of the machine (hostPID)?"
+    )]
+    NoProcess {
+        /// The proc file system.
+        path: PathBuf,
+    },
+    /// The processes of the machine cannot be listed.
+    #[error("cannot list the processes in {path}")]
+    Processes {
+        /// The proc file system.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// It is the node's own.
+    #[error("its processes are in the node's own namespace")]
+    Nodes,
     /// The namespace cannot be opened.
     #[error("cannot open its namespace {path}; is the pod running?")]
     Open {
@@ -46,7 +65,9 @@ pub enum Error {
         source: io::Error,
     },
     /// The namespace is another's.
-    #[error("the namespace {path} does not have its address {address}; is the annotation right?")]
+    #[error(
+        "the namespace {path} does not have its address {address}: is it still being set up, or the annotation wrong?"
+    )]
     NotIts {
         /// The namespace's file.
         path: PathBuf,
@@ -171,15 +192,19 @@ pub struct Home {
     pub cookie: u64,
     /// The namespace's file.
     pub path: PathBuf,
+    /// The file is that of a process, and may go before the namespace does.
+    pub of_a_process: bool,
     /// The pod's interface.
     pub interface: Interface,
 }
 
 impl Home {
-    /// Whether the namespace still exists under its file.
+    /// Whether the namespace still exists under its file. If that was a process', containers come
+    /// and go in a pod: then, whether it still has its interface, which goes with the sandbox.
     #[must_use]
     pub fn is_there(&self) -> bool {
         crate::sys::netns::NetNsId::of(&self.path).is_ok_and(|id| id == self.netns.id())
+            || (self.of_a_process && interface::is_there(&self.netns, self.interface.index))
     }
 }
 
@@ -194,12 +219,16 @@ pub fn find(uid: &str, pod: &LocalPod, finder: &impl find::Find) -> Result<Home,
         path: path.clone(),
         source,
     })?;
+    if NetNs::own().is_ok_and(|own| own.id() == netns.id()) {
+        return Err(Error::Nodes);
+    }
     let interface = interface::of_pod(&netns, &pod.addresses, &path)?;
     let cookie = netns.cookie().tried("read the namespace's cookie")?;
     Ok(Home {
         netns: Arc::new(netns),
         cookie,
         path,
+        of_a_process: finder.is_of_a_process(),
         interface,
     })
 }

@@ -109,6 +109,13 @@ pub const FLAGS: &[Flag] = &[
     )
     .or_computed("KUBECONFIG, else as a pod of the cluster"),
     flag(
+        "proc",
+        "PATH",
+        "The proc file system that shows the processes of the machine: where the namespaces of \
+         pods are found, with --source kubernetes.",
+    )
+    .or("/proc"),
+    flag(
         "ca",
         "grpc:URL|files:DIR|self:DIR",
         "Who signs certificates: a server of the Istio certificate service, files that somebody else \

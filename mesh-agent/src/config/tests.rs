@@ -67,6 +67,7 @@ fn defaults() {
             node: "n1".to_owned(),
             source: Source::Dir("/m".into()),
             kubeconfig: None,
+            proc: "/proc".into(),
             ca: Ca::SelfSigned("/ca".into()),
             trust_domain: "cluster.local".to_owned(),
             trust_domain_aliases: Vec::new(),

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Where a pod's namespace is.
+//! Where a pod's namespace is: named by the source, or found through the kubelet's cgroups.
 
 use std::path::PathBuf;
 
 use mesh_plan::plan::LocalPod;
 
 use super::Error;
+
+mod cgroup;
+
+pub use cgroup::ByCgroup;
 
 /// Finds the file of a pod's namespace.
 pub trait Find {
@@ -14,6 +18,11 @@ pub trait Find {
     /// # Errors
     /// When it is not known (yet).
     fn path(&self, uid: &str, pod: &LocalPod) -> Result<PathBuf, Error>;
+
+    /// Whether the file goes when one process of the pod does, while the namespace may go on.
+    fn is_of_a_process(&self) -> bool {
+        false
+    }
 }
 
 /// By the file that the source names (annotation `mesh.rs/netns`): source `dir` only. The
@@ -26,6 +35,31 @@ impl Find for ByAnnotation {
         match &pod.netns_path {
             Some(path) => Ok(PathBuf::from(path)),
             None => Err(Error::NotNamed),
+        }
+    }
+}
+
+/// As it fits the source.
+#[derive(Debug)]
+pub enum Finder {
+    /// The source names the files.
+    Annotation(ByAnnotation),
+    /// The kubelet made the pods.
+    Cgroup(ByCgroup),
+}
+
+impl Find for Finder {
+    fn path(&self, uid: &str, pod: &LocalPod) -> Result<PathBuf, Error> {
+        match self {
+            Self::Annotation(find) => find.path(uid, pod),
+            Self::Cgroup(find) => find.path(uid, pod),
+        }
+    }
+
+    fn is_of_a_process(&self) -> bool {
+        match self {
+            Self::Annotation(find) => find.is_of_a_process(),
+            Self::Cgroup(find) => find.is_of_a_process(),
         }
     }
 }

@@ -63,6 +63,15 @@ pub(super) fn of_pod(
     })
 }
 
+/// Whether a namespace has this interface.
+pub(super) fn is_there(netns: &NetNs, index: u32) -> bool {
+    let links = netns.run(|| Routing::open()?.links());
+    // What cannot be read is not gone.
+    links.map_or(true, |links| {
+        links.map_or(true, |links| links.iter().any(|link| link.index == index))
+    })
+}
+
 fn read(agent: &NetNs) -> io::Result<Facts> {
     let mut routing = Routing::open()?;
     Ok(Facts {

@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Through the kubelet's cgroups: a process below `pod<UID>` is in the pod's namespace.
+//!
+//! Both drivers are understood (`kubepods/burstable/pod<UID>/..` of cgroupfs,
+//! `kubepods-burstable-pod<UID with _>.slice/..` of systemd), in every hierarchy, and as seen from
+//! a cgroup namespace. A pod's oldest process is the sandbox's, or else a container's that the
+//! runtime put into the sandbox's namespace: whatever a container makes for itself is younger. The
+//! namespace's addresses are compared by who asked.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use mesh_plan::plan::LocalPod;
+
+use super::super::Error;
+use super::Find;
+
+/// One look at all processes serves everybody who asks within this time.
+const FRESH: Duration = Duration::from_millis(200);
+/// Length of a UID (RFC 4122 text).
+const UID: usize = 36;
+
+/// Looks through the processes of a machine.
+#[derive(Debug)]
+pub struct ByCgroup {
+    proc: PathBuf,
+    seen: RefCell<Option<Seen>>,
+}
+
+/// What one look found.
+#[derive(Debug)]
+struct Seen {
+    at: Instant,
+    /// The oldest process of each pod: its start, and its id.
+    oldest: BTreeMap<String, (u64, u32)>,
+}
+
+impl ByCgroup {
+    /// In this proc file system; it must show the processes of the whole machine.
+    #[must_use]
+    pub fn new(proc: impl Into<PathBuf>) -> Self {
+        Self {
+            proc: proc.into(),
+            seen: RefCell::new(None),
+        }
+    }
+
+    fn oldest(&self, uid: &str) -> io::Result<Option<u32>> {
+        let mut seen = self.seen.borrow_mut();
+        let fresh = match seen.take().filter(|seen| seen.at.elapsed() < FRESH) {
+            Some(fresh) => fresh,
+            None => Seen {
+                at: Instant::now(),
+                oldest: look(&self.proc)?,
+            },
+        };
+        let fresh = seen.insert(fresh);
+        Ok(fresh.oldest.get(uid).map(|(_, process)| *process))
+    }
+}
+
+impl Find for ByCgroup {
+    fn path(&self, uid: &str, _pod: &LocalPod) -> Result<PathBuf, Error> {
+        let process = self.oldest(uid).map_err(|source| Error::Processes {
+            path: self.proc.clone(),
+            source,
+        })?;
+        match process {
+            Some(process) => Ok(self.proc.join(process.to_string()).join("ns/net")),
+            None => Err(Error::NoProcess {
+                path: self.proc.clone(),
+            }),
+        }
+    }
+
+    fn is_of_a_process(&self) -> bool {
+        true
+    }
+}
+
+/// The oldest process of every pod.
+fn look(proc: &Path) -> io::Result<BTreeMap<String, (u64, u32)>> {
+    let mut oldest: BTreeMap<String, (u64, u32)> = BTreeMap::new();
+    for entry in fs::read_dir(proc)? {
+        let name = entry?.file_name();
+        let Some(process) = name.to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        let dir = proc.join(&name);
+        // Processes end while they are looked at.
+        let Ok(cgroups) = fs::read_to_string(dir.join("cgroup")) else {
+            continue;
+        };
+        let Some(uid) = pod_of(&cgroups) else {
+            continue;
+        };
+        let Some(start) = fs::read_to_string(dir.join("stat"))
+            .ok()
+            .and_then(|stat| start(&stat))
+        else {
+            continue;
+        };
+        let known = oldest.entry(uid).or_insert((start, process));
+        *known = (*known).min((start, process));
+    }
+    Ok(oldest)
+}
+
+/// The pod that a process belongs to, of its `/proc/PID/cgroup`; `None` = to none, or hierarchies
+/// disagree, as they do only where somebody moved it.
+fn pod_of(cgroups: &str) -> Option<String> {
+    let mut found = None;
+    for line in cgroups.lines() {
+        // HIERARCHY:CONTROLLERS:PATH; containerd may write SLICE:PREFIX:ID into the path.
+        let path = line.splitn(3, ':').nth(2)?;
+        // The outermost: what is below it, the pod's own processes may have made.
+        let Some(uid) = path.split(['/', ':']).find_map(uid_of) else {
+            continue;
+        };
+        match &found {
+            None => found = Some(uid),
+            Some(other) if *other != uid => return None,
+            Some(_) => {}
+        }
+    }
+    found
+}
+
+/// The UID in the name of a pod's cgroup.
+fn uid_of(name: &str) -> Option<String> {
+    let name = name.strip_suffix(".slice").unwrap_or(name);
+    let text = match name.strip_prefix("pod") {
+        Some(text) => text,
+        // systemd's names repeat those above them.
+        None => name
+            .strip_prefix("kubepods-")
+            .map(|rest| {
+                let rest = rest.strip_prefix("burstable-").unwrap_or(rest);
+                rest.strip_prefix("besteffort-").unwrap_or(rest)
+            })?
+            .strip_prefix("pod")?,
+    };
+    let uid = text.replace('_', "-");
+    let is_uid = uid.len() == UID && uid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
+    is_uid.then_some(uid)
+}
+
+/// When a process started, in ticks since boot: field 22 of `/proc/PID/stat` (proc(5)). Field 2, the
+/// name, may have anything in it.
+fn start(stat: &str) -> Option<u64> {
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_ascii_whitespace().nth(19)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+
+use super::*;
+
+const ID: &str = "0f4c9f5e-2b1d-4c1e-9a57-3d2f1c0b9a88";
+
+#[test]
+fn every_layout_of_the_kubelet_is_understood() {
+    let layouts = [
+        "0::/kubepods/pod0f4c9f5e-2b1d-4c1e-9a57-3d2f1c0b9a88/c0ffee",
+        "0::/kubepods/burstable/pod0f4c9f5e-2b1d-4c1e-9a57-3d2f1c0b9a88/c0ffee",
+        "0::/a-root/kubepods/besteffort/pod0f4c9f5e-2b1d-4c1e-9a57-3d2f1c0b9a88",
+        "0::/kubepods.slice/kubepods-pod0f4c9f5e_2b1d_4c1e_9a57_3d2f1c0b9a88.slice/cri-containerd-c0ffee.scope",
+        "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod0f4c9f5e_2b1d_4c1e_9a57_3d2f1c0b9a88.slice/crio-c0ffee.scope/container",
+        "0::/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod0f4c9f5e_2b1d_4c1e_9a57_3d2f1c0b9a88.slice/cri-containerd-c0ffee.scope",
+        // Seen from a container with a cgroup namespace of its own.
+        "0::/../../pod0f4c9f5e-2b1d-4c1e-9a57-3d2f1c0b9a88/c0ffee",
+        "0::/../../kubepods-burstable-pod0f4c9f5e_2b1d_4c1e_9a57_3d2f1c0b9a88.slice/cri-containerd-c0ffee.scope",
+        // cgroup v1, and hybrid.
+        "12:cpuset:/\n3:cpu,cpuacct:/kubepods/besteffort/pod0f4c9f5e-2b1d-4c1e-9a57-3d2f1c0b9a88/c0ffee\n1:name=systemd:/kubepods/besteffort/pod0f4c9f5e-2b1d-4c1e-9a57-3d2f1c0b9a88/c0ffee\n0::/system.slice/containerd.service",
+        // containerd with the systemd driver of version 1.
+        "4:memory:/system.slice/containerd.service/kubepods-burstable-pod0f4c9f5e_2b1d_4c1e_9a57_3d2f1c0b9a88.slice:cri-containerd:c0ffee",
+    ];
+    for layout in &layouts[..9] {
+        assert_eq!(pod_of(layout).as_deref(), Some(ID), "{layout}");
+    }
+    assert_eq!(pod_of(layouts[9]).as_deref(), Some(ID));
+}
+
+#[test]
+fn other_processes_are_no_pods() {
+    for other in [
+        "0::/",
+        "0::/user.slice/user-0.slice/session-1.scope",
+        "0::/kubepods/burstable",
+        "0::/kubepods/podman/c0ffee",
+        "0::/kubepods/pod0f4c9f5e-2b1d-4c1e-9a57",
+        "",
+    ] {
+        assert_eq!(pod_of(other), None, "{other}");
+    }
+}
+
+#[test]
+fn a_pod_cannot_pass_for_another() {
+    let other = "aaaaaaaa-2b1d-4c1e-9a57-3d2f1c0b9a88";
+    // A cgroup that a container made below its own.
+    let nested = format!("0::/kubepods/pod{ID}/c0ffee/kubepods/pod{other}");
+    assert_eq!(pod_of(&nested).as_deref(), Some(ID));
+    let moved = format!("1:cpu:/kubepods/pod{ID}/x\n0::/kubepods/pod{other}/x");
+    assert_eq!(pod_of(&moved), None);
+}
+
+#[test]
+fn the_start_of_a_process_with_an_odd_name_is_read() {
+    let stat = "77 (a) (b 1 2) S 1 77 77 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 123456 1 2";
+    assert_eq!(start(stat), Some(123_456));
+    assert!(start(&fs::read_to_string("/proc/self/stat").unwrap()).unwrap() > 0);
+}
+
+#[test]
+fn the_oldest_process_of_a_pod_is_found() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let process = |id: u32, start: u64, cgroup: &str| {
+        let at = dir.path().join(id.to_string());
+        fs::create_dir(&at).unwrap();
+        fs::write(at.join("cgroup"), cgroup).unwrap();
+        let stat = format!("{id} (x) S{} {start} 0", " 1".repeat(18));
+        fs::write(at.join("stat"), stat).unwrap();
+    };
+    process(30, 500, &format!("0::/kubepods/pod{ID}/app"));
+    process(40, 300, &format!("0::/kubepods/pod{ID}/pause"));
+    process(20, 100, "0::/init.scope");
+    fs::create_dir(dir.path().join("self")).unwrap();
+    let find = ByCgroup::new(dir.path());
+    assert_eq!(find.oldest(ID).unwrap(), Some(40));
+    assert_eq!(find.oldest("another").unwrap(), None);
+}
