@@ -6,6 +6,8 @@
 //! runtime, clock, limits.
 
 mod mirror;
+#[cfg(feature = "kubernetes")]
+mod report;
 
 use std::io;
 use std::sync::Arc;
@@ -118,6 +120,7 @@ pub fn run(config: Config, level: Option<Level>) -> Result<(), Error> {
 async fn serve(config: Config, level: Option<Level>) -> Result<(), Error> {
     let mut requests = Requests::listen().map_err(tried("listen for signals"))?;
     let mut rooms = Rooms::build(&config).await?;
+    rooms.report(&config).await?;
     rooms.answer(&config, level).await?;
     let successor = Successor::of(&config.admin);
     let result = rooms.until_the_end(&mut requests, &successor).await;
@@ -142,6 +145,8 @@ struct Rooms {
     control: oneshot::Receiver<()>,
     /// Those that end when they are told to, and those that never do.
     tasks: Vec<JoinHandle<()>>,
+    /// They end with the agent.
+    reporting: Vec<JoinHandle<()>>,
     endless: JoinHandle<io::Result<()>>,
     /// One agent writes to the kernel: this one stops when it ends, or when a successor is there.
     quiet: watch::Sender<bool>,
@@ -210,10 +215,43 @@ impl Rooms {
             proxy,
             control,
             tasks: vec![events],
+            reporting: Vec::new(),
             quiet,
             silent: watch::Sender::new(false),
             ending,
         })
+    }
+
+    /// Writes what this node reports to where others read it.
+    #[cfg(feature = "kubernetes")]
+    async fn report(&mut self, config: &Config) -> Result<(), Error> {
+        if config.source != config::Source::Kubernetes {
+            return Ok(());
+        }
+        let writer = source::status::Writer {
+            client: source::kubernetes::client::connect(config.kubeconfig.as_deref()).await?,
+            node: config.node.clone(),
+            now,
+        };
+        let sources = report::Sources {
+            status: self.views.status.clone(),
+            rejections: self.rejections.clone(),
+            host: config.host.clone(),
+            quiet: self.quiet.subscribe(),
+            now,
+        };
+        let (to, reports) = watch::channel(None);
+        self.reporting = vec![
+            tokio::spawn(report::run(sources, to)),
+            tokio::spawn(writer.run(reports)),
+        ];
+        Ok(())
+    }
+
+    /// Without a cluster nobody reads it.
+    #[cfg(not(feature = "kubernetes"))]
+    async fn report(&mut self, _: &Config) -> Result<(), Error> {
+        Ok(())
     }
 
     /// Opens the doors for questions, once there is something to say.
@@ -276,6 +314,7 @@ impl Rooms {
         self.silent.send_replace(true);
         self.ending.send_replace(true);
         self.endless.abort();
+        self.reporting.iter().for_each(JoinHandle::abort);
         for task in self.tasks {
             if let Err(error) = task.await {
                 tracing::error!(%error, "a task failed while the agent ended");

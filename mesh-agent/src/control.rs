@@ -167,6 +167,10 @@ struct Control<K, F> {
     /// What the facts say, compiled.
     desired: Plan,
     rejections: Vec<Rejection>,
+    /// What `desired` is of.
+    facts: Arc<Cluster>,
+    /// What was `facts` at the last pass that succeeded.
+    in_force: Arc<Cluster>,
     /// What the kernel holds; `None` = not known, to be read.
     base: Option<Arc<Plan>>,
     pods: BTreeMap<String, Adopted>,
@@ -205,6 +209,8 @@ impl<K: Kernel, F: Find> Control<K, F> {
             changed,
             desired: Plan::default(),
             rejections: Vec::new(),
+            facts: Arc::default(),
+            in_force: Arc::default(),
             base: None,
             pods: BTreeMap::new(),
             waiting: BTreeMap::new(),
@@ -224,6 +230,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
     /// Takes new facts.
     fn learn(&mut self, cluster: &Arc<Cluster>) {
         (self.desired, self.rejections) = self.compiler.compile(cluster);
+        self.facts = Arc::clone(cluster);
         self.dirty = true;
     }
 
@@ -240,6 +247,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
         match self.pass() {
             Ok(changed) => {
                 self.failed = None;
+                self.in_force = Arc::clone(&self.facts);
                 if changed || self.revision == 0 {
                     self.revision += 1;
                     self.took = now.elapsed();
@@ -383,6 +391,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
             revision: self.revision,
             took: self.took,
             error: self.failed.as_ref().map(|failed| failed.why.clone()),
+            facts: Arc::clone(&self.in_force),
             rejections: self.rejections.clone(),
             pods: self.pod_statuses(),
             tampered: self.tampered,

@@ -10,6 +10,8 @@ mod files;
 #[cfg(feature = "kubernetes")]
 pub(crate) mod kubernetes;
 mod state;
+#[cfg(feature = "kubernetes")]
+pub(crate) mod status;
 
 use std::io;
 use std::path::PathBuf;

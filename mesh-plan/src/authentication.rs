@@ -61,6 +61,18 @@ pub(crate) fn enrolment(cluster: &Cluster, pod: &Pod) -> Enrolment {
     }
 }
 
+/// Whether a namespace enrols its pods, but for those that say otherwise.
+#[must_use]
+pub fn enrols(cluster: &Cluster, namespace: &str) -> bool {
+    let label = cluster
+        .namespaces
+        .get(namespace)
+        .and_then(|n| n.labels.get(DATAPLANE_LABEL))
+        .map(String::as_str);
+    ![MESH_NAMESPACE, SYSTEM_NAMESPACE].contains(&namespace)
+        && matches!(label, Some("enabled" | "required"))
+}
+
 /// Whether an enrolled pod's node has reported that it accepts tunnels; in standalone mode the
 /// label is enough.
 pub(crate) fn ready(cluster: &Cluster, pod: &Pod, enrolment: Enrolment) -> bool {

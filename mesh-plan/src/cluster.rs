@@ -48,6 +48,8 @@ pub struct Version {
     pub uid: String,
     /// `metadata.generation` of the version that is in force; 0 = not known, or none is.
     pub generation: i64,
+    /// That of the newest version, which may have been rejected.
+    pub newest: i64,
 }
 
 /// `namespace/name`.

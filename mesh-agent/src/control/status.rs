@@ -2,9 +2,10 @@
 //! What `control` says about itself and the pods of this node, for metrics, `status` and people.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_plan::cluster::{ObjectName, Rejection};
+use mesh_plan::cluster::{Cluster, ObjectName, Rejection};
 
 /// The state of the node, as far as `control` knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -15,6 +16,8 @@ pub struct Status {
     pub took: Duration,
     /// Why the newest plan is not in force; the one before it is.
     pub error: Option<String>,
+    /// The facts that are in force, by this process; empty at first.
+    pub facts: Arc<Cluster>,
     /// What the compiler could not use.
     pub rejections: Vec<Rejection>,
     /// The pods of this node, by UID.

@@ -9,7 +9,7 @@
 pub(crate) mod client;
 mod kinds;
 mod lean;
-mod stream;
+pub(super) mod stream;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

@@ -21,6 +21,9 @@ pub struct Facts {
     /// From an earlier run, for objects that are bad when they are first met.
     before: LastGood,
     entries: BTreeMap<ObjectRef, Entry>,
+    /// UIDs of pods that were ready for tunnels once: they stay so while they exist. A report that
+    /// shrinks, as that of an agent that starts again, must not send their traffic in clear.
+    ready: BTreeSet<String>,
 }
 
 #[derive(Debug)]
@@ -29,6 +32,8 @@ struct Entry {
     fact: Option<Fact>,
     /// The generation that `fact` is of; 0 = not known, or of none.
     generation: i64,
+    /// That of the newest version.
+    newest: i64,
     /// The fact is what the object says, or said when it was last good.
     good: bool,
     said: Option<Box<Said>>,
@@ -61,6 +66,7 @@ impl Facts {
             options,
             before,
             entries: BTreeMap::new(),
+            ready: BTreeSet::new(),
         }
     }
 
@@ -87,8 +93,9 @@ impl Facts {
             standalone: self.options.standalone,
         };
         let read = one(kind, &subject, before, &mut outcome);
+        let newest = generation(&object.value);
         let generation = match (outcome.rejections.is_empty(), &old) {
-            (true, _) => generation(&object.value),
+            (true, _) => newest,
             (false, Some(entry)) => entry.generation,
             (false, None) => 0,
         };
@@ -96,6 +103,7 @@ impl Facts {
             uid: head.uid,
             fact: read.fact,
             generation,
+            newest,
             good: read.good,
             said: Said::of(outcome),
         };
@@ -145,7 +153,7 @@ impl Facts {
 
     /// What holds now, but for [`Outcome::last_good`], which is empty.
     #[must_use]
-    pub fn outcome(&self) -> Outcome {
+    pub fn outcome(&mut self) -> Outcome {
         let mut outcome = Outcome::default();
         for entry in self.entries.values() {
             if let Some(said) = &entry.said {
@@ -158,7 +166,13 @@ impl Facts {
             .iter()
             .filter_map(|(object, entry)| Some((object.clone(), entry.fact.clone()?)));
         assemble::assemble(facts, self.options, &mut outcome);
-        outcome.cluster.versions = self.versions();
+        let cluster = &mut outcome.cluster;
+        if let Some(ready) = &mut cluster.ready {
+            self.ready.retain(|uid| cluster.pods.contains_key(uid));
+            ready.append(&mut self.ready);
+            self.ready.clone_from(ready);
+        }
+        cluster.versions = self.versions();
         outcome.rejections.sort();
         outcome.rejections.dedup();
         outcome.warnings.sort();
@@ -185,6 +199,7 @@ impl Facts {
                 let version = Version {
                     uid: entry.uid.clone(),
                     generation: entry.generation,
+                    newest: entry.newest,
                 };
                 (object.clone(), version)
             })
@@ -201,6 +216,7 @@ impl Facts {
             uid: String::new(),
             fact: None,
             generation: 0,
+            newest: 0,
             good: false,
             said: Some(Box::new(said)),
         };

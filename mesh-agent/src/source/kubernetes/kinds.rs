@@ -85,7 +85,7 @@ const POLICY: Keep = Fields(&[("metadata", METADATA), ("spec", All)]);
 const MESH_NODE: Keep = Fields(&[
     ("metadata", METADATA),
     (
-        "spec",
+        "status",
         Fields(&[("enrolledNamespaces", All), ("enrolledPods", All)]),
     ),
 ]);
@@ -116,7 +116,7 @@ const fn installed(name: &'static str, path: &'static str, keep: &'static Keep) 
 }
 
 /// All of them.
-pub(super) static KINDS: [Kind; 11] = [
+pub(super) static KINDS: [Kind; 12] = [
     built_in("v1", "Namespace", "/api/v1/namespaces", &HEAD),
     built_in("v1", "Node", "/api/v1/nodes", &NODE),
     built_in("v1", "Pod", "/api/v1/pods", &POD),
@@ -149,6 +149,11 @@ pub(super) static KINDS: [Kind; 11] = [
     installed(
         "MeshAuthentication",
         "/apis/mesh.rs/v1alpha1/meshauthentications",
+        &POLICY,
+    ),
+    installed(
+        "MeshTrafficPolicy",
+        "/apis/mesh.rs/v1alpha1/meshtrafficpolicies",
         &POLICY,
     ),
     installed("MeshNode", "/apis/mesh.rs/v1alpha1/meshnodes", &MESH_NODE),

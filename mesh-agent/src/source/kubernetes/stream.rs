@@ -317,7 +317,7 @@ fn unreadable(error: serde_json::Error) -> End {
 
 /// A random time, up to a bound that doubles with every failure: agents of many nodes that lost one
 /// server do not return at the same moment.
-fn pause(failures: u32) -> Duration {
+pub(in crate::source) fn pause(failures: u32) -> Duration {
     let bound = PAUSE
         .saturating_mul(1 << failures.min(16))
         .min(LONGEST_PAUSE);

@@ -61,7 +61,10 @@ fn a_bad_version_leaves_the_last_good_one_with_its_generation() {
     let last_good = facts.last_good();
     assert_eq!(good.cluster.versions[&name].generation, 3);
     facts.apply(&policy(4, "Sideways"));
-    let bad = facts.outcome();
+    let mut bad = facts.outcome();
+    let version = bad.cluster.versions.get_mut(&name).unwrap();
+    assert_eq!((version.generation, version.newest), (3, 4));
+    version.newest = 3;
     assert_eq!(bad.cluster, good.cluster);
     assert_eq!(bad.rejections.len(), 1);
 
@@ -101,4 +104,25 @@ fn a_pod_that_ended_is_gone() {
     ended.value["status"]["phase"] = json!("Succeeded");
     facts.apply(&ended);
     assert!(facts.outcome().cluster.pods.is_empty());
+}
+
+#[test]
+fn a_pod_that_was_ready_once_stays_so_while_it_exists() {
+    let mut facts = Facts::new(LastGood::default(), CLUSTER);
+    let report = |pods: Value| {
+        object(json!({
+            "apiVersion": "mesh.rs/v1alpha1", "kind": "MeshNode",
+            "metadata": {"name": "n1", "uid": "uid-n1"},
+            "spec": {}, "status": {"enrolledPods": pods},
+        }))
+    };
+    let name = facts.apply(&pod("a", "10.0.0.1")).unwrap();
+    facts.apply(&report(json!([])));
+    assert!(facts.outcome().cluster.ready.unwrap().is_empty());
+    facts.apply(&report(json!(["uid-a"])));
+    assert_eq!(facts.outcome().cluster.ready.unwrap().len(), 1);
+    facts.apply(&report(json!([])));
+    assert_eq!(facts.outcome().cluster.ready.unwrap().len(), 1);
+    facts.remove(&name);
+    assert!(facts.outcome().cluster.ready.unwrap().is_empty());
 }

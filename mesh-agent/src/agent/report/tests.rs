@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+
+use std::sync::Arc;
+
+use mesh_plan::cluster::{Namespace, ObjectName, Version};
+
+use super::*;
+
+fn status(pods: &[(&str, bool, bool)], ready: &[&str]) -> Status {
+    let mut facts = Cluster::default();
+    let label = ("mesh.rs/dataplane".to_owned(), "enabled".to_owned());
+    let namespace = Namespace {
+        uid: "uid-shop".to_owned(),
+        labels: [label].into(),
+    };
+    facts.namespaces.insert("shop".to_owned(), namespace);
+    facts.ready = Some(ready.iter().map(|uid| (*uid).to_owned()).collect());
+    let pods = pods.iter().map(|(uid, enrolled, gated)| {
+        let pod = PodStatus {
+            name: ObjectName::new("shop", *uid),
+            adopted: *gated,
+            wanted: true,
+            enrolled: *enrolled,
+            gated: *gated,
+            ..PodStatus::default()
+        };
+        ((*uid).to_owned(), pod)
+    });
+    Status {
+        revision: 1,
+        pods: pods.collect(),
+        facts: Arc::new(facts),
+        ..Status::default()
+    }
+}
+
+fn enrolled(reporter: &mut Reporter, status: &Status) -> (Vec<String>, Vec<String>) {
+    let (report, _) = reporter.report(status, &[], SystemTime::UNIX_EPOCH);
+    (report.enrolled_namespaces, report.enrolled_pods)
+}
+
+#[test]
+fn a_namespace_is_reported_when_all_its_pods_accept_and_stays_so() {
+    let mut reporter = Reporter::default();
+    let half = status(&[("a", true, true), ("b", false, true)], &[]);
+    assert_eq!(
+        enrolled(&mut reporter, &half),
+        (vec![], vec!["a".to_owned()])
+    );
+    let full = status(&[("a", true, true), ("b", true, true)], &[]);
+    let all = (vec!["uid-shop".to_owned()], vec![]);
+    assert_eq!(enrolled(&mut reporter, &full), all);
+    // A pod that starts is no reason to take it back.
+    assert_eq!(enrolled(&mut reporter, &half), all);
+    let mut gone = half.clone();
+    Arc::make_mut(&mut gone.facts).namespaces.clear();
+    assert_eq!(enrolled(&mut reporter, &gone), (vec![], vec![]));
+}
+
+#[test]
+fn an_agent_that_starts_again_takes_nothing_back() {
+    let known = status(&[("a", true, true), ("b", false, true)], &["a", "b"]);
+    let all = (vec!["uid-shop".to_owned()], vec![]);
+    assert_eq!(enrolled(&mut Reporter::default(), &known), all);
+    // Nobody was told of b.
+    let some = status(&[("a", false, true), ("b", false, true)], &["a"]);
+    assert_eq!(
+        enrolled(&mut Reporter::default(), &some),
+        (vec![], vec!["a".to_owned()])
+    );
+}
+
+#[test]
+fn only_what_lasts_is_reported_as_unprotected() {
+    let mut reporter = Reporter::default();
+    let bad = status(&[("a", true, true), ("b", false, false)], &[]);
+    let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+    let (report, soon) = reporter.report(&bad, &[], at(10));
+    assert!(report.unprotected.is_empty() && soon);
+    let (report, soon) = reporter.report(&bad, &[], at(14));
+    assert!(!soon);
+    assert_eq!(report.unprotected.len(), 1);
+    assert_eq!(report.unprotected[0].uid, "b");
+    assert_eq!(report.unprotected[0].since, time(at(10)));
+}
+
+#[test]
+fn objects_are_reported_with_their_versions() {
+    let mut now = status(&[], &[]);
+    let object = ObjectRef::new("MeshPolicy", "shop", "web");
+    let version = Version {
+        uid: "u".to_owned(),
+        generation: 3,
+        newest: 4,
+    };
+    Arc::make_mut(&mut now.facts)
+        .versions
+        .insert(object.clone(), version);
+    let rejection = Rejection {
+        object,
+        field: "spec.ingress".to_owned(),
+        why: "is wrong".to_owned(),
+        consequence: "the last good version stays in force".to_owned(),
+    };
+    let (report, _) = Reporter::default().report(&now, &[rejection], SystemTime::UNIX_EPOCH);
+    assert_eq!(
+        (report.in_force[0].generation, &*report.in_force[0].uid),
+        (3, "u")
+    );
+    assert_eq!(report.rejections[0].object.generation, 4);
+    assert_eq!(
+        report.rejections[0].message,
+        "is wrong; the last good version stays in force"
+    );
+}
