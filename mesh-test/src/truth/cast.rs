@@ -124,7 +124,8 @@ impl Cast {
     /// The pods that are to be made.
     pub(crate) fn pods(&self) -> impl Iterator<Item = (&String, &Pod)> {
         let made = |(_, pod): &(&String, &Pod)| !pod.host_network && !pod.addresses.is_empty();
-        self.cluster.pods.iter().filter(made)
+        let pods = self.cluster.pods.iter().map(|(uid, pod)| (uid, &**pod));
+        pods.filter(made)
     }
 
     /// Addresses of nodes, by their numbers.
