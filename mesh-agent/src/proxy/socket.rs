@@ -48,9 +48,10 @@ impl Socket {
         self.stream.take_error()?.map_or(Ok(()), Err)
     }
 
-    /// Waits until there is something to read, or the end.
+    /// Waits until there is something to read, or the end. Asks the kernel: readiness alone can be
+    /// reported where there is nothing.
     pub(crate) async fn readable(&self) -> io::Result<()> {
-        self.stream.readable().await
+        self.stream.peek(&mut [0]).await.map(drop)
     }
 
     /// Reads into `room` bytes of `buffers`. `Ok(0)` = the other end has finished.

@@ -223,6 +223,7 @@ async fn drive<S: Side>(
                 // The alert that tells the peer, if there is one: exactly one turn, because another
                 // would look at the peer's bytes again, which rustls does not expect.
                 let alert = flight.turn(side).is_ok();
+                drop(turn.take());
                 if alert && let Err(error) = flight.send(socket).await {
                     tracing::debug!(%error, "cannot tell the peer why the handshake failed");
                 }

@@ -315,7 +315,9 @@ fn handshakes_that_are_begun_and_left_keep_others_waiting_only_until_their_time_
         server.read_u8().await.unwrap();
         let waited = at.elapsed();
         assert!(waited > Duration::from_millis(300), "{waited:?}");
-        assert_eq!(rig.far.metric(TIMEOUT), 3);
+        while rig.far.metric(TIMEOUT) < 3 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         // Where nobody waits, a place is there at once, whoever else is silent.
         let silent: Vec<_> = (0..100).map(|_| raw_connection(&rig)).collect();
         let at = std::time::Instant::now();
