@@ -20,10 +20,12 @@ use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 
 use crate::config::AdminAddr;
+use crate::control::Status;
 use crate::flows::FlowSink;
 use crate::logging::{Level, warn_limited};
 use crate::metrics::Metrics;
 use crate::pods::PodTable;
+use crate::source::Report;
 
 mod bind;
 mod pages;
@@ -91,6 +93,10 @@ pub struct Views {
     pub rejections: watch::Receiver<Arc<Vec<Rejection>>>,
     /// The pods that were adopted.
     pub pods: watch::Receiver<Arc<PodTable>>,
+    /// How it goes with the node.
+    pub status: watch::Receiver<Arc<Status>>,
+    /// How it goes with the source of the cluster's state.
+    pub source: watch::Receiver<Arc<Report>>,
     /// The last records.
     pub flows: FlowSink,
     /// The level of logs, if the process has logs.

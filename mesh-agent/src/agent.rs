@@ -138,6 +138,7 @@ struct Rooms {
     readiness: Readiness,
     views: control::Views,
     rejections: watch::Receiver<Arc<Vec<Rejection>>>,
+    source: watch::Receiver<Arc<source::Report>>,
     flow_log: Flows,
     identities: Identities,
     proxy: ProxyHandle,
@@ -203,6 +204,7 @@ impl Rooms {
         let report = facts.report.clone();
         let kernel = (kernel, finder(config));
         let control = start_control(settings, kernel, facts, outputs, writes_end)?;
+        let source = report.clone();
         let rejections = mirror::start(&views, report, &identities, &metrics, conditions);
         Ok(Self {
             endless: tokio::spawn(flows::reopen_on_hangup(flow_log.sink())),
@@ -210,6 +212,7 @@ impl Rooms {
             readiness,
             views,
             rejections,
+            source,
             flow_log,
             identities,
             proxy,
@@ -268,6 +271,8 @@ impl Rooms {
             plan_text: mesh_plan::text::render,
             rejections: self.rejections.clone(),
             pods: self.views.pods.clone(),
+            status: self.views.status.clone(),
+            source: self.source.clone(),
             flows: self.flow_log.sink(),
             level,
         };

@@ -108,6 +108,7 @@ struct Inner {
     plan_apply: Histogram,
     revision: AtomicU64,
     rejected: AtomicU64,
+    stale: AtomicU64,
     pods: Mutex<PodCounts>,
     lost: AtomicU64,
     panics: AtomicU64,
@@ -155,6 +156,7 @@ impl Metrics {
             plan_apply: Histogram::new(APPLY_BUCKETS),
             revision: AtomicU64::new(0),
             rejected: AtomicU64::new(0),
+            stale: AtomicU64::new(0),
             pods: Mutex::new(PodCounts::default()),
             lost: AtomicU64::new(0),
             panics: AtomicU64::new(0),
@@ -255,6 +257,11 @@ impl Metrics {
         self.0.plan_apply.observe(took.as_secs_f64());
         self.0.rejected.store(rejected as u64, Relaxed);
         self.0.revision.fetch_add(1, Relaxed) + 1
+    }
+
+    /// Shows whether the source of the cluster's state can be followed.
+    pub fn source_stale(&self, stale: bool) {
+        self.0.stale.store(stale.into(), Relaxed);
     }
 
     /// Number of the plan in force; 0 = none yet.

@@ -25,6 +25,7 @@ pub(crate) const METRICS_PORT: u16 = 15020;
 pub struct AgentConfig {
     binary: Option<PathBuf>,
     ca: String,
+    source: Option<String>,
     trust_domain: String,
     cgroup: Option<PathBuf>,
     metrics: SocketAddr,
@@ -40,6 +41,7 @@ impl AgentConfig {
         Self {
             binary: None,
             ca: ca.to_owned(),
+            source: None,
             trust_domain: "cluster.local".to_owned(),
             cgroup: None,
             metrics: SocketAddr::from((Ipv6Addr::UNSPECIFIED, METRICS_PORT)),
@@ -53,6 +55,13 @@ impl AgentConfig {
     #[must_use]
     pub fn binary(mut self, path: impl Into<PathBuf>) -> Self {
         self.binary = Some(path.into());
+        self
+    }
+
+    /// Another source than the lab's manifests, e.g. `kubernetes`.
+    #[must_use]
+    pub fn source(mut self, source: &str) -> Self {
+        self.source = Some(source.to_owned());
         self
     }
 
@@ -113,9 +122,10 @@ impl AgentConfig {
     }
 
     fn command(&self, node: &Node) -> Result<Cmd> {
+        let manifests = format!("dir:{}", node.manifests().display());
         let pairs = [
             ("--node", node.name().to_owned()),
-            ("--source", format!("dir:{}", node.manifests().display())),
+            ("--source", self.source.clone().unwrap_or(manifests)),
             ("--ca", self.ca.clone()),
             ("--trust-domain", self.trust_domain.clone()),
             ("--admin", admin_socket(node).display().to_string()),

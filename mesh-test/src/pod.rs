@@ -44,6 +44,7 @@ pub struct PodSpec {
     pub(crate) ports: Vec<(String, u16, String)>,
     pub(crate) host_number: Option<u8>,
     pub(crate) addresses: Vec<IpAddr>,
+    pub(crate) uid: Option<String>,
 }
 
 impl PodSpec {
@@ -61,7 +62,15 @@ impl PodSpec {
             ports: Vec::new(),
             host_number: None,
             addresses: Vec::new(),
+            uid: None,
         }
+    }
+
+    /// The UID that an API server gave its object (else: one of its own).
+    #[must_use]
+    pub fn uid(mut self, uid: &str) -> Self {
+        self.uid = Some(uid.to_owned());
+        self
     }
 
     /// Its Kubernetes namespace.
@@ -179,7 +188,8 @@ impl Pod {
             addresses: &addresses,
         })
         .with_context(|| format!("pod {}", spec.name))?;
-        let uid = format!("{:08x}-0000-4000-8000-{serial:012x}", std::process::id());
+        let own = || format!("{:08x}-0000-4000-8000-{serial:012x}", std::process::id());
+        let uid = spec.uid.clone().unwrap_or_else(own);
         let cgroup = node.pods_cgroup().join(format!("pod{uid}"));
         let dir = id.dir().join(format!("{}-{serial}", spec.name));
         let place = Place::new(&spec.name, netns, cgroup, dir)?;

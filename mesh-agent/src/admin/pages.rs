@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::{Door, Views};
 use crate::metrics::Form;
 use crate::pods::PodHandle;
+use crate::source::Report;
 
 type Answer = Response<Full<Bytes>>;
 
@@ -139,20 +140,41 @@ fn status(views: &Views) -> Value {
             "services": plan.services.len(),
         },
         "rejections": *rejections,
+        "source": source(&views.source.borrow()),
+    })
+}
+
+fn source(report: &Report) -> Value {
+    json!({
+        "stale": report.stale,
+        "not_kept": report.not_kept,
+        "absent": report.absent,
+        "warnings": report.warnings.len(),
     })
 }
 
 fn pods(views: &Views) -> Value {
-    let plan = views.plan.borrow().clone();
     let table = views.pods.borrow().clone();
-    let adopted = table.values().map(|pod| handle(pod));
+    let status = views.status.borrow().clone();
+    let adopted = table.values().map(|pod| {
+        let mut page = handle(pod);
+        let said = status.pods.get(&pod.uid);
+        page["trouble"] = said.and_then(|said| said.trouble.clone()).into();
+        page
+    });
     // Known, but its namespace was not found, or could not be prepared.
-    let missing = plan
+    let missing = status
         .pods
         .iter()
         .filter(|(uid, _)| !table.contains_key(*uid));
-    let missing = missing
-        .map(|(uid, pod)| json!({ "name": pod.name.to_string(), "uid": uid, "adopted": false }));
+    let missing = missing.map(|(uid, pod)| {
+        json!({
+            "name": pod.name.to_string(),
+            "uid": uid,
+            "adopted": false,
+            "trouble": pod.trouble,
+        })
+    });
     adopted.chain(missing).collect()
 }
 

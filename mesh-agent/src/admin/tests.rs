@@ -35,6 +35,8 @@ fn views(flows: &Flows) -> Views {
         }]))
         .1,
         pods: watch::channel(Arc::new(PodTable::new())).1,
+        status: watch::channel(Arc::default()).1,
+        source: watch::channel(Arc::default()).1,
         flows: flows.sink(),
         level: None,
     }

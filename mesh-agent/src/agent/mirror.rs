@@ -68,7 +68,9 @@ async fn statuses(
     let mut revision = 0;
     loop {
         let now = Arc::clone(&status.borrow_and_update());
-        let all = rejected(&now, &report.borrow_and_update());
+        let said = Arc::clone(&report.borrow_and_update());
+        metrics.source_stale(said.stale.is_some());
+        let all = rejected(&now, &said);
         if now.revision > revision {
             revision = now.revision;
             metrics.plan_applied(now.took, all.len());

@@ -114,6 +114,8 @@ descriptions! {
         "Time from a change of the cluster's state to its being in force in the kernel";
     REVISION "mesh_policy_revision" Gauge &[],
         "Number of the plan in force, from 1 at the start of the agent";
+    STALE "mesh_source_stale" Gauge &[],
+        "1 while the source of the cluster's state cannot be followed; what was known last stays in force, and /status says why";
     REJECTED "mesh_rejected_fields" Gauge &[],
         "Parts of objects that are rejected now; the log and /status name them";
     PODS "mesh_pods" Gauge &["state"],

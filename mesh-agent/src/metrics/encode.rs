@@ -255,6 +255,7 @@ impl Page {
         let apply = family(encoder, describe::PLAN_APPLY)?;
         inner.plan_apply.encode(apply.0)?;
         family(encoder, describe::REVISION)?.gauge(&[], load(&inner.revision))?;
+        family(encoder, describe::STALE)?.gauge(&[], load(&inner.stale))?;
         family(encoder, describe::REJECTED)?.gauge(&[], load(&inner.rejected))?;
         let pods = *inner.pods.lock().unwrap_or_else(PoisonError::into_inner);
         let mut family_of_pods = family(encoder, describe::PODS)?;

@@ -1,0 +1,525 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Agents that live from a real API server: from the start to what is in force, and through what
+//! happens to an API server and to objects while traffic flows.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use mesh_test::mesh::ENROLLED;
+use mesh_test::reports::{Storm, Tcp};
+use mesh_test::{AgentConfig, Kube, Lab, Mesh, Pod, PodSpec, Proc, Topology, eventually};
+use serde_json::{Value, json};
+
+const SOON: Duration = Duration::from_secs(20);
+const PORT: u16 = 7000;
+
+/// A lab whose pods are in a real API server, as a kubelet would put them there.
+struct Stage {
+    /// What keeps a pod's cgroup alive, as its sandbox does.
+    sandboxes: Vec<Proc>,
+    mesh: Mesh,
+    kube: Kube,
+}
+
+fn crds() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/crds")
+}
+
+fn install_crds(kube: &Kube) {
+    let dir = crds();
+    let dir = dir.to_str().expect("a path");
+    kube.kubectl(["apply", "--server-side", "-f", dir])
+        .expect("CRDs");
+    let all = [
+        "wait",
+        "--for=condition=Established",
+        "crd",
+        "--all",
+        "--timeout=30s",
+    ];
+    kube.kubectl(all).expect("established");
+}
+
+fn nodes(kube: &Kube, lab: &Lab) {
+    for node in lab.nodes() {
+        let cidrs = node.pod_cidrs();
+        let object = json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": node.name()},
+            "spec": {"podCIDR": cidrs[0], "podCIDRs": cidrs},
+        });
+        kube.apply_text(&object.to_string()).expect("node");
+        let addresses = json!([{"type": "InternalIP", "address": node.v4()}]);
+        let status = json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": node.name()},
+            "status": {"addresses": addresses},
+        });
+        kube.apply_status(&status.to_string())
+            .expect("node's status");
+    }
+}
+
+/// Makes the object, then the pod, its sandbox, and says where it is.
+fn add_pod(kube: &Kube, lab: &mut Lab, name: &str, node: u8) -> Result<(Arc<Pod>, Proc)> {
+    let node_name = lab.node(node).name().to_owned();
+    let object = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": name, "namespace": "default", "labels": {"app": name}},
+        "spec": {
+            "nodeName": node_name,
+            "serviceAccountName": "default",
+            "automountServiceAccountToken": false,
+            "containers": [{"name": "c", "image": "localhost/none:1"}],
+        },
+    });
+    kube.apply_text(&object.to_string())?;
+    let stored = kube.get(["pod", name])?;
+    let uid = stored["metadata"]["uid"].as_str().context("a UID")?;
+    let pod = lab.add_pod(PodSpec::new(name, node).uid(uid))?;
+    let sandbox = pod.serve("--tcp [::1]:9")?;
+    tell_status(kube, &pod, "Running")?;
+    Ok((pod, sandbox))
+}
+
+fn tell_status(kube: &Kube, pod: &Pod, phase: &str) -> Result<()> {
+    let ips: Vec<Value> = pod.addresses().iter().map(|ip| json!({"ip": ip})).collect();
+    let status = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": pod.name(), "namespace": "default"},
+        "status": {"phase": phase, "podIP": pod.addresses()[0], "podIPs": ips},
+    });
+    kube.apply_status(&status.to_string()).map(drop)
+}
+
+fn config(lab: &Lab, kubeconfig: &Path) -> AgentConfig {
+    AgentConfig::new(&Mesh::own_ca(lab))
+        .source("kubernetes")
+        .flag("--kubeconfig", kubeconfig)
+}
+
+impl Stage {
+    /// Pods `a` and `near` on node 1, `b` on node 2, in the mesh.
+    fn open() -> Self {
+        let lab = Lab::builder(Topology::Routed).build().expect("lab");
+        let kube = Kube::builder().start_in(&lab).expect("API server");
+        install_crds(&kube);
+        let kubeconfig = kube.kubeconfig().to_owned();
+        Self::with(kube, lab, &kubeconfig)
+    }
+
+    fn with(kube: Kube, mut lab: Lab, kubeconfig: &Path) -> Self {
+        kube.namespace("default", &[ENROLLED]).expect("namespace");
+        nodes(&kube, &lab);
+        let mut sandboxes = Vec::new();
+        for (name, node) in [("a", 1), ("near", 1), ("b", 2)] {
+            let (_, sandbox) = add_pod(&kube, &mut lab, name, node).expect("pod");
+            sandboxes.push(sandbox);
+        }
+        let config = config(&lab, kubeconfig);
+        let start = Instant::now();
+        let mesh = Mesh::start_with(lab, &config).expect("mesh");
+        println!(
+            "from the start of the agents to in force: {:?}",
+            start.elapsed()
+        );
+        Self {
+            sandboxes,
+            mesh,
+            kube,
+        }
+    }
+
+    fn add(&mut self, name: &str, node: u8) -> Arc<Pod> {
+        let (pod, sandbox) = add_pod(&self.kube, &mut self.mesh, name, node).expect("pod");
+        self.sandboxes.push(sandbox);
+        pod
+    }
+
+    fn remove(&mut self, name: &str) {
+        let delete = ["delete", "pod", name, "--force", "--grace-period=0"];
+        self.kube.kubectl(delete).expect("delete");
+        self.mesh.delete_pod(name).expect("delete");
+    }
+
+    fn logs(&self) -> String {
+        [1, 2]
+            .map(|node| self.mesh.agent(node).log_tail())
+            .join("\n")
+    }
+
+    /// Waits until `from` reaches `to`, or does not.
+    fn until(&self, from: &Pod, to: &Pod, reaches: bool) {
+        let what = format!("{} to reach {}: {reaches}", from.name(), to.name());
+        eventually(&what, SOON, || {
+            (does_reach(from, to) == reaches).then_some(())
+        })
+        .with_context(|| self.logs())
+        .expect("reached");
+    }
+
+    fn mesh_node(&self, node: u8, what: &str, mut holds: impl FnMut(&Value) -> bool) -> Value {
+        let name = self.mesh.node(node).name().to_owned();
+        eventually(what, SOON, || {
+            let now = self.kube.get(["meshnode", &name]).ok()?;
+            holds(&now["status"]).then_some(now)
+        })
+        .with_context(|| format!("{:?}\n{}", self.kube.get(["meshnode", &name]), self.logs()))
+        .expect("reported")
+    }
+
+    fn stale(&self, node: u8) -> Value {
+        let status = self.mesh.agent(node).ask("/status").expect("status");
+        status["source"]["stale"].clone()
+    }
+
+    fn until_stale(&self, stale: bool) {
+        for node in [1, 2] {
+            eventually(
+                "the source to say how it is",
+                Duration::from_secs(60),
+                || (self.stale(node).is_string() == stale).then_some(()),
+            )
+            .with_context(|| self.logs())
+            .expect("says so");
+        }
+    }
+}
+
+fn does_reach(from: &Pod, to: &Pod) -> bool {
+    let line = format!("tcp --to {}:{PORT} --timeout-ms 1500", to.v4());
+    let report: Option<Tcp> = from.probe(&line).ok().and_then(|out| out.json().ok());
+    report.is_some_and(|report| report.ok && report.ends_agree())
+}
+
+fn serve(pod: &Pod) -> Proc {
+    pod.serve(&format!("--tcp [::]:{PORT}")).expect("server")
+}
+
+fn storm(from: &Pod, to: &Pod, seconds: u32) -> Proc {
+    let line = format!(
+        "storm --to {}:{PORT} --seconds {seconds} --pause-us 2000",
+        to.v4()
+    );
+    from.start_probe(&line).expect("storm")
+}
+
+fn unharmed(storm: &Proc) {
+    let line = storm.line(Duration::from_secs(90)).expect("line");
+    let report: Storm = serde_json::from_str(&line.expect("report")).expect("json");
+    println!("storm: {report:?}");
+    assert!(report.ok > 0, "{report:?}");
+    assert_eq!(report.failed, 0, "{report:?}");
+}
+
+const DENY: &str = "
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: lock, namespace: default}
+spec: {podSelector: {matchLabels: {app: near}}, policyTypes: [Ingress]}
+";
+
+fn is_tunnelled(stage: &Stage, from: &Pod, to: &Pod) {
+    let before = stage
+        .mesh
+        .metric("mesh_tls_handshakes_total", &[])
+        .expect("metric");
+    stage.until(from, to, true);
+    eventually("a tunnel", SOON, || {
+        assert!(does_reach(from, to));
+        let now = stage.mesh.metric("mesh_tls_handshakes_total", &[]).ok()?;
+        (now > before).then_some(())
+    })
+    .with_context(|| stage.logs())
+    .expect("tunnelled");
+}
+
+#[test]
+fn objects_change_while_traffic_flows() {
+    let mut stage = Stage::open();
+    let (a, near, b) = (
+        stage.mesh.pod("a"),
+        stage.mesh.pod("near"),
+        stage.mesh.pod("b"),
+    );
+    let servers = [&near, &b].map(|pod| serve(pod));
+
+    // Both nodes report the namespace; then b is reached by a tunnel.
+    let namespace = stage.kube.get(["namespace", "default"]).expect("namespace");
+    let uid = namespace["metadata"]["uid"].clone();
+    for node in [1, 2] {
+        let now = stage.mesh_node(node, "the namespace reported", |status| {
+            status["enrolledNamespaces"] == json!([uid])
+        });
+        assert_eq!(
+            now["metadata"]["ownerReferences"][0]["kind"], "Node",
+            "{now}"
+        );
+    }
+    is_tunnelled(&stage, &a, &b);
+    stage.until(&a, &near, true);
+
+    let storm = storm(&a, &b, 12);
+    // A policy comes, changes, goes, and comes again under the same name.
+    for _ in 0..2 {
+        let before = Instant::now();
+        stage.kube.apply_text(DENY).expect("apply");
+        stage.until(&a, &near, false);
+        println!("denied {:?} after apply began", before.elapsed());
+        let open = DENY.replace("policyTypes: [Ingress]", "ingress: [{}]");
+        stage.kube.apply_text(&open).expect("apply");
+        stage.until(&a, &near, true);
+        let policy = stage.kube.get(["networkpolicy", "lock"]).expect("policy");
+        stage.mesh_node(1, "the policy in force", |status| {
+            status["inForce"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .any(|one| {
+                    one["uid"] == policy["metadata"]["uid"]
+                        && one["generation"] == policy["metadata"]["generation"]
+                })
+        });
+        stage
+            .kube
+            .kubectl(["delete", "networkpolicy", "lock"])
+            .expect("delete");
+    }
+    // Pods come, go, and come again under the same name.
+    for _ in 0..2 {
+        let new = stage.add("new", 2);
+        let server = serve(&new);
+        is_tunnelled(&stage, &a, &new);
+        drop(server);
+        stage.sandboxes.pop();
+        stage.remove("new");
+        eventually("its interface to go", SOON, || {
+            (!new.node().has_link(new.host_if()).expect("node")).then_some(())
+        })
+        .with_context(|| stage.logs())
+        .expect("gone");
+    }
+    // A pod that ended is known no more, though its object stays.
+    let done = stage.add("done", 1);
+    stage.mesh.settled().expect("adopted");
+    tell_status(&stage.kube, &done, "Succeeded").expect("status");
+    eventually("a completed pod to be let go", SOON, || {
+        let pods = stage.mesh.agent(1).ask("/pods").ok()?;
+        (!pods.to_string().contains(done.uid())).then_some(())
+    })
+    .with_context(|| stage.logs())
+    .expect("let go");
+    unharmed(&storm);
+    drop(servers);
+}
+
+#[test]
+fn an_api_server_that_goes_leaves_everything_in_force() {
+    let mut stage = Stage::open();
+    let (a, near, b) = (
+        stage.mesh.pod("a"),
+        stage.mesh.pod("near"),
+        stage.mesh.pod("b"),
+    );
+    let _servers = [&near, &b].map(|pod| serve(pod));
+    is_tunnelled(&stage, &a, &b);
+    stage.kube.apply_text(DENY).expect("apply");
+    stage.until(&a, &near, false);
+    let storm = storm(&a, &b, 45);
+
+    stage.kube.kill_api_server().expect("kill");
+    stage.until_stale(true);
+    assert!(!does_reach(&a, &near), "what is known stays in force");
+    is_reached(&stage, &a, &b);
+    // What happened meanwhile is told in a list: the history is gone.
+    let revision = stage.kube.compact_etcd().expect("compact");
+    println!("compacted at {revision}");
+    stage.kube.start_api_server().expect("start");
+    stage.until_stale(false);
+    assert!(!does_reach(&a, &near), "a list is no reason to open");
+    stage
+        .kube
+        .kubectl(["delete", "networkpolicy", "lock"])
+        .expect("delete");
+    stage.until(&a, &near, true);
+
+    // One that answers nobody for a while.
+    stage.kube.pause_api_server(true).expect("pause");
+    assert!(does_reach(&a, &near));
+    std::thread::sleep(Duration::from_secs(3));
+    stage.kube.pause_api_server(false).expect("go on");
+    stage.kube.apply_text(DENY).expect("apply");
+    stage.until(&a, &near, false);
+
+    // An agent that starts while there is none leaves what is pinned.
+    stage.kube.kill_api_server().expect("kill");
+    let node = Arc::clone(stage.mesh.node(1));
+    let agent = stage.mesh.agents.remove(0);
+    drop(agent);
+    let kubeconfig = stage.kube.kubeconfig().to_owned();
+    let config = config(&stage.mesh, &kubeconfig).ready_within(Duration::from_secs(4));
+    assert!(
+        node.start_agent(config.clone()).is_err(),
+        "nothing is known"
+    );
+    assert!(!does_reach(&a, &near), "what is pinned stays in force");
+    stage.kube.start_api_server().expect("start");
+    let config = config.ready_within(Duration::from_secs(40));
+    let agent = node.start_agent(config).expect("ready");
+    stage.mesh.agents.insert(0, agent);
+    stage.until(&a, &b, true);
+    assert!(!does_reach(&a, &near));
+    drop(storm);
+}
+
+fn is_reached(stage: &Stage, from: &Pod, to: &Pod) {
+    assert!(does_reach(from, to), "{}", stage.logs());
+}
+
+/// Takes the schema of a kind away, as an older version of it may have been without one.
+fn without_schema(kube: &Kube, crd: &str) {
+    let patch = json!([{
+        "op": "replace",
+        "path": "/spec/versions/0/schema/openAPIV3Schema",
+        "value": {"type": "object", "x-kubernetes-preserve-unknown-fields": true},
+    }]);
+    let patch = patch.to_string();
+    kube.kubectl(["patch", "crd", crd, "--type=json", "-p", &patch])
+        .expect("patch");
+}
+
+fn policy(name: &str, rule: &str, app: &str) -> String {
+    format!(
+        "
+apiVersion: mesh.rs/v1alpha1
+kind: MeshPolicy
+metadata: {{name: {name}, namespace: default}}
+spec: {{podSelector: {{matchLabels: {{app: {app}}}}}, ingress: [{rule}]}}
+"
+    )
+}
+
+#[test]
+fn what_is_invalid_opens_nothing_and_the_rest_goes_on() {
+    let stage = Stage::open();
+    let (a, near, b) = (
+        stage.mesh.pod("a"),
+        stage.mesh.pod("near"),
+        stage.mesh.pod("b"),
+    );
+    let _servers = [&near, &b].map(|pod| serve(pod));
+    is_tunnelled(&stage, &a, &b);
+    let good = r#"{from: [{ipBlock: {cidr: "192.0.2.0/24"}}]}"#;
+    stage
+        .kube
+        .apply_text(&policy("good", good, "near"))
+        .expect("apply");
+    stage.until(&a, &near, false);
+    without_schema(&stage.kube, "meshpolicies.mesh.rs");
+    let bad = r#"{from: [{ipBlock: {cidr: "nonsense"}}]}"#;
+    eventually("a schema that takes anything", SOON, || {
+        stage.kube.apply_text(&policy("good", bad, "near")).ok()
+    })
+    .expect("written past the schema");
+    let says = |status: &Value| status["rejections"].to_string().contains("nonsense");
+    let now = stage.mesh_node(1, "the rejection", says);
+    let rejection = &now["status"]["rejections"][0];
+    assert_eq!(rejection["object"]["generation"], 2, "{rejection}");
+    assert_eq!(rejection["field"], "spec.ingress[0].from[0].ipBlock.cidr");
+    let in_force = &now["status"]["inForce"];
+    let of_good = in_force
+        .as_array()
+        .expect("list")
+        .iter()
+        .find(|o| o["name"] == "good");
+    assert_eq!(
+        of_good.expect("in force")["generation"],
+        1,
+        "the last good one"
+    );
+    assert!(
+        !does_reach(&a, &near),
+        "the last good version stays in force"
+    );
+    is_reached(&stage, &a, &b);
+    // One that never was good isolates whom it selects, and nobody else.
+    stage
+        .kube
+        .apply_text(&policy("new", bad, "b"))
+        .expect("apply");
+    stage.until(&a, &b, false);
+    stage.until(&b, &near, false);
+    stage
+        .kube
+        .kubectl(["delete", "meshpolicy", "new"])
+        .expect("delete");
+    stage.until(&a, &b, true);
+    stage
+        .kube
+        .kubectl(["delete", "meshpolicy", "good"])
+        .expect("delete");
+    stage.until(&a, &near, true);
+    stage.mesh_node(1, "no rejections", |status| status["rejections"].is_null());
+}
+
+#[test]
+fn a_pod_that_is_not_found_is_reported_and_not_protected() {
+    let mut stage = Stage::open();
+    let lost = stage.add("lost", 1);
+    stage.mesh.settled().expect("adopted");
+    let names = |status: &Value| status["unprotected"].to_string().contains(lost.uid());
+    // Its sandbox is gone, and with it what showed where it is; the namespace is held by the lab.
+    let object = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": "nowhere", "namespace": "default"},
+        "spec": {"nodeName": stage.mesh.node(1).name(), "automountServiceAccountToken": false,
+                 "containers": [{"name": "c", "image": "localhost/none:1"}]},
+    });
+    stage.kube.apply_text(&object.to_string()).expect("apply");
+    let status = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": "nowhere", "namespace": "default"},
+        "status": {"phase": "Running", "podIP": "10.99.0.9", "podIPs": [{"ip": "10.99.0.9"}]},
+    });
+    stage
+        .kube
+        .apply_status(&status.to_string())
+        .expect("status");
+    let now = stage.mesh_node(1, "the pod reported", |status| {
+        status["unprotected"].to_string().contains("nowhere")
+    });
+    let reason = now["status"]["unprotected"][0]["reason"]
+        .as_str()
+        .expect("reason");
+    assert!(reason.contains("no process of it"), "{reason}");
+    assert!(!names(&now["status"]), "{now}");
+}
+
+#[test]
+fn kinds_are_picked_up_when_they_are_installed() {
+    let lab = Lab::builder(Topology::Routed).build().expect("lab");
+    let kube = Kube::builder().start_in(&lab).expect("API server");
+    let kubeconfig = kube.kubeconfig().to_owned();
+    let stage = Stage::with(kube, lab, &kubeconfig);
+    let status = stage.mesh.agent(1).ask("/status").expect("status");
+    assert!(
+        status["source"]["absent"]
+            .to_string()
+            .contains("MeshPolicy"),
+        "{status}"
+    );
+    let (a, near) = (stage.mesh.pod("a"), stage.mesh.pod("near"));
+    let _server = serve(&near);
+    stage.until(&a, &near, true);
+    install_crds(&stage.kube);
+    stage
+        .kube
+        .apply_text(&policy("all", "{from: [{entities: [world]}]}", "near"))
+        .expect("apply");
+    eventually("the policy", Duration::from_secs(60), || {
+        (!does_reach(&a, &near)).then_some(())
+    })
+    .with_context(|| stage.logs())
+    .expect("in force");
+    stage.mesh_node(2, "a report", |status| status["version"].is_string());
+}
