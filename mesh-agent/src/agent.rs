@@ -238,7 +238,7 @@ impl Rooms {
         };
         let sources = report::Sources {
             status: self.views.status.clone(),
-            rejections: self.rejections.clone(),
+            source: self.source.clone(),
             host: config.host.clone(),
             quiet: self.quiet.subscribe(),
             now,

@@ -13,13 +13,14 @@ mod state;
 #[cfg(feature = "kubernetes")]
 pub(crate) mod status;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 use mesh_api::Warning;
-use mesh_plan::cluster::{Cluster, Rejection};
+use mesh_plan::cluster::{Cluster, ObjectRef, Rejection, Version};
 use tokio::sync::watch;
 
 use crate::config::Source;
@@ -62,6 +63,8 @@ pub struct Report {
     pub not_kept: Option<String>,
     /// Kinds that are not installed in the cluster.
     pub absent: Vec<String>,
+    /// Which versions the rejections are of, where the source has versions.
+    pub rejected: BTreeMap<ObjectRef, Version>,
 }
 
 /// Why there are no facts.

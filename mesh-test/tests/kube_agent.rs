@@ -2,6 +2,8 @@
 //! Agents that live from a real API server: from the start to what is in force, and through what
 //! happens to an API server and to objects while traffic flows.
 
+#![expect(clippy::print_stdout, reason = "numbers are for people to read")]
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -409,23 +411,29 @@ fn what_is_invalid_opens_nothing_and_the_rest_goes_on() {
     );
     let _servers = [&near, &b].map(|pod| serve(pod));
     is_tunnelled(&stage, &a, &b);
-    let good = r#"{from: [{ipBlock: {cidr: "192.0.2.0/24"}}]}"#;
+    let good = r#"{from: [{ipBlocks: [{cidr: "192.0.2.0/24"}]}]}"#;
     stage
         .kube
         .apply_text(&policy("good", good, "near"))
         .expect("apply");
     stage.until(&a, &near, false);
     without_schema(&stage.kube, "meshpolicies.mesh.rs");
-    let bad = r#"{from: [{ipBlock: {cidr: "nonsense"}}]}"#;
+    let bad = r#"{from: [{ipBlocks: [{cidr: "nonsense"}]}]}"#;
+    let mut last = None;
     eventually("a schema that takes anything", SOON, || {
-        stage.kube.apply_text(&policy("good", bad, "near")).ok()
+        let applied = stage.kube.apply_text(&policy("good", bad, "near"));
+        applied.map_err(|error| last = Some(error)).ok()
     })
+    .with_context(|| format!("{last:?}"))
     .expect("written past the schema");
     let says = |status: &Value| status["rejections"].to_string().contains("nonsense");
     let now = stage.mesh_node(1, "the rejection", says);
     let rejection = &now["status"]["rejections"][0];
     assert_eq!(rejection["object"]["generation"], 2, "{rejection}");
-    assert_eq!(rejection["field"], "spec.ingress[0].from[0].ipBlock.cidr");
+    assert_eq!(
+        rejection["field"],
+        "spec.ingress[0].from[0].ipBlocks[0].cidr"
+    );
     let in_force = &now["status"]["inForce"];
     let of_good = in_force
         .as_array()
@@ -522,4 +530,110 @@ fn kinds_are_picked_up_when_they_are_installed() {
     .with_context(|| stage.logs())
     .expect("in force");
     stage.mesh_node(2, "a report", |status| status["version"].is_string());
+}
+
+/// What an agent may do, as long as no chart says so.
+const RIGHTS: &str = r#"
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: agent}
+rules:
+- {apiGroups: [""], resources: [pods, namespaces, nodes, services], verbs: [get, list, watch]}
+- {apiGroups: [discovery.k8s.io], resources: [endpointslices], verbs: [list, watch]}
+- {apiGroups: [networking.k8s.io], resources: [networkpolicies], verbs: [list, watch]}
+- {apiGroups: [policy.networking.k8s.io], resources: [clusternetworkpolicies], verbs: [list, watch]}
+- {apiGroups: [mesh.rs], resources: ["*"], verbs: [list, watch]}
+- {apiGroups: [mesh.rs], resources: [meshnodes, meshnodes/status], verbs: [get, create, patch]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: agent}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: agent}
+subjects: [{kind: ServiceAccount, namespace: mesh-system, name: agent}]
+"#;
+
+#[test]
+fn a_token_that_was_replaced_is_used() {
+    let lab = Lab::builder(Topology::Routed).build().expect("lab");
+    let kube = Kube::builder().start_in(&lab).expect("API server");
+    install_crds(&kube);
+    kube.namespace("mesh-system", &[]).expect("namespace");
+    kube.service_account("mesh-system", "agent")
+        .expect("account");
+    kube.apply_text(RIGHTS).expect("RBAC");
+    let account = ("mesh-system", "agent");
+    let token = kube.token(account, None, None).expect("token");
+    let kubeconfig = kube.token_kubeconfig("agent", &token).expect("kubeconfig");
+    let mut stage = Stage::with(kube, lab, &kubeconfig);
+    let (a, near) = (stage.mesh.pod("a"), stage.mesh.pod("near"));
+    let _server = serve(&near);
+    stage.until(&a, &near, true);
+    stage.mesh_node(1, "a report", |status| status["version"].is_string());
+
+    // The old token is worth nothing any more; the watches that it opened end.
+    let delete = ["delete", "serviceaccount", "agent", "-n", "mesh-system"];
+    stage.kube.kubectl(delete).expect("delete");
+    stage
+        .kube
+        .service_account("mesh-system", "agent")
+        .expect("account");
+    stage.kube.kill_api_server().expect("kill");
+    stage.kube.start_api_server().expect("start");
+    stage.kube.apply_text(DENY).expect("apply");
+    stage.until_stale(true);
+    assert!(does_reach(&a, &near), "nobody told the agent");
+    let token = stage.kube.token(account, None, None).expect("token");
+    stage
+        .kube
+        .token_kubeconfig("agent", &token)
+        .expect("replaced");
+    // Token files are read again after a minute at the latest.
+    eventually("the new token to be used", Duration::from_secs(100), || {
+        (!does_reach(&a, &near)).then_some(())
+    })
+    .with_context(|| stage.logs())
+    .expect("used");
+    stage.until_stale(false);
+}
+
+/// Half a second of changes that come faster than reports may be written.
+#[test]
+fn reports_are_folded() {
+    let stage = Stage::open();
+    let reports = |stage: &Stage| {
+        let now = stage.mesh_node(1, "a report", |status| status["version"].is_string());
+        now["metadata"]["managedFields"].to_string() + &now["status"].to_string()
+    };
+    // What the probing of the kernel found comes after the first report.
+    stage.mesh_node(1, "features", |status| status["features"].is_array());
+    let watch = ["get", "meshnode", "node1", "--watch-only", "-o", "name"];
+    let watch = stage.kube.kubectl_cmd(watch).expect("kubectl");
+    let watch = stage.kube.place().spawn_lines(watch).expect("watch");
+    let start = Instant::now();
+    let mut changes = 0;
+    while start.elapsed() < Duration::from_secs(6) {
+        changes += 1;
+        let policy = policy(&format!("p{changes}"), "{}", "nobody");
+        stage.kube.apply_text(&policy).expect("apply");
+    }
+    let last = format!("p{changes}");
+    stage.mesh_node(1, "the last policy", |status| {
+        status["inForce"]
+            .to_string()
+            .contains(&format!("\"{last}\""))
+    });
+    let seconds = start.elapsed().as_secs() + 1;
+    let mut writes = 0;
+    while let Ok(Some(_)) = watch.line(Duration::from_secs(2)) {
+        writes += 1;
+    }
+    println!("{changes} changes in {seconds} s: {writes} writes");
+    assert!(
+        writes >= 1 && writes <= seconds + 1,
+        "{writes} in {seconds} s"
+    );
+    // Nothing changes, nothing is written.
+    let before = reports(&stage);
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(before, reports(&stage));
 }

@@ -13,13 +13,14 @@ use std::time::{Duration, SystemTime};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use mesh_api::crd::{MeshNodeStatus, ReportedObject, ReportedRejection, UnprotectedPod};
-use mesh_plan::cluster::{Cluster, ObjectRef, Rejection};
+use mesh_plan::cluster::{Cluster, ObjectRef, Rejection, Version};
 use tokio::sync::{oneshot, watch};
 use tokio::time::sleep;
 
 use crate::check;
 use crate::config::HostConfig;
 use crate::control::{PodStatus, Status};
+use crate::source::Report;
 
 /// A pod that starts is not protected for a moment; only what lasts longer is reported.
 const LASTING: Duration = Duration::from_secs(3);
@@ -31,8 +32,8 @@ const FOLD: Duration = Duration::from_millis(100);
 pub(super) struct Sources {
     /// How it goes with the node.
     pub(super) status: watch::Receiver<Arc<Status>>,
-    /// What cannot be used.
-    pub(super) rejections: watch::Receiver<Arc<Vec<Rejection>>>,
+    /// How it goes with the objects.
+    pub(super) source: watch::Receiver<Arc<Report>>,
     /// What of the machine is probed.
     pub(super) host: HostConfig,
     /// Turns true when another agent reports.
@@ -53,8 +54,8 @@ pub(super) async fn run(mut from: Sources, to: watch::Sender<Option<Arc<MeshNode
     let mut reporter = Reporter::default();
     while first && !*from.quiet.borrow() {
         let status = Arc::clone(&from.status.borrow_and_update());
-        let rejections = Arc::clone(&from.rejections.borrow_and_update());
-        let (report, soon) = reporter.report(&status, &rejections, (from.now)());
+        let source = Arc::clone(&from.source.borrow_and_update());
+        let (report, soon) = reporter.report(&status, &source, (from.now)());
         to.send_if_modified(|old| {
             let changed = old.as_deref() != Some(&report);
             *old = Some(Arc::new(report));
@@ -63,7 +64,7 @@ pub(super) async fn run(mut from: Sources, to: watch::Sender<Option<Arc<MeshNode
         sleep(FOLD).await;
         tokio::select! {
             news = from.status.changed() => if news.is_err() { return },
-            news = from.rejections.changed() => if news.is_err() { return },
+            news = from.source.changed() => if news.is_err() { return },
             found = &mut probed, if !is_probed => {
                 is_probed = true;
                 reporter.features = found.map(|found| features(&found)).unwrap_or_default();
@@ -99,7 +100,7 @@ impl Reporter {
     fn report(
         &mut self,
         status: &Status,
-        rejections: &[Rejection],
+        source: &Report,
         now: SystemTime,
     ) -> (MeshNodeStatus, bool) {
         let (enrolled_namespaces, enrolled_pods) = self.enrolled(status);
@@ -112,10 +113,7 @@ impl Reporter {
             enrolled_namespaces,
             enrolled_pods,
             in_force: in_force(&status.facts),
-            rejections: rejections
-                .iter()
-                .map(|rejection| reported(&status.facts, rejection))
-                .collect(),
+            rejections: rejections(status, source),
             unprotected,
         };
         (report, soon)
@@ -209,12 +207,22 @@ fn in_force(facts: &Cluster) -> Vec<ReportedObject> {
         .collect()
 }
 
-fn reported(facts: &Cluster, rejection: &Rejection) -> ReportedRejection {
-    let version = facts
-        .versions
-        .get(&rejection.object)
-        .cloned()
-        .unwrap_or_default();
+/// Those of the objects' newest versions, and those of what is in force that cannot be compiled.
+fn rejections(status: &Status, source: &Report) -> Vec<ReportedRejection> {
+    let of_objects = source.rejections.iter().map(|one| (one, &source.rejected));
+    let of_plan = status
+        .rejections
+        .iter()
+        .map(|one| (one, &status.facts.versions));
+    let reported: BTreeSet<ReportedRejection> = of_objects
+        .chain(of_plan)
+        .map(|(rejection, versions)| reported(rejection, versions))
+        .collect();
+    reported.into_iter().collect()
+}
+
+fn reported(rejection: &Rejection, versions: &BTreeMap<ObjectRef, Version>) -> ReportedRejection {
+    let version = versions.get(&rejection.object).cloned().unwrap_or_default();
     ReportedRejection {
         object: named(&rejection.object, &version.uid, version.newest),
         field: rejection.field.clone(),

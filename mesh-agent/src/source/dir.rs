@@ -157,7 +157,7 @@ impl Room {
             warnings: outcome.warnings,
             stale,
             not_kept: self.report.borrow().not_kept.clone(),
-            absent: Vec::new(),
+            ..Report::default()
         };
         self.last_good = outcome.last_good;
         self.keeper.mark();

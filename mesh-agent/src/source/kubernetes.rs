@@ -221,7 +221,12 @@ impl Room {
         let mut outcome = self.facts.outcome();
         let extra = self.settings.pod_cidrs.iter().copied();
         outcome.cluster.pod_cidrs.extend(extra);
+        let versions = &outcome.cluster.versions;
+        let objects = outcome.rejections.iter().map(|rejection| &rejection.object);
+        let rejected =
+            objects.filter_map(|object| Some((object.clone(), versions.get(object)?.clone())));
         let report = Report {
+            rejected: rejected.collect(),
             rejections: outcome.rejections,
             warnings: outcome.warnings,
             not_kept: self.report.borrow().not_kept.clone(),
@@ -251,19 +256,20 @@ impl Room {
     /// Puts what is known about the server into the report.
     fn say(&self) {
         let now = self.state();
+        let is_away = self.progress.values().any(|p| p.trouble.is_some());
         self.report.send_if_modified(|report| {
             if report.stale == now.stale && report.absent == now.absent {
                 return false;
             }
             match (&report.stale, &now.stale) {
-                (_, Some(why)) => {
+                (_, Some(why)) if is_away => {
                     tracing::warn!(
                         why,
                         "the API server cannot be followed; what is known stays in force"
                     );
                 }
-                (Some(_), None) => tracing::info!("the API server is followed again"),
-                (None, None) => {}
+                (Some(_), None) => tracing::info!("the API server is followed"),
+                (_, Some(_)) | (None, None) => {}
             }
             let report = Arc::make_mut(report);
             report.stale = now.stale;

@@ -35,7 +35,7 @@ fn status(pods: &[(&str, bool, bool)], ready: &[&str]) -> Status {
 }
 
 fn enrolled(reporter: &mut Reporter, status: &Status) -> (Vec<String>, Vec<String>) {
-    let (report, _) = reporter.report(status, &[], SystemTime::UNIX_EPOCH);
+    let (report, _) = reporter.report(status, &Report::default(), SystemTime::UNIX_EPOCH);
     (report.enrolled_namespaces, report.enrolled_pods)
 }
 
@@ -75,9 +75,9 @@ fn only_what_lasts_is_reported_as_unprotected() {
     let mut reporter = Reporter::default();
     let bad = status(&[("a", true, true), ("b", false, false)], &[]);
     let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
-    let (report, soon) = reporter.report(&bad, &[], at(10));
+    let (report, soon) = reporter.report(&bad, &Report::default(), at(10));
     assert!(report.unprotected.is_empty() && soon);
-    let (report, soon) = reporter.report(&bad, &[], at(14));
+    let (report, soon) = reporter.report(&bad, &Report::default(), at(14));
     assert!(!soon);
     assert_eq!(report.unprotected.len(), 1);
     assert_eq!(report.unprotected[0].uid, "b");
@@ -95,14 +95,18 @@ fn objects_are_reported_with_their_versions() {
     };
     Arc::make_mut(&mut now.facts)
         .versions
-        .insert(object.clone(), version);
-    let rejection = Rejection {
-        object,
-        field: "spec.ingress".to_owned(),
-        why: "is wrong".to_owned(),
-        consequence: "the last good version stays in force".to_owned(),
+        .insert(object.clone(), version.clone());
+    let source = Report {
+        rejected: [(object.clone(), version)].into(),
+        rejections: vec![Rejection {
+            object,
+            field: "spec.ingress".to_owned(),
+            why: "is wrong".to_owned(),
+            consequence: "the last good version stays in force".to_owned(),
+        }],
+        ..Report::default()
     };
-    let (report, _) = Reporter::default().report(&now, &[rejection], SystemTime::UNIX_EPOCH);
+    let (report, _) = Reporter::default().report(&now, &source, SystemTime::UNIX_EPOCH);
     assert_eq!(
         (report.in_force[0].generation, &*report.in_force[0].uid),
         (3, "u")
