@@ -19,6 +19,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 
+use crate::cni::Neighbour;
 use crate::config::AdminAddr;
 use crate::control::Status;
 use crate::flows::FlowSink;
@@ -95,6 +96,8 @@ pub struct Views {
     pub pods: watch::Receiver<Arc<PodTable>>,
     /// How it goes with the node.
     pub status: watch::Receiver<Arc<Status>>,
+    /// What is beside the mesh on the node.
+    pub neighbour: watch::Receiver<Arc<Neighbour>>,
     /// How it goes with the source of the cluster's state.
     pub source: watch::Receiver<Arc<Report>>,
     /// The last records.

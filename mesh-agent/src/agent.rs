@@ -6,6 +6,7 @@
 //! runtime, clock, limits.
 
 mod mirror;
+mod neighbour;
 #[cfg(feature = "kubernetes")]
 mod report;
 
@@ -19,6 +20,7 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 
 use crate::admin::{self, Admin, Readiness};
+use crate::cni;
 use crate::config::{self, Config, Deny, TunnelPort};
 use crate::control;
 use crate::datapath::{self, Datapath};
@@ -32,6 +34,7 @@ use crate::record::Recorder;
 use crate::shutdown::{self, Requests, Successor};
 use crate::source;
 use crate::sys::limits;
+use crate::sys::route::Routing;
 
 /// Threads of the control runtime: one for what answers, one for what computes.
 const CONTROL_THREADS: usize = 2;
@@ -139,6 +142,7 @@ struct Rooms {
     views: control::Views,
     rejections: watch::Receiver<Arc<Vec<Rejection>>>,
     source: watch::Receiver<Arc<source::Report>>,
+    neighbour: watch::Receiver<Arc<cni::Neighbour>>,
     flow_log: Flows,
     identities: Identities,
     proxy: ProxyHandle,
@@ -205,6 +209,7 @@ impl Rooms {
         let kernel = (kernel, finder(config));
         let control = start_control(settings, kernel, facts, outputs, writes_end)?;
         let source = report.clone();
+        let neighbour = watch_neighbour(config, &views);
         let rejections = mirror::start(&views, report, &identities, &metrics, conditions);
         Ok(Self {
             endless: tokio::spawn(flows::reopen_on_hangup(flow_log.sink())),
@@ -213,6 +218,7 @@ impl Rooms {
             views,
             rejections,
             source,
+            neighbour,
             flow_log,
             identities,
             proxy,
@@ -273,6 +279,7 @@ impl Rooms {
             pods: self.views.pods.clone(),
             status: self.views.status.clone(),
             source: self.source.clone(),
+            neighbour: self.neighbour.clone(),
             flows: self.flow_log.sink(),
             level,
         };
@@ -337,6 +344,24 @@ fn source_settings(config: &Config) -> source::Settings {
         pod_cidrs: config.pod_cidrs.clone(),
         kubeconfig: config.kubeconfig.clone(),
     }
+}
+
+/// Says what the node's network plug-in means for the mesh.
+fn watch_neighbour(
+    config: &Config,
+    views: &control::Views,
+) -> watch::Receiver<Arc<cni::Neighbour>> {
+    let links = Routing::open().and_then(|mut routing| routing.links());
+    let links: Vec<String> = links
+        .unwrap_or_default()
+        .into_iter()
+        .map(|link| link.name)
+        .collect();
+    let cni = cni::find(&config.host.cni_conf, &links);
+    let TunnelPort::Fixed(port) = config.tunnel_port;
+    let (to, neighbour) = watch::channel(Arc::default());
+    tokio::spawn(neighbour::run(cni, port, views.status.clone(), to));
+    neighbour
 }
 
 fn finder(config: &Config) -> Finder {

@@ -85,6 +85,8 @@ pub struct HostConfig {
     pub bpffs: PathBuf,
     /// What must survive a restart of the machine: last good objects.
     pub state_dir: PathBuf,
+    /// Where the network plug-in is configured.
+    pub cni_conf: PathBuf,
     /// Logs.
     pub log: LogConfig,
 }
@@ -310,6 +312,7 @@ pub fn parse(
         },
         bpffs: values.required("bpffs", values::path)?,
         state_dir: values.required("state-dir", values::path)?,
+        cni_conf: values.required("cni-conf", values::path)?,
         log: log.clone(),
     };
     match subcommand {

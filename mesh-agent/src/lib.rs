@@ -16,6 +16,8 @@ pub mod control;
 
 pub mod pods;
 
+pub mod cni;
+
 pub mod datapath;
 
 pub mod identity;

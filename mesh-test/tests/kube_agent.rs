@@ -476,7 +476,7 @@ fn a_pod_that_is_not_found_is_reported_and_not_protected() {
     let lost = stage.add("lost", 1);
     stage.mesh.settled().expect("adopted");
     let names = |status: &Value| status["unprotected"].to_string().contains(lost.uid());
-    // Its sandbox is gone, and with it what showed where it is; the namespace is held by the lab.
+    // One without a process, of which only the API server speaks.
     let object = json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {"name": "nowhere", "namespace": "default"},
@@ -501,6 +501,28 @@ fn a_pod_that_is_not_found_is_reported_and_not_protected() {
         .expect("reason");
     assert!(reason.contains("no process of it"), "{reason}");
     assert!(!names(&now["status"]), "{now}");
+
+    // The lab's links are named as Calico's: what Calico would drop is said, with what to add.
+    let ports = DENY.replace(
+        "policyTypes: [Ingress]",
+        "ingress: [{ports: [{port: 7000}]}]",
+    );
+    stage.kube.apply_text(&ports).expect("apply");
+    let network = eventually("the rule to be named", SOON, || {
+        let network = stage.mesh.agent(1).ask("/status").ok()?["network"].clone();
+        network["blocks"][0].is_object().then_some(network)
+    })
+    .with_context(|| stage.logs())
+    .expect("named");
+    assert_eq!(network["cni"]["name"], "Calico", "{network}");
+    assert_eq!(
+        network["blocks"][0]["object"], "NetworkPolicy default/lock",
+        "{network}"
+    );
+    assert_eq!(
+        network["blocks"][0]["add"], "{protocol: TCP, port: 15008}",
+        "{network}"
+    );
 }
 
 #[test]

@@ -141,6 +141,7 @@ fn status(views: &Views) -> Value {
         },
         "rejections": *rejections,
         "source": source(&views.source.borrow()),
+        "network": **views.neighbour.borrow(),
     })
 }
 

@@ -37,6 +37,7 @@ fn views(flows: &Flows) -> Views {
         pods: watch::channel(Arc::new(PodTable::new())).1,
         status: watch::channel(Arc::default()).1,
         source: watch::channel(Arc::default()).1,
+        neighbour: watch::channel(Arc::default()).1,
         flows: flows.sink(),
         level: None,
     }

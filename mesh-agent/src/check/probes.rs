@@ -11,6 +11,7 @@ use mesh_common::settings::{MARK_CAPTURE, MARK_MASK, RULE_PRIORITY, TABLE_CAPTUR
 use mesh_common::{Endpoint, Protocol};
 
 use super::{Finding, Outcome};
+use crate::cni;
 use crate::config::HostConfig;
 use crate::sys::netns::NetNs;
 use crate::sys::route::{Family, Routing, Rule};
@@ -87,7 +88,53 @@ pub(super) fn machine(config: &HostConfig) -> Vec<Finding> {
             mounted(&config.bpffs, "bpf"),
             "Protection would end with the agent. Run: mount -t bpf bpf /sys/fs/bpf",
         ),
+        finding(
+            "network plug-in",
+            false,
+            plug_in(config),
+            "Its pods have no interface on the host's side: they cannot be protected.",
+        ),
+        finding(
+            "pod interfaces",
+            false,
+            outcome_text(pod_interfaces()),
+            "Whether pods can be protected is not known before the agent runs.",
+        ),
     ]
+}
+
+fn plug_in(config: &HostConfig) -> Outcome {
+    let links = Routing::open().and_then(|mut routing| routing.links());
+    let links: Vec<String> = links
+        .unwrap_or_default()
+        .into_iter()
+        .map(|link| link.name)
+        .collect();
+    match cni::find(&config.cni_conf, &links) {
+        Some(cni) if !cni.gate => Outcome::Missing(cni.to_string()),
+        Some(cni) => Outcome::Present(cni.to_string()),
+        None => Outcome::Present(format!(
+            "none that is known in {}",
+            config.cni_conf.display()
+        )),
+    }
+}
+
+/// How many interfaces lead into other namespaces: the gate goes there.
+fn pod_interfaces() -> io::Result<String> {
+    let links = Routing::open()?.links()?;
+    let gated = links
+        .iter()
+        .filter(|link| link.peer_namespace.is_some())
+        .count();
+    Ok(format!("{gated} that the gate can hold"))
+}
+
+fn outcome_text(tried: io::Result<String>) -> Outcome {
+    match tried {
+        Ok(text) => Outcome::Present(text),
+        Err(error) => Outcome::Missing(error.to_string()),
+    }
 }
 
 fn release() -> Outcome {

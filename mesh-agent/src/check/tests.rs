@@ -12,6 +12,7 @@ fn here() -> HostConfig {
         cgroup: cgroup2_mount(&mounts).expect("cgroup2 is mounted"),
         bpffs: PathBuf::from("/sys/fs/bpf"),
         state_dir: PathBuf::from("/does/not/matter"),
+        cni_conf: "/etc/cni/net.d".into(),
         log: LogConfig {
             format: LogFormat::Text,
             level: "info".to_owned(),

@@ -165,6 +165,13 @@ pub const FLAGS: &[Flag] = &[
     .or("/var/lib/mesh")
     .everywhere(),
     flag(
+        "cni-conf",
+        "DIR",
+        "Where the network plug-in (CNI) is configured; read only to say what it means for the mesh.",
+    )
+    .or("/etc/cni/net.d")
+    .everywhere(),
+    flag(
         "admin",
         "PATH|IP:PORT",
         "Where the admin interface listens: a Unix socket (mode 0600), or a loopback address that \

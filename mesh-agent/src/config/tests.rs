@@ -76,6 +76,7 @@ fn defaults() {
                 cgroup: "/sys/fs/cgroup/unified".into(),
                 bpffs: "/sys/fs/bpf".into(),
                 state_dir: "/var/lib/mesh".into(),
+                cni_conf: "/etc/cni/net.d".into(),
                 log: log.clone(),
             },
             admin: vec![AdminAddr::Unix("/run/mesh/agent.sock".into())],

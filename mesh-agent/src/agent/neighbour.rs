@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Watches which rules the node's network plug-in would drop tunnels by, and says so.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use mesh_common::Port;
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+use crate::cni::{Cni, Enforces, Neighbour, blocked};
+use crate::control::Status;
+
+/// Policies are looked at again at most this often.
+const INTERVAL: Duration = Duration::from_secs(5);
+
+/// Looks at the policies in force as they change; ends with the rooms.
+pub(super) async fn run(
+    cni: Option<Cni>,
+    port: Port,
+    mut status: watch::Receiver<Arc<Status>>,
+    to: watch::Sender<Arc<Neighbour>>,
+) {
+    if let Some(cni) = &cni {
+        tracing::info!(%cni, "network plug-in");
+    }
+    let enforces = cni.as_ref().is_some_and(|cni| cni.enforces != Enforces::No);
+    to.send_replace(Arc::new(Neighbour {
+        cni: cni.clone(),
+        blocks: Vec::new(),
+    }));
+    if !enforces {
+        return;
+    }
+    loop {
+        let facts = Arc::clone(&status.borrow_and_update().facts);
+        let blocks = blocked(&facts, port.get());
+        for new in blocks
+            .iter()
+            .filter(|one| !to.borrow().blocks.contains(one))
+        {
+            tracing::warn!(rule = %new, "the network plug-in would drop tunnels");
+        }
+        to.send_if_modified(|old| {
+            let changed = old.blocks != blocks;
+            Arc::make_mut(old).blocks = blocks;
+            changed
+        });
+        sleep(INTERVAL).await;
+        if status.changed().await.is_err() {
+            return;
+        }
+    }
+}
