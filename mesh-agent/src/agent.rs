@@ -430,12 +430,11 @@ fn identity_config(config: &Config, trust_domain: &TrustDomain) -> Result<identi
     let ca = match &config.ca {
         config::Ca::SelfSigned(path) => Ca::SelfSigned(path.clone()),
         config::Ca::Files(path) => Ca::Files(path.clone()),
-        // Where the chart mounts them.
-        config::Ca::Grpc(url) => Ca::Grpc(GrpcCa {
-            url: url.clone(),
-            token: Some("/var/run/secrets/tokens/mesh".into()),
-            bundle: "/var/run/secrets/mesh/ca.crt".into(),
-            cluster: "Kubernetes".to_owned(),
+        config::Ca::Grpc(ca) => Ca::Grpc(GrpcCa {
+            url: ca.url.clone(),
+            token: Some(ca.token.clone()),
+            bundle: ca.bundle.clone(),
+            cluster: ca.cluster.clone(),
         }),
     };
     Ok(identity::Config {

@@ -16,10 +16,12 @@ use ipnet::IpNet;
 use mesh_common::Port;
 use mesh_common::settings::TUNNEL_PORT;
 
+mod controller;
 mod flags;
 mod values;
 
-pub use flags::{FLAGS, Flag, Subcommand, reference};
+pub use controller::ControllerConfig;
+pub use flags::{FLAGS, Flag, Subcommand, Taken, reference};
 pub use values::cgroup2_mount;
 
 use flags::Values;
@@ -33,6 +35,10 @@ pub enum Command {
     Check(HostConfig),
     /// `cleanup`: remove every pin, link, rule and route of ours.
     Cleanup(HostConfig),
+    /// `controller`: be the cluster's CA, and write the status of policies.
+    Controller(Box<ControllerConfig>),
+    /// `rotate-root`: have the controllers replace the root of the CA.
+    RotateRoot(Box<ControllerConfig>),
 }
 
 /// Everything that `run` needs.
@@ -103,12 +109,25 @@ pub enum Source {
 /// Who signs certificates.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ca {
-    /// A server of the Istio certificate service, by URL.
-    Grpc(String),
+    /// A server of the Istio certificate service.
+    Grpc(GrpcCa),
     /// Certificates that somebody else puts there.
     Files(PathBuf),
     /// A CA key on this machine: for demos and tests.
     SelfSigned(PathBuf),
+}
+
+/// A server of the Istio certificate service, and how it is asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GrpcCa {
+    /// Its URL.
+    pub url: String,
+    /// The file with the token that it is shown.
+    pub token: PathBuf,
+    /// The PEM file with the roots of its certificate.
+    pub bundle: PathBuf,
+    /// What it calls this cluster.
+    pub cluster: String,
 }
 
 /// Where the admin interface listens.
@@ -305,6 +324,15 @@ pub fn parse(
         format: values.required("log", values::log_format)?,
         level: values.required("log-level", values::log_level)?,
     };
+    match subcommand {
+        Subcommand::Controller => {
+            return controller::parse(values, around, log).map(Command::Controller);
+        }
+        Subcommand::RotateRoot => {
+            return controller::parse(values, around, log).map(Command::RotateRoot);
+        }
+        Subcommand::Run | Subcommand::Check | Subcommand::Cleanup => {}
+    }
     let host = HostConfig {
         cgroup: match values.optional("cgroup", values::directory)? {
             Some(path) => path,
@@ -318,20 +346,14 @@ pub fn parse(
     match subcommand {
         Subcommand::Check => return Ok(Command::Check(host)),
         Subcommand::Cleanup => return Ok(Command::Cleanup(host)),
-        Subcommand::Run => {}
+        Subcommand::Run | Subcommand::Controller | Subcommand::RotateRoot => {}
     }
     let config = Config {
         node: values.required("node", values::dns_name)?,
         source: values.required("source", values::source)?,
-        kubeconfig: match values.optional("kubeconfig", values::path)? {
-            Some(path) => Some(path),
-            None => around
-                .env("KUBECONFIG")
-                .filter(|path| !path.is_empty())
-                .map(PathBuf::from),
-        },
+        kubeconfig: kubeconfig(&mut values, around)?,
         proc: values.required("proc", values::path)?,
-        ca: values.required("ca", values::ca)?,
+        ca: ca(&mut values)?,
         trust_domain: values.required("trust-domain", values::dns_name)?,
         trust_domain_aliases: values.list("trust-domain-alias", values::dns_name)?,
         crls: values.list("crl", values::path)?,
@@ -353,6 +375,32 @@ pub fn parse(
         "a setting that nothing reads: {values:?}"
     );
     Ok(Command::Run(Box::new(config)))
+}
+
+fn kubeconfig(values: &mut Values, around: &impl Surroundings) -> Result<Option<PathBuf>, Error> {
+    Ok(match values.optional("kubeconfig", values::path)? {
+        Some(path) => Some(path),
+        None => around
+            .env("KUBECONFIG")
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from),
+    })
+}
+
+fn ca(values: &mut Values) -> Result<Ca, Error> {
+    let token = values.required("ca-token", values::path)?;
+    let bundle = values.required("ca-bundle", values::path)?;
+    let cluster = values.required("ca-cluster", values::name)?;
+    Ok(match values.required("ca", values::ca)? {
+        values::WhichCa::Files(path) => Ca::Files(path),
+        values::WhichCa::SelfSigned(path) => Ca::SelfSigned(path),
+        values::WhichCa::Grpc(url) => Ca::Grpc(GrpcCa {
+            url,
+            token,
+            bundle,
+            cluster,
+        }),
+    })
 }
 
 fn default_cgroup(around: &impl Surroundings) -> Result<PathBuf, Error> {

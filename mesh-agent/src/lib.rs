@@ -36,6 +36,8 @@ pub mod check;
 
 pub mod cleanup;
 
+pub mod controller;
+
 pub mod logging;
 
 pub mod shutdown;

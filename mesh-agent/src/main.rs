@@ -8,13 +8,9 @@ use std::process::ExitCode;
 
 use mesh_agent::config::{self, Command};
 use mesh_agent::logging::Chain;
-use mesh_agent::{agent, check, cleanup, logging};
+use mesh_agent::{agent, check, cleanup, controller, logging};
 
 fn main() -> ExitCode {
-    if std::env::args_os().nth(1) == Some("controller".into()) {
-        say(&"this build has no controller");
-        return ExitCode::from(69);
-    }
     match config::parse(std::env::args_os(), &config::Process) {
         Ok(command) => run(command).into(),
         Err(config::Error::Usage(usage)) => usage.exit(),
@@ -35,6 +31,18 @@ fn run(command: Command) -> u8 {
             drop(write!(std::io::stdout(), "{report}"));
             report.exit_code()
         }
+        Command::Controller(config) => match logging::init(&config.log) {
+            Ok(_level) => controller::run(*config)
+                .map_or_else(|error| fail(&error, error.exit_code()), |()| 0),
+            Err(error) => fail(&error, 78),
+        },
+        Command::RotateRoot(config) => controller::rotate_root(&config).map_or_else(
+            |error| fail(&error, error.exit_code()),
+            |done| {
+                say(&done);
+                0
+            },
+        ),
         Command::Cleanup(host) => match cleanup::run(&host) {
             Ok(removed) => {
                 say(&removed);

@@ -7,6 +7,7 @@
 //! is removed on drop, and after a kill -9 by the next one. [`Kube::start`] uses a cluster that is
 //! there already, if `MESH_TEST_KUBECONFIG` names one.
 
+pub mod controller;
 mod kubectl;
 mod pki;
 mod programs;

@@ -18,10 +18,14 @@ pub enum Subcommand {
     Check,
     /// `cleanup`.
     Cleanup,
+    /// `controller`.
+    Controller,
+    /// `rotate-root`.
+    RotateRoot,
 }
 
 impl Subcommand {
-    const ALL: [(Self, &'static str, &'static str); 3] = [
+    const ALL: [(Self, &'static str, &'static str); 5] = [
         (Self::Run, "run", "Be the agent of a node"),
         (
             Self::Check,
@@ -33,7 +37,28 @@ impl Subcommand {
             "cleanup",
             "Remove every pin, link, rule and route of the mesh (for uninstalling)",
         ),
+        (
+            Self::Controller,
+            "controller",
+            "Be the cluster's CA, and fold what nodes report into the status of policies",
+        ),
+        (
+            Self::RotateRoot,
+            "rotate-root",
+            "Have the controllers replace the root of the CA, with overlap",
+        ),
     ];
+}
+
+/// Whether the controller takes a setting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// It does not.
+    No,
+    /// As the agent does.
+    Too,
+    /// The agent does not.
+    Only,
 }
 
 /// One setting.
@@ -51,6 +76,8 @@ pub struct Flag {
     pub many: bool,
     /// For every subcommand, not only for `run`.
     pub everywhere: bool,
+    /// Whether the controller takes it.
+    pub controller: Taken,
     /// What it is.
     pub help: &'static str,
 }
@@ -63,6 +90,7 @@ const fn flag(name: &'static str, value: &'static str, help: &'static str) -> Fl
         computed: None,
         many: false,
         everywhere: false,
+        controller: Taken::No,
         help,
     }
 }
@@ -92,6 +120,10 @@ impl Flag {
             ..self
         }
     }
+
+    const fn controller(self, controller: Taken) -> Self {
+        Self { controller, ..self }
+    }
 }
 
 /// Every setting, in the order of the documentation.
@@ -107,7 +139,8 @@ pub const FLAGS: &[Flag] = &[
         "PATH",
         "How the Kubernetes API is reached, with --source kubernetes.",
     )
-    .or_computed("KUBECONFIG, else as a pod of the cluster"),
+    .or_computed("KUBECONFIG, else as a pod of the cluster")
+    .controller(Taken::Too),
     flag(
         "proc",
         "PATH",
@@ -122,11 +155,31 @@ pub const FLAGS: &[Flag] = &[
          renews, or a CA key on this machine (demos and tests only).",
     ),
     flag(
+        "ca-token",
+        "FILE",
+        "The token that a grpc: CA is shown; read again each time.",
+    )
+    .or("/var/run/secrets/tokens/mesh"),
+    flag(
+        "ca-bundle",
+        "FILE",
+        "Roots (PEM) of which one must have signed the certificate of a grpc: CA; a change has every \
+         certificate renewed, so that new roots are known before they are used.",
+    )
+    .or("/var/run/secrets/mesh/ca.crt"),
+    flag(
+        "ca-cluster",
+        "NAME",
+        "What a grpc: CA calls this cluster.",
+    )
+    .or("Kubernetes"),
+    flag(
         "trust-domain",
         "DOMAIN",
         "The trust domain of SPIFFE identities.",
     )
-    .or("cluster.local"),
+    .or("cluster.local")
+    .controller(Taken::Too),
     flag(
         "trust-domain-alias",
         "DOMAIN",
@@ -184,7 +237,8 @@ pub const FLAGS: &[Flag] = &[
         "IP:PORT",
         "Where /metrics, /livez and /readyz are served.",
     )
-    .or("[::]:15020"),
+    .or("[::]:15020")
+    .controller(Taken::Too),
     flag(
         "flow-log",
         "stdout|file:PATH|off",
@@ -225,7 +279,8 @@ pub const FLAGS: &[Flag] = &[
         "The form of log lines on standard error.",
     )
     .or("text")
-    .everywhere(),
+    .everywhere()
+    .controller(Taken::Too),
     flag(
         "log-level",
         "LEVEL",
@@ -233,7 +288,76 @@ pub const FLAGS: &[Flag] = &[
          Can be changed at run time through the admin interface.",
     )
     .or("info")
-    .everywhere(),
+    .everywhere()
+    .controller(Taken::Too),
+    flag(
+        "listen",
+        "IP:PORT",
+        "Where the controller serves certificates.",
+    )
+    .or("[::]:15012")
+    .controller(Taken::Only),
+    flag(
+        "namespace",
+        "NAME",
+        "The controller's namespace: its lease, the CA's Secret and ConfigMap, the agents' service \
+         account.",
+    )
+    .or("mesh-system")
+    .controller(Taken::Only),
+    flag(
+        "replica",
+        "NAME",
+        "What this replica of the controller is called in the lease.",
+    )
+    .or_computed("HOSTNAME")
+    .controller(Taken::Only),
+    flag(
+        "lease",
+        "DURATION",
+        "How long the leading controller may be silent until another leads.",
+    )
+    .or("15s")
+    .controller(Taken::Only),
+    flag(
+        "agent-account",
+        "NAME",
+        "The service account of the agents, in the controller's namespace: nobody else gets \
+         certificates.",
+    )
+    .or("mesh-agent")
+    .controller(Taken::Only),
+    flag(
+        "ca-audience",
+        "NAME",
+        "The audience of the tokens that agents show to the controller.",
+    )
+    .or("mesh-ca")
+    .controller(Taken::Only),
+    flag(
+        "serving-name",
+        "NAME|IP",
+        "A name or address under which the controller is reached, beside mesh-controller.NAMESPACE.svc. \
+         May be repeated.",
+    )
+    .or_computed("none")
+    .many()
+    .controller(Taken::Only),
+    flag(
+        "certificate-life",
+        "DURATION",
+        "The longest life of what the controller signs, from 1m to 24h.",
+    )
+    .or("24h")
+    .controller(Taken::Only),
+    flag(
+        "root-overlap",
+        "DURATION",
+        "How long a new root is published before anything is signed with it: longer than ConfigMaps \
+         take to reach the nodes.",
+    )
+    .or("15m")
+    .controller(Taken::Only),
 ];
 
 const CONFIG: &str = "config";
@@ -346,9 +470,11 @@ fn split(text: &str) -> Vec<String> {
 }
 
 fn flags_of(subcommand: Subcommand) -> impl Iterator<Item = &'static Flag> {
-    FLAGS
-        .iter()
-        .filter(move |flag| subcommand == Subcommand::Run || flag.everywhere)
+    FLAGS.iter().filter(move |flag| match subcommand {
+        Subcommand::Run => flag.controller != Taken::Only,
+        Subcommand::Check | Subcommand::Cleanup => flag.everywhere,
+        Subcommand::Controller | Subcommand::RotateRoot => flag.controller != Taken::No,
+    })
 }
 
 fn command_line() -> clap::Command {
@@ -453,7 +579,8 @@ pub fn reference() -> String {
          `--config FILE` (`MESH_CONFIG`) names. The flag wins, then the environment, then the file. An\n\
          unknown key of the file is an error; an empty variable counts as not set.\n\
          Lists are separated by commas in a variable, and are arrays in the file.\n\n\
-         `run` takes all of them, `check` and `cleanup` those marked with *.\n\n\
+         `run` takes all of them but the last ones, which are the controller's; `check` and `cleanup`\n\
+         take those marked with *, `controller` and `rotate-root` those marked with +.\n\n\
          | Flag and key | Variable | Value | Default | What it is |\n\
          |---|---|---|---|---|\n",
     );
@@ -465,9 +592,14 @@ pub fn reference() -> String {
         };
         let line = writeln!(
             text,
-            "| `{}`{} | `{}` | `{}` | {} | {} |",
+            "| `{}`{}{} | `{}` | `{}` | {} | {} |",
             flag.name,
             if flag.everywhere { "*" } else { "" },
+            if flag.controller == Taken::No {
+                ""
+            } else {
+                "+"
+            },
             env_name(flag.name),
             flag.value.replace('|', "\\|"),
             default,

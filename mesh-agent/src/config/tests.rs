@@ -99,7 +99,12 @@ fn values_that_are_right() {
     assert_eq!(c(&["--ca", "files:/x"]).ca, Ca::Files("/x".into()));
     assert_eq!(
         c(&["--ca", "grpc:https://ca:15012"]).ca,
-        Ca::Grpc("https://ca:15012".to_owned())
+        Ca::Grpc(GrpcCa {
+            url: "https://ca:15012".to_owned(),
+            token: "/var/run/secrets/tokens/mesh".into(),
+            bundle: "/var/run/secrets/mesh/ca.crt".into(),
+            cluster: "Kubernetes".to_owned(),
+        })
     );
     assert_eq!(c(&["--flow-log", "off"]).flow_log, FlowLog::Off);
     assert_eq!(
@@ -295,4 +300,38 @@ fn the_first_whole_cgroup2_mount_is_taken() {
 #[test]
 fn the_reference_is_up_to_date() {
     crate::testing::golden("docs/configuration.md", &reference());
+}
+
+#[test]
+fn the_controller_needs_nothing_of_a_node() {
+    let parsed = parse(
+        [
+            "mesh-agent",
+            "controller",
+            "--replica",
+            "a",
+            "--lease",
+            "3s",
+        ]
+        .map(Into::into),
+        &Fake::default(),
+    );
+    let Command::Controller(config) = parsed.unwrap() else {
+        panic!("another command");
+    };
+    assert_eq!(config.namespace, "mesh-system");
+    assert_eq!(config.listen, "[::]:15012".parse().unwrap());
+    assert_eq!(config.lease, Duration::from_secs(3));
+    assert_eq!(config.certificate_life, Duration::from_secs(24 * 3600));
+    for (flag, value) in [
+        ("--certificate-life", "25h"),
+        ("--lease", "1s"),
+        ("--node", "n"),
+    ] {
+        let wrong = ["mesh-agent", "controller", "--replica", "a", flag, value];
+        assert!(
+            parse(wrong.map(Into::into), &Fake::default()).is_err(),
+            "{flag}"
+        );
+    }
 }

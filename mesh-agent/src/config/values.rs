@@ -9,7 +9,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use tracing_subscriber::EnvFilter;
 
-use super::{AdminAddr, Ca, Deny, FlowLog, LogFormat, Source, TUNNEL, TunnelPort};
+use super::{AdminAddr, Deny, FlowLog, LogFormat, Source, TUNNEL, TunnelPort};
 
 type Parsed<T> = Result<T, String>;
 
@@ -56,13 +56,32 @@ pub(super) fn source(text: &str) -> Parsed<Source> {
     }
 }
 
-pub(super) fn ca(text: &str) -> Parsed<Ca> {
+/// What `--ca` says by itself.
+pub(super) enum WhichCa {
+    /// `grpc:URL`.
+    Grpc(String),
+    /// `files:DIR`.
+    Files(PathBuf),
+    /// `self:DIR`.
+    SelfSigned(PathBuf),
+}
+
+pub(super) fn ca(text: &str) -> Parsed<WhichCa> {
     match text.split_once(':') {
-        Some(("grpc", url)) if url.starts_with("https://") => Ok(Ca::Grpc(url.to_owned())),
+        Some(("grpc", url)) if url.starts_with("https://") => Ok(WhichCa::Grpc(url.to_owned())),
         Some(("grpc", _)) => Err("expected grpc:https://HOST:PORT".to_owned()),
-        Some(("files", dir)) if !dir.is_empty() => Ok(Ca::Files(dir.into())),
-        Some(("self", dir)) if !dir.is_empty() => Ok(Ca::SelfSigned(dir.into())),
+        Some(("files", dir)) if !dir.is_empty() => Ok(WhichCa::Files(dir.into())),
+        Some(("self", dir)) if !dir.is_empty() => Ok(WhichCa::SelfSigned(dir.into())),
         Some(_) | None => Err("expected grpc:URL, files:DIR or self:DIR".to_owned()),
+    }
+}
+
+/// A name that ends up in a header or in a certificate.
+pub(super) fn name(text: &str) -> Parsed<String> {
+    if !text.is_empty() && text.len() <= 253 && text.bytes().all(|b| b.is_ascii_graphic()) {
+        Ok(text.to_owned())
+    } else {
+        Err("expected 1 to 253 printable characters without blanks".to_owned())
     }
 }
 

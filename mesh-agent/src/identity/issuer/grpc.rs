@@ -32,7 +32,7 @@ use super::{
 };
 use crate::identity::{SpiffeId, key::Key};
 
-pub(in crate::identity) mod wire;
+pub(crate) mod wire;
 
 use self::wire::{
     CREATE_CERTIFICATE, CertificateRequest, CertificateResponse, IMPERSONATED, Struct, Value,

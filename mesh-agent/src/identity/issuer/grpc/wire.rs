@@ -4,45 +4,45 @@
 use std::collections::BTreeMap;
 
 /// The one method of the service.
-pub(in crate::identity) const CREATE_CERTIFICATE: &str =
+pub(crate) const CREATE_CERTIFICATE: &str =
     "/istio.v1.auth.IstioCertificateService/CreateCertificate";
 
 /// The field of the request's metadata that names whose certificate an agent asks for.
-pub(in crate::identity) const IMPERSONATED: &str = "ImpersonatedIdentity";
+pub(crate) const IMPERSONATED: &str = "ImpersonatedIdentity";
 
 /// `IstioCertificateRequest`; field 2 is not in use.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(in crate::identity) struct CertificateRequest {
+pub(crate) struct CertificateRequest {
     /// PKCS#10 in PEM.
     #[prost(string, tag = "1")]
-    pub(in crate::identity) csr: String,
+    pub(crate) csr: String,
     /// In seconds.
     #[prost(int64, tag = "3")]
-    pub(in crate::identity) validity_duration: i64,
+    pub(crate) validity_duration: i64,
     #[prost(message, optional, tag = "4")]
-    pub(in crate::identity) metadata: Option<Struct>,
+    pub(crate) metadata: Option<Struct>,
 }
 
 /// `google.protobuf.Struct`.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(in crate::identity) struct Struct {
+pub(crate) struct Struct {
     #[prost(btree_map = "string, message", tag = "1")]
-    pub(in crate::identity) fields: BTreeMap<String, Value>,
+    pub(crate) fields: BTreeMap<String, Value>,
 }
 
 /// `google.protobuf.Value`, of which only strings are of use here.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(in crate::identity) struct Value {
+pub(crate) struct Value {
     #[prost(string, optional, tag = "3")]
-    pub(in crate::identity) string: Option<String>,
+    pub(crate) string: Option<String>,
 }
 
 /// `IstioCertificateResponse`.
 #[derive(Clone, PartialEq, prost::Message)]
-pub(in crate::identity) struct CertificateResponse {
+pub(crate) struct CertificateResponse {
     /// The leaf first, the root last; each is PEM, and may hold more than one certificate.
     #[prost(string, repeated, tag = "1")]
-    pub(in crate::identity) cert_chain: Vec<String>,
+    pub(crate) cert_chain: Vec<String>,
 }
 
 #[cfg(test)]

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What the controller is told.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::flags::Values;
+use super::{Error, LogConfig, Origin, Surroundings, kubeconfig, values};
+
+/// Everything that `controller` needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ControllerConfig {
+    /// How the Kubernetes API is reached; `None` = as a pod of the cluster.
+    pub kubeconfig: Option<PathBuf>,
+    /// Where lease, Secret, ConfigMap and the agents' service account are.
+    pub namespace: String,
+    /// What this replica is called.
+    pub replica: String,
+    /// How long the leading replica may be silent; from 2 s to 5 min.
+    pub lease: Duration,
+    /// Where certificates are served.
+    pub listen: SocketAddr,
+    /// Where metrics and probes are served.
+    pub metrics: SocketAddr,
+    /// The trust domain of SPIFFE identities.
+    pub trust_domain: String,
+    /// The service account of the agents.
+    pub agent_account: String,
+    /// The audience of the agents' tokens.
+    pub audience: String,
+    /// Names and addresses of the controller, beside its service's.
+    pub serving_names: Vec<String>,
+    /// The longest life of what is signed.
+    pub certificate_life: Duration,
+    /// How long a new root is published before it signs.
+    pub root_overlap: Duration,
+    /// Logs.
+    pub log: LogConfig,
+}
+
+pub(super) fn parse(
+    mut values: Values,
+    around: &impl Surroundings,
+    log: LogConfig,
+) -> Result<Box<ControllerConfig>, Error> {
+    let replica = match values.optional("replica", values::name)? {
+        Some(name) => name,
+        None => around
+            .env("HOSTNAME")
+            .filter(|name| !name.is_empty())
+            .ok_or_else(|| Error::Value {
+                origin: Origin::Default("replica"),
+                value: String::new(),
+                why: "HOSTNAME is not set; give the replica a name of its own".to_owned(),
+            })?,
+    };
+    let between = |least: u64, most: u64| {
+        move |text: &str| {
+            let duration = values::duration(text)?;
+            if (least..=most).contains(&duration.as_secs()) {
+                Ok(duration)
+            } else {
+                Err(format!("expected from {least}s to {most}s"))
+            }
+        }
+    };
+    Ok(Box::new(ControllerConfig {
+        kubeconfig: kubeconfig(&mut values, around)?,
+        namespace: values.required("namespace", values::dns_name)?,
+        replica,
+        lease: values.required("lease", between(2, 300))?,
+        listen: values.required("listen", values::socket_addr)?,
+        metrics: values.required("metrics", values::socket_addr)?,
+        trust_domain: values.required("trust-domain", values::dns_name)?,
+        agent_account: values.required("agent-account", values::dns_name)?,
+        audience: values.required("ca-audience", values::name)?,
+        serving_names: values.list("serving-name", values::name)?,
+        certificate_life: values.required("certificate-life", between(60, 24 * 3600))?,
+        root_overlap: values.required("root-overlap", between(1, 30 * 24 * 3600))?,
+        log,
+    }))
+}

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The mesh's controller beside a test's control plane, under its own service account, with the
+//! roles and admission policies of `deploy/base`.
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use super::Kube;
+use crate::mesh::sum;
+use crate::process::{Cmd, Proc};
+use crate::programs;
+use crate::wait::eventually;
+
+/// Where the release is.
+pub const NAMESPACE: &str = "mesh-system";
+/// The name in the controller's certificate.
+pub const SERVICE: &str = "mesh-controller.mesh-system.svc";
+
+const READY: Duration = Duration::from_secs(60);
+const REQUEST: Duration = Duration::from_secs(10);
+
+/// A running replica; ended when dropped.
+#[derive(Debug)]
+pub struct Controller {
+    process: Proc,
+    listen: SocketAddr,
+    metrics: SocketAddr,
+}
+
+impl Kube {
+    /// Installs what the controller needs: CRDs, its namespace, roles and admission policies, and
+    /// service accounts of controller and agents.
+    ///
+    /// # Errors
+    /// The API server refuses one.
+    pub fn prepare_controller(&self) -> Result<()> {
+        let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy");
+        self.namespace(NAMESPACE, &[])?;
+        self.service_account(NAMESPACE, "mesh-agent")?;
+        for part in ["crds", "base"] {
+            let path = deploy.join(part);
+            let path = path.to_str().context("a path that is text")?;
+            self.kubectl(["apply", "--server-side", "-f", path])?;
+        }
+        for crd in fs::read_dir(deploy.join("crds"))? {
+            let file = crd?.path();
+            let file = file.to_str().context("a path that is text")?;
+            let wait = ["wait", "--for=condition=Established", "--timeout=30s", "-f"];
+            self.kubectl(wait.into_iter().chain([file]))?;
+        }
+        Ok(())
+    }
+
+    /// Starts a replica of the controller at `address` and waits until it serves certificates.
+    ///
+    /// # Errors
+    /// It does not become ready; the error carries the end of its log.
+    pub fn controller(&self, replica: &str, address: IpAddr, flags: &[&str]) -> Result<Controller> {
+        let token = self.token((NAMESPACE, "mesh-controller"), None, None)?;
+        let config = self.token_kubeconfig(&format!("controller-{replica}"), &token)?;
+        let [listen, metrics] = self.place().in_ns(|| {
+            let held = [
+                TcpListener::bind((address, 0))?,
+                TcpListener::bind((address, 0))?,
+            ];
+            Ok([held[0].local_addr()?, held[1].local_addr()?])
+        })?;
+        let command = Cmd::new(programs::agent()?)
+            .args(["controller", "--replica", replica, "--log-level", "debug"])
+            .args(["--kubeconfig".as_ref(), config.as_os_str()])
+            .args(["--listen", &listen.to_string()])
+            .args(["--metrics", &metrics.to_string()])
+            .args(["--serving-name", &address.to_string()])
+            .args(flags);
+        let mut controller = Controller {
+            process: self.place().spawn(command)?,
+            listen,
+            metrics,
+        };
+        let mut ended = None;
+        let ready = eventually("the controller to serve certificates", READY, || {
+            ended = controller.process.ended().ok().flatten();
+            let ready = controller
+                .page(self, "/readyz")
+                .is_ok_and(|page| page == "ok\n");
+            (ready || ended.is_some()).then_some(ready)
+        });
+        match ready {
+            Ok(true) => Ok(controller),
+            _ => anyhow::bail!("not ready ({ended:?}):\n{}", controller.process.log_tail()),
+        }
+    }
+
+    /// A file with the roots that the controller has published.
+    ///
+    /// # Errors
+    /// There are none yet.
+    pub fn ca_bundle(&self) -> Result<PathBuf> {
+        let map = self.get(["configmap", "mesh-ca-root", "-n", NAMESPACE])?;
+        let bundle = map["data"]["ca.crt"].as_str().context("no roots")?;
+        let path = self.place().dir().join("mesh-ca.crt");
+        fs::write(&path, bundle)?;
+        Ok(path)
+    }
+}
+
+impl Controller {
+    /// The URL of the certificate service, by address.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("https://{}", self.listen)
+    }
+
+    /// Where certificates are served.
+    #[must_use]
+    pub fn listen(&self) -> SocketAddr {
+        self.listen
+    }
+
+    /// The process.
+    pub fn process(&mut self) -> &mut Proc {
+        &mut self.process
+    }
+
+    /// A page of probes and metrics.
+    ///
+    /// # Errors
+    /// It is not answered.
+    pub fn page(&self, kube: &Kube, path: &str) -> Result<String> {
+        let url = format!("http://{}{path}", self.metrics);
+        let get = Cmd::new("curl").args(["-sSf", "--max-time", "5", &url]);
+        Ok(kube.place().run(get, REQUEST)?.ok()?.text())
+    }
+
+    /// The sum of a metric's samples with these labels.
+    ///
+    /// # Errors
+    /// The page is not answered.
+    pub fn metric(&self, kube: &Kube, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
+        Ok(sum(&self.page(kube, "/metrics")?, name, labels))
+    }
+
+    /// Whether it leads.
+    ///
+    /// # Errors
+    /// The page is not answered.
+    pub fn leads(&self, kube: &Kube) -> Result<bool> {
+        Ok(self.metric(kube, "mesh_controller_leader", &[])? > 0.5)
+    }
+}

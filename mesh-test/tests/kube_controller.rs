@@ -1,0 +1,525 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The controller against a real API server: what CRDs refuse, whose status says what, who may
+//! write what, and who leads.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::{Duration, Instant};
+
+use mesh_test::kube::Bound;
+use mesh_test::kube::controller::NAMESPACE;
+use mesh_test::{Kube, eventually};
+use serde_json::{Value, json};
+
+const SOON: Duration = Duration::from_secs(30);
+const HERE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+fn kube() -> Kube {
+    let kube = Kube::builder().start().expect("servers");
+    kube.prepare_controller().expect("CRDs, roles, policies");
+    kube.namespace("shop", &[]).expect("namespace");
+    kube
+}
+
+fn object(kind: &str, name: &str, spec: &Value) -> Value {
+    let mut object = json!({
+        "apiVersion": "mesh.rs/v1alpha1", "kind": kind,
+        "metadata": {"name": name}, "spec": spec,
+    });
+    if !kind.starts_with("Cluster") {
+        object["metadata"]["namespace"] = json!("shop");
+    }
+    if kind == "ClusterNetworkPolicy" {
+        object["apiVersion"] = json!("policy.networking.k8s.io/v1alpha2");
+    }
+    object
+}
+
+fn from(peer: &Value) -> Value {
+    json!({"ingress": [{"from": [peer]}]})
+}
+
+#[test]
+fn what_cannot_be_meant_is_refused_with_a_sentence() {
+    let kube = Kube::builder().start().expect("servers");
+    kube.prepare_controller().expect("the CRDs are accepted");
+    kube.namespace("shop", &[]).expect("namespace");
+    let p = "MeshPolicy";
+    let cmp = |more: Value| {
+        let mut spec = json!({"tier": "Baseline", "priority": 1, "ingress": [{}]});
+        spec.as_object_mut()
+            .expect("object")
+            .append(&mut more.as_object().expect("object").clone());
+        spec
+    };
+    let cnp = |to: Value| {
+        json!({"tier": "Admin", "priority": 1, "subject": {"namespaces": {}},
+            "egress": [{"action": "Deny", "to": [to]}]})
+    };
+    let bad: &[(&str, Value, &str)] = &[
+        (
+            p,
+            from(&json!({"ipBlocks": [{"cidr": "10.0.0.0/33"}]})),
+            "is no CIDR, such as 10.0.0.0/8",
+        ),
+        (
+            p,
+            from(&json!({"ipBlocks": [{"cidr": "10.0.0.0/0"}]})),
+            "would match more than it says",
+        ),
+        (
+            p,
+            from(&json!({"ipBlocks": [{"cidr": "10.0.0.0/8", "except": ["11.0.0.0/9"]}]})),
+            "must be a true part of cidr",
+        ),
+        (
+            p,
+            from(&json!({})),
+            "needs one of: selectors and serviceAccounts, or ipBlocks, or entities",
+        ),
+        (
+            p,
+            from(&json!({"entities": ["world"], "podSelector": {}})),
+            "needs one of",
+        ),
+        (
+            p,
+            from(&json!({"serviceAccounts": ["*", "web"]})),
+            "matches every service account",
+        ),
+        (
+            p,
+            from(&json!({"serviceAccounts": ["Shop/web"]})),
+            "should match",
+        ),
+        (
+            p,
+            from(&json!({"podSelector": {"matchLabels": {}}})),
+            "matchLabels is empty and would match everything",
+        ),
+        (
+            p,
+            json!({"podSelector": {"matchExpressions": [{"key": "a", "operator": "In"}]}, "ingress": []}),
+            "In and NotIn need at least one value",
+        ),
+        (
+            p,
+            json!({"ingress": [{"from": []}]}),
+            "leave it out to match everything",
+        ),
+        (
+            p,
+            json!({"ingress": [{"ports": [{"port": 80, "endPort": 79}]}]}),
+            "the range is upside down",
+        ),
+        (
+            p,
+            json!({"ingress": [{"ports": [{"port": 65536}]}]}),
+            "port must be from 1 to 65535",
+        ),
+        (
+            p,
+            json!({"ingress": [{"ports": [{"port": "http", "endPort": 80}]}]}),
+            "needs a port that is a number",
+        ),
+        (p, json!({}), "needs ingress or egress rules"),
+        (
+            p,
+            json!({"action": "Deny", "ingress": []}),
+            "says nothing in a Deny policy",
+        ),
+        (
+            p,
+            json!({"ingress": [{"action": "Deny"}]}),
+            "is for ClusterMeshPolicy",
+        ),
+        (
+            p,
+            json!({"ingress": [{"name": "a"}, {"name": "a"}]}),
+            "two rules have the same name",
+        ),
+        (
+            p,
+            json!({"action": "Refuse", "ingress": []}),
+            "supported values: \"Allow\", \"Deny\"",
+        ),
+        (
+            "ClusterMeshPolicy",
+            cmp(json!({"action": "Pass"})),
+            "Pass is for the Admin tier",
+        ),
+        (
+            "ClusterMeshPolicy",
+            cmp(json!({"priority": 1001})),
+            "less than or equal to 1000",
+        ),
+        (
+            "ClusterMeshPolicy",
+            cmp(json!({"ingress": []})),
+            "is empty and says nothing",
+        ),
+        (
+            "MeshAuthentication",
+            json!({}),
+            "says nothing: needs mtls, ports, outbound or udp",
+        ),
+        (
+            "MeshAuthentication",
+            json!({"ports": [{"port": 1, "mtls": "Strict"}, {"port": 1, "mtls": "Strict"}]}),
+            "Duplicate value",
+        ),
+        (
+            "ClusterNetworkPolicy",
+            cnp(json!({"networks": ["10.0.0.0"]})),
+            "is no CIDR",
+        ),
+        (
+            "ClusterNetworkPolicy",
+            cnp(json!({})),
+            "at least 1 properties",
+        ),
+    ];
+    for (kind, spec, why) in bad {
+        let text = object(kind, "x", spec).to_string();
+        let refused = kube.apply_text(&text).expect_err(&text);
+        assert!(format!("{refused:#}").contains(why), "{text}: {refused:#}");
+    }
+    let good = [
+        (
+            p,
+            from(&json!({"serviceAccounts": ["web", "shop/web", "shop/*"], "podSelector": {}})),
+        ),
+        (
+            p,
+            from(&json!({"ipBlocks": [{"cidr": "fd00::/8", "except": ["fd00::/16"]}]})),
+        ),
+        (
+            p,
+            json!({"ingress": [{"ports": [{"port": "http"}, {"port": 1, "endPort": 65535}]}]}),
+        ),
+        (
+            "ClusterMeshPolicy",
+            cmp(json!({"tier": "Admin", "action": "Pass"})),
+        ),
+        (
+            "MeshAuthentication",
+            json!({"mtls": "Strict", "ports": [{"port": 1, "mtls": "Permissive"}]}),
+        ),
+        (
+            "ClusterNetworkPolicy",
+            cnp(json!({"networks": ["10.0.0.0/8"]})),
+        ),
+    ];
+    for (kind, spec) in good {
+        kube.apply_text(&object(kind, "x", &spec).to_string())
+            .expect("accepted");
+    }
+    let stored = kube.get(["mp", "x", "-n", "shop"]).expect("short name");
+    assert_eq!(stored["spec"]["action"], "Allow", "defaults are filled in");
+    let list = kube.kubectl(["get", "mesh", "-A"]).expect("category");
+    assert!(list.contains("clustermeshpolicy.mesh.rs/x"), "{list}");
+    let explained = kube.kubectl(["explain", "meshpolicy.spec.ingress.from.serviceAccounts"]);
+    let explained = explained.expect("explain");
+    assert!(explained.contains("An Allow needs proof"), "{explained}");
+}
+
+/// A node with what it reports.
+fn report(kube: &Kube, node: &str, in_force: &[(&str, i64)], rejected: &[(&str, i64, &str)]) {
+    let version = |uid: &str, generation: i64| json!({"kind": "MeshPolicy", "namespace": "shop", "name": "p", "uid": uid, "generation": generation});
+    let object = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}});
+    kube.apply_text(&object.to_string()).expect("node");
+    let head = json!({
+        "apiVersion": "mesh.rs/v1alpha1", "kind": "MeshNode",
+        "metadata": {"name": node}, "spec": {},
+    });
+    kube.apply_text(&head.to_string()).expect("MeshNode");
+    let mut report = head;
+    report["status"] = json!({
+        "version": "1",
+        "inForce": in_force.iter().map(|(uid, generation)| version(uid, *generation)).collect::<Vec<_>>(),
+        "rejections": rejected.iter().map(|(uid, generation, field)| {
+            json!({"object": version(uid, *generation), "field": field, "message": "is wrong"})
+        }).collect::<Vec<_>>(),
+    });
+    kube.apply_status(&report.to_string()).expect("status");
+}
+
+fn uid(kube: &Kube, name: &str) -> String {
+    let policy = kube
+        .get(["meshpolicy", name, "-n", "shop"])
+        .expect("policy");
+    policy["metadata"]["uid"]
+        .as_str()
+        .expect("a UID")
+        .to_owned()
+}
+
+/// Waits until a policy's status says that.
+fn says(kube: &Kube, nodes: &str, accepted: &str, in_force: &str) {
+    let condition = |policy: &Value, kind: &str| {
+        let all = policy["status"]["conditions"].as_array().cloned();
+        let one = all
+            .unwrap_or_default()
+            .into_iter()
+            .find(|one| one["type"] == kind);
+        let one = one.unwrap_or_default();
+        format!(
+            "{} {}",
+            one["status"].as_str().unwrap_or("-"),
+            one["message"].as_str().unwrap_or("-")
+        )
+    };
+    kube.until(SOON, &["meshpolicy", "p", "-n", "shop"], |policy| {
+        policy["status"]["nodes"] == nodes
+            && condition(policy, "Accepted") == accepted
+            && condition(policy, "InForce") == in_force
+    })
+    .expect(in_force);
+}
+
+#[test]
+fn conditions_follow_nodes_that_join_lag_reject_and_leave() {
+    let kube = kube();
+    let policy = |priority: &str| {
+        let spec = json!({"podSelector": {"matchLabels": {"v": priority}}, "ingress": []});
+        kube.apply_text(&object("MeshPolicy", "p", &spec).to_string())
+            .expect("policy");
+    };
+    policy("1");
+    let controller = kube
+        .controller("a", HERE, &["--lease", "3s"])
+        .expect("controller");
+    says(
+        &kube,
+        "0/0",
+        "Unknown no node runs an agent",
+        "Unknown no node runs an agent",
+    );
+    let uid = uid(&kube, "p");
+
+    let good = "True every field can be used";
+    for node in ["n1", "n2", "n3"] {
+        report(&kube, node, &[(&uid, 1)], &[]);
+    }
+    says(&kube, "3/3", good, "True in force on 3 of 3 nodes");
+    policy("2");
+    says(
+        &kube,
+        "0/3",
+        "Unknown no node has reported on this version yet",
+        "False in force on 0 of 3 nodes; waiting for n1, n2, n3",
+    );
+    report(&kube, "n1", &[(&uid, 2)], &[]);
+    report(&kube, "n2", &[(&uid, 2)], &[]);
+    says(
+        &kube,
+        "2/3",
+        good,
+        "False in force on 2 of 3 nodes; waiting for n3",
+    );
+    report(&kube, "n3", &[(&uid, 1)], &[(&uid, 2, "spec.x")]);
+    says(
+        &kube,
+        "2/3",
+        "False spec.x: is wrong",
+        "False in force on 2 of 3 nodes; rejected by n3",
+    );
+    // A node that is gone counts no more, and its report goes with it.
+    kube.kubectl(["delete", "node", "n3"]).expect("delete");
+    says(&kube, "2/2", good, "True in force on 2 of 2 nodes");
+    eventually("the report to go", SOON, || {
+        kube.get(["meshnode", "n3"]).is_err().then_some(())
+    })
+    .expect("gone");
+
+    // Where nothing changes nothing is written.
+    let writes = || {
+        let name = "mesh_controller_status_writes_total";
+        controller.metric(&kube, name, &[]).expect("metric")
+    };
+    let version = || {
+        kube.get(["meshpolicy", "p", "-n", "shop"]).expect("get")["metadata"]["resourceVersion"]
+            .clone()
+    };
+    let (count, before) = (writes(), version());
+    let quiet = Instant::now();
+    while quiet.elapsed() < Duration::from_secs(3) {
+        assert!((writes() - count).abs() < 0.5, "nothing changed");
+    }
+    assert_eq!(version(), before);
+
+    // Many changes at once are written one after the other, each once.
+    let many: Vec<String> = (0..60)
+        .map(|n| object("MeshPolicy", &format!("q{n}"), &json!({"ingress": []})).to_string())
+        .collect();
+    let begun = Instant::now();
+    kube.apply_text(&many.join("\n---\n")).expect("policies");
+    let done = |list: &Value| {
+        let all = list["items"].as_array().cloned().unwrap_or_default();
+        all.len() == 61 && all.iter().all(|one| one["status"]["nodes"].is_string())
+    };
+    kube.until(SOON, &["meshpolicy", "-n", "shop"], done)
+        .expect("all have a status");
+    let rate = (writes() - count) / begun.elapsed().as_secs_f64();
+    assert!(rate < 21.0, "{rate} writes a second");
+    assert!(
+        writes() - count < 75.0,
+        "{} writes for 60 policies",
+        writes() - count
+    );
+}
+
+#[test]
+fn an_agents_token_writes_the_report_of_its_node_and_nothing_else() {
+    let kube = kube();
+    // A role that allows more than agents have: what is refused then is refused by admission.
+    let role = r#"
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: too-much}
+rules: [{apiGroups: ["mesh.rs"], resources: ["*"], verbs: ["*"]}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: too-much}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: too-much}
+subjects: [{kind: ServiceAccount, name: mesh-agent, namespace: mesh-system}]
+"#;
+    kube.apply_text(role).expect("role");
+    let spec = json!({"ingress": []});
+    kube.apply_text(&object("MeshPolicy", "p", &spec).to_string())
+        .expect("policy");
+    for node in ["n1", "n2"] {
+        let pod = format!(
+            "{{apiVersion: v1, kind: Node, metadata: {{name: {node}}}}}\n---\n\
+             {{apiVersion: v1, kind: Pod, metadata: {{name: agent-{node}, namespace: {NAMESPACE}}}, \
+             spec: {{nodeName: {node}, serviceAccountName: mesh-agent, containers: [{{name: c, image: none}}]}}}}"
+        );
+        kube.apply_text(&pod).expect("node and pod");
+    }
+    let agent = |name: &str, bound| {
+        let token = kube
+            .token((NAMESPACE, "mesh-agent"), None, bound)
+            .expect("token");
+        kube.token_kubeconfig(name, &token).expect("kubeconfig")
+    };
+    let n1 = agent("n1", Some(Bound::Pod("agent-n1")));
+    let unbound = agent("unbound", None);
+    let apply = |config: &std::path::Path, object: &Value, status: bool| {
+        let mut command = kube
+            .kubectl_as(
+                config,
+                ["apply", "--server-side", "--force-conflicts", "-f", "-"],
+            )
+            .expect("kubectl");
+        if status {
+            command = command.args(["--subresource=status"]);
+        }
+        let output = kube
+            .place()
+            .run(command.input(object.to_string()), SOON)
+            .expect("it ends");
+        (output.status.success(), output.to_string())
+    };
+    let node = |name: &str| {
+        json!({
+            "apiVersion": "mesh.rs/v1alpha1", "kind": "MeshNode", "metadata": {"name": name},
+            "spec": {}, "status": {"version": "1"},
+        })
+    };
+    let own = node("n1");
+    let refused = |config: &std::path::Path, object: &Value, status: bool, why: &str| {
+        let (done, said) = apply(config, object, status);
+        assert!(!done && said.contains(why), "{why}: {said}");
+    };
+    // Admission policies count a moment after they were made.
+    eventually("the policies to count", SOON, || {
+        (!apply(&n1, &node("n2"), false).0).then_some(())
+    })
+    .expect("refused");
+    kube.kubectl(["delete", "meshnode", "n2", "--ignore-not-found"])
+        .expect("delete");
+
+    let (done, said) = apply(&n1, &own, false);
+    assert!(done, "{said}");
+    let (done, said) = apply(&n1, &own, true);
+    assert!(done, "{said}");
+    refused(
+        &n1,
+        &node("n2"),
+        false,
+        "may write its own MeshNode only, not n2",
+    );
+    kube.apply_text(&node("n2").to_string())
+        .expect("by its own agent");
+    refused(
+        &n1,
+        &node("n2"),
+        true,
+        "may write its own MeshNode only, not n2",
+    );
+    refused(&unbound, &own, true, "not bound to a node");
+    let mut policy = object("MeshPolicy", "p", &spec);
+    policy["status"] = json!({"nodes": "3/3"});
+    refused(&n1, &policy, true, "their status is the controller's");
+    policy["spec"] = json!({"action": "Deny", "ingress": [{}]});
+    refused(&n1, &policy, false, "their status is the controller's");
+    let delete = kube
+        .kubectl_as(&n1, ["delete", "meshnode", "n2"])
+        .expect("kubectl");
+    let output = kube.place().run(delete, SOON).expect("it ends");
+    assert!(!output.status.success(), "{output}");
+}
+
+#[test]
+fn one_replica_leads_and_another_takes_over() {
+    let kube = kube();
+    let flags = ["--lease", "3s"];
+    let mut a = kube.controller("a", HERE, &flags).expect("a");
+    let mut b = kube.controller("b", HERE, &flags).expect("b");
+    assert!(a.leads(&kube).expect("a") && !b.leads(&kube).expect("b"));
+    let spec = json!({"ingress": []});
+    kube.apply_text(&object("MeshPolicy", "p", &spec).to_string())
+        .expect("policy");
+    let nobody = "Unknown no node runs an agent";
+    says(&kube, "0/0", nobody, nobody);
+    let writes = b.metric(&kube, "mesh_controller_status_writes_total", &[]);
+    assert!(
+        writes.expect("metric") < 0.5,
+        "who does not lead writes nothing"
+    );
+
+    // Killed: another leads when the lease has ended, and goes on.
+    a.process().kill().expect("kill");
+    let begun = Instant::now();
+    eventually("b to lead", SOON, || {
+        b.leads(&kube).ok().filter(|leads| *leads)
+    })
+    .expect("b leads");
+    assert!(
+        begun.elapsed() > Duration::from_secs(1),
+        "not while the lease holds"
+    );
+    report(&kube, "n1", &[(&uid(&kube, "p"), 1)], &[]);
+    says(
+        &kube,
+        "1/1",
+        "True every field can be used",
+        "True in force on 1 of 1 nodes",
+    );
+
+    // Told to end it lets go at once.
+    let a = kube.controller("a", HERE, &flags).expect("a again");
+    assert!(!a.leads(&kube).expect("a"));
+    b.process().signal(libc::SIGTERM).expect("SIGTERM");
+    let status = b.process().wait(SOON).expect("it ends");
+    assert!(status.success(), "{status}");
+    let lease = kube
+        .get(["lease", "mesh-controller", "-n", NAMESPACE])
+        .expect("lease");
+    let holder = lease["spec"]["holderIdentity"].as_str().unwrap_or_default();
+    assert!(matches!(holder, "" | "a"), "{holder}");
+    eventually("a to lead", SOON, || {
+        a.leads(&kube).ok().filter(|leads| *leads)
+    })
+    .expect("a leads");
+}
