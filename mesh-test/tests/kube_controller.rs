@@ -165,7 +165,7 @@ fn what_cannot_be_meant_is_refused_with_a_sentence() {
         (
             "MeshAuthentication",
             json!({"ports": [{"port": 1, "mtls": "Strict"}, {"port": 1, "mtls": "Strict"}]}),
-            "Duplicate value",
+            "duplicate entries for key",
         ),
         (
             "ClusterNetworkPolicy",
@@ -219,6 +219,7 @@ fn what_cannot_be_meant_is_refused_with_a_sentence() {
     assert!(list.contains("clustermeshpolicy.mesh.rs/x"), "{list}");
     let explained = kube.kubectl(["explain", "meshpolicy.spec.ingress.from.serviceAccounts"]);
     let explained = explained.expect("explain");
+    let explained = explained.split_whitespace().collect::<Vec<_>>().join(" ");
     assert!(explained.contains("An Allow needs proof"), "{explained}");
 }
 

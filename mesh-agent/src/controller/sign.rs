@@ -45,8 +45,10 @@ pub(super) fn read(pem: &str) -> Result<Asked, Outcome> {
     if pem.len() > CSR_MAX {
         return Err(Outcome::Oversized);
     }
-    let der = CertificateSigningRequestDer::from_pem_slice(pem.as_bytes())
-        .map_err(|_no_pem| Outcome::Malformed)?;
+    let mut all = CertificateSigningRequestDer::pem_slice_iter(pem.as_bytes());
+    let (Some(Ok(der)), None) = (all.next(), all.next()) else {
+        return Err(Outcome::Malformed);
+    };
     let (rest, request) =
         X509CertificationRequest::from_der(&der).map_err(|_no_csr| Outcome::Malformed)?;
     if !rest.is_empty() {

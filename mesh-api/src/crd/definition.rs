@@ -36,6 +36,7 @@ pub fn definitions() -> Result<Vec<(String, Value)>, serde_json::Error> {
 /// - `nullable`: a template that leaves `from: null` behind would mean "everybody"; null is refused.
 /// - Defaults that say nothing, so that objects are stored as they were written.
 /// - Formats of numbers that Kubernetes does not know, and warns about.
+/// - Ends of lines inside sentences, which `kubectl explain` would keep.
 fn tidy(value: &mut Value) {
     match value {
         Value::Array(items) => items.iter_mut().for_each(tidy),
@@ -54,6 +55,10 @@ fn tidy(value: &mut Value) {
             let format = fields.get("format").and_then(Value::as_str);
             if format.is_some_and(|format| format.starts_with("uint")) {
                 fields.remove("format");
+            }
+            if let Some(Value::String(text)) = fields.get_mut("description") {
+                let sentences = text.split("\n\n").map(|part| part.replace('\n', " "));
+                *text = sentences.collect::<Vec<_>>().join("\n\n");
             }
             fields.values_mut().for_each(tidy);
         }

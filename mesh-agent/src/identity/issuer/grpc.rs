@@ -41,7 +41,7 @@ use self::wire::{
 /// For DNS, TCP and TLS together.
 const CONNECT: Duration = Duration::from_secs(5);
 /// How often the bundle is looked at for a new root.
-const POLL: Duration = Duration::from_secs(30);
+const POLL: Duration = Duration::from_secs(5);
 /// A chain of a dozen certificates, with a bundle of as many roots, is below this.
 const ANSWER_MAX: usize = 256 << 10;
 /// As much of a CA's explanation as is worth a log line.
