@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The controller against a real API server: what CRDs refuse, whose status says what, who may
-//! write what, and who leads.
+//! The controller against a real API server: whose status says what, who may write what, and who
+//! leads.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 
 use mesh_test::kube::Bound;
-use mesh_test::kube::controller::NAMESPACE;
+use mesh_test::kube::controller::{Controller, NAMESPACE};
 use mesh_test::{Kube, eventually};
 use serde_json::{Value, json};
 
@@ -28,199 +28,7 @@ fn object(kind: &str, name: &str, spec: &Value) -> Value {
     if !kind.starts_with("Cluster") {
         object["metadata"]["namespace"] = json!("shop");
     }
-    if kind == "ClusterNetworkPolicy" {
-        object["apiVersion"] = json!("policy.networking.k8s.io/v1alpha2");
-    }
     object
-}
-
-fn from(peer: &Value) -> Value {
-    json!({"ingress": [{"from": [peer]}]})
-}
-
-#[test]
-fn what_cannot_be_meant_is_refused_with_a_sentence() {
-    let kube = Kube::builder().start().expect("servers");
-    kube.prepare_controller().expect("the CRDs are accepted");
-    kube.namespace("shop", &[]).expect("namespace");
-    let p = "MeshPolicy";
-    let cmp = |more: Value| {
-        let mut spec = json!({"tier": "Baseline", "priority": 1, "ingress": [{}]});
-        spec.as_object_mut()
-            .expect("object")
-            .append(&mut more.as_object().expect("object").clone());
-        spec
-    };
-    let cnp = |to: Value| {
-        json!({"tier": "Admin", "priority": 1, "subject": {"namespaces": {}},
-            "egress": [{"action": "Deny", "to": [to]}]})
-    };
-    let bad: &[(&str, Value, &str)] = &[
-        (
-            p,
-            from(&json!({"ipBlocks": [{"cidr": "10.0.0.0/33"}]})),
-            "is no CIDR, such as 10.0.0.0/8",
-        ),
-        (
-            p,
-            from(&json!({"ipBlocks": [{"cidr": "10.0.0.0/0"}]})),
-            "would match more than it says",
-        ),
-        (
-            p,
-            from(&json!({"ipBlocks": [{"cidr": "10.0.0.0/8", "except": ["11.0.0.0/9"]}]})),
-            "must be a true part of cidr",
-        ),
-        (
-            p,
-            from(&json!({})),
-            "needs one of: selectors and serviceAccounts, or ipBlocks, or entities",
-        ),
-        (
-            p,
-            from(&json!({"entities": ["world"], "podSelector": {}})),
-            "needs one of",
-        ),
-        (
-            p,
-            from(&json!({"serviceAccounts": ["*", "web"]})),
-            "matches every service account",
-        ),
-        (
-            p,
-            from(&json!({"serviceAccounts": ["Shop/web"]})),
-            "should match",
-        ),
-        (
-            p,
-            from(&json!({"podSelector": {"matchLabels": {}}})),
-            "matchLabels is empty and would match everything",
-        ),
-        (
-            p,
-            json!({"podSelector": {"matchExpressions": [{"key": "a", "operator": "In"}]}, "ingress": []}),
-            "In and NotIn need at least one value",
-        ),
-        (
-            p,
-            json!({"ingress": [{"from": []}]}),
-            "leave it out to match everything",
-        ),
-        (
-            p,
-            json!({"ingress": [{"ports": [{"port": 80, "endPort": 79}]}]}),
-            "the range is upside down",
-        ),
-        (
-            p,
-            json!({"ingress": [{"ports": [{"port": 65536}]}]}),
-            "port must be from 1 to 65535",
-        ),
-        (
-            p,
-            json!({"ingress": [{"ports": [{"port": "http", "endPort": 80}]}]}),
-            "needs a port that is a number",
-        ),
-        (p, json!({}), "needs ingress or egress rules"),
-        (
-            p,
-            json!({"action": "Deny", "ingress": []}),
-            "says nothing in a Deny policy",
-        ),
-        (
-            p,
-            json!({"ingress": [{"action": "Deny"}]}),
-            "is for ClusterMeshPolicy",
-        ),
-        (
-            p,
-            json!({"ingress": [{"name": "a"}, {"name": "a"}]}),
-            "two rules have the same name",
-        ),
-        (
-            p,
-            json!({"action": "Refuse", "ingress": []}),
-            "supported values: \"Allow\", \"Deny\"",
-        ),
-        (
-            "ClusterMeshPolicy",
-            cmp(json!({"action": "Pass"})),
-            "Pass is for the Admin tier",
-        ),
-        (
-            "ClusterMeshPolicy",
-            cmp(json!({"priority": 1001})),
-            "less than or equal to 1000",
-        ),
-        (
-            "ClusterMeshPolicy",
-            cmp(json!({"ingress": []})),
-            "is empty and says nothing",
-        ),
-        (
-            "MeshAuthentication",
-            json!({}),
-            "says nothing: needs mtls, ports, outbound or udp",
-        ),
-        (
-            "MeshAuthentication",
-            json!({"ports": [{"port": 1, "mtls": "Strict"}, {"port": 1, "mtls": "Strict"}]}),
-            "duplicate entries for key",
-        ),
-        (
-            "ClusterNetworkPolicy",
-            cnp(json!({"networks": ["10.0.0.0"]})),
-            "is no CIDR",
-        ),
-        (
-            "ClusterNetworkPolicy",
-            cnp(json!({})),
-            "at least 1 properties",
-        ),
-    ];
-    for (kind, spec, why) in bad {
-        let text = object(kind, "x", spec).to_string();
-        let refused = kube.apply_text(&text).expect_err(&text);
-        assert!(format!("{refused:#}").contains(why), "{text}: {refused:#}");
-    }
-    let good = [
-        (
-            p,
-            from(&json!({"serviceAccounts": ["web", "shop/web", "shop/*"], "podSelector": {}})),
-        ),
-        (
-            p,
-            from(&json!({"ipBlocks": [{"cidr": "fd00::/8", "except": ["fd00::/16"]}]})),
-        ),
-        (
-            p,
-            json!({"ingress": [{"ports": [{"port": "http"}, {"port": 1, "endPort": 65535}]}]}),
-        ),
-        (
-            "ClusterMeshPolicy",
-            cmp(json!({"tier": "Admin", "action": "Pass"})),
-        ),
-        (
-            "MeshAuthentication",
-            json!({"mtls": "Strict", "ports": [{"port": 1, "mtls": "Permissive"}]}),
-        ),
-        (
-            "ClusterNetworkPolicy",
-            cnp(json!({"networks": ["10.0.0.0/8"]})),
-        ),
-    ];
-    for (kind, spec) in good {
-        kube.apply_text(&object(kind, "x", &spec).to_string())
-            .expect("accepted");
-    }
-    let stored = kube.get(["mp", "x", "-n", "shop"]).expect("short name");
-    assert_eq!(stored["spec"]["action"], "Allow", "defaults are filled in");
-    let list = kube.kubectl(["get", "mesh", "-A"]).expect("category");
-    assert!(list.contains("clustermeshpolicy.mesh.rs/x"), "{list}");
-    let explained = kube.kubectl(["explain", "meshpolicy.spec.ingress.from.serviceAccounts"]);
-    let explained = explained.expect("explain");
-    let explained = explained.split_whitespace().collect::<Vec<_>>().join(" ");
-    assert!(explained.contains("An Allow needs proof"), "{explained}");
 }
 
 /// A node with what it reports.
@@ -332,10 +140,14 @@ fn conditions_follow_nodes_that_join_lag_reject_and_leave() {
     })
     .expect("gone");
 
-    // Where nothing changes nothing is written.
+    writes_are_few(&kube, &controller);
+}
+
+/// Nothing without a change, and many changes one after the other.
+fn writes_are_few(kube: &Kube, controller: &Controller) {
     let writes = || {
         let name = "mesh_controller_status_writes_total";
-        controller.metric(&kube, name, &[]).expect("metric")
+        controller.metric(kube, name, &[]).expect("metric")
     };
     let version = || {
         kube.get(["meshpolicy", "p", "-n", "shop"]).expect("get")["metadata"]["resourceVersion"]
@@ -369,11 +181,8 @@ fn conditions_follow_nodes_that_join_lag_reject_and_leave() {
     );
 }
 
-#[test]
-fn an_agents_token_writes_the_report_of_its_node_and_nothing_else() {
-    let kube = kube();
-    // A role that allows more than agents have: what is refused then is refused by admission.
-    let role = r#"
+/// Allows more than agents have: what is refused then is refused by admission.
+const TOO_MUCH: &str = r#"
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole
 metadata: {name: too-much}
@@ -385,10 +194,9 @@ metadata: {name: too-much}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: too-much}
 subjects: [{kind: ServiceAccount, name: mesh-agent, namespace: mesh-system}]
 "#;
-    kube.apply_text(role).expect("role");
-    let spec = json!({"ingress": []});
-    kube.apply_text(&object("MeshPolicy", "p", &spec).to_string())
-        .expect("policy");
+
+/// Nodes n1 and n2, with a pod of the agents on each.
+fn agents_pods(kube: &Kube) {
     for node in ["n1", "n2"] {
         let pod = format!(
             "{{apiVersion: v1, kind: Node, metadata: {{name: {node}}}}}\n---\n\
@@ -397,6 +205,16 @@ subjects: [{kind: ServiceAccount, name: mesh-agent, namespace: mesh-system}]
         );
         kube.apply_text(&pod).expect("node and pod");
     }
+}
+
+#[test]
+fn an_agents_token_writes_the_report_of_its_node_and_nothing_else() {
+    let kube = kube();
+    kube.apply_text(TOO_MUCH).expect("role");
+    agents_pods(&kube);
+    let spec = json!({"ingress": []});
+    kube.apply_text(&object("MeshPolicy", "p", &spec).to_string())
+        .expect("policy");
     let agent = |name: &str, bound| {
         let token = kube
             .token((NAMESPACE, "mesh-agent"), None, bound)

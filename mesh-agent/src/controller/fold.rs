@@ -14,13 +14,17 @@ const REJECTIONS: usize = 16;
 /// Nodes that a message names.
 const NAMED: usize = 5;
 
+/// An object's UID and generation.
+type Version<'a> = (&'a str, i64);
+/// Field and message of each rejection, and who says it.
+type Fields<'a> = BTreeMap<(&'a str, &'a str), BTreeSet<&'a str>>;
+
 /// What all nodes report.
 #[derive(Debug, Default)]
 pub(super) struct Reports<'a> {
     nodes: BTreeSet<&'a str>,
-    /// By UID and generation.
-    in_force: BTreeMap<(&'a str, i64), BTreeSet<&'a str>>,
-    rejected: BTreeMap<(&'a str, i64), BTreeMap<(&'a str, &'a str), BTreeSet<&'a str>>>,
+    in_force: BTreeMap<Version<'a>, BTreeSet<&'a str>>,
+    rejected: BTreeMap<Version<'a>, Fields<'a>>,
 }
 
 impl<'a> Reports<'a> {
@@ -211,7 +215,8 @@ mod tests {
 
     #[test]
     fn counts_and_conditions() {
-        let rows: &[(&[(&str, MeshNodeStatus)], &str, &str, &str)] = &[
+        type Nodes<'a> = &'a [(&'a str, MeshNodeStatus)];
+        let rows: &[(Nodes<'_>, &str, &str, &str)] = &[
             (
                 &[],
                 "0/0",

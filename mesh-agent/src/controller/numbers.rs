@@ -5,6 +5,9 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
 
+/// Name, kind and help of a metric, and its rows of labels and value.
+type Family = (&'static str, &'static str, &'static str, Vec<(String, i64)>);
+
 /// What came of a request for a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
@@ -126,87 +129,67 @@ impl Numbers {
 
     /// The page of `/metrics`.
     pub(super) fn page(&self) -> String {
-        let all = &self.0;
         let mut page = String::new();
-        let mut family = |name: &str, kind: &str, help: &str, rows: Vec<(String, i64)>| {
-            write!(page, "# HELP {name} {help}\n# TYPE {name} {kind}\n")?;
+        for (name, kind, help, rows) in self.families() {
+            let head = write!(page, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
+            head.expect("a String takes everything");
             for (labels, value) in rows {
-                writeln!(page, "{name}{labels} {value}")?;
+                writeln!(page, "{name}{labels} {value}").expect("a String takes everything");
             }
-            Ok::<_, std::fmt::Error>(())
-        };
+        }
+        page
+    }
+
+    fn families(&self) -> Vec<Family> {
+        let all = &self.0;
         let count = |counter: &AtomicU64| i64::try_from(counter.load(Relaxed)).unwrap_or(i64::MAX);
         let one = |value: i64| vec![(String::new(), value)];
+        let gauge = |name, help, value| (name, "gauge", help, one(value));
+        let result = |label: &str, counter| (format!("{{result=\"{label}\"}}"), count(counter));
         let requests = Outcome::ALL.iter().zip(&all.requests);
-        let requests = requests
-            .map(|(outcome, counter)| {
-                (
-                    format!("{{result=\"{}\"}}", outcome.label()),
-                    count(counter),
-                )
-            })
-            .collect();
-        let written = family(
-            "mesh_ca_requests_total",
-            "counter",
-            "Requests for certificates.",
-            requests,
-        )
-        .and_then(|()| {
-            family(
+        let requests = requests.map(|(outcome, counter)| result(outcome.label(), counter));
+        let writes = vec![
+            result("done", &all.status_writes),
+            result("failed", &all.status_failures),
+        ];
+        vec![
+            (
+                "mesh_ca_requests_total",
+                "counter",
+                "Requests for certificates.",
+                requests.collect(),
+            ),
+            gauge(
                 "mesh_ca_roots",
-                "gauge",
                 "Roots that are published.",
-                one(count(&all.roots)),
-            )
-        })
-        .and_then(|()| {
-            family(
+                count(&all.roots),
+            ),
+            gauge(
                 "mesh_ca_root_expiry_timestamp_seconds",
-                "gauge",
                 "When the root that signs ends.",
-                one(all.root_expiry.load(Relaxed)),
-            )
-        })
-        .and_then(|()| {
-            family(
+                all.root_expiry.load(Relaxed),
+            ),
+            gauge(
                 "mesh_ca_signer_expiry_timestamp_seconds",
-                "gauge",
                 "When the intermediate that signs ends.",
-                one(all.signer_expiry.load(Relaxed)),
-            )
-        })
-        .and_then(|()| {
-            family(
+                all.signer_expiry.load(Relaxed),
+            ),
+            gauge(
                 "mesh_controller_leader",
-                "gauge",
                 "1 on the replica that holds the lease.",
-                one(count(&all.leader)),
-            )
-        })
-        .and_then(|()| {
-            family(
+                count(&all.leader),
+            ),
+            gauge(
                 "mesh_controller_nodes",
-                "gauge",
                 "Nodes that count in status.",
-                one(count(&all.nodes)),
-            )
-        })
-        .and_then(|()| {
-            family(
+                count(&all.nodes),
+            ),
+            (
                 "mesh_controller_status_writes_total",
                 "counter",
                 "Status of policies written, by whether it was accepted.",
-                vec![
-                    ("{result=\"done\"}".to_owned(), count(&all.status_writes)),
-                    (
-                        "{result=\"failed\"}".to_owned(),
-                        count(&all.status_failures),
-                    ),
-                ],
-            )
-        });
-        written.expect("a String takes everything");
-        page
+                writes,
+            ),
+        ]
     }
 }
