@@ -35,6 +35,7 @@ mod spiffe;
 mod tls;
 mod verify;
 
+#[cfg(feature = "kubernetes")]
 pub(crate) use self::issuer::wire;
 pub use self::{
     certificate::Certificate,

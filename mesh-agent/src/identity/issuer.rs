@@ -15,6 +15,7 @@ pub(super) mod grpc;
 mod self_signed;
 
 pub use self::grpc::GrpcCa;
+#[cfg(feature = "kubernetes")]
 pub(crate) use self::grpc::wire;
 pub(super) use self::{files::Files, grpc::Grpc, self_signed::SelfSigned};
 
