@@ -4,8 +4,9 @@
 //! Connections and handshakes are bounded and have deadlines; a connection ends after some minutes,
 //! so that agents spread over replicas and meet the newest certificate.
 
+use std::collections::BTreeMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -31,6 +32,8 @@ use crate::logging::warn_limited;
 
 /// Connections at once: one for each agent, and room for those that are being replaced.
 const CONNECTIONS: usize = 4096;
+/// Connections from one address; an agent needs one.
+const FROM_ONE: usize = 64;
 /// Handshakes that wait for the server to take them.
 const WAITING: usize = 64;
 const HANDSHAKE: Duration = Duration::from_secs(5);
@@ -96,6 +99,7 @@ pub(super) async fn serve(
 
 async fn accept(listener: TcpListener, acceptor: TlsAcceptor, ready: mpsc::Sender<Connection>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut sources: BTreeMap<IpAddr, Arc<Semaphore>> = BTreeMap::new();
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else {
             return;
@@ -109,6 +113,16 @@ async fn accept(listener: TcpListener, acceptor: TlsAcceptor, ready: mpsc::Sende
                 continue;
             }
         };
+        if sources.len() > CONNECTIONS {
+            // Who holds a connection holds its semaphore.
+            sources.retain(|_, source| Arc::strong_count(source) > 1);
+        }
+        let source = sources.entry(remote.ip().to_canonical());
+        let source = source.or_insert_with(|| Arc::new(Semaphore::new(FROM_ONE)));
+        let Ok(share) = Arc::clone(source).try_acquire_owned() else {
+            tracing::debug!(%remote, "too many connections from this address");
+            continue;
+        };
         let (acceptor, ready) = (acceptor.clone(), ready.clone());
         tokio::spawn(async move {
             match timeout(HANDSHAKE, acceptor.accept(stream)).await {
@@ -116,7 +130,7 @@ async fn accept(listener: TcpListener, acceptor: TlsAcceptor, ready: mpsc::Sende
                     let connection = Connection {
                         stream,
                         remote,
-                        _place: place,
+                        _places: [place, share],
                     };
                     if ready.send(connection).await.is_err() {
                         tracing::debug!("the server has ended");
@@ -129,11 +143,11 @@ async fn accept(listener: TcpListener, acceptor: TlsAcceptor, ready: mpsc::Sende
     }
 }
 
-/// A connection, and its place among all.
+/// A connection, and its places among all and among those of its address.
 struct Connection {
     stream: TlsStream<TcpStream>,
     remote: SocketAddr,
-    _place: OwnedSemaphorePermit,
+    _places: [OwnedSemaphorePermit; 2],
 }
 
 impl Connected for Connection {
