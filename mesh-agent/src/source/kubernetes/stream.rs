@@ -33,6 +33,11 @@ const SILENCE: Duration = Duration::from_secs(150);
 /// The first pause after an error, and the longest. Each is a random part of its bound.
 const PAUSE: Duration = Duration::from_millis(400);
 const LONGEST_PAUSE: Duration = Duration::from_secs(20);
+/// A watch that ended after less than this did not end because its time was over.
+const BRIEF: Duration = Duration::from_secs(1);
+/// After so many refusals in a row the place in the history may be the reason: one of another
+/// server, or of before a backup was restored.
+const REFUSALS: u32 = 4;
 /// A kind that was there is gone when the server has said so for this long: one that starts, or one
 /// of several, may not know it yet.
 const GONE: Duration = Duration::from_secs(10);
@@ -64,6 +69,8 @@ enum End {
     Expired,
     /// The kind is not there.
     Absent,
+    /// The server answers, and cannot do it.
+    Refused(String),
     Failed(String),
 }
 
@@ -81,7 +88,7 @@ impl From<kube::Error> for End {
         match status.code {
             410 => Self::Expired,
             404 => Self::Absent,
-            code => Self::Failed(format!("the API server says: {} ({code})", status.message)),
+            code => Self::Refused(format!("the API server says: {} ({code})", status.message)),
         }
     }
 }
@@ -94,6 +101,7 @@ pub(super) async fn follow(client: Client, kind: &'static Kind, to: Sender<(&'st
         to,
         at: None,
         failures: 0,
+        refusals: 0,
         missing: None,
         was_there: false,
     };
@@ -106,6 +114,7 @@ pub(super) async fn follow(client: Client, kind: &'static Kind, to: Sender<(&'st
                 stream.failed(None).await
             }
             End::Absent => stream.absent().await,
+            End::Refused(why) => stream.refused(why).await,
             End::Failed(why) => stream.failed(Some(why)).await,
         };
         if went_on.is_err() {
@@ -122,6 +131,8 @@ struct Stream {
     at: Option<String>,
     /// In a row.
     failures: u32,
+    /// Of these, since the server last took a watch.
+    refusals: u32,
     /// Since when the server says that there is no such kind.
     missing: Option<Instant>,
     was_there: bool,
@@ -167,7 +178,12 @@ impl Stream {
             if self.at.is_none() {
                 self.list().await?;
             }
+            let began = Instant::now();
             self.watch().await?;
+            if began.elapsed() < BRIEF {
+                // Something between here and there ends every answer: not faster than this.
+                sleep(pause(2)).await;
+            }
         }
     }
 
@@ -220,6 +236,7 @@ impl Stream {
         let answer = timeout(ANSWER, self.client.request_stream(request)).await;
         let mut lines = answer.map_err(|_elapsed| too_slow())??.lines_of();
         self.failures = 0;
+        self.refusals = 0;
         self.missing = None;
         self.tell(News::Health(None)).await?;
         loop {
@@ -239,7 +256,7 @@ impl Stream {
             let refusal: Refusal = serde_json::from_str(line.object.get()).map_err(unreadable)?;
             return Err(match refusal.code {
                 410 => End::Expired,
-                code => End::Failed(format!("the watch ended: {} ({code})", refusal.message)),
+                code => End::Refused(format!("the watch ended: {} ({code})", refusal.message)),
             });
         }
         let object = self.read(line.object)?;
@@ -274,6 +291,15 @@ impl Stream {
         sleep(pause(self.failures)).await;
         self.failures = self.failures.saturating_add(1);
         Ok(())
+    }
+
+    async fn refused(&mut self, why: String) -> Result<(), Closed> {
+        self.refusals += 1;
+        if self.refusals >= REFUSALS {
+            self.refusals = 0;
+            self.at = None;
+        }
+        self.failed(Some(why)).await
     }
 
     async fn absent(&mut self) -> Result<(), Closed> {
