@@ -14,7 +14,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use mesh_plan::{Cluster, Rejection};
+use mesh_plan::Rejection;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
@@ -139,7 +139,6 @@ async fn serve(config: Config, level: Option<Level>) -> Result<(), Error> {
 struct Rooms {
     metrics: Metrics,
     readiness: Readiness,
-    facts: watch::Receiver<Arc<Cluster>>,
     views: control::Views,
     rejections: watch::Receiver<Arc<Vec<Rejection>>>,
     source: watch::Receiver<Arc<source::Report>>,
@@ -206,7 +205,6 @@ impl Rooms {
             trust_domain,
             silent: config.deny == Deny::Drop,
         };
-        let known = facts.cluster.clone();
         let report = facts.report.clone();
         let kernel = (kernel, finder(config));
         let control = start_control(settings, kernel, facts, outputs, writes_end)?;
@@ -217,7 +215,6 @@ impl Rooms {
             endless: tokio::spawn(flows::reopen_on_hangup(flow_log.sink())),
             metrics,
             readiness,
-            facts: known,
             views,
             rejections,
             source,
@@ -276,7 +273,6 @@ impl Rooms {
             node: config.node.clone(),
             metrics: self.metrics.clone(),
             readiness: self.readiness.clone(),
-            facts: self.facts.clone(),
             plan: self.views.plan.clone(),
             plan_text: mesh_plan::text::render,
             rejections: self.rejections.clone(),

@@ -39,6 +39,8 @@ pub enum Command {
     Controller(Box<ControllerConfig>),
     /// `rotate-root`: have the controllers replace the root of the CA.
     RotateRoot(Box<ControllerConfig>),
+    /// `uninstall`: take the mesh off every node of the cluster.
+    Uninstall(Box<ControllerConfig>),
 }
 
 /// Everything that `run` needs.
@@ -331,6 +333,9 @@ pub fn parse(
         Subcommand::RotateRoot => {
             return controller::parse(values, around, log).map(Command::RotateRoot);
         }
+        Subcommand::Uninstall => {
+            return controller::parse(values, around, log).map(Command::Uninstall);
+        }
         Subcommand::Run | Subcommand::Check | Subcommand::Cleanup => {}
     }
     let host = HostConfig {
@@ -346,7 +351,10 @@ pub fn parse(
     match subcommand {
         Subcommand::Check => return Ok(Command::Check(host)),
         Subcommand::Cleanup => return Ok(Command::Cleanup(host)),
-        Subcommand::Run | Subcommand::Controller | Subcommand::RotateRoot => {}
+        Subcommand::Run
+        | Subcommand::Controller
+        | Subcommand::RotateRoot
+        | Subcommand::Uninstall => {}
     }
     let config = Config {
         node: values.required("node", values::dns_name)?,

@@ -38,6 +38,8 @@ pub mod cleanup;
 
 pub mod controller;
 
+pub mod uninstall;
+
 pub mod logging;
 
 pub mod shutdown;

@@ -8,7 +8,8 @@ use std::process::ExitCode;
 
 use mesh_agent::config::{self, Command};
 use mesh_agent::logging::Chain;
-use mesh_agent::{agent, check, cleanup, controller, logging};
+use mesh_agent::sys::sysctls;
+use mesh_agent::{agent, check, cleanup, controller, logging, uninstall};
 
 fn main() -> ExitCode {
     match config::parse(std::env::args_os(), &config::Process) {
@@ -19,6 +20,13 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> u8 {
+    if matches!(
+        command,
+        Command::Run(_) | Command::Check(_) | Command::Cleanup(_)
+    ) {
+        // What cannot be set then is reported where it is needed.
+        drop(sysctls::make_writable());
+    }
     match command {
         Command::Run(config) => match logging::init(&config.log) {
             Ok(level) => agent::run(*config, Some(level))
@@ -43,6 +51,15 @@ fn run(command: Command) -> u8 {
                 0
             },
         ),
+        Command::Uninstall(config) => {
+            match uninstall::run(&config.namespace, config.kubeconfig.as_deref()) {
+                Ok(nodes) => {
+                    say(&format_args!("the mesh was taken off {nodes} nodes"));
+                    0
+                }
+                Err(error) => fail(&error, 1),
+            }
+        }
         Command::Cleanup(host) => match cleanup::run(&host) {
             Ok(removed) => {
                 say(&removed);

@@ -23,7 +23,6 @@ use crate::sys::socket;
 pub mod find;
 pub mod interface;
 pub mod made;
-pub mod open;
 pub mod watch;
 
 use interface::Interface;

@@ -6,7 +6,6 @@
 //! policies that select the pod itself.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::Arc;
 
 use mesh_common::identity::IdentityId;
 
@@ -200,7 +199,7 @@ pub(crate) type OfPods<'a> = HashMap<&'a str, IdentityId>;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Identities {
     /// What each stands for.
-    pub(crate) names: BTreeMap<IdentityId, Arc<IdentityName>>,
+    pub(crate) names: BTreeMap<IdentityId, IdentityName>,
     /// How many pods have it.
     counts: HashMap<IdentityId, usize>,
     /// Ids that stand for two contents; they are not in `names`, and every set refuses them.
@@ -227,9 +226,7 @@ impl Identities {
                     if all.names.contains_key(&id) {
                         collided.insert(id, pod);
                     }
-                    all.names
-                        .entry(id)
-                        .or_insert_with(|| Arc::new(content.name()));
+                    all.names.entry(id).or_insert_with(|| content.name());
                     known.insert(content, id);
                     id
                 }
@@ -252,8 +249,7 @@ impl Identities {
         if self.collided.contains(&id) {
             return None;
         }
-        let new = || Arc::new(content.name());
-        let name = self.names.entry(id).or_insert_with(new);
+        let name = self.names.entry(id).or_insert_with(|| content.name());
         *self.counts.entry(id).or_default() += 1;
         content.is(name).then_some(id)
     }

@@ -17,7 +17,7 @@ module=${1:-apiserver}
 cd "$here/$module"
 
 cache=${MESH_TEST_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/mesh-rs}
-state=$(cat ./*.go go.mod go.sum "$here/apiserver/build.sh" | sha256sum | cut -c 1-16)
+state=$(cat ./*.go go.mod go.sum 2>/dev/null | sha256sum | cut -c 1-16)
 program=$cache/$module-$state
 if [ -n "$find" ]; then
     [ -x "$program" ] && echo "$program"

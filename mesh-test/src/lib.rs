@@ -13,6 +13,7 @@ pub mod capture;
 pub mod cgroup;
 pub mod cluster;
 pub mod demo;
+pub mod e2e;
 pub mod forge;
 pub mod kube;
 pub mod manifests;

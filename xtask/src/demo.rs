@@ -6,16 +6,19 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{run, setup};
+use crate::{e2e, run, setup};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Passed to the demo as they are, for example `--keep`
+    /// Passed to the demo as they are: `--keep`; or `--kubernetes` first, for a real cluster
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) args: Vec<String>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
+    if args.args.iter().any(|arg| arg == "--kubernetes") {
+        return e2e::demo(&args.args);
+    }
     run::show(&mut hand_over("demo", &args.args)?)
 }
 

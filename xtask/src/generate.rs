@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cargo xtask generate [--check]`: every file of the tree that a program writes.
 //!
-//! A generated file is a row of [`generated`]: its path, and the function that makes its whole
-//! text. `--check` writes nothing and fails on the first difference; lint runs it.
+//! [`generated`] gives each with its path; tests write what only other crates know. `--check`
+//! writes nothing and fails on the first difference; lint runs it.
 
 use std::{fs, path::Path};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::run;
+use crate::{chart, run};
 
 #[derive(clap::Args, Default)]
 pub(crate) struct Args {
@@ -17,22 +17,16 @@ pub(crate) struct Args {
     pub(crate) check: bool,
 }
 
-/// One generated file.
-struct Generated {
-    /// Below the root of the workspace.
-    path: &'static str,
-    text: fn() -> Result<String>,
-}
-
-/// Every generated file, by path.
-fn generated() -> Vec<Generated> {
-    Vec::new()
+/// Every generated file that this program makes itself: path below the root, and whole text.
+fn generated() -> Result<Vec<(String, String)>> {
+    chart::files()
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let all = generated();
-    write_all(run::root(), &all, args.check)?;
+    write_all(run::root(), &generated()?, args.check)?;
     crds(!args.check)?;
+    // The chart has copies of the CRDs.
+    write_all(run::root(), &generated()?, args.check)?;
     if !args.check {
         bless()?;
     }
@@ -65,16 +59,15 @@ fn bless() -> Result<()> {
     run::show(tests.env("MESH_BLESS", "1"))
 }
 
-fn write_all(root: &Path, all: &[Generated], check: bool) -> Result<()> {
+fn write_all(root: &Path, all: &[(String, String)], check: bool) -> Result<()> {
     let mut stale = Vec::new();
-    for file in all {
-        let text = (file.text)().with_context(|| format!("cannot make {}", file.path))?;
-        let path = root.join(file.path);
-        if fs::read_to_string(&path).is_ok_and(|old| old == text) {
+    for (name, text) in all {
+        let path = root.join(name);
+        if fs::read_to_string(&path).is_ok_and(|old| old == *text) {
             continue;
         }
         if check {
-            stale.push(file.path);
+            stale.push(name.as_str());
             continue;
         }
         if let Some(dir) = path.parent() {
@@ -98,10 +91,7 @@ mod tests {
     #[test]
     fn check_fails_until_the_file_is_written_and_after_it_was_edited() {
         let dir = std::env::temp_dir().join(format!("xtask-generate-{}", std::process::id()));
-        let all = [Generated {
-            path: "a/b.txt",
-            text: || Ok("text\n".to_owned()),
-        }];
+        let all = [("a/b.txt".to_owned(), "text\n".to_owned())];
         let err = write_all(&dir, &all, true).expect_err("it is not there");
         assert!(err.to_string().contains("a/b.txt"), "{err}");
         write_all(&dir, &all, false).expect("the directory is ours");

@@ -12,9 +12,12 @@
 
 mod bench;
 mod build;
+mod chart;
 mod coverage;
 mod demo;
+mod e2e;
 mod generate;
+mod image;
 mod lint;
 mod run;
 mod setup;
@@ -50,6 +53,10 @@ enum Command {
     Generate(generate::Args),
     /// Show the mesh at work: two nodes, a small shop, evidence line by line
     Demo(demo::Args),
+    /// Make the container image, without docker
+    Image(image::Args),
+    /// Install the image on a real cluster of two nodes, and show that it does what it should
+    E2e(e2e::Args),
     /// Measure what the mesh costs
     Bench(bench::Args),
     /// Run truth tables over real connections; exit code 1 if a row differs
@@ -66,6 +73,8 @@ fn main() -> ExitCode {
         Command::Tidy => tidy::run().map(done),
         Command::Generate(args) => generate::run(&args).map(done),
         Command::Demo(args) => demo::run(&args).map(done),
+        Command::Image(args) => image::run(&args).map(done),
+        Command::E2e(args) => e2e::run(&args).map(done),
         Command::Bench(args) => bench::run(&args).map(done),
         Command::Truth(args) => truth::run(&args),
     };

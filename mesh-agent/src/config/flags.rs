@@ -26,10 +26,12 @@ pub enum Subcommand {
     Controller,
     /// `rotate-root`.
     RotateRoot,
+    /// `uninstall`.
+    Uninstall,
 }
 
 impl Subcommand {
-    const ALL: [(Self, &'static str, &'static str); 5] = [
+    const ALL: [(Self, &'static str, &'static str); 6] = [
         (Self::Run, "run", "Be the agent of a node"),
         (
             Self::Check,
@@ -50,6 +52,11 @@ impl Subcommand {
             Self::RotateRoot,
             "rotate-root",
             "Have the controllers replace the root of the CA, with overlap",
+        ),
+        (
+            Self::Uninstall,
+            "uninstall",
+            "End all agents of the cluster, and run cleanup on every node",
         ),
     ];
 }
@@ -243,7 +250,9 @@ fn flags_of(subcommand: Subcommand) -> impl Iterator<Item = &'static Flag> {
     FLAGS.iter().filter(move |flag| match subcommand {
         Subcommand::Run => flag.controller != Taken::Only,
         Subcommand::Check | Subcommand::Cleanup => flag.everywhere,
-        Subcommand::Controller | Subcommand::RotateRoot => flag.controller != Taken::No,
+        Subcommand::Controller | Subcommand::RotateRoot | Subcommand::Uninstall => {
+            flag.controller != Taken::No
+        }
     })
 }
 

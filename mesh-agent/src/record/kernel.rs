@@ -30,7 +30,7 @@ const REMEMBERED: Duration = Duration::from_secs(60);
 pub struct KernelRecords {
     recorder: Recorder,
     plan: Arc<Plan>,
-    gone: BTreeMap<Addr, (Instant, Arc<Workload>)>,
+    gone: BTreeMap<Addr, (Instant, Workload)>,
     /// Who had an address in an earlier event under this plan: a busy node reports the same few
     /// ends thousands of times a second.
     known: RefCell<BTreeMap<Addr, Party>>,
@@ -64,7 +64,7 @@ impl KernelRecords {
                 if let Some(workload) = self.plan.names.workloads.get(&addr)
                     && !latest.names.workloads.contains_key(&addr)
                 {
-                    self.gone.insert(addr, (now, Arc::clone(workload)));
+                    self.gone.insert(addr, (now, workload.clone()));
                 }
             }
         }
@@ -192,9 +192,8 @@ impl KernelRecords {
     fn evidence(&self, kind: Kind, remote: Endpoint, same_node: bool) -> Evidence {
         let workload = self.plan.names.workloads.get(&remote.addr);
         // What the gate drops may have another's address.
-        let held = |workload: &Arc<Workload>| {
-            kind != Kind::Dropped && *workload.node == *self.recorder.0.node
-        };
+        let held =
+            |workload: &Workload| kind != Kind::Dropped && *workload.node == *self.recorder.0.node;
         if same_node || workload.is_some_and(held) {
             Evidence::Node
         } else if workload.is_some() {

@@ -166,8 +166,7 @@ impl Previous {
             if self.plan.peers.insert(addr, peer).is_some() {
                 return None;
             }
-            let workload = Arc::new(peers::workload(pod));
-            self.plan.names.workloads.insert(addr, workload);
+            self.plan.names.workloads.insert(addr, peers::workload(pod));
         }
         Some(())
     }

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `cargo xtask e2e`: the mesh installed on a real cluster of two nodes, by the chart and by the
+//! kustomize base, and the evidence for what is promised. Exits with 1 if a line fails.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::{Parser, ValueEnum};
+use mesh_test::e2e::{DEMO, Installed, Installer, LINES};
+use mesh_test::remove_on_interrupt;
+
+#[derive(Parser)]
+#[command(about = "The mesh as it is installed, on a real cluster of two nodes")]
+struct Cli {
+    /// The image (an OCI archive)
+    #[arg(long, default_value = "target/image/image.tar")]
+    image: PathBuf,
+    /// One way to install only (else: both, one after the other)
+    #[arg(long)]
+    only: Option<Way>,
+    /// Show what the mesh does, and leave out what takes it apart
+    #[arg(long)]
+    demo: bool,
+    /// Leave the last cluster running until Ctrl-C, and say how to look around
+    #[arg(long)]
+    keep: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Way {
+    Helm,
+    Kustomize,
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse()) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => {
+            say(&format_args!("e2e could not be run: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[expect(clippy::print_stdout, reason = "a program for people")]
+fn say(what: &impl std::fmt::Display) {
+    println!("{what}");
+}
+
+/// The number of lines that failed.
+fn run(cli: &Cli) -> Result<usize> {
+    remove_on_interrupt()?;
+    let lines = if cli.demo { DEMO } else { LINES };
+    let ways = match cli.only {
+        Some(Way::Helm) => vec![Installer::Helm],
+        Some(Way::Kustomize) => vec![Installer::Kustomize],
+        None if cli.demo => vec![Installer::Kustomize],
+        None => vec![Installer::Helm, Installer::Kustomize],
+    };
+    let begun = Instant::now();
+    let mut failed = 0;
+    let last = ways.len() - 1;
+    for (index, way) in ways.into_iter().enumerate() {
+        let seconds = || begun.elapsed().as_secs_f64();
+        let on = Installed::start(way, &cli.image, |what| {
+            say(&format_args!("{:5.1} s  {what}", seconds()));
+        })?;
+        for line in lines {
+            match (line.check)(&on) {
+                Ok(evidence) => {
+                    say(&format_args!("\n{:5.1} s  ok    {}", seconds(), line.title));
+                    for sentence in evidence {
+                        say(&format_args!("               {sentence}"));
+                    }
+                }
+                Err(error) => {
+                    failed += 1;
+                    let title = line.title;
+                    say(&format_args!(
+                        "\n{:5.1} s  FAIL  {title}\n{error:#}",
+                        seconds()
+                    ));
+                }
+            }
+        }
+        if cli.keep && index == last {
+            let config = on.cluster().kube().kubeconfig().display();
+            let wire = on.cluster().wire().path().display();
+            say(&format_args!(
+                "\nIt runs until Ctrl-C. In another terminal:\n  nsenter --net={wire} env KUBECONFIG={config} \
+                 $(mesh-test/apiserver/build.sh) kubectl get pods -A -o wide"
+            ));
+            loop {
+                std::thread::park();
+            }
+        }
+    }
+    let lines = lines.len() * (last + 1);
+    say(&format_args!(
+        "\n{:5.1} s  {} of {lines} lines hold",
+        begun.elapsed().as_secs_f64(),
+        lines - failed
+    ));
+    Ok(failed)
+}

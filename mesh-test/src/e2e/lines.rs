@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What is promised of an installed mesh, line by line, in the order in which they are checked.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use super::shop::{CLIENT, INTRUDER, PLAIN, WEB};
+use super::{Installed, Line, SYSTEM};
+use crate::cluster::SOON;
+use crate::mesh::TUNNEL_PORT;
+use crate::process::Cmd;
+use crate::wait::eventually;
+
+/// Every line.
+pub const LINES: &[Line] = &[
+    Line {
+        title: "requests across nodes are answered, and are ciphertext between them",
+        check: encrypted,
+    },
+    Line {
+        title: "policy and Strict hold",
+        check: policy,
+    },
+    Line {
+        title: "the kubelet's probes pass under Strict",
+        check: probes,
+    },
+    super::KINDS,
+    Line {
+        title: "scaled, deleted and restarted pods, and no request is lost",
+        check: pods_come_and_go,
+    },
+    Line {
+        title: "a namespace leaves the mesh and comes back, under load",
+        check: enrolment,
+    },
+    Line {
+        title: "the agents are replaced, under load",
+        check: agents_replaced,
+    },
+    Line {
+        title: "uninstalled: pods talk as before, and nothing is left on the nodes",
+        check: uninstalled,
+    },
+];
+
+/// Those that show what the mesh does, and take nothing away.
+pub const DEMO: &[Line] = &[
+    Line {
+        title: "requests across nodes are answered, and are ciphertext between them",
+        check: encrypted,
+    },
+    Line {
+        title: "policy and Strict hold",
+        check: policy,
+    },
+    Line {
+        title: "the kubelet's probes pass under Strict",
+        check: probes,
+    },
+    super::KINDS,
+];
+
+/// How long until what was changed counts everywhere.
+const IN_FORCE: Duration = Duration::from_secs(30);
+
+fn answered(on: &Installed, from: (&str, &str), url: &str) -> Result<String> {
+    let mut last = String::new();
+    let text = eventually("an answer", IN_FORCE, || match on.curl(from, url) {
+        Ok(output) if output.status.success() => Some(output.text()),
+        Ok(output) => {
+            last = output.to_string();
+            None
+        }
+        Err(e) => {
+            last = format!("{e:#}");
+            None
+        }
+    });
+    text.with_context(|| format!("{from:?} to {url}: {last}\n{}", on.cluster().report(SYSTEM)))
+}
+
+fn refused(on: &Installed, from: (&str, &str), url: &str) -> Result<String> {
+    let mut last = String::new();
+    let said = eventually("a refusal", IN_FORCE, || {
+        let output = on.curl(from, url).ok()?;
+        last = output.to_string();
+        (!output.status.success()).then(|| last.clone())
+    });
+    said.with_context(|| format!("{from:?} to {url}: {last}"))
+}
+
+fn encrypted(on: &Installed) -> Result<Vec<String>> {
+    let word = format!("teapot{}", std::process::id());
+    let url = format!("{WEB}/order?item={word}");
+    answered(on, CLIENT, &url)?;
+    let answer = answered(on, CLIENT, &format!("{WEB}/"))?;
+    ensure!(answer.contains(&word), "the order is not there: {answer}");
+    let captured = on.capture.so_far()?;
+    let hits = captured.find(word.as_bytes())?;
+    ensure!(hits.is_empty(), "{word} was on the wire in clear: {hits:?}");
+    ensure!(
+        captured.tcp_ports().contains(&TUNNEL_PORT),
+        "no packets of port {TUNNEL_PORT}"
+    );
+    Ok(vec![
+        format!("client -> web -> app -> redis, postgres: {}", answer.trim()),
+        format!("{word} is nowhere on the wire, which has port {TUNNEL_PORT}"),
+    ])
+}
+
+fn policy(on: &Installed) -> Result<Vec<String>> {
+    let denied = refused(on, INTRUDER, &format!("{WEB}/front"))?;
+    // Policy allows it; authentication does not.
+    let strict = refused(on, PLAIN, "telnet://10.96.0.23:5432")?;
+    let permissive = answered(on, PLAIN, &format!("{WEB}/front"))?;
+    Ok(vec![
+        format!("intruder -> web: {}", short(&denied)),
+        format!("plain -> postgres, which is Strict: {}", short(&strict)),
+        format!("plain -> web, which is not: {}", permissive.trim()),
+    ])
+}
+
+fn short(said: &str) -> &str {
+    said.rsplit("curl: ")
+        .next()
+        .unwrap_or(said)
+        .lines()
+        .next()
+        .unwrap_or_default()
+}
+
+fn items(value: &Value) -> &[Value] {
+    value["items"].as_array().map_or(&[], Vec::as_slice)
+}
+
+fn probes(on: &Installed) -> Result<Vec<String>> {
+    let all = on.cluster().kube().get(["pods", "-n", "shop"])?;
+    let mut seen = Vec::new();
+    for pod in items(&all) {
+        let status = &pod["status"]["containerStatuses"][0];
+        let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+        ensure!(
+            status["ready"] == true && status["restartCount"] == 0,
+            "{name}: {status}"
+        );
+        seen.push(name.to_owned());
+    }
+    ensure!(seen.len() >= 4, "only {seen:?}");
+    Ok(vec![format!(
+        "ready, and never restarted: {}",
+        seen.join(", ")
+    )])
+}
+
+/// The load's result as a sentence; an error if a request failed.
+fn lossless(load: super::Load, on: &Installed, what: &str) -> Result<String> {
+    let (good, bad) = load.end(on)?;
+    ensure!(bad.is_empty(), "{what}: {good} good, failed: {bad:?}");
+    ensure!(good > 20, "{what}: only {good} requests");
+    Ok(format!(
+        "{what}: {good} requests, each on a new connection, none failed"
+    ))
+}
+
+fn pods_come_and_go(on: &Installed) -> Result<Vec<String>> {
+    let kube = on.cluster().kube();
+    let load = on.load(CLIENT, &format!("{WEB}/front"))?;
+    kube.kubectl(["scale", "-n", "shop", "deployment/web", "--replicas=3"])?;
+    on.cluster().rolled_out("shop", "deployment/web")?;
+    kube.kubectl(["rollout", "restart", "-n", "shop", "deployment/web"])?;
+    on.cluster().rolled_out("shop", "deployment/web")?;
+    kube.kubectl(["scale", "-n", "shop", "deployment/web", "--replicas=1"])?;
+    on.cluster().rolled_out("shop", "deployment/web")?;
+    let kept = lossless(load, on, "web scaled to 3, restarted, scaled to 1")?;
+    let delete = [
+        "delete",
+        "pod",
+        "-n",
+        "shop",
+        "--selector=app=app",
+        "--wait=true",
+    ];
+    kube.kubectl(delete)?;
+    on.cluster().rolled_out("shop", "deployment/app")?;
+    let answer = answered(on, CLIENT, &format!("{WEB}/"))?;
+    Ok(vec![
+        kept,
+        format!("app deleted and made again: {}", answer.trim()),
+    ])
+}
+
+fn enrolment(on: &Installed) -> Result<Vec<String>> {
+    let kube = on.cluster().kube();
+    let load = on.load(CLIENT, &format!("{WEB}/front"))?;
+    kube.kubectl(["label", "namespace", "clients", "mesh.rs/dataplane-"])?;
+    // In clear now, and still allowed: web is Permissive.
+    std::thread::sleep(Duration::from_secs(3));
+    kube.kubectl(["label", "namespace", "clients", "mesh.rs/dataplane=enabled"])?;
+    std::thread::sleep(Duration::from_secs(3));
+    lossless(load, on, "clients un-enrolled and enrolled again").map(|said| vec![said])
+}
+
+fn agents_replaced(on: &Installed) -> Result<Vec<String>> {
+    let kube = on.cluster().kube();
+    let load = on.load(CLIENT, &format!("{WEB}/front"))?;
+    kube.kubectl(["rollout", "restart", "-n", SYSTEM, "daemonset/mesh-agent"])?;
+    on.cluster().rolled_out(SYSTEM, "daemonset/mesh-agent")?;
+    // The old ones drain.
+    let one_each = |pods: &Value| items(pods).len() == on.cluster().nodes().len();
+    let pods = [
+        "pods",
+        "-n",
+        SYSTEM,
+        "-l",
+        "app.kubernetes.io/name=mesh-agent",
+    ];
+    kube.until(SOON, &pods, one_each)?;
+    lossless(load, on, "both agents replaced").map(|said| vec![said])
+}
+
+fn uninstalled(on: &Installed) -> Result<Vec<String>> {
+    on.uninstall()?;
+    let answer = answered(on, PLAIN, &format!("{WEB}/front"))?;
+    let open = answered(on, INTRUDER, &format!("{WEB}/front"))?;
+    let mut said = vec![format!(
+        "plain -> web: {}; intruder -> web, policy gone with the mesh: {}",
+        answer.trim(),
+        open.trim()
+    )];
+    for node in on.cluster().nodes() {
+        let pins = std::fs::read_dir(node.path("/sys/fs/bpf"))?.count();
+        ensure!(pins == 0, "{}: {pins} pins are left", node.name());
+        // Rules in the pods' namespaces, programs on their links and on the node's cgroup.
+        let look = "for n in /run/netns/*; do nsenter --net=$n ip rule; nsenter --net=$n ip route show table all; done; \
+                    for l in /sys/class/net/*; do echo $l; done";
+        let output = node.run(Cmd::shell(look), SOON)?.ok()?.text();
+        for mark in ["9000:", "19781", "19782"] {
+            if output.contains(mark) {
+                bail!("{}: {mark} is left in a pod: {output}", node.name());
+            }
+        }
+        said.push(format!("{}: no pin, no rule, no route", node.name()));
+    }
+    let kinds = on
+        .cluster()
+        .kube()
+        .get(["pods", "-n", SYSTEM, "--ignore-not-found"]);
+    let left = kinds.as_ref().map_or(0, |list| items(list).len());
+    ensure!(left == 0, "{left} pods are left in {SYSTEM}");
+    Ok(said)
+}

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What is installed, against a real API server: every object is accepted, by both ways to install,
+//! and the service accounts may do what the programs do and nothing else.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use mesh_test::kube::helm;
+use mesh_test::{Cmd, Kube};
+
+const SOON: Duration = Duration::from_secs(60);
+
+fn deploy() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("workspace");
+    root.join("deploy")
+}
+
+/// The kustomize base, applied with its CRDs. The server needs a moment for new kinds.
+fn installed() -> Kube {
+    let kube = Kube::builder().start().expect("servers");
+    let base = deploy().join("kustomize");
+    let path = base.display().to_string();
+    kube.kubectl([
+        "apply",
+        "--server-side",
+        "-f",
+        &format!("{path}/crds"),
+        "-f",
+        &format!("{path}/namespace.yaml"),
+    ])
+    .expect("CRDs and namespace");
+    kube.kubectl([
+        "wait",
+        "--for=condition=Established",
+        "crd",
+        "--all",
+        "--timeout=30s",
+    ])
+    .expect("established");
+    kube.kubectl(["apply", "--server-side", "-k", &path])
+        .expect("kustomize base");
+    kube.kubectl([
+        "apply",
+        "--server-side",
+        "--dry-run=server",
+        "-k",
+        &format!("{path}/uninstall"),
+    ])
+    .expect("what uninstalls");
+    kube
+}
+
+#[test]
+fn the_kustomize_base_is_accepted_and_roles_are_what_is_used() {
+    let kube = installed();
+    let agent = "system:serviceaccount:mesh-system:mesh-agent";
+    let controller = "system:serviceaccount:mesh-system:mesh-controller";
+    let may = |user: &str, what: &str| kube.can_i(user, what.split(' ')).expect("can-i");
+    for kind in [
+        "pods",
+        "namespaces",
+        "nodes",
+        "services",
+        "endpointslices.discovery.k8s.io",
+        "networkpolicies.networking.k8s.io",
+        "clusternetworkpolicies.policy.networking.k8s.io",
+        "meshpolicies.mesh.rs",
+        "clustermeshpolicies.mesh.rs",
+        "meshauthentications.mesh.rs",
+        "meshnodes.mesh.rs",
+    ] {
+        for verb in ["list", "watch"] {
+            assert!(may(agent, &format!("{verb} {kind} -A")), "{verb} {kind}");
+        }
+        assert!(!may(agent, &format!("delete {kind} -A")), "delete {kind}");
+    }
+    for verb in ["create", "patch"] {
+        assert!(may(agent, &format!("{verb} meshnodes.mesh.rs")), "{verb}");
+    }
+    assert!(may(agent, "patch meshnodes.mesh.rs --subresource=status"));
+    for denied in [
+        "get secrets -A",
+        "list secrets -n mesh-system",
+        "create pods -A",
+        "patch pods --subresource=status -A",
+        "patch nodes",
+        "create meshpolicies.mesh.rs -A",
+        "patch meshpolicies.mesh.rs --subresource=status -A",
+        "get configmaps -A",
+        "create tokenreviews.authentication.k8s.io",
+        "create serviceaccounts --subresource=token -A",
+    ] {
+        assert!(!may(agent, denied), "the agent: {denied}");
+    }
+    for allowed in [
+        "create tokenreviews.authentication.k8s.io",
+        "list pods -A",
+        "update secrets/mesh-ca -n mesh-system",
+        "update leases.coordination.k8s.io/mesh-controller -n mesh-system",
+        "patch meshpolicies.mesh.rs --subresource=status -A",
+    ] {
+        assert!(may(controller, allowed), "the controller: {allowed}");
+    }
+    for denied in [
+        "get secrets/other -n mesh-system",
+        "list secrets -A",
+        "create pods -A",
+        "create meshpolicies.mesh.rs -A",
+        "create serviceaccounts --subresource=token -A",
+        "patch meshnodes.mesh.rs --subresource=status",
+    ] {
+        assert!(!may(controller, denied), "the controller: {denied}");
+    }
+}
+
+#[test]
+fn the_chart_renders_what_the_base_says_and_refuses_wrong_values() {
+    let kube = installed();
+    let helm = helm().expect("helm");
+    let chart = deploy().join("helm");
+    let run = |args: &[&str]| {
+        let cmd = Cmd::new(&helm).args(args).args([&chart]);
+        let cmd = cmd
+            .args(["--namespace", "mesh-system"])
+            .env("HOME", kube.place().dir());
+        kube.place().run(cmd, SOON).expect("helm ends")
+    };
+    let rendered = run(&["template", "mesh"]).ok().expect("rendered").text();
+    assert!(
+        rendered.contains("name: mesh-uninstall"),
+        "the hook is there"
+    );
+    let apply = [
+        "apply",
+        "--server-side",
+        "--dry-run=server",
+        "--force-conflicts",
+        "-f",
+        "-",
+    ];
+    let apply = kube
+        .kubectl_cmd(apply)
+        .expect("kubectl")
+        .input(rendered.clone());
+    kube.place()
+        .run(apply, SOON)
+        .expect("it ends")
+        .ok()
+        .expect("the server accepts what the chart renders");
+    // Applied over the base, nothing changes: both say the same.
+    let diff = kube.kubectl_cmd(["diff", "--server-side", "--force-conflicts", "-f", "-"]);
+    let without_hook: Vec<&str> = rendered
+        .split("\n---\n")
+        .filter(|object| !object.contains("helm.sh/hook"))
+        .collect();
+    let diff = diff.expect("kubectl").input(without_hook.join("\n---\n"));
+    let said = kube.place().run(diff, SOON).expect("it ends");
+    assert!(
+        said.status.success(),
+        "chart and base differ: {}",
+        said.text()
+    );
+    let wrong = run(&["template", "mesh", "--set", "agent.logLevl=debug"]);
+    assert!(
+        !wrong.status.success() && wrong.to_string().contains("logLevl"),
+        "{wrong}"
+    );
+    let monitor = run(&["template", "mesh", "--set", "podMonitor.enabled=true"]);
+    assert!(monitor.text().contains("kind: PodMonitor"), "{monitor}");
+}

@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `cargo xtask image`: an OCI image of the agent and `meshctl`, without docker.
+//!
+//! One layer with two static programs and nothing else: no shell, no libc, no package to update.
+//! Linked statically with glibc, because the toolchains at hand have no musl target; only the last
+//! step differs from a plain build, so that everything below is built once for both. The same
+//! programs give the same image, bit for bit, and so does a build of the same sources elsewhere.
+
+mod archive;
+mod sbom;
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+
+use crate::run;
+use archive::{Blob, Tar};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Where the image is written
+    #[arg(long, default_value = "target/image", value_name = "DIR")]
+    output: PathBuf,
+    /// Its name
+    #[arg(long, default_value = concat!("localhost/mesh:", env!("CARGO_PKG_VERSION")))]
+    name: String,
+    /// Not optimised: quicker to build, for tests
+    #[arg(long)]
+    dev: bool,
+    /// Take the programs from this directory instead of building them
+    #[arg(long, value_name = "DIR")]
+    programs: Option<PathBuf>,
+}
+
+impl Args {
+    /// The defaults.
+    pub(crate) fn for_tests(dev: bool) -> Self {
+        Self {
+            output: PathBuf::from("target/image"),
+            name: concat!("localhost/mesh:", env!("CARGO_PKG_VERSION")).to_owned(),
+            dev,
+            programs: None,
+        }
+    }
+}
+
+/// The package and name of each program.
+const PROGRAMS: [(&str, &str); 2] = [("mesh-agent", "mesh-agent"), ("mesh-cli", "meshctl")];
+
+const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const INDEX: &str = "application/vnd.oci.image.index.v1+json";
+
+/// Who a container is if nothing says otherwise: nobody. The agent's pods say root.
+const USER: &str = "65532:65532";
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let programs = match &args.programs {
+        Some(dir) => dir.clone(),
+        None => run::timed("build", || build(args.dev))?,
+    };
+    let sbom = sbom::sbom()?;
+    let image = Image::new(&args.name, &layer(&programs, &sbom)?)?;
+    let output = run::root().join(&args.output);
+    image.write(&output)?;
+    fs::write(output.join("sbom.cdx.json"), &sbom)?;
+    println!("image {} {}", args.name, image.manifest.digest);
+    println!("layer {}", image.layer.digest);
+    println!("wrote {}: oci/, image.tar, sbom.cdx.json", output.display());
+    Ok(())
+}
+
+/// Builds the programs, static and without symbols; gives their directory.
+fn build(dev: bool) -> Result<PathBuf> {
+    for (package, name) in PROGRAMS {
+        let mut cargo = run::cargo(["rustc", "--package", package, "--bin", name]);
+        if !dev {
+            cargo.arg("--release");
+        }
+        cargo.args(["--", "-C", "target-feature=+crt-static"]);
+        // The linker's id is a hash of more than what ends up in the program.
+        cargo.args(["-C", "strip=symbols", "-C", "link-arg=-Wl,--build-id=none"]);
+        run::show(&mut cargo)?;
+    }
+    let profile = if dev { "debug" } else { "release" };
+    let target = std::env::current_exe()?;
+    let target = target.ancestors().nth(2).context("no target directory")?;
+    let dir = target.join(profile);
+    for (_, name) in PROGRAMS {
+        ensure_static(&dir.join(name))?;
+    }
+    Ok(dir)
+}
+
+/// A program that asks for an interpreter asks for a libc that is not there.
+fn ensure_static(program: &PathBuf) -> Result<()> {
+    let bytes = fs::read(program).with_context(|| format!("no {}", program.display()))?;
+    let interpreter = bytes.windows(11).any(|part| part == b"/ld-linux-x");
+    // The path stands in the code of every static glibc, too: what counts is the header that
+    // names it, of type 3, in the table of program headers (ELF-64, little endian).
+    let word = |at: usize, count: usize| {
+        let bytes = bytes.get(at..at + count)?;
+        Some(
+            bytes
+                .iter()
+                .rev()
+                .fold(0_usize, |sum, byte| sum << 8 | usize::from(*byte)),
+        )
+    };
+    let headers = || {
+        let (start, size, count) = (word(32, 8)?, word(54, 2)?, word(56, 2)?);
+        Some((0..count).any(|index| word(start + index * size, 4) == Some(3)))
+    };
+    ensure!(
+        !interpreter || headers() == Some(false),
+        "{} is linked dynamically",
+        program.display()
+    );
+    Ok(())
+}
+
+/// The one layer.
+fn layer(programs: &std::path::Path, sbom: &[u8]) -> Result<Blob> {
+    let mut tar = Tar::default();
+    for (_, name) in PROGRAMS {
+        let path = programs.join(name);
+        let bytes = fs::read(&path).with_context(|| format!("no {}", path.display()))?;
+        tar.file(name, 0o755, &bytes)?;
+    }
+    // Where the agent's own places are mounted: with a read-only root nobody can make them.
+    for dir in ["run", "run/mesh", "var", "var/lib", "var/lib/mesh", "tmp"] {
+        tar.directory(dir)?;
+    }
+    tar.directory("usr")?;
+    tar.directory("usr/share")?;
+    tar.directory("usr/share/doc")?;
+    tar.file("usr/share/doc/sbom.cdx.json", 0o644, sbom)?;
+    Ok(Blob::new(LAYER, tar.finish()))
+}
+
+/// An image in its parts.
+struct Image {
+    name: String,
+    layer: Blob,
+    config: Blob,
+    manifest: Blob,
+}
+
+impl Image {
+    fn new(name: &str, layer: &Blob) -> Result<Self> {
+        let labels = json!({
+            "org.opencontainers.image.title": "mesh",
+            "org.opencontainers.image.description": "Agent and controller of a service mesh without sidecars",
+            "org.opencontainers.image.licenses": "Apache-2.0 AND (MIT OR GPL-2.0-only OR Apache-2.0)",
+            "org.opencontainers.image.version": env!("CARGO_PKG_VERSION"),
+            "org.opencontainers.image.revision": revision(),
+        });
+        let config = json!({
+            "architecture": "amd64", "os": "linux", "created": created(),
+            "config": {
+                "User": USER, "Entrypoint": ["/mesh-agent"], "WorkingDir": "/",
+                "Env": ["PATH=/"], "Labels": labels,
+            },
+            "rootfs": { "type": "layers", "diff_ids": [layer.digest] },
+        });
+        let config = Blob::new(CONFIG, serde_json::to_vec(&config)?);
+        let manifest = json!({
+            "schemaVersion": 2, "mediaType": MANIFEST, "config": config.descriptor(),
+            "layers": [layer.descriptor()], "annotations": labels,
+        });
+        Ok(Self {
+            name: name.to_owned(),
+            layer: layer.clone(),
+            config,
+            manifest: Blob::new(MANIFEST, serde_json::to_vec(&manifest)?),
+        })
+    }
+
+    fn index(&self) -> Value {
+        let mut manifest = self.manifest.descriptor();
+        let tag = self.name.rsplit_once(':').map_or("latest", |(_, tag)| tag);
+        manifest["annotations"] = json!({
+            "io.containerd.image.name": self.name,
+            "org.opencontainers.image.ref.name": tag,
+        });
+        json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": [manifest] })
+    }
+
+    /// An OCI layout as a directory, and the same as one archive.
+    fn write(&self, output: &std::path::Path) -> Result<()> {
+        let layout = output.join("oci");
+        if layout.exists() {
+            fs::remove_dir_all(&layout)?;
+        }
+        fs::create_dir_all(layout.join("blobs/sha256"))?;
+        let mut files = vec![
+            (
+                "oci-layout".to_owned(),
+                br#"{"imageLayoutVersion":"1.0.0"}"#.to_vec(),
+            ),
+            ("index.json".to_owned(), serde_json::to_vec(&self.index())?),
+        ];
+        for blob in [&self.layer, &self.config, &self.manifest] {
+            files.push((format!("blobs/sha256/{}", blob.hex()), blob.bytes.clone()));
+        }
+        let mut tar = Tar::default();
+        for dir in ["blobs", "blobs/sha256"] {
+            tar.directory(dir)?;
+        }
+        for (name, bytes) in &files {
+            fs::write(layout.join(name), bytes)?;
+            tar.file(name, 0o644, bytes)?;
+        }
+        fs::write(output.join("image.tar"), tar.finish())?;
+        Ok(())
+    }
+}
+
+/// What the sources are: the commit, as far as git knows one.
+fn revision() -> String {
+    let head =
+        run::capture(run::command("git").args(["-c", "safe.directory=*", "rev-parse", "HEAD"]));
+    head.map_or_else(|_| "unknown".to_owned(), |text| text.trim().to_owned())
+}
+
+/// SOURCE_DATE_EPOCH, else the beginning of time: never the time of the build.
+fn created() -> String {
+    let seconds: i64 = std::env::var("SOURCE_DATE_EPOCH")
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(0);
+    archive::date(seconds)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn programs(dir: &str) -> PathBuf {
+        let dir = std::env::temp_dir().join(format!("xtask-{dir}-{}", std::process::id()));
+        fs::create_dir_all(&dir).expect("the directory is ours");
+        for (_, name) in PROGRAMS {
+            fs::write(dir.join(name), format!("program {name}")).expect("the directory is ours");
+        }
+        dir
+    }
+
+    #[test]
+    fn the_same_programs_give_the_same_image_wherever_they_are() {
+        let mut images = Vec::new();
+        for dir in ["one", "two"] {
+            let dir = programs(dir);
+            let image = Image::new("a:1", &layer(&dir, b"{}").expect("layer")).expect("image");
+            image.write(&dir.join("out")).expect("written");
+            let archive = fs::read(dir.join("out/image.tar")).expect("archive");
+            images.push((image.manifest.digest, archive));
+            fs::remove_dir_all(dir).expect("the directory is ours");
+        }
+        assert!(images[0] == images[1], "images differ");
+    }
+
+    #[test]
+    fn other_programs_give_another_image() {
+        let dir = programs("three");
+        let before = layer(&dir, b"{}").expect("layer").digest;
+        fs::write(dir.join("meshctl"), "other").expect("the directory is ours");
+        assert_ne!(layer(&dir, b"{}").expect("layer").digest, before);
+        fs::remove_dir_all(dir).expect("the directory is ours");
+    }
+
+    #[test]
+    fn a_dynamic_program_is_refused() {
+        let sh = PathBuf::from("/bin/sh");
+        assert!(ensure_static(&sh).is_err(), "Debian's sh is dynamic");
+    }
+}
