@@ -31,6 +31,14 @@ pub(crate) struct Args {
     /// Take the programs from this directory instead of building them
     #[arg(long, value_name = "DIR")]
     programs: Option<PathBuf>,
+    /// When the image was made, in seconds since 1970; never the time of the build by itself
+    #[arg(
+        long,
+        env = "SOURCE_DATE_EPOCH",
+        default_value_t = 0,
+        value_name = "SECONDS"
+    )]
+    created: i64,
 }
 
 impl Args {
@@ -41,6 +49,7 @@ impl Args {
             name: concat!("localhost/mesh:", env!("CARGO_PKG_VERSION")).to_owned(),
             dev,
             programs: None,
+            created: 0,
         }
     }
 }
@@ -62,7 +71,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         None => run::timed("build", || build(args.dev))?,
     };
     let sbom = sbom::sbom()?;
-    let image = Image::new(&args.name, &layer(&programs, &sbom)?)?;
+    let image = Image::new(&args.name, args.created, &layer(&programs, &sbom)?)?;
     let output = run::root().join(&args.output);
     image.write(&output)?;
     fs::write(output.join("sbom.cdx.json"), &sbom)?;
@@ -149,7 +158,7 @@ struct Image {
 }
 
 impl Image {
-    fn new(name: &str, layer: &Blob) -> Result<Self> {
+    fn new(name: &str, created: i64, layer: &Blob) -> Result<Self> {
         let labels = json!({
             "org.opencontainers.image.title": "mesh",
             "org.opencontainers.image.description": "Agent and controller of a service mesh without sidecars",
@@ -158,7 +167,7 @@ impl Image {
             "org.opencontainers.image.revision": revision(),
         });
         let config = json!({
-            "architecture": "amd64", "os": "linux", "created": created(),
+            "architecture": "amd64", "os": "linux", "created": archive::date(created),
             "config": {
                 "User": USER, "Entrypoint": ["/mesh-agent"], "WorkingDir": "/",
                 "Env": ["PATH=/"], "Labels": labels,
@@ -225,15 +234,6 @@ fn revision() -> String {
     head.map_or_else(|_| "unknown".to_owned(), |text| text.trim().to_owned())
 }
 
-/// SOURCE_DATE_EPOCH, else the beginning of time: never the time of the build.
-fn created() -> String {
-    let seconds: i64 = std::env::var("SOURCE_DATE_EPOCH")
-        .ok()
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(0);
-    archive::date(seconds)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -252,7 +252,7 @@ mod tests {
         let mut images = Vec::new();
         for dir in ["one", "two"] {
             let dir = programs(dir);
-            let image = Image::new("a:1", &layer(&dir, b"{}").expect("layer")).expect("image");
+            let image = Image::new("a:1", 0, &layer(&dir, b"{}").expect("layer")).expect("image");
             image.write(&dir.join("out")).expect("written");
             let archive = fs::read(dir.join("out/image.tar")).expect("archive");
             images.push((image.manifest.digest, archive));

@@ -13,7 +13,9 @@ use crate::run;
 /// file gives the same bytes.
 pub(super) fn sbom() -> Result<Vec<u8>> {
     let mut metadata = run::cargo(["metadata", "--format-version=1", "--locked", "--quiet"]);
-    metadata.args(["--filter-platform", "x86_64-unknown-linux-gnu"]);
+    for target in ["x86_64-unknown-linux-gnu", "bpfel-unknown-none"] {
+        metadata.args(["--filter-platform", target]);
+    }
     let text = run::capture(&mut metadata)?;
     let metadata: Value = serde_json::from_str(&text).context("cargo metadata is no JSON")?;
     let linked = linked(&metadata).context("cargo metadata has no such packages")?;
