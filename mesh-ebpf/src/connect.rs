@@ -81,26 +81,12 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
             audit::outbound(audited, &ask, if to == asked { None } else { Some(&asked) });
         }
     }
-    let state = storage::<_, SocketState>(&SOCKETS, socket(ctx), true);
-    if let Some(pod_state) = tables::pod(pod)
-        && !state.is_null()
-    {
-        // SAFETY: not null, and of this type.
-        let state = unsafe { &mut *state };
-        state.rule = path.verdict.rule.0;
-        state.set = pod_state.view.set.0;
-        state.start_ns = report::now();
-        state.backend = to;
-        state.service = if to == asked { Endpoint::NONE } else { asked };
-        state.direction = Direction::Egress as u8;
-        state.clear = path.clear as u8;
-        state.reason = path.verdict.reason as u8;
-        state.flags = SocketState::DECIDED;
-        if mark != 0 {
-            state.flags |= SocketState::CAPTURED;
-        }
-        state.pod = pod.0;
-    }
+    let service = if to == asked { Endpoint::NONE } else { asked };
+    let flags = match mark {
+        0 => SocketState::DECIDED,
+        _ => SocketState::DECIDED | SocketState::CAPTURED,
+    };
+    remember(ctx, (pod, flags), (&to, &service), &path);
     if protocol == Protocol::UDP {
         // The source port is not chosen yet if it is 0; the gate then opens the flow.
         let local_port = local_port(ctx);
@@ -112,6 +98,34 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         set_endpoint::<F>(ctx, &to);
     }
     PASS
+}
+
+/// Keeps with the socket what was decided.
+#[inline(always)]
+fn remember(
+    ctx: &SockAddrContext,
+    (pod, flags): (PodIndex, u8),
+    (backend, service): (&Endpoint, &Endpoint),
+    path: &Path,
+) {
+    let state = storage::<_, SocketState>(&SOCKETS, socket(ctx), true);
+    let Some(pod_state) = tables::pod(pod) else {
+        return;
+    };
+    // SAFETY: null or of this type.
+    let Some(state) = (unsafe { state.as_mut() }) else {
+        return;
+    };
+    state.rule = path.verdict.rule.0;
+    state.set = pod_state.view.set.0;
+    state.start_ns = report::now();
+    state.backend = *backend;
+    state.service = *service;
+    state.direction = Direction::Egress as u8;
+    state.clear = path.clear as u8;
+    state.reason = path.verdict.reason as u8;
+    state.flags = flags;
+    state.pod = pod.0;
 }
 
 /// Whether a refusal is to be silence: policy's, where the gate sees the packets. They go on to where

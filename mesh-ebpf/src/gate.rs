@@ -70,7 +70,7 @@ pub(crate) fn from_pod(ctx: &TcContext) -> i32 {
         return drop_packet(
             pod,
             Direction::Egress,
-            &ip,
+            ip,
             &Verdict::refuse(Reason::Spoofed),
         );
     }
@@ -117,7 +117,7 @@ pub(crate) fn to_pod(ctx: &TcContext) -> i32 {
         return drop_packet(
             pod,
             Direction::Ingress,
-            &ip,
+            ip,
             &Verdict::refuse(Reason::Spoofed),
         );
     }
