@@ -41,7 +41,12 @@ impl Kube {
         let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy");
         self.namespace(NAMESPACE, &[])?;
         self.service_account(NAMESPACE, "mesh-agent")?;
-        for part in ["crds", "base"] {
+        for part in [
+            "crds",
+            "base/admission.yaml",
+            "base/agent-rbac.yaml",
+            "base/controller-rbac.yaml",
+        ] {
             let path = deploy.join(part);
             let path = path.to_str().context("a path that is text")?;
             self.kubectl(["apply", "--server-side", "-f", path])?;
