@@ -64,6 +64,8 @@ impl Cluster {
         let wire = Place::new("wire", netns, group.join("wire"), dir.join("wire"))?;
         topology::lay_wire(&wire)?;
         wire.sysctl("ipv4/ip_forward", "1")?;
+        // Pods ask the API server from their own addresses.
+        topology::lead_to_pods(&wire, count)?;
         progress("the control plane: etcd, API server, controller manager, scheduler");
         let kube = Kube::builder()
             .controllers()

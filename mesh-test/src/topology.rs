@@ -195,6 +195,17 @@ pub(crate) fn join_wire(
     )
 }
 
+/// Routes from the wire itself to the pods of all nodes, for what answers them from there.
+pub(crate) fn lead_to_pods(wire: &Netns, nodes: u8) -> Result<()> {
+    let mut batch = String::new();
+    for node in 1..=nodes {
+        let [cidr4, cidr6] = pod_cidrs(node);
+        writeln!(batch, "route add {cidr4} via {}", node_v4(node))?;
+        writeln!(batch, "route add {cidr6} via {}", node_v6(node))?;
+    }
+    ip_batch(wire, &batch)
+}
+
 /// Gives a host on the wire another address.
 pub(crate) fn add_address(host: &Netns, address: IpAddr) -> Result<()> {
     let batch = match address {

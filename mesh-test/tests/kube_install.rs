@@ -69,6 +69,7 @@ fn the_kustomize_base_is_accepted_and_roles_are_what_is_used() {
         "meshpolicies.mesh.rs",
         "clustermeshpolicies.mesh.rs",
         "meshauthentications.mesh.rs",
+        "meshtrafficpolicies.mesh.rs",
         "meshnodes.mesh.rs",
     ] {
         for verb in ["list", "watch"] {

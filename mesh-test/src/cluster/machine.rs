@@ -167,7 +167,10 @@ impl Machine {
 
     /// Imports an image.
     pub(super) fn import(&self, archive: &Path) -> Result<()> {
-        self.run(ctr_import(archive), START)?.ok().map(drop)
+        // Entering a mount namespace leaves the working directory.
+        let archive =
+            fs::canonicalize(archive).with_context(|| format!("no image {}", archive.display()))?;
+        self.run(ctr_import(&archive), START)?.ok().map(drop)
     }
 
     /// The last lines of what its programs logged.
