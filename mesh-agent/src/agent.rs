@@ -14,6 +14,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use mesh_common::settings::TUNNEL_PORT;
 use mesh_plan::Rejection;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{oneshot, watch};
@@ -358,7 +359,12 @@ fn watch_neighbour(
         .map(|link| link.name)
         .collect();
     let cni = cni::find(&config.host.cni_conf, &links);
-    let TunnelPort::Fixed(port) = config.tunnel_port;
+    let port = match config.tunnel_port {
+        TunnelPort::Fixed(port) => port,
+        // Where the plug-in lets nothing else pass than what its policy names, this one is not
+        // needed; where it takes options away, it is.
+        TunnelPort::Real => TUNNEL_PORT,
+    };
     let (to, neighbour) = watch::channel(Arc::default());
     tokio::spawn(neighbour::run(cni, port, views.status.clone(), to));
     neighbour
@@ -455,9 +461,8 @@ fn seed(node: &str) -> u64 {
 }
 
 fn proxy_config(config: &Config) -> proxy::Config {
-    let TunnelPort::Fixed(tunnel_port) = config.tunnel_port;
     proxy::Config {
-        tunnel_port,
+        real_ports: config.tunnel_port == TunnelPort::Real,
         ..proxy::Config::new(config.workers)
     }
 }

@@ -157,6 +157,8 @@ pub enum FlowLog {
 pub enum TunnelPort {
     /// On this one.
     Fixed(Port),
+    /// On the application's own, with [`TUNNEL_PORT`] where the network takes the mark away.
+    Real,
 }
 
 /// What a client elsewhere sees of a connection that a pod of this node refuses.
@@ -424,9 +426,6 @@ fn default_cgroup(around: &impl Surroundings) -> Result<PathBuf, Error> {
         fail("no cgroup2 file system is mounted; mount one, or name one with --cgroup".to_owned())
     })
 }
-
-/// The only tunnel port there is: the kernel programs hold it as a constant.
-const TUNNEL: TunnelPort = TunnelPort::Fixed(TUNNEL_PORT);
 
 #[cfg(test)]
 mod tests;

@@ -101,6 +101,7 @@ struct Inner {
     audit: audit::Audit,
     handshakes: [[AtomicU64; HANDSHAKES]; 2],
     retried: [AtomicU64; CODES],
+    marks_lost: AtomicU64,
     certificates: Mutex<BTreeMap<(String, String), u64>>,
     crls: Mutex<BTreeMap<String, u64>>,
     clock_skew: AtomicU64,
@@ -149,6 +150,7 @@ impl Metrics {
             audit: audit::Audit::default(),
             handshakes: std::array::from_fn(|_| zeros()),
             retried: zeros(),
+            marks_lost: AtomicU64::new(0),
             certificates: Mutex::new(BTreeMap::new()),
             crls: Mutex::new(BTreeMap::new()),
             clock_skew: AtomicU64::new(0),
@@ -239,6 +241,11 @@ impl Metrics {
     #[must_use]
     pub fn usage(&self, namespace: &str, workload: &str) -> Arc<Usage> {
         self.0.usage.of(namespace, workload)
+    }
+
+    /// Counts a peer that was not reached on an application's port, but on the tunnel port.
+    pub(crate) fn mark_lost(&self) {
+        self.0.marks_lost.fetch_add(1, Relaxed);
     }
 
     /// Shows when each revocation list promises to be replaced, in seconds since 1970, by file.

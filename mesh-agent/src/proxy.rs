@@ -10,7 +10,7 @@
 //! room asks policy and identity, and makes neither; it never sends a byte in clear to another
 //! node, and reads no configuration from anywhere but its arguments.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::num::NonZeroUsize;
 use std::rc::Rc;
@@ -58,6 +58,8 @@ pub struct Config {
     pub workers: NonZeroUsize,
     /// The port on which other nodes' agents are reached, and this one is.
     pub tunnel_port: Port,
+    /// Whether other nodes' agents are tried on the application's own port first.
+    pub real_ports: bool,
     /// Bounds in time and number.
     pub timing: Timing,
 }
@@ -69,6 +71,7 @@ impl Config {
         Self {
             workers,
             tunnel_port: TUNNEL_PORT,
+            real_ports: false,
             timing: Timing::default(),
         }
     }
@@ -85,6 +88,8 @@ pub struct Timing {
     pub handshakes: admission::Bounds,
     /// For a TLS handshake, either side.
     pub handshake: Duration,
+    /// The same on an application's own port: who answers there may be the application.
+    pub handshake_first: Duration,
     /// To reach another node's agent, or an application.
     pub connect: Duration,
     /// The same, where another endpoint of the service can be tried.
@@ -109,6 +114,7 @@ impl Default for Timing {
             tunnels_per_pod: 16_384,
             handshakes: admission::Bounds::default(),
             handshake: Duration::from_secs(5),
+            handshake_first: Duration::from_secs(2),
             connect: Duration::from_secs(10),
             connect_first: Duration::from_secs(2),
             retry: Duration::from_secs(2),
@@ -226,6 +232,8 @@ fn start_with(
                     recorder: doors.recorder,
                     dial: dial(),
                     tunnel_port: config.tunnel_port,
+                    real_ports: config.real_ports,
+                    unmarked: RefCell::default(),
                     timing: config.timing,
                     buffers: Rc::default(),
                     turns: turns::Turns::default(),

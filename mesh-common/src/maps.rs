@@ -35,6 +35,10 @@ pub const MAX_FLOWS: u32 = 262_144;
 pub const MAX_CAPTURED: u32 = 65_536;
 /// Connections that are older than enrolment.
 pub const MAX_OLD_CONNECTIONS: u32 = 65_536;
+/// Tunnels that are not told by their port.
+pub const MAX_TUNNELS: u32 = 65_536;
+/// Tunnels whose first packet has come and that are not established yet.
+pub const MAX_MARKED: u32 = 65_536;
 /// Datagrams in fragments.
 pub const MAX_FRAGMENTS: u32 = 8_192;
 /// Bytes of the event ring.
@@ -55,7 +59,8 @@ abi! {
     }
 
     /// Key of the map `OLD_CONNECTIONS`: a connection that is older than the enrolment, or than
-    /// its peer's. The value is a [`crate::Reason`] as `u32`.
+    /// its peer's. The value is a [`crate::Reason`] as `u32`. Also of the maps `TUNNELS` and
+    /// `MARKED`, whose values are 1.
     pub struct ConnectionKey {
         /// The pod's end.
         pub local: Endpoint,

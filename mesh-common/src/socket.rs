@@ -12,7 +12,7 @@ abi! {
     /// can write it, before connect(); never a mark, a pid or a cgroup, which can be forged, reused
     /// or shared.
     pub struct Exempt {
-        /// 1.
+        /// [`Exempt::PLAIN`] or [`Exempt::MARKED`].
         pub exempt: u32,
         /// Always 0.
         pub spare: u32,
@@ -62,6 +62,16 @@ abi! {
         pub spare: u32,
     }
 }
+
+impl Exempt {
+    /// Any socket of the agent.
+    pub const PLAIN: u32 = 1;
+    /// A tunnel towards an application's own port: its SYN carries [`TUNNEL_OPTION`].
+    pub const MARKED: u32 = 2;
+}
+
+/// The TCP option of a tunnel's SYN: experimental, with an identifier of two bytes (RFC 6994).
+pub const TUNNEL_OPTION: [u8; 4] = [254, 4, b'm', b'S'];
 
 impl SocketState {
     /// Goes to the agent, which makes the connection's record.

@@ -6,30 +6,35 @@
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
-    BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG,
-    BPF_SOCK_OPS_PARSE_HDR_OPT_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB,
-    BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock, bpf_tcp_sock,
+    BPF_RB_NO_WAKEUP, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_HDR_OPT_LEN_CB,
+    BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG, BPF_SOCK_OPS_PARSE_HDR_OPT_CB,
+    BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+    BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_WRITE_HDR_OPT_CB, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG,
+    bpf_sock, bpf_tcp_sock,
 };
-use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_tcp_sock as tcp_sock};
+use aya_ebpf::helpers::generated::{
+    bpf_get_netns_cookie, bpf_reserve_hdr_opt, bpf_store_hdr_opt, bpf_tcp_sock as tcp_sock,
+};
 use aya_ebpf::programs::SockOpsContext;
 use mesh_common::counter::Counter;
 use mesh_common::event::{Event, closed_by, kind};
-use mesh_common::maps::CapturedKey;
+use mesh_common::maps::{CapturedKey, ConnectionKey};
 use mesh_common::path::{Origin, Peers as _};
 use mesh_common::pod::PodState;
 use mesh_common::settings::{MARK_INBOUND, MARK_MASK, TUNNEL_PORT};
-use mesh_common::socket::{Exempt, SocketState};
+use mesh_common::socket::{Exempt, SocketState, TUNNEL_OPTION};
 use mesh_common::{Addr, Direction, Endpoint, Port, Protocol, Reason};
 
 use crate::context::{read, storage};
 use crate::decision::{self, Ask, UNDECIDED};
 use crate::report::{Hook, add, now, trace};
-use crate::tables::{self, CAPTURED, EVENTS, EXEMPT, SOCKETS, Tables};
+use crate::tables::{self, CAPTURED, EVENTS, EXEMPT, MARKED, SOCKETS, TUNNELS, Tables};
 
 /// The value sock_ops programs return; it means nothing for these callbacks.
 const DONE: u32 = 1;
 const AF_INET: u32 = 2;
 const FIN: u32 = 1;
+const SYN: u32 = 2;
 
 /// TCP states (include/net/tcp_states.h).
 mod state {
@@ -51,7 +56,22 @@ pub(crate) fn established(ctx: &SockOpsContext) -> u32 {
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => {
             if let Some(state) = known(ctx) {
                 state.flags |= SocketState::ESTABLISHED;
+            } else if ctx.cb_flags() & BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG != 0 {
+                let rest = ctx.cb_flags() & !BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG;
+                let _ = ctx.set_cb_flags(rest as i32);
             }
+        }
+        BPF_SOCK_OPS_HDR_OPT_LEN_CB if read!(ctx.ops, skb_tcp_flags) & SYN != 0 => {
+            // SAFETY: a helper of this callback. Without room the SYN goes unmarked, and the peer's
+            // agent is reached on its own port.
+            let _ = unsafe { bpf_reserve_hdr_opt(ctx.ops, TUNNEL_OPTION.len() as u32, 0) };
+        }
+        BPF_SOCK_OPS_WRITE_HDR_OPT_CB if read!(ctx.ops, skb_tcp_flags) & SYN != 0 => {
+            let option = TUNNEL_OPTION;
+            // SAFETY: a helper of this callback; it reads as many bytes as there are.
+            let _ = unsafe {
+                bpf_store_hdr_opt(ctx.ops, option.as_ptr().cast(), option.len() as u32, 0)
+            };
         }
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(ctx),
         BPF_SOCK_OPS_PARSE_HDR_OPT_CB => {
@@ -146,6 +166,7 @@ fn by_family(ctx: &SockOpsContext, v4: u32, v6: [u32; 4]) -> Addr {
 #[inline(always)]
 fn connecting(ctx: &SockOpsContext) {
     let Some(state) = known(ctx) else {
+        tunnelling(ctx);
         return;
     };
     if state.flags & SocketState::CAPTURED == 0 {
@@ -162,6 +183,36 @@ fn connecting(ctx: &SockOpsContext) {
         pad: 0,
     };
     let _ = CAPTURED.insert(key, state.service, 0);
+}
+
+/// The agent's socket sends its SYN, perhaps to an application's port: the gate is to let it pass,
+/// and the other node to know it.
+#[inline(always)]
+fn tunnelling(ctx: &SockOpsContext) {
+    let sk = socket(ctx);
+    if sk.is_null() {
+        return;
+    }
+    let exempt = storage::<_, Exempt>(&EXEMPT, sk, false);
+    // SAFETY: null or of this type.
+    if unsafe { exempt.as_ref() }.is_some_and(|exempt| exempt.exempt == Exempt::MARKED) {
+        hold(ctx, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+    }
+}
+
+/// Holds a tunnel until its socket closes.
+#[inline(always)]
+fn hold(ctx: &SockOpsContext, flags: u32) {
+    let _ = TUNNELS.insert(tuple(ctx), 1, 0);
+    watch(ctx, BPF_SOCK_OPS_STATE_CB_FLAG | flags);
+}
+
+#[inline(always)]
+fn tuple(ctx: &SockOpsContext) -> ConnectionKey {
+    ConnectionKey {
+        local: local(ctx),
+        remote: remote(ctx),
+    }
 }
 
 /// A pod's socket accepted a connection.
@@ -184,6 +235,11 @@ fn accepted(ctx: &SockOpsContext) {
     let (here, there) = (local(ctx), remote(ctx));
     // A captured connection, a tunnel, or the pod with itself.
     if !view.owns(&here.addr) || here.port == TUNNEL_PORT || here.addr == there.addr {
+        return;
+    }
+    if tables::is_marked(&here, &there) {
+        let _ = MARKED.remove(tuple(ctx));
+        hold(ctx, 0);
         return;
     }
     let origin = if view.has(PodState::GATED) {
@@ -242,6 +298,8 @@ fn changed(ctx: &SockOpsContext) {
     let state = storage::<_, SocketState>(&SOCKETS, sk, false);
     // SAFETY: null or of this type.
     let Some(state) = (unsafe { state.as_ref() }) else {
+        // No application's: a tunnel that was held.
+        let _ = TUNNELS.remove(tuple(ctx));
         return;
     };
     // SAFETY: a full socket; the verifier knows the result may be null.

@@ -19,7 +19,7 @@ use crate::context::read;
 use crate::decision::{self, Ask, UNDECIDED};
 use crate::packet::{self, ACK, Fragment, Kind, Packet, RST, SYN};
 use crate::report::{self, DROPPED, Hook, Refused, count, now, refused, trace};
-use crate::tables::{self, FRAGMENTS, OLD_CONNECTIONS, Tables};
+use crate::tables::{self, FRAGMENTS, MARKED, OLD_CONNECTIONS, Tables};
 use crate::udp::{self, Way};
 
 const NEXT: i32 = -1;
@@ -67,12 +67,7 @@ pub(crate) fn from_pod(ctx: &TcContext) -> i32 {
     if !state.view.owns(&ip.from.addr) {
         // A multicast listener report or a DHCP request may come before the address; both are
         // link-local affairs of no other protocol than these.
-        return drop_packet(
-            pod,
-            Direction::Egress,
-            ip,
-            &Verdict::refuse(Reason::Spoofed),
-        );
+        return refuse(pod, Direction::Egress, ip, Reason::Spoofed);
     }
     if ip.protocol == Protocol::ICMP {
         return icmp(Direction::Egress, ip.icmp_type == ECHO_REQUEST);
@@ -114,12 +109,7 @@ pub(crate) fn to_pod(ctx: &TcContext) -> i32 {
     }
     let entered = read!(ctx.skb.skb, ingress_ifindex);
     if state.view.owns(&ip.from.addr) || foreign(&ip.from.addr, entered) {
-        return drop_packet(
-            pod,
-            Direction::Ingress,
-            ip,
-            &Verdict::refuse(Reason::Spoofed),
-        );
+        return refuse(pod, Direction::Ingress, ip, Reason::Spoofed);
     }
     match ip.protocol {
         Protocol::ICMPV6 => return icmp(Direction::Ingress, ip.icmp_type == ECHO_REQUEST_V6),
@@ -127,6 +117,9 @@ pub(crate) fn to_pod(ctx: &TcContext) -> i32 {
         _ => {}
     }
     if !concerned(state) {
+        return NEXT;
+    }
+    if ip.flags & (SYN | ACK) == SYN && is_tunnel_to(ctx, state, ip) {
         return NEXT;
     }
     receive(pod, state, ip, entered)
@@ -141,16 +134,23 @@ fn continues_from_pod(ctx: &TcContext, gate: &GatePod) -> bool {
         return false;
     };
     let own_mac = u64::from_ne_bytes(gate.mac);
-    if segment.flags & (SYN | ACK) == SYN
-        || (own_mac != 0 && own_mac != segment.mac)
-        || !gate.owns(&segment.from.addr)
-    {
+    if (own_mac != 0 && own_mac != segment.mac) || !gate.owns(&segment.from.addr) {
         return false;
     }
-    !gate.has(PodState::ENROLLED)
-        || segment.to.port == TUNNEL_PORT
-        || segment.from.port == TUNNEL_PORT
-        || tables::local(&segment.to.addr).is_some()
+    let enrolled = gate.has(PodState::ENROLLED);
+    let opens = segment.flags & (SYN | ACK) == SYN;
+    let continues = !opens
+        && (!enrolled
+            || segment.to.port == TUNNEL_PORT
+            || segment.from.port == TUNNEL_PORT
+            || tables::local(&segment.to.addr).is_some());
+    if continues || !enrolled {
+        return continues;
+    }
+    // The agent's own: sock_ops has written it before the first segment was made, or, of a tunnel
+    // to this pod, when it was established; until then its mark is remembered.
+    tables::is_tunnel(&segment.from, &segment.to)
+        || (!opens && tables::is_marked(&segment.from, &segment.to))
 }
 
 /// As [`continues_from_pod`], towards a pod: the destination is its own, and the source can be.
@@ -164,6 +164,31 @@ fn continues_to_pod(ctx: &TcContext, gate: &GatePod) -> bool {
         && gate.owns(&segment.to.addr)
         && !gate.owns(&segment.from.addr)
         && !foreign(&segment.from.addr, entered)
+}
+
+/// Whether a segment opens a tunnel to a port of an application; sk_lookup, which sees the same
+/// segment next, then gives it to the agent. Who forges the mark meets the agent, and proves
+/// nothing.
+#[inline(always)]
+fn is_tunnel_to(ctx: &TcContext, state: &PodState, ip: &Packet) -> bool {
+    let tunnel = ip.protocol == Protocol::TCP
+        && matches!(ip.fragment, Fragment::Whole)
+        && state.view.has(PodState::ENROLLED)
+        && state.view.owns(&ip.to.addr)
+        && packet::is_marked(ctx, ip);
+    if tunnel {
+        remember_mark(ip);
+    }
+    tunnel
+}
+
+#[inline(never)]
+fn remember_mark(ip: &Packet) {
+    let key = ConnectionKey {
+        local: ip.to,
+        remote: ip.from,
+    };
+    let _ = MARKED.insert(key, 1, 0);
 }
 
 /// Whether more than addresses is to be checked: the pod is enrolled, or policy selects it.
@@ -252,6 +277,13 @@ fn drop_frame(pod: PodIndex, direction: Direction, reason: Reason) -> i32 {
     DROP
 }
 
+/// Drops a packet for a reason that no rule of a policy gave. On a stack of its own: the caller's
+/// is full.
+#[inline(never)]
+fn refuse(pod: PodIndex, direction: Direction, ip: &Packet, reason: Reason) -> i32 {
+    drop_packet(pod, direction, ip, &Verdict::refuse(reason))
+}
+
 /// Drops a packet.
 #[inline(always)]
 fn drop_packet(pod: PodIndex, direction: Direction, ip: &Packet, verdict: &Verdict) -> i32 {
@@ -278,8 +310,7 @@ fn send(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
     let passes = udp && udp::refresh(pod, &tuple, Way::FromPod, ip.payload.into());
     if !passes {
         if state.view.has(PodState::ENROLLED) && tables::is_virtual(&ip.to, ip.protocol) {
-            let verdict = Verdict::refuse(Reason::Untranslated);
-            return drop_packet(pod, Direction::Egress, ip, &verdict);
+            return refuse(pod, Direction::Egress, ip, Reason::Untranslated);
         }
         let mut path = UNDECIDED;
         let question = ask(pod, ip.protocol, Origin::Address, &ip.to, ip.from.port);
@@ -308,8 +339,7 @@ fn send(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
 #[inline(always)]
 fn send_tcp(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
     if !matches!(ip.fragment, Fragment::Whole) {
-        let verdict = Verdict::refuse(Reason::Fragment);
-        return drop_packet(pod, Direction::Egress, ip, &verdict);
+        return refuse(pod, Direction::Egress, ip, Reason::Fragment);
     }
     let enrolled = state.view.has(PodState::ENROLLED);
     let peer = who(&Tables, &ip.to.addr);
@@ -323,19 +353,18 @@ fn send_tcp(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
         }
         return match old_connection(&ip.from, &ip.to) {
             true => NEXT,
-            false => drop_packet(pod, Direction::Egress, ip, &Verdict::refuse(Reason::Bypass)),
+            false => refuse(pod, Direction::Egress, ip, Reason::Bypass),
         };
     }
     if enrolled && !peer.local && peer.has(Peer::ENROLLED) && ip.to.port == TUNNEL_PORT {
         return if ip.payload == 0 {
             NEXT
         } else {
-            drop_packet(pod, Direction::Egress, ip, &Verdict::refuse(Reason::Bypass))
+            refuse(pod, Direction::Egress, ip, Reason::Bypass)
         };
     }
     if enrolled && tables::is_virtual(&ip.to, Protocol::TCP) {
-        let verdict = Verdict::refuse(Reason::Untranslated);
-        return drop_packet(pod, Direction::Egress, ip, &verdict);
+        return refuse(pod, Direction::Egress, ip, Reason::Untranslated);
     }
     let mut path = UNDECIDED;
     decision::outbound(
@@ -346,14 +375,12 @@ fn send_tcp(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
     match path.action {
         Outbound::Direct => NEXT,
         Outbound::Refuse => drop_packet(pod, Direction::Egress, ip, &path.verdict),
-        Outbound::Tunnel => {
-            drop_packet(pod, Direction::Egress, ip, &Verdict::refuse(Reason::Bypass))
-        }
+        Outbound::Tunnel => refuse(pod, Direction::Egress, ip, Reason::Bypass),
     }
 }
 
 /// Whether a connection is older than the enrolment, and left alone.
-#[inline(always)]
+#[inline(never)]
 fn old_connection(local: &Endpoint, remote: &Endpoint) -> bool {
     let key = ConnectionKey {
         local: *local,
@@ -369,8 +396,7 @@ fn receive(pod: PodIndex, state: &PodState, ip: &Packet, entered: u32) -> i32 {
     let has_ports = ip.protocol == Protocol::TCP || ip.protocol == Protocol::UDP;
     let own = state.view.owns(&ip.to.addr) || ip.to.addr.is_multicast_or_broadcast();
     if state.view.has(PodState::ENROLLED) && has_ports && !own {
-        let verdict = Verdict::refuse(Reason::ForeignDestination);
-        return drop_packet(pod, Direction::Ingress, ip, &verdict);
+        return refuse(pod, Direction::Ingress, ip, Reason::ForeignDestination);
     }
     let tcp = ip.protocol == Protocol::TCP;
     if tcp && (ip.flags & (SYN | ACK) != SYN || ip.to.port == TUNNEL_PORT) {
@@ -449,8 +475,8 @@ fn fragment_key(ip: &Packet) -> FragmentKey {
     }
 }
 
-/// Remembers that the first part of a datagram passed.
-#[inline(always)]
+/// Remembers that the first part of a datagram passed. On a stack of its own: the caller's is full.
+#[inline(never)]
 fn first_fragment(ip: &Packet) {
     if let Fragment::First = ip.fragment {
         let passed = FragmentVerdict {
@@ -468,6 +494,6 @@ fn later_fragment(pod: PodIndex, direction: Direction, ip: &Packet) -> i32 {
     let first = unsafe { FRAGMENTS.get(fragment_key(ip)) }.copied();
     match first {
         Some(first) if now().saturating_sub(first.time_ns) < FRAGMENT_NS => NEXT,
-        _ => drop_packet(pod, direction, ip, &Verdict::refuse(Reason::Fragment)),
+        _ => refuse(pod, direction, ip, Reason::Fragment),
     }
 }

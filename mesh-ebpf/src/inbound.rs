@@ -110,7 +110,8 @@ fn arriving(
         return SK_DROP;
     };
     let tcp = protocol == Protocol::TCP;
-    if tcp && here.port == TUNNEL_PORT && state.view.has(PodState::ENROLLED) {
+    let enrolled = state.view.has(PodState::ENROLLED);
+    if tcp && enrolled && (here.port == TUNNEL_PORT || tables::is_marked(here, there)) {
         let slot = if here.addr.is_v4() {
             ListenerSlot::Tunnel4
         } else {

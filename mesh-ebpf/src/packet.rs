@@ -5,6 +5,7 @@
 use core::ptr;
 
 use aya_ebpf::programs::TcContext;
+use mesh_common::socket::TUNNEL_OPTION;
 use mesh_common::{Addr, Endpoint, Port, Protocol};
 
 use crate::context::read;
@@ -413,4 +414,35 @@ pub(crate) fn neighbour(ctx: &TcContext, packet: &Packet) -> Option<Neighbour> {
         target,
         option: [0; 8],
     })
+}
+
+/// Options that are walked in a SYN: more fit only where most are padding.
+const MAX_OPTIONS: usize = 20;
+
+/// Whether a TCP segment carries [`TUNNEL_OPTION`].
+#[inline(never)]
+pub(crate) fn is_marked(ctx: &TcContext, packet: &Packet) -> bool {
+    let start = packet.transport as usize;
+    let Ok(offset) = ctx.load::<u8>(start + 12) else {
+        return false;
+    };
+    let end = start + usize::from(offset >> 4) * 4;
+    let mut at = start + 20;
+    for _ in 0..MAX_OPTIONS {
+        if at + TUNNEL_OPTION.len() > end {
+            return false;
+        }
+        let Ok(option) = ctx.load::<[u8; 4]>(at) else {
+            return false;
+        };
+        match option[0] {
+            // No more of them, and padding (RFC 9293, 3.1).
+            0 => return false,
+            1 => at += 1,
+            _ if u32::from_ne_bytes(option) == u32::from_ne_bytes(TUNNEL_OPTION) => return true,
+            _ if option[1] < 2 => return false,
+            _ => at += usize::from(option[1]),
+        }
+    }
+    false
 }

@@ -14,9 +14,9 @@ use mesh_common::flow::{Flow, FlowSlot};
 use mesh_common::identity::Peer;
 use mesh_common::maps::{
     CapturedKey, ConnectionKey, DropRate, EVENT_BYTES, FragmentKey, FragmentVerdict, MAX_BACKENDS,
-    MAX_CAPTURED, MAX_FLOWS, MAX_FRAGMENTS, MAX_LOCAL_ADDRS, MAX_OLD_CONNECTIONS, MAX_PEERS,
-    MAX_POD_CIDRS, MAX_PODS, MAX_POLICY_CIDRS, MAX_POLICY_PORTS, MAX_POLICY_SELECTS,
-    MAX_POLICY_SETS, MAX_PORT_MODES, MAX_SERVICES,
+    MAX_CAPTURED, MAX_FLOWS, MAX_FRAGMENTS, MAX_LOCAL_ADDRS, MAX_MARKED, MAX_OLD_CONNECTIONS,
+    MAX_PEERS, MAX_POD_CIDRS, MAX_PODS, MAX_POLICY_CIDRS, MAX_POLICY_PORTS, MAX_POLICY_SELECTS,
+    MAX_POLICY_SETS, MAX_PORT_MODES, MAX_SERVICES, MAX_TUNNELS,
 };
 use mesh_common::path::Peers;
 use mesh_common::pod::{GatePod, LocalAddr, ModeKey, PodIndex, PodState, PodView};
@@ -76,6 +76,14 @@ pub(crate) static CAPTURED: LruHashMap<CapturedKey, Endpoint> =
 #[map]
 pub(crate) static OLD_CONNECTIONS: HashMap<ConnectionKey, u32> =
     HashMap::with_max_entries(MAX_OLD_CONNECTIONS, BPF_F_NO_PREALLOC);
+/// Tunnels to and from applications' own ports, while they are open: the pod's end first.
+#[map]
+pub(crate) static TUNNELS: HashMap<ConnectionKey, u32> =
+    HashMap::with_max_entries(MAX_TUNNELS, BPF_F_NO_PREALLOC);
+/// Connections to a pod whose SYN says that they are tunnels, until they are established.
+#[map]
+pub(crate) static MARKED: LruHashMap<ConnectionKey, u32> =
+    LruHashMap::with_max_entries(MAX_MARKED, 0);
 #[map]
 pub(crate) static FRAGMENTS: LruHashMap<FragmentKey, FragmentVerdict> =
     LruHashMap::with_max_entries(MAX_FRAGMENTS, 0);
@@ -202,7 +210,7 @@ impl Services for Tables {
 }
 
 /// Whether packets to this address make sense only after translation.
-#[inline(always)]
+#[inline(never)]
 pub(crate) fn is_virtual(to: &Endpoint, protocol: mesh_common::Protocol) -> bool {
     Tables.service(&ServiceKey::marker(to.addr)).is_some()
         || Tables.service(&ServiceKey::new(*to, protocol)).is_some()
@@ -234,6 +242,29 @@ pub(crate) fn gate(link: u32) -> Option<&'static GatePod> {
     let pod = PODS_BY_LINK.get_ptr(link)?;
     // SAFETY: the element lives until the program ends.
     Some(unsafe { &*pod })
+}
+
+/// Whether an open connection of a pod is a tunnel, which its port does not tell. The key is not on
+/// the caller's stack, which has no room for it.
+#[inline(never)]
+pub(crate) fn is_tunnel(local: &Endpoint, remote: &Endpoint) -> bool {
+    let key = ConnectionKey {
+        local: *local,
+        remote: *remote,
+    };
+    // SAFETY: only its presence is asked.
+    unsafe { TUNNELS.get(key) }.is_some()
+}
+
+/// Whether a connection to a pod began with a SYN that says it is a tunnel.
+#[inline(never)]
+pub(crate) fn is_marked(local: &Endpoint, remote: &Endpoint) -> bool {
+    let key = ConnectionKey {
+        local: *local,
+        remote: *remote,
+    };
+    // SAFETY: only its presence is asked.
+    unsafe { MARKED.get(key) }.is_some()
 }
 
 /// A pod's state, read in place.

@@ -155,7 +155,7 @@ fn values_that_are_wrong_are_named_with_their_flag() {
         ("--drain", "99999999999999999h", "too long"),
         ("--pod-cidr", "10.1.2.3/16", "10.1.0.0/16 is meant"),
         ("--workers", "0", "from 1 to 1024"),
-        ("--tunnel-port", "15009", "only 15008"),
+        ("--tunnel-port", "15009", "expected 15008 or real"),
         ("--deny", "allow", "reject or drop"),
         ("--log", "xml", "text or json"),
         ("--log-level", "mesh=loud", "expected a level"),

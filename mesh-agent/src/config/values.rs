@@ -9,7 +9,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use tracing_subscriber::EnvFilter;
 
-use super::{AdminAddr, Deny, FlowLog, LogFormat, Source, TUNNEL, TunnelPort};
+use super::{AdminAddr, Deny, FlowLog, LogFormat, Source, TUNNEL_PORT, TunnelPort};
 
 type Parsed<T> = Result<T, String>;
 
@@ -160,11 +160,10 @@ pub(super) fn count(text: &str) -> Parsed<NonZeroUsize> {
 }
 
 pub(super) fn tunnel_port(text: &str) -> Parsed<TunnelPort> {
-    let TunnelPort::Fixed(port) = TUNNEL;
-    if text == port.get().to_string() {
-        Ok(TUNNEL)
-    } else {
-        Err(format!("only {} is possible", port.get()))
+    match text {
+        "real" => Ok(TunnelPort::Real),
+        port if port.parse() == Ok(TUNNEL_PORT.get()) => Ok(TunnelPort::Fixed(TUNNEL_PORT)),
+        _ => Err(format!("expected {} or real", TUNNEL_PORT.get())),
     }
 }
 

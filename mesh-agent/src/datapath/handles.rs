@@ -62,13 +62,18 @@ impl Handles {
         })
     }
 
-    /// Marks a socket as the agent's own: the hooks leave it alone. To be called before connect().
+    /// Makes a socket known as the agent's own: the hooks leave it alone. `marked` = its SYN is to
+    /// say that it is a tunnel. To be called before connect().
     ///
     /// # Errors
     /// When the descriptor is no socket.
-    pub fn exempt(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
+    pub fn exempt(&self, socket: BorrowedFd<'_>, marked: bool) -> io::Result<()> {
         let value = Exempt {
-            exempt: 1,
+            exempt: if marked {
+                Exempt::MARKED
+            } else {
+                Exempt::PLAIN
+            },
             spare: 0,
         };
         bpf::put(

@@ -34,6 +34,8 @@ pub const NAMES: &[&str] = &[
     "FLOWS",
     "CAPTURED",
     "OLD_CONNECTIONS",
+    "TUNNELS",
+    "MARKED",
     "FRAGMENTS",
     "DROP_RATE",
     "EVENTS",

@@ -96,6 +96,8 @@ descriptions! {
         "Bytes of enrolled workloads that were not under mTLS, by reason";
     HANDSHAKES "mesh_tls_handshakes_total" Counter &["role", "result"],
         "TLS handshakes between agents: ok, or the reason of the failure";
+    MARKS_LOST "mesh_tunnel_marks_lost_total" Counter &[],
+        "Times a peer was not reached as a tunnel on an application's own port, but on 15008: the network takes the mark away, or the peer does not know it";
     WORKER_SECONDS "mesh_worker_seconds_total" Counter &["namespace", "workload"],
         "Time of the agent's workers spent on connections and tunnels of pods of this node, handshakes included";
     BUFFER_BYTES "mesh_buffer_bytes" Gauge &["namespace", "workload"],

@@ -81,6 +81,7 @@ impl Collector for Page {
         self.verdicts(encoder)?;
         self.audit(encoder)?;
         self.handshakes(encoder)?;
+        family(encoder, describe::MARKS_LOST)?.counter(&[], load(&self.0.0.marks_lost))?;
         self.usage(encoder)?;
         self.certificates(encoder)?;
         self.maps(encoder)?;

@@ -21,8 +21,15 @@ pub(crate) trait Dial {
     /// The two ends of an accepted connection: where it was meant to go, and who opened it.
     fn ends(&self, socket: &Socket) -> io::Result<(SocketAddr, SocketAddr)>;
 
-    /// Begins to connect to another node's agent from a pod's own address.
-    fn peer(&self, pod: &PodHandle, from: SocketAddr, to: SocketAddr) -> io::Result<TcpStream>;
+    /// Begins to connect to another node's agent from a pod's own address; `marked` = the port is
+    /// an application's, and the connection says that it is a tunnel.
+    fn peer(
+        &self,
+        pod: &PodHandle,
+        from: SocketAddr,
+        to: SocketAddr,
+        marked: bool,
+    ) -> io::Result<TcpStream>;
 
     /// Begins to connect to a pod's application from the client's own address and port.
     fn application(
@@ -48,8 +55,13 @@ pub(crate) const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
 pub(crate) struct InPod(pub(crate) Handles);
 
 impl InPod {
-    fn connect(&self, socket: socket2::Socket, to: SocketAddr) -> io::Result<TcpStream> {
-        self.0.exempt(socket.as_fd())?;
+    fn connect(
+        &self,
+        socket: socket2::Socket,
+        to: SocketAddr,
+        marked: bool,
+    ) -> io::Result<TcpStream> {
+        self.0.exempt(socket.as_fd(), marked)?;
         socket.set_tcp_nodelay(true)?;
         match socket.connect(&to.into()) {
             Ok(()) => {}
@@ -65,10 +77,16 @@ impl Dial for InPod {
         Ok((socket.local_addr()?, socket.peer_addr()?))
     }
 
-    fn peer(&self, pod: &PodHandle, from: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
+    fn peer(
+        &self,
+        pod: &PodHandle,
+        from: SocketAddr,
+        to: SocketAddr,
+        marked: bool,
+    ) -> io::Result<TcpStream> {
         let socket = pod.netns.run(|| socket::outgoing(from))??;
         socket.set_tcp_keepalive(&KEEPALIVE)?;
-        self.connect(socket, to)
+        self.connect(socket, to, marked)
     }
 
     fn application(
@@ -80,7 +98,7 @@ impl Dial for InPod {
         let socket = pod
             .netns
             .run(|| socket::on_behalf_of(client, MARK_INBOUND))??;
-        self.connect(socket, to)
+        self.connect(socket, to, false)
     }
 
     fn service(&self, pod: &PodHandle, to: Endpoint, local_port: Port) -> Option<Endpoint> {

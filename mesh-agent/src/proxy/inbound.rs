@@ -9,7 +9,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use mesh_common::path::tunnelled;
-use mesh_common::{Addr, Direction, Endpoint, Evidence, IdentityId, Reason, Verdict};
+use mesh_common::{Addr, Direction, Endpoint, Evidence, IdentityId, Port, Reason, Verdict};
 use mesh_plan::Plan;
 use tokio::time::{Instant as Deadline, timeout, timeout_at};
 
@@ -35,7 +35,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
         place: _place,
         kind,
     } = job;
-    let (Ok((_here, from)), Some(pod)) = (worker.dial.ends(&socket), worker.pod(&share.uid)) else {
+    let (Ok((here, from)), Some(pod)) = (worker.dial.ends(&socket), worker.pod(&share.uid)) else {
         return;
     };
     let Some(unproven) = share.admission.arrived(Endpoint::from(from).addr) else {
@@ -72,6 +72,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
     let serving = Serving {
         worker,
         uid: &share.uid,
+        here: Endpoint::from(here).port,
         from: Endpoint::from(from).addr,
         text: text(&proof.id),
         peer: &proof.id,
@@ -109,6 +110,8 @@ async fn prove(
 struct Serving<'a> {
     worker: &'a Rc<Worker>,
     uid: &'a str,
+    /// The port that the tunnel has reached.
+    here: Port,
     from: Addr,
     peer: &'a SpiffeId,
     text: Arc<str>,
@@ -269,6 +272,10 @@ impl Serving<'_> {
         }
         if open.destination.port == self.worker.tunnel_port || open.destination.port.get() == 0 {
             return Err(Reason::TunnelPort);
+        }
+        // Who looked at the packets on the way was told this port.
+        if self.here != self.worker.tunnel_port && self.here != open.destination.port {
+            return Err(Reason::NotTunnelled);
         }
         let (Some(workload), Some(peer)) = (
             plan.names.workloads.get(&self.from),

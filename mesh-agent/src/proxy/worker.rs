@@ -2,13 +2,14 @@
 //! One thread that carries connections, and all that its connections share. A connection never
 //! changes its thread, so nothing here is locked.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use mesh_common::{Port, Reason};
+use mesh_common::{Addr, Endpoint, Port, Reason};
 use mesh_plan::Plan;
 use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_local;
@@ -31,6 +32,9 @@ use crate::record::Recorder;
 
 /// How often idle tunnels are looked after.
 const SWEEP: Duration = Duration::from_secs(1);
+
+/// How long a peer is not asked on applications' ports after the mark was lost.
+const UNMARKED: Duration = Duration::from_secs(60);
 
 /// A pod's share of the agent, over all workers.
 #[derive(Debug)]
@@ -161,6 +165,10 @@ pub(crate) struct Worker {
     pub(crate) dial: Box<dyn Dial>,
     /// Where tunnels are accepted.
     pub(crate) tunnel_port: Port,
+    /// Whether the application's own port is tried first.
+    pub(crate) real_ports: bool,
+    /// Peers on the way to which the mark of tunnels was lost, and when that was found.
+    pub(crate) unmarked: RefCell<BTreeMap<Addr, Instant>>,
     /// Bounds in time and number.
     pub(crate) timing: Timing,
     /// Buffers.
@@ -189,6 +197,26 @@ impl Worker {
     /// Metrics.
     pub(crate) fn metrics(&self) -> &Metrics {
         self.recorder.metrics()
+    }
+
+    /// On which port the agent of a destination is asked for.
+    pub(crate) fn port_of(&self, to: &Endpoint) -> Port {
+        let found = self.unmarked.borrow().get(&to.addr).copied();
+        let lost = found.is_some_and(|at| at.elapsed() < UNMARKED);
+        if self.real_ports && !lost {
+            to.port
+        } else {
+            self.tunnel_port
+        }
+    }
+
+    /// The mark was lost on the way to a peer: it is asked on the tunnel port for a while.
+    pub(crate) fn mark_lost(&self, peer: Addr) {
+        tracing::warn!(%peer, "the network takes the mark of tunnels away: the peer is reached on the tunnel port");
+        let mut unmarked = self.unmarked.borrow_mut();
+        unmarked.retain(|_, at| at.elapsed() < UNMARKED);
+        unmarked.insert(peer, Instant::now());
+        self.metrics().mark_lost();
     }
 
     /// Where is counted what a pod of this node uses.

@@ -139,8 +139,11 @@ pub const FLAGS: &[Flag] = &[
     flag("workers", "NUMBER", "Threads that carry connections.").or_computed("one per CPU"),
     flag(
         "tunnel-port",
-        "PORT",
-        "The port on which the agents of other nodes are reached. Only 15008 is possible now.",
+        "15008|real",
+        "The port on which the agents of other nodes are reached: 15008, or real, the application's own, \
+         so that packet filters between nodes see what is really reached. A tunnel is then told by a \
+         TCP option, and a peer is reached on 15008 where the network takes that away. Agents accept \
+         both, whatever they are told here.",
     )
     .or("15008"),
     flag(

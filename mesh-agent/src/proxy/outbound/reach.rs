@@ -2,6 +2,7 @@
 //! A new tunnel to another node's agent: connected from the pod's own address, and the peer proven.
 
 use std::io;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -20,48 +21,103 @@ use crate::proxy::turns::Computing;
 use crate::proxy::worker::{Share, Worker};
 
 /// Makes a tunnel to the target's agent. With `elsewhere` another endpoint can be tried, and this
-/// one is given up sooner.
+/// one is given up sooner. An agent that is not found on the application's own port is asked for on
+/// the tunnel port, which it always listens on.
 pub(super) async fn tunnel(
     worker: &Rc<Worker>,
-    (pod, share): (&PodHandle, &Share),
+    pod: (&PodHandle, &Share),
     target: &Target,
     elsewhere: bool,
 ) -> Result<Pooled, Reason> {
     let timing = &worker.timing;
-    let begun = Deadline::now();
-    let key = &target.key;
-    let ready = worker.identities.ready(&key.own);
-    match timeout_at(begun + timing.certificate, ready).await {
+    let ready = worker.identities.ready(&target.key.own);
+    match timeout_at(Deadline::now() + timing.certificate, ready).await {
         Ok(Ok(_certificate)) => {}
         Ok(Err(_)) | Err(_) => return Err(Reason::NoCertificate),
     }
-    let (connect, retry) = if elsewhere {
-        (timing.connect_first, Duration::ZERO)
-    } else {
-        (timing.connect, timing.retry)
+    let usual = Patience {
+        connect: if elsewhere {
+            timing.connect_first
+        } else {
+            timing.connect
+        },
+        retry: if elsewhere {
+            Duration::ZERO
+        } else {
+            timing.retry
+        },
+        handshake: timing.handshake,
     };
-    let connected = timeout_at(begun + connect, connected(worker, pod, target, retry)).await;
-    let socket = match connected {
+    let own = SocketAddr::new(target.to.ip(), worker.tunnel_port.get());
+    if target.to == own {
+        return made(worker, pod, target, own, usual)
+            .await
+            .map_err(|(reason, _)| reason);
+    }
+    let short = Patience {
+        connect: timing.connect_first,
+        retry: Duration::ZERO,
+        handshake: timing.handshake_first,
+    };
+    match made(worker, pod, target, target.to, short).await {
+        Ok(pooled) => return Ok(pooled),
+        Err((reason, false)) => return Err(reason),
+        Err((_, true)) => {}
+    }
+    let pooled = made(worker, pod, target, own, usual).await;
+    let pooled = pooled.map_err(|(reason, _)| reason)?;
+    worker.mark_lost(target.key.to.addr);
+    Ok(pooled)
+}
+
+/// How long a peer is waited for.
+struct Patience {
+    connect: Duration,
+    retry: Duration,
+    handshake: Duration,
+}
+
+/// Makes a tunnel to this very port. A failure also says whether somebody else than an agent may
+/// have answered, or nobody.
+async fn made(
+    worker: &Rc<Worker>,
+    (pod, share): (&PodHandle, &Share),
+    target: &Target,
+    to: SocketAddr,
+    patience: Patience,
+) -> Result<Pooled, (Reason, bool)> {
+    let until = Deadline::now() + patience.connect;
+    let connected = connected(worker, pod, (target.from, to), patience.retry);
+    let socket = match timeout_at(until, connected).await {
         Ok(Ok(socket)) => socket,
         Ok(Err(error)) => {
-            tracing::debug!(to = %key.to, %error, "cannot reach another node's agent");
-            return Err(Reason::PeerUnreachable);
+            tracing::debug!(%to, %error, "cannot reach another node's agent");
+            return Err((Reason::PeerUnreachable, true));
         }
-        Err(_elapsed) => return Err(Reason::PeerUnreachable),
+        Err(_elapsed) => return Err((Reason::PeerUnreachable, true)),
     };
     let handshake = async {
         let _admitted = share.admission.dial().await;
         secure(worker, share, target, socket).await
     };
-    let made = match timeout_at(Deadline::now() + timing.handshake, handshake).await {
+    let made = match timeout_at(Deadline::now() + patience.handshake, handshake).await {
         Ok(made) => made,
         Err(_elapsed) => Err(Failure::Refused(Refusal::Timeout)),
     };
     let result = made.as_ref().map(|_| ()).map_err(Failure::refusal);
     worker.metrics().handshake(Role::Client, result);
     made.map_err(|failure| {
-        tracing::debug!(to = %key.to, expected = %key.expected, %failure, "no tunnel");
-        failure.reason()
+        tracing::debug!(%to, expected = %target.key.expected, %failure, "no tunnel");
+        let no_agent = matches!(
+            failure.refusal(),
+            Refusal::NotTls
+                | Refusal::Misbehaved
+                | Refusal::TlsVersion
+                | Refusal::RefusedByPeer(_)
+                | Refusal::Closed
+                | Refusal::Timeout
+        );
+        (failure.reason(), no_agent)
     })
 }
 
@@ -70,13 +126,14 @@ pub(super) async fn tunnel(
 async fn connected(
     worker: &Worker,
     pod: &PodHandle,
-    target: &Target,
+    (from, to): (SocketAddr, SocketAddr),
     retry: Duration,
 ) -> io::Result<Socket> {
     let begun = Deadline::now();
     let mut pause = worker.timing.first_retry;
     loop {
-        let stream = worker.dial.peer(pod, target.from, target.to)?;
+        let marked = to.port() != worker.tunnel_port.get();
+        let stream = worker.dial.peer(pod, from, to, marked)?;
         let socket = Socket::new(stream)?;
         match socket.connected().await {
             Ok(()) => return Ok(socket),

@@ -64,7 +64,7 @@ pub(super) fn decide(
         return Err(Verdict::refuse(Reason::IdentityRefused));
     };
     let key = Key {
-        to: Endpoint::new(open.destination.addr, worker.tunnel_port),
+        to: Endpoint::new(open.destination.addr, worker.port_of(&open.destination)),
         from: open.source.addr,
         uid: pod.uid.as_str().into(),
         peer_uid: peer.uid.as_str().into(),

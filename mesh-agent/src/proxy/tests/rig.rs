@@ -113,6 +113,7 @@ impl Dial for Loopback {
         _: &PodHandle,
         from: SocketAddr,
         to: SocketAddr,
+        _: bool,
     ) -> io::Result<std::net::TcpStream> {
         self.dialled.fetch_add(1, Relaxed);
         let mut to = self.real(to);
@@ -420,6 +421,7 @@ fn node(
     let config = Config {
         workers: NonZeroUsize::new(2).unwrap(),
         tunnel_port,
+        real_ports: false,
         timing,
     };
     let net = net.clone();
