@@ -136,7 +136,7 @@ impl Installed {
                 let wait = kube.kubectl_cmd(job)?;
                 let wait = wait.args(["--namespace", SYSTEM, "--timeout=240s"]);
                 kube.place().run(wait, SOON * 3)?.ok()?;
-                let delete = kube.kubectl_cmd(["delete", "--wait=true", "-k", &base])?;
+                let delete = kube.kubectl_cmd(["delete", "--ignore-not-found", "-k", &base])?;
                 kube.place().run(delete, SOON * 2)?.ok().map(drop)
             }
         }

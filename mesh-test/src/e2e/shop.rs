@@ -91,7 +91,7 @@ wait $child; wait $child"#;
 
 fn postgres() -> String {
     format!(
-        "bin=$(ls -d /usr/lib/postgresql/*/bin | tail -n 1); mkdir -p /data/pg; \
+        "bin=$(ls -d /usr/lib/postgresql/*/bin | tail -n 1); rm -rf /data/pg; mkdir -p /data/pg; \
          chown postgres /data /data/pg; \
          as() {{ setpriv --reuid 100 --regid 100 --clear-groups \"$@\"; }}; cd /data; \
          as $bin/initdb -U postgres --auth=trust --no-sync --locale=C --encoding=UTF8 -D /data/pg; \
