@@ -77,6 +77,7 @@ fn the_kustomize_base_is_accepted_and_roles_are_what_is_used() {
         }
         assert!(!may(agent, &format!("delete {kind} -A")), "delete {kind}");
     }
+    assert!(may(agent, "get nodes"));
     for verb in ["create", "patch"] {
         assert!(may(agent, &format!("{verb} meshnodes.mesh.rs")), "{verb}");
     }
