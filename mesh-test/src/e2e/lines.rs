@@ -245,11 +245,11 @@ fn uninstalled(on: &Installed) -> Result<Vec<String>> {
         }
         said.push(format!("{}: no pin, no rule, no route", node.name()));
     }
-    let kinds = on
-        .cluster()
-        .kube()
-        .get(["pods", "-n", SYSTEM, "--ignore-not-found"]);
-    let left = kinds.as_ref().map_or(0, |list| items(list).len());
-    ensure!(left == 0, "{left} pods are left in {SYSTEM}");
+    // Those of the controller end after the release is gone.
+    let kube = on.cluster().kube();
+    eventually("the mesh's own pods to be gone", IN_FORCE, || {
+        let left = kube.kubectl(["get", "pods", "-n", SYSTEM, "-o", "name"]);
+        left.is_ok_and(|left| left.trim().is_empty()).then_some(())
+    })?;
     Ok(said)
 }
