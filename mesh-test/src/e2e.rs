@@ -20,7 +20,7 @@ use crate::kube::helm;
 use crate::process::{Cmd, Output, Proc, tail};
 
 pub use kinds::KINDS;
-pub use lines::{DEMO, LINES};
+pub use lines::{CHANGES, DEMO};
 
 /// Where the mesh lives.
 pub(crate) const SYSTEM: &str = "mesh-system";

@@ -4,7 +4,6 @@
 //! A pod's last events arrive after the plan has forgotten it, so names of pods that went are
 //! kept for a while.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -33,7 +32,7 @@ pub struct KernelRecords {
     gone: BTreeMap<Addr, (Instant, Workload)>,
     /// Who had an address in an earlier event under this plan: a busy node reports the same few
     /// ends thousands of times a second.
-    known: RefCell<BTreeMap<Addr, Party>>,
+    known: BTreeMap<Addr, Party>,
 }
 
 /// Ends that are kept named.
@@ -47,7 +46,7 @@ impl KernelRecords {
             plan: recorder.plan(),
             recorder,
             gone: BTreeMap::new(),
-            known: RefCell::default(),
+            known: BTreeMap::new(),
         }
     }
 
@@ -69,22 +68,21 @@ impl KernelRecords {
             }
         }
         self.plan = latest;
-        self.known.get_mut().clear();
+        self.known.clear();
     }
 
-    fn party(&self, at: Endpoint) -> Party {
-        let mut known = self.known.borrow_mut();
-        if let Some(party) = known.get(&at.addr) {
+    fn party(&mut self, at: Endpoint) -> Party {
+        if let Some(party) = self.known.get(&at.addr) {
             return Party {
                 port: at.port.get(),
                 ..party.clone()
             };
         }
         let party = self.name(at);
-        if known.len() == MOST_KNOWN {
-            known.clear();
+        if self.known.len() == MOST_KNOWN {
+            self.known.clear();
         }
-        known.insert(at.addr, party.clone());
+        self.known.insert(at.addr, party.clone());
         party
     }
 
@@ -99,7 +97,7 @@ impl KernelRecords {
 
     /// Records one event. An event that this version does not know is left alone: a newer agent's
     /// programs may still be attached during an update.
-    pub fn report(&self, event: &Event) {
+    pub fn report(&mut self, event: &Event) {
         let kind = match event.kind {
             kind::CLOSED => Kind::Connection,
             kind::DENIED => Kind::Denied,
@@ -128,7 +126,7 @@ impl KernelRecords {
         self.recorder.emit(record);
     }
 
-    fn record(&self, kind: Kind, event: &Event) -> FlowRecord {
+    fn record(&mut self, kind: Kind, event: &Event) -> FlowRecord {
         let (local, remote) = (self.party(event.local), self.party(event.remote));
         let egress = event.direction == Direction::Egress as u8;
         let (reporter, source, destination, at) = if egress {

@@ -230,7 +230,7 @@ fn however_it_ends_there_is_one_record() {
 #[test]
 fn both_reporters_of_a_direct_connection_say_the_same() {
     let rig = Rig::new();
-    let records = KernelRecords::new(rig.recorder.clone());
+    let mut records = KernelRecords::new(rig.recorder.clone());
     records.report(&event(kind::CLOSED, mesh_common::Direction::Egress));
     let mut other = event(kind::CLOSED, mesh_common::Direction::Ingress);
     std::mem::swap(&mut other.local, &mut other.remote);

@@ -25,12 +25,7 @@ use super::status::PolicyStatus;
         "https://github.com/kubernetes-sigs/network-policy-api/pull/300"
     ),
     printcolumn(name = "Tier", type_ = "string", json_path = ".spec.tier"),
-    printcolumn(name = "Priority", type_ = "string", json_path = ".spec.priority"),
-    printcolumn(
-        name = "Age",
-        type_ = "date",
-        json_path = ".metadata.creationTimestamp"
-    )
+    printcolumn(name = "Priority", type_ = "string", json_path = ".spec.priority")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct ClusterNetworkPolicySpec {

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! CustomResourceDefinitions of every kind, from the types.
 
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
+    CustomResourceColumnDefinition as Column, CustomResourceDefinition,
+};
 use kube::CustomResourceExt as _;
 use serde_json::Value;
 
@@ -14,15 +17,17 @@ use super::{
 /// # Errors
 /// A type has no JSON form; tests hold that none is so.
 pub fn definitions() -> Result<Vec<(String, Value)>, serde_json::Error> {
-    let all = [
+    let policies = [
         MeshPolicy::crd(),
         ClusterMeshPolicy::crd(),
         MeshAuthentication::crd(),
         MeshTrafficPolicy::crd(),
-        MeshNode::crd(),
-        ClusterNetworkPolicy::crd(),
     ];
-    all.into_iter()
+    let others = [MeshNode::crd(), ClusterNetworkPolicy::crd()];
+    policies
+        .map(|definition| with_columns(definition, &[ACCEPTED, NODES, AGE]))
+        .into_iter()
+        .chain(others.map(|definition| with_columns(definition, &[AGE])))
         .map(|definition| {
             let plural = definition.spec.names.plural.clone();
             let mut value = serde_json::to_value(definition)?;
@@ -30,6 +35,35 @@ pub fn definitions() -> Result<Vec<(String, Value)>, serde_json::Error> {
             Ok((plural, value))
         })
         .collect()
+}
+
+/// Name, type and path of a column of `kubectl get`.
+type PrintColumn = (&'static str, &'static str, &'static str);
+
+/// What the status that all policies of the mesh have says in short.
+const ACCEPTED: PrintColumn = (
+    "Accepted",
+    "string",
+    r#".status.conditions[?(@.type=="Accepted")].status"#,
+);
+const NODES: PrintColumn = ("Nodes", "string", ".status.nodes");
+const AGE: PrintColumn = ("Age", "date", ".metadata.creationTimestamp");
+
+/// Adds columns behind those of the kind itself.
+fn with_columns(
+    mut definition: CustomResourceDefinition,
+    columns: &[PrintColumn],
+) -> CustomResourceDefinition {
+    for version in &mut definition.spec.versions {
+        let all = version.additional_printer_columns.get_or_insert_default();
+        all.extend(columns.iter().map(|(name, kind, path)| Column {
+            name: (*name).to_owned(),
+            type_: (*kind).to_owned(),
+            json_path: (*path).to_owned(),
+            ..Column::default()
+        }));
+    }
+    definition
 }
 
 /// Takes out what the schemas of Rust types say and Kubernetes should not:

@@ -25,18 +25,7 @@ use super::status::PolicyStatus;
     category = "mesh",
     printcolumn(name = "mTLS", type_ = "string", json_path = ".spec.mtls"),
     printcolumn(name = "Outbound", type_ = "string", json_path = ".spec.outbound"),
-    printcolumn(name = "UDP", type_ = "string", json_path = ".spec.udp"),
-    printcolumn(
-        name = "Accepted",
-        type_ = "string",
-        json_path = r#".status.conditions[?(@.type=="Accepted")].status"#
-    ),
-    printcolumn(name = "Nodes", type_ = "string", json_path = ".status.nodes"),
-    printcolumn(
-        name = "Age",
-        type_ = "date",
-        json_path = ".metadata.creationTimestamp"
-    )
+    printcolumn(name = "UDP", type_ = "string", json_path = ".spec.udp")
 )]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("x-kubernetes-validations" = schema::rules(&[(

@@ -25,12 +25,7 @@ use serde::{Deserialize, Serialize};
         type_ = "string",
         json_path = ".status.missingFeatures"
     ),
-    printcolumn(name = "Observed", type_ = "date", json_path = ".status.observedAt"),
-    printcolumn(
-        name = "Age",
-        type_ = "date",
-        json_path = ".metadata.creationTimestamp"
-    )
+    printcolumn(name = "Observed", type_ = "date", json_path = ".status.observedAt")
 )]
 pub struct MeshNodeSpec {}
 

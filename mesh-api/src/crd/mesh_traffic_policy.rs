@@ -20,18 +20,7 @@ use super::status::PolicyStatus;
     plural = "meshtrafficpolicies",
     shortname = "mtp",
     category = "mesh",
-    printcolumn(name = "Service", type_ = "string", json_path = ".spec.targetRef.name"),
-    printcolumn(
-        name = "Accepted",
-        type_ = "string",
-        json_path = r#".status.conditions[?(@.type=="Accepted")].status"#
-    ),
-    printcolumn(name = "Nodes", type_ = "string", json_path = ".status.nodes"),
-    printcolumn(
-        name = "Age",
-        type_ = "date",
-        json_path = ".metadata.creationTimestamp"
-    )
+    printcolumn(name = "Service", type_ = "string", json_path = ".spec.targetRef.name")
 )]
 #[serde(rename_all = "camelCase")]
 pub struct MeshTrafficPolicySpec {

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
-use mesh_test::e2e::{DEMO, Installed, Installer, LINES};
+use mesh_test::e2e::{CHANGES, DEMO, Installed, Installer};
 use mesh_test::remove_on_interrupt;
 
 #[derive(Parser)]
@@ -53,7 +53,7 @@ fn say(what: &impl std::fmt::Display) {
 /// The number of lines that failed.
 fn run(cli: &Cli) -> Result<usize> {
     remove_on_interrupt()?;
-    let lines = if cli.demo { DEMO } else { LINES };
+    let changes = if cli.demo { &[] } else { CHANGES };
     let ways = match cli.only {
         Some(Way::Helm) => vec![Installer::Helm],
         Some(Way::Kustomize) => vec![Installer::Kustomize],
@@ -68,7 +68,7 @@ fn run(cli: &Cli) -> Result<usize> {
         let on = Installed::start(way, &cli.image, |what| {
             say(&format_args!("{:5.1} s  {what}", seconds()));
         })?;
-        for line in lines {
+        for line in DEMO.iter().chain(changes) {
             match (line.check)(&on) {
                 Ok(evidence) => {
                     say(&format_args!("\n{:5.1} s  ok    {}", seconds(), line.title));
