@@ -98,7 +98,7 @@ fn run(cli: &Cli) -> Result<usize> {
             }
         }
     }
-    let lines = lines.len() * (last + 1);
+    let lines = (DEMO.len() + changes.len()) * (last + 1);
     say(&format_args!(
         "\n{:5.1} s  {} of {lines} lines hold",
         begun.elapsed().as_secs_f64(),
