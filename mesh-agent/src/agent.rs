@@ -381,6 +381,7 @@ fn datapath_config(config: &Config) -> datapath::Config {
     datapath::Config {
         bpffs: config.host.bpffs.clone(),
         cgroup: config.host.cgroup.clone(),
+        trace: config.trace_datapath,
     }
 }
 

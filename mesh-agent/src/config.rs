@@ -80,6 +80,8 @@ pub struct Config {
     pub tunnel_port: TunnelPort,
     /// What a client elsewhere sees of a connection that a pod of this node refuses.
     pub deny: Deny,
+    /// Whether the decisions of the kernel programs are logged.
+    pub trace_datapath: bool,
     /// Logs.
     pub log: LogConfig,
 }
@@ -378,6 +380,7 @@ pub fn parse(
             .unwrap_or_else(|| around.parallelism()),
         tunnel_port: values.required("tunnel-port", values::tunnel_port)?,
         deny: values.required("deny", values::deny)?,
+        trace_datapath: values.required("trace-datapath", values::trace_datapath)?,
         log,
     };
     debug_assert!(

@@ -30,6 +30,8 @@ pub struct Config {
     pub bpffs: PathBuf,
     /// The cgroup (v2) whose processes' sockets are hooked: all pods of the node are below it.
     pub cgroup: PathBuf,
+    /// Whether each decision is logged; only with the feature `trace`.
+    pub trace: bool,
 }
 
 /// What can go wrong with the kernel.

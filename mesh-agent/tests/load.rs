@@ -45,6 +45,7 @@ impl Place {
         Config {
             bpffs: self.bpffs.clone(),
             cgroup: self.cgroup.clone(),
+            trace: cfg!(feature = "trace"),
         }
     }
 }

@@ -35,12 +35,21 @@ pub(crate) fn trace(hook: Hook, pod: PodIndex, with: &Endpoint, path: &Path) {
     let _ = (hook as u32, pod, with, path);
 }
 
+/// Whether decisions are logged; the loader decides.
+#[cfg(feature = "trace")]
+#[unsafe(no_mangle)]
+static TRACING: u32 = 0;
+
 /// [`trace`] as a global function (see `decision`).
 #[cfg(feature = "trace")]
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn mesh_trace(hook: u32, pod: u32, with: *const Endpoint, path: *const Path) -> u64 {
     use mesh_common::path::Outbound;
+    // SAFETY: a value that the loader has set, and that the compiler may not know.
+    if unsafe { core::ptr::read_volatile(&raw const TRACING) } == 0 {
+        return 0;
+    }
     // SAFETY: null, or of these types: the verifier holds callers to it.
     let (Some(with), Some(path)) = (unsafe { (with.as_ref(), path.as_ref()) }) else {
         return 1;

@@ -73,6 +73,7 @@ fn capture(lab: &Lab, pod: &Pod) -> Captured {
     let config = Config {
         bpffs: pins.0.clone(),
         cgroup: pod.node().root_cgroup().to_path_buf(),
+        trace: false,
     };
     let (mut datapath, _events) = Datapath::load(&config).expect("the datapath loads");
     let local = LocalPod {

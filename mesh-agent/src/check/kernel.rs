@@ -52,6 +52,7 @@ fn attempt(scratch: &Scratch, netns: &NetNs) -> Vec<Finding> {
     let config = Config {
         bpffs: scratch.pins.clone(),
         cgroup: scratch.cgroup.clone(),
+        trace: false,
     };
     let (mut datapath, _events) = match Datapath::load(&config) {
         Ok(loaded) => loaded,

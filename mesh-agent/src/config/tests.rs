@@ -87,6 +87,7 @@ fn defaults() {
             workers: NonZeroUsize::new(7).unwrap(),
             tunnel_port: TunnelPort::Fixed(TUNNEL_PORT),
             deny: Deny::Reject,
+            trace_datapath: false,
             log,
         }
     );
@@ -157,6 +158,7 @@ fn values_that_are_wrong_are_named_with_their_flag() {
         ("--workers", "0", "from 1 to 1024"),
         ("--tunnel-port", "15009", "expected 15008 or real"),
         ("--deny", "allow", "reject or drop"),
+        ("--trace-datapath", "yes", "on or off"),
         ("--log", "xml", "text or json"),
         ("--log-level", "mesh=loud", "expected a level"),
     ] {

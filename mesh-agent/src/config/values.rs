@@ -175,6 +175,15 @@ pub(super) fn deny(text: &str) -> Parsed<Deny> {
     }
 }
 
+pub(super) fn trace_datapath(text: &str) -> Parsed<bool> {
+    match text {
+        "on" if cfg!(feature = "trace") => Ok(true),
+        "on" => Err("this build cannot: build mesh-agent with --features trace".to_owned()),
+        "off" => Ok(false),
+        _ => Err("expected on or off".to_owned()),
+    }
+}
+
 pub(super) fn log_format(text: &str) -> Parsed<LogFormat> {
     match text {
         "text" => Ok(LogFormat::Text),

@@ -87,7 +87,7 @@ impl Datapath {
             path: config.bpffs.clone(),
             source,
         })?;
-        let mut object = open(&pins)?;
+        let mut object = open(&pins, config.trace)?;
         load_programs(&mut object)?;
         let maps = tables::Maps::take(&mut object)?;
         let events = Events::take(&mut object)?;
@@ -110,8 +110,10 @@ impl Datapath {
     }
 }
 
-fn open(pins: &Path) -> Result<Ebpf, Error> {
+fn open(pins: &Path, trace: bool) -> Result<Ebpf, Error> {
+    let tracing = u32::from(trace);
     let mut loader = EbpfLoader::new();
+    loader.override_global("TRACING", &tracing, cfg!(feature = "trace"));
     for name in NAMES {
         loader.map_pin_path(name, pins.join(name));
     }

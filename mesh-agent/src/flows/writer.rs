@@ -19,6 +19,10 @@ use crate::record::FlowRecord;
 /// How often it is looked whether the file was renamed or removed.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
+/// How long the first record of a batch waits for others: who sends a record pays for a wake-up of
+/// this thread only if it waits for one.
+const GATHER: Duration = Duration::from_millis(5);
+
 enum Target {
     Stdout(BufWriter<io::Stdout>),
     File {
@@ -72,6 +76,7 @@ impl Writer {
     /// Writes until every sink is gone.
     pub(super) fn run(mut self, mut queue: mpsc::Receiver<Message>) {
         while let Some(first) = queue.blocking_recv() {
+            std::thread::sleep(GATHER);
             self.look();
             let mut written = self.take(first);
             // Whatever waits is written together.

@@ -31,13 +31,14 @@ pub(crate) trait Dial {
         marked: bool,
     ) -> io::Result<TcpStream>;
 
-    /// Begins to connect to a pod's application from the client's own address and port.
+    /// Begins to connect to a pod's application from the client's own address and port; also
+    /// whether that has come to its end already, as it mostly has within a namespace.
     fn application(
         &self,
         pod: &PodHandle,
         client: SocketAddr,
         to: SocketAddr,
-    ) -> io::Result<TcpStream>;
+    ) -> io::Result<(TcpStream, bool)>;
 
     /// The service that a captured connection asked for, if it did.
     fn service(&self, pod: &PodHandle, to: Endpoint, local_port: Port) -> Option<Endpoint>;
@@ -55,20 +56,27 @@ pub(crate) const KEEPALIVE: TcpKeepalive = TcpKeepalive::new()
 pub(crate) struct InPod(pub(crate) Handles);
 
 impl InPod {
-    fn connect(
-        &self,
-        socket: socket2::Socket,
-        to: SocketAddr,
-        marked: bool,
-    ) -> io::Result<TcpStream> {
+    /// Begins to connect; whether that has come to its end.
+    fn connect(&self, socket: &socket2::Socket, to: SocketAddr, marked: bool) -> io::Result<bool> {
         self.0.exempt(socket.as_fd(), marked)?;
         socket.set_tcp_nodelay(true)?;
-        match socket.connect(&to.into()) {
-            Ok(()) => {}
-            Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
-            Err(error) => return Err(error),
+        is_connected(socket, to)
+    }
+}
+
+/// Connects, or asks again what came of it.
+fn is_connected(socket: &socket2::Socket, to: SocketAddr) -> io::Result<bool> {
+    match socket.connect(&to.into()) {
+        Ok(()) => Ok(true),
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::EINPROGRESS | libc::EALREADY)
+            ) =>
+        {
+            Ok(false)
         }
-        Ok(socket.into())
+        Err(error) => Err(error),
     }
 }
 
@@ -86,7 +94,8 @@ impl Dial for InPod {
     ) -> io::Result<TcpStream> {
         let socket = pod.netns.run(|| socket::outgoing(from))??;
         socket.set_tcp_keepalive(&KEEPALIVE)?;
-        self.connect(socket, to, marked)
+        self.connect(&socket, to, marked)?;
+        Ok(socket.into())
     }
 
     fn application(
@@ -94,11 +103,14 @@ impl Dial for InPod {
         pod: &PodHandle,
         client: SocketAddr,
         to: SocketAddr,
-    ) -> io::Result<TcpStream> {
+    ) -> io::Result<(TcpStream, bool)> {
         let socket = pod
             .netns
             .run(|| socket::on_behalf_of(client, MARK_INBOUND))??;
-        self.connect(socket, to, false)
+        // Over loopback the handshake is over, or refused, when the first call returns; the second
+        // one says so, and saves waiting for it.
+        let connected = self.connect(&socket, to, false)? || is_connected(&socket, to)?;
+        Ok((socket.into(), connected))
     }
 
     fn service(&self, pod: &PodHandle, to: Endpoint, local_port: Port) -> Option<Endpoint> {

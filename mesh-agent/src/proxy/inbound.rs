@@ -305,8 +305,10 @@ impl Serving<'_> {
         let until = Deadline::now() + timing.connect;
         loop {
             let begun = self.worker.dial.application(pod, client, to);
-            let connected = match begun.and_then(Socket::new) {
-                Ok(socket) => timeout_at(until, socket.connected())
+            let begun = begun.and_then(|(stream, done)| Ok((Socket::new(stream)?, done)));
+            let connected = match begun {
+                Ok((socket, true)) => Ok(socket),
+                Ok((socket, false)) => timeout_at(until, socket.connected())
                     .await
                     .unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into()))
                     .map(|()| socket),

@@ -6,13 +6,20 @@ use std::io;
 use std::pin::pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use super::socket::Socket;
 use super::tunnel::frame::{Cause, Control, StreamId, Why};
-use super::tunnel::{Arrival, TakeError, Tunnel, TunnelError};
+use super::tunnel::{Arrival, MOST_EARLY, TakeError, Tunnel, TunnelError};
 
 /// Turns of both directions before other connections of the worker get theirs.
 const TURNS: u32 = 8;
+/// How long OPENED waits for the application's first bytes, to go with them in one record: most
+/// requests are answered sooner.
+const REPLY_WAIT: Duration = Duration::from_millis(1);
+/// Early data from which on OPENED does not wait: an opener that sent as much is likely to have
+/// more, and soon may not send it before the reply.
+const MUCH_EARLY: usize = 4096;
 
 /// Which end of the tunnel this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,6 +89,8 @@ pub(crate) struct Relay<'a, C> {
     acknowledged: bool,
     /// FIN was received before the application finished.
     remote_first: bool,
+    /// OPENED waits for something to go with it.
+    reply_waits: bool,
 }
 
 impl<'a, C: Count> Relay<'a, C> {
@@ -136,6 +145,7 @@ impl<'a, C: Count> Relay<'a, C> {
             passed_on: false,
             acknowledged: false,
             remote_first: false,
+            reply_waits: role == Role::Acceptor,
         }
     }
 
@@ -145,7 +155,11 @@ impl<'a, C: Count> Relay<'a, C> {
         let socket = Rc::clone(self.tunnel.socket());
         let mut app_failed = pin!(app.failed());
         let mut tunnel_failed = pin!(socket.failed());
+        let mut waited = pin!(tokio::time::sleep(REPLY_WAIT));
         let end = std::future::poll_fn(|cx| {
+            if self.reply_waits && waited.as_mut().poll(cx).is_ready() {
+                self.reply_waits = false;
+            }
             if let Poll::Ready(end) = self.poll(cx) {
                 return Poll::Ready(end);
             }
@@ -203,8 +217,8 @@ impl<'a, C: Count> Relay<'a, C> {
             Poll::Pending => return Ok(false),
         }
         let mut moved = false;
-        // Before the reply only one batch is taken: it might have to be sent again.
-        let may_take = self.retained.as_ref().is_none_or(|r| r.data.is_empty());
+        // Before the reply only one record is taken: it might have to be sent again.
+        let may_take = (self.retained.as_ref()).is_none_or(|r| r.data.len() < MOST_EARLY);
         if !self.app_finished && may_take {
             let copy = self.retained.as_deref_mut().map(|kept| &mut kept.data);
             match self.tunnel.poll_take(cx, self.app, self.stream, copy) {
@@ -214,6 +228,7 @@ impl<'a, C: Count> Relay<'a, C> {
                 }
                 Poll::Ready(Ok(taken)) => {
                     self.count.taken(taken as u64);
+                    self.reply_waits = false;
                     moved = true;
                 }
                 Poll::Ready(Err(TakeError::App(error))) => return Err(End::AppReset(error)),
@@ -221,7 +236,12 @@ impl<'a, C: Count> Relay<'a, C> {
                 Poll::Pending => {}
             }
         }
-        match self.tunnel.poll_flush(cx) {
+        let sent = if self.reply_waits {
+            self.tunnel.poll_room(cx)
+        } else {
+            self.tunnel.poll_flush(cx)
+        };
+        match sent {
             Poll::Ready(Err(error)) => Err(self.broken(error)),
             Poll::Ready(Ok(())) | Poll::Pending => Ok(moved),
         }
@@ -229,6 +249,7 @@ impl<'a, C: Count> Relay<'a, C> {
 
     fn finish_upstream(&mut self) {
         self.app_finished = true;
+        self.reply_waits = false;
         self.remote_first = self.peer_finished;
         if let Some(retained) = &mut self.retained {
             retained.finished = true;
@@ -248,7 +269,10 @@ impl<'a, C: Count> Relay<'a, C> {
                     return Err(self.broken(TunnelError::Unexpected("data behind FIN")));
                 }
                 match self.tunnel.poll_deliver(cx, self.app) {
-                    Poll::Ready(Ok(given)) => self.count.given(given as u64),
+                    Poll::Ready(Ok(given)) => {
+                        self.count.given(given as u64);
+                        self.reply_waits &= given < MUCH_EARLY;
+                    }
                     Poll::Ready(Err(error)) => return Err(End::AppReset(error)),
                     Poll::Pending => return Ok(moved),
                 }

@@ -19,7 +19,7 @@ use std::time::Duration;
 use self::frame::{Control, FrameError, StreamId};
 use self::inbox::{Inbox, Item};
 use self::outbox::Outbox;
-pub(crate) use self::outbox::TakeError;
+pub(crate) use self::outbox::{MOST_EARLY, TakeError};
 use super::buffers::Lender;
 use super::socket::Socket;
 use super::tls::records::RecordError;
@@ -182,7 +182,8 @@ impl Tunnel {
     }
 
     /// Reads once from the application; what was read goes with the next flush, after the control
-    /// frames that wait. `Ok(0)` = the application has finished. Only when there is room.
+    /// frames that wait. `Ok(0)` = the application has finished. Only when there is room. `copy`
+    /// keeps what was read, in all less than [`MOST_EARLY`] before and at most that after it.
     pub(crate) fn poll_take(
         &mut self,
         cx: &mut Context<'_>,

@@ -172,6 +172,13 @@ pub const FLAGS: &[Flag] = &[
     .everywhere()
     .controller(Taken::Too),
     flag(
+        "trace-datapath",
+        "on|off",
+        "Whether each decision of the kernel programs is logged, at level info. Only a build with the \
+         feature `trace` can: it costs every connection, and is for tests and for finding faults.",
+    )
+    .or("off"),
+    flag(
         "listen",
         "IP:PORT",
         "Where the controller serves certificates.",

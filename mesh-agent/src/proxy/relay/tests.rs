@@ -327,6 +327,67 @@ fn a_tunnel_carries_one_connection_after_another() {
     });
 }
 
+/// Reads at the acceptor's end until `done` says that enough of the stream's data has come.
+async fn hear(far: &mut Tunnel, app: &Socket, done: impl Fn(usize) -> bool) -> usize {
+    let mut heard = 0;
+    std::future::poll_fn(|cx| {
+        while !done(heard) {
+            match far.next().unwrap() {
+                Arrival::Nothing => std::task::ready!(far.poll_fill(cx)).unwrap(),
+                Arrival::Data => heard += std::task::ready!(far.poll_deliver(cx, app)).unwrap(),
+                Arrival::Control(..) => panic!("nothing else was sent"),
+            }
+        }
+        Poll::Ready(heard)
+    })
+    .await
+}
+
+#[test]
+fn what_is_sent_before_the_reply_comes_in_pieces_and_is_bounded() {
+    local(async {
+        let (near, mut far) = Pki::new().tunnels(&Rc::default()).await;
+        let (mut client, app) = application();
+        let opener = tokio::task::spawn_local(opener(near, app));
+        let (stream, Control::Open(_)) = far.control().await.unwrap() else {
+            panic!("no OPEN");
+        };
+        far.accept(stream).unwrap();
+        let (mut server, app) = application();
+        // A header, and then a body: neither waits for the reply.
+        for piece in [b"header".as_slice(), b"body"] {
+            client.write_all(piece).await.unwrap();
+            hear(&mut far, &app, |heard| heard == piece.len()).await;
+        }
+        let mut heard = [0; 10];
+        server.read_exact(&mut heard).await.unwrap();
+        assert_eq!(heard, *b"headerbody");
+        client.write_all(&[7; 60_000]).await.unwrap();
+        let early = hear(&mut far, &app, |heard| heard == MOST_EARLY - 10).await;
+        let more = hear(&mut far, &app, |heard| heard > 0);
+        let more = tokio::time::timeout(Duration::from_millis(300), more).await;
+        assert!(more.is_err(), "more than can be sent again");
+        far.queue(stream, &Control::Opened);
+        std::future::poll_fn(|cx| far.poll_flush(cx)).await.unwrap();
+        hear(&mut far, &app, |heard| heard == 60_000 - early).await;
+        drop(client);
+        opener.abort();
+    });
+}
+
+#[test]
+fn the_reply_does_not_wait_for_an_application_that_says_nothing() {
+    local(async {
+        let (mut near, far) = Pki::new().tunnels(&Rc::default()).await;
+        let (_server, app) = application();
+        let acceptor = tokio::task::spawn_local(acceptor(far, app));
+        let stream = near.begin().unwrap();
+        near.queue(stream, &open());
+        assert_eq!(near.control().await.unwrap(), (stream, Control::Opened));
+        acceptor.abort();
+    });
+}
+
 #[test]
 fn late_bytes_of_a_refused_stream_never_reach_the_next() {
     local(async {

@@ -131,10 +131,11 @@ impl Dial for Loopback {
         _: &PodHandle,
         client: SocketAddr,
         to: SocketAddr,
-    ) -> io::Result<std::net::TcpStream> {
+    ) -> io::Result<(std::net::TcpStream, bool)> {
         self.client.get_or_init(|| client);
         let any = SocketAddr::new(to.ip(), 0);
-        self.connect(any, Self::application(self, to))
+        let begun = self.connect(any, Self::application(self, to))?;
+        Ok((begun, false))
     }
 
     fn service(&self, _: &PodHandle, to: Endpoint, _: Port) -> Option<Endpoint> {

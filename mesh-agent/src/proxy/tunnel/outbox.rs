@@ -18,6 +18,9 @@ const KEY_UPDATE: [u8; 5] = [24, 0, 0, 1, 0];
 /// Alert `close_notify` (RFC 8446, 6.1).
 const CLOSE_NOTIFY: [u8; 2] = [1, 0];
 
+/// Data that is kept before the reply: one DATA frame in one record.
+pub(crate) const MOST_EARLY: usize = CONTENT - HEADER;
+
 /// A sealed batch that waits for the socket.
 #[derive(Debug)]
 struct Batch {
@@ -141,7 +144,8 @@ impl Outbox {
         };
         let mut buffer = buffers.take(size);
         let prefix = self.control.len() + HEADER;
-        let (read, room) = match fill(cx, app, &mut buffer, prefix) {
+        let most = (copy.as_ref()).map_or(usize::MAX, |kept| MOST_EARLY - kept.len());
+        let (read, room) = match fill(cx, app, &mut buffer, (prefix, most)) {
             (Poll::Ready(Ok(read)), room) => (read, room),
             (Poll::Ready(Err(error)), _) => {
                 buffers.give(buffer);
@@ -250,13 +254,13 @@ pub(crate) enum TakeError {
     Tunnel(TunnelError),
 }
 
-/// Reads once into the slots of `buffer`, from `prefix` on, leaving room for the rest of each
-/// record. Also returns how much there was room for.
+/// Reads once, at most `most` bytes, into the slots of `buffer`, from `prefix` on, leaving room for
+/// the rest of each record. Also returns how much there was room for.
 fn fill(
     cx: &mut Context<'_>,
     app: &Socket,
     buffer: &mut [u8],
-    prefix: usize,
+    (prefix, mut most): (usize, usize),
 ) -> (Poll<io::Result<usize>>, usize) {
     let mut slots: [IoSliceMut<'_>; LARGE_RECORDS] =
         std::array::from_fn(|_| IoSliceMut::new(&mut []));
@@ -265,7 +269,10 @@ fn fill(
     let mut from = HEAD + prefix;
     for (slot, place) in slots.iter_mut().zip(buffer.chunks_exact_mut(FULL)) {
         let place = &mut place[from..HEAD + CONTENT];
-        room += place.len();
+        let length = place.len().min(most);
+        let place = &mut place[..length];
+        most -= length;
+        room += length;
         *slot = IoSliceMut::new(place);
         used += 1;
         from = HEAD;
