@@ -171,7 +171,8 @@ impl Rooms {
             in_force: readiness.task("plan in force"),
             certified: readiness.task("certificates"),
         };
-        let (ending, stop) = watch::channel(false);
+        let (ending, mut stop) = watch::channel(false);
+        let (silent, replaced) = watch::channel(false);
         let (quiet, writes_end) = watch::channel(false);
 
         // Facts, and what the kernel holds.
@@ -188,7 +189,16 @@ impl Rooms {
         let flow_log = Flows::start(&config.flow_log, &metrics)?;
         let (plan, sink) = (views.plan.clone(), flow_log.sink());
         let recorder = Recorder::new(&config.node, plan, metrics.clone(), sink, now);
-        let events = tokio::spawn(flows::drain(events, recorder.clone(), stop));
+        // Before there is a plan, ends have no names; a predecessor reads on until then.
+        let named = mirror::first_plan(views.status.clone(), ANSWER_AFTER);
+        let records = recorder.clone();
+        let events = tokio::spawn(async move {
+            tokio::select! {
+                () = named => {}
+                _ = stop.wait_for(|stop| *stop) => {}
+            }
+            flows::drain(events, records, replaced, stop).await;
+        });
 
         // Connections. The proxy is there before the first pod is.
         let doors = proxy::Doors {
@@ -227,7 +237,7 @@ impl Rooms {
             tasks: vec![events],
             reporting: Vec::new(),
             quiet,
-            silent: watch::Sender::new(false),
+            silent,
             ending,
         })
     }

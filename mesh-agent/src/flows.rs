@@ -122,6 +122,16 @@ impl FlowSink {
 
 /// Where events of the kernel come from.
 pub trait EventSource: Send + 'static {
+    /// Takes the turn to read; `false` = another agent of this node has it.
+    ///
+    /// # Errors
+    /// Why it cannot be told.
+    fn take_turn(&mut self) -> io::Result<bool>;
+    /// Lets another agent read.
+    ///
+    /// # Errors
+    /// Why it cannot.
+    fn give_turn(&mut self) -> io::Result<()>;
     /// Hands over the events that wait now.
     fn drain(&mut self, each: &mut dyn FnMut(&Event));
 }
@@ -131,18 +141,32 @@ pub trait EventSource: Send + 'static {
 const BATCH: usize = 20_000;
 
 impl EventSource for crate::datapath::Events {
+    fn take_turn(&mut self) -> io::Result<bool> {
+        Self::take_turn(self)
+    }
+
+    fn give_turn(&mut self) -> io::Result<()> {
+        Self::give_turn(self)
+    }
+
     fn drain(&mut self, each: &mut dyn FnMut(&Event)) {
         Self::drain(self, BATCH, |event| each(&event));
     }
 }
 
-/// Makes records of the kernel's events until `stop` turns true, and once more then.
+/// An agent that was replaced looks after so long whether its successor is still there.
+const RETURN: Duration = Duration::from_secs(1);
+
+/// Makes records of the kernel's events until `stop` turns true, and once more then. From when
+/// `replaced` is true they are left to the successor.
 pub async fn drain(
     mut events: impl EventSource,
     recorder: Recorder,
+    replaced: watch::Receiver<bool>,
     mut stop: watch::Receiver<bool>,
 ) {
     let mut records = KernelRecords::new(recorder);
+    let mut left = None;
     let mut tick = tokio::time::interval(DRAIN_EVERY);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -151,10 +175,33 @@ pub async fn drain(
             // The sender is gone = the agent is ending.
             _ = stop.wait_for(|stop| *stop) => true,
         };
-        records.refresh(Instant::now());
-        events.drain(&mut |event| records.report(event));
+        let now = Instant::now();
+        if *replaced.borrow() && left.is_none() {
+            left = Some(now);
+            turned(events.give_turn());
+        }
+        let leaves = left.is_some_and(|since| now.saturating_duration_since(since) < RETURN);
+        if (last || !leaves) && turned(events.take_turn()) == Some(true) {
+            records.refresh(now);
+            events.drain(&mut |event| records.report(event));
+        }
         if last {
             return;
+        }
+    }
+}
+
+/// Says what went wrong with the turn to read.
+fn turned<T>(result: io::Result<T>) -> Option<T> {
+    match result {
+        Ok(turn) => Some(turn),
+        Err(error) => {
+            crate::logging::warn_limited!(
+                "events",
+                &error as &dyn std::error::Error,
+                "cannot tell whose turn it is to read the kernel's events"
+            );
+            None
         }
     }
 }

@@ -128,6 +128,34 @@ fn no_restart_is_noticed_on_the_node_and_nobody_denied_slips_through() {
 }
 
 #[test]
+fn each_connection_is_recorded_once_by_two_agents_that_overlap() {
+    let mut scene = scene();
+    let storms = scene.storms(6);
+    let agent = scene.agent();
+    let mut old = agent.succeed().expect("a successor");
+    old.signal(libc::SIGTERM).expect("asked to end");
+    assert!(old.wait(SOON).expect("ended").success());
+    let [direct, virtually, _] = finished(&storms);
+    // Those of the scene itself, too; each has two ends.
+    let made = usize::try_from(direct.ok + virtually.ok + 4).expect("a few thousand");
+    let agent = scene.agent();
+    let all = eventually("all records", SOON, || {
+        (recorded(agent) >= 2 * made).then_some(())
+    });
+    // What would come twice has come when it ends.
+    agent.terminate(SOON).expect("ended");
+    assert_eq!(recorded(agent), 2 * made, "{all:?}");
+}
+
+/// Ends of connections that `good` has made.
+fn recorded(agent: &Agent) -> usize {
+    let flows = agent.flows().expect("the flow log");
+    let of_good =
+        |flow: &&serde_json::Value| flow["kind"] == "connection" && flow["source"]["pod"] == "good";
+    flows.iter().filter(of_good).count()
+}
+
+#[test]
 fn the_same_load_notices_programs_that_were_detached() {
     let mut scene = scene();
     let storms = scene.storms(8);

@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The ring of events, read by one task.
+//! The ring of events, read by one task of one agent.
+
+use std::fs::{File, TryLockError};
+use std::io;
+use std::path::Path;
 
 use aya::maps::{MapData, RingBuf};
 use mesh_common::event::Event;
@@ -10,6 +14,9 @@ use super::Error;
 /// The kernel programs' reports. Programs never wake the reader: drain it every few milliseconds.
 pub struct Events {
     ring: RingBuf<MapData>,
+    /// The directory of pins, locked by who reads: two readers would hand over the same events.
+    turn: File,
+    has_turn: bool,
     /// What each hook decided, for the log.
     #[cfg(feature = "trace")]
     decisions: aya_log::EbpfLogger<&'static dyn log::Log>,
@@ -22,7 +29,11 @@ impl std::fmt::Debug for Events {
 }
 
 impl Events {
-    pub(super) fn take(object: &mut aya::Ebpf) -> Result<Self, Error> {
+    pub(super) fn take(object: &mut aya::Ebpf, pins: &Path) -> Result<Self, Error> {
+        let turn = File::open(pins).map_err(|source| Error::Bpffs {
+            path: pins.to_owned(),
+            source,
+        })?;
         let map = object.take_map("EVENTS").ok_or(Error::Missing("EVENTS"))?;
         let ring = RingBuf::try_from(map).map_err(|source| Error::Map {
             action: "open".to_owned(),
@@ -34,9 +45,35 @@ impl Events {
             aya_log::EbpfLogger::init(object).map_err(|_no_map| Error::Missing("AYA_LOGS"))?;
         Ok(Self {
             ring,
+            turn,
+            has_turn: false,
             #[cfg(feature = "trace")]
             decisions,
         })
+    }
+
+    /// Takes the turn to read; `false` = another agent of this node has it, as during an update.
+    ///
+    /// # Errors
+    /// What the kernel says of the lock.
+    pub fn take_turn(&mut self) -> io::Result<bool> {
+        if !self.has_turn {
+            self.has_turn = match self.turn.try_lock() {
+                Ok(()) => true,
+                Err(TryLockError::WouldBlock) => false,
+                Err(TryLockError::Error(error)) => return Err(error),
+            };
+        }
+        Ok(self.has_turn)
+    }
+
+    /// Lets another agent read.
+    ///
+    /// # Errors
+    /// What the kernel says of the lock.
+    pub fn give_turn(&mut self) -> io::Result<()> {
+        self.has_turn = false;
+        self.turn.unlock()
     }
 
     /// Hands over what has come since the last call, at most `limit` events; returns how many.

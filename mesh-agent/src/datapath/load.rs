@@ -90,7 +90,7 @@ impl Datapath {
         let mut object = open(&pins, config.trace)?;
         load_programs(&mut object)?;
         let maps = tables::Maps::take(&mut object)?;
-        let events = Events::take(&mut object)?;
+        let events = Events::take(&mut object, &pins)?;
         let handles = Handles::open(&pins).map_err(|source| Error::Bpffs {
             path: config.bpffs.clone(),
             source,

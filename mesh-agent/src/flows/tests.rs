@@ -97,6 +97,14 @@ fn a_file_that_cannot_be_opened_is_named() {
 struct Fake(Vec<Event>);
 
 impl EventSource for Fake {
+    fn take_turn(&mut self) -> std::io::Result<bool> {
+        Ok(true)
+    }
+
+    fn give_turn(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+
     fn drain(&mut self, each: &mut dyn FnMut(&Event)) {
         self.0.drain(..).for_each(|event| each(&event));
     }
@@ -112,7 +120,8 @@ async fn what_waits_at_the_end_is_still_recorded() {
         kind: mesh_common::event::kind::CLOSED,
         ..Event::default()
     };
-    drain(Fake(vec![event; 3]), recorder, stopped).await;
+    let (_here, replaced) = watch::channel(false);
+    drain(Fake(vec![event; 3]), recorder, replaced, stopped).await;
     drop(stop);
     assert_eq!(flows.sink().recent().await.len(), 3);
 }
