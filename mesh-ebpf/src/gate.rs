@@ -421,15 +421,22 @@ fn receive(pod: PodIndex, state: &PodState, ip: &Packet, entered: u32) -> i32 {
     }
     if ip.protocol == Protocol::UDP {
         let tuple = udp::tuple(&ip.from, ip.to.port);
-        // What the pod sent counts at its own gate; here only what comes from elsewhere.
-        let local = tables::pod_by_addr(&ip.from.addr).is_some();
-        let bytes = if local { 0 } else { ip.payload.into() };
-        if udp::refresh(pod, &tuple, Way::ToPod, bytes) {
+        if udp::refresh(pod, &tuple, Way::ToPod, arriving_bytes(ip)) {
             first_fragment(ip);
             return NEXT;
         }
     }
     decide_arrival(pod, ip, origin)
+}
+
+/// Bytes of a datagram that count at the pod which it is for: what a pod of this node sent counts at
+/// its own gate.
+#[inline(always)]
+fn arriving_bytes(ip: &Packet) -> u64 {
+    match tables::pod_by_addr(&ip.from.addr) {
+        Some(_) => 0,
+        None => ip.payload.into(),
+    }
 }
 
 /// Decides a packet that opens something towards a pod.
@@ -448,7 +455,10 @@ fn decide_arrival(pod: PodIndex, ip: &Packet, origin: Origin) -> i32 {
         audit::inbound(&question, &ip.to);
     }
     if ip.protocol == Protocol::UDP {
-        udp::open(pod, &udp::tuple(&ip.from, ip.to.port), Way::ToPod, &path);
+        let tuple = udp::tuple(&ip.from, ip.to.port);
+        udp::open(pod, &tuple, Way::ToPod, &path);
+        // This datagram is the flow's first.
+        let _ = udp::refresh(pod, &tuple, Way::ToPod, arriving_bytes(ip));
     }
     first_fragment(ip);
     NEXT

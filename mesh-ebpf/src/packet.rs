@@ -17,6 +17,9 @@ const ETHERTYPE_IPV6: u16 = 0x86dd;
 /// Extension headers that are walked before a packet is given up as malformed.
 const MAX_EXTENSIONS: usize = 6;
 
+/// Bytes of a UDP header (RFC 768).
+const UDP_HEADER: u32 = 8;
+
 /// TCP's SYN flag.
 pub(crate) const SYN: u8 = 0x02;
 /// TCP's RST flag.
@@ -106,7 +109,7 @@ pub(crate) struct Packet {
     pub(crate) fragment_id: u32,
     /// Offset of the transport header in the frame.
     pub(crate) transport: u32,
-    /// Bytes behind the transport header (TCP), or behind the IP header.
+    /// Bytes behind the transport header (TCP, UDP), or behind the IP header.
     pub(crate) payload: u32,
     pub(crate) kind: Kind,
     pub(crate) protocol: Protocol,
@@ -353,6 +356,9 @@ fn transport(ctx: &TcContext, packet: &mut Packet) -> bool {
                 return false;
             };
             ports(packet, head);
+            if packet.protocol == Protocol::UDP {
+                packet.payload = packet.payload.saturating_sub(UDP_HEADER);
+            }
         }
         Protocol::ICMP | Protocol::ICMPV6 => {
             let Ok(kind) = ctx.load::<u8>(at) else {
