@@ -14,7 +14,6 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use mesh_common::settings::TUNNEL_PORT;
 use mesh_plan::Rejection;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{oneshot, watch};
@@ -170,6 +169,7 @@ impl Rooms {
         let conditions = mirror::Conditions {
             in_force: readiness.task("plan in force"),
             certified: readiness.task("certificates"),
+            readiness: readiness.clone(),
         };
         let (ending, mut stop) = watch::channel(false);
         let (silent, replaced) = watch::channel(false);
@@ -370,10 +370,9 @@ fn watch_neighbour(
         .collect();
     let cni = cni::find(&config.host.cni_conf, &links);
     let port = match config.tunnel_port {
-        TunnelPort::Fixed(port) => port,
-        // Where the plug-in lets nothing else pass than what its policy names, this one is not
-        // needed; where it takes options away, it is.
-        TunnelPort::Real => TUNNEL_PORT,
+        TunnelPort::Fixed(port) => Some(port),
+        // The plug-in sees the ports that its policies name.
+        TunnelPort::Real => None,
     };
     let (to, neighbour) = watch::channel(Arc::default());
     tokio::spawn(neighbour::run(cni, port, views.status.clone(), to));

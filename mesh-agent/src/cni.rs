@@ -128,14 +128,16 @@ impl fmt::Display for Cni {
             write!(f, " ({})", config.display())?;
         }
         f.write_str(match self.enforces {
-            Enforces::Yes => {
-                "; it enforces NetworkPolicy itself, and must be allowed to pass tunnels"
-            }
-            Enforces::Perhaps => {
-                "; it may enforce NetworkPolicy itself, and must then pass tunnels"
-            }
+            Enforces::Yes => "; it enforces NetworkPolicy itself",
+            Enforces::Perhaps => "; it may enforce NetworkPolicy itself",
             Enforces::No => "; it enforces no NetworkPolicy",
         })?;
+        if self.enforces != Enforces::No {
+            f.write_str(
+                ": with --tunnel-port real its policies apply to tunnels as they are; with 15008 \
+                 each that allows ports between enrolled pods must allow TCP port 15008 too",
+            )?;
+        }
         if !self.note.is_empty() {
             write!(f, "; {}", self.note)?;
         }

@@ -14,6 +14,8 @@ mod authority;
 mod caller;
 #[cfg(feature = "kubernetes")]
 mod fold;
+#[cfg(all(feature = "kubernetes", any(test, fuzzing)))]
+pub(crate) mod fuzz;
 #[cfg(feature = "kubernetes")]
 mod keeper;
 #[cfg(feature = "kubernetes")]

@@ -26,6 +26,8 @@ use tokio::sync::watch;
 mod certificate;
 mod clock;
 mod configs;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod issuer;
 mod key;
 mod refusal;
@@ -129,6 +131,7 @@ struct Served {
 pub struct Snapshot {
     bundle: Arc<Bundle>,
     served: BTreeMap<SpiffeId, Arc<Served>>,
+    revoked: BTreeSet<SpiffeId>,
 }
 
 impl Snapshot {
@@ -145,6 +148,13 @@ impl Snapshot {
     /// The certificates, in the order of their names.
     pub fn certificates(&self) -> impl Iterator<Item = &Arc<Certificate>> {
         self.served.values().map(|served| &served.certificate)
+    }
+
+    /// Whether a CA has revoked this certificate, which is in use.
+    pub fn is_revoked(&self, certificate: &Arc<Certificate>) -> bool {
+        let id = certificate.id();
+        let in_use = |served: &Arc<Served>| Arc::ptr_eq(&served.certificate, certificate);
+        self.revoked.contains(id) && self.served.get(id).is_some_and(in_use)
     }
 }
 
@@ -223,6 +233,7 @@ impl Identities {
         let empty = Snapshot {
             bundle,
             served: BTreeMap::new(),
+            revoked: BTreeSet::new(),
         };
         let (writer, now) = watch::channel(Arc::new(empty));
         let spread = clock::Spread(seed);
@@ -231,8 +242,9 @@ impl Identities {
             rules,
             clock: clock.clone(),
             spread,
+            revoked,
         };
-        tokio::spawn(renewal::run(keeper, wanted, revoked, writer));
+        tokio::spawn(renewal::run(keeper, wanted, writer));
         let clients = ClientConfigs::default();
         Self(Arc::new(Shared {
             now,

@@ -46,5 +46,8 @@ pub mod shutdown;
 
 pub mod sys;
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
+
 #[cfg(test)]
 mod testing;

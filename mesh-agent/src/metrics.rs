@@ -93,6 +93,15 @@ const FAILURES: usize = CODES + 2;
 /// Refused for each reason, or ok.
 const HANDSHAKES: usize = Refusal::LABELS.len() + 1;
 
+/// A certificate in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InUse {
+    /// When it ends, in seconds since 1970.
+    pub ends: u64,
+    /// A CA has revoked it.
+    pub revoked: bool,
+}
+
 #[expect(clippy::disallowed_types, reason = "see the import")]
 struct Inner {
     connections: Arc<series::Table>,
@@ -102,7 +111,7 @@ struct Inner {
     handshakes: [[AtomicU64; HANDSHAKES]; 2],
     retried: [AtomicU64; CODES],
     marks_lost: AtomicU64,
-    certificates: Mutex<BTreeMap<(String, String), u64>>,
+    certificates: Mutex<BTreeMap<(String, String), InUse>>,
     crls: Mutex<BTreeMap<String, u64>>,
     clock_skew: AtomicU64,
     ready: Mutex<BTreeMap<&'static str, bool>>,
@@ -221,17 +230,16 @@ impl Metrics {
         self.0.handshakes[role as usize][index].fetch_add(1, Relaxed);
     }
 
-    /// Shows when the certificate in use of a service account expires, in seconds since 1970;
-    /// `None` = it is no longer in use.
-    pub fn certificate(&self, namespace: &str, service_account: &str, expires: Option<u64>) {
+    /// Shows the certificate in use of a service account; `None` = there is none any more.
+    pub fn certificate(&self, namespace: &str, service_account: &str, in_use: Option<InUse>) {
         let key = (namespace.to_owned(), service_account.to_owned());
         let mut all = self
             .0
             .certificates
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        match expires {
-            Some(at) => all.insert(key, at),
+        match in_use {
+            Some(now) => all.insert(key, now),
             None => all.remove(&key),
         };
     }

@@ -48,6 +48,9 @@ pub mod tunnel;
 mod turns;
 mod worker;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) use self::{tls::records::fuzz::records, tunnel::frame::fuzz::frames};
+
 /// Connections that wait to be taken over by another worker.
 const JOBS: usize = 1024;
 

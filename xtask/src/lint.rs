@@ -12,11 +12,29 @@ use crate::{generate, run, tidy};
 type Part = (&'static str, fn() -> Result<()>);
 
 pub(crate) fn run() -> Result<()> {
-    let parts: [Part; 8] = [
+    let parts: [Part; 10] = [
         ("lock file", || {
             cargo(
                 &["metadata", "--locked", "--format-version=1", "--quiet"],
                 true,
+            )
+        }),
+        ("lock file, fuzz", || {
+            cargo(
+                &[
+                    "metadata",
+                    "--locked",
+                    "--format-version=1",
+                    "--quiet",
+                    "--manifest-path=fuzz/Cargo.toml",
+                ],
+                true,
+            )
+        }),
+        ("format, fuzz", || {
+            cargo(
+                &["fmt", "--check", "--manifest-path=fuzz/Cargo.toml"],
+                false,
             )
         }),
         ("format", || cargo(&["fmt", "--all", "--check"], false)),

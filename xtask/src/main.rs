@@ -16,6 +16,7 @@ mod chart;
 mod coverage;
 mod demo;
 mod e2e;
+mod fuzz;
 mod generate;
 mod image;
 mod lint;
@@ -59,6 +60,8 @@ enum Command {
     E2e(e2e::Args),
     /// Measure what the mesh costs
     Bench(bench::Args),
+    /// Feed what parses bytes from outside with bytes, from the committed corpus on
+    Fuzz(fuzz::Args),
     /// Run truth tables over real connections; exit code 1 if a row differs
     Truth(truth::Args),
 }
@@ -76,6 +79,7 @@ fn main() -> ExitCode {
         Command::Image(args) => image::run(&args).map(done),
         Command::E2e(args) => e2e::run(&args).map(done),
         Command::Bench(args) => bench::run(&args).map(done),
+        Command::Fuzz(args) => fuzz::run(&args).map(done),
         Command::Truth(args) => truth::run(&args),
     };
     result.unwrap_or_else(|err| {

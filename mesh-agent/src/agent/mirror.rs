@@ -8,10 +8,10 @@ use std::time::{Duration, UNIX_EPOCH};
 use mesh_plan::Rejection;
 use tokio::sync::watch;
 
-use crate::admin::ReadyTask;
+use crate::admin::{Readiness, ReadyTask};
 use crate::control::{Status, Views};
 use crate::identity::{Identities, Snapshot, SpiffeId};
-use crate::metrics::{Metrics, PodCounts};
+use crate::metrics::{InUse, Metrics, PodCounts};
 use crate::source::Report;
 
 /// How often that is looked at which nobody announces.
@@ -23,6 +23,8 @@ pub(super) struct Conditions {
     pub(super) in_force: ReadyTask,
     /// Every identity of this node has a certificate.
     pub(super) certified: ReadyTask,
+    /// Where it is said that one of them is revoked.
+    pub(super) readiness: Readiness,
 }
 
 /// Starts the copying; ends with the rooms. Returns what is rejected now, by source and compiler.
@@ -45,7 +47,7 @@ pub(super) fn start(
         identities.clone(),
         views.clone(),
         metrics.clone(),
-        conditions.certified,
+        (conditions.certified, conditions.readiness),
     ));
     rejected
 }
@@ -116,7 +118,7 @@ async fn certificates(
     identities: Identities,
     views: Views,
     metrics: Metrics,
-    certified: ReadyTask,
+    (certified, readiness): (ReadyTask, Readiness),
 ) {
     let mut snapshots = identities.subscribe();
     let mut status = views.status.clone();
@@ -124,19 +126,24 @@ async fn certificates(
     let mut shown: BTreeSet<SpiffeId> = BTreeSet::new();
     loop {
         let mut now = BTreeSet::new();
+        let mut valid = true;
         let snapshot = Arc::clone(&snapshots.borrow_and_update());
         metrics.revocation_lists(next_updates(&snapshot));
         for certificate in snapshot.certificates() {
             let id = certificate.id();
             let ends = certificate.not_after().duration_since(UNIX_EPOCH);
             let ends = ends.unwrap_or_default().as_secs();
-            metrics.certificate(id.namespace(), id.service_account(), Some(ends));
+            let revoked = snapshot.is_revoked(certificate);
+            valid &= !revoked;
+            let in_use = InUse { ends, revoked };
+            metrics.certificate(id.namespace(), id.service_account(), Some(in_use));
             now.insert(id.clone());
         }
         for gone in shown.difference(&now) {
             metrics.certificate(gone.namespace(), gone.service_account(), None);
         }
         shown = now;
+        readiness.set("certificates not revoked", valid);
         let known = status.borrow_and_update().revision > 0;
         if known
             && views.wanted.borrow().iter().all(|id| shown.contains(id))

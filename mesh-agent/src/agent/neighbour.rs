@@ -14,10 +14,11 @@ use crate::control::Status;
 /// Policies are looked at again at most this often.
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// Looks at the policies in force as they change; ends with the rooms.
+/// Looks at the policies in force as they change; ends with the rooms. `None` = tunnels have the
+/// ports of the connections in them, which need no rule of their own.
 pub(super) async fn run(
     cni: Option<Cni>,
-    port: Port,
+    port: Option<Port>,
     mut status: watch::Receiver<Arc<Status>>,
     to: watch::Sender<Arc<Neighbour>>,
 ) {
@@ -29,9 +30,9 @@ pub(super) async fn run(
         cni: cni.clone(),
         blocks: Vec::new(),
     }));
-    if !enforces {
+    let Some(port) = port.filter(|_| enforces) else {
         return;
-    }
+    };
     loop {
         let facts = Arc::clone(&status.borrow_and_update().facts);
         let blocks = blocked(&facts, port.get());

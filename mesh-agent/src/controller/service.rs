@@ -147,7 +147,7 @@ impl CertificateService {
 }
 
 /// The identity that is asked for.
-fn whose(
+pub(super) fn whose(
     request: &CertificateRequest,
     trust_domain: &TrustDomain,
 ) -> Result<SpiffeId, (Outcome, String)> {

@@ -10,6 +10,7 @@ use super::{
     SpiffeId,
     clock::unix_time,
     issuer::{IssueError, Issued},
+    revocation::Revoked,
     verify::{Bundle, Leaf, Rules},
 };
 
@@ -27,7 +28,7 @@ impl Certificate {
     pub(super) fn check(
         id: &SpiffeId,
         issued: Issued,
-        mut rules: Rules,
+        (mut rules, revoked): (Rules, Arc<Revoked>),
         now: SystemTime,
     ) -> Result<Self, IssueError> {
         let Issued {
@@ -37,7 +38,7 @@ impl Certificate {
             version: _,
         } = issued;
         let (roots, _unreadable) = Bundle::new(roots);
-        rules.bundle = Arc::new(roots);
+        rules.bundle = Arc::new(roots.with(revoked));
         let (leaf, above) = chain.split_first().ok_or(IssueError::Empty)?;
         let now = unix_time(now);
         rules.prove(leaf, above, now, KeyUsage::client_auth())?;

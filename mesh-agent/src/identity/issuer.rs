@@ -15,7 +15,9 @@ pub(super) mod grpc;
 mod self_signed;
 
 pub use self::grpc::GrpcCa;
-#[cfg(feature = "kubernetes")]
+#[cfg(any(test, fuzzing))]
+pub(super) use self::grpc::split;
+#[cfg(any(feature = "kubernetes", test, fuzzing))]
 pub(crate) use self::grpc::wire;
 pub(super) use self::{files::Files, grpc::Grpc, self_signed::SelfSigned};
 

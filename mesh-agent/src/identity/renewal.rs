@@ -20,7 +20,7 @@ use tokio::{
 
 use super::{
     Bundle, Certificate, Clock, Epoch, Served, Snapshot, SpiffeId,
-    clock::Spread,
+    clock::{Spread, unix_time},
     issuer::{IssueError, Issuer, Version},
     revocation::Revoked,
     tls,
@@ -47,17 +47,19 @@ pub(super) struct Keeper {
     pub(super) rules: Rules,
     pub(super) clock: Clock,
     pub(super) spread: Spread,
+    /// What CAs have revoked.
+    pub(super) revoked: watch::Receiver<Arc<Revoked>>,
 }
 
 /// Runs until nobody can want anything any more.
 pub(super) async fn run(
     keeper: Keeper,
     mut wanted: watch::Receiver<BTreeSet<SpiffeId>>,
-    mut revoked: watch::Receiver<Arc<Revoked>>,
     writer: watch::Sender<Arc<Snapshot>>,
 ) {
     let (sender, mut fresh) = mpsc::channel::<Arc<Certificate>>(QUEUE);
     let mut tasks = Tasks::default();
+    let mut revoked = keeper.revoked.clone();
     let mut present = Present {
         keeper: keeper.clone(),
         served: BTreeMap::new(),
@@ -72,7 +74,9 @@ pub(super) async fn run(
                     return;
                 }
                 let ids = wanted.borrow_and_update().clone();
-                tasks.adjust(&ids, |id| tokio::spawn(keep(keeper.clone(), id, sender.clone())));
+                tasks.adjust(&ids, |id| {
+                    tokio::spawn(keep(keeper.clone(), id, sender.clone(), writer.subscribe()))
+                });
                 present.served.retain(|id, _| ids.contains(id));
             }
             certificate = fresh.recv() => {
@@ -181,13 +185,31 @@ impl Present {
         }
         Snapshot {
             bundle: Arc::clone(&self.keeper.rules.bundle),
+            revoked: self.revoked(),
             served: self.served.clone(),
         }
+    }
+
+    /// Whose certificate every peer with the same lists refuses. It stays in use until there is
+    /// another: where peers have no lists, it does what it did.
+    fn revoked(&self) -> BTreeSet<SpiffeId> {
+        let now = unix_time(self.keeper.clock.now());
+        let rules = &self.keeper.rules;
+        let served = self.served.iter();
+        served
+            .filter(|(_, served)| rules.is_revoked_now(&served.certificate.key.cert, now))
+            .map(|(id, _)| id.clone())
+            .collect()
     }
 }
 
 /// Keeps one identity's certificate, for ever.
-async fn keep(keeper: Keeper, id: SpiffeId, fresh: mpsc::Sender<Arc<Certificate>>) {
+async fn keep(
+    keeper: Keeper,
+    id: SpiffeId,
+    fresh: mpsc::Sender<Arc<Certificate>>,
+    mut present: watch::Receiver<Arc<Snapshot>>,
+) {
     let mut failures = 0;
     let mut round = 0;
     loop {
@@ -209,9 +231,16 @@ async fn keep(keeper: Keeper, id: SpiffeId, fresh: mpsc::Sender<Arc<Certificate>
         let certificate = Arc::new(certificate);
         tracing::info!(?certificate, "certificate");
         let renew_at = keeper.renew_at(&certificate, round);
-        if fresh.send(certificate).await.is_err() {
+        if fresh.send(Arc::clone(&certificate)).await.is_err() {
             return;
         }
+        let revoked = async {
+            let is_revoked = |now: &Arc<Snapshot>| now.is_revoked(&certificate);
+            if present.wait_for(is_revoked).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+            tracing::error!(%id, "our own certificate is revoked: peers refuse it; asking for another");
+        };
         let due = async {
             if !keeper.issuer.renews() {
                 keeper.until(renew_at).await;
@@ -223,6 +252,7 @@ async fn keep(keeper: Keeper, id: SpiffeId, fresh: mpsc::Sender<Arc<Certificate>
         tokio::select! {
             () = due => {}
             () = keeper.issuer.changed(&id, version) => {}
+            () = revoked => {}
         }
     }
 }
@@ -232,7 +262,9 @@ impl Keeper {
         let issued = timeout(PATIENCE, pin!(self.issuer.issue(id))).await;
         let issued = issued.map_err(|_elapsed| IssueError::Timeout)??;
         let version = issued.version;
-        let certificate = Certificate::check(id, issued, self.rules.clone(), self.clock.now())?;
+        let revoked = Arc::clone(&self.revoked.borrow());
+        let rules = (self.rules.clone(), revoked);
+        let certificate = Certificate::check(id, issued, rules, self.clock.now())?;
         Ok((certificate, version))
     }
 

@@ -71,6 +71,16 @@ impl fmt::Debug for Revoked {
 }
 
 impl Revoked {
+    /// The lists of one file.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn of(path: &Path, lists: Lists) -> Self {
+        combine(&[File {
+            path: path.into(),
+            version: 1,
+            lists,
+        }])
+    }
+
     /// Tells one state of all lists from another; 0 = there is none.
     pub(super) const fn version(&self) -> u64 {
         self.version
@@ -203,7 +213,7 @@ async fn read(path: Arc<Path>) -> Result<File, CrlError> {
     })
 }
 
-type Lists = Vec<(OwnedCertRevocationList, Option<SystemTime>)>;
+pub(super) type Lists = Vec<(OwnedCertRevocationList, Option<SystemTime>)>;
 
 /// All lists of a PEM file, or the one of a DER file. None is as wrong as a broken one.
 pub(super) fn parse(bytes: &[u8]) -> Result<Lists, String> {

@@ -104,6 +104,8 @@ descriptions! {
         "Buffers that connections of pods of this node hold";
     EXPIRY "mesh_certificate_expiry_timestamp_seconds" Gauge &["namespace", "service_account"],
         "When the certificate in use expires, in seconds since 1970";
+    REVOKED "mesh_certificate_revoked" Gauge &["namespace", "service_account"],
+        "1 while a CA has revoked the certificate in use, and there is no other yet: peers refuse it";
     CRL_NEXT_UPDATE "mesh_crl_next_update_timestamp_seconds" Gauge &["file"],
         "When a revocation list in use promises to be replaced, in seconds since 1970; it counts after that too";
     CLOCK_SKEW "mesh_clock_skew_seconds" Gauge &[],

@@ -68,6 +68,11 @@ fn family<'s>(
         .map(Family)
 }
 
+/// The labels of a service account.
+fn account((namespace, name): &(String, String)) -> [(&'static str, &str); 2] {
+    [("namespace", namespace), ("service_account", name)]
+}
+
 fn load(number: &AtomicU64) -> u64 {
     number.load(Relaxed)
 }
@@ -220,12 +225,12 @@ impl Page {
         let all = self.0.0.certificates.lock();
         let all = all.unwrap_or_else(PoisonError::into_inner).clone();
         let mut family = family(encoder, describe::EXPIRY)?;
-        for ((namespace, service_account), at) in &all {
-            let labels = [
-                ("namespace", namespace.as_str()),
-                ("service_account", service_account.as_str()),
-            ];
-            family.gauge(&labels, *at)?;
+        for (whose, in_use) in &all {
+            family.gauge(&account(whose), in_use.ends)?;
+        }
+        let mut family = self::family(encoder, describe::REVOKED)?;
+        for (whose, in_use) in &all {
+            family.gauge(&account(whose), u64::from(in_use.revoked))?;
         }
         let lists = self.0.0.crls.lock();
         let lists = lists.unwrap_or_else(PoisonError::into_inner).clone();

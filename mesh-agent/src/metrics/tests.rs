@@ -53,7 +53,11 @@ fn full() -> Metrics {
     std::mem::forget(metrics.usage("shop", "web"));
     metrics.revocation_lists(BTreeMap::from([("/crl.pem".to_owned(), 1_800_000_000)]));
     metrics.retried(&Close::Failed(Reason::ConnectFailed));
-    metrics.certificate("shop", "web", Some(1_800_000_000));
+    let in_use = InUse {
+        ends: 1_800_000_000,
+        revoked: true,
+    };
+    metrics.certificate("shop", "web", Some(in_use));
     assert_eq!(metrics.plan_applied(Duration::from_millis(3), 1), 1);
     metrics.pods(PodCounts {
         enrolled: 2,
@@ -155,6 +159,7 @@ fn values_are_those_that_were_counted() {
         "mesh_tls_handshakes_total{role=\"client\",result=\"ok\"} 1\n".to_owned(),
         "{role=\"server\",result=\"wrong_identity\"} 1\n".to_owned(),
         "{namespace=\"shop\",service_account=\"web\"} 1800000000\n".to_owned(),
+        "mesh_certificate_revoked{namespace=\"shop\",service_account=\"web\"} 1\n".to_owned(),
         "mesh_plan_apply_seconds_bucket{le=\"0.005\"} 1\n".to_owned(),
         "mesh_flow_events_lost_total{at=\"flow_log\"} 4\n".to_owned(),
         "mesh_map_capacity{map=\"PEERS\"} 262144\n".to_owned(),

@@ -18,6 +18,7 @@ use crate::run;
 const PACKAGES: &[&str] = &[
     // Build.
     "ca-certificates",
+    "g++",
     "gcc",
     "git",
     "libc6-dev",

@@ -199,10 +199,10 @@ fn version(pem: &[u8]) -> Version {
     Version(hasher.finish())
 }
 
-type Chain = Vec<CertificateDer<'static>>;
+pub(in crate::identity) type Chain = Vec<CertificateDer<'static>>;
 
 /// The chain without its root, and the root, or all of them.
-fn split(answer: &[String]) -> Result<(Chain, Chain), IssueError> {
+pub(in crate::identity) fn split(answer: &[String]) -> Result<(Chain, Chain), IssueError> {
     let (roots, chain) = answer.split_last().ok_or(IssueError::Empty)?;
     let read = |pem: &String| certificates(pem.as_bytes()).ok_or(IssueError::Answer);
     let roots = read(roots)?;

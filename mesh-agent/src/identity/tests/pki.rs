@@ -101,7 +101,7 @@ pub(super) struct Pair {
 }
 
 impl Pair {
-    fn key(&self) -> PrivateKeyDer<'static> {
+    pub(super) fn key(&self) -> PrivateKeyDer<'static> {
         PrivateKeyDer::Pkcs8(self.key.serialize_der().into())
     }
 }
@@ -163,8 +163,18 @@ impl Root {
 
     /// A revocation list that names these certificates.
     pub(super) fn revoke(&self, pairs: &[&Pair], next_update: SystemTime) -> String {
-        let revoked_certs = pairs.iter().map(|pair| RevokedCertParams {
-            serial_number: serial(&pair.chain[0]),
+        let leaves: Vec<_> = pairs.iter().map(|pair| &pair.chain[0]).collect();
+        self.revoke_leaves(&leaves, next_update)
+    }
+
+    /// The same, by the certificates alone.
+    pub(super) fn revoke_leaves(
+        &self,
+        leaves: &[&CertificateDer<'_>],
+        next_update: SystemTime,
+    ) -> String {
+        let revoked_certs = leaves.iter().map(|leaf| RevokedCertParams {
+            serial_number: serial(leaf),
             revocation_time: OffsetDateTime::UNIX_EPOCH,
             reason_code: None,
             invalidity_date: None,

@@ -1,10 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Who is revoked is refused, and whoever was believed before is known as revoked.
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
-use super::pki::{Agent, DAY, Leaf, Pair, Root, id, impostor, shake, stranger};
-use crate::identity::{Error, Refusal};
+use rustls::crypto::aws_lc_rs::sign::any_supported_type;
+
+use super::pki::{Agent, DAY, Hand, Leaf, Pair, Root, config, id, impostor, shake, stranger, want};
+use crate::identity::{
+    Ca, Error, Identities, Refusal, SpiffeId,
+    issuer::{BoxFuture, IssueError, Issued, Issuer, Version},
+    revocation,
+};
 
 /// An agent that asks a list on which nobody is.
 async fn agent() -> Agent {
@@ -71,10 +77,10 @@ async fn a_revoked_certificate_is_refused_at_both_ends_and_known_where_it_was_be
 async fn a_session_of_a_revoked_client_is_not_resumed() {
     let agent = agent().await;
     let web = agent.root.sign(Leaf::good("web", agent.hand.now()));
-    let client = std::sync::Arc::new(stranger(Some(&web)));
+    let client = Arc::new(stranger(Some(&web)));
     let shake_hands = async || {
         let server = agent.identities.server(&id("db")).unwrap();
-        let (_, server) = shake(std::sync::Arc::clone(&client), server).await;
+        let (_, server) = shake(Arc::clone(&client), server).await;
         agent.identities.who(server?.get_ref().1)
     };
     assert_eq!(shake_hands().await, Ok(id("web")));
@@ -140,4 +146,82 @@ async fn an_agent_does_not_start_without_the_list_it_is_to_ask() {
 
 fn names(text: &str, path: &Path) -> bool {
     text.contains(&path.display().to_string())
+}
+
+/// A CA that gives whatever it is asked for.
+struct Signing(Root, Hand);
+
+impl Issuer for Signing {
+    fn issue<'a>(&'a self, id: &'a SpiffeId) -> BoxFuture<'a, Result<Issued, IssueError>> {
+        let Self(root, hand) = self;
+        let pair = root.sign(Leaf::of(&id.to_string(), hand.now()));
+        let key = any_supported_type(&pair.key()).unwrap();
+        let issued = Issued {
+            chain: pair.chain,
+            key,
+            roots: vec![root.der.clone()],
+            version: Version(0),
+        };
+        Box::pin(std::future::ready(Ok(issued)))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_agent_whose_own_certificate_is_revoked_asks_for_another_at_once() {
+    let hand = Hand::new();
+    let root = Root::new(hand.now());
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("crl.pem");
+    let next = hand.now() + DAY;
+    std::fs::write(&path, root.revoke(&[], next)).unwrap();
+    let revoked = revocation::follow(vec![path.clone()]).await.unwrap();
+    let config = config(Ca::SelfSigned(dir.path().to_owned()), hand.clock());
+    let (_wanted, ids) = want(&["web", "db"]);
+    let issuer = Arc::new(Signing(root, hand));
+    let asked: Arc<dyn Issuer> = Arc::<Signing>::clone(&issuer);
+    let identities = Identities::with(asked, config, ids, revoked);
+    let first = identities.ready(&id("web")).await.unwrap();
+    let other = identities.ready(&id("db")).await.unwrap();
+    let mut changes = identities.subscribe();
+    let list = issuer.0.revoke_leaves(&[first.leaf()], next);
+    std::fs::write(&path, list).unwrap();
+    // The clock of certificates stands still: it is not half life that brings another.
+    let replaced = tokio::time::timeout(Duration::from_secs(10), async {
+        loop {
+            let now = identities.certificate(&id("web")).unwrap();
+            if now.leaf() != first.leaf() {
+                return now;
+            }
+            changes.changed().await.unwrap();
+        }
+    });
+    let second = replaced.await.expect("at once");
+    let now = Arc::clone(&identities.subscribe().borrow());
+    assert!(!now.is_revoked(&first), "it is no longer in use");
+    assert!(!now.is_revoked(&second) && !now.is_revoked(&other));
+    assert_eq!(
+        identities.certificate(&id("db")).unwrap().leaf(),
+        other.leaf()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_revoked_certificate_in_files_is_used_until_there_is_another_and_not_taken_anew() {
+    let agent = agent().await;
+    let now = agent.hand.now();
+    let first = agent.identities.certificate(&id("web")).unwrap();
+    let list = agent.root.revoke_leaves(&[first.leaf()], now + DAY);
+    publish(&agent, &list).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let state = Arc::clone(&agent.identities.subscribe().borrow());
+    assert!(state.is_revoked(&first), "and said to be");
+    assert!(agent.identities.server(&id("web")).is_ok());
+    agent
+        .root
+        .write(agent.dir.path(), "web", Leaf::good("web", now));
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    let second = agent.identities.certificate(&id("web")).unwrap();
+    assert_ne!(second.leaf(), first.leaf());
+    let state = Arc::clone(&agent.identities.subscribe().borrow());
+    assert!(!state.is_revoked(&second));
 }

@@ -233,6 +233,8 @@ fn head(length: usize) -> [u8; HEAD] {
     [APPLICATION_DATA, 3, 3, high, low]
 }
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 #[cfg(test)]
 mod tests {
     use aws_lc_rs::aead::Algorithm;

@@ -67,6 +67,18 @@ pub enum Cause {
 }
 
 impl Cause {
+    /// As records have it; `None` = not known.
+    #[must_use]
+    pub const fn label(self) -> Option<&'static str> {
+        match self {
+            Self::None => None,
+            Self::Refused => Some("refused"),
+            Self::TimedOut => Some("timed_out"),
+            Self::Unreachable => Some("unreachable"),
+            Self::AddressInUse => Some("address_in_use"),
+        }
+    }
+
     const fn code(self) -> u16 {
         match self {
             Self::None => 0,
@@ -472,5 +484,7 @@ fn why(body: &[u8]) -> Option<Why> {
     })
 }
 
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 #[cfg(test)]
 mod tests;
