@@ -232,6 +232,10 @@ pub struct FlowRecord {
     pub retransmits: u32,
     /// How it ended: `finished`, `reset`, `aborted`, or a reason.
     pub close: &'static str,
+    /// With `connect_failed`, what the connect to the application met, where that is known:
+    /// `refused`, `timed_out`, `unreachable` or `address_in_use`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cause: Option<&'static str>,
     /// Who ended it.
     #[serde(serialize_with = "label")]
     pub closed_by: ClosedBy,
@@ -390,6 +394,7 @@ impl Recorder {
                 service,
                 rtt_us: 0,
                 retransmits: 0,
+                cause: None,
             }),
         }
     }
@@ -479,6 +484,7 @@ struct Unfinished {
     service: Option<String>,
     rtt_us: u32,
     retransmits: u32,
+    cause: Option<&'static str>,
 }
 
 impl ConnectionRecord {
@@ -498,6 +504,14 @@ impl ConnectionRecord {
         end.open.destination = to;
         end.open.verdict = verdict;
         end.open.peer_identity = Some(identity);
+        end.cause = None;
+    }
+
+    /// What a connect to the application met.
+    pub(crate) fn set_cause(&mut self, cause: Option<&'static str>) {
+        if let Some(end) = &mut self.end {
+            end.cause = cause;
+        }
     }
 
     /// What the tunnel's socket says: smoothed round-trip time, and segments sent again over this
@@ -551,6 +565,7 @@ impl ConnectionRecord {
             rtt_us: end.rtt_us,
             retransmits: end.retransmits,
             close: close.label(),
+            cause: end.cause,
             closed_by: close.closed_by(),
             policy_revision: shared.metrics.policy_revision(),
         });

@@ -8,6 +8,7 @@
 
 pub mod agent;
 pub mod apps;
+pub mod authority;
 pub mod bench;
 pub mod capture;
 pub mod cgroup;

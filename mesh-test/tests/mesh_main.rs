@@ -2,14 +2,13 @@
 //! The main job: a connection from pod to pod across nodes, as both applications and the wire see
 //! it, and who is kept out of it.
 
-use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use mesh_test::apps::{Content, Nginx};
+use mesh_test::authority::{authority, certificate};
 use mesh_test::capture::Captured;
 use mesh_test::mesh::{ENROLLED, TUNNEL_PORT};
 use mesh_test::reports::{Bulk, Storm, Tcp};
@@ -249,93 +248,6 @@ fn a_refused_port_and_a_half_close_are_what_they_are_without_a_mesh() {
         let output = output.expect("run").ok().expect("half close");
         assert_eq!(output.text(), "1000003 b''\n");
     }
-}
-
-/// Runs openssl on the machine itself.
-fn openssl(args: &[&str]) {
-    let output = Command::new("openssl")
-        .args(args)
-        .output()
-        .expect("openssl");
-    assert!(
-        output.status.success(),
-        "openssl {args:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
-/// `tls.crt`, `tls.key` and `ca.crt` in `DIR/default/ACCOUNT`, for the identity of `subject`.
-fn certificate(dir: &Path, ca: &Path, account: &str, subject: &str) {
-    let at = dir.join("default").join(account);
-    fs::create_dir_all(&at).expect("directory");
-    let path = |name: &str| at.join(name).display().to_string();
-    let extensions = path("extensions");
-    let text = format!(
-        "subjectAltName=critical,URI:spiffe://cluster.local/ns/default/sa/{subject}\n\
-         keyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth,clientAuth\n\
-         basicConstraints=critical,CA:false\n"
-    );
-    fs::write(&extensions, text).expect("extensions");
-    let (key, request, chain) = (path("tls.key"), path("request"), path("tls.crt"));
-    let curve = [
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-    ];
-    openssl(
-        &[
-            &["req", "-new"],
-            &curve[..],
-            &["-subj", "/", "-keyout", &key, "-out", &request],
-        ]
-        .concat(),
-    );
-    let (ca_key, ca_crt) = (ca.join("ca.key"), ca.join("ca.crt"));
-    let (ca_key, ca_crt) = (ca_key.display().to_string(), ca_crt.display().to_string());
-    openssl(&[
-        "x509",
-        "-req",
-        "-in",
-        &request,
-        "-CA",
-        &ca_crt,
-        "-CAkey",
-        &ca_key,
-        "-CAcreateserial",
-        "-days",
-        "1",
-        "-extfile",
-        &extensions,
-        "-out",
-        &chain,
-    ]);
-    fs::copy(ca_crt, path("ca.crt")).expect("ca");
-}
-
-fn authority(dir: &Path) {
-    fs::create_dir_all(dir).expect("directory");
-    let path = |name: &str| dir.join(name).display().to_string();
-    openssl(&[
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-        "-days",
-        "1",
-        "-subj",
-        "/CN=test",
-        "-keyout",
-        &path("ca.key"),
-        "-out",
-        &path("ca.crt"),
-        "-addext",
-        "keyUsage=critical,keyCertSign",
-    ]);
 }
 
 /// A server that is not the agent: takes any TLS client of the authority and prints what it says.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use mesh_test::apps::{Content, Nginx};
 use mesh_test::mesh::{ENROLLED, TUNNEL_PORT};
+use mesh_test::reports::Storm;
 use mesh_test::{AgentConfig, Cmd, Lab, Mesh, Output, Pod, PodSpec, Topology};
 
 const MARKER: &str = "the-marker-that-must-not-be-seen";
@@ -150,4 +151,112 @@ fn agents_of_both_kinds_reach_each_other() {
         assert!(get(from, to).text().contains(MARKER), "{to}");
     }
     drop((first, second));
+}
+
+/// Many short connections, and that nothing of them is seen in clear or on another port.
+fn storm_unseen(mesh: &Mesh, count: u64, what: &str) {
+    let (a, b) = (mesh.pod("a"), mesh.pod("b"));
+    let to = SocketAddr::new(b.v4().into(), PORT);
+    let capture = mesh.capture_wire().expect("capture");
+    let line = format!("storm --to {to} --threads 4 --count {count} --timeout-ms 15000");
+    let storm: Storm = a.probe(&line).expect("run").json().expect("a report");
+    assert_eq!(
+        (storm.ok, storm.wrong, storm.failed),
+        (count, 0, 0),
+        "{what}: {storm:?}"
+    );
+    let seen = capture.stop().expect("stop");
+    // What the server answers: long enough not to be found in ciphertext by chance.
+    let answer = format!("{to} ");
+    let hits = seen.find(answer.as_bytes()).expect("search");
+    assert_eq!(hits, [], "{what}");
+    let ports = seen.tcp_service_ports();
+    let known = |port: &u16| [PORT, TUNNEL_PORT].contains(port);
+    assert!(
+        ports.contains(&PORT) && ports.iter().all(known),
+        "{what}: {ports:?}"
+    );
+}
+
+#[test]
+fn cookies_and_lost_syns_are_the_tunnels_too() {
+    let mesh = mesh(Topology::Routed, "real");
+    let b = mesh.pod("b");
+    let _server = b.serve(&format!("--tcp [::]:{PORT}")).expect("server");
+    // No state is kept for a SYN: who it was for must be known when the answer comes.
+    let sysctl = Cmd::line("sysctl -qw net.ipv4.tcp_syncookies=2");
+    b.run(sysctl, SOON).expect("run").ok().expect("sysctl");
+    storm_unseen(&mesh, 200, "cookies");
+    let cookies = Cmd::line("nstat -asz TcpExtSyncookiesRecv");
+    let counted = b.run(cookies, SOON).expect("run").text();
+    let received = counted.split_whitespace().rev().nth(1).unwrap_or_default();
+    assert!(received.parse::<u64>().is_ok_and(|n| n > 0), "{counted}");
+    // Each SYN that arrives is the first of its connection or not.
+    filter(
+        &mesh,
+        2,
+        "table inet loss { chain pre { type filter hook prerouting priority -300;
+           tcp flags & (syn | ack) == syn numgen random mod 3 == 0 drop
+         }
+         }",
+    );
+    storm_unseen(&mesh, 60, "lost SYNs");
+}
+
+/// Sends SYNs with the tunnels' option from as many addresses and ports as there are SYNs.
+const SYNS: &str = r#"
+import random, socket, struct, sys
+to, port, count = socket.inet_aton(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+s = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+def checksum(data):
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    total = (total >> 16) + (total & 0xffff)
+    return ~(total + (total >> 16)) & 0xffff
+sent = 0
+for i in range(count):
+    source = bytes([198, 18, (i >> 8) & 255, i & 255])
+    tcp = struct.pack(">HHIIBBHHH", 1024 + i % 60000, port, i, 0, 6 << 4, 2, 65535, 0, 0)
+    tcp += bytes([0xfe, 4, 0x6d, 0x53])
+    pseudo = source + to + struct.pack(">BBH", 0, 6, len(tcp))
+    tcp = tcp[:16] + struct.pack(">H", checksum(pseudo + tcp)) + tcp[18:]
+    ip = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(tcp), i & 0xffff, 0, 64, 6, 0) + source + to
+    try:
+        sent += s.sendto(ip + tcp, (sys.argv[1], 0)) > 0
+    except OSError:
+        pass
+print(sent)
+"#;
+
+#[test]
+fn a_flood_of_marked_syns_keeps_nobody_out() {
+    let lab = Lab::builder(Topology::Routed)
+        .outside()
+        .namespace("default", &[ENROLLED])
+        .pod(PodSpec::new("a", 1))
+        .pod(PodSpec::new("b", 2))
+        .build()
+        .expect("lab");
+    let config = AgentConfig::new(&Mesh::own_ca(&lab)).flag("--tunnel-port", "real");
+    let mesh = Mesh::start_with(lab, &config).expect("mesh");
+    let (a, b) = (mesh.pod("a"), mesh.pod("b"));
+    let _server = b.serve(&format!("--tcp [::]:{PORT}")).expect("server");
+    let outside = mesh.outside().expect("outside");
+    let args = [b.v4().to_string(), PORT.to_string(), "100000".to_owned()];
+    let flood = Cmd::new("python3").args(["-c", SYNS]).args(&args);
+    let flood = outside.spawn_lines(flood).expect("python3");
+    let to = SocketAddr::new(b.v4().into(), PORT);
+    let storm = |count: u64| {
+        let line = format!("storm --to {to} --threads 2 --count {count} --timeout-ms 15000");
+        let storm: Storm = a.probe(&line).expect("run").json().expect("a report");
+        assert_eq!(
+            (storm.ok, storm.wrong, storm.failed),
+            (count, 0, 0),
+            "{storm:?}"
+        );
+    };
+    storm(200);
+    let sent = flood.line(Duration::from_secs(120)).expect("line");
+    let sent: u64 = sent.expect("a number").parse().expect("a number");
+    assert!(sent > 90_000, "{sent}");
+    storm(200);
 }

@@ -201,12 +201,13 @@ impl Serving<'_> {
             Err(refused) => &refused.verdict,
         };
         self.worker.metrics().verdict(Direction::Ingress, verdict);
-        let record = self.record(&open, *verdict);
+        let mut record = self.record(&open, *verdict);
         match outcome {
             Ok((_verdict, app)) => self.carry(tunnel, stream, &app, record).await,
             Err(refused) => {
                 tunnel.queue(stream, &Control::Refused(refused.why));
                 tunnel.refuse();
+                record.set_cause(refused.why.cause.label());
                 record.finish(refused.close);
                 true
             }

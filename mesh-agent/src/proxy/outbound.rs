@@ -222,6 +222,9 @@ impl Endpoints<'_> {
         };
         let (rtt, retransmits) = tunnel.transport();
         record.set_transport(rtt, retransmits);
+        if let Ok(End::Refused(why)) = &end {
+            record.set_cause(why.cause.label());
+        }
         match end {
             Ok(end) => self.conclude(pooled, stream, end),
             Err(reason) => {

@@ -39,6 +39,7 @@ impl Recorder {
             rtt_us: 0,
             retransmits: 0,
             close: verdict.reason.label(),
+            cause: None,
             closed_by: ClosedBy::Unknown,
             policy_revision: shared.metrics.policy_revision(),
         };

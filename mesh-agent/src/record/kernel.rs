@@ -182,6 +182,7 @@ impl KernelRecords {
             rtt_us: event.rtt_us,
             retransmits: event.retransmits,
             close,
+            cause: None,
             closed_by,
             policy_revision: shared.metrics.policy_revision(),
         }

@@ -200,7 +200,11 @@ async fn an_application_that_refuses_is_a_reset_with_its_reason() {
     let mut client = rig.connect(&Route { to, application }).await;
     assert!(is_reset(&mut client).await);
     for node in [&rig.near, &rig.far] {
-        assert_eq!(node.records(1).await[0]["close"], "connect_failed");
+        let record = &node.records(1).await[0];
+        assert_eq!(
+            (&record["close"], &record["cause"]),
+            (&"connect_failed".into(), &"refused".into())
+        );
     }
 }
 
