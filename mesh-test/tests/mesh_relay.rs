@@ -111,10 +111,13 @@ c.sendall(b"hello")
 while c.recv(5, socket.MSG_WAITALL) != b"hello":
     pass
 if how == "reset":
+    # The other side has read everything, and waits.
+    c.recv(1)
     c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     c.close()
     print("reset")
 else:
+    c.sendall(b"!")
     try:
         print(repr(c.recv(1)))
     except OSError as e:
