@@ -2,8 +2,9 @@
 //! What the agent answers: metrics and probes to everybody, its state to root.
 //!
 //! The `--metrics` address serves `/metrics`, `/livez` and `/readyz`. The admin socket (mode 0600)
-//! serves these and `/status`, `/plan`, `/pods`, `/flows` and `/log-level`. Connections, headers
-//! and bodies are bounded. Nothing here changes anything but the level of logs.
+//! serves these and `/status`, `/plan`, `/pods`, `/facts`, `/connections`, `/flows` and
+//! `/log-level`. Connections, headers and bodies are bounded. Nothing here changes anything but the
+//! level of logs.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -14,7 +15,7 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use mesh_plan::{Plan, Rejection};
+use mesh_plan::{Cluster, Plan, Rejection};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
@@ -86,6 +87,8 @@ pub struct Views {
     pub metrics: Metrics,
     /// Whether the agent is ready.
     pub readiness: Readiness,
+    /// The cluster as it was read last.
+    pub facts: watch::Receiver<Arc<Cluster>>,
     /// The plan in force.
     pub plan: watch::Receiver<Arc<Plan>>,
     /// How a plan is shown.

@@ -14,7 +14,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use mesh_plan::Rejection;
+use mesh_plan::{Cluster, Rejection};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
@@ -139,6 +139,7 @@ async fn serve(config: Config, level: Option<Level>) -> Result<(), Error> {
 struct Rooms {
     metrics: Metrics,
     readiness: Readiness,
+    facts: watch::Receiver<Arc<Cluster>>,
     views: control::Views,
     rejections: watch::Receiver<Arc<Vec<Rejection>>>,
     source: watch::Receiver<Arc<source::Report>>,
@@ -216,6 +217,7 @@ impl Rooms {
             trust_domain,
             silent: config.deny == Deny::Drop,
         };
+        let known = facts.cluster.clone();
         let report = facts.report.clone();
         let kernel = (kernel, finder(config));
         let control = start_control(settings, kernel, facts, outputs, writes_end)?;
@@ -226,6 +228,7 @@ impl Rooms {
             endless: tokio::spawn(flows::reopen_on_hangup(flow_log.sink())),
             metrics,
             readiness,
+            facts: known,
             views,
             rejections,
             source,
@@ -284,6 +287,7 @@ impl Rooms {
             node: config.node.clone(),
             metrics: self.metrics.clone(),
             readiness: self.readiness.clone(),
+            facts: self.facts.clone(),
             plan: self.views.plan.clone(),
             plan_text: mesh_plan::text::render,
             rejections: self.rejections.clone(),

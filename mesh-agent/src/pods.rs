@@ -23,6 +23,7 @@ use crate::sys::socket;
 pub mod find;
 pub mod interface;
 pub mod made;
+pub mod open;
 pub mod watch;
 
 use interface::Interface;

@@ -50,8 +50,20 @@ fn summary(status: &Value, out: &mut impl Write) -> Result<()> {
                 write!(out, " {name}={}", plain(part))?;
             }
             writeln!(out)?;
-        } else if !value.is_array() {
+        } else if !value.is_array() && !value.is_null() {
             writeln!(out, "{key}: {}", plain(value))?;
+        }
+    }
+    let list = |name: &str| status.get(name).and_then(Value::as_array);
+    for (name, title) in [
+        ("policies_in_force", "policies in force here"),
+        ("match_nothing", "peers that match nobody"),
+        ("warnings", "warnings"),
+    ] {
+        let Some(all) = list(name) else { continue };
+        writeln!(out, "{title}: {}", all.len())?;
+        for one in all {
+            writeln!(out, "  {}", line(one))?;
         }
     }
     let rejections = rejections(status);
@@ -65,6 +77,16 @@ fn summary(status: &Value, out: &mut impl Write) -> Result<()> {
     Ok(())
 }
 
+/// A text, or a warning: where, and what.
+fn line(value: &Value) -> String {
+    let part = |name: &str| value.get(name).map(plain).filter(|text| !text.is_empty());
+    match (part("object"), part("field"), part("what")) {
+        (Some(object), Some(field), Some(what)) => format!("{object}: {field}: {what}"),
+        (Some(object), None, Some(what)) => format!("{object}: {what}"),
+        _ => plain(value),
+    }
+}
+
 fn plain(value: &Value) -> String {
     value
         .as_str()
@@ -72,7 +94,7 @@ fn plain(value: &Value) -> String {
 }
 
 /// One page of the agent.
-fn get(agent: &Agent, path: &str) -> Result<String> {
+pub(crate) fn get(agent: &Agent, path: &str) -> Result<String> {
     let socket = &agent.socket;
     let mut stream = UnixStream::connect(socket)
         .with_context(|| format!("no agent answers on {}", socket.display()))?;

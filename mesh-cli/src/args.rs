@@ -47,6 +47,9 @@ pub(crate) enum PolicyCommand {
     Test(Test),
     /// Says in words what policy does with one connection, and by which rule.
     Explain(Explain),
+    /// Says which connections, open or seen lately, new manifests would decide otherwise. Exit code 1
+    /// if there are some.
+    Diff(Diff),
     /// Says who reaches whom, and on which ports.
     Matrix(Matrix),
 }
@@ -93,6 +96,25 @@ pub(crate) struct Explain {
     /// How the other end is known; without it, as it would be on the wire.
     #[arg(long)]
     pub(crate) evidence: Option<Evidence>,
+}
+
+/// Says what new manifests would change.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Diff {
+    #[command(flatten)]
+    pub(crate) manifests: Manifests,
+    /// These manifests hold all policies there are to be; without it they are added to the others, in
+    /// place of those of the same name.
+    #[arg(long)]
+    pub(crate) replace: bool,
+    /// Ask no agent: the connections of this flow log, between pods of the manifests.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) flows: Option<PathBuf>,
+    /// What is in force now, with --flows; without it, what the log says of each connection.
+    #[arg(long, value_name = "PATH", requires = "flows")]
+    pub(crate) old: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) agent: Agent,
 }
 
 /// Says who reaches whom.

@@ -45,6 +45,7 @@ fn run(command: &Command, out: &mut impl Write) -> anyhow::Result<Outcome> {
     match command {
         Command::Policy(PolicyCommand::Test(args)) => policy::test::run(args, out),
         Command::Policy(PolicyCommand::Explain(args)) => policy::explain::run(args, out),
+        Command::Policy(PolicyCommand::Diff(args)) => policy::diff::run(args, out),
         Command::Policy(PolicyCommand::Matrix(args)) => policy::matrix::run(args, out),
         Command::Status(args) => agent::status(args, out),
         Command::Dump(args) => agent::page(&args.agent, "/plan", out),

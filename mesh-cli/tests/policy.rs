@@ -333,3 +333,62 @@ fn the_agents_answers() {
     assert!(run.err.contains("404"), "{}", run.err);
     assert_eq!(meshctl(&["status", "--socket", "/nonexistent"]).code, 1);
 }
+
+#[test]
+fn status_names_what_is_odd() {
+    let dir = TempDir::new().unwrap();
+    let body = r#"{"ready": true, "policies_in_force": ["NetworkPolicy a/b"],
+        "match_nothing": ["ClusterNetworkPolicy c: spec.egress[0].to[0].domainNames"],
+        "warnings": [{"object": "Pod a/b", "field": "f", "what": "w"}], "rejections": []}"#;
+    let agent = answering(&dir, "200 OK", body);
+    let run = meshctl(&["status", "--socket", &path(&dir, "agent.sock")]);
+    agent.join().unwrap();
+    assert_eq!(run.code, 0, "{}", run.err);
+    assert_eq!(
+        run.out,
+        "ready: true\npolicies in force here: 1\n  NetworkPolicy a/b\npeers that match nobody: 1\n  \
+         ClusterNetworkPolicy c: spec.egress[0].to[0].domainNames\nwarnings: 1\n  Pod a/b: f: w\n\
+         rejections: 0\n"
+    );
+}
+
+#[test]
+fn a_dry_run_over_a_flow_log() {
+    let dir = TempDir::new().unwrap();
+    let record = |from: &str, to: &str, verdict: &str| {
+        let (reason, kind) = match verdict {
+            "allowed" => ("no_policy", "connection"),
+            _ => ("default_deny", "denied"),
+        };
+        format!(
+            "{{\"kind\":\"{kind}\",\"protocol\":\"tcp\",\"source\":{{\"address\":\"{from}\"}},\
+             \"destination\":{{\"address\":\"{to}\",\"port\":8080}},\"verdict\":\"{verdict}\",\
+             \"reason\":\"{reason}\",\"security\":\"none\"}}\n"
+        )
+    };
+    let log = [
+        record("192.0.2.1", "10.0.0.1", "denied"),
+        record("198.51.100.1", "10.0.0.1", "allowed"),
+        record("198.51.100.1", "10.0.0.1", "allowed"),
+        record("10.0.0.1", "198.51.100.1", "allowed"),
+    ];
+    fs::write(dir.path().join("flows"), log.concat()).unwrap();
+    fs::write(dir.path().join("new.yaml"), MANIFESTS).unwrap();
+    let (new, flows) = (path(&dir, "new.yaml"), path(&dir, "flows"));
+    let run = meshctl(&["policy", "diff", "-f", &new, "--flows", &flows]);
+    assert_eq!(
+        (run.code, run.out.as_str()),
+        (
+            1,
+            "192.0.2.1 -> shop/web:8080 TCP: deny -> allow by NetworkPolicy shop/web ingress[0] (policy); open 0, seen 1\n\
+             198.51.100.1 -> shop/web:8080 TCP: allow -> deny by MeshPolicy shop/web (default_deny); open 0, seen 2\n\
+             2 of 3 kinds of connections would change\n"
+        ),
+        "{}",
+        run.err
+    );
+    let same = meshctl(&[
+        "policy", "diff", "-f", &new, "--flows", &flows, "--old", &new,
+    ]);
+    assert_eq!(same.code, 0, "{}", same.out);
+}

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! How long compiling and comparing take, and how many entries come out:
-//! `cargo run --release -p mesh-plan --example scale -- [PODS [POLICIES]]`.
+//! `cargo run --release -p mesh-plan --example scale -- [PODS [POLICIES]]`, or `-- --json PATH` for
+//! the rows of `cargo xtask bench policy`.
 #![allow(
     clippy::print_stdout,
     clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::cast_precision_loss,
     reason = "a tool for people"
 )]
 
@@ -23,11 +26,57 @@ const NAMESPACES: usize = 50;
 const ROUNDS: usize = 5;
 
 fn main() {
-    let mut numbers = std::env::args()
-        .skip(1)
-        .map(|n| n.parse::<usize>().expect("a number"));
+    let mut arguments = std::env::args().skip(1).peekable();
+    if let Some(path) = arguments
+        .next_if(|a| a == "--json")
+        .and_then(|_| arguments.next())
+    {
+        return rows(&path);
+    }
+    let mut numbers = arguments.map(|n| n.parse::<usize>().expect("a number"));
     let pods = numbers.next().unwrap_or(10_000);
     let policies = numbers.next().unwrap_or(500);
+    let mut cluster = cluster(pods, policies);
+    let node = "node-3";
+    let (mut plan, rejections) = timed("compile", || compile(&cluster, node));
+    println!(
+        "peers {} identities {} sets {} selects {} cidrs {} ports {} rejections {}",
+        plan.peers.len(),
+        plan.names.identities.len(),
+        plan.sets.len(),
+        plan.selects.len(),
+        plan.cidrs.len(),
+        plan.ports.len(),
+        rejections.len()
+    );
+    let mut compiler = Compiler::new(node);
+    timed("first of a compiler", || {
+        compiler.compile(&Arc::new(cluster.clone()))
+    });
+    for round in 0..ROUNDS {
+        change(&mut cluster, pods, round);
+        let shared = Arc::new(cluster.clone());
+        let start = Instant::now();
+        let (next, _) = compiler.compile(&shared);
+        let compiled = start.elapsed();
+        let ops = diff(&plan, &next);
+        println!(
+            "one change: compile {compiled:?}, with diff {:?}, {} operations",
+            start.elapsed(),
+            ops.len()
+        );
+        assert!(
+            compile(&cluster, node).0 == next,
+            "the compiler differs from compile()"
+        );
+        plan = next;
+    }
+    if numbers.next().is_none() {
+        evaluate(&cluster);
+    }
+}
+
+fn cluster(pods: usize, policies: usize) -> Cluster {
     let mut cluster = Cluster::default();
     for n in 0..NODES {
         let node = Node {
@@ -55,54 +104,89 @@ fn main() {
         let object = ObjectRef::new("NetworkPolicy", &*namespace, &*name);
         cluster.policies.insert(object, policy(n, namespace));
     }
-    let node = "node-3";
-    let (mut plan, rejections) = timed("compile", || compile(&cluster, node));
-    println!(
-        "peers {} identities {} sets {} selects {} cidrs {} ports {} rejections {}",
-        plan.peers.len(),
-        plan.names.identities.len(),
-        plan.sets.len(),
-        plan.selects.len(),
-        plan.cidrs.len(),
-        plan.ports.len(),
-        rejections.len()
-    );
-    let mut compiler = Compiler::new(node);
-    timed("first of a compiler", || {
-        compiler.compile(&Arc::new(cluster.clone()))
-    });
-    for round in 0..ROUNDS {
-        let changed = pod(3 + NODES * round);
-        let mut changed_cluster = cluster.clone();
-        let mut labels = changed.labels.clone();
-        labels.insert("app".into(), format!("app-{round}"));
-        changed_cluster
-            .pods
-            .insert(changed.uid.clone(), Pod { labels, ..changed }.into());
-        if round % 2 == 1 {
-            let other = pod(pods + round);
-            changed_cluster.pods.insert(other.uid.clone(), other.into());
-        }
-        cluster = changed_cluster;
-        let shared = Arc::new(cluster.clone());
+    cluster
+}
+
+/// A pod of the node gets another label; every other time a pod elsewhere comes, too.
+fn change(cluster: &mut Cluster, pods: usize, round: usize) {
+    let changed = pod(3 + NODES * round);
+    let mut labels = changed.labels.clone();
+    labels.insert("app".into(), format!("app-{round}"));
+    cluster
+        .pods
+        .insert(changed.uid.clone(), Pod { labels, ..changed }.into());
+    if round % 2 == 1 {
+        let other = pod(pods + round);
+        cluster.pods.insert(other.uid.clone(), other.into());
+    }
+}
+
+/// One row for each size: pods, policies, milliseconds, entries, nanoseconds.
+fn rows(path: &str) {
+    let mut rows = Vec::new();
+    let sizes = [100, 1000, 10_000];
+    let pairs = sizes.map(|n| (n, n)).into_iter();
+    // The same pods, and more and more policies: what a decision costs.
+    for (pods, policies) in pairs.chain([(10_000, 500), (1000, 10), (1000, 10_000)]) {
+        let mut cluster = cluster(pods, policies);
+        let node = "node-3";
+        let mut compiler = Compiler::new(node);
         let start = Instant::now();
-        let (next, _) = compiler.compile(&shared);
-        let compiled = start.elapsed();
-        let ops = diff(&plan, &next);
-        println!(
-            "one change: compile {compiled:?}, with diff {:?}, {} operations",
-            start.elapsed(),
-            ops.len()
+        let (mut plan, _) = compiler.compile(&Arc::new(cluster.clone()));
+        let first = start.elapsed();
+        let mut changes = Vec::new();
+        for round in 0..2 * ROUNDS {
+            change(&mut cluster, pods, round);
+            let shared = Arc::new(cluster.clone());
+            let start = Instant::now();
+            let (next, _) = compiler.compile(&shared);
+            let compiled = start.elapsed();
+            let ops = diff(&plan, &next);
+            changes.push((start.elapsed(), compiled, ops.len()));
+            plan = next;
+        }
+        changes.sort_unstable();
+        let (change, compile, _) = changes[changes.len() / 2];
+        let decision = decisions(&cluster, 200_000);
+        let row = format!(
+            "{{\"pods\":{pods},\"policies\":{policies},\"first_compile_ms\":{:.3},\
+             \"change_compile_ms\":{:.3},\"change_compile_and_diff_ms\":{:.3},\
+             \"decision_ns\":{decision:.0},\"entries\":{{\"peers\":{},\"sets\":{},\"selects\":{},\
+             \"cidrs\":{},\"ports\":{}}}}}",
+            first.as_secs_f64() * 1e3,
+            compile.as_secs_f64() * 1e3,
+            change.as_secs_f64() * 1e3,
+            plan.peers.len(),
+            plan.sets.len(),
+            plan.selects.len(),
+            plan.cidrs.len(),
+            plan.ports.len(),
         );
-        assert!(
-            compile(&cluster, node).0 == next,
-            "the compiler differs from compile()"
-        );
-        plan = next;
+        println!("{row}");
+        rows.push(row);
     }
-    if numbers.next().is_none() {
-        evaluate(&cluster);
+    std::fs::write(path, format!("[\n{}\n]\n", rows.join(",\n"))).expect("it can be written");
+}
+
+/// Nanoseconds of a check, which is a decision at either end.
+fn decisions(cluster: &Cluster, checks: usize) -> f64 {
+    let (compiled, _) = compile_policies(cluster);
+    let names: Vec<String> = compiled.names().map(ToString::to_string).collect();
+    let ends: Vec<_> = names.iter().filter_map(|n| compiled.find(n)).collect();
+    let start = Instant::now();
+    let mut allowed = 0;
+    for n in 0..checks {
+        let check = Check {
+            from: ends[n * 7 % ends.len()],
+            to: ends[(n * 13 + 5) % ends.len()],
+            protocol: Protocol::TCP,
+            port: 80,
+            evidence: None,
+        };
+        allowed += usize::from(compiled.evaluate(&check).allowed());
     }
+    assert!(allowed > 0, "nobody reaches anybody");
+    start.elapsed().as_secs_f64() * 1e9 / checks as f64
 }
 
 fn evaluate(cluster: &Cluster) {

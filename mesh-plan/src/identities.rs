@@ -6,6 +6,7 @@
 //! policies that select the pod itself.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 
 use mesh_common::identity::IdentityId;
 
@@ -199,7 +200,7 @@ pub(crate) type OfPods<'a> = HashMap<&'a str, IdentityId>;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Identities {
     /// What each stands for.
-    pub(crate) names: BTreeMap<IdentityId, IdentityName>,
+    pub(crate) names: BTreeMap<IdentityId, Arc<IdentityName>>,
     /// How many pods have it.
     counts: HashMap<IdentityId, usize>,
     /// Ids that stand for two contents; they are not in `names`, and every set refuses them.
@@ -226,7 +227,9 @@ impl Identities {
                     if all.names.contains_key(&id) {
                         collided.insert(id, pod);
                     }
-                    all.names.entry(id).or_insert_with(|| content.name());
+                    all.names
+                        .entry(id)
+                        .or_insert_with(|| Arc::new(content.name()));
                     known.insert(content, id);
                     id
                 }
@@ -249,7 +252,8 @@ impl Identities {
         if self.collided.contains(&id) {
             return None;
         }
-        let name = self.names.entry(id).or_insert_with(|| content.name());
+        let new = || Arc::new(content.name());
+        let name = self.names.entry(id).or_insert_with(new);
         *self.counts.entry(id).or_default() += 1;
         content.is(name).then_some(id)
     }

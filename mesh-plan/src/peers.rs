@@ -6,6 +6,7 @@
 //! being deleted yields to the one pod that lives, and this node's own addresses are its own.
 
 use std::collections::{BTreeMap, BTreeSet, btree_map};
+use std::sync::Arc;
 
 use mesh_common::Addr;
 use mesh_common::identity::{IdentityId, Peer};
@@ -199,9 +200,9 @@ pub(crate) fn workload(pod: &Pod) -> Workload {
 }
 
 /// Who has each address that a pod has alone.
-pub(crate) fn workloads(owners: &BTreeMap<Addr, Owner<'_>>) -> BTreeMap<Addr, Workload> {
+pub(crate) fn workloads(owners: &BTreeMap<Addr, Owner<'_>>) -> BTreeMap<Addr, Arc<Workload>> {
     let named = |(address, owner): (&Addr, &Owner<'_>)| match owner {
-        Owner::Pod(pod) => Some((*address, workload(pod))),
+        Owner::Pod(pod) => Some((*address, Arc::new(workload(pod)))),
         Owner::Node(_) | Owner::Disputed => None,
     };
     owners.iter().filter_map(named).collect()

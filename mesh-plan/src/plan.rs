@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use mesh_common::identity::{IdentityId, Peer};
 use mesh_common::path::Peers;
@@ -85,11 +86,11 @@ pub struct Names {
     /// Rules.
     pub rules: BTreeMap<RuleId, RuleName>,
     /// Who has an address.
-    pub workloads: BTreeMap<Addr, Workload>,
+    pub workloads: BTreeMap<Addr, Arc<Workload>>,
     /// Which service has a virtual endpoint, or, for headless services, an endpoint.
     pub services: BTreeMap<ServiceKey, ObjectName>,
     /// What an identity stands for.
-    pub identities: BTreeMap<IdentityId, IdentityName>,
+    pub identities: BTreeMap<IdentityId, Arc<IdentityName>>,
 }
 
 /// Where a rule is written.

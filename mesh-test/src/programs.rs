@@ -21,6 +21,14 @@ pub fn agent() -> Result<PathBuf> {
     find("mesh-agent", "MESH_AGENT_BIN").context("cargo build -p mesh-agent builds it")
 }
 
+/// `meshctl`. `MESHCTL_BIN` overrides.
+///
+/// # Errors
+/// It is not built.
+pub fn meshctl() -> Result<PathBuf> {
+    find("meshctl", "MESHCTL_BIN").context("cargo build -p mesh-cli builds it")
+}
+
 /// Test binaries are one directory below other binaries.
 fn find(name: &str, variable: &str) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(variable) {

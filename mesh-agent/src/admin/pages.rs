@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The answers, page by page.
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::fmt::Write as _;
 
@@ -8,12 +9,14 @@ use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
+use mesh_common::Protocol;
 use mesh_common::pod::PodState;
+use mesh_plan::cluster::{Cluster, PeerMatch};
 use serde_json::{Value, json};
 
 use super::{Door, Views};
 use crate::metrics::Form;
-use crate::pods::PodHandle;
+use crate::pods::{PodHandle, open};
 use crate::source::Report;
 
 type Answer = Response<Full<Bytes>>;
@@ -56,8 +59,12 @@ pub(super) async fn answer(
             page(StatusCode::OK, TEXT, (views.plan_text)(&plan))
         }
         "/pods" => page(StatusCode::OK, JSON, pretty(&pods(&views))),
+        "/facts" => facts(&views),
+        "/connections" => connections(&views).await,
         "/flows" => page(StatusCode::OK, LINES, flows(&views).await),
-        _ => missing("/status, /plan, /pods, /flows, /log-level, /metrics, /livez and /readyz"),
+        _ => missing(
+            "/status, /plan, /pods, /facts, /connections, /flows, /log-level, /metrics, /livez and /readyz",
+        ),
     })
 }
 
@@ -123,6 +130,10 @@ fn readyz(views: &Views) -> Answer {
 fn status(views: &Views) -> Value {
     let plan = views.plan.borrow().clone();
     let rejections = views.rejections.borrow().clone();
+    let facts = views.facts.borrow().clone();
+    let report = views.source.borrow().clone();
+    let rules = plan.names.rules.values();
+    let in_force: BTreeSet<String> = rules.map(|rule| rule.object.to_string()).collect();
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "node": views.node,
@@ -139,8 +150,15 @@ fn status(views: &Views) -> Value {
             "policy_sets": plan.sets.len(),
             "services": plan.services.len(),
         },
+        "policies": {
+            "known": facts.policies.len(),
+            "about_this_node": in_force.len(),
+        },
+        "policies_in_force": in_force,
+        "match_nothing": match_nothing(&facts),
+        "warnings": report.warnings,
         "rejections": *rejections,
-        "source": source(&views.source.borrow()),
+        "source": source(&report),
         "network": **views.neighbour.borrow(),
     })
 }
@@ -152,6 +170,21 @@ fn source(report: &Report) -> Value {
         "absent": report.absent,
         "warnings": report.warnings.len(),
     })
+}
+
+/// Parts of policies that are understood and match nobody, as their API says of what an
+/// implementation does not support.
+fn match_nothing(facts: &Cluster) -> Vec<String> {
+    let mut all = Vec::new();
+    for (object, policy) in &facts.policies {
+        let rules = policy.ingress.iter().chain(&policy.egress).flatten();
+        for peer in rules.flat_map(|rule| rule.peers.iter().flatten()) {
+            if let PeerMatch::Nothing { what } = peer {
+                all.push(format!("{object}: {what}"));
+            }
+        }
+    }
+    all
 }
 
 fn pods(views: &Views) -> Value {
@@ -196,6 +229,48 @@ fn handle(pod: &PodHandle) -> Value {
         "netns_cookie": pod.netns_cookie,
         "link": pod.link,
     })
+}
+
+/// The cluster as the source has it: what `meshctl policy diff` compiles again.
+fn facts(views: &Views) -> Answer {
+    let cluster = views.facts.borrow().clone();
+    match serde_json::to_vec(&*cluster) {
+        Ok(text) => page(StatusCode::OK, JSON, text),
+        Err(error) => {
+            let text = format!("{error}\n");
+            page(StatusCode::INTERNAL_SERVER_ERROR, TEXT, text)
+        }
+    }
+}
+
+/// What is open now in the adopted pods, one JSON object a line.
+async fn connections(views: &Views) -> Answer {
+    let table = views.pods.borrow().clone();
+    let lines = tokio::task::spawn_blocking(move || {
+        let mut lines = String::new();
+        for pod in table.values() {
+            // A pod that is just going has nothing open that matters.
+            for one in open::open(pod).unwrap_or_default() {
+                let line = json!({
+                    "pod": pod.local.name.to_string(),
+                    "direction": one.direction.label(),
+                    "protocol": if one.protocol == Protocol::TCP { "tcp" } else { "udp" },
+                    "source": one.source.to_string(),
+                    "destination": one.destination.to_string(),
+                    "tunnelled": one.tunnelled,
+                });
+                writeln!(lines, "{line}").expect("a String takes everything");
+            }
+        }
+        lines
+    });
+    match lines.await {
+        Ok(lines) => page(StatusCode::OK, LINES, lines),
+        Err(error) => {
+            let text = format!("{error}\n");
+            page(StatusCode::INTERNAL_SERVER_ERROR, TEXT, text)
+        }
+    }
 }
 
 async fn flows(views: &Views) -> String {

@@ -19,12 +19,38 @@ struct Rig {
     _flows: Flows,
 }
 
+/// A policy with a peer that this version cannot match.
+fn odd_facts() -> mesh_plan::Cluster {
+    use mesh_plan::cluster::{ObjectRef, PeerMatch, Policy, Rule, RuleAction, Subject, Tier};
+    let rule = Rule {
+        name: "egress[0]".to_owned(),
+        action: RuleAction::Allow,
+        peers: Some(vec![PeerMatch::Nothing {
+            what: "spec.egress[0].to[0].domainNames".to_owned(),
+        }]),
+        ports: None,
+    };
+    let policy = Policy {
+        tier: Tier::Namespaced,
+        subject: Subject::WholeNamespace("shop".to_owned()),
+        ingress: None,
+        egress: Some(vec![rule]),
+        audit: false,
+    };
+    let object = ObjectRef::new("ClusterNetworkPolicy", "", "names");
+    mesh_plan::Cluster {
+        policies: [(object, policy)].into(),
+        ..mesh_plan::Cluster::default()
+    }
+}
+
 fn views(flows: &Flows) -> Views {
     let metrics = Metrics::new();
     Views {
         node: "n1".to_owned(),
         readiness: Readiness::new(metrics.clone()),
         metrics,
+        facts: watch::channel(Arc::new(odd_facts())).1,
         plan: watch::channel(Arc::new(Plan::default())).1,
         plan_text: |plan| format!("{} services\n", plan.services.len()),
         rejections: watch::channel(Arc::new(vec![Rejection {
@@ -36,7 +62,15 @@ fn views(flows: &Flows) -> Views {
         .1,
         pods: watch::channel(Arc::new(PodTable::new())).1,
         status: watch::channel(Arc::default()).1,
-        source: watch::channel(Arc::default()).1,
+        source: watch::channel(Arc::new(Report {
+            warnings: vec![mesh_api::Warning {
+                object: mesh_plan::cluster::ObjectRef::new("Service", "shop", "web"),
+                field: String::new(),
+                what: "odd".to_owned(),
+            }],
+            ..Report::default()
+        }))
+        .1,
         neighbour: watch::channel(Arc::default()).1,
         flows: flows.sink(),
         level: None,
@@ -114,7 +148,16 @@ async fn metrics_and_probes_are_for_everybody_and_nothing_else_is() {
             .contains("mesh_build_info{")
     );
     assert!(rig.public("GET /livez").await.starts_with("HTTP/1.1 200"));
-    for page in ["/status", "/plan", "/pods", "/flows", "/log-level", "/"] {
+    for page in [
+        "/status",
+        "/plan",
+        "/pods",
+        "/facts",
+        "/connections",
+        "/flows",
+        "/log-level",
+        "/",
+    ] {
         let answer = rig.public(&format!("GET {page}")).await;
         assert!(answer.starts_with("HTTP/1.1 404"), "{page}: {answer}");
     }
@@ -160,6 +203,11 @@ async fn the_socket_is_roots_and_shows_the_state() {
         .mode();
     assert_eq!(mode & 0o777, 0o600);
     let status = rig.root("GET /status").await;
+    assert!(
+        status.contains("spec.egress[0].to[0].domainNames"),
+        "{status}"
+    );
+    assert!(status.contains("\"warnings\""), "{status}");
     for part in [
         "\"node\": \"n1\"",
         "NetworkPolicy shop/web",

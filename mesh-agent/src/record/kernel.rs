@@ -29,7 +29,7 @@ const REMEMBERED: Duration = Duration::from_secs(60);
 pub struct KernelRecords {
     recorder: Recorder,
     plan: Arc<Plan>,
-    gone: BTreeMap<Addr, (Instant, Workload)>,
+    gone: BTreeMap<Addr, (Instant, Arc<Workload>)>,
     /// Who had an address in an earlier event under this plan: a busy node reports the same few
     /// ends thousands of times a second.
     known: BTreeMap<Addr, Party>,
@@ -63,7 +63,7 @@ impl KernelRecords {
                 if let Some(workload) = self.plan.names.workloads.get(&addr)
                     && !latest.names.workloads.contains_key(&addr)
                 {
-                    self.gone.insert(addr, (now, workload.clone()));
+                    self.gone.insert(addr, (now, Arc::clone(workload)));
                 }
             }
         }
@@ -191,8 +191,9 @@ impl KernelRecords {
     fn evidence(&self, kind: Kind, remote: Endpoint, same_node: bool) -> Evidence {
         let workload = self.plan.names.workloads.get(&remote.addr);
         // What the gate drops may have another's address.
-        let held =
-            |workload: &Workload| kind != Kind::Dropped && *workload.node == *self.recorder.0.node;
+        let held = |workload: &Arc<Workload>| {
+            kind != Kind::Dropped && *workload.node == *self.recorder.0.node
+        };
         if same_node || workload.is_some_and(held) {
             Evidence::Node
         } else if workload.is_some() {

@@ -38,7 +38,7 @@ fn plan() -> Plan {
             service_account: format!("{name}-sa"),
             node: "n1".to_owned(),
         };
-        plan.names.workloads.insert(ip.into(), workload);
+        plan.names.workloads.insert(ip.into(), Arc::new(workload));
         let local = LocalPod {
             addresses: [ip].into(),
             ..LocalPod::default()

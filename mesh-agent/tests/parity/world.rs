@@ -167,7 +167,7 @@ impl World {
         let addr = *random.pick(&self.remotes);
         let view = self.views()[0];
         let own = if addr.is_v4() { view.v4 } else { view.v6 };
-        let protocol = *random.pick(&[Protocol::TCP, Protocol::UDP]);
+        let protocol = *random.pick(&[Protocol::TCP, Protocol::UDP, Protocol::SCTP]);
         let service = Port::new(*random.pick(&PORTS));
         let source = Port::new(20_000 + u16::try_from(number).expect("few packets"));
         let later = *random.pick(&[ACK, SYN | ACK, RST, RST | ACK]);
@@ -184,6 +184,18 @@ impl World {
 }
 
 impl Packet {
+    /// A TCP segment.
+    pub(crate) fn segment(local: Endpoint, remote: Endpoint, source: Port, flags: u8) -> Self {
+        Self {
+            local,
+            remote,
+            protocol: Protocol::TCP,
+            flags,
+            source,
+            to_pod: false,
+        }
+    }
+
     /// Whether it asks to open a connection.
     pub(crate) fn opens(&self) -> bool {
         self.flags & (SYN | ACK) == SYN
@@ -230,6 +242,7 @@ impl Packet {
                 0,
             ]);
         } else {
+            // UDP's length; of SCTP's tag (RFC 9260, 3.1) the gate asks nothing.
             transport.extend_from_slice(&[0, 8, 0, 0]);
         }
         let length = u16::try_from(transport.len()).expect("a short packet");

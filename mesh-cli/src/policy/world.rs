@@ -89,13 +89,17 @@ pub(crate) fn evidence(evidence: args::Evidence) -> Evidence {
 impl World {
     pub(crate) fn new(objects: &[Object]) -> Self {
         let outcome = convert(objects, &LastGood::default(), Options { standalone: true });
-        let cluster = outcome.cluster;
         let mut notes: Vec<String> = outcome
             .rejections
             .iter()
             .map(|r| format!("rejected: {r}"))
             .collect();
         notes.extend(outcome.warnings.iter().map(|w| format!("warning: {w}")));
+        Self::of(outcome.cluster, notes)
+    }
+
+    /// The world of facts; `notes` are about them.
+    pub(crate) fn of(cluster: Cluster, mut notes: Vec<String>) -> Self {
         let mut nodes = BTreeMap::new();
         let mut by_name = HashMap::new();
         let mut by_address = HashMap::new();

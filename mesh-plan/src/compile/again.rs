@@ -166,7 +166,8 @@ impl Previous {
             if self.plan.peers.insert(addr, peer).is_some() {
                 return None;
             }
-            self.plan.names.workloads.insert(addr, peers::workload(pod));
+            let workload = Arc::new(peers::workload(pod));
+            self.plan.names.workloads.insert(addr, workload);
         }
         Some(())
     }

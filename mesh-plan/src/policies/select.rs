@@ -24,7 +24,7 @@ impl<'i, 'a> Matcher<'i, 'a> {
         let mut by_namespace: BTreeMap<&str, Vec<_>> = BTreeMap::new();
         for (id, content) in &identities.names {
             let of = by_namespace.entry(content.namespace.as_str()).or_default();
-            of.push((*id, content));
+            of.push((*id, &**content));
         }
         Self {
             identities,
@@ -47,7 +47,7 @@ impl<'i, 'a> Matcher<'i, 'a> {
 
     /// What an identity stands for; `None` for entities.
     pub(crate) fn content(&self, id: IdentityId) -> Option<&'i IdentityName> {
-        self.identities.names.get(&id)
+        self.identities.names.get(&id).map(|name| &**name)
     }
 
     /// The identities that a peer of a rule matches, addresses apart.

@@ -172,7 +172,7 @@ async fn who_is_not_whom_the_plan_expects_is_refused_at_either_end() {
         };
         node.change(|plan| {
             let workload = plan.names.workloads.get_mut(&addr(ip)).unwrap();
-            workload.service_account = "other-sa".to_owned();
+            std::sync::Arc::make_mut(workload).service_account = "other-sa".to_owned();
         });
         let mut client = rig.connect(&route).await;
         assert!(is_reset(&mut client).await);

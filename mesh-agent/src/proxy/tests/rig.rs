@@ -236,7 +236,9 @@ fn plan(local: &str) -> Plan {
     for (name, ip, id) in [("client", CLIENT, CLIENT_ID), ("server", SERVER, SERVER_ID)] {
         let flags = Peer::ENROLLED | Peer::READY | Peer::POD;
         plan.peers.insert(addr(ip), Peer { id, flags, pad: 0 });
-        plan.names.workloads.insert(addr(ip), workload(name));
+        plan.names
+            .workloads
+            .insert(addr(ip), Arc::new(workload(name)));
         if name == local {
             plan.pods.insert(name.to_owned(), local_pod(name, ip, id));
         }

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The open connections of a pod, as its own sockets have them: for people, and for trying policy
+//! out. The agent's own sockets are left out.
+
+use std::collections::BTreeSet;
+use std::io;
+
+use mesh_common::pod::PodState;
+use mesh_common::settings::{MARK_CAPTURE, MARK_INBOUND, MARK_MASK, TUNNEL_PORT};
+use mesh_common::{Direction, Endpoint, Port, Protocol};
+
+use super::PodHandle;
+use crate::sys::sock_diag::{SockDiag, Socket, States, state};
+
+/// An end of an open connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Open {
+    /// Whether the pod accepted it or opened it.
+    pub direction: Direction,
+    /// TCP, or UDP of a connected socket.
+    pub protocol: Protocol,
+    /// Who opened it.
+    pub source: Endpoint,
+    /// Who was reached, after translation by this node.
+    pub destination: Endpoint,
+    /// The agent carries it.
+    pub tunnelled: bool,
+}
+
+/// What is open now. Enters the pod's namespace: not for a thread that serves connections.
+///
+/// # Errors
+/// The namespace cannot be entered, or the kernel does not tell.
+pub fn open(pod: &PodHandle) -> io::Result<Vec<Open>> {
+    let sockets = pod.netns.run(|| {
+        let mut diag = SockDiag::open()?;
+        let mut all = diag.sockets(Protocol::TCP, States::LIVE_AND_LISTEN)?;
+        all.extend(diag.sockets(Protocol::UDP, States::LIVE)?);
+        Ok::<_, io::Error>(all)
+    })??;
+    Ok(of(pod, &sockets))
+}
+
+fn of(pod: &PodHandle, sockets: &[Socket]) -> Vec<Open> {
+    let view = &pod.local.view;
+    let tcp = || sockets.iter().filter(|s| s.protocol == Protocol::TCP);
+    let listening: BTreeSet<Port> = tcp()
+        .filter(|s| s.state == state::LISTEN)
+        .map(|s| s.local.port)
+        .collect();
+    let ends: BTreeSet<(Endpoint, Endpoint)> = tcp().map(|s| (s.local, s.remote)).collect();
+    let enrolled = view.has(PodState::ENROLLED);
+    let of_tunnel =
+        |s: &Socket| enrolled && (s.local.port == TUNNEL_PORT || s.remote.port == TUNNEL_PORT);
+    let one = |s: &Socket| {
+        let is_open = s.state != state::LISTEN && s.is_connected();
+        let applications = view.owns(&s.local.addr) && !view.owns(&s.remote.addr);
+        if !is_open || !applications || of_tunnel(s) {
+            return None;
+        }
+        let mark = s.mark & MARK_MASK;
+        let marked = mark == MARK_CAPTURE || mark == MARK_INBOUND;
+        let accepted = s.protocol == Protocol::TCP && listening.contains(&s.local.port);
+        let (direction, source, destination) = if accepted {
+            (Direction::Ingress, s.remote, s.local)
+        } else {
+            (Direction::Egress, s.local, s.remote)
+        };
+        Some(Open {
+            direction,
+            protocol: s.protocol,
+            source,
+            destination,
+            tunnelled: marked || ends.contains(&(s.remote, s.local)),
+        })
+    };
+    sockets.iter().filter_map(one).collect()
+}

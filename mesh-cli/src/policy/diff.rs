@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `meshctl policy diff`: what new manifests would change for connections that are open or were seen
+//! lately. The agent only tells what it knows; everything is decided here, by its compiler.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::{self, Write};
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context, Result};
+use mesh_api::{LastGood, Object, Options, convert};
+use mesh_common::identity::Evidence;
+use mesh_common::verdict::Verdict;
+use mesh_common::{Protocol, Reason};
+use mesh_plan::Cluster;
+use serde_json::Value;
+
+use super::world::{Connection, Party, Verdicts, World};
+use crate::args::Diff;
+use crate::{Outcome, agent, input};
+
+/// Connections that are decided alike.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Seen {
+    source: IpAddr,
+    destination: IpAddr,
+    port: u16,
+    protocol: Protocol,
+    tunnelled: bool,
+}
+
+/// How many there are of them.
+#[derive(Clone, Copy, Debug, Default)]
+struct Count {
+    open: usize,
+    seen: usize,
+    /// What a record says of the last one.
+    recorded: Option<bool>,
+}
+
+type Connections = BTreeMap<Seen, Count>;
+
+/// Compares. Bad if something would change.
+pub(crate) fn run(args: &Diff, out: &mut impl Write) -> Result<Outcome> {
+    let objects = read(&args.manifests.paths)?;
+    let mut connections = Connections::new();
+    let (old, new) = match &args.flows {
+        Some(file) => {
+            let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
+            records(&text, &mut connections)?;
+            let old = read(&args.old)?;
+            let old = (!old.is_empty()).then(|| World::new(&old));
+            let new = match &old {
+                Some(old) => merged(&old.cluster, &objects, args.replace),
+                None => World::new(&objects),
+            };
+            (old, new)
+        }
+        None => {
+            let facts = agent::get(&args.agent, "/facts")?;
+            let facts: Cluster =
+                serde_json::from_str(&facts).context("the agent is of another version")?;
+            records(&agent::get(&args.agent, "/flows")?, &mut connections)?;
+            open(&agent::get(&args.agent, "/connections")?, &mut connections)?;
+            let new = merged(&facts, &objects, args.replace);
+            (Some(World::of(facts, Vec::new())), new)
+        }
+    };
+    for note in &new.notes {
+        writeln!(io::stderr(), "{note}")?;
+    }
+    compare(old.as_ref(), &new, &connections, out)
+}
+
+fn read(paths: &[std::path::PathBuf]) -> Result<Vec<Object>> {
+    let mut objects = Vec::new();
+    for path in paths {
+        input::manifests(path, &mut objects)?;
+    }
+    Ok(objects)
+}
+
+/// The facts as they would be with other manifests. An update that is rejected changes nothing, as
+/// with an agent.
+fn merged(facts: &Cluster, objects: &[Object], replace: bool) -> World {
+    let outcome = convert(objects, &LastGood::default(), Options { standalone: true });
+    let given = outcome.cluster;
+    let mut notes: Vec<String> = outcome
+        .rejections
+        .iter()
+        .map(|r| format!("rejected: {r}"))
+        .collect();
+    notes.extend(outcome.warnings.iter().map(|w| format!("warning: {w}")));
+    let rejected: BTreeSet<String> = outcome
+        .rejections
+        .iter()
+        .map(|r| r.object.to_string())
+        .collect();
+    let mut cluster = facts.clone();
+    if replace {
+        cluster
+            .policies
+            .retain(|object, _| given.policies.contains_key(object));
+        cluster
+            .authentications
+            .retain(|name, _| given.authentications.contains_key(name));
+    }
+    for (object, policy) in given.policies {
+        if !rejected.contains(&object.to_string()) || !cluster.policies.contains_key(&object) {
+            cluster.policies.insert(object, policy);
+        }
+    }
+    for (name, authentication) in given.authentications {
+        let is_rejected = rejected.contains(&format!("MeshAuthentication {name}"));
+        if !is_rejected || !cluster.authentications.contains_key(&name) {
+            cluster.authentications.insert(name, authentication);
+        }
+    }
+    for (uid, pod) in given.pods {
+        cluster.pods.retain(|_, old| old.name != pod.name);
+        cluster.pods.insert(uid, pod);
+    }
+    cluster.namespaces.extend(given.namespaces);
+    cluster.nodes.extend(given.nodes);
+    World::of(cluster, notes)
+}
+
+fn protocol(value: &Value) -> Option<Protocol> {
+    match value.as_str()? {
+        "tcp" => Some(Protocol::TCP),
+        "udp" => Some(Protocol::UDP),
+        number => number.parse().ok().map(Protocol),
+    }
+}
+
+/// Takes the lines of a flow log: connections, and refusals by policy.
+fn records(text: &str, into: &mut Connections) -> Result<()> {
+    for (number, line) in text.lines().enumerate() {
+        let record: Value = serde_json::from_str(line)
+            .with_context(|| format!("line {} of the flow log", number + 1))?;
+        let by_policy = ["policy", "default_deny"]
+            .map(Value::from)
+            .contains(&record["reason"]);
+        let counts = match record["kind"].as_str() {
+            Some("connection") => true,
+            Some("denied" | "dropped") => by_policy,
+            _ => false,
+        };
+        let address =
+            |end: &str| -> Option<IpAddr> { record[end]["address"].as_str()?.parse().ok() };
+        let port = record["destination"]["port"]
+            .as_u64()
+            .and_then(|p| u16::try_from(p).ok());
+        let ends = address("source").zip(address("destination")).zip(port);
+        let (true, Some(((source, destination), port)), Some(protocol)) =
+            (counts, ends, protocol(&record["protocol"]))
+        else {
+            continue;
+        };
+        let seen = Seen {
+            source,
+            destination,
+            port,
+            protocol,
+            tunnelled: record["security"] == "mutual_tls",
+        };
+        let count = into.entry(seen).or_default();
+        count.seen += 1;
+        count.recorded = Some(record["verdict"] == "allowed");
+    }
+    Ok(())
+}
+
+/// Takes what an agent says is open.
+fn open(text: &str, into: &mut Connections) -> Result<()> {
+    for line in text.lines() {
+        let line: Value = serde_json::from_str(line).context("the agent's connections")?;
+        let end = |name: &str| -> Option<SocketAddr> { line[name].as_str()?.parse().ok() };
+        let (Some(source), Some(destination), Some(protocol)) = (
+            end("source"),
+            end("destination"),
+            protocol(&line["protocol"]),
+        ) else {
+            continue;
+        };
+        let seen = Seen {
+            source: source.ip(),
+            destination: destination.ip(),
+            port: destination.port(),
+            protocol,
+            tunnelled: line["tunnelled"] == true,
+        };
+        into.entry(seen).or_default().open += 1;
+    }
+    Ok(())
+}
+
+fn compare(
+    old: Option<&World>,
+    new: &World,
+    connections: &Connections,
+    out: &mut impl Write,
+) -> Result<Outcome> {
+    let mut changes = 0;
+    for (seen, count) in connections {
+        let before = match old {
+            Some(old) => decide(old, seen)?.0,
+            None => count.recorded.unwrap_or(true),
+        };
+        let (after, why) = decide(new, seen)?;
+        if before == after {
+            continue;
+        }
+        changes += 1;
+        let word = |allowed| if allowed { "allow" } else { "deny" };
+        let name = |address: IpAddr| match new.party(&address.to_string()) {
+            Ok(Party::Pod(pod)) => pod.name.to_string(),
+            Ok(Party::Address(_)) | Err(_) => address.to_string(),
+        };
+        let protocol = match seen.protocol {
+            Protocol::TCP => "TCP".to_owned(),
+            Protocol::UDP => "UDP".to_owned(),
+            other => format!("protocol {}", other.0),
+        };
+        writeln!(
+            out,
+            "{} -> {}:{} {protocol}: {} -> {} {why}; open {}, seen {}",
+            name(seen.source),
+            name(seen.destination),
+            seen.port,
+            word(before),
+            word(after),
+            count.open,
+            count.seen,
+        )?;
+    }
+    let total = connections.len();
+    writeln!(
+        out,
+        "{changes} of {total} kinds of connections would change"
+    )?;
+    Ok(if changes == 0 {
+        Outcome::Good
+    } else {
+        Outcome::Bad
+    })
+}
+
+/// Whether both ends let it pass, and why.
+fn decide(world: &World, seen: &Seen) -> Result<(bool, String)> {
+    let (from, to) = (seen.source.to_string(), seen.destination.to_string());
+    let connection = Connection {
+        from: world.party(&from)?,
+        to: world.party(&to)?,
+        source: seen.source,
+        destination: seen.destination,
+        protocol: seen.protocol,
+        port: seen.port,
+    };
+    let same_node = match (connection.from, connection.to) {
+        (Party::Pod(from), Party::Pod(to)) => from.node == to.node,
+        _ => false,
+    };
+    let evidence = match (seen.tunnelled, same_node) {
+        (_, true) => Evidence::Node,
+        (true, false) => Evidence::Tls,
+        (false, false) => Evidence::Address,
+    };
+    let verdicts = world.verdicts(&connection, evidence);
+    let why = why(world, &connection, &verdicts);
+    Ok((verdicts.allowed(), why))
+}
+
+/// The verdict that decides, in words.
+fn why(world: &World, connection: &Connection<'_>, verdicts: &Verdicts) -> String {
+    let refuses = |verdict: &Verdict| !verdict.allowed;
+    let by_rule = |verdict: &Verdict| verdict.reason == Reason::Policy;
+    let both = [
+        (connection.from, verdicts.egress),
+        (connection.to, verdicts.ingress),
+    ];
+    let find = |which: &dyn Fn(&Verdict) -> bool| {
+        both.into_iter()
+            .find_map(|(party, verdict)| verdict.filter(which).map(|v| (party, v)))
+    };
+    if let Some((party, verdict)) = find(&refuses) {
+        return world
+            .words(party, &verdict)
+            .trim_start_matches("deny ")
+            .to_owned();
+    }
+    if let Some(reason) = verdicts.refused {
+        return format!("({})", reason.label());
+    }
+    match find(&by_rule) {
+        Some((party, verdict)) => world
+            .words(party, &verdict)
+            .trim_start_matches("allow ")
+            .to_owned(),
+        None => "(no_policy)".to_owned(),
+    }
+}
