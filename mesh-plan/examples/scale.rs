@@ -94,6 +94,7 @@ fn cluster(pods: usize, policies: usize) -> Cluster {
         let uid = format!("uid-{name}");
         cluster.namespaces.insert(name, Namespace { uid, labels });
     }
+    cluster.ready = Some(BTreeSet::new());
     for n in 0..pods {
         let pod = pod(n);
         cluster.pods.insert(pod.uid.clone(), pod.into());
@@ -121,7 +122,38 @@ fn change(cluster: &mut Cluster, pods: usize, round: usize) {
     }
 }
 
-/// One row for each size: pods, policies, milliseconds, entries, nanoseconds.
+/// One pod, every other time of the node.
+#[derive(Clone, Copy, Debug)]
+enum Change {
+    Add,
+    Ready,
+    Label,
+    Delete,
+}
+
+impl Change {
+    const ALL: [Self; 4] = [Self::Add, Self::Ready, Self::Label, Self::Delete];
+
+    fn apply(self, cluster: &mut Cluster, pods: usize, round: usize) {
+        let mut pod = pod(pods + 3 + if round % 2 == 0 { NODES * round } else { round });
+        let uid = pod.uid.clone();
+        match self {
+            Self::Add => drop(cluster.pods.insert(uid, pod.into())),
+            Self::Ready => {
+                cluster.ready.as_mut().expect("a cluster").insert(uid);
+            }
+            Self::Label => {
+                pod.labels
+                    .insert("app".into(), format!("app-{}", round % 20));
+                cluster.pods.insert(uid, pod.into());
+            }
+            Self::Delete => drop(cluster.pods.remove(&uid)),
+        }
+    }
+}
+
+/// One row for each size: pods, policies, milliseconds to compile and compare (at first, and after one
+/// change of each kind), entries, nanoseconds of a decision.
 fn rows(path: &str) {
     let mut rows = Vec::new();
     let sizes = [100, 1000, 10_000];
@@ -135,27 +167,31 @@ fn rows(path: &str) {
         let (mut plan, _) = compiler.compile(&Arc::new(cluster.clone()));
         let first = start.elapsed();
         let mut changes = Vec::new();
-        for round in 0..2 * ROUNDS {
-            change(&mut cluster, pods, round);
-            let shared = Arc::new(cluster.clone());
-            let start = Instant::now();
-            let (next, _) = compiler.compile(&shared);
-            let compiled = start.elapsed();
-            let ops = diff(&plan, &next);
-            changes.push((start.elapsed(), compiled, ops.len()));
-            plan = next;
+        for kind in Change::ALL {
+            let mut took = Vec::new();
+            for round in 0..4 * ROUNDS {
+                kind.apply(&mut cluster, pods, round);
+                let shared = Arc::new(cluster.clone());
+                let start = Instant::now();
+                let (next, _) = compiler.compile(&shared);
+                std::hint::black_box(diff(&plan, &next));
+                took.push(start.elapsed().as_secs_f64() * 1e3);
+                plan = next;
+            }
+            took.sort_by(f64::total_cmp);
+            let (median, most) = (took[took.len() / 2], took[took.len() - 1]);
+            changes.push(format!(
+                "\"{kind:?}\":{{\"median\":{median:.3},\"max\":{most:.3}}}"
+            ));
         }
-        changes.sort_unstable();
-        let (change, compile, _) = changes[changes.len() / 2];
+        let changes = changes.join(",").to_lowercase();
         let decision = decisions(&cluster, 200_000);
         let row = format!(
             "{{\"pods\":{pods},\"policies\":{policies},\"first_compile_ms\":{:.3},\
-             \"change_compile_ms\":{:.3},\"change_compile_and_diff_ms\":{:.3},\
+             \"change_ms\":{{{changes}}},\
              \"decision_ns\":{decision:.0},\"entries\":{{\"peers\":{},\"sets\":{},\"selects\":{},\
              \"cidrs\":{},\"ports\":{}}}}}",
             first.as_secs_f64() * 1e3,
-            compile.as_secs_f64() * 1e3,
-            change.as_secs_f64() * 1e3,
             plan.peers.len(),
             plan.sets.len(),
             plan.selects.len(),
@@ -178,7 +214,7 @@ fn decisions(cluster: &Cluster, checks: usize) -> f64 {
     for n in 0..checks {
         let check = Check {
             from: ends[n * 7 % ends.len()],
-            to: ends[(n * 13 + 5) % ends.len()],
+            to: ends[(n / ends.len() + n * 13) % ends.len()],
             protocol: Protocol::TCP,
             port: 80,
             evidence: None,

@@ -18,10 +18,10 @@ pub use self::again::Compiler;
 use crate::authentication;
 use crate::cluster::{Cluster, ObjectRef, Pod, Rejection};
 use crate::digest::Ids;
-use crate::identities::{Identifier, Identities};
+use crate::identities::{Identifier, Identities, Relevant};
 use crate::peers;
 use crate::plan::{Plan, Prefix};
-use crate::policies::{self, cidrs};
+use crate::policies::{self, Digests, cidrs};
 use crate::services;
 
 /// How many entries each part of a plan may have.
@@ -54,6 +54,27 @@ impl Default for Limits {
             services: maps::MAX_SERVICES as usize,
             backends: maps::MAX_BACKENDS as usize / 2,
         }
+    }
+}
+
+impl Plan {
+    /// Name, entries and most entries of a plan for each map that a plan fills: beyond that, what does
+    /// not fit is left out, and the pods that it is about are isolated.
+    #[must_use]
+    pub fn fill(&self) -> Vec<(&'static str, usize, usize)> {
+        let limits = Limits::default();
+        vec![
+            ("PODS", self.pods.len(), limits.pods),
+            ("PEERS", self.peers.len(), limits.peers),
+            ("POD_CIDRS", self.pod_cidrs.len(), limits.pod_cidrs),
+            ("POLICY_SETS", self.sets.len(), limits.sets),
+            ("POLICY_SELECT", self.selects.len(), limits.selects),
+            ("POLICY_CIDRS", self.cidrs.len(), limits.cidrs),
+            ("POLICY_PORTS", self.ports.len(), limits.ports),
+            ("PORT_MODES", self.port_modes.len(), limits.port_modes),
+            ("SERVICES", self.services.len(), limits.services),
+            ("BACKENDS", self.backends.len(), limits.backends),
+        ]
     }
 }
 
@@ -111,9 +132,18 @@ fn build(
     options: &Options,
     rejections: &mut Vec<Rejection>,
 ) -> Plan {
-    let identifier = Identifier::of(cluster, options);
+    let relevant = Relevant::of(cluster.policies.values());
+    let identifier = Identifier::of(cluster, &relevant, options);
     let (mut plan, identities) = addresses(cluster, scope, &identifier, rejections);
-    local::pods(&mut plan, cluster, scope, &identities, options, rejections);
+    local::pods(
+        &mut plan,
+        cluster,
+        scope,
+        (&identities, &identifier),
+        options,
+        &mut Digests::default(),
+        rejections,
+    );
     add_services(&mut plan, cluster, scope, options, rejections);
     bound_addresses(&mut plan, cluster, scope, &options.limits, rejections);
     plan

@@ -20,7 +20,7 @@ use crate::cluster::{
 use crate::compile::Options;
 use crate::evaluate::{Check, Compiled};
 use crate::policies::rules::{Place, Ranked, ranked};
-use crate::policies::{Places, Table};
+use crate::policies::{Digests, Places, Table};
 use crate::text;
 
 /// One connection at both ends.
@@ -112,7 +112,7 @@ impl fmt::Display for Explanation {
 #[must_use]
 pub fn explain(cluster: &Cluster, compiled: &Compiled, check: &Check) -> Explanation {
     let places = Places::of(cluster, None);
-    let table = Table::of(cluster, &places);
+    let table = Table::of(cluster, &places, &mut Digests::default());
     let (egress, ingress) = compiled.questions(check, |view| view.set);
     let outcome = compiled.evaluate(check);
     let pod = |end| compiled.uid(end).and_then(|uid| cluster.pods.get(uid));

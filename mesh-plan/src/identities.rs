@@ -5,6 +5,7 @@
 //! policy's peers name, and the named ports that some egress rule names. It says nothing about the
 //! policies that select the pod itself.
 
+use std::borrow::Borrow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
@@ -19,18 +20,18 @@ use crate::plan::IdentityName;
 
 /// What of pods and namespaces policy asks about peers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Relevant<'a> {
+pub(crate) struct Relevant {
     /// Keys of pods' labels.
-    pub(crate) pods: BTreeSet<&'a str>,
+    pub(crate) pods: BTreeSet<String>,
     /// Keys of namespaces' labels.
-    pub(crate) namespaces: BTreeSet<&'a str>,
+    pub(crate) namespaces: BTreeSet<String>,
     /// Names of ports.
-    pub(crate) ports: BTreeSet<&'a str>,
+    pub(crate) ports: BTreeSet<String>,
 }
 
-impl<'a> Relevant<'a> {
+impl Relevant {
     /// What these policies ask about.
-    pub(crate) fn of(policies: impl Iterator<Item = &'a Policy>) -> Self {
+    pub(crate) fn of<'a>(policies: impl Iterator<Item = &'a Policy>) -> Self {
         let mut relevant = Self::default();
         for policy in policies {
             let ingress = policy.ingress.iter().flatten();
@@ -45,7 +46,7 @@ impl<'a> Relevant<'a> {
         relevant
     }
 
-    fn add_peers(&mut self, rule: &'a Rule) {
+    fn add_peers(&mut self, rule: &Rule) {
         for peer in rule.peers.iter().flatten() {
             let PeerMatch::Pods {
                 namespaces, pods, ..
@@ -53,18 +54,31 @@ impl<'a> Relevant<'a> {
             else {
                 continue;
             };
-            self.pods.extend(keys(pods));
+            add(&mut self.pods, keys(pods));
             if let NamespaceMatch::Labels(selector) = namespaces {
-                self.namespaces.extend(keys(selector));
+                add(&mut self.namespaces, keys(selector));
             }
         }
     }
 
-    fn add_ports(&mut self, rule: &'a Rule) {
-        for port in rule.ports.iter().flatten() {
-            if let PortRange::Named(name) = &port.ports {
-                self.ports.insert(name);
-            }
+    fn add_ports(&mut self, rule: &Rule) {
+        let named = rule
+            .ports
+            .iter()
+            .flatten()
+            .filter_map(|port| match &port.ports {
+                PortRange::Named(name) => Some(name.as_str()),
+                PortRange::All | PortRange::Range(..) => None,
+            });
+        add(&mut self.ports, named);
+    }
+}
+
+/// Adds what is not there: most policies ask about the same few keys.
+fn add<'a>(set: &mut BTreeSet<String>, words: impl Iterator<Item = &'a str>) {
+    for word in words {
+        if !set.contains(word) {
+            set.insert(word.to_owned());
         }
     }
 }
@@ -125,19 +139,22 @@ fn owned(pairs: &[(&str, &str)]) -> Labels {
     pairs.iter().map(pair).collect()
 }
 
-fn pairs<'a>(labels: &'a Labels, keys: &BTreeSet<&str>) -> Pairs<'a> {
+fn pairs<'a>(labels: &'a Labels, keys: &BTreeSet<String>) -> Pairs<'a> {
     if keys.is_empty() {
         return Vec::new();
     }
     labels
         .iter()
         .map(|(k, v)| (k.as_str(), v.as_str()))
-        .filter(|(k, _)| keys.contains(k))
+        .filter(|(k, _)| keys.contains(*k))
         .collect()
 }
 
 /// A pod's named ports that are among some names.
-pub(crate) fn named_ports<'a>(pod: &'a Pod, names: &BTreeSet<&str>) -> NamedPorts<'a> {
+pub(crate) fn named_ports<'a, N: Borrow<str> + Ord>(
+    pod: &'a Pod,
+    names: &BTreeSet<N>,
+) -> NamedPorts<'a> {
     if names.is_empty() {
         return Vec::new();
     }
@@ -150,15 +167,14 @@ pub(crate) fn named_ports<'a>(pod: &'a Pod, names: &BTreeSet<&str>) -> NamedPort
 
 /// Tells pods' identities.
 pub(crate) struct Identifier<'c> {
-    relevant: Relevant<'c>,
+    relevant: &'c Relevant,
     namespaces: HashMap<&'c str, Pairs<'c>>,
     options: &'c Options,
 }
 
 impl<'c> Identifier<'c> {
-    /// For the pods of a cluster.
-    pub(crate) fn of(cluster: &'c Cluster, options: &'c Options) -> Self {
-        let relevant = Relevant::of(cluster.policies.values());
+    /// For the pods of a cluster, of whose policies `relevant` is.
+    pub(crate) fn of(cluster: &'c Cluster, relevant: &'c Relevant, options: &'c Options) -> Self {
         let namespaces = cluster
             .namespaces
             .iter()

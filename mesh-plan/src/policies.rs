@@ -36,6 +36,11 @@ pub(crate) struct Entry<'a> {
     digest: [u8; 32],
 }
 
+/// The digests of a cluster's policies, in their order, where they are of the policy alone; `None` =
+/// the policy means addresses or ports of pods and nodes.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Digests(Vec<Option<[u8; 32]>>);
+
 impl Entry<'_> {
     /// Its rules of a direction.
     pub(crate) fn rules(&self, direction: Direction) -> Option<&[Rule]> {
@@ -159,9 +164,11 @@ pub(crate) struct Table<'a> {
 }
 
 impl<'a> Table<'a> {
-    /// The table of a cluster's policies.
-    pub(crate) fn of(cluster: &'a Cluster, places: &Places<'a>) -> Self {
+    /// The table of a cluster's policies. `known` are digests of the same policies from before, or
+    /// empty; afterwards they are of these.
+    pub(crate) fn of(cluster: &'a Cluster, places: &Places<'a>, known: &mut Digests) -> Self {
         let mut table = Self::default();
+        known.0.resize(cluster.policies.len(), None);
         for (index, (object, policy)) in cluster.policies.iter().enumerate() {
             match &policy.subject {
                 Subject::Pods { namespace, .. } | Subject::WholeNamespace(namespace) => {
@@ -169,24 +176,20 @@ impl<'a> Table<'a> {
                 }
                 Subject::Namespaces { .. } => table.wide.push(index),
             }
-            let rules = policy.ingress.iter().chain(&policy.egress).flatten();
-            let blocks: Vec<Vec<Net>> = rules
-                .flat_map(|r| r.peers.iter().flatten())
-                .filter(|p| !matches!(p, PeerMatch::Cidr { .. }))
-                .map(|p| places.blocks(p))
-                .collect();
-            let egress = policy.egress.iter().flatten();
-            let named: Vec<_> = egress
-                .flat_map(|r| r.peers.iter().flatten().map(move |p| places.named(r, p)))
-                .collect();
-            let content = (
-                (object, policy.tier, &policy.ingress, &policy.egress),
-                (blocks, named),
-            );
+            let digest = match known.0.get_mut(index) {
+                Some(Some(digest)) => *digest,
+                slot => {
+                    let digest = policy_digest(object, policy, places);
+                    if let Some(slot) = slot {
+                        *slot = speaks_for_itself(policy).then_some(digest);
+                    }
+                    digest
+                }
+            };
             table.entries.push(Entry {
                 object,
                 policy,
-                digest: digest("policy", &content),
+                digest,
             });
         }
         table
@@ -207,6 +210,38 @@ impl<'a> Table<'a> {
         selecting.sort_unstable();
         selecting
     }
+}
+
+fn policy_digest(object: &ObjectRef, policy: &Policy, places: &Places<'_>) -> [u8; 32] {
+    let rules = policy.ingress.iter().chain(&policy.egress).flatten();
+    let blocks: Vec<Vec<Net>> = rules
+        .flat_map(|r| r.peers.iter().flatten())
+        .filter(|p| !matches!(p, PeerMatch::Cidr { .. }))
+        .map(|p| places.blocks(p))
+        .collect();
+    let egress = policy.egress.iter().flatten();
+    let named: Vec<_> = egress
+        .flat_map(|r| r.peers.iter().flatten().map(move |p| places.named(r, p)))
+        .collect();
+    let content = (
+        (object, policy.tier, &policy.ingress, &policy.egress),
+        (blocks, named),
+    );
+    digest("policy", &content)
+}
+
+/// Whether [`Places`] have nothing to say about a policy, whatever the cluster.
+fn speaks_for_itself(policy: &Policy) -> bool {
+    let rules = policy.ingress.iter().chain(&policy.egress).flatten();
+    let mut peers = rules.flat_map(|rule| rule.peers.iter().flatten());
+    let is_placed = |peer: &PeerMatch| {
+        matches!(
+            peer,
+            PeerMatch::Nodes(_) | PeerMatch::Entity(Entity::KubeApiserver)
+        )
+    };
+    let mut egress = policy.egress.iter().flatten();
+    !peers.any(is_placed) && !egress.any(|rule| names(rule).next().is_some())
 }
 
 /// Whether a policy's subject selects a pod.

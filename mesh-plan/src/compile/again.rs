@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Compiling again after a small change: what is about all pods of the cluster is carried over
-//! when only pods and services changed; what is about this node's pods is always made anew.
+//! when only pods (their readiness for tunnels, too) and services changed; what is about this node's
+//! pods is always made anew.
 //!
 //! Anything out of the ordinary (a disputed address, a collision, an unknown label value, more
 //! than fits) goes the long way, so the short way has nothing to say about it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use mesh_common::Addr;
@@ -14,10 +15,10 @@ use mesh_common::identity::Peer;
 use super::{Options, Scope, add_services, addresses, bound_addresses, local};
 use crate::authentication;
 use crate::cluster::{Cluster, Pod, Rejection};
-use crate::identities::{Identifier, Identities};
+use crate::identities::{Identifier, Identities, Relevant};
 use crate::peers;
 use crate::plan::Plan;
-use crate::policies;
+use crate::policies::{self, Digests};
 
 /// Compiles one plan after the other and keeps what the next can use again. Each plan is exactly
 /// that of [`super::compile()`].
@@ -35,6 +36,9 @@ struct Previous {
     /// As [`addresses`] makes it.
     plan: Plan,
     identities: Identities,
+    /// Of the policies.
+    relevant: Relevant,
+    digests: Digests,
     /// Only of policies, if it is ordinary.
     rejections: Vec<Rejection>,
     /// Every address has one claimant, every identity one content, every label a meaning.
@@ -61,11 +65,12 @@ impl Compiler {
             .previous
             .take()
             .and_then(|before| before.carry(cluster, &self.options));
-        let next = match carried {
+        let mut next = match carried {
             Some(next) => next,
             None => self.start(cluster),
         };
         let scope = Scope::Node(&self.node);
+        let identifier = Identifier::of(cluster, &next.relevant, &self.options);
         let mut plan = next.plan.clone();
         let mut rejections = next.rejections.clone();
         let options = &self.options;
@@ -73,8 +78,9 @@ impl Compiler {
             &mut plan,
             cluster,
             scope,
-            &next.identities,
+            (&next.identities, &identifier),
             options,
+            &mut next.digests,
             &mut rejections,
         );
         add_services(&mut plan, cluster, scope, options, &mut rejections);
@@ -86,7 +92,8 @@ impl Compiler {
     }
 
     fn start(&self, cluster: &Arc<Cluster>) -> Previous {
-        let identifier = Identifier::of(cluster, &self.options);
+        let relevant = Relevant::of(cluster.policies.values());
+        let identifier = Identifier::of(cluster, &relevant, &self.options);
         let mut rejections = Vec::new();
         let scope = Scope::Node(&self.node);
         let (plan, identities) = addresses(cluster, scope, &identifier, &mut rejections);
@@ -102,6 +109,8 @@ impl Compiler {
             cluster: Arc::clone(cluster),
             plan,
             identities,
+            relevant,
+            digests: Digests::default(),
             rejections,
         }
     }
@@ -114,8 +123,18 @@ impl Previous {
             return None;
         }
         let before = Arc::clone(&self.cluster);
-        let identifier = Identifier::of(cluster, options);
-        let changes = changes(&before.pods, &cluster.pods);
+        let readied = readied(&before.ready, &cluster.ready)?;
+        let relevant = std::mem::take(&mut self.relevant);
+        let identifier = Identifier::of(cluster, &relevant, options);
+        let spaces = cluster.namespaces.iter();
+        let spaces = spaces.filter(|(_, space)| readied.contains(space.uid.as_str()));
+        let spaces: HashSet<&str> = spaces.map(|(name, _)| name.as_str()).collect();
+        let concerned = |pod: &Pod| {
+            readied.contains(pod.uid.as_str()) || spaces.contains(pod.name.namespace.as_str())
+        };
+        let same =
+            |old: &Arc<Pod>, new: &Arc<Pod>| old == new && (readied.is_empty() || !concerned(new));
+        let changes = changes(&before.pods, &cluster.pods, same);
         for old in changes.iter().filter_map(|(old, _)| *old) {
             self.remove(&identifier, old)?;
         }
@@ -128,6 +147,7 @@ impl Previous {
                 .identities
                 .clone_from(&self.identities.names);
         }
+        self.relevant = relevant;
         self.cluster = Arc::clone(cluster);
         Some(self)
     }
@@ -173,6 +193,22 @@ impl Previous {
     }
 }
 
+/// The workloads whose readiness changed: UIDs of pods and namespaces. `None` = a cluster began or
+/// ceased to say which are ready.
+fn readied<'c>(
+    before: &'c Option<BTreeSet<String>>,
+    after: &'c Option<BTreeSet<String>>,
+) -> Option<HashSet<&'c str>> {
+    match (before, after) {
+        (None, None) => Some(HashSet::new()),
+        (Some(before), Some(after)) => {
+            let changed = before.symmetric_difference(after);
+            Some(changed.map(String::as_str).collect())
+        }
+        (Some(_), None) | (None, Some(_)) => None,
+    }
+}
+
 /// What was not looked at is not the same.
 fn same_but_pods_and_services(a: &Cluster, b: &Cluster) -> bool {
     let Cluster {
@@ -182,7 +218,7 @@ fn same_but_pods_and_services(a: &Cluster, b: &Cluster) -> bool {
         services: _,
         policies,
         authentications,
-        ready,
+        ready: _,
         api_servers,
         pod_cidrs,
         versions: _,
@@ -191,15 +227,15 @@ fn same_but_pods_and_services(a: &Cluster, b: &Cluster) -> bool {
         && *nodes == b.nodes
         && *policies == b.policies
         && *authentications == b.authentications
-        && *ready == b.ready
         && *api_servers == b.api_servers
         && *pod_cidrs == b.pod_cidrs
 }
 
-/// The pods that differ.
+/// The pods that are not the same.
 fn changes<'c>(
     before: &'c BTreeMap<String, Arc<Pod>>,
     after: &'c BTreeMap<String, Arc<Pod>>,
+    same: impl Fn(&Arc<Pod>, &Arc<Pod>) -> bool,
 ) -> Vec<Change<'c>> {
     let mut changes: Vec<Change<'c>> = Vec::new();
     let mut after = after.iter().peekable();
@@ -208,7 +244,7 @@ fn changes<'c>(
             changes.push((None, Some(new)));
         }
         match after.next_if(|(next, _)| *next == uid) {
-            Some((_, new)) if new == old => {}
+            Some((_, new)) if same(old, new) => {}
             Some((_, new)) => changes.push((Some(old), Some(new))),
             None => changes.push((Some(old), None)),
         }

@@ -16,21 +16,21 @@ use crate::plan::{LocalPod, Plan};
 use crate::policies::fit::fit;
 use crate::policies::select::Matcher;
 use crate::policies::sets::SetCompiler;
-use crate::policies::{Places, Table};
+use crate::policies::{Digests, Places, Table};
 
-/// The pods in scope with their policy.
+/// The pods in scope with their policy. `digests` are those of the same policies, or empty.
 pub(super) fn pods(
     plan: &mut Plan,
     cluster: &Cluster,
     scope: Scope<'_>,
-    identities: &Identities,
+    (identities, identifier): (&Identities, &Identifier<'_>),
     options: &Options,
+    digests: &mut Digests,
     rejections: &mut Vec<Rejection>,
 ) {
     let places = Places::of(cluster, scope.node());
-    let table = Table::of(cluster, &places);
+    let table = Table::of(cluster, &places, digests);
     let matcher = Matcher::new(identities);
-    let identifier = Identifier::of(cluster, options);
     let mut compiler = SetCompiler::new(&table, &places, matcher, options);
     let everywhere = scope.node().is_none();
     let mut pods: Vec<&Pod> = cluster

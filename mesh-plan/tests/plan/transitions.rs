@@ -299,14 +299,37 @@ fn compiling_again_is_compiling() {
         let mut at = world(&mut r);
         let mut compiler = Compiler::new("n1");
         for step in 0..25 {
-            at = if r.chance(60) {
-                pod(&mut r, at)
-            } else {
-                change(&mut r, at)
+            at = match r.below(10) {
+                0..5 => pod(&mut r, at),
+                5..7 => ready(&mut r, at),
+                _ => change(&mut r, at),
             };
             let expected = compile(&at.0, "n1");
             let got = compiler.compile(&Arc::new(at.0.clone()));
             assert!(got == expected, "step {step}");
         }
     }
+}
+
+/// The same with a pod or a namespace whose node has, or has no longer, reported it.
+fn ready(r: &mut Random, mut world: World) -> World {
+    let cluster = &mut world.0;
+    if r.chance(10) {
+        cluster.ready = match cluster.ready {
+            Some(_) => None,
+            None => Some(Default::default()),
+        };
+    }
+    let of_pods = cluster.pods.keys();
+    let of_namespaces = cluster.namespaces.values().map(|namespace| &namespace.uid);
+    let all: Vec<String> = of_pods.chain(of_namespaces).cloned().collect();
+    if let Some(ready) = &mut cluster.ready
+        && !all.is_empty()
+    {
+        let uid = r.pick(&all);
+        if !ready.remove(uid) {
+            ready.insert(uid.clone());
+        }
+    }
+    world
 }
