@@ -81,6 +81,8 @@ pub struct PodCounts {
     pub not_enrolled: u64,
     /// Without a gate, whatever was asked for.
     pub not_protected: u64,
+    /// Cut off, whatever else they are: what is asked for cannot be guaranteed, or does not fit.
+    pub isolated: u64,
 }
 
 /// Where the agent counts. Clones share the numbers.
@@ -111,6 +113,8 @@ struct Inner {
     handshakes: [[AtomicU64; HANDSHAKES]; 2],
     retried: [AtomicU64; CODES],
     marks_lost: AtomicU64,
+    /// Refused in silence: held, and not held.
+    silent: [AtomicU64; 2],
     certificates: Mutex<BTreeMap<(String, String), InUse>>,
     crls: Mutex<BTreeMap<String, u64>>,
     clock_skew: AtomicU64,
@@ -160,6 +164,7 @@ impl Metrics {
             handshakes: std::array::from_fn(|_| zeros()),
             retried: zeros(),
             marks_lost: AtomicU64::new(0),
+            silent: zeros(),
             certificates: Mutex::new(BTreeMap::new()),
             crls: Mutex::new(BTreeMap::new()),
             clock_skew: AtomicU64::new(0),
@@ -206,6 +211,11 @@ impl Metrics {
         if let Close::Refused(Verdict { reason, .. }) | Close::Failed(reason) = close {
             self.0.retried[*reason as usize].fetch_add(1, Relaxed);
         }
+    }
+
+    /// Counts a connection that was refused in silence: held, or one too many.
+    pub(crate) fn silent(&self, held: bool) {
+        self.0.silent[usize::from(!held)].fetch_add(1, Relaxed);
     }
 
     /// Counts a decision that the agent made. The kernel's are counted by the kernel.

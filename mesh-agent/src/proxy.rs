@@ -108,6 +108,10 @@ pub struct Timing {
     /// How long an accepted tunnel may wait for its next connection: longer than any opener keeps
     /// one.
     pub tunnel_idle: Duration,
+    /// How long a refused connection is held that is to meet silence.
+    pub silence: Duration,
+    /// How many of these a pod may have.
+    pub silent_per_pod: usize,
 }
 
 impl Default for Timing {
@@ -125,6 +129,9 @@ impl Default for Timing {
             certificate: Duration::from_secs(2),
             unknown_peer: Duration::from_secs(2),
             tunnel_idle: Duration::from_secs(900),
+            // As long as connect() takes to give up, with the kernel's own tcp_syn_retries of 6.
+            silence: Duration::from_secs(127),
+            silent_per_pod: 1024,
         }
     }
 }

@@ -87,6 +87,9 @@ descriptions! {
         "TCP connections that did not end in order, by reason; docs/reasons.md explains them";
     RETRIED "mesh_tcp_connections_retried_total" Counter &["reason"],
         "Times a connection was made to another endpoint of its service because one could not be connected to";
+    SILENT "mesh_policy_silent_refusals_total" Counter &["result"],
+        "Captured connections that a policy at the other end refused with silence: held, or reset at once because \
+         the pod has too many of them (limit)";
     VERDICTS "mesh_policy_verdicts_total" Counter &["direction", "verdict", "reason", "decided_by"],
         "Decisions about connections, datagrams and packets. The kernel's survive restarts of the agent";
     AUDIT "mesh_policy_audit_total" Counter &["direction", "rule", "reason"],
@@ -123,7 +126,8 @@ descriptions! {
     REJECTED "mesh_rejected_fields" Gauge &[],
         "Parts of objects that are rejected now; the log and /status name them";
     PODS "mesh_pods" Gauge &["state"],
-        "Pods of this node: enrolled, not_enrolled, or not_protected (no gate could be attached)";
+        "Pods of this node: enrolled, not_enrolled, or not_protected (no gate could be attached); isolated are \
+         those of them that are cut off, because what is asked for cannot be guaranteed or does not fit into a map";
     READY "mesh_ready" Gauge &["condition"],
         "1 if a condition of readiness holds";
     LOST "mesh_flow_events_lost_total" Counter &["at"],

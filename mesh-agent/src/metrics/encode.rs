@@ -83,6 +83,10 @@ impl Collector for Page {
         self.connections(encoder)?;
         self.failures(encoder)?;
         self.retries(encoder)?;
+        let mut silent = family(encoder, describe::SILENT)?;
+        for (result, count) in ["held", "limit"].iter().zip(&self.0.0.silent) {
+            silent.counter(&[("result", result)], load(count))?;
+        }
         self.verdicts(encoder)?;
         self.audit(encoder)?;
         self.handshakes(encoder)?;
@@ -269,6 +273,7 @@ impl Page {
             ("enrolled", pods.enrolled),
             ("not_enrolled", pods.not_enrolled),
             ("not_protected", pods.not_protected),
+            ("isolated", pods.isolated),
         ] {
             family_of_pods.gauge(&[("state", state)], count)?;
         }

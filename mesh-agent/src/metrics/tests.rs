@@ -52,6 +52,7 @@ fn full() -> Metrics {
     // It is shown for as long as somebody counts.
     std::mem::forget(metrics.usage("shop", "web"));
     metrics.revocation_lists(BTreeMap::from([("/crl.pem".to_owned(), 1_800_000_000)]));
+    metrics.silent(true);
     metrics.retried(&Close::Failed(Reason::ConnectFailed));
     let in_use = InUse {
         ends: 1_800_000_000,
@@ -63,6 +64,7 @@ fn full() -> Metrics {
         enrolled: 2,
         not_enrolled: 1,
         not_protected: 0,
+        isolated: 0,
     });
     metrics.ready("plan", true);
     metrics.lost(4);

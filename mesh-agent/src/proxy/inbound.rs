@@ -9,17 +9,19 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use mesh_common::path::tunnelled;
-use mesh_common::{Addr, Direction, Endpoint, Evidence, IdentityId, Port, Reason, Verdict};
+use mesh_common::{
+    Addr, Direction, Endpoint, Evidence, IdentityId, PodState, Port, Reason, Verdict,
+};
 use mesh_plan::Plan;
 use tokio::time::{Instant as Deadline, timeout, timeout_at};
 
 use super::Counted;
 use super::live::{Entry, Subject};
-use super::outbound::{Failure, reset, text};
+use super::outbound::{Failure, is_by_policy, reset, text};
 use super::relay::{End, Relay, cause};
 use super::socket::Socket;
 use super::tls::{self, HandshakeError};
-use super::tunnel::frame::{Control, Open, StreamId, Why};
+use super::tunnel::frame::{Cause, Control, Open, StreamId, Why};
 use super::tunnel::{Tunnel, TunnelError};
 use super::turns::Computing;
 use super::worker::{Job, Share, Worker};
@@ -144,6 +146,8 @@ struct Allowed {
     verdict: Verdict,
     /// The refusal of policies in audit mode.
     audit: Option<Verdict>,
+    /// What the pod's policy refuses is met with silence.
+    silent: bool,
     id: IdentityId,
 }
 
@@ -235,7 +239,11 @@ impl Serving<'_> {
             .await
             .map_err(|reason| Refused::decided(Verdict::refuse(reason)))?;
         if !allowed.verdict.allowed {
-            return Err(Refused::decided(allowed.verdict));
+            let mut refused = Refused::decided(allowed.verdict);
+            if allowed.silent && is_by_policy(allowed.verdict.reason) {
+                refused.why.cause = Cause::Silent;
+            }
+            return Err(refused);
         }
         if let Some(audit) = &allowed.audit {
             let opening = self.opening(open, allowed.verdict);
@@ -295,6 +303,7 @@ impl Serving<'_> {
         Ok(Allowed {
             verdict: tunnelled(plan, &view, peer.id, &self.from, port),
             audit: audit.filter(|verdict| !verdict.allowed),
+            silent: view.has(PodState::SILENT),
             id: peer.id,
         })
     }

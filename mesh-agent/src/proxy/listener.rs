@@ -93,6 +93,7 @@ fn start(
             uid: pod.uid.as_str().into(),
             captured: AtomicUsize::new(0),
             tunnels: AtomicUsize::new(0),
+            silent: AtomicUsize::new(0),
             admission: Admission::new(bounds, worker.crew.handshakes.clone()),
             usage: worker.usage(pod),
         }),

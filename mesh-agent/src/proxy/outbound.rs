@@ -15,8 +15,8 @@ use super::pool::Pooled;
 use super::relay::{End, Relay, Retained};
 use super::socket::Socket;
 use super::tunnel::Tunnel;
-use super::tunnel::frame::{Control, Open, StreamId, Why};
-use super::worker::{Job, Share, Worker};
+use super::tunnel::frame::{Cause, Control, Open, StreamId, Why};
+use super::worker::{Job, Place, Share, Worker};
 use crate::identity::SpiffeId;
 use crate::pods::PodHandle;
 use crate::record::{Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security};
@@ -77,8 +77,11 @@ pub(crate) async fn carry(worker: &Rc<Worker>, job: Job, app: Socket) {
         share: &share,
         app: &app,
     };
-    let close = connection.relay(target, &mut record, &entry).await;
+    let (close, silent) = connection.relay(target, &mut record, &entry).await;
     record.finish(close);
+    if silent {
+        hold(worker, &share, &app, &entry).await;
+    }
 }
 
 /// One captured connection.
@@ -93,6 +96,8 @@ struct Connection<'a> {
 enum Outcome {
     /// The connection has ended.
     Ended(Close),
+    /// The same, and the application is not to be told.
+    Silent(Close),
     /// The peer closed the tunnel before it acted on OPEN: another tunnel may be tried.
     Unused,
     /// There is no connection to this endpoint, and nothing was given to an application: another
@@ -101,13 +106,14 @@ enum Outcome {
 }
 
 impl Connection<'_> {
-    /// Relays to the endpoint, or where that cannot be connected to, to another of its service.
+    /// Relays to the endpoint, or where that cannot be connected to, to another of its service. Also
+    /// returns whether the application is not to be told of the end.
     async fn relay(
         &self,
         mut target: Target,
         record: &mut ConnectionRecord,
         entry: &Entry,
-    ) -> Close {
+    ) -> (Close, bool) {
         let mut retained = Retained::default();
         let mut tried = Vec::new();
         loop {
@@ -120,12 +126,13 @@ impl Connection<'_> {
                 tried: &tried,
             };
             let (close, next) = match endpoint.relay(&mut retained, record, entry).await {
-                (Outcome::Ended(close), _) => return close,
+                (Outcome::Ended(close), _) => return (close, false),
+                (Outcome::Silent(close), _) => return (close, true),
                 (Outcome::Unused, next) => (Close::Failed(Reason::PeerUnreachable), next),
                 (Outcome::NotMade(close), next) => (close, next),
             };
             let Some(next) = next else {
-                return close;
+                return (close, false);
             };
             tracing::debug!(%to, instead = %next.open.destination, why = close.label(), "tries another endpoint");
             self.worker.metrics().retried(&close);
@@ -136,6 +143,25 @@ impl Connection<'_> {
                 text(&target.key.expected),
             );
         }
+    }
+}
+
+/// Keeps a refused connection open as if its other end were not there: nothing is read of it any
+/// more, and it is reset when a connect() that meets silence would give up. A pod has a bound of
+/// them, beyond which they are reset at once.
+async fn hold(worker: &Worker, share: &Arc<Share>, app: &Socket, entry: &Entry) {
+    let most = worker.timing.silent_per_pod;
+    let place = Place::take(share, |share| &share.silent, most);
+    worker.metrics().silent(place.is_some());
+    if place.is_none() {
+        return;
+    }
+    tokio::select! {
+        biased;
+        _reason = entry.ended() => {}
+        // A client that has closed in order cannot be told from one that only sends no more.
+        _error = app.failed() => {}
+        () = tokio::time::sleep(worker.timing.silence) => {}
     }
 }
 
@@ -177,7 +203,7 @@ impl Endpoints<'_> {
         if let Some(pooled) = waiting {
             match self.attempt(pooled, retained, record, entry).await {
                 Outcome::Unused => {}
-                Outcome::Ended(close) => return (Outcome::Ended(close), None),
+                ended @ (Outcome::Ended(_) | Outcome::Silent(_)) => return (ended, None),
                 not_made @ Outcome::NotMade(_) => return (not_made, self.another()),
             }
         }
@@ -253,6 +279,9 @@ impl Endpoints<'_> {
                 if is_about_the_endpoint(&close) {
                     return Outcome::NotMade(close);
                 }
+                if why.cause == Cause::Silent {
+                    return Outcome::Silent(close);
+                }
                 close
             }
             End::AppReset(error) => {
@@ -303,15 +332,19 @@ impl Endpoints<'_> {
 /// How a connection ended that the other end refused.
 pub(crate) fn refused(why: Why) -> Close {
     let reason = why.reason.unwrap_or(Reason::Protocol);
-    let decided = matches!(
-        reason,
-        Reason::Policy | Reason::DefaultDeny | Reason::PolicyMissing
-    );
-    if decided {
+    if is_by_policy(reason) {
         Close::Refused(Verdict::deny(reason, why.rule))
     } else {
         Close::Failed(reason)
     }
+}
+
+/// Whether it is policy that refuses, not the mesh.
+pub(crate) const fn is_by_policy(reason: Reason) -> bool {
+    matches!(
+        reason,
+        Reason::Policy | Reason::DefaultDeny | Reason::PolicyMissing
+    )
 }
 
 /// Whether a refusal says nothing about who asks: another endpoint may answer otherwise.

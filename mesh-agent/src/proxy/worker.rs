@@ -45,6 +45,8 @@ pub(crate) struct Share {
     pub(crate) captured: AtomicUsize,
     /// Tunnels that were accepted and are open.
     pub(crate) tunnels: AtomicUsize,
+    /// Refused connections that are held in silence.
+    pub(crate) silent: AtomicUsize,
     /// Places for handshakes.
     pub(crate) admission: Admission,
     /// What its connections use.

@@ -2,7 +2,7 @@
 //! From an application on one node to one on the other, and what is refused on the way.
 
 use mesh_common::policy::{PolicySetId, RuleId, SetHead};
-use mesh_common::{Peer, Reason};
+use mesh_common::{Peer, PodState, Reason};
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::task::JoinSet;
@@ -266,4 +266,43 @@ async fn a_peer_that_is_just_starting_is_asked_again() {
     assert!(is_reset(&mut client).await);
     assert!(begun.elapsed() < Duration::from_secs(3));
     assert_eq!(rig.near.records(1).await[0]["close"], "peer_unreachable");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_silent_refusal_is_held_for_a_time_and_a_pod_has_only_some_of_them() {
+    let (rig, route) = Rig::with(Timing {
+        silence: Duration::from_secs(5),
+        silent_per_pod: 1,
+        ..timing()
+    })
+    .await;
+    rig.far.change(|plan| {
+        isolate(plan);
+        plan.pods.get_mut("server").unwrap().view.flags |= PodState::SILENT;
+    });
+    let mut held = rig.connect(&route).await;
+    held.write_all(b"hello").await.unwrap();
+    // What happened is told at once, to everybody but the client.
+    let refused = Reason::DefaultDeny.label();
+    assert_eq!(rig.near.records(1).await[0]["close"], refused);
+    assert_eq!(rig.far.records(1).await[0]["close"], refused);
+    let mut one_more = rig.connect(&route).await;
+    assert!(is_reset(&mut one_more).await);
+    let nothing = tokio::time::timeout(Duration::from_millis(300), held.read(&mut [0])).await;
+    assert!(nothing.is_err(), "{nothing:?}");
+    assert!(is_reset(&mut held).await);
+    for result in ["held", "limit"] {
+        let series = format!("mesh_policy_silent_refusals_total{{result=\"{result}\"}}");
+        assert_eq!(rig.near.metric(&series), 1, "{result}");
+    }
+    // The place is free again.
+    let mut again = rig.connect(&route).await;
+    let nothing = tokio::time::timeout(Duration::from_millis(300), again.read(&mut [0])).await;
+    assert!(nothing.is_err(), "{nothing:?}");
+    // Without silence the same refusal is a reset.
+    rig.far.change(|plan| {
+        plan.pods.get_mut("server").unwrap().view.flags &= !PodState::SILENT;
+    });
+    let mut told = rig.connect(&route).await;
+    assert!(is_reset(&mut told).await);
 }

@@ -50,7 +50,8 @@ pub struct Open {
     pub service: Option<Endpoint>,
 }
 
-/// What went wrong when the other side connected to its application.
+/// More about a refusal: what went wrong when the other side connected to its application, or what
+/// the refusal is to look like.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Cause {
     /// Nothing is known, or connecting was not what failed.
@@ -64,6 +65,8 @@ pub enum Cause {
     Unreachable,
     /// The client's address and port were still in use (EADDRINUSE, EADDRNOTAVAIL).
     AddressInUse,
+    /// Policy refused, and the client is to see silence.
+    Silent,
 }
 
 impl Cause {
@@ -86,6 +89,7 @@ impl Cause {
             Self::TimedOut => 2,
             Self::Unreachable => 3,
             Self::AddressInUse => 4,
+            Self::Silent => 5,
         }
     }
 
@@ -95,6 +99,7 @@ impl Cause {
             2 => Self::TimedOut,
             3 => Self::Unreachable,
             4 => Self::AddressInUse,
+            5 => Self::Silent,
             _ => Self::None,
         }
     }
@@ -105,7 +110,7 @@ impl Cause {
 pub struct Why {
     /// The mesh's reason; `None` = the application itself reset its connection.
     pub reason: Option<Reason>,
-    /// More about a failed connect.
+    /// More about it.
     pub cause: Cause,
     /// The rule that decided, or [`RuleId::NONE`].
     pub rule: RuleId,
