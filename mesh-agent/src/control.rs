@@ -47,6 +47,9 @@ const SWEEP: Duration = Duration::from_secs(10);
 /// Changes in pods that wait to be looked at; more are found by the check.
 const CHANGES: usize = 256;
 
+/// Per cent of what a plan may have in a map, from which on it is said.
+const FORESEEN: usize = 80;
+
 /// Why `control` cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -167,6 +170,8 @@ struct Control<K, F> {
     /// What the facts say, compiled.
     desired: Plan,
     rejections: Vec<Rejection>,
+    /// Maps that `desired` nearly fills.
+    nearly_full: BTreeSet<&'static str>,
     /// What `desired` is of.
     facts: Arc<Cluster>,
     /// What was `facts` at the last pass that succeeded.
@@ -209,6 +214,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
             changed,
             desired: Plan::default(),
             rejections: Vec::new(),
+            nearly_full: BTreeSet::new(),
             facts: Arc::default(),
             in_force: Arc::default(),
             base: None,
@@ -229,9 +235,33 @@ impl<K: Kernel, F: Find> Control<K, F> {
 
     /// Takes new facts.
     fn learn(&mut self, cluster: &Arc<Cluster>) {
-        (self.desired, self.rejections) = self.compiler.compile(cluster);
+        let (desired, rejections) = self.compiler.compile(cluster);
+        for rejection in rejections.iter().filter(|it| !self.rejections.contains(it)) {
+            tracing::error!(object = %rejection.object, field = rejection.field,
+                why = rejection.why, consequence = rejection.consequence, "not in force as written");
+        }
+        (self.desired, self.rejections) = (desired, rejections);
+        self.foresee();
         self.facts = Arc::clone(cluster);
         self.dirty = true;
+    }
+
+    /// Says which maps will be full soon: what does not fit then is isolated.
+    fn foresee(&mut self) {
+        let near: BTreeSet<&'static str> = self
+            .desired
+            .fill()
+            .into_iter()
+            .filter(|(map, used, most)| {
+                let is_near = used * 100 >= most * FORESEEN;
+                if is_near && !self.nearly_full.contains(map) {
+                    tracing::warn!(map, entries = used, most, "a map is nearly full");
+                }
+                is_near
+            })
+            .map(|(map, ..)| map)
+            .collect();
+        self.nearly_full = near;
     }
 
     fn pass_if_due(&mut self) {

@@ -103,6 +103,7 @@ fn rejected(status: &Status, report: &Report) -> Vec<Rejection> {
 fn counts(status: &Status) -> PodCounts {
     let mut counts = PodCounts::default();
     for pod in status.pods.values() {
+        counts.isolated += u64::from(pod.cut_off);
         if !pod.gated {
             counts.not_protected += 1;
         } else if pod.enrolled {

@@ -141,20 +141,11 @@ impl Handles {
 
     /// Remembers how full the maps are once `plan` is in them.
     pub(super) fn note(&self, plan: &Plan) {
-        let sizes = [
-            plan.pods.len(),
-            plan.peers.len(),
-            plan.pod_cidrs.len(),
-            plan.sets.len(),
-            plan.selects.len(),
-            plan.cidrs.len(),
-            plan.ports.len(),
-            plan.port_modes.len(),
-            plan.services.len(),
-            plan.backends.len(),
-        ];
-        for (slot, size) in self.inner.usage.iter().zip(sizes) {
-            slot.store(size as u64, Ordering::Relaxed);
+        for (map, entries, _) in plan.fill() {
+            let slots = REPORTED.iter().zip(&self.inner.usage);
+            for (_, slot) in slots.filter(|((name, _), _)| *name == map) {
+                slot.store(entries as u64, Ordering::Relaxed);
+            }
         }
     }
 }
