@@ -5,6 +5,7 @@
 //!
 //! Prints how often each verdict and reason was met. Needs root.
 
+mod cost;
 mod switch;
 mod world;
 
