@@ -85,7 +85,8 @@ pub fn identify(stream: &TcpStream, name: &str) -> io::Result<Identity> {
 /// # Errors
 /// The connection broke, or the client does not speak this.
 pub fn serve(stream: &TcpStream, name: &str) -> io::Result<()> {
-    stream.set_nodelay(true)?;
+    // A one-to-one SCTP socket has no such option, and no need of it.
+    let _sctp = stream.set_nodelay(true);
     let mut input = BufReader::with_capacity(CHUNK, stream);
     loop {
         let mut line = String::new();

@@ -19,6 +19,7 @@ mod e2e;
 mod fuzz;
 mod generate;
 mod image;
+mod kernels;
 mod lint;
 mod run;
 mod setup;
@@ -58,6 +59,8 @@ enum Command {
     Image(image::Args),
     /// Install the image on a real cluster of two nodes, and show that it does what it should
     E2e(e2e::Args),
+    /// Run the tests that ask the kernel on other kernels, in emulated machines
+    Kernels(kernels::Args),
     /// Measure what the mesh costs
     Bench(bench::Args),
     /// Feed what parses bytes from outside with bytes, from the committed corpus on
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args).map(done),
         Command::Image(args) => image::run(&args).map(done),
         Command::E2e(args) => e2e::run(&args).map(done),
+        Command::Kernels(args) => kernels::run(&args),
         Command::Bench(args) => bench::run(&args).map(done),
         Command::Fuzz(args) => fuzz::run(&args).map(done),
         Command::Truth(args) => truth::run(&args),

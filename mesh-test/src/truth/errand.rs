@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use mesh_plan::cluster::Transport;
 use serde::{Deserialize, Serialize};
 
 use crate::talk::Identity;
@@ -12,8 +13,8 @@ use crate::talk::Identity;
 pub struct Errand {
     /// Its number, which the result carries.
     pub id: usize,
-    /// A datagram; else a TCP connection.
-    pub udp: bool,
+    /// A datagram (UDP) or a connection.
+    pub transport: Transport,
     /// Bind to this address; else the kernel chooses.
     pub from: Option<IpAddr>,
     /// Where to.

@@ -118,7 +118,7 @@ impl Planner<'_> {
                 Ok(expected) => What::Run(Run {
                     errand: Errand {
                         id,
-                        udp: check.protocol == Transport::Udp,
+                        transport: check.protocol,
                         from: match ends.from.place {
                             // The kernel's choice is part of what is tried.
                             Place::Pod(_) => None,
@@ -201,7 +201,6 @@ impl Planner<'_> {
         let in_pod = |end: &End| matches!(end.place, Place::Pod(_));
         let why = match check.protocol {
             Transport::Sctp if !self.sctp => Some("this kernel has no SCTP"),
-            Transport::Sctp => Some("there is no client for SCTP"),
             Transport::Tcp if ends.port == TUNNEL_PORT && in_pod(&ends.to) => {
                 Some("the port of tunnels is the agent's")
             }
@@ -216,7 +215,7 @@ impl Planner<'_> {
             _ if [ends.source, ends.destination].iter().any(is_special) => {
                 Some("nobody but the sender itself can have that address")
             }
-            Transport::Tcp | Transport::Udp => None,
+            Transport::Tcp | Transport::Udp | Transport::Sctp => None,
         };
         if let Some(why) = why {
             return Ok(Some(why.to_owned()));

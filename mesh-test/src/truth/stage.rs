@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use mesh_plan::cluster::Transport;
 use serde_json::{Value, json};
 
 use super::cast::{Cast, Place};
@@ -110,10 +111,12 @@ impl Stage<Lab> {
     fn serve(&mut self, runs: &[&Run]) -> Result<()> {
         let mut lines: BTreeMap<Place, BTreeSet<String>> = BTreeMap::new();
         for run in runs {
-            let (flag, to) = (
-                if run.errand.udp { "--udp" } else { "--tcp" },
-                run.errand.to,
-            );
+            let to = run.errand.to;
+            let flag = match run.errand.transport {
+                Transport::Tcp => "--tcp",
+                Transport::Udp => "--udp",
+                Transport::Sctp => "--sctp",
+            };
             let lines = lines.entry(run.to.clone()).or_default();
             match run.to {
                 Place::Pod(_) => lines.insert(format!("{flag} [::]:{}", to.port())),

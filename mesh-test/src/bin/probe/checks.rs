@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use mesh_plan::cluster::Transport;
 use mesh_test::talk::{Identity, ask_identity};
 use mesh_test::truth::errand::{Errand, Tried};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -51,10 +52,9 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
 }
 
 fn tried(errand: &Errand, timeout: Duration) -> Tried {
-    let result = if errand.udp {
-        datagram(errand, timeout)
-    } else {
-        connection(errand, timeout)
+    let result = match errand.transport {
+        Transport::Udp => datagram(errand, timeout),
+        Transport::Tcp | Transport::Sctp => connection(errand, timeout),
     };
     let (answer, error) = match result {
         Ok(answer) => (Some(answer), None),
@@ -73,10 +73,10 @@ fn tried(errand: &Errand, timeout: Duration) -> Tried {
 }
 
 fn socket(errand: &Errand, timeout: Duration) -> Result<Socket> {
-    let (kind, protocol) = if errand.udp {
-        (Type::DGRAM, Protocol::UDP)
-    } else {
-        (Type::STREAM, Protocol::TCP)
+    let (kind, protocol) = match errand.transport {
+        Transport::Tcp => (Type::STREAM, Protocol::TCP),
+        Transport::Udp => (Type::DGRAM, Protocol::UDP),
+        Transport::Sctp => (Type::STREAM, Protocol::from(libc::IPPROTO_SCTP)),
     };
     let socket = Socket::new(Domain::for_address(errand.to), kind, Some(protocol))?;
     socket.set_read_timeout(Some(timeout))?;

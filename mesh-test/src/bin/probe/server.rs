@@ -32,6 +32,9 @@ pub(crate) struct Args {
     /// UDP address, may be repeated
     #[arg(long)]
     udp: Vec<SocketAddr>,
+    /// SCTP address (one-to-one sockets), may be repeated
+    #[arg(long)]
+    sctp: Vec<SocketAddr>,
     /// Name that is told to clients
     #[arg(long, default_value = "server")]
     name: String,
@@ -70,13 +73,16 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         report: args.report,
     });
     let mut listening = Vec::new();
-    for address in &args.tcp {
+    let sctp = Protocol::from(libc::IPPROTO_SCTP);
+    let tcp = args.tcp.iter().map(|address| (address, Protocol::TCP));
+    // A one-to-one SCTP socket is used as one of TCP is.
+    for (address, protocol) in tcp.chain(args.sctp.iter().map(|address| (address, sctp))) {
         let ports = args
             .ports
             .map_or(address.port()..=address.port(), |p| p.first..=p.last);
         for port in ports {
             let address = SocketAddr::new(address.ip(), port);
-            let socket = bound(address, Type::STREAM, Protocol::TCP, args.reuseport)?;
+            let socket = bound(address, Type::STREAM, protocol, args.reuseport)?;
             socket.listen(BACKLOG)?;
             let listener = TcpListener::from(socket);
             listening.push(canonical(listener.local_addr()?));
@@ -95,7 +101,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         let server = Arc::clone(&server);
         Builder::new().spawn(move || datagrams(&socket, &server))?;
     }
-    ensure!(!listening.is_empty(), "no --tcp and no --udp");
+    ensure!(!listening.is_empty(), "no --tcp, --udp and --sctp");
     say(&Served::Listening(listening))?;
     loop {
         std::thread::park();
