@@ -135,7 +135,8 @@ impl Change {
     const ALL: [Self; 4] = [Self::Add, Self::Ready, Self::Label, Self::Delete];
 
     fn apply(self, cluster: &mut Cluster, pods: usize, round: usize) {
-        let mut pod = pod(pods + 3 + if round % 2 == 0 { NODES * round } else { round });
+        let of_node = round.is_multiple_of(2);
+        let mut pod = pod(pods + 3 + if of_node { NODES * round } else { round });
         let uid = pod.uid.clone();
         match self {
             Self::Add => drop(cluster.pods.insert(uid, pod.into())),

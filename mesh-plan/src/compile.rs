@@ -139,9 +139,8 @@ fn build(
         &mut plan,
         cluster,
         scope,
-        (&identities, &identifier),
+        (&identities, &identifier, &mut Digests::default()),
         options,
-        &mut Digests::default(),
         rejections,
     );
     add_services(&mut plan, cluster, scope, options, rejections);

@@ -10,8 +10,12 @@ mod scratch;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    num::NonZero,
+    panic,
     path::PathBuf,
     process::{Command, ExitCode},
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -27,6 +31,8 @@ struct Clause {
     allow: usize,
     deny: usize,
     caught: Vec<String>,
+    /// Where its rows are.
+    tables: BTreeSet<PathBuf>,
 }
 
 /// Runs the tables against every mutation; exit code 1 if a clause lacks something.
@@ -35,10 +41,16 @@ pub(crate) fn run() -> Result<ExitCode> {
     let meshctl = run::timed("mutations", || scratch::build(&mutations))?;
     let tables = tables()?;
     let mut clauses = unchanged(&meshctl, &tables)?;
+    let numbered: Vec<_> = mutations.iter().zip(1..).collect();
+    let caught = each(&numbered, |(mutation, number)| {
+        let known = mutation.clauses.iter().filter_map(|it| clauses.get(it));
+        let tables: BTreeSet<&PathBuf> = known.flat_map(|clause| &clause.tables).collect();
+        let tables: Vec<PathBuf> = tables.into_iter().cloned().collect();
+        failing(&meshctl, &tables, *number)
+    });
     let mut missed = Vec::new();
-    for (mutation, number) in mutations.iter().zip(1..) {
-        let failing = failing(&meshctl, &tables, number)
-            .with_context(|| format!("mutation {}", mutation.name))?;
+    for (mutation, failing) in mutations.iter().zip(caught) {
+        let failing = failing.with_context(|| format!("mutation {}", mutation.name))?;
         for clause in &mutation.clauses {
             match clauses.get_mut(clause) {
                 None => missed.push(format!("{}: there is no clause {clause}", mutation.name)),
@@ -76,26 +88,60 @@ fn meshctl(program: &PathBuf, tables: &[PathBuf], mutation: u32, options: &[&str
 
 /// The clauses, with their rows; every row must hold.
 fn unchanged(program: &PathBuf, tables: &[PathBuf]) -> Result<BTreeMap<String, Clause>> {
-    let said = run::capture(&mut meshctl(program, tables, 0, &["--all"]))?;
     let mut clauses: BTreeMap<String, Clause> = BTreeMap::new();
-    for line in said.lines().filter(|line| line.starts_with("holds: ")) {
-        let mut parts = line.rsplit(": ");
-        let (Some(verdict), Some(name)) = (parts.next(), parts.next()) else {
-            bail!("not a row: {line}");
-        };
-        let clause = clauses.entry(name.to_owned()).or_default();
-        match verdict {
-            "allow" => clause.allow += 1,
-            "deny" => clause.deny += 1,
-            _ => bail!("a row that expects nothing: {line}"),
+    for table in tables {
+        let one = std::slice::from_ref(table);
+        let said = run::capture(&mut meshctl(program, one, 0, &["--all"]))?;
+        for line in said.lines().filter(|line| line.starts_with("holds: ")) {
+            let mut parts = line.rsplit(": ");
+            let (Some(verdict), Some(name)) = (parts.next(), parts.next()) else {
+                bail!("not a row: {line}");
+            };
+            let clause = clauses.entry(name.to_owned()).or_default();
+            clause.tables.insert(table.clone());
+            match verdict {
+                "allow" => clause.allow += 1,
+                "deny" => clause.deny += 1,
+                _ => bail!("a row that expects nothing: {line}"),
+            }
         }
     }
     ensure!(!clauses.is_empty(), "there are no rows in {TABLES}");
     Ok(clauses)
 }
 
-/// The clauses of which a row fails under a mutation.
+/// Does something for each, as many at a time as there are processors; in their order.
+fn each<T: Sync, R: Send>(all: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        let mut done = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = all.get(index) else {
+                return done;
+            };
+            done.push((index, work(item)));
+        }
+    };
+    let workers = thread::available_parallelism().map_or(1, NonZero::get);
+    let mut done: Vec<(usize, R)> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..workers).map(|_| scope.spawn(worker)).collect();
+        let join = |thread: thread::ScopedJoinHandle<'_, Vec<(usize, R)>>| {
+            thread
+                .join()
+                .unwrap_or_else(|cause| panic::resume_unwind(cause))
+        };
+        threads.into_iter().flat_map(join).collect()
+    });
+    done.sort_by_key(|(index, _)| *index);
+    done.into_iter().map(|(_, result)| result).collect()
+}
+
+/// The clauses of which a row of these tables fails under a mutation.
 fn failing(program: &PathBuf, tables: &[PathBuf], number: u32) -> Result<BTreeSet<String>> {
+    if tables.is_empty() {
+        return Ok(BTreeSet::new());
+    }
     let output = run::output(&mut meshctl(
         program,
         tables,

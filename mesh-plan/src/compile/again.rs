@@ -78,9 +78,8 @@ impl Compiler {
             &mut plan,
             cluster,
             scope,
-            (&next.identities, &identifier),
+            (&next.identities, &identifier, &mut next.digests),
             options,
-            &mut next.digests,
             &mut rejections,
         );
         add_services(&mut plan, cluster, scope, options, &mut rejections);

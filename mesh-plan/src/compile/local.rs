@@ -23,9 +23,8 @@ pub(super) fn pods(
     plan: &mut Plan,
     cluster: &Cluster,
     scope: Scope<'_>,
-    (identities, identifier): (&Identities, &Identifier<'_>),
+    (identities, identifier, digests): (&Identities, &Identifier<'_>, &mut Digests),
     options: &Options,
-    digests: &mut Digests,
     rejections: &mut Vec<Rejection>,
 ) {
     let places = Places::of(cluster, scope.node());
