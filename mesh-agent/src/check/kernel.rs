@@ -18,9 +18,8 @@ use crate::sys::netns::NetNs;
 const LOOPBACK: (u32, &str) = (1, "lo");
 
 const PROGRAMS: &str = "kernel programs";
-const PROGRAMS_MEANING: &str = "Nothing works without them. Linux 5.15 is believed to be enough, \
-     6.18 is what they are tested on; CONFIG_BPF_SYSCALL, CONFIG_CGROUP_BPF and CONFIG_NET_CLS_ACT \
-     are needed.";
+const PROGRAMS_MEANING: &str = "Nothing works without them. Linux 6.12, 6.18 and 7.3 take them, \
+     6.1 does not; CONFIG_BPF_SYSCALL, CONFIG_CGROUP_BPF and CONFIG_NET_CLS_ACT are needed.";
 const STEERING: &str = "sk_lookup";
 const STEERING_MEANING: &str = "Connections cannot be handed to the agent (needs Linux 5.9).";
 const GATE: &str = "gate (tcx)";
