@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cargo xtask bench`: sets up, builds, and hands over to the `bench` program of mesh-test.
 
-use anyhow::{Result, bail};
+use std::fs;
+
+use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::{demo, run};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Passed to the bench as they are: `[GROUP] [--rounds N] [--seconds S] [--json PATH]`; `policy
-    /// [--json PATH]` measures compiling and deciding
+    /// [--json PATH]` measures what policy costs
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) args: Vec<String>,
 }
@@ -22,13 +24,73 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     run::show(&mut demo::hand_over("bench", &args.args)?)
 }
 
-/// Compiling, comparing and deciding at 100 to 10,000 pods and policies; needs no root.
+/// What policy costs, in three parts: compiling, comparing and deciding in user space at 100 to 10,000
+/// pods and policies; a decision of the kernel's programs at 10 to 10,000 policies; short connections
+/// between two pods of a node, plain and meshed in turns, without policies and with 50.
 fn policy(args: &[String]) -> Result<()> {
     let path = match args {
         [] => "target/bench-policy.json",
         [json, path] if json == "--json" => path,
         _ => bail!("bench policy [--json PATH]"),
     };
-    let mut cargo = run::cargo(["run", "--quiet", "--release", "--package", "mesh-plan"]);
-    run::show(cargo.args(["--example", "scale", "--", "--json", path]))
+    let part = |name: &str| format!("target/bench-policy-{name}.json");
+    let compile = part("compile");
+    let mut scale = run::cargo(["run", "--quiet", "--release", "--package", "mesh-plan"]);
+    run::show(scale.args(["--example", "scale", "--", "--json", &compile]))?;
+    let mut rows = vec![
+        format!("\"compile\":{}", read(&compile)?),
+        format!("\"decisions\":{}", decisions()?),
+    ];
+    for policies in ["0", "50"] {
+        let connect = part(&format!("connect-{policies}"));
+        let args = [
+            "crr",
+            "--scenario",
+            "same_node",
+            "--rounds",
+            "5",
+            "--seconds",
+            "5",
+        ];
+        let args = args
+            .into_iter()
+            .chain(["--policies", policies, "--json", &connect]);
+        let args: Vec<String> = args.map(str::to_owned).collect();
+        run::show(&mut demo::hand_over("bench", &args)?)?;
+        rows.push(format!(
+            "\"connect_{policies}_policies\":{}",
+            read(&connect)?
+        ));
+    }
+    let text = format!("{{\n{}\n}}\n", rows.join(",\n"));
+    fs::write(path, text).with_context(|| format!("cannot write {path}"))
+}
+
+fn read(path: &str) -> Result<String> {
+    let text = fs::read_to_string(run::root().join(path)).with_context(|| path.to_owned())?;
+    Ok(text.trim_end().to_owned())
+}
+
+/// The kernel's decisions: the test that asserts their cost says it.
+fn decisions() -> Result<String> {
+    let test = [
+        "test",
+        "--quiet",
+        "--package",
+        "mesh-agent",
+        "--test",
+        "parity",
+    ];
+    let mut test = run::cargo(test);
+    let said = run::capture(test.args(["cost::", "--", "--nocapture", "--test-threads=1"]))?;
+    let rows: Vec<&str> = said
+        .lines()
+        .filter(|line| line.starts_with("{\"policies\""))
+        .collect();
+    ensure!(
+        !rows.is_empty(),
+        "the test says nothing of the cost: {said}"
+    );
+    println!("{}", rows.join("\n"));
+    Ok(format!("[\n{}\n]", rows.join(",\n")))
 }

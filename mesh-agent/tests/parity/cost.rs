@@ -179,9 +179,10 @@ fn a_decision_does_not_get_dearer_with_the_number_of_policies() {
         all.sort();
         let (least, median, most) = (all[0], all[ROUNDS / 2], all[ROUNDS - 1]);
         medians.push(median);
+        // A row of `cargo xtask bench policy`.
         println!(
-            "{policies} policies ({} sets, {} pairs, {} blocks, {} port prefixes): a decision takes \
-             {} ns ({} to {})",
+            "{{\"policies\":{policies},\"sets\":{},\"pairs\":{},\"blocks\":{},\"port_prefixes\":{},\
+             \"decision_ns\":{},\"decision_ns_min\":{},\"decision_ns_max\":{}}}",
             plan.sets.len(),
             plan.selects.len(),
             plan.cidrs.len(),
