@@ -74,7 +74,7 @@ impl Cause {
     #[must_use]
     pub const fn label(self) -> Option<&'static str> {
         match self {
-            Self::None => None,
+            Self::None | Self::Silent => None,
             Self::Refused => Some("refused"),
             Self::TimedOut => Some("timed_out"),
             Self::Unreachable => Some("unreachable"),
