@@ -7,6 +7,7 @@
 
 mod config;
 mod datapath;
+mod kube;
 mod load;
 mod measure;
 mod report;
@@ -17,6 +18,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 
 pub use config::Config;
+pub use kube::{Report as KubeReport, Row as KubeRow};
 pub use load::{Client, Done, Histogram, Program, Scheduling, Shape};
 pub use measure::{Cpu, Sample};
 pub use report::{Pair, Report, Row};
@@ -26,7 +28,7 @@ use crate::topology::Topology;
 /// What can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Group {
-    /// Everything
+    /// Everything but `kube`
     All,
     /// Bulk, rr and crr
     Datapath,
@@ -36,6 +38,8 @@ pub enum Group {
     Rr,
     /// Short connections
     Crr,
+    /// One agent in a large cluster
+    Kube,
 }
 
 /// Where client and server are.
@@ -74,7 +78,7 @@ pub struct Options {
     /// Rounds; each runs everything once plain and once meshed
     #[arg(long, default_value_t = 5)]
     pub rounds: u32,
-    /// Seconds of each run (else: 10; of short connections 31, so that ports whose connection was
+    /// Seconds of each run (else: 10, in the group kube 30; of short connections 31, so that ports whose connection was
     /// closed at the beginning are still taken at the end, as in production)
     #[arg(long)]
     pub seconds: Option<f64>,
@@ -102,6 +106,9 @@ pub struct Options {
     /// Run the second lab without agents, too: its ratios show what this machine can tell apart
     #[arg(long)]
     pub control: bool,
+    /// Pods of the group kube; nodes, services and policies in proportion
+    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub pods: u32,
 }
 
 impl Options {
@@ -116,20 +123,40 @@ impl Options {
     }
 }
 
+/// What was found, by the shape of its rows.
+#[derive(Clone, Debug, serde::Serialize)]
+#[serde(untagged)]
+pub enum Found {
+    /// Ratios of the mesh to no mesh.
+    Datapath(Report),
+    /// Figures of one agent.
+    Kube(KubeReport),
+}
+
+impl std::fmt::Display for Found {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Datapath(report) => report.fmt(f),
+            Self::Kube(report) => report.fmt(f),
+        }
+    }
+}
+
 /// Runs what is asked and gives back what was found; `say` is told of the progress.
 ///
 /// # Errors
 /// A lab or an agent cannot be started, something of the load failed, or traffic went another way
 /// than the scenario says.
-pub fn run(options: &Options, say: &mut dyn FnMut(&str)) -> Result<Report> {
+pub fn run(options: &Options, say: &mut dyn FnMut(&str)) -> Result<Found> {
     ensure!(options.rounds > 0, "no rounds");
     if let Some(seconds) = options.seconds {
         ensure!(seconds > 0.0 && seconds.is_finite(), "--seconds {seconds}");
     }
     let report = match options.group {
         Group::All | Group::Datapath | Group::Bulk | Group::Rr | Group::Crr => {
-            datapath::run(options, say)?
+            Found::Datapath(datapath::run(options, say)?)
         }
+        Group::Kube => Found::Kube(kube::run(options, say)?),
     };
     if let Some(path) = &options.json {
         let text = serde_json::to_string_pretty(&report)? + "\n";

@@ -419,10 +419,23 @@ impl Proc {
     /// # Errors
     /// It has ended.
     pub fn resident_bytes(&self) -> Result<u64> {
+        self.bytes("VmRSS:")
+    }
+
+    /// The most memory that it had resident, in bytes.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn peak_bytes(&self) -> Result<u64> {
+        self.bytes("VmHWM:")
+    }
+
+    /// A size of `/proc/PID/status`.
+    fn bytes(&self, name: &str) -> Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
         let kib: u64 = line
-            .context("no VmRSS: it has ended")?
+            .with_context(|| format!("no {name} it has ended"))?
             .trim_end_matches("kB")
             .trim()
             .parse()?;

@@ -21,11 +21,9 @@ pub struct Config {
     /// True: both labs were plain.
     control: bool,
     ahead: bool,
-    kernel: String,
-    cpu: String,
-    cpus: usize,
+    #[serde(flatten)]
+    machine: Machine,
     congestion_control: String,
-    optimised: bool,
     /// Command lines of the agents.
     agents: Vec<String>,
     agent_rss_idle_bytes: Vec<u64>,
@@ -49,11 +47,8 @@ impl Config {
             policies: options.policies,
             control: options.control,
             ahead: options.ahead,
-            kernel: read("/proc/sys/kernel/osrelease")?,
-            cpu: cpu_model()?,
-            cpus: std::thread::available_parallelism()?.get(),
+            machine: Machine::this()?,
             congestion_control: congestion_control(testbed)?,
-            optimised: !cfg!(debug_assertions),
             agents: agents.collect::<Result<_>>()?,
             agent_rss_idle_bytes: resident(testbed)?,
             agent_rss_end_bytes: Vec::new(),
@@ -95,20 +90,43 @@ impl fmt::Display for Config {
             "{} rounds of {seconds} seconds, {} lab, {} NetworkPolicies",
             self.rounds, self.topology, self.policies
         )?;
-        write!(
-            f,
-            "{} x {}, Linux {}, {}",
-            self.cpus, self.cpu, self.kernel, self.congestion_control
-        )?;
+        write!(f, "{}, {}", self.machine, self.congestion_control)?;
         if self.control {
             write!(f, "\ncontrol: both labs are plain")?;
-        }
-        if !self.optimised {
-            write!(f, "\nNOT OPTIMISED: figures of this build mean nothing")?;
         }
         self.agents
             .iter()
             .try_for_each(|agent| write!(f, "\n{agent}"))
+    }
+}
+
+/// What it ran on, and as what build.
+#[derive(Clone, Debug, Default, Serialize)]
+pub(super) struct Machine {
+    kernel: String,
+    cpu: String,
+    cpus: usize,
+    optimised: bool,
+}
+
+impl Machine {
+    pub(super) fn this() -> Result<Self> {
+        Ok(Self {
+            kernel: read("/proc/sys/kernel/osrelease")?,
+            cpu: cpu_model()?,
+            cpus: std::thread::available_parallelism()?.get(),
+            optimised: !cfg!(debug_assertions),
+        })
+    }
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} x {}, Linux {}", self.cpus, self.cpu, self.kernel)?;
+        if !self.optimised {
+            write!(f, ", NOT OPTIMISED: figures of this build mean nothing")?;
+        }
+        Ok(())
     }
 }
 

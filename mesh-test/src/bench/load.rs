@@ -7,9 +7,10 @@
 mod client;
 mod histogram;
 mod server;
+mod watch;
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 
 use anyhow::{Context, Result};
@@ -60,6 +61,13 @@ pub enum Program {
     /// Make load and report it
     #[command(hide = true)]
     LoadClient(Client),
+    /// Connect again and again, and say when the answer changes
+    #[command(hide = true)]
+    LoadWatch {
+        /// The server
+        #[arg(long)]
+        to: SocketAddr,
+    },
 }
 
 /// A client's orders.
@@ -140,6 +148,7 @@ impl Program {
                 client.scheduling.take_on()?;
                 say(&client::run(client)?)
             }
+            Self::LoadWatch { to } => watch::run(*to),
         }
     }
 }

@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a large cluster costs one agent: a real API server full of objects, one real node with an
+//! agent as a user starts it, and pods of that node that see from outside what is in force.
+//!
+//! Enforced is what a connection shows: a client in a pod connects every few milliseconds and says
+//! when the answer changes. API server and etcd run on the same machine and take what they need of
+//! it: their CPU time is told beside the agent's.
+
+mod api;
+mod crowd;
+mod report;
+mod stage;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use super::Options;
+use super::load::Histogram;
+use super::measure::Cpu;
+use api::{Proxy, Request, Verb};
+use crowd::Crowd;
+use stage::Stage;
+
+pub use report::{Report, Row};
+
+/// Pod changes per second: each is one write of a pod.
+const RATE: u32 = 50;
+/// How long the agent is left alone before and while its idle CPU time is read.
+const QUIET: Duration = Duration::from_secs(10);
+/// How long changes go on without anybody connecting, unless `--seconds` says otherwise.
+const CHURN: f64 = 30.0;
+/// How often policy, and labels of a pod, are changed to see how long that takes.
+const CHANGES: u16 = 100;
+/// A change that is not in force after this time never will be.
+const IN_FORCE: Duration = Duration::from_secs(60);
+
+/// Runs it.
+pub(super) fn run(options: &Options, say: &mut dyn FnMut(&str)) -> Result<Report> {
+    let crowd = Crowd::of(usize::try_from(options.pods)?);
+    let mut report = Report::of(options, crowd)?;
+    say("API server, node, real pods");
+    let (kube, mut stage) = Stage::open()?;
+    let proxy = Proxy::start(&kube)?;
+    say(&format!("objects: {crowd:?}"));
+    let filled = Instant::now();
+    let namespaces = fill(&proxy, crowd)?;
+    say(&format!(
+        "filled in {:.0} s",
+        filled.elapsed().as_secs_f64()
+    ));
+    stage.add_pods(&proxy)?;
+    let (pods, others) = (stage.pods.clone(), kube.place().cgroup().to_owned());
+    let watcher = stage.watch()?;
+    watcher.until(true, IN_FORCE)?;
+
+    let (before, began) = (Cpu::of(&others)?, Instant::now());
+    let (agent, ready, closed) = std::thread::scope(|scope| {
+        let start = scope.spawn(|| {
+            let agent = stage.start_agent(&kube)?;
+            Ok::<_, anyhow::Error>((agent, began.elapsed()))
+        });
+        let closed = watcher.until(false, IN_FORCE);
+        let (agent, ready) = match start.join() {
+            Ok(started) => started?,
+            Err(panic) => std::panic::resume_unwind(panic),
+        };
+        Ok::<_, anyhow::Error>((agent, ready, closed?))
+    })?;
+    let cgroup = agent.node().agent_place().cgroup().to_owned();
+    report.add(
+        "start_to_in_force",
+        "ms",
+        millis(closed.duration_since(began)),
+    );
+    report.add("start_to_ready", "ms", millis(ready));
+    report.add("start_cpu", "s", Cpu::of(&cgroup)?.total());
+    report.add(
+        "start_cpu_of_servers",
+        "s",
+        (Cpu::of(&others)? - before).total(),
+    );
+    drop(watcher);
+    say("in force");
+
+    std::thread::sleep(QUIET);
+    let before = Cpu::of(&cgroup)?;
+    std::thread::sleep(QUIET);
+    let idle = (Cpu::of(&cgroup)? - before).total() / QUIET.as_secs_f64();
+    report.add("idle_cpu", "cores", idle);
+    let mib = |bytes: u64| f64::from(u32::try_from(bytes >> 10).unwrap_or(u32::MAX)) / 1024.0;
+    report.add("rss_idle", "MiB", mib(agent.process().resident_bytes()?));
+
+    say("pod changes, without connections");
+    let time = Duration::from_secs_f64(options.seconds.unwrap_or(CHURN));
+    let before = (Cpu::of(&cgroup)?, Cpu::of(&others)?);
+    let churned = churn(&proxy, crowd, 0, |began| began.elapsed() < time)?;
+    let seconds = churned.took.as_secs_f64();
+    report.add("pod_changes", "1/s", f64::from(churned.changes) / seconds);
+    report.add(
+        "pod_changes_cpu",
+        "cores",
+        (Cpu::of(&cgroup)? - before.0).total() / seconds,
+    );
+    report.add(
+        "pod_changes_cpu_of_servers",
+        "cores",
+        (Cpu::of(&others)? - before.1).total() / seconds,
+    );
+    report.add("rss_changes", "MiB", mib(agent.process().resident_bytes()?));
+
+    say("every other node reports a policy");
+    let before = Cpu::of(&cgroup)?;
+    proxy.send_all(&crowd.report_statuses(&namespaces, 2))?;
+    std::thread::sleep(Duration::from_secs(2));
+    report.add(
+        "policy_reported_cpu",
+        "s",
+        (Cpu::of(&cgroup)? - before).total(),
+    );
+
+    say("from a write's answer to a connection that shows it, idle");
+    let watcher = stage.watch()?;
+    watcher.until(false, IN_FORCE)?;
+    let (policies, labels) = latencies(&proxy, &watcher, &pods)?;
+    report.latency("idle_policy", &policies);
+    report.latency("idle_label", &labels);
+
+    say("the same during pod changes");
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let (policies, labels) = std::thread::scope(|scope| {
+        let changes = scope.spawn(|| {
+            churn(&proxy, crowd, churned.rounds, |_| {
+                !done.load(std::sync::atomic::Ordering::Relaxed)
+            })
+        });
+        let found = latencies(&proxy, &watcher, &pods);
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        match changes.join() {
+            Ok(churned) => churned.and(found),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })?;
+    report.latency("policy", &policies);
+    report.latency("label", &labels);
+    report.add("rss_end", "MiB", mib(agent.process().resident_bytes()?));
+    report.add("rss_peak", "MiB", mib(agent.process().peak_bytes()?));
+    Ok(report)
+}
+
+/// Puts everything but the real pods into the API server; the UIDs of the namespaces.
+fn fill(proxy: &Proxy<'_>, crowd: Crowd) -> Result<Vec<String>> {
+    proxy.send_all(&crowd.namespaces())?;
+    proxy.send_all(&crowd.accounts())?;
+    proxy.send_all(&crowd.nodes())?;
+    proxy.send_all(&crowd.policies())?;
+    proxy.send_all(&crowd.services())?;
+    let [objects, statuses] = crowd.pods();
+    proxy.send_all(&objects)?;
+    proxy.send_all(&statuses)?;
+    let mut api = proxy.connect()?;
+    let uid = |index| -> Result<String> {
+        let path = format!("/api/v1/namespaces/{}", Crowd::namespace(index));
+        let found = api.send(&Request::merge(path, json!({})))?;
+        let uid = found["metadata"]["uid"].as_str().context("a UID")?;
+        Ok(uid.to_owned())
+    };
+    let namespaces: Vec<String> = (0..crowd.namespaces).map(uid).collect::<Result<_>>()?;
+    proxy.send_all(&crowd.reports())?;
+    proxy.send_all(&crowd.report_statuses(&namespaces, 1))?;
+    Ok(namespaces)
+}
+
+struct Churned {
+    changes: u32,
+    rounds: usize,
+    took: Duration,
+}
+
+/// Pods of other nodes go, come again, and get an address, one write after the other at a steady
+/// rate: what a rollout looks like from another node.
+fn churn(
+    proxy: &Proxy<'_>,
+    crowd: Crowd,
+    first: usize,
+    goes_on: impl Fn(Instant) -> bool,
+) -> Result<Churned> {
+    let began = Instant::now();
+    let mut api = proxy.connect()?;
+    let mut changes = 0;
+    let mut round = first;
+    while goes_on(began) {
+        let pod = round % crowd.pods;
+        let [object, status] = crowd.pod(pod, 1 + round / crowd.pods);
+        let name = object.body["metadata"]["name"].as_str().context("a name")?;
+        let gone = Request {
+            verb: Verb::Delete,
+            path: format!("{}/{name}", object.path),
+            body: json!({"apiVersion": "v1", "kind": "DeleteOptions", "gracePeriodSeconds": 0}),
+        };
+        for request in [&gone, &object, &status] {
+            let due = began + Duration::from_secs(1) * changes / RATE;
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            api.send(request)?;
+            changes += 1;
+        }
+        round += 1;
+    }
+    let took = began.elapsed();
+    Ok(Churned {
+        changes,
+        rounds: round,
+        took,
+    })
+}
+
+/// From the answer to a write to the first connection that shows it: of changes of a policy, and of
+/// the label of a pod that a policy asks for.
+fn latencies(
+    proxy: &Proxy<'_>,
+    watcher: &stage::Watcher,
+    pods: &stage::Names,
+) -> Result<(Histogram, Histogram)> {
+    let mut api = proxy.connect()?;
+    let mut change = |request: &Request, open: bool| -> Result<u64> {
+        api.send(request)?;
+        let answered = Instant::now();
+        let seen = watcher.until(open, IN_FORCE)?;
+        let took = seen.saturating_duration_since(answered);
+        Ok(took.as_nanos().try_into()?)
+    };
+    let (mut policies, mut labels) = (Histogram::default(), Histogram::default());
+    for number in 0..CHANGES {
+        let open = number.is_multiple_of(2);
+        policies.add(change(&pods.everybody(open), open)?);
+        // Not in step with the changes of others.
+        std::thread::sleep(Duration::from_millis(23 + u64::from(number) * 7 % 40));
+    }
+    for number in 0..CHANGES {
+        let open = number.is_multiple_of(2);
+        labels.add(change(&pods.friend(open), open)?);
+        std::thread::sleep(Duration::from_millis(23 + u64::from(number) * 7 % 40));
+    }
+    Ok((policies, labels))
+}
+
+fn millis(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
+
+/// `{"metadata": {"labels": ..}}`.
+fn label(key: &str, value: Option<&str>) -> Value {
+    json!({"metadata": {"labels": {key: value}}})
+}
