@@ -66,3 +66,34 @@ fn a_control_has_no_agents_and_a_part_has_its_rows_only() {
     assert!(rows.iter().all(|row| row.cpu_s_per_unit.abs() < 1e-9));
     assert_eq!(report["config"]["agents"], serde_json::json!([]));
 }
+
+#[test]
+fn one_agent_of_a_cluster_is_measured() {
+    let json = std::env::temp_dir().join(format!("bench-{}-kube.json", std::process::id()));
+    let report = bench(&json, &["kube", "--pods", "100"]);
+    let value = |metric: &str| {
+        let rows = report["rows"].as_array().expect("rows");
+        let row = rows.iter().find(|row| row["metric"] == metric);
+        let row = row.unwrap_or_else(|| panic!("no {metric}: {report}"));
+        assert_eq!(row["group"], "kube");
+        assert!(row["unit"].is_string());
+        row["value"].as_f64().expect("a number")
+    };
+    for metric in [
+        "start_to_in_force",
+        "start_to_ready",
+        "start_cpu",
+        "rss_idle",
+        "rss_peak",
+        "pod_changes",
+        "pod_changes_cpu",
+        "pod_changes_cpu_of_servers",
+        "policy_enforced_p50",
+        "label_enforced_p50",
+    ] {
+        assert!(value(metric) > 0.0, "{metric}");
+    }
+    assert!(value("rss_peak") >= value("rss_idle"));
+    assert!(value("policy_enforced_p99") >= value("policy_enforced_p50"));
+    assert_eq!(report["config"]["objects"]["pods"], 100);
+}
