@@ -167,7 +167,7 @@ fn fill(proxy: &Proxy<'_>, crowd: Crowd) -> Result<Vec<String>> {
         Ok(uid.to_owned())
     };
     let namespaces: Vec<String> = (0..crowd.namespaces).map(uid).collect::<Result<_>>()?;
-    proxy.send_all(&crowd.reports(&namespaces))?;
+    proxy.send_all(&crowd.reports())?;
     proxy.send_all(&crowd.report_statuses(&namespaces, 1))?;
     Ok(namespaces)
 }

@@ -88,14 +88,11 @@ impl Crowd {
     }
 
     /// The reports of the other nodes' agents, without what they say.
-    pub(super) fn reports(self, namespaces: &[String]) -> Vec<Request> {
+    pub(super) fn reports(self) -> Vec<Request> {
         let report = |index| {
             let body = json!({
                 "apiVersion": "mesh.rs/v1alpha1", "kind": "MeshNode",
-                "metadata": {
-                    "name": node_name(index),
-                    "annotations": {mesh_api::crd::ENROLLED_NAMESPACES: namespaces.join(",")},
-                },
+                "metadata": {"name": node_name(index)},
                 "spec": {},
             });
             Request::create("/apis/mesh.rs/v1alpha1/meshnodes", body)
