@@ -11,14 +11,17 @@ mod crowd;
 mod report;
 mod stage;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 use serde_json::{Value, json};
 
 use super::Options;
 use super::load::Histogram;
 use super::measure::Cpu;
+use crate::agent::Agent;
+use crate::kube::Kube;
 use api::{Proxy, Request, Verb};
 use crowd::Crowd;
 use stage::Stage;
@@ -33,120 +36,151 @@ const QUIET: Duration = Duration::from_secs(10);
 const CHURN: f64 = 30.0;
 /// How often policy, and labels of a pod, are changed to see how long that takes.
 const CHANGES: u16 = 100;
+/// What was written last has arrived after this time.
+const SETTLE: Duration = Duration::from_secs(2);
 /// A change that is not in force after this time never will be.
 const IN_FORCE: Duration = Duration::from_secs(60);
 
 /// Runs it.
 pub(super) fn run(options: &Options, say: &mut dyn FnMut(&str)) -> Result<Report> {
     let crowd = Crowd::of(usize::try_from(options.pods)?);
-    let mut report = Report::of(options, crowd)?;
+    let report = Report::of(options, crowd)?;
     say("API server, node, real pods");
     let (kube, mut stage) = Stage::open()?;
     let proxy = Proxy::start(&kube)?;
     say(&format!("objects: {crowd:?}"));
-    let filled = Instant::now();
     let namespaces = fill(&proxy, crowd)?;
-    say(&format!(
-        "filled in {:.0} s",
-        filled.elapsed().as_secs_f64()
-    ));
     stage.add_pods(&proxy)?;
-    let (pods, others) = (stage.pods.clone(), kube.place().cgroup().to_owned());
-    let watcher = stage.watch()?;
-    watcher.until(true, IN_FORCE)?;
-
-    let (before, began) = (Cpu::of(&others)?, Instant::now());
-    let (agent, ready, closed) = std::thread::scope(|scope| {
-        let start = scope.spawn(|| {
-            let agent = stage.start_agent(&kube)?;
-            Ok::<_, anyhow::Error>((agent, began.elapsed()))
-        });
-        let closed = watcher.until(false, IN_FORCE);
-        let (agent, ready) = match start.join() {
-            Ok(started) => started?,
-            Err(panic) => std::panic::resume_unwind(panic),
-        };
-        Ok::<_, anyhow::Error>((agent, ready, closed?))
-    })?;
-    let cgroup = agent.node().agent_place().cgroup().to_owned();
-    report.add(
-        "start_to_in_force",
-        "ms",
-        millis(closed.duration_since(began)),
-    );
-    report.add("start_to_ready", "ms", millis(ready));
-    report.add("start_cpu", "s", Cpu::of(&cgroup)?.total());
-    report.add(
-        "start_cpu_of_servers",
-        "s",
-        (Cpu::of(&others)? - before).total(),
-    );
-    drop(watcher);
-    say("in force");
-
-    std::thread::sleep(QUIET);
-    let before = Cpu::of(&cgroup)?;
-    std::thread::sleep(QUIET);
-    let idle = (Cpu::of(&cgroup)? - before).total() / QUIET.as_secs_f64();
-    report.add("idle_cpu", "cores", idle);
-    let mib = |bytes: u64| f64::from(u32::try_from(bytes >> 10).unwrap_or(u32::MAX)) / 1024.0;
-    report.add("rss_idle", "MiB", mib(agent.process().resident_bytes()?));
-
+    say("filled");
+    let mut run = Run {
+        report,
+        crowd,
+        stage: &stage,
+        kube: &kube,
+        proxy: &proxy,
+    };
+    let agent = run.start()?;
+    say("in force; idle");
+    run.idle(&agent)?;
     say("pod changes, without connections");
     let time = Duration::from_secs_f64(options.seconds.unwrap_or(CHURN));
-    let before = (Cpu::of(&cgroup)?, Cpu::of(&others)?);
-    let churned = churn(&proxy, crowd, 0, |began| began.elapsed() < time)?;
-    let seconds = churned.took.as_secs_f64();
-    report.add("pod_changes", "1/s", f64::from(churned.changes) / seconds);
-    report.add(
-        "pod_changes_cpu",
-        "cores",
-        (Cpu::of(&cgroup)? - before.0).total() / seconds,
-    );
-    report.add(
-        "pod_changes_cpu_of_servers",
-        "cores",
-        (Cpu::of(&others)? - before.1).total() / seconds,
-    );
-    report.add("rss_changes", "MiB", mib(agent.process().resident_bytes()?));
-
+    let rounds = run.changes(&agent, time)?;
     say("every other node reports a policy");
-    let before = Cpu::of(&cgroup)?;
-    proxy.send_all(&crowd.report_statuses(&namespaces, 2))?;
-    std::thread::sleep(Duration::from_secs(2));
-    report.add(
-        "policy_reported_cpu",
-        "s",
-        (Cpu::of(&cgroup)? - before).total(),
-    );
+    run.reports(&agent, &namespaces)?;
+    say("from a write's answer to a connection that shows it, idle and during pod changes");
+    run.in_force(&agent, rounds)?;
+    Ok(run.report)
+}
 
-    say("from a write's answer to a connection that shows it, idle");
-    let watcher = stage.watch()?;
-    watcher.until(false, IN_FORCE)?;
-    let (policies, labels) = latencies(&proxy, &watcher, &pods)?;
-    report.latency("idle_policy", &policies);
-    report.latency("idle_label", &labels);
+/// What all parts of a run need.
+struct Run<'r> {
+    report: Report,
+    crowd: Crowd,
+    stage: &'r Stage,
+    kube: &'r Kube,
+    proxy: &'r Proxy<'r>,
+}
 
-    say("the same during pod changes");
-    let done = std::sync::atomic::AtomicBool::new(false);
-    let (policies, labels) = std::thread::scope(|scope| {
-        let changes = scope.spawn(|| {
-            churn(&proxy, crowd, churned.rounds, |_| {
-                !done.load(std::sync::atomic::Ordering::Relaxed)
-            })
-        });
-        let found = latencies(&proxy, &watcher, &pods);
-        done.store(true, std::sync::atomic::Ordering::Relaxed);
-        match changes.join() {
-            Ok(churned) => churned.and(found),
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
-    })?;
-    report.latency("policy", &policies);
-    report.latency("label", &labels);
-    report.add("rss_end", "MiB", mib(agent.process().resident_bytes()?));
-    report.add("rss_peak", "MiB", mib(agent.process().peak_bytes()?));
-    Ok(report)
+impl Run<'_> {
+    fn servers(&self) -> Result<Cpu> {
+        Cpu::of(self.kube.place().cgroup())
+    }
+
+    /// Starts the agent; until then everybody reaches everybody.
+    fn start(&mut self) -> Result<Agent> {
+        let watcher = self.stage.watch()?;
+        watcher.until(true, IN_FORCE)?;
+        let (servers, began) = (self.servers()?, Instant::now());
+        let (stage, kube) = (self.stage, self.kube);
+        let (agent, ready, closed) = std::thread::scope(|scope| {
+            let start = scope.spawn(|| Ok::<_, Error>((stage.start_agent(kube)?, began.elapsed())));
+            let closed = watcher.until(false, IN_FORCE);
+            let (agent, ready) = match start.join() {
+                Ok(started) => started?,
+                Err(panic) => std::panic::resume_unwind(panic),
+            };
+            Ok::<_, Error>((agent, ready, closed?))
+        })?;
+        let in_force = millis(closed.duration_since(began));
+        let servers = (self.servers()? - servers).total();
+        self.report.add("start_to_in_force", "ms", in_force);
+        self.report.add("start_to_ready", "ms", millis(ready));
+        self.report.add("start_cpu", "s", used(&agent)?.total());
+        self.report.add("start_cpu_of_servers", "s", servers);
+        Ok(agent)
+    }
+
+    fn idle(&mut self, agent: &Agent) -> Result<()> {
+        std::thread::sleep(QUIET);
+        let before = used(agent)?;
+        std::thread::sleep(QUIET);
+        let idle = (used(agent)? - before).total() / QUIET.as_secs_f64();
+        self.report.add("idle_cpu", "cores", idle);
+        self.resident("rss_idle", agent.process().resident_bytes()?);
+        Ok(())
+    }
+
+    /// Pods of other nodes change, and nothing else happens; how many were replaced.
+    fn changes(&mut self, agent: &Agent, time: Duration) -> Result<usize> {
+        let before = (used(agent)?, self.servers()?);
+        let churned = churn(self.proxy, self.crowd, 0, |began| began.elapsed() < time)?;
+        let seconds = churned.took.as_secs_f64();
+        let of_agent = (used(agent)? - before.0).total() / seconds;
+        let of_servers = (self.servers()? - before.1).total() / seconds;
+        let rate = f64::from(churned.changes) / seconds;
+        self.report.add("pod_changes", "1/s", rate);
+        self.report.add("pod_changes_cpu", "cores", of_agent);
+        self.report
+            .add("pod_changes_cpu_of_servers", "cores", of_servers);
+        self.resident("rss_changes", agent.process().resident_bytes()?);
+        Ok(churned.rounds)
+    }
+
+    /// As the agents of all nodes do when one policy changes.
+    fn reports(&mut self, agent: &Agent, namespaces: &[String]) -> Result<()> {
+        let before = used(agent)?;
+        let reports = self.crowd.report_statuses(namespaces, 2);
+        self.proxy.send_all(&reports)?;
+        std::thread::sleep(SETTLE);
+        let used = (used(agent)? - before).total();
+        self.report.add("policy_reported_cpu", "s", used);
+        Ok(())
+    }
+
+    fn in_force(&mut self, agent: &Agent, rounds: usize) -> Result<()> {
+        let watcher = self.stage.watch()?;
+        watcher.until(false, IN_FORCE)?;
+        let (proxy, crowd, pods) = (self.proxy, self.crowd, &self.stage.pods);
+        let (policies, labels) = latencies(proxy, &watcher, pods)?;
+        self.report.latency("idle_policy", &policies);
+        self.report.latency("idle_label", &labels);
+        let done = AtomicBool::new(false);
+        let (policies, labels) = std::thread::scope(|scope| {
+            let goes_on = |_: Instant| !done.load(Ordering::Relaxed);
+            let changes = scope.spawn(move || churn(proxy, crowd, rounds, goes_on));
+            let found = latencies(proxy, &watcher, pods);
+            done.store(true, Ordering::Relaxed);
+            match changes.join() {
+                Ok(churned) => churned.and(found),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        })?;
+        self.report.latency("policy", &policies);
+        self.report.latency("label", &labels);
+        self.resident("rss_end", agent.process().resident_bytes()?);
+        self.resident("rss_peak", agent.process().peak_bytes()?);
+        Ok(())
+    }
+
+    fn resident(&mut self, metric: &str, bytes: u64) {
+        let kib = u32::try_from(bytes >> 10).unwrap_or(u32::MAX);
+        self.report.add(metric, "MiB", f64::from(kib) / 1024.0);
+    }
+}
+
+/// What the agent has used so far.
+fn used(agent: &Agent) -> Result<Cpu> {
+    Cpu::of(agent.node().agent_place().cgroup())
 }
 
 /// Puts everything but the real pods into the API server; the UIDs of the namespaces.
