@@ -165,3 +165,71 @@ fn datagrams(mesh: &Mesh, client: &Pod, look: Look) {
         assert_eq!(seen, (sent, 0), "{connected}: {report:?}");
     }
 }
+
+/// A connection through a tunnel to a pod that refuses it: what the client sees after connect().
+fn through_a_tunnel(from: &Place, to: SocketAddr) -> Look {
+    let begun = Instant::now();
+    let line = format!("tcp --to {to} --timeout-ms {PATIENCE_MS}");
+    let report: Tcp = from.probe(&line).expect("run").json().expect("report");
+    let waited = begun.elapsed() >= Duration::from_millis(PATIENCE_MS.into());
+    // connect() itself has succeeded in either case.
+    assert!(report.local.is_some(), "{to}: {report:?}");
+    match (report.ok, report.errno, waited) {
+        (true, _, false) => Look::Passes,
+        // ENOTCONN: the reset was there before the client asked who the other end is.
+        (false, Some(libc::ECONNRESET | libc::ENOTCONN) | None, false) => Look::AtOnce,
+        (false, Some(libc::EAGAIN), true) => Look::Silence,
+        other => unreachable!("{to}: {other:?}: {report:?}"),
+    }
+}
+
+#[test]
+fn a_refusal_through_a_tunnel_is_told_at_once_or_not_at_all() {
+    let lab = Lab::builder(Topology::Routed)
+        .namespace("callers", &[ENROLLED])
+        .namespace("quiet", &[ENROLLED, ("mesh.rs/deny", "drop")])
+        .namespace("loud", &[ENROLLED])
+        .pod(PodSpec::new("caller", 1).namespace("callers"))
+        .pod(PodSpec::new("quiet", 2).namespace("quiet"))
+        .pod(PodSpec::new("loud", 2).namespace("loud"))
+        .build()
+        .expect("lab");
+    let mesh = Mesh::start(lab).expect("mesh");
+    let line = format!("--tcp [::]:{PORT}");
+    let _servers = ["quiet", "loud"].map(|name| mesh.pod(name).serve(&line).expect("server"));
+    let caller = mesh.pod("caller");
+    let look = |name: &str| at(&mesh.pod(name)).map(|to| through_a_tunnel(&caller, to));
+    for name in ["quiet", "loud"] {
+        assert_eq!(look(name), [Look::Passes; 2], "{name}, no policy");
+    }
+    mesh.apply_text("closed", &["quiet", "loud"].map(isolate).concat())
+        .expect("apply");
+    eventually("the policies to be in force", SOON, || {
+        let looks = ["quiet", "loud"].map(look).concat();
+        (!looks.contains(&Look::Passes)).then_some(())
+    })
+    .expect("in force");
+    assert_eq!(look("loud"), [Look::AtOnce; 2]);
+    assert_eq!(look("quiet"), [Look::Silence; 2]);
+    // Everybody but the client is told at once, at both ends.
+    for number in [1, 2] {
+        let told = |record: &serde_json::Value| {
+            let to = record["destination"].to_string();
+            record["close"] == "default_deny" && to.contains("quiet")
+        };
+        eventually("the record of a silent refusal", SOON, || {
+            let flows = mesh.agent(number).flows().expect("flows");
+            flows.iter().any(told).then_some(())
+        })
+        .expect("recorded");
+    }
+    let counted = "mesh_policy_silent_refusals_total";
+    let held = mesh.metric(counted, &[("result", "held")]).expect("metric");
+    assert!(held >= 2.0, "{held}");
+    // Held connections do not stand in the way of others, nor of the policy's end.
+    mesh.withdraw("closed").expect("withdraw");
+    eventually("the policies to be gone", SOON, || {
+        (look("quiet") == [Look::Passes; 2]).then_some(())
+    })
+    .expect("open again");
+}

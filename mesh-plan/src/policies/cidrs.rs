@@ -37,27 +37,49 @@ fn inside(inner: &Prefix<Addr>, outer: &Prefix<Addr>) -> bool {
         && masked(inner.data, outer.bits) == outer.data
 }
 
+/// What may enclose a prefix, itself among it, of these lengths, ascending. To look these up takes the
+/// same time however many blocks there are.
+fn enclosing(
+    prefix: &Prefix<Addr>,
+    lengths: &BTreeSet<u32>,
+) -> impl DoubleEndedIterator<Item = Prefix<Addr>> {
+    let shorter = |bits: &u32| Prefix {
+        bits: *bits,
+        data: masked(prefix.data, *bits),
+    };
+    lengths.range(..=prefix.bits).map(shorter)
+}
+
 /// A block, and by what number `entries` names the rule that means it: in this one, but in none of
 /// these.
 #[derive(Clone, Debug)]
 pub(crate) struct Block {
     pub(crate) rule: usize,
     cidr: Prefix<Addr>,
-    except: Vec<Prefix<Addr>>,
+    except: BTreeSet<Prefix<Addr>>,
+    /// Lengths of the exceptions.
+    lengths: BTreeSet<u32>,
 }
 
 impl Block {
     /// A block of a rule.
     pub(crate) fn new(rule: usize, cidr: &IpNet, except: &BTreeSet<IpNet>) -> Self {
+        let except: BTreeSet<Prefix<Addr>> = except.iter().map(prefix).collect();
         Self {
             rule,
             cidr: prefix(cidr),
-            except: except.iter().map(prefix).collect(),
+            lengths: except.iter().map(|prefix| prefix.bits).collect(),
+            except,
         }
     }
 
     fn holds(&self, prefix: &Prefix<Addr>) -> bool {
-        inside(prefix, &self.cidr) && !self.except.iter().any(|e| inside(prefix, e))
+        inside(prefix, &self.cidr) && !self.excepts(prefix)
+    }
+
+    fn excepts(&self, prefix: &Prefix<Addr>) -> bool {
+        let known = |outer| self.except.get(&outer).is_some_and(|e| inside(prefix, e));
+        enclosing(prefix, &self.lengths).any(known)
     }
 }
 
@@ -81,24 +103,28 @@ pub(crate) fn entries(
     if points.iter().any(covers_v4) {
         points.insert(all_v4);
     }
+    let mut by_cidr: BTreeMap<Prefix<Addr>, Vec<&Block>> = BTreeMap::new();
+    for block in blocks {
+        by_cidr.entry(block.cidr).or_default().push(block);
+    }
+    let lengths: BTreeSet<u32> = points.iter().map(|point| point.bits).collect();
     // Ascending by length, so that what encloses comes first.
     let mut kept: BTreeMap<Prefix<Addr>, ListId> = BTreeMap::new();
     for point in points {
-        let mut rules: Vec<usize> = blocks
-            .iter()
+        let around = enclosing(&point, &lengths).filter_map(|outer| by_cidr.get(&outer));
+        let mut rules: Vec<usize> = around
+            .flatten()
             .filter(|block| block.holds(&point))
             .map(|block| block.rule)
             .collect();
         rules.sort_unstable();
         rules.dedup();
         let list = list(&rules);
-        let enclosing = (0..point.bits).rev().find_map(|bits| {
-            kept.get(&Prefix {
-                bits,
-                data: masked(point.data, bits),
-            })
-        });
-        if enclosing.copied().unwrap_or(ListId::NONE) != list {
+        // The point itself is not kept yet.
+        let next = enclosing(&point, &lengths)
+            .rev()
+            .find_map(|outer| kept.get(&outer));
+        if next.copied().unwrap_or(ListId::NONE) != list {
             kept.insert(point, list);
         }
     }
