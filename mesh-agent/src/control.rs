@@ -298,6 +298,8 @@ impl<K: Kernel, F: Find> Control<K, F> {
     fn look(&mut self) {
         let now = Instant::now();
         self.leaving.retain_mut(sockets::end_left);
+        self.look_at_fresh();
+        self.withdraw_drained();
         let gone = self.pods.values().any(|pod| !pod.home.is_there());
         let refused = self.pods.values().filter_map(|pod| pod.refused.as_ref());
         let due = self.waiting.values().chain(refused).any(|r| r.is_due(now));

@@ -356,6 +356,10 @@ fn send_tcp(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
             false => refuse(pod, Direction::Egress, ip, Reason::Bypass),
         };
     }
+    // Sent before the pod or its peer joined the mesh, and unanswered: no hook will see it again.
+    if enrolled && ip.payload == 0 && old_connection(&ip.from, &ip.to) {
+        return NEXT;
+    }
     if enrolled && !peer.local && peer.has(Peer::ENROLLED) && ip.to.port == TUNNEL_PORT {
         return if ip.payload == 0 {
             NEXT

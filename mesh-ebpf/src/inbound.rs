@@ -69,7 +69,7 @@ fn captured(ctx: &SkLookupContext, remote: &Addr, v4: bool, protocol: Protocol) 
         return SK_PASS;
     };
     let enrolled = tables::pod(pod).is_some_and(|state| state.view.has(PodState::ENROLLED));
-    if protocol != Protocol::TCP || !enrolled {
+    if protocol != Protocol::TCP {
         return SK_PASS;
     }
     let slot = if v4 {
@@ -77,7 +77,12 @@ fn captured(ctx: &SkLookupContext, remote: &Addr, v4: bool, protocol: Protocol) 
     } else {
         ListenerSlot::Outbound6
     };
-    steer(ctx, pod, slot, Direction::Egress)
+    if enrolled {
+        return steer(ctx, pod, slot, Direction::Egress);
+    }
+    // Captured right before the pod left the mesh: its listener stays a while.
+    let _ = LISTENERS.redirect_sk_lookup(ctx, pod.listener(slot), 0);
+    SK_PASS
 }
 
 /// Gives the connection to the agent.
@@ -90,6 +95,20 @@ fn steer(ctx: &SkLookupContext, pod: PodIndex, slot: ListenerSlot, direction: Di
             SK_DROP
         }
     }
+}
+
+/// Whether a tunnel to a pod that has just left the mesh was given to its listener, which stays a
+/// while: others learn of it later.
+#[inline(always)]
+fn left(ctx: &SkLookupContext, pod: PodIndex, here: &Endpoint) -> bool {
+    let slot = if here.addr.is_v4() {
+        ListenerSlot::Tunnel4
+    } else {
+        ListenerSlot::Tunnel6
+    };
+    LISTENERS
+        .redirect_sk_lookup(ctx, pod.listener(slot), 0)
+        .is_ok()
 }
 
 /// The destination is the pod's own address.
@@ -118,6 +137,9 @@ fn arriving(
             ListenerSlot::Tunnel6
         };
         return steer(ctx, pod, slot, Direction::Ingress);
+    }
+    if tcp && here.port == TUNNEL_PORT && left(ctx, pod, here) {
+        return SK_PASS;
     }
     let tuple = udp::tuple(there, here.port);
     // Where there is a gate it has counted the datagram already.

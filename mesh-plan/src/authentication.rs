@@ -61,6 +61,12 @@ pub(crate) fn enrolment(cluster: &Cluster, pod: &Pod) -> Enrolment {
     }
 }
 
+/// Whether a pod is to take part in the mesh.
+#[must_use]
+pub fn is_enrolled(cluster: &Cluster, pod: &Pod) -> bool {
+    enrolment(cluster, pod) != Enrolment::No
+}
+
 /// Whether a namespace enrols its pods, but for those that say otherwise.
 #[must_use]
 pub fn enrols(cluster: &Cluster, namespace: &str) -> bool {

@@ -62,8 +62,12 @@ pub(super) struct Adopted {
     pub(super) index: PodIndex,
     /// Why it has no gate.
     pub(super) ungated: Option<String>,
-    /// What was made for it, while it is enrolled.
+    /// What was made for it, while it is enrolled, and while its connections with the agent go on.
     pub(super) enrolment: Option<Enrolment>,
+    /// Since when it is not enrolled any more, while they go on.
+    pub(super) leaving: Option<Instant>,
+    /// It was enrolled at the last pass: what was connecting then shows a moment later.
+    pub(super) fresh: bool,
     /// Why it could not be enrolled.
     pub(super) refused: Option<Retry>,
     /// What is wrong with what was made for it.

@@ -28,10 +28,16 @@ pub struct Judgement {
 }
 
 /// Decides the open connections of a pod again. `sockets` are all of its namespace, listeners
-/// included; `fresh` tells a pod that is just being enrolled from one whose peers changed.
+/// included; `fresh` tells a pod that is just being enrolled from one whose peers changed, `carried`
+/// one that the agent has tunnels for, also while it leaves the mesh.
 #[must_use]
-pub fn judge(plan: &Plan, pod: &PodView, sockets: &[Socket], fresh: bool) -> Judgement {
-    let scene = Scene::new(plan, pod, sockets);
+pub fn judge(
+    plan: &Plan,
+    pod: &PodView,
+    sockets: &[Socket],
+    (fresh, carried): (bool, bool),
+) -> Judgement {
+    let scene = Scene::new(plan, pod, sockets, carried);
     let mut judgement = Judgement::default();
     for socket in sockets {
         match scene.decide(socket) {
@@ -101,17 +107,19 @@ enum Fate {
 struct Scene<'a> {
     plan: &'a Plan,
     pod: &'a PodView,
+    carried: bool,
     listening: BTreeSet<Port>,
     /// Both ends of every TCP socket: one whose reverse is here too leads to the agent.
     ends: BTreeSet<(Endpoint, Endpoint)>,
 }
 
 impl<'a> Scene<'a> {
-    fn new(plan: &'a Plan, pod: &'a PodView, sockets: &[Socket]) -> Self {
+    fn new(plan: &'a Plan, pod: &'a PodView, sockets: &[Socket], carried: bool) -> Self {
         let tcp = || sockets.iter().filter(|s| s.protocol == Protocol::TCP);
         Self {
             plan,
             pod,
+            carried,
             listening: tcp()
                 .filter(|s| s.state == state::LISTEN)
                 .map(|s| s.local.port)
@@ -137,7 +145,7 @@ impl<'a> Scene<'a> {
 
     fn tcp(&self, socket: &Socket) -> Fate {
         let tunnel = socket.remote.port == TUNNEL_PORT || socket.local.port == TUNNEL_PORT;
-        if tunnel && self.pod.has(PodState::ENROLLED) {
+        if tunnel && self.carried {
             return Fate::Keep;
         }
         if self.listening.contains(&socket.local.port) {
@@ -196,11 +204,8 @@ impl<'a> Scene<'a> {
         if strict || self.pod.has(PodState::REQUIRED) || peer.is_some_and(|p| p.has(Peer::STRICT)) {
             return Fate::Deny(Reason::PreEnrolment);
         }
-        match socket.state {
-            // A hook decided it, or it has sent nothing yet and the gate stops its SYN.
-            state::SYN_SENT => Fate::Keep,
-            _ => Fate::Old,
-        }
+        // Also one that still connects: a hook let it go in clear, and nothing captures it now.
+        Fate::Old
     }
 
     fn udp(&self, socket: &Socket) -> Fate {

@@ -13,7 +13,7 @@
 use std::collections::BTreeSet;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_common::pod::{PodIndex, PodState, PodView};
 use mesh_common::policy::PolicySetId;
@@ -27,6 +27,9 @@ use crate::datapath::PodAttachment;
 use crate::pods::find::Find;
 use crate::pods::{self, Home, PodHandle, watch};
 use crate::sys::route::{Link, Routing};
+
+/// How long the open connections of a pod that leaves the mesh may go on as they are.
+const LEAVING: Duration = Duration::from_secs(30);
 
 impl<K: Kernel, F: Find> Control<K, F> {
     /// Brings the kernel and the pods to the desired plan; whether anything had to change. Doing it
@@ -165,6 +168,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
                 pod.refused = None;
                 continue;
             }
+            pod.leaving = None;
             let wait = pod.refused.as_ref().is_some_and(|r| !r.is_due(now));
             if pod.enrolment.is_some() || wait {
                 continue;
@@ -230,7 +234,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
             };
             let kept = sockets::list(&pod.home.netns)
                 .map_err(|error| describe(&error))
-                .map(|list| connections::judge(plan, &local.view, &list, true).old)
+                .map(|list| connections::judge(plan, &local.view, &list, (true, true)).old)
                 .and_then(|old| keep(&mut self.kernel, pod, old));
             if let Err(why) = kept {
                 tracing::warn!(pod = %local.name, why, "connections older than the enrolment end");
@@ -254,13 +258,9 @@ impl<K: Kernel, F: Find> Control<K, F> {
             let Some(local) = plan.pods.get(uid) else {
                 continue;
             };
-            let ended = again(
-                &mut self.kernel,
-                pod,
-                plan,
-                &local.view,
-                fresh.contains(uid),
-            );
+            let is_fresh = fresh.contains(uid);
+            pod.fresh |= is_fresh;
+            let ended = again(&mut self.kernel, pod, plan, &local.view, is_fresh);
             match ended {
                 Ok(ended) => self.ended += ended,
                 Err(_) if !pod.home.is_there() => {}
@@ -275,20 +275,61 @@ impl<K: Kernel, F: Find> Control<K, F> {
     /// Takes pods that left the mesh back to what they were: after the switch, so that nothing is
     /// captured any more.
     fn withdraw_unwanted(&mut self, plan: &Plan) {
+        let now = Instant::now();
         for (uid, pod) in &mut self.pods {
-            let Some(local) = plan.pods.get(uid) else {
+            let enrolled = |local: &LocalPod| local.view.has(PodState::ENROLLED);
+            if pod.enrolment.is_some() && plan.pods.get(uid).is_some_and(|pod| !enrolled(pod)) {
+                pod.leaving.get_or_insert(now);
+            }
+        }
+        self.withdraw_drained();
+        self.publish_wanted();
+    }
+
+    /// Takes those of them back whose connections with the agent have ended, or had their time.
+    pub(super) fn withdraw_drained(&mut self) {
+        let mut any = false;
+        for (uid, pod) in &mut self.pods {
+            let Some(since) = pod.leaving else {
                 continue;
             };
-            if local.view.has(PodState::ENROLLED) || pod.enrolment.is_none() {
+            if since.elapsed() < LEAVING && carries(pod) {
                 continue;
             }
             leave(pod);
+            pod.leaving = None;
             pod.enrolment = None;
             pod.trouble = None;
-            pod.refresh(local);
+            let local = pod.handle.local.clone();
+            pod.refresh(&local);
             tracing::info!(pod = %local.name, uid, "pod un-enrolled");
+            any = true;
         }
-        self.publish_wanted();
+        if any {
+            self.publish_pods();
+            self.publish_wanted();
+        }
+    }
+
+    /// Looks again at pods that were just enrolled: a connection that a hook let go in clear right
+    /// before may not have been there yet.
+    pub(super) fn look_at_fresh(&mut self) {
+        let Some(plan) = self.base.clone() else {
+            return;
+        };
+        for (uid, pod) in self.pods.iter_mut().filter(|(_, pod)| pod.fresh) {
+            pod.fresh = false;
+            let Some(local) = plan.pods.get(uid) else {
+                continue;
+            };
+            match again(&mut self.kernel, pod, &plan, &local.view, true) {
+                Ok(ended) => self.ended += ended,
+                Err(_) if !pod.home.is_there() => {}
+                Err(why) => {
+                    tracing::warn!(pod = %local.name, why, "connections older than the enrolment end");
+                }
+            }
+        }
     }
 
     /// Removes pods of an earlier agent that the facts do not have. One whose address a waiting
@@ -359,6 +400,8 @@ fn adopt(
         index: facts.index,
         ungated: facts.ungated,
         enrolment: None,
+        leaving: None,
+        fresh: false,
         refused: None,
         trouble: None,
         old: None,
@@ -405,8 +448,16 @@ fn enrol(
     })
 }
 
-/// Takes a pod that is no longer captured back to what it was. Its connections with the agent end
-/// first: without our routes their bytes would leave in clear.
+/// Whether the agent carries connections of a pod. One whose sockets cannot be read has none: the
+/// attempt to end them tells.
+fn carries(pod: &Adopted) -> bool {
+    let view = &pod.handle.local.view;
+    sockets::list(&pod.home.netns)
+        .is_ok_and(|list| !connections::with_the_agent(view, &list).is_empty())
+}
+
+/// Takes a pod that is no longer captured back to what it was. What is left of its connections with
+/// the agent ends first: without our routes their bytes would leave in clear.
 fn leave(pod: &Adopted) {
     let Some(enrolment) = &pod.enrolment else {
         return;
@@ -454,7 +505,8 @@ fn again(
     fresh: bool,
 ) -> Result<u64, String> {
     let list = sockets::list(&pod.home.netns).map_err(|e| describe(&e))?;
-    let judgement = connections::judge(plan, view, &list, fresh);
+    let carried = pod.enrolment.is_some();
+    let judgement = connections::judge(plan, view, &list, (fresh, carried));
     keep(kernel, pod, judgement.old)?;
     if judgement.denied.is_empty() {
         return Ok(0);

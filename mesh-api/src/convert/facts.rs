@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use mesh_plan::authentication;
 use mesh_plan::cluster::{ObjectRef, Rejection, Version};
 use serde_json::Value;
 
@@ -167,8 +168,13 @@ impl Facts {
             .filter_map(|(object, entry)| Some((object.clone(), entry.fact.clone()?)));
         assemble::assemble(facts, self.options, &mut outcome);
         let cluster = &mut outcome.cluster;
+        // Whoever joins the mesh again is ready when its node says so again: before that, answers
+        // to what it sends in clear would be dropped.
+        self.ready.retain(|uid| {
+            let pod = cluster.pods.get(uid);
+            pod.is_some_and(|pod| authentication::is_enrolled(cluster, pod))
+        });
         if let Some(ready) = &mut cluster.ready {
-            self.ready.retain(|uid| cluster.pods.contains_key(uid));
             ready.append(&mut self.ready);
             self.ready.clone_from(ready);
         }

@@ -60,7 +60,10 @@ enum Becomes {
 use Becomes::{Ended, Kept, Old};
 
 fn first(plan: &Plan, pod: &PodView, sockets: &[Socket]) -> Becomes {
-    let judgement = judge(plan, pod, sockets, true);
+    becomes(&judge(plan, pod, sockets, (true, pod.has(MEMBER))), sockets)
+}
+
+fn becomes(judgement: &Judgement, sockets: &[Socket]) -> Becomes {
     if judgement.denied.iter().any(|(s, _)| *s == sockets[0]) {
         Ended
     } else if judgement.old.iter().any(|(l, ..)| *l == sockets[0].local) {
@@ -90,7 +93,15 @@ fn what_the_pod_opened() {
     for (name, socket, flags, set, peer, expected) in [
         ("to a peer that tunnels", direct, MEMBER, 0, READY, Old),
         ("half closed", half_closed, MEMBER, 0, READY, Old),
-        ("still connecting", connecting, MEMBER, 0, READY, Kept),
+        ("still connecting", connecting, MEMBER, 0, READY, Old),
+        (
+            "still connecting, own Strict",
+            connecting,
+            STRICT,
+            0,
+            READY,
+            Ended,
+        ),
         ("own Strict", direct, STRICT, 0, READY, Ended),
         (
             "the peer's Strict",
@@ -187,9 +198,16 @@ fn the_agents_tunnels_are_never_judged() {
         ["10.1.0.1:3333", "10.2.0.1:15008"],
     ] {
         let tunnel = tcp(ESTABLISHED, ends, 0);
-        let becomes = first(&plan(READY), &pod(STRICT, 9), &[tunnel, listener]);
-        assert_eq!(becomes, Kept);
+        let enrolled = first(&plan(READY), &pod(STRICT, 9), &[tunnel, listener]);
+        assert_eq!(enrolled, Kept);
         assert_eq!(of_the_agent(&pod(STRICT, 9), &[tunnel]).len(), 1);
+        // Also while the pod leaves the mesh; outside of it the port is anybody's.
+        let outside = pod(0, 9);
+        let sockets = [tunnel, listener];
+        for (carried, expected) in [(true, Kept), (false, Ended)] {
+            let judgement = judge(&plan(READY), &outside, &sockets, (false, carried));
+            assert_eq!(becomes(&judgement, &sockets), expected, "{carried}");
+        }
     }
 }
 

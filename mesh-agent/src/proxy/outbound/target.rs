@@ -5,6 +5,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use mesh_common::path::{Outbound, Path, outbound};
+use mesh_common::pod::PodState;
 use mesh_common::service::{BackendKey, ServiceKey, Services as _};
 use mesh_common::{Endpoint, Protocol, Reason, Verdict};
 use mesh_plan::Plan;
@@ -40,12 +41,17 @@ pub(super) fn decide(
 ) -> Result<Target, Verdict> {
     let refused = Err(Verdict::refuse(Reason::NotTunnelled));
     let local = plan.pods.get(&pod.uid).unwrap_or(&pod.local);
+    let mut view = local.view;
+    if pod.listeners.is_some() {
+        // Captured right before the pod left the mesh: carried as it was meant.
+        view.flags |= PodState::ENROLLED;
+    }
     let Path {
         action,
         verdict,
         peer: id,
         ..
-    } = outbound(plan, &local.view, open.destination, Protocol::TCP);
+    } = outbound(plan, &view, open.destination, Protocol::TCP);
     match action {
         Outbound::Tunnel => {}
         Outbound::Refuse => return Err(verdict),

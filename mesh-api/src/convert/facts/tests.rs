@@ -107,7 +107,7 @@ fn a_pod_that_ended_is_gone() {
 }
 
 #[test]
-fn a_pod_that_was_ready_once_stays_so_while_it_exists() {
+fn a_pod_that_was_ready_once_stays_so_while_it_is_enrolled() {
     let mut facts = Facts::new(LastGood::default(), CLUSTER);
     let report = |pods: Value| {
         object(json!({
@@ -116,12 +116,23 @@ fn a_pod_that_was_ready_once_stays_so_while_it_exists() {
             "spec": {}, "status": {"enrolledPods": pods},
         }))
     };
-    let name = facts.apply(&pod("a", "10.0.0.1")).unwrap();
+    let labelled = |value: &str| {
+        let mut pod = pod("a", "10.0.0.1");
+        pod.value["metadata"]["labels"] = json!({"mesh.rs/dataplane": value});
+        pod
+    };
+    let name = facts.apply(&labelled("enabled")).unwrap();
     facts.apply(&report(json!([])));
     assert!(facts.outcome().cluster.ready.unwrap().is_empty());
     facts.apply(&report(json!(["uid-a"])));
     assert_eq!(facts.outcome().cluster.ready.unwrap().len(), 1);
     facts.apply(&report(json!([])));
+    assert_eq!(facts.outcome().cluster.ready.unwrap().len(), 1);
+    facts.apply(&labelled("disabled"));
+    assert!(facts.outcome().cluster.ready.unwrap().is_empty());
+    facts.apply(&labelled("enabled"));
+    assert!(facts.outcome().cluster.ready.unwrap().is_empty());
+    facts.apply(&report(json!(["uid-a"])));
     assert_eq!(facts.outcome().cluster.ready.unwrap().len(), 1);
     facts.remove(&name);
     assert!(facts.outcome().cluster.ready.unwrap().is_empty());
