@@ -5,9 +5,13 @@
 //! Each line makes traffic from containers and looks for evidence outside the mesh: an exit code, a
 //! capture between the nodes, what is left on a node.
 
+mod containers;
 mod kinds;
+mod least;
 mod lines;
+mod open;
 mod shop;
+mod traces;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

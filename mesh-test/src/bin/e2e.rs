@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{Parser, ValueEnum};
-use mesh_test::e2e::{CHANGES, DEMO, Installed, Installer};
+use mesh_test::e2e::{CHANGES, DEMO, Installed, Installer, Line};
 use mesh_test::remove_on_interrupt;
 
 #[derive(Parser)]
@@ -23,6 +23,12 @@ struct Cli {
     /// Show what the mesh does, and leave out what takes it apart
     #[arg(long)]
     demo: bool,
+    /// Only lines whose title has this in it
+    #[arg(long, value_name = "TEXT")]
+    line: Option<String>,
+    /// Each line that often
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    repeat: usize,
     /// Leave the last cluster running until Ctrl-C, and say how to look around
     #[arg(long)]
     keep: bool,
@@ -54,6 +60,16 @@ fn say(what: &impl std::fmt::Display) {
 fn run(cli: &Cli) -> Result<usize> {
     remove_on_interrupt()?;
     let changes = if cli.demo { &[] } else { CHANGES };
+    let wanted = |line: &&Line| match &cli.line {
+        Some(text) => line.title.contains(text),
+        None => true,
+    };
+    let lines: Vec<&Line> = DEMO.iter().chain(changes).filter(wanted).collect();
+    let lines: Vec<&Line> = lines
+        .into_iter()
+        .flat_map(|line| std::iter::repeat_n(line, cli.repeat))
+        .collect();
+    ensure!(!lines.is_empty(), "no line has {:?} in its title", cli.line);
     let ways = match cli.only {
         Some(Way::Helm) => vec![Installer::Helm],
         Some(Way::Kustomize) => vec![Installer::Kustomize],
@@ -68,7 +84,7 @@ fn run(cli: &Cli) -> Result<usize> {
         let on = Installed::start(way, &cli.image, |what| {
             say(&format_args!("{:5.1} s  {what}", seconds()));
         })?;
-        for line in DEMO.iter().chain(changes) {
+        for line in &lines {
             match (line.check)(&on) {
                 Ok(evidence) => {
                     say(&format_args!("\n{:5.1} s  ok    {}", seconds(), line.title));
@@ -98,11 +114,11 @@ fn run(cli: &Cli) -> Result<usize> {
             }
         }
     }
-    let lines = (DEMO.len() + changes.len()) * (last + 1);
+    let all = lines.len() * (last + 1);
     say(&format_args!(
-        "\n{:5.1} s  {} of {lines} lines hold",
+        "\n{:5.1} s  {} of {all} lines hold",
         begun.elapsed().as_secs_f64(),
-        lines - failed
+        all - failed
     ));
     Ok(failed)
 }

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What is promised of an installed mesh, line by line, in the order in which they are checked.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::shop::{CLIENT, INTRUDER, PLAIN, WEB};
-use super::{Installed, Line, SYSTEM};
+use super::traces::Traces;
+use super::{Installed, Line, SYSTEM, open};
 use crate::cluster::SOON;
 use crate::mesh::TUNNEL_PORT;
-use crate::process::Cmd;
 use crate::wait::eventually;
 
 /// Those that show what the mesh does, and take nothing away.
@@ -37,6 +37,10 @@ pub const CHANGES: &[Line] = &[
         check: pods_come_and_go,
     },
     Line {
+        title: "init containers and native sidecars are in the mesh with their pod",
+        check: super::containers::check,
+    },
+    Line {
         title: "a namespace leaves the mesh and comes back, under load",
         check: enrolment,
     },
@@ -45,15 +49,22 @@ pub const CHANGES: &[Line] = &[
         check: agents_replaced,
     },
     Line {
+        title: "an agent that lacks any of its capabilities says what it cannot do",
+        check: super::least::check,
+    },
+    Line {
         title: "uninstalled: pods talk as before, and nothing is left on the nodes",
         check: uninstalled,
     },
 ];
 
 /// How long until what was changed counts everywhere.
-const IN_FORCE: Duration = Duration::from_secs(30);
+pub(super) const IN_FORCE: Duration = Duration::from_secs(30);
 
-fn answered(on: &Installed, from: (&str, &str), url: &str) -> Result<String> {
+/// The time to drain of the chart's defaults, in seconds.
+const DRAIN: f64 = 10.0;
+
+pub(super) fn answered(on: &Installed, from: (&str, &str), url: &str) -> Result<String> {
     let mut last = String::new();
     let text = eventually("an answer", IN_FORCE, || match on.curl(from, url) {
         Ok(output) if output.status.success() => Some(output.text()),
@@ -119,7 +130,7 @@ fn short(said: &str) -> &str {
         .unwrap_or_default()
 }
 
-fn items(value: &Value) -> &[Value] {
+pub(super) fn items(value: &Value) -> &[Value] {
     value["items"].as_array().map_or(&[], Vec::as_slice)
 }
 
@@ -193,6 +204,8 @@ fn enrolment(on: &Installed) -> Result<Vec<String>> {
 fn agents_replaced(on: &Installed) -> Result<Vec<String>> {
     let kube = on.cluster().kube();
     let load = on.load(CLIENT, &format!("{WEB}/front"))?;
+    let open = open::Held::start(on, CLIENT, WEB)?;
+    let begun = Instant::now();
     kube.kubectl(["rollout", "restart", "-n", SYSTEM, "daemonset/mesh-agent"])?;
     on.cluster().rolled_out(SYSTEM, "daemonset/mesh-agent")?;
     // The old ones drain.
@@ -205,10 +218,46 @@ fn agents_replaced(on: &Installed) -> Result<Vec<String>> {
         "app.kubernetes.io/name=mesh-agent",
     ];
     kube.until(SOON, &pods, one_each)?;
-    lossless(load, on, "both agents replaced").map(|said| vec![said])
+    let took = begun.elapsed().as_secs_f64();
+    let open = open.end(on)?;
+    // What the documentation says: they end with the old agent, after its time to drain.
+    ensure!(
+        open.reset == open::COUNT && open.silent == 0,
+        "open connections: {open:?}"
+    );
+    ensure!(
+        open.shortest_s >= DRAIN - 1.0,
+        "open connections had less than the time to drain: {open:?}"
+    );
+    Ok(vec![
+        lossless(
+            load,
+            on,
+            &format!("both agents replaced within {took:.0} s"),
+        )?,
+        format!(
+            "of {} connections open before it {} were reset, the first {:.1} s after it began to \
+             be asked, after {} requests; none was left silent",
+            open::COUNT,
+            open.reset,
+            open.shortest_s,
+            open.requests
+        ),
+    ])
 }
 
 fn uninstalled(on: &Installed) -> Result<Vec<String>> {
+    let nodes = on.cluster().nodes();
+    // The same look has to find something while the mesh is there.
+    let before: Vec<Traces> = nodes.iter().map(Traces::look).collect::<Result<_>>()?;
+    for (node, traces) in nodes.iter().zip(&before) {
+        let unseen = traces.unseen();
+        ensure!(
+            unseen.is_empty(),
+            "{}: the look sees no {unseen:?}",
+            node.name()
+        );
+    }
     on.uninstall()?;
     let answer = answered(on, PLAIN, &format!("{WEB}/front"))?;
     let open = answered(on, INTRUDER, &format!("{WEB}/front"))?;
@@ -217,20 +266,10 @@ fn uninstalled(on: &Installed) -> Result<Vec<String>> {
         answer.trim(),
         open.trim()
     )];
-    for node in on.cluster().nodes() {
-        // The kernel itself puts two into every BPF file system.
-        let pins = node.path("/sys/fs/bpf/mesh");
-        ensure!(!pins.exists(), "{}: pins are left", node.name());
-        // Rules in the pods' namespaces, programs on their links and on the node's cgroup.
-        let look = "for n in /run/netns/*; do nsenter --net=$n ip rule; nsenter --net=$n ip route show table all; done; \
-                    for l in /sys/class/net/*; do echo $l; done";
-        let output = node.run(Cmd::shell(look), SOON)?.ok()?.text();
-        for mark in ["9000:", "19781", "19782"] {
-            if output.contains(mark) {
-                bail!("{}: {mark} is left in a pod: {output}", node.name());
-            }
-        }
-        said.push(format!("{}: no pin, no rule, no route", node.name()));
+    for (node, before) in nodes.iter().zip(before) {
+        let left = Traces::look(node)?;
+        ensure!(left.is_clean(), "{}: left behind: {left:?}", node.name());
+        said.push(format!("{}: nothing of {before}", node.name()));
     }
     // Those of the controller end after the release is gone.
     let kube = on.cluster().kube();
