@@ -161,6 +161,7 @@ impl Room {
         let Some(progress) = self.progress.get_mut(kind.name) else {
             return;
         };
+        let before = self.facts.changes();
         match news {
             News::Listing => {
                 progress.listing = Some(BTreeSet::new());
@@ -174,6 +175,9 @@ impl Room {
                 let name = self.facts.apply(&object);
                 if let (Some(listing), Some(name)) = (&mut progress.listing, name) {
                     listing.insert(name);
+                }
+                if self.facts.changes() == before {
+                    return;
                 }
             }
             News::Gone(value) => self.facts.remove(&name_of(kind, &value)),

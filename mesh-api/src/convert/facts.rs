@@ -25,9 +25,10 @@ pub struct Facts {
     /// UIDs of pods that were ready for tunnels once: they stay so while they exist. A report that
     /// shrinks, as that of an agent that starts again, must not send their traffic in clear.
     ready: BTreeSet<String>,
+    changes: u64,
 }
 
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 struct Entry {
     uid: String,
     fact: Option<Fact>,
@@ -41,7 +42,7 @@ struct Entry {
 }
 
 /// What is wrong with an object, and what is odd.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 struct Said {
     rejections: Vec<Rejection>,
     warnings: Vec<Warning>,
@@ -68,6 +69,7 @@ impl Facts {
             before,
             entries: BTreeMap::new(),
             ready: BTreeSet::new(),
+            changes: 0,
         }
     }
 
@@ -82,9 +84,10 @@ impl Facts {
             Ok(head) => head,
             Err(bad) => return Some(self.reject(bad.of(kind, object))),
         };
-        let old = self.entries.remove(&head.object);
-        let old = old.filter(|entry| entry.uid == head.uid && entry.good);
-        let before = match &old {
+        let known = self.entries.remove(&head.object);
+        let good = |entry: &&Entry| entry.uid == head.uid && entry.good;
+        let old = known.as_ref().filter(good);
+        let before = match old {
             Some(entry) => entry.fact.as_ref(),
             None => self.before.get(&head.object, &head.uid),
         };
@@ -95,7 +98,7 @@ impl Facts {
         };
         let read = one(kind, &subject, before, &mut outcome);
         let newest = generation(&object.value);
-        let generation = match (outcome.rejections.is_empty(), &old) {
+        let generation = match (outcome.rejections.is_empty(), old) {
             (true, _) => newest,
             (false, Some(entry)) => entry.generation,
             (false, None) => 0,
@@ -108,19 +111,29 @@ impl Facts {
             good: read.good,
             said: Said::of(outcome),
         };
+        // Most writes of a cluster are heartbeats and counts that nobody here reads.
+        self.changes += u64::from(known.as_ref() != Some(&entry));
         self.entries.insert(head.object.clone(), entry);
         Some(head.object)
     }
 
     /// Forgets an object.
     pub fn remove(&mut self, object: &ObjectRef) {
-        self.entries.remove(object);
+        self.changes += u64::from(self.entries.remove(object).is_some());
     }
 
     /// Forgets the objects of a kind that are not among these: for after a list.
     pub fn retain(&mut self, kind: &str, listed: &BTreeSet<ObjectRef>) {
+        let before = self.entries.len();
         self.entries
             .retain(|object, _| object.kind != kind || listed.contains(object));
+        self.changes += u64::from(self.entries.len() != before);
+    }
+
+    /// Grows whenever [`Facts::outcome`] may have become another.
+    #[must_use]
+    pub const fn changes(&self) -> u64 {
+        self.changes
     }
 
     /// How many objects are known.
@@ -226,6 +239,7 @@ impl Facts {
             good: false,
             said: Some(Box::new(said)),
         };
+        self.changes += u64::from(self.entries.get(&object) != Some(&entry));
         self.entries.insert(object.clone(), entry);
         object
     }

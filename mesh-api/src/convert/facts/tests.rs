@@ -54,6 +54,28 @@ fn one_by_one_is_as_all_at_once() {
 }
 
 #[test]
+fn only_what_is_read_counts_as_a_change() {
+    let mut facts = Facts::new(LastGood::default(), CLUSTER);
+    let name = facts.apply(&pod("a", "10.0.0.1")).unwrap();
+    let known = facts.changes();
+    let mut later = pod("a", "10.0.0.1");
+    later.value["metadata"]["resourceVersion"] = json!("77");
+    later.value["status"]["conditions"] = json!([{"type": "Beat", "status": "True"}]);
+    facts.apply(&later);
+    assert_eq!(facts.changes(), known);
+    facts.apply(&pod("a", "10.0.0.9"));
+    assert!(facts.changes() > known);
+    let known = facts.changes();
+    facts.apply(&policy(3, "Sideways"));
+    assert!(facts.changes() > known, "a rejection is one");
+    let known = facts.changes();
+    facts.apply(&policy(3, "Sideways"));
+    assert_eq!(facts.changes(), known);
+    facts.remove(&name);
+    assert!(facts.changes() > known);
+}
+
+#[test]
 fn a_bad_version_leaves_the_last_good_one_with_its_generation() {
     let mut facts = Facts::new(LastGood::default(), CLUSTER);
     let name = facts.apply(&policy(3, "Ingress")).unwrap();
