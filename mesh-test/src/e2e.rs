@@ -7,7 +7,6 @@
 
 mod containers;
 mod kinds;
-mod least;
 mod lines;
 mod open;
 mod shop;

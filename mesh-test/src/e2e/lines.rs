@@ -49,10 +49,6 @@ pub const CHANGES: &[Line] = &[
         check: agents_replaced,
     },
     Line {
-        title: "an agent that lacks any of its capabilities says what it cannot do",
-        check: super::least::check,
-    },
-    Line {
         title: "uninstalled: pods talk as before, and nothing is left on the nodes",
         check: uninstalled,
     },
