@@ -477,6 +477,15 @@ impl Proc {
         }
     }
 
+    /// The next line of a program that is not to have ended.
+    ///
+    /// # Errors
+    /// As of [`Proc::line`], or it has ended; then with the end of its log.
+    pub fn said(&self, deadline: Duration) -> Result<String> {
+        let line = self.line(deadline)?;
+        line.with_context(|| format!("{} ended: {}", self.what, self.log_tail()))
+    }
+
     /// How it ended, or none while it runs.
     ///
     /// # Errors

@@ -31,14 +31,7 @@ fn installed() -> Kube {
         &format!("{path}/namespace.yaml"),
     ])
     .expect("CRDs and namespace");
-    kube.kubectl([
-        "wait",
-        "--for=condition=Established",
-        "crd",
-        "--all",
-        "--timeout=30s",
-    ])
-    .expect("established");
+    kube.crds_established().expect("established");
     kube.kubectl(["apply", "--server-side", "-k", &path])
         .expect("kustomize base");
     kube.kubectl([

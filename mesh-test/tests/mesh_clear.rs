@@ -161,21 +161,19 @@ fn python(pod: &Pod, script: &str, args: &[String]) -> Proc {
     pod.spawn_lines(cmd).expect("python3")
 }
 
-fn line(of: &Proc) -> String {
-    let line = of.line(SOON).expect("a line in time");
-    assert!(line.is_some(), "it ended: {}", of.log_tail());
-    line.unwrap_or_default()
-}
-
 #[test]
 fn datagrams_are_counted_at_either_end() {
     let mesh = mesh();
     let (a, far) = (mesh.pod("a"), mesh.pod("far"));
     let server = python(&far, MIRROR, &[PORT.to_string()]);
-    assert_eq!(line(&server), "up");
+    assert_eq!(server.said(SOON).expect("a line in time"), "up");
     grows(&mesh, "udp", &[(1, "udp", 1), (2, "udp", 1)], || {
         let client = python(&a, DATAGRAMS, &[far.v4().to_string(), PORT.to_string()]);
-        line(&client).parse().expect("bytes")
+        client
+            .said(SOON)
+            .expect("a line in time")
+            .parse()
+            .expect("bytes")
     });
 }
 
@@ -212,7 +210,7 @@ fn a_connection_that_is_older_than_the_enrolment_is_counted() {
         &script,
         &[to.ip().to_string(), to.port().to_string(), go.clone()],
     );
-    assert_eq!(line(&client), "open");
+    assert_eq!(client.said(SOON).expect("a line in time"), "open");
     let labels = [(ENROLLED.0.to_owned(), ENROLLED.1.to_owned())].into();
     mesh.namespace("default", &labels).expect("enrol");
     eventually("both to be enrolled", SOON, || {
@@ -221,7 +219,11 @@ fn a_connection_that_is_older_than_the_enrolment_is_counted() {
     })
     .expect("enrolled");
     std::fs::write(&go, "").expect("go");
-    let bytes: u64 = line(&client).parse().expect("bytes");
+    let bytes: u64 = client
+        .said(SOON)
+        .expect("a line in time")
+        .parse()
+        .expect("bytes");
     let all = || {
         [1, 2].map(|node| counted(&mesh, node, "pre_enrolment") + counted(&mesh, node, "opted_out"))
     };

@@ -65,12 +65,6 @@ while True:
         print("up", flush=True)
 "#;
 
-fn line(of: &Proc) -> String {
-    let line = of.line(SOON).expect("a line in time");
-    assert!(line.is_some(), "it ended: {}", of.log_tail());
-    line.unwrap_or_default()
-}
-
 /// Descriptors that a process has open.
 fn descriptors(of: &Proc) -> usize {
     let open = std::fs::read_dir(format!("/proc/{}/fd", of.id()));
@@ -115,7 +109,7 @@ fn half_open_handshakes_by_the_thousand_leave_a_neighbours_connections_alone() {
             .expect("outside")
             .spawn_lines(cmd)
             .expect("python3");
-        assert_eq!(line(&flood), "up");
+        assert_eq!(flood.said(SOON).expect("a line in time"), "up");
         flood
     };
     storm();

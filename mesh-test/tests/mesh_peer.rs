@@ -40,12 +40,6 @@ fn python(pod: &Pod, args: &[String]) -> Proc {
     pod.spawn_lines(cmd).expect("python3")
 }
 
-fn line(of: &Proc) -> String {
-    let line = of.line(SOON).expect("a line in time");
-    assert!(line.is_some(), "it ended: {}", of.log_tail());
-    line.unwrap_or_default()
-}
-
 fn refused(reason: Reason, cause: u16) -> String {
     format!("refused {} {cause}", reason as u16)
 }
@@ -82,7 +76,7 @@ fn another_implementation_opens_streams_through_our_agent() {
     ];
     for expected in expected {
         assert_eq!(
-            line(&peer),
+            peer.said(SOON).expect("a line in time"),
             expected,
             "{}\n{}",
             peer.log_tail(),
@@ -99,7 +93,7 @@ fn another_implementation_accepts_streams_from_our_agent() {
     let failed = (Reason::ConnectFailed as u16).to_string();
     let args = ["accept", &own, &b.v4().to_string(), &failed];
     let peer = python(&b, &args.map(str::to_owned));
-    assert_eq!(line(&peer), "up");
+    assert_eq!(peer.said(SOON).expect("a line in time"), "up");
     // Node 2 has no agent: the peer is one.
     let agent = lab.node(1).start_agent(config(&certs)).expect("agent");
     let ask = |port: u16, bytes: usize| {
@@ -126,10 +120,19 @@ fn another_implementation_accepts_streams_from_our_agent() {
         let (client, said) = ask(7000, bytes);
         assert_eq!(said, "True", "{}\n{}", peer.log_tail(), agent.log_tail());
         if stream == 1 {
-            assert_eq!(line(&peer), format!("peer {SOURCE_OF_A}"));
+            assert_eq!(
+                peer.said(SOON).expect("a line in time"),
+                format!("peer {SOURCE_OF_A}")
+            );
         }
-        assert_eq!(line(&peer), opened(stream, 7000, &client));
-        assert_eq!(line(&peer), format!("served {stream} {bytes}"));
+        assert_eq!(
+            peer.said(SOON).expect("a line in time"),
+            opened(stream, 7000, &client)
+        );
+        assert_eq!(
+            peer.said(SOON).expect("a line in time"),
+            format!("served {stream} {bytes}")
+        );
     }
     for (stream, port) in [(3, 7001), (4, 7002)] {
         let (client, said) = ask(port, 256);
@@ -137,7 +140,10 @@ fn another_implementation_accepts_streams_from_our_agent() {
             ["ECONNRESET", "EPIPE", "ENOTCONN"].contains(&&*said),
             "{said}"
         );
-        assert_eq!(line(&peer), opened(stream, port, &client));
+        assert_eq!(
+            peer.said(SOON).expect("a line in time"),
+            opened(stream, port, &client)
+        );
     }
     let closes: Vec<_> = agent
         .flows()

@@ -34,12 +34,6 @@ fn python(pod: &Pod, script: &str, args: &[&str]) -> Proc {
     pod.spawn_lines(cmd).expect("python3")
 }
 
-fn line(of: &Proc, within: Duration) -> String {
-    let line = of.line(within).expect("a line in time");
-    assert!(line.is_some(), "it ended: {}", of.log_tail());
-    line.unwrap_or_default()
-}
-
 /// Sends so many bytes by chance while it receives until the end, and then says what went each way:
 /// length and SHA-256. The server accepts one connection.
 const BOTH_WAYS: &str = r#"
@@ -80,13 +74,19 @@ fn a_gibibyte_each_way_at_once_arrives_byte_for_byte() {
     let (host, port) = (b.v4().to_string(), PORT.to_string());
     let count = (1_u64 << 30).to_string();
     let server = python(&b, BOTH_WAYS, &["server", &host, &port, &count]);
-    assert_eq!(line(&server, SOON), "up");
+    assert_eq!(server.said(SOON).expect("a line in time"), "up");
     let begun = std::time::Instant::now();
     let client = python(&a, BOTH_WAYS, &["client", &host, &port, &count]);
-    let [sent, received] = [line(&client, LONG), line(&client, SOON)];
+    let [sent, received] = [
+        client.said(LONG).expect("a line in time"),
+        client.said(SOON).expect("a line in time"),
+    ];
     let took = begun.elapsed();
     assert_eq!(
-        [line(&server, SOON), line(&server, SOON)],
+        [
+            server.said(SOON).expect("a line in time"),
+            server.said(SOON).expect("a line in time")
+        ],
         [received.clone(), sent.clone()]
     );
     assert!(sent.starts_with(&format!("{count} ")), "{sent}");
@@ -131,9 +131,12 @@ fn a_reset_at_either_end_is_a_reset_at_the_other() {
     for (port, serving, asking) in [("7001", "reset", "wait"), ("7002", "wait", "reset")] {
         let host = b.v4().to_string();
         let server = python(&b, ENDS, &["server", &host, port, serving]);
-        assert_eq!(line(&server, SOON), "up");
+        assert_eq!(server.said(SOON).expect("a line in time"), "up");
         let client = python(&a, ENDS, &["client", &host, port, asking]);
-        let mut ends = [line(&server, SOON), line(&client, SOON)];
+        let mut ends = [
+            server.said(SOON).expect("a line in time"),
+            client.said(SOON).expect("a line in time"),
+        ];
         ends.sort();
         assert_eq!(
             ends,
@@ -182,13 +185,21 @@ fn readers_that_do_not_read_cost_the_agents_their_buffers_and_no_more() {
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let (host, port) = (b.v4().to_string(), PORT.to_string());
     let server = python(&b, DEAF, &[&host, &port]);
-    assert_eq!(line(&server, SOON), "up");
+    assert_eq!(server.said(SOON).expect("a line in time"), "up");
     // What is loaded once is loaded.
     let one = python(&a, WRITERS, &[&host, &port, "1"]);
-    let first: u64 = line(&one, SOON).parse().expect("bytes");
+    let first: u64 = one
+        .said(SOON)
+        .expect("a line in time")
+        .parse()
+        .expect("bytes");
     let before = resident(&mesh.agents);
     let many = python(&a, WRITERS, &[&host, &port, "40"]);
-    let taken: u64 = line(&many, LONG).parse().expect("bytes");
+    let taken: u64 = many
+        .said(LONG)
+        .expect("a line in time")
+        .parse()
+        .expect("bytes");
     let after = resident(&mesh.agents);
     // Far more than the agents may keep was written: it lies in sockets, where TCP bounds it.
     let bound = 40 * 2 * 256 * 1024 + 4 * MIB;
@@ -227,7 +238,12 @@ print(sum(b"\n" in c.recv(4096) for c in conns))
     ];
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let client = python(&a, script, &args);
-    assert_eq!(line(&client, Duration::from_secs(120)), "1000");
+    assert_eq!(
+        client
+            .said(Duration::from_secs(120))
+            .expect("a line in time"),
+        "1000"
+    );
     let finished = || {
         let flows = mesh.agent(1).flows().ok()?;
         let ours = flows
@@ -248,8 +264,12 @@ fn a_hundred_thousand_short_connections_of_one_pod_across_nodes_at_stock_sysctls
     let _server = b.serve(&format!("--tcp [::]:0 {ports}")).expect("server");
     let text = format!("storm --to {} {ports} --threads 16 --count 100000", at(&b));
     let storm = a.start_probe(&text).expect("storm");
-    let report: Storm =
-        serde_json::from_str(&line(&storm, Duration::from_secs(600))).expect("a report");
+    let report: Storm = serde_json::from_str(
+        &storm
+            .said(Duration::from_secs(600))
+            .expect("a line in time"),
+    )
+    .expect("a report");
     println!(
         "100,000 connections in {:.1} s, p50 {} us, p99 {} us",
         report.seconds, report.p50_us, report.p99_us

@@ -15,7 +15,7 @@ use mesh_common::{Protocol, Reason};
 use mesh_plan::Cluster;
 use serde_json::Value;
 
-use super::world::{Connection, Party, Verdicts, World};
+use super::world::{self, Connection, Party, Verdicts, World};
 use crate::args::Diff;
 use crate::{Outcome, agent, input};
 
@@ -84,13 +84,8 @@ fn read(paths: &[std::path::PathBuf]) -> Result<Vec<Object>> {
 /// with an agent.
 fn merged(facts: &Cluster, objects: &[Object], replace: bool) -> World {
     let outcome = convert(objects, &LastGood::default(), Options { standalone: true });
+    let notes = world::notes(&outcome);
     let given = outcome.cluster;
-    let mut notes: Vec<String> = outcome
-        .rejections
-        .iter()
-        .map(|r| format!("rejected: {r}"))
-        .collect();
-    notes.extend(outcome.warnings.iter().map(|w| format!("warning: {w}")));
     let rejected: BTreeSet<String> = outcome
         .rejections
         .iter()

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 
 use anyhow::{Context, Result, bail};
-use mesh_api::{LastGood, Object, Options, convert};
+use mesh_api::{LastGood, Object, Options, Outcome, convert};
 use mesh_common::identity::{Evidence, IdentityId};
 use mesh_common::pod::PodView;
 use mesh_common::policy::{Direction, Policies, PolicySetId, Question};
@@ -86,15 +86,17 @@ pub(crate) fn evidence(evidence: args::Evidence) -> Evidence {
     }
 }
 
+/// What is wrong with objects, and what is odd, a sentence each.
+pub(super) fn notes(outcome: &Outcome) -> Vec<String> {
+    let rejections = outcome.rejections.iter().map(|r| format!("rejected: {r}"));
+    let warnings = outcome.warnings.iter().map(|w| format!("warning: {w}"));
+    rejections.chain(warnings).collect()
+}
+
 impl World {
     pub(crate) fn new(objects: &[Object]) -> Self {
         let outcome = convert(objects, &LastGood::default(), Options { standalone: true });
-        let mut notes: Vec<String> = outcome
-            .rejections
-            .iter()
-            .map(|r| format!("rejected: {r}"))
-            .collect();
-        notes.extend(outcome.warnings.iter().map(|w| format!("warning: {w}")));
+        let notes = notes(&outcome);
         Self::of(outcome.cluster, notes)
     }
 

@@ -51,13 +51,7 @@ impl Kube {
             let path = path.to_str().context("a path that is text")?;
             self.kubectl(["apply", "--server-side", "-f", path])?;
         }
-        for crd in fs::read_dir(deploy.join("crds"))? {
-            let file = crd?.path();
-            let file = file.to_str().context("a path that is text")?;
-            let wait = ["wait", "--for=condition=Established", "--timeout=30s", "-f"];
-            self.kubectl(wait.into_iter().chain([file]))?;
-        }
-        Ok(())
+        self.crds_established()
     }
 
     /// Starts a replica of the controller at `address` and waits until it serves certificates.

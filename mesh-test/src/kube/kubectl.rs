@@ -67,6 +67,16 @@ impl Kube {
         Ok(self.place().run(cmd, REQUEST)?.ok()?.text())
     }
 
+    /// Waits until the API server serves the kind of every CustomResourceDefinition that is there.
+    ///
+    /// # Errors
+    /// It does not within 30 s.
+    pub fn crds_established(&self) -> Result<()> {
+        let wait = ["wait", "--for=condition=Established", "--timeout=30s"];
+        self.kubectl(wait.into_iter().chain(["crd", "--all"]))
+            .map(drop)
+    }
+
     /// `kubectl get ARGS`, as JSON.
     ///
     /// # Errors

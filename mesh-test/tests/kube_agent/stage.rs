@@ -31,14 +31,7 @@ pub(crate) fn install_crds(kube: &Kube) {
     let dir = dir.to_str().expect("a path");
     kube.kubectl(["apply", "--server-side", "-f", dir])
         .expect("CRDs");
-    let all = [
-        "wait",
-        "--for=condition=Established",
-        "crd",
-        "--all",
-        "--timeout=30s",
-    ];
-    kube.kubectl(all).expect("established");
+    kube.crds_established().expect("established");
 }
 
 pub(crate) fn nodes(kube: &Kube, lab: &Lab) {

@@ -86,13 +86,7 @@ impl Stage {
         let crds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/crds");
         let crds = crds.to_str().context("the path of the CRDs")?;
         kube.kubectl(["apply", "--server-side", "-f", crds])?;
-        kube.kubectl([
-            "wait",
-            "--for=condition=Established",
-            "crd",
-            "--all",
-            "--timeout=30s",
-        ])?;
+        kube.crds_established()?;
         let pods = Names {
             namespace: Crowd::namespace(0),
         };
