@@ -2,12 +2,15 @@
 """Either end of `mesh/1`, written from docs/tunnel.md alone, on Python's own TLS.
 
     mesh1.py open   CERTS OWN PEER PORT...   opens streams to PEER's ports through PEER's agent
+    mesh1.py marked CERTS OWN PEER PORT...   opens streams through tunnels on PEER's own ports
     mesh1.py accept CERTS OWN                is the agent of OWN: answers what is opened to it
 
 CERTS holds tls.crt, tls.key and ca.crt. Prints a line for each thing that comes to pass.
 """
 
 import ipaddress, os, socket, ssl, struct, sys
+
+import marked
 
 OPEN, OPENED, REFUSED, DATA, FIN, FIN_ACK, RESET = range(1, 8)
 NAMES = dict(enumerate("OPEN OPENED REFUSED DATA FIN FIN_ACK RESET".split(), 1))
@@ -98,7 +101,10 @@ def secured(tls):
 
 
 def dial(certs, own, peer):
-    plain = socket.create_connection((peer, TUNNEL_PORT), source_address=(own, 0))
+    return through(certs, socket.create_connection((peer, TUNNEL_PORT), source_address=(own, 0)))
+
+
+def through(certs, plain):
     plain.settimeout(15)
     return secured(context(certs, False).wrap_socket(plain))
 
@@ -155,6 +161,34 @@ def opener(certs, own, peer, port, refused):
     except EOFError:
         # close_notify, not a cut: Python tells them apart.
         print("violation", reason)
+
+
+def asked(tunnel, stream, to, own):
+    """What comes of asking for `to`: who answers there, or why nobody does."""
+    tunnel.send(open_frame(stream, to, (own, 40000 + stream)), frame(DATA, stream, b"ID\n"))
+    kind, of, payload = tunnel.frame()
+    if of != stream or kind not in (OPENED, REFUSED):
+        sys.exit(f"{NAMES.get(kind, kind)}({of})")
+    if kind == REFUSED:
+        return "refused {} {}".format(*struct.unpack(">HH", payload[:4]))
+    said = tunnel.text(stream, b"\n").strip()
+    tunnel.send(frame(FIN, stream))
+    for _ in range(2):
+        tunnel.frame()
+    tunnel.send(frame(FIN_ACK, stream))
+    return said
+
+
+def on_ports(certs, own, peer, port, other):
+    port, other = int(port), int(other)
+    # The tunnel has reached one port of the application, and another is asked for, and the first again.
+    tunnel = through(certs, marked.connect(own, peer, port))
+    for stream, of in enumerate((port, other, port), 1):
+        print(of, asked(tunnel, stream, (peer, of), own))
+    # A tunnel on the tunnels' own port may be asked for either.
+    tunnel = dial(certs, own, peer)
+    for stream, of in enumerate((port, other), 1):
+        print(of, asked(tunnel, stream, (peer, of), own))
 
 
 def acceptor(certs, own):
@@ -214,5 +248,7 @@ def serve(tunnel, source):
 
 if sys.argv[1] == "open":
     opener(*sys.argv[2:])
+elif sys.argv[1] == "marked":
+    on_ports(*sys.argv[2:])
 else:
     acceptor(*sys.argv[2:4])

@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use mesh_common::Reason;
 use mesh_test::authority::{authority, certificate};
-use mesh_test::mesh::ENROLLED;
-use mesh_test::{AgentConfig, Cmd, Lab, Pod, PodSpec, Proc, Topology};
+use mesh_test::mesh::{ENROLLED, sum};
+use mesh_test::{AgentConfig, Cmd, Lab, Pod, PodSpec, Proc, Topology, eventually};
 
 const PEER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/peer/mesh1.py");
 const SOON: Duration = Duration::from_secs(20);
+const VERDICTS: &str = "mesh_policy_verdicts_total";
 const SOURCE_OF_A: &str = "spiffe://cluster.local/ns/default/sa/a";
 
 /// A lab without agents, and certificates for both pods from files.
@@ -36,7 +37,7 @@ fn config(certs: &std::path::Path) -> AgentConfig {
 }
 
 fn python(pod: &Pod, args: &[String]) -> Proc {
-    let cmd = Cmd::new("python3").args(["-u", PEER]).args(args);
+    let cmd = Cmd::new("python3").args(["-uB", PEER]).args(args);
     pod.spawn_lines(cmd).expect("python3")
 }
 
@@ -83,6 +84,58 @@ fn another_implementation_opens_streams_through_our_agent() {
             agent.log_tail()
         );
     }
+}
+
+/// The port that the SYN has reached is the one that packet filters between the nodes have allowed:
+/// no other may be asked for behind their backs.
+#[test]
+fn a_tunnel_on_one_port_of_the_application_leads_to_no_other() {
+    let (lab, certs) = lab();
+    let real = config(&certs).flag("--tunnel-port", "real");
+    let agent = lab.node(2).start_agent(real).expect("agent");
+    let (a, b) = (lab.pod("a"), lab.pod("b"));
+    let listen = "--tcp [::]:7000 --tcp [::]:7001 --name b";
+    let _server = b.serve(listen).expect("server");
+    let certs = certs.join("default/a").display().to_string();
+    let (own, peer) = (a.v4().to_string(), b.v4().to_string());
+    let client = python(
+        &a,
+        &["marked", &certs, &own, &peer, "7000", "7001"].map(str::to_owned),
+    );
+    let proven = "peer spiffe://cluster.local/ns/default/sa/b".to_owned();
+    let answered = |port: u16, client: u16| format!("{port} {peer}:{port} {own}:{client} b");
+    let expected = [
+        proven.clone(),
+        answered(7000, 40001),
+        format!("7001 {}", refused(Reason::NotTunnelled, 0)),
+        answered(7000, 40003),
+        // The control: the other port is there.
+        proven,
+        answered(7000, 40001),
+        answered(7001, 40002),
+    ];
+    for expected in expected {
+        assert_eq!(
+            line(&client),
+            expected,
+            "{}\n{}",
+            client.log_tail(),
+            agent.log_tail()
+        );
+    }
+    let closes = || -> Vec<serde_json::Value> {
+        let flows = agent.flows().expect("flows");
+        let other = flows.iter().filter(|f| f["destination"]["port"] == 7001);
+        other.map(|flow| flow["close"].clone()).collect()
+    };
+    eventually("the records of the other port", SOON, || {
+        (closes() == ["not_tunnelled", "finished"]).then_some(())
+    })
+    .map_err(|late| format!("{late}: {:?}", closes()))
+    .expect("recorded");
+    let labels = [("reason", "not_tunnelled"), ("direction", "ingress")];
+    let counted = sum(&agent.metrics().expect("metrics"), VERDICTS, &labels);
+    assert_eq!(counted.to_string(), "1");
 }
 
 #[test]

@@ -265,6 +265,36 @@ spec:
         expected: ["++", "--", "++", "-+", "--", "--", "++"],
     },
     Row {
+        name: "permissive but for a port",
+        objects: "
+apiVersion: mesh.rs/v1alpha1
+kind: MeshAuthentication
+metadata: {name: case, namespace: red}
+spec:
+  podSelector: {matchLabels: {app: server}}
+  mtls: Permissive
+  ports: [{port: 7001, mtls: Strict}]
+",
+        expected: ["++", "++", "++", "+-", "+-", "+-", "++"],
+    },
+    Row {
+        name: "a port alone, the rest as the mesh says",
+        objects: "
+apiVersion: mesh.rs/v1alpha1
+kind: MeshAuthentication
+metadata: {name: default, namespace: mesh-system}
+spec: {mtls: Strict}
+---
+apiVersion: mesh.rs/v1alpha1
+kind: MeshAuthentication
+metadata: {name: case, namespace: red}
+spec:
+  podSelector: {matchLabels: {app: server}}
+  ports: [{port: 7000, mtls: Permissive}]
+",
+        expected: ["++", "++", "++", "+-", "+-", "+-", "++"],
+    },
+    Row {
         name: "no policy any more",
         objects: "",
         expected: ["++", "++", "++", "++", "++", "++", "++"],

@@ -4,6 +4,7 @@
 
 #![expect(clippy::print_stdout, reason = "numbers are for people to read")]
 
+mod rollout;
 mod stage;
 
 use std::sync::Arc;

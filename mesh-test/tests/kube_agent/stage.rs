@@ -59,10 +59,21 @@ pub(crate) fn add_pod(
     name: &str,
     node: u8,
 ) -> Result<(Arc<Pod>, Proc)> {
+    add_pod_in(kube, lab, "default", name, node)
+}
+
+/// [`add_pod`], in a namespace of one's own.
+pub(crate) fn add_pod_in(
+    kube: &Kube,
+    lab: &mut Lab,
+    namespace: &str,
+    name: &str,
+    node: u8,
+) -> Result<(Arc<Pod>, Proc)> {
     let node_name = lab.node(node).name().to_owned();
     let object = json!({
         "apiVersion": "v1", "kind": "Pod",
-        "metadata": {"name": name, "namespace": "default", "labels": {"app": name}},
+        "metadata": {"name": name, "namespace": namespace, "labels": {"app": name}},
         "spec": {
             "nodeName": node_name,
             "serviceAccountName": "default",
@@ -71,9 +82,9 @@ pub(crate) fn add_pod(
         },
     });
     kube.apply_text(&object.to_string())?;
-    let stored = kube.get(["pod", name])?;
+    let stored = kube.get(["pod", name, "--namespace", namespace])?;
     let uid = stored["metadata"]["uid"].as_str().context("a UID")?;
-    let pod = lab.add_pod(PodSpec::new(name, node).uid(uid))?;
+    let pod = lab.add_pod(PodSpec::new(name, node).namespace(namespace).uid(uid))?;
     let sandbox = pod.serve("--tcp [::1]:9")?;
     tell_status(kube, &pod, "Running")?;
     Ok((pod, sandbox))
@@ -83,7 +94,7 @@ pub(crate) fn tell_status(kube: &Kube, pod: &Pod, phase: &str) -> Result<()> {
     let ips: Vec<Value> = pod.addresses().iter().map(|ip| json!({"ip": ip})).collect();
     let status = json!({
         "apiVersion": "v1", "kind": "Pod",
-        "metadata": {"name": pod.name(), "namespace": "default"},
+        "metadata": {"name": pod.name(), "namespace": pod.namespace()},
         "status": {"phase": phase, "podIP": pod.addresses()[0], "podIPs": ips},
     });
     kube.apply_status(&status.to_string()).map(drop)
