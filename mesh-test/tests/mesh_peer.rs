@@ -116,7 +116,7 @@ fn a_tunnel_on_one_port_of_the_application_leads_to_no_other() {
     ];
     for expected in expected {
         assert_eq!(
-            line(&client),
+            client.said(SOON).expect("a line"),
             expected,
             "{}\n{}",
             client.log_tail(),
