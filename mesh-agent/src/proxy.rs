@@ -34,6 +34,7 @@ use crate::record::{Bytes, Recorder};
 pub mod admission;
 mod buffers;
 mod dial;
+mod follow;
 mod inbound;
 mod listener;
 mod live;
@@ -226,6 +227,8 @@ fn start_with(
     for (number, jobs) in receivers.into_iter().enumerate() {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
+            .on_thread_park(follow::park)
+            .on_thread_unpark(follow::unpark)
             .build()?;
         let (config, doors, crew) = (config.clone(), doors.clone(), crew.clone());
         let (phases, going, dial) = (phases.clone(), going.clone(), dial.clone());
@@ -233,6 +236,9 @@ fn start_with(
             .name(format!("mesh-worker-{number}"))
             .spawn(move || {
                 let _going = Going(going);
+                if let Err(error) = follow::begin() {
+                    tracing::debug!(%error, "a worker runs where the scheduler likes");
+                }
                 let worker = Rc::new(Worker {
                     number,
                     crew,

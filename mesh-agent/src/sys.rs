@@ -20,3 +20,4 @@ pub mod route;
 pub mod sock_diag;
 pub mod socket;
 pub mod sysctls;
+pub mod thread;

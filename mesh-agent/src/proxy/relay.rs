@@ -8,6 +8,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use super::follow;
 use super::socket::Socket;
 use super::tunnel::frame::{Cause, Control, StreamId, Why};
 use super::tunnel::{Arrival, MOST_EARLY, TakeError, Tunnel, TunnelError};
@@ -228,6 +229,7 @@ impl<'a, C: Count> Relay<'a, C> {
                 }
                 Poll::Ready(Ok(taken)) => {
                     self.count.taken(taken as u64);
+                    follow::read(self.app);
                     self.reply_waits = false;
                     moved = true;
                 }

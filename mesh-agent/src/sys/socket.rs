@@ -119,6 +119,15 @@ pub fn set_local_port_range(fd: BorrowedFd<'_>, first: u16, last: u16) -> io::Re
     set(fd, libc::SOL_IP, IP_LOCAL_PORT_RANGE, range.cast_signed())
 }
 
+/// The CPU on which the last packet of a connection was received (`SO_INCOMING_CPU`, 3.19): on
+/// loopback, that of the sender.
+///
+/// # Errors
+/// When it is no socket.
+pub fn incoming_cpu(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    get(fd, libc::SOL_SOCKET, libc::SO_INCOMING_CPU)
+}
+
 /// What the kernel knows of a TCP connection. Counters are cumulative, also for connections that
 /// carry one stream after another: take differences.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
