@@ -34,6 +34,7 @@ use crate::record::{Bytes, Recorder};
 pub mod admission;
 mod buffers;
 mod dial;
+mod fair;
 mod follow;
 mod inbound;
 mod listener;
@@ -253,6 +254,7 @@ fn start_with(
                     timing: config.timing,
                     buffers: Rc::default(),
                     turns: turns::Turns::default(),
+                    fair: fair::Fair::new(std::time::Instant::now()),
                     pool: pool::Pool::new(pool::Bounds::default()),
                     live: Rc::default(),
                     draining: Cell::new(false),

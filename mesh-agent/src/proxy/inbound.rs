@@ -23,7 +23,7 @@ use super::socket::Socket;
 use super::tls::{self, HandshakeError};
 use super::tunnel::frame::{Cause, Control, Open, StreamId, Why};
 use super::tunnel::{Tunnel, TunnelError};
-use super::turns::Computing;
+use super::turns::{self, Computing};
 use super::worker::{Job, Share, Worker};
 use crate::identity::{Proof, Refusal, SpiffeId};
 use crate::metrics::Role;
@@ -74,6 +74,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
     let serving = Serving {
         worker,
         uid: &share.uid,
+        pod: turns::number(&share.uid),
         here: Endpoint::from(here).port,
         from: Endpoint::from(from).addr,
         text: text(&proof.id),
@@ -112,6 +113,8 @@ async fn prove(
 struct Serving<'a> {
     worker: &'a Rc<Worker>,
     uid: &'a str,
+    /// The pod, as its worker's time is parted.
+    pod: u64,
     /// The port that the tunnel has reached.
     here: Port,
     from: Addr,
@@ -371,7 +374,7 @@ impl Serving<'_> {
             let relay = Relay::acceptor(app, tunnel, stream, &count);
             tokio::select! {
                 biased;
-                end = relay.run() => Ok(end),
+                end = self.worker.fair.carry(self.pod, relay.run()) => Ok(end),
                 reason = self.entry.ended() => Err(reason),
             }
         };

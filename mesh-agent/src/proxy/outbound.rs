@@ -16,6 +16,7 @@ use super::relay::{End, Relay, Retained};
 use super::socket::Socket;
 use super::tunnel::Tunnel;
 use super::tunnel::frame::{Cause, Control, Open, StreamId, Why};
+use super::turns;
 use super::worker::{Job, Place, Share, Worker};
 use crate::identity::SpiffeId;
 use crate::pods::PodHandle;
@@ -240,9 +241,10 @@ impl Endpoints<'_> {
         let end = {
             let count = Counted::source(record.bytes());
             let relay = Relay::opener(self.app, tunnel, stream, &count, retained);
+            let pod = turns::number(&self.share.uid);
             tokio::select! {
                 biased;
-                end = relay.run() => Ok(end),
+                end = self.worker.fair.carry(pod, relay.run()) => Ok(end),
                 reason = entry.ended() => Err(reason),
             }
         };

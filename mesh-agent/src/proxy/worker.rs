@@ -18,6 +18,7 @@ use tokio::time::MissedTickBehavior;
 use super::admission::{Admission, Total};
 use super::buffers::{Buffers, Lender};
 use super::dial::Dial;
+use super::fair::Fair;
 use super::listener::{self, Listening};
 use super::live::Live;
 use super::pool::{Key, Pool};
@@ -177,6 +178,8 @@ pub(crate) struct Worker {
     pub(crate) buffers: Rc<Buffers>,
     /// Whose handshakes may compute.
     pub(crate) turns: Turns,
+    /// Whose open connections are carried on.
+    pub(crate) fair: Fair,
     /// Idle tunnels.
     pub(crate) pool: Pool,
     /// Open connections.
@@ -261,7 +264,9 @@ impl Worker {
             let begun = Instant::now();
             let polled = task.as_mut().poll(cx);
             let ended = Instant::now();
-            worker.turns.ran(turns::number(&share.uid), ended);
+            let pod = turns::number(&share.uid);
+            worker.turns.ran(pod, ended);
+            worker.fair.used(pod, ended - begun, ended);
             share.usage.worked(ended - begun);
             polled
         }));
@@ -297,6 +302,8 @@ impl Worker {
         pods.mark_changed();
         let turns = Rc::clone(&self);
         let turns = spawn_local(async move { turns.turns.run().await });
+        let rounds = Rc::clone(&self);
+        let rounds = spawn_local(async move { rounds.fair.run().await });
         loop {
             tokio::select! {
                 Some(moved) = jobs.recv() => self.adopt(moved),
@@ -327,6 +334,7 @@ impl Worker {
         }
         self.end(&mut listening).await;
         turns.abort();
+        rounds.abort();
     }
 
     fn pods_changed(self: &Rc<Self>, table: &PodTable, listening: &mut Listening) {
