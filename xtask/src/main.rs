@@ -21,6 +21,7 @@ mod generate;
 mod image;
 mod kernels;
 mod lint;
+mod reach;
 mod run;
 mod setup;
 mod test;

@@ -145,9 +145,36 @@ mod tests {
                 "no-spiffe",
                 whose(Some("https://cluster.local/ns/shop/sa/web")),
             ),
+            ("no-domain", whose(Some("spiffe:///ns/shop/sa/web"))),
+            (
+                "domain-in-capitals",
+                whose(Some("spiffe://Cluster.local/ns/shop/sa/web")),
+            ),
+            ("no-path", whose(Some("spiffe://cluster.local"))),
+            (
+                "longer-path",
+                whose(Some("spiffe://cluster.local/ns/shop/sa/web/")),
+            ),
+            (
+                "namespace",
+                whose(Some("spiffe://cluster.local/ns/-shop/sa/web")),
+            ),
+            (
+                "account",
+                whose(Some("spiffe://cluster.local/ns/shop/sa/web..a")),
+            ),
+            (
+                "digits",
+                whose(Some("spiffe://cluster.local/ns/shop-2/sa/web.2-b")),
+            ),
+            (
+                "long-name",
+                whose(Some(&"spiffe://cluster.local/".repeat(100))),
+            ),
             ("foreign", whose(Some("spiffe://elsewhere/ns/shop/sa/web"))),
             ("p256", behind(good.clone())),
             ("p384", behind(der(&rcgen::PKCS_ECDSA_P384_SHA384))),
+            ("p521", behind(der(&rcgen::PKCS_ECDSA_P521_SHA512))),
             ("rsa-2048", behind(der(&rcgen::PKCS_RSA_SHA256))),
             ("ed25519", behind(der(&rcgen::PKCS_ED25519))),
             ("forged", behind(forged)),

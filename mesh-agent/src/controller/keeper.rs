@@ -122,9 +122,11 @@ impl Keeper {
         if self.material.as_ref() == Some(&material) {
             return;
         }
-        // One that lacks its intermediate is completed by the leader first.
+        // One that lacks its intermediate is completed by the leader first; what was good last
+        // signs until then.
         if material.intermediate.certificate.is_empty() && !material.root.key.is_empty() {
-            if self.material.is_none() {
+            let kept = self.material.as_ref();
+            if kept.is_none_or(|kept| kept.root == material.root) {
                 self.material = Some(material);
             }
             return;

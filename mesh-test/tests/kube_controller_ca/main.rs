@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The controller as CA: by the letter of Istio's API, asked by openssl and curl, and by agents; and
+//! who gets nothing.
+
+mod refusals;
+mod rig;
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use mesh_test::kube::Bound;
+use mesh_test::kube::controller::{Controller, NAMESPACE};
+use mesh_test::mesh::ENROLLED;
+use mesh_test::reports::{Storm, Tcp};
+use mesh_test::{AgentConfig, Cmd, Kube, Lab, Place, PodSpec, Topology, eventually};
+
+use rig::{AUDIENCE, SOON, pod};
+
+/// A pod that the API server knows, where the lab has it.
+fn known(kube: &Kube, lab: &Lab) {
+    for node in lab.nodes() {
+        let name = node.name();
+        kube.apply_text(&format!(
+            "{{apiVersion: v1, kind: Node, metadata: {{name: {name}}}}}"
+        ))
+        .expect("node");
+        pod(
+            kube,
+            (NAMESPACE, &format!("agent-{name}")),
+            name,
+            "mesh-agent",
+        );
+    }
+    for one in lab.pods() {
+        kube.service_account("default", one.name())
+            .expect("account");
+        pod(kube, ("default", one.name()), one.node().name(), one.name());
+    }
+}
+
+fn tokens(kube: &Kube, dir: &Path, lab: &Lab) {
+    for node in lab.nodes() {
+        let agent = format!("agent-{}", node.name());
+        let token = kube
+            .token(
+                (NAMESPACE, "mesh-agent"),
+                AUDIENCE,
+                Some(Bound::Pod(&agent)),
+            )
+            .expect("token");
+        fs::write(dir.join(node.name()), token).expect("write");
+    }
+}
+
+#[test]
+fn agents_get_their_certificates_and_a_new_root_costs_no_connection() {
+    let builder = Lab::builder(Topology::Routed).namespace("default", &[ENROLLED]);
+    let lab = builder
+        .pod(PodSpec::new("a", 1))
+        .pod(PodSpec::new("b", 2))
+        .build()
+        .expect("lab");
+    let kube = Kube::builder().start_in(&lab).expect("servers");
+    kube.prepare_controller().expect("CRDs and roles");
+    kube.namespace("default", &[]).expect("namespace");
+    known(&kube, &lab);
+    let flags = [
+        "--lease",
+        "3s",
+        "--certificate-life",
+        "60s",
+        "--root-overlap",
+        "15s",
+    ];
+    let controller = kube
+        .controller("a", IpAddr::V4(Lab::gateway()), &flags)
+        .expect("controller");
+    let files = kube.place().dir().to_owned();
+    tokens(&kube, &files, &lab);
+    let bundle = kube.ca_bundle().expect("roots");
+
+    // What the kubelet does for an agent: its own token, and the roots as a file that changes.
+    let agents: Vec<_> = lab
+        .nodes()
+        .iter()
+        .map(|node| {
+            let config = AgentConfig::new(&format!("grpc:{}", controller.url()))
+                .flag("--ca-token", files.join(node.name()))
+                .flag("--ca-bundle", bundle.as_os_str());
+            node.start_agent(config).expect("agent")
+        })
+        .collect();
+    let issued = || {
+        let labels = [("result", "issued")];
+        let metric = controller.metric(&kube, "mesh_ca_requests_total", &labels);
+        metric.expect("metric")
+    };
+    let (a, b) = (lab.pod("a"), lab.pod("b"));
+    let server = b.serve("--tcp [::]:7000").expect("server");
+    let talk = || {
+        let to = std::net::SocketAddr::new(b.addresses()[0], 7000);
+        let output = a
+            .probe(&format!("tcp --to {to} --timeout-ms 3000"))
+            .expect("run");
+        let seen: Tcp = output.json().expect("report");
+        seen.ok && seen.ends_agree()
+    };
+    eventually(
+        "a connection under the controller's certificates",
+        SOON,
+        || talk().then_some(()),
+    )
+    .expect("talk");
+    assert!(issued() > 1.5);
+
+    let to = SocketAddr::new(b.addresses()[0], 7000);
+    let chain = || chain_shown_to(lab.node(1), to.ip());
+    let storm = format!("storm --to {to} --seconds 75 --pause-us 2000");
+    let storm = a.start_probe(&storm).expect("storm");
+    intermediate_replaced(&kube, &chain);
+    let said = storm.said(Duration::from_secs(120)).expect("a report");
+    let storm: Storm = serde_json::from_str(&said).expect("json");
+    println!(
+        "{} connections while the intermediate was replaced",
+        storm.ok
+    );
+    assert_eq!((storm.wrong, storm.failed), (0, 0), "{storm:?}");
+
+    rotated_without_a_loss(&kube, &controller, &talk);
+    drop((server, agents));
+}
+
+/// The certificates that an agent shows to anybody who asks a pod's tunnel port.
+fn chain_shown_to(from: &Place, pod: IpAddr) -> Vec<String> {
+    let ask = format!(
+        "openssl s_client -connect {pod}:15008 -tls1_3 -alpn mesh/1 -showcerts </dev/null 2>/dev/null"
+    );
+    let output = from.run(Cmd::shell(&ask), SOON).expect("run").text();
+    let ends = "-----END CERTIFICATE-----";
+    let begins = |part: &str| part.find("-----BEGIN").map(|at| part[at..].to_owned());
+    output.split(ends).filter_map(begins).collect()
+}
+
+/// Takes the intermediate away from the CA, which makes another, and waits until an agent shows a
+/// leaf of that one.
+fn intermediate_replaced(kube: &Kube, chain: &dyn Fn() -> Vec<String>) {
+    let before = chain();
+    assert_eq!(before.len(), 2, "leaf and intermediate: {before:?}");
+    let without = r#"[{"op": "remove", "path": "/data/intermediate.crt"},
+                      {"op": "remove", "path": "/data/intermediate.key"}]"#;
+    let patch = ["patch", "secret", "mesh-ca", "-n", NAMESPACE, "--type=json"];
+    kube.kubectl([&patch[..], &["-p", without]].concat())
+        .expect("patched");
+    // By the next renewal, half a leaf's life from the last one.
+    let after = eventually("a leaf of the new intermediate", 2 * SOON, || {
+        let now = chain();
+        (now.len() == 2 && now[1] != before[1]).then_some(now)
+    })
+    .expect("renewed");
+    assert_ne!(after[0], before[0], "the leaf is another one, too");
+}
+
+/// Asks for a new root, and connects until the old one is gone.
+fn rotated_without_a_loss(kube: &Kube, controller: &Controller, talk: &dyn Fn() -> bool) {
+    let roots = || {
+        controller
+            .metric(kube, "mesh_ca_roots", &[])
+            .expect("metric")
+    };
+    let rotate = Cmd::new(mesh_test::programs::agent().expect("agent"))
+        .args(["rotate-root", "--replica", "cli", "--kubeconfig"])
+        .args([kube.kubeconfig()]);
+    let said = kube
+        .place()
+        .run(rotate, SOON)
+        .expect("run")
+        .ok()
+        .expect("asked");
+    assert!(said.to_string().contains("asked for a new root"), "{said}");
+    let (mut most, mut failed, mut count) = (0.0_f64, 0, 0);
+    let begun = Instant::now();
+    // Published, switched, and the old one dropped: the overlap, then a leaf's life and the overlap again.
+    while begun.elapsed() < Duration::from_secs(150) {
+        failed += u32::from(!talk());
+        count += 1;
+        most = most.max(roots());
+        // The kubelet brings a changed ConfigMap.
+        kube.ca_bundle().expect("roots");
+        if most > 1.5 && roots() < 1.5 {
+            break;
+        }
+    }
+    assert!(
+        most > 1.5 && roots() < 1.5,
+        "{most} roots, then {}",
+        roots()
+    );
+    assert_eq!(failed, 0, "of {count} connections");
+}
