@@ -79,7 +79,16 @@ fn the_wire_shows_the_applications_port_and_no_byte_of_it() {
         );
         let lost = mesh.metric("mesh_tunnel_marks_lost_total", &[]);
         assert_eq!(lost.expect("metrics").to_string(), "0");
+        // Both ends know the tunnels that wait for their next connection, one of each family.
+        assert_eq!(entries(&mesh, "TUNNELS"), "4", "{topology:?}");
+        assert_eq!(entries(&mesh, "MARKED"), "0", "{topology:?}");
     }
+}
+
+/// How full a map is, of both nodes together.
+fn entries(mesh: &Mesh, map: &str) -> String {
+    let entries = mesh.metric("mesh_map_entries", &[("map", map)]);
+    entries.expect("metrics").to_string()
 }
 
 /// Only the policy's port between the two pods, as a CNI that filters packets would have it.
@@ -105,6 +114,9 @@ fn a_packet_filter_that_allows_the_applications_port_lets_the_mesh_pass() {
         filter(&mesh, 2, &only_the_port(&a, &b));
         let output = get(&a, SocketAddr::new(b.v4().into(), PORT));
         assert_eq!(output.text().contains(MARKER), passes, "{port}");
+        if port == "15008" {
+            assert_eq!(entries(&mesh, "TUNNELS"), "0");
+        }
     }
 }
 
@@ -259,4 +271,9 @@ fn a_flood_of_marked_syns_keeps_nobody_out() {
     let sent: u64 = sent.expect("a number").parse().expect("a number");
     assert!(sent > 90_000, "{sent}");
     storm(200);
+    // More than the map holds came; it forgets the oldest.
+    let kept: f64 = entries(&mesh, "MARKED").parse().expect("a number");
+    println!("{kept} of {sent} SYNs are remembered");
+    let most = f64::from(mesh_common::maps::MAX_MARKED);
+    assert!(kept > most / 2.0 && kept <= most, "{kept} of {sent}");
 }

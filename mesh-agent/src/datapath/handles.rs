@@ -10,8 +10,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use mesh_common::counter::{COUNTERS, Counter};
 use mesh_common::maps::{
-    CapturedKey, MAX_BACKENDS, MAX_PEERS, MAX_POD_CIDRS, MAX_PODS, MAX_POLICY_CIDRS,
-    MAX_POLICY_PORTS, MAX_POLICY_SELECTS, MAX_POLICY_SETS, MAX_PORT_MODES, MAX_SERVICES,
+    CapturedKey, ConnectionKey, MAX_BACKENDS, MAX_MARKED, MAX_OLD_CONNECTIONS, MAX_PEERS,
+    MAX_POD_CIDRS, MAX_PODS, MAX_POLICY_CIDRS, MAX_POLICY_PORTS, MAX_POLICY_SELECTS,
+    MAX_POLICY_SETS, MAX_PORT_MODES, MAX_SERVICES, MAX_TUNNELS,
 };
 use mesh_common::socket::Exempt;
 use mesh_common::{Endpoint, Port};
@@ -20,7 +21,7 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use crate::sys::bpf;
 
-/// Maps whose filling is reported, with their capacities.
+/// Maps that a plan fills, whose filling is reported, with their capacities.
 const REPORTED: [(&str, u32); 10] = [
     ("PODS", MAX_PODS),
     ("PEERS", MAX_PEERS),
@@ -32,6 +33,13 @@ const REPORTED: [(&str, u32); 10] = [
     ("PORT_MODES", MAX_PORT_MODES),
     ("SERVICES", MAX_SERVICES),
     ("BACKENDS", MAX_BACKENDS),
+];
+
+/// Maps of connections, with their capacities: counted when somebody asks.
+const COUNTED: [(&str, u32); 3] = [
+    ("OLD_CONNECTIONS", MAX_OLD_CONNECTIONS),
+    ("TUNNELS", MAX_TUNNELS),
+    ("MARKED", MAX_MARKED),
 ];
 
 /// Cheap to clone; every call is one system call.
@@ -47,10 +55,12 @@ struct Inner {
     counters: OwnedFd,
     cpus: usize,
     usage: [AtomicU64; REPORTED.len()],
+    counted: [OwnedFd; COUNTED.len()],
 }
 
 impl Handles {
     pub(super) fn open(pins: &Path) -> io::Result<Self> {
+        let [old, tunnels, marked] = COUNTED.map(|(name, _)| bpf::open_pin(&pins.join(name)));
         Ok(Self {
             inner: Arc::new(Inner {
                 exempt: bpf::open_pin(&pins.join("EXEMPT"))?,
@@ -58,6 +68,7 @@ impl Handles {
                 counters: bpf::open_pin(&pins.join("COUNTERS"))?,
                 cpus: possible_cpus()?,
                 usage: std::array::from_fn(|_| AtomicU64::new(0)),
+                counted: [old?, tunnels?, marked?],
             }),
         })
     }
@@ -127,16 +138,21 @@ impl Handles {
         }
     }
 
-    /// Name, entries and capacity of the maps that a plan fills.
+    /// Name, entries and capacity of the maps that a plan fills, and of those of connections; one
+    /// that cannot be counted is left out.
     #[must_use]
     pub fn map_usage(&self) -> Vec<(&'static str, u64, u64)> {
-        REPORTED
-            .iter()
-            .zip(&self.inner.usage)
-            .map(|((name, capacity), used)| {
-                (*name, used.load(Ordering::Relaxed), u64::from(*capacity))
-            })
-            .collect()
+        let filled = REPORTED.iter().zip(&self.inner.usage);
+        let filled = filled.map(|((name, capacity), used)| {
+            (*name, used.load(Ordering::Relaxed), u64::from(*capacity))
+        });
+        let sizes = (size_of::<ConnectionKey>(), size_of::<u32>());
+        let counted = COUNTED.iter().zip(&self.inner.counted);
+        let counted = counted.filter_map(|((name, capacity), map)| {
+            let used = bpf::count(map.as_fd(), sizes).ok()?;
+            Some((*name, used, u64::from(*capacity)))
+        });
+        filled.chain(counted).collect()
     }
 
     /// Remembers how full the maps are once `plan` is in them.

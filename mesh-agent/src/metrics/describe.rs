@@ -114,7 +114,7 @@ descriptions! {
     CLOCK_SKEW "mesh_clock_skew_seconds" Gauge &[],
         "By how much this node's clock was seen to be behind that of a CA: the most by which a certificate that was believed lay in the future";
     MAP_ENTRIES "mesh_map_entries" Gauge &["map"],
-        "Entries of the kernel's maps";
+        "Entries of the kernel's maps; MARKED forgets its oldest when it is full";
     MAP_CAPACITY "mesh_map_capacity" Gauge &["map"],
         "Entries that the kernel's maps can hold";
     PLAN_APPLY "mesh_plan_apply_seconds" Histogram &[],

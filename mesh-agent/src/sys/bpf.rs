@@ -12,6 +12,7 @@ const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
 const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 
 /// `union bpf_attr` of element commands (linux/bpf.h).
@@ -21,6 +22,19 @@ struct Element {
     pad: u32,
     key: u64,
     value: u64,
+    flags: u64,
+}
+
+/// `union bpf_attr` of batch commands.
+#[repr(C)]
+struct Batch {
+    from: u64,
+    to: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map: u32,
+    element_flags: u64,
     flags: u64,
 }
 
@@ -136,5 +150,44 @@ pub fn remove(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<()> {
     ) {
         Err(err) if err.raw_os_error() != Some(libc::ENOENT) => Err(err),
         _ => Ok(()),
+    }
+}
+
+/// How many elements a hash map has, LRU or not (5.6). `sizes` = bytes of a key and of a value.
+/// What comes or goes meanwhile is counted or not.
+///
+/// # Errors
+/// As the kernel says.
+pub fn count(map: BorrowedFd<'_>, (key, value): (usize, usize)) -> io::Result<u64> {
+    /// More than any bucket of a map of ours holds.
+    const MOST: u32 = 4096;
+    let room = |size: usize| vec![0_u8; size * MOST as usize];
+    let (mut keys, mut values) = (room(key), room(value));
+    let (mut from, mut to, mut first) = (0_u32, 0_u32, true);
+    let mut total = 0;
+    loop {
+        let mut attributes = Batch {
+            from: match first {
+                true => 0,
+                false => std::ptr::from_mut(&mut from) as u64,
+            },
+            to: std::ptr::from_mut(&mut to) as u64,
+            keys: keys.as_mut_ptr() as u64,
+            values: values.as_mut_ptr() as u64,
+            count: MOST,
+            map: number(map),
+            element_flags: 0,
+            flags: 0,
+        };
+        let result = bpf(BPF_MAP_LOOKUP_BATCH, &mut attributes);
+        match result {
+            Ok(_) => total += u64::from(attributes.count),
+            // That was the last part.
+            Err(err) if err.raw_os_error() == Some(libc::ENOENT) => {
+                return Ok(total + u64::from(attributes.count));
+            }
+            Err(err) => return Err(err),
+        }
+        (from, first) = (to, false);
     }
 }
