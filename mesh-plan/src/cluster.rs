@@ -226,6 +226,9 @@ pub struct Pod {
     pub terminating: bool,
     /// Annotation `mesh.rs/netns`: its namespace's file (source `dir` only).
     pub netns_path: Option<String>,
+    /// The UID that its node's kubelet knows it by, where that is another: a static pod's, whose
+    /// object is only the mirror of a file.
+    pub static_uid: Option<String>,
 }
 
 /// A transport protocol with ports.

@@ -64,6 +64,8 @@ pub struct LocalPod {
     pub addresses: BTreeSet<IpAddr>,
     /// Its namespace's file, where the source gives it.
     pub netns_path: Option<String>,
+    /// The UID that the kubelet knows it by, where it is not that of its object.
+    pub static_uid: Option<String>,
     /// What a refusal looks like, if its namespace says so; `None` = the agent's setting holds.
     pub deny: Option<Deny>,
     /// What the hooks decide by: set, identity, addresses, modes and flags (without `GATED`, which

@@ -81,6 +81,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
                 let still = plan.pods.get(*uid).is_some_and(|local| {
                     local.addresses == pod.handle.local.addresses
                         && local.netns_path == pod.handle.local.netns_path
+                        && local.static_uid == pod.handle.local.static_uid
                 });
                 !still || !pod.home.is_there()
             })

@@ -19,6 +19,11 @@ use super::validate::{address, port, transport};
 /// The annotation that names a pod's network namespace file.
 const NETNS: &str = "mesh.rs/netns";
 
+/// The annotation that makes a pod the mirror of a static one: its value is the UID that the kubelet
+/// gave that, and its cgroups (a hash of the manifest, 32 hex digits, unless that names a UID). The
+/// API server lets nobody change it, and no kubelet runs a pod that has it for itself.
+const MIRROR: &str = "kubernetes.io/config.mirror";
+
 /// A pod, and what only services need of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct PodFact {
@@ -70,6 +75,7 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
             .standalone
             .then(|| subject.annotation(NETNS))
             .flatten(),
+        static_uid: subject.annotation(MIRROR),
         labels,
         name,
     };

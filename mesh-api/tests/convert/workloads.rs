@@ -149,6 +149,17 @@ fn only_a_standalone_pod_names_its_network_namespace() {
 }
 
 #[test]
+fn the_mirror_of_a_static_pod_names_the_uid_that_its_kubelet_knows() {
+    let mirror = "annotations: {kubernetes.io/config.mirror: 0f4c9f5e2b1d4c1e9a573d2f1c0b9a88}";
+    let uid = |text: &str| in_cluster(text).cluster.pods["u1"].static_uid.clone();
+    let found = uid(&pod_object(mirror, "", ""));
+    assert_eq!(found.as_deref(), Some("0f4c9f5e2b1d4c1e9a573d2f1c0b9a88"));
+    // Anybody may write this one.
+    let hash = "annotations: {kubernetes.io/config.hash: 0f4c9f5e2b1d4c1e9a573d2f1c0b9a88}";
+    assert_eq!(uid(&pod_object(hash, "", "")), None);
+}
+
+#[test]
 fn two_pods_of_one_uid_are_one_pod_and_a_rejection() {
     let one = pod_object("", "", "");
     let two = one.replace("web-1", "web-2");

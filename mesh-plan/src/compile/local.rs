@@ -162,6 +162,7 @@ fn local_pod(
         service_account: pod.service_account.clone(),
         addresses: pod.addresses.clone(),
         netns_path: pod.netns_path.clone(),
+        static_uid: pod.static_uid.clone(),
         deny: authentication::deny(cluster, pod),
         view,
     }

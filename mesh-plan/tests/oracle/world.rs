@@ -184,6 +184,7 @@ fn pod(random: &mut Random, index: usize) -> Pod {
         ready: !random.one_in(5),
         terminating: random.one_in(8),
         netns_path: None,
+        static_uid: None,
     }
 }
 

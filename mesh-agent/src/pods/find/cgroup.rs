@@ -21,8 +21,8 @@ use super::Find;
 
 /// One look at all processes serves everybody who asks within this time.
 const FRESH: Duration = Duration::from_millis(200);
-/// Length of a UID (RFC 4122 text).
-const UID: usize = 36;
+/// Length of a UID (RFC 4122 text), and of that of a static pod (an MD5 in hex digits).
+const UIDS: [usize; 2] = [36, 32];
 
 /// Looks through the processes of a machine.
 #[derive(Debug)]
@@ -64,7 +64,8 @@ impl ByCgroup {
 }
 
 impl Find for ByCgroup {
-    fn path(&self, uid: &str, _pod: &LocalPod) -> Result<PathBuf, Error> {
+    fn path(&self, uid: &str, pod: &LocalPod) -> Result<PathBuf, Error> {
+        let uid = pod.static_uid.as_deref().unwrap_or(uid);
         let process = self.oldest(uid).map_err(|source| Error::Processes {
             path: self.proc.clone(),
             source,
@@ -145,7 +146,7 @@ fn uid_of(name: &str) -> Option<String> {
             .strip_prefix("pod")?,
     };
     let uid = text.replace('_', "-");
-    let is_uid = uid.len() == UID && uid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
+    let is_uid = UIDS.contains(&uid.len()) && uid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
     is_uid.then_some(uid)
 }
 

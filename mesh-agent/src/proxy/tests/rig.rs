@@ -252,6 +252,7 @@ fn local_pod(name: &str, ip: &str, id: IdentityId) -> LocalPod {
         service_account: format!("{name}-sa"),
         addresses: [ip.parse().unwrap()].into(),
         netns_path: None,
+        static_uid: None,
         deny: None,
         view: PodView {
             id,

@@ -18,6 +18,8 @@ pub(super) struct Kind {
 }
 
 const METADATA: Keep = Fields(&[
+    // A static pod's mirror says what it mirrors.
+    ("annotations", Fields(&[("kubernetes.io/config.mirror", All)])),
     ("deletionTimestamp", All),
     ("generation", All),
     ("labels", All),

@@ -28,6 +28,17 @@ fn every_layout_of_the_kubelet_is_understood() {
 }
 
 #[test]
+fn static_pods_have_a_hash_for_a_uid() {
+    let hash = "0f4c9f5e2b1d4c1e9a573d2f1c0b9a88";
+    for layout in [
+        format!("0::/kubepods/burstable/pod{hash}/c0ffee"),
+        format!("0::/kubepods.slice/kubepods-pod{hash}.slice/cri-containerd-c0ffee.scope"),
+    ] {
+        assert_eq!(pod_of(&layout).as_deref(), Some(hash), "{layout}");
+    }
+}
+
+#[test]
 fn other_processes_are_no_pods() {
     for other in [
         "0::/",
@@ -72,7 +83,18 @@ fn the_oldest_process_of_a_pod_is_found() {
     process(40, 300, &format!("0::/kubepods/pod{ID}/pause"));
     process(20, 100, "0::/init.scope");
     fs::create_dir(dir.path().join("self")).unwrap();
+    let hash = "0f4c9f5e2b1d4c1e9a573d2f1c0b9a88";
+    process(50, 600, &format!("0::/kubepods/pod{hash}/pause"));
     let find = ByCgroup::new(dir.path());
     assert_eq!(find.oldest(ID).unwrap(), Some(40));
+    let path = |static_uid: Option<&str>| {
+        let pod = LocalPod {
+            static_uid: static_uid.map(str::to_owned),
+            ..LocalPod::default()
+        };
+        find.path(ID, &pod).unwrap()
+    };
+    assert_eq!(path(None), dir.path().join("40/ns/net"));
+    assert_eq!(path(Some(hash)), dir.path().join("50/ns/net"));
     assert_eq!(find.oldest("another").unwrap(), None);
 }
