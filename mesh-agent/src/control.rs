@@ -16,6 +16,7 @@ mod sockets;
 mod status;
 #[cfg(test)]
 mod tests;
+mod undecided;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -37,6 +38,7 @@ use adopted::{Adopted, Leaving, Retry};
 
 pub use kernel::Kernel;
 pub use status::{PodStatus, Status};
+use undecided::Undecided;
 
 /// How often namespaces are looked at: one that is gone is let go within twice this time.
 const TICK: Duration = Duration::from_millis(250);
@@ -140,7 +142,10 @@ pub async fn run(
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while !*stop.borrow() {
         control.pass_if_due();
+        control.decide_one();
         tokio::select! {
+            biased;
+            _ = stop.changed() => {}
             news = facts.changed() => {
                 if news.is_err() {
                     return Err(Error::SourceEnded);
@@ -149,7 +154,7 @@ pub async fn run(
             }
             Some(uid) = changes.recv() => control.repair(&uid),
             _ = tick.tick() => control.look(),
-            _ = stop.changed() => {}
+            () = std::future::ready(()), if control.undecided.is_waiting() => {}
         }
     }
     loop {
@@ -185,6 +190,8 @@ struct Control<K, F> {
     leaving: Vec<Leaving>,
     /// Slots that an earlier agent left and nobody has claimed; `None` = not read yet.
     inherited: Option<BTreeSet<PodIndex>>,
+    /// Pods whose open connections are to be decided again.
+    undecided: Undecided,
     /// Something changed since the last pass.
     dirty: bool,
     /// The last pass failed.
@@ -222,6 +229,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
             waiting: BTreeMap::new(),
             leaving: Vec::new(),
             inherited: None,
+            undecided: Undecided::default(),
             dirty: false,
             failed: None,
             checked: Instant::now(),

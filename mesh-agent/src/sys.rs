@@ -14,6 +14,7 @@ pub mod clock;
 #[cfg(test)]
 pub(crate) mod lab;
 pub mod limits;
+pub mod memory;
 pub mod netlink;
 pub mod netns;
 pub mod route;

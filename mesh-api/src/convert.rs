@@ -165,7 +165,8 @@ pub fn convert(objects: &[Object], previous: &LastGood, options: Options) -> Out
         }
         facts.push((head.object, fact));
     }
-    assemble::assemble(facts, options, &mut outcome);
+    let facts = facts.iter().map(|(object, fact)| (object, fact));
+    assemble::assemble(facts, options, &assemble::Known::default(), &mut outcome);
     outcome.rejections.sort();
     outcome.rejections.dedup();
     outcome.warnings.sort();

@@ -49,7 +49,11 @@ fn clean(text: &str) -> Outcome {
 fn policy<'a>(outcome: &'a Outcome, kind: &str, name: &str) -> Option<&'a Policy> {
     let (namespace, name) = name.split_once('/').unwrap_or(("", name));
     let object = ObjectRef::new(kind, namespace, name);
-    outcome.cluster.policies.get(&object)
+    outcome
+        .cluster
+        .policies
+        .get(&object)
+        .map(|policy| &**policy)
 }
 
 fn service<'a>(outcome: &'a Outcome, name: &str) -> &'a Service {

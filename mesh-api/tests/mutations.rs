@@ -78,7 +78,7 @@ fn name(value: &Value) -> Option<ObjectRef> {
 
 /// The policy that an object has become, and whether it is one of ours at all.
 fn policy<'a>(outcome: &'a Outcome, object: &ObjectRef) -> Option<&'a Policy> {
-    outcome.cluster.policies.get(object)
+    outcome.cluster.policies.get(object).map(|policy| &**policy)
 }
 
 fn authentication<'a>(outcome: &'a Outcome, object: &ObjectRef) -> Option<&'a Authentication> {

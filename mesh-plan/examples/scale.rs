@@ -103,7 +103,7 @@ fn cluster(pods: usize, policies: usize) -> Cluster {
         let namespace = format!("ns-{}", n % NAMESPACES);
         let name = format!("p{n}");
         let object = ObjectRef::new("NetworkPolicy", &*namespace, &*name);
-        cluster.policies.insert(object, policy(n, namespace));
+        cluster.policies.insert(object, policy(n, namespace).into());
     }
     cluster
 }
@@ -111,8 +111,9 @@ fn cluster(pods: usize, policies: usize) -> Cluster {
 /// A pod of the node gets another label; every other time a pod elsewhere comes, too.
 fn change(cluster: &mut Cluster, pods: usize, round: usize) {
     let changed = pod(3 + NODES * round);
-    let mut labels = changed.labels.clone();
+    let mut labels = Labels::clone(&changed.labels);
     labels.insert("app".into(), format!("app-{round}"));
+    let labels = labels.into();
     cluster
         .pods
         .insert(changed.uid.clone(), Pod { labels, ..changed }.into());
@@ -144,8 +145,7 @@ impl Change {
                 cluster.ready.as_mut().expect("a cluster").insert(uid);
             }
             Self::Label => {
-                pod.labels
-                    .insert("app".into(), format!("app-{}", round % 20));
+                Arc::make_mut(&mut pod.labels).insert("app".into(), format!("app-{}", round % 20));
                 cluster.pods.insert(uid, pod.into());
             }
             Self::Delete => drop(cluster.pods.remove(&uid)),
@@ -279,7 +279,8 @@ fn pod(n: usize) -> Pod {
             ("app", &app),
             ("pod-template-hash", &format!("{:x}", n % 977)),
             ("tier", ["front", "back"][n % 2]),
-        ]),
+        ])
+        .into(),
         service_account: app,
         node: format!("node-{}", n % NODES),
         addresses: [address(1, n)].into(),

@@ -23,9 +23,9 @@ pub struct Cluster {
     /// Pods by UID. Pods that ended (Succeeded, Failed) are not here: their addresses are reused.
     pub pods: BTreeMap<String, Arc<Pod>>,
     /// Services by name.
-    pub services: BTreeMap<ObjectName, Service>,
+    pub services: BTreeMap<ObjectName, Arc<Service>>,
     /// Policies of every kind, by kind and name.
-    pub policies: BTreeMap<ObjectRef, Policy>,
+    pub policies: BTreeMap<ObjectRef, Arc<Policy>>,
     /// MeshAuthentication objects.
     pub authentications: BTreeMap<ObjectName, Authentication>,
     /// Workloads that their node has reported once as ready for tunnels: pod UIDs, and namespace
@@ -206,8 +206,8 @@ pub struct Pod {
     pub name: ObjectName,
     /// Its UID.
     pub uid: String,
-    /// Its labels.
-    pub labels: Labels,
+    /// Its labels. Pods of one workload often have the same, and share them.
+    pub labels: Arc<Labels>,
     /// Its service account (`default` if the object names none).
     pub service_account: String,
     /// The node it runs on; empty = not yet scheduled.
@@ -217,7 +217,7 @@ pub struct Pod {
     /// It shares the node's namespace, and is never enrolled.
     pub host_network: bool,
     /// Named container ports: name and protocol to number.
-    pub named_ports: BTreeMap<(String, Transport), u16>,
+    pub named_ports: Arc<BTreeMap<(String, Transport), u16>>,
     /// The owner that people know it by: kind and name (a ReplicaSet's hash is cut off).
     pub workload: (String, String),
     /// It is Running and its Ready condition is true (missing conditions count as true).

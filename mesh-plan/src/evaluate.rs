@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use mesh_common::identity::{Evidence, IdentityId, Peer};
 use mesh_common::path::Peers;
@@ -53,7 +54,7 @@ struct PodEnd {
     uid: String,
     node: String,
     view: PodView,
-    named_ports: BTreeMap<(String, Transport), u16>,
+    named_ports: Arc<BTreeMap<(String, Transport), u16>>,
 }
 
 /// A question.
@@ -127,7 +128,7 @@ pub fn compile_policies(cluster: &Cluster) -> (Compiled, Vec<Rejection>) {
             uid: uid.clone(),
             node: facts.node.clone(),
             view: pod.view,
-            named_ports: facts.named_ports.clone(),
+            named_ports: Arc::clone(&facts.named_ports),
         });
     }
     (compiled, rejections)

@@ -31,7 +31,7 @@ pub(crate) struct Relevant {
 
 impl Relevant {
     /// What these policies ask about.
-    pub(crate) fn of<'a>(policies: impl Iterator<Item = &'a Policy>) -> Self {
+    pub(crate) fn of<'a>(policies: impl Iterator<Item = &'a Arc<Policy>>) -> Self {
         let mut relevant = Self::default();
         for policy in policies {
             let ingress = policy.ingress.iter().flatten();

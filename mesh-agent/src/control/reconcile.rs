@@ -60,10 +60,12 @@ impl<K: Kernel, F: Find> Control<K, F> {
         });
         if let Err(error) = applied {
             self.cut_off(&added);
+            // Some of it may be in force, and the next pass will not see it as a change.
+            self.undecided.want();
             return Err(error.into());
         }
         self.kernel.note(&plan);
-        self.decide_open_connections(&plan, &ops, &fresh);
+        self.decide_open_connections((&base, &plan), &ops, &fresh);
         self.withdraw_unwanted(&plan);
         self.remove_inherited()?;
         self.publish_pods();
@@ -243,34 +245,68 @@ impl<K: Kernel, F: Find> Control<K, F> {
         }
     }
 
-    /// Ends what the plan in force denies. Not being able to is reported, and stops nothing.
-    fn decide_open_connections(&mut self, plan: &Plan, ops: &[MapOp], fresh: &BTreeSet<String>) {
-        let matters = ops.iter().any(|op| {
-            !matches!(
-                op,
-                MapOp::Put(Entry::Service(..) | Entry::Backend(..))
-                    | MapOp::Remove(Key::Service(_) | Key::Backend(_))
-            )
-        });
-        if !matters {
-            return;
-        }
-        for (uid, pod) in &mut self.pods {
-            let Some(local) = plan.pods.get(uid) else {
-                continue;
-            };
-            let is_fresh = fresh.contains(uid);
-            pod.fresh |= is_fresh;
-            let ended = again(&mut self.kernel, pod, plan, &local.view, is_fresh);
-            match ended {
-                Ok(ended) => self.ended += ended,
-                Err(_) if !pod.home.is_there() => {}
-                Err(why) => {
-                    tracing::warn!(pod = %local.name, why, "open connections may go on that policy denies");
-                    pod.trouble = Some(why);
+    /// Ends what the plan in force denies, of pods whose policy or mode changed, or that were just
+    /// enrolled, at once; and of all, if peers are enrolled or ready otherwise than before: the gate
+    /// drops what it is not told of. Of others that are reached by what came or went elsewhere, a
+    /// moment later: that is most of what happens in a cluster, and looking is not cheap.
+    fn decide_open_connections(
+        &mut self,
+        (base, plan): (&Plan, &Plan),
+        ops: &[MapOp],
+        fresh: &BTreeSet<String>,
+    ) {
+        let mut now = fresh.clone();
+        let mut all = false;
+        for op in ops {
+            match op {
+                MapOp::Put(Entry::Pod(uid, _)) => drop(now.insert(uid.clone())),
+                MapOp::Put(Entry::Peer(address, peer)) => {
+                    let before = base.peers.get(address);
+                    all |= before.is_some_and(|before| before.flags != peer.flags);
+                    self.undecided.want();
                 }
+                MapOp::Put(Entry::PodCidr(_)) | MapOp::Remove(Key::Peer(_) | Key::PodCidr(_)) => {
+                    self.undecided.want();
+                }
+                // What they hold is immutable, and of pods or peers that switch.
+                MapOp::Put(_) | MapOp::Remove(_) => {}
             }
         }
+        if all {
+            now.extend(self.pods.keys().cloned());
+        }
+        for uid in &now {
+            self.decide(uid, plan, fresh.contains(uid));
+        }
+    }
+
+    /// Ends what the plan in force denies of a pod. Not being able to is reported, and stops nothing.
+    fn decide(&mut self, uid: &str, plan: &Plan, is_fresh: bool) {
+        let (Some(pod), Some(local)) = (self.pods.get_mut(uid), plan.pods.get(uid)) else {
+            return;
+        };
+        pod.fresh |= is_fresh;
+        match again(&mut self.kernel, pod, plan, &local.view, is_fresh) {
+            Ok(ended) => self.ended += ended,
+            Err(_) if !pod.home.is_there() => {}
+            Err(why) => {
+                tracing::warn!(pod = %local.name, why, "open connections may go on that policy denies");
+                pod.trouble = Some(why);
+            }
+        }
+    }
+
+    /// Looks at the open connections of one of the pods that are still to be looked at, if it is time.
+    pub(super) fn decide_one(&mut self) {
+        let Some(plan) = self.base.clone() else {
+            return;
+        };
+        let start = Instant::now();
+        let Some(uid) = self.undecided.next(start, self.pods.keys()) else {
+            return;
+        };
+        self.decide(&uid, &plan, false);
+        self.undecided.took(start.elapsed());
     }
 
     /// Takes pods that left the mesh back to what they were: after the switch, so that nothing is

@@ -22,9 +22,10 @@ use mesh_api::{Facts, Object, Options};
 use mesh_plan::cluster::{Cluster, ObjectRef};
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, sleep_until};
 
-use super::state::{Keeper, State};
+use super::state::{Keeper, State, Written};
 use super::{Error, Report, Settings, Watched, announce, replace};
 use kinds::{KINDS, Kind};
 use stream::News;
@@ -32,7 +33,10 @@ use stream::News;
 use crate::sys::route::Routing;
 
 /// From a change to its publication: what belongs together often comes together.
-const SETTLE: Duration = Duration::from_millis(15);
+const TOGETHER: Duration = Duration::from_millis(3);
+/// Between two publications, at least. A longer one is followed by twice its time: changes that never
+/// end must not take all of a CPU.
+const REST: Duration = Duration::from_millis(15);
 /// While a kind is listed again, changes wait this long for its end.
 const LIST: Duration = Duration::from_secs(2);
 /// Objects on their way to the room.
@@ -89,11 +93,13 @@ struct Room {
     client: Client,
     facts: Facts,
     keeper: Keeper,
+    /// What is being written to the disk.
+    writing: Option<JoinHandle<Written>>,
     progress: BTreeMap<&'static str, Progress>,
     /// Since when there is something to publish.
     changed: Option<Instant>,
-    /// How long the last publication took: changes that never end must not take all of a CPU.
-    took: Duration,
+    /// No publication before.
+    rested: Option<Instant>,
     cluster: watch::Sender<Arc<Cluster>>,
     report: watch::Sender<Arc<Report>>,
     complete: watch::Sender<bool>,
@@ -110,12 +116,13 @@ impl Room {
             settings,
             client,
             keeper,
+            writing: None,
             progress: KINDS
                 .iter()
                 .map(|k| (k.name, Progress::default()))
                 .collect(),
             changed: None,
-            took: Duration::ZERO,
+            rested: None,
             cluster,
             report,
             complete,
@@ -139,7 +146,7 @@ impl Room {
         let unwanted = self.cluster.clone();
         loop {
             let due = self.publish_at();
-            let save = self.keeper.due();
+            let save = self.keeper.due().filter(|_| self.writing.is_none());
             tokio::select! {
                 count = news.recv_many(&mut batch, QUEUE) => {
                     if count == 0 {
@@ -151,6 +158,10 @@ impl Room {
                 }
                 () = at(due) => self.publish(),
                 () = at(save) => self.save(),
+                written = end(&mut self.writing) => {
+                    self.writing = None;
+                    self.keeper.saved(written, &self.report);
+                }
                 // The tasks end with the runtime.
                 () = unwanted.closed() => return,
             }
@@ -214,12 +225,9 @@ impl Room {
             return None;
         }
         let is_listing = self.progress.values().any(|p| p.listing.is_some());
-        let pause = if is_listing {
-            LIST
-        } else {
-            SETTLE.max(self.took)
-        };
-        Some(since + pause)
+        let pause = if is_listing { LIST } else { TOGETHER };
+        let due = since + pause;
+        Some(self.rested.map_or(due, |rested| rested.max(due)))
     }
 
     fn publish(&mut self) {
@@ -244,7 +252,7 @@ impl Room {
         replace(&self.report, report);
         self.keeper.mark();
         replace(&self.cluster, outcome.cluster);
-        self.took = start.elapsed();
+        self.rested = Some(Instant::now() + REST.max(start.elapsed() * 2));
         if !self.complete.send_replace(true) {
             tracing::info!(
                 objects = self.facts.len(),
@@ -258,7 +266,9 @@ impl Room {
             last_good: self.facts.last_good(),
             ..State::default()
         };
-        self.keeper.save(state, &self.report);
+        // The disk may take longer than a change of policy should.
+        let draft = self.keeper.draft(state);
+        self.writing = draft.map(|draft| spawn_blocking(|| draft.write()));
     }
 
     /// Puts what is known about the server into the report.
@@ -306,6 +316,20 @@ impl Room {
             absent: absent.map(|(kind, _)| (*kind).to_owned()).collect(),
             ..Report::default()
         }
+    }
+}
+
+async fn end<T>(task: &mut Option<JoinHandle<T>>) -> T {
+    let Some(task) = task else {
+        return std::future::pending().await;
+    };
+    match task.await {
+        Ok(value) => value,
+        Err(failed) => match failed.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime ends.
+            Err(_cancelled) => std::future::pending().await,
+        },
     }
 }
 

@@ -72,12 +72,22 @@ impl Keeper {
 
     /// Writes it, and says in the report if that fails; then it is tried again.
     pub(super) fn save(&mut self, state: State, report: &watch::Sender<Arc<Report>>) {
+        if let Some(draft) = self.draft(state) {
+            self.saved(draft.write(), report);
+        }
+    }
+
+    /// What is to be written now, if anything, for who cannot wait for a disk.
+    pub(super) fn draft(&mut self, state: State) -> Option<Draft> {
         self.saved = Some(Instant::now());
         self.changed = false;
-        if state == self.kept {
-            return;
-        }
-        let not_kept = self.store.save(&state).err();
+        let store = self.store.clone();
+        (state != self.kept).then_some(Draft { store, state })
+    }
+
+    /// Takes note of what was written, and says in the report if that failed; then it is tried again.
+    pub(super) fn saved(&mut self, written: Written, report: &watch::Sender<Arc<Report>>) {
+        let not_kept = written.failed;
         match &not_kept {
             Some(why) => {
                 if report.borrow().not_kept.as_ref() != Some(why) {
@@ -85,7 +95,7 @@ impl Keeper {
                 }
                 self.changed = true;
             }
-            None => self.kept = state,
+            None => self.kept = written.state,
         }
         report.send_if_modified(|report| {
             let changed = report.not_kept != not_kept;
@@ -97,7 +107,31 @@ impl Keeper {
     }
 }
 
+/// What is to be written.
+pub(super) struct Draft {
+    store: Store,
+    state: State,
+}
+
+/// What was written, or why not.
+pub(super) struct Written {
+    state: State,
+    failed: Option<String>,
+}
+
+impl Draft {
+    /// Waits for the disk.
+    pub(super) fn write(self) -> Written {
+        let failed = self.store.save(&self.state).err();
+        Written {
+            state: self.state,
+            failed,
+        }
+    }
+}
+
 /// The file.
+#[derive(Clone)]
 struct Store {
     dir: PathBuf,
 }

@@ -39,7 +39,7 @@ fn pod(number: usize, role: &str, node: &str) -> Pod {
     Pod {
         name: ObjectName::new("shop", format!("pod-{number}")),
         uid: format!("uid-{number:05}"),
-        labels: BTreeMap::from([("role".to_owned(), role.to_owned())]),
+        labels: BTreeMap::from([("role".to_owned(), role.to_owned())]).into(),
         service_account: "default".to_owned(),
         node: node.to_owned(),
         addresses: [address.into()].into(),
@@ -108,7 +108,7 @@ fn cluster(policies: usize) -> Cluster {
             audit: false,
         };
         let object = ObjectRef::new("NetworkPolicy", "shop", format!("p{number:05}"));
-        cluster.policies.insert(object, policy);
+        cluster.policies.insert(object, policy.into());
     }
     cluster
 }

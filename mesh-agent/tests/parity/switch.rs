@@ -55,7 +55,7 @@ fn cluster(revision: usize) -> Cluster {
         let pod = Pod {
             name: ObjectName::new("shop", name),
             uid: name.to_owned(),
-            labels: BTreeMap::from([("role".to_owned(), role.to_owned())]),
+            labels: BTreeMap::from([("role".to_owned(), role.to_owned())]).into(),
             service_account: "default".to_owned(),
             node: node.to_owned(),
             addresses: [ip(address)].into(),
@@ -95,7 +95,7 @@ fn cluster(revision: usize) -> Cluster {
         audit: false,
     };
     let object = ObjectRef::new("NetworkPolicy", "shop", "server");
-    cluster.policies.insert(object, policy);
+    cluster.policies.insert(object, policy.into());
     cluster
 }
 

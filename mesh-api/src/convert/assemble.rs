@@ -2,84 +2,117 @@
 //! Facts of single objects to the facts of the cluster: endpoints to their services, readiness to
 //! pods, namespaces that nothing describes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
 
-use mesh_plan::cluster::{Cluster, Namespace, ObjectName, ObjectRef, Rejection, ServiceEndpoint};
+use mesh_plan::cluster::{
+    Cluster, Namespace, ObjectName, ObjectRef, Policy, Rejection, Service, ServiceEndpoint,
+};
 
 use super::mesh_node::NodeReport;
 use super::pod::PodFact;
 use super::service::{ServiceFact, Target};
 use super::{Fact, Options, Outcome};
 
-pub(super) fn assemble(
-    facts: impl IntoIterator<Item = (ObjectRef, Fact)>,
+/// What was put together before, and of which nothing has changed: it is not made again.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    /// With their endpoints.
+    pub(super) services: BTreeMap<ObjectName, Arc<Service>>,
+    pub(super) policies: BTreeMap<ObjectRef, Arc<Policy>>,
+}
+
+/// The facts of all objects together.
+pub(super) fn assemble<'f>(
+    facts: impl IntoIterator<Item = (&'f ObjectRef, &'f Fact)>,
     options: Options,
+    known: &Known,
     outcome: &mut Outcome,
 ) {
     let mut cluster = Cluster::default();
-    let mut pods: BTreeMap<String, PodFact> = BTreeMap::new();
-    let mut services: BTreeMap<ObjectName, ServiceFact> = BTreeMap::new();
-    let mut slices: BTreeMap<ObjectName, Vec<ServiceEndpoint>> = BTreeMap::new();
-    let mut reports: BTreeMap<String, NodeReport> = BTreeMap::new();
+    let mut pods: BTreeMap<&str, &PodFact> = BTreeMap::new();
+    let mut services: BTreeMap<ObjectName, &ServiceFact> = BTreeMap::new();
+    let mut slices: BTreeMap<&ObjectName, Vec<&[ServiceEndpoint]>> = BTreeMap::new();
+    let mut reports: BTreeMap<&str, &NodeReport> = BTreeMap::new();
     for (object, fact) in facts {
-        let name = ObjectName::new(&*object.namespace, &*object.name);
+        let name = || ObjectName::new(&*object.namespace, &*object.name);
         match fact {
             Fact::Namespace(namespace) => {
-                cluster.namespaces.insert(object.name, namespace);
+                cluster
+                    .namespaces
+                    .insert(object.name.clone(), namespace.clone());
             }
             Fact::Node(node) => {
-                cluster.nodes.insert(object.name, node);
+                cluster.nodes.insert(object.name.clone(), node.clone());
             }
-            Fact::Pod(pod) => add_pod(*pod, &object, &mut pods, outcome),
+            Fact::Pod(pod) => add_pod(pod, object, &mut pods, outcome),
             Fact::Service(service) => {
-                services.insert(name, *service);
+                services.insert(name(), service);
             }
             Fact::Slice(slice) => slices
-                .entry(slice.service)
+                .entry(&slice.service)
                 .or_default()
-                .extend(slice.endpoints),
+                .push(&slice.endpoints),
             Fact::Policy(policy) => {
-                cluster.policies.insert(object, policy);
+                let known = known.policies.get(object).cloned();
+                let policy = known.unwrap_or_else(|| Arc::new(policy.clone()));
+                cluster.policies.insert(object.clone(), policy);
             }
             Fact::Authentication(authentication) => {
-                cluster.authentications.insert(name, authentication);
+                cluster
+                    .authentications
+                    .insert(name(), authentication.clone());
             }
             Fact::Report(report) => {
-                reports.insert(object.name, report);
+                reports.insert(&object.name, report);
             }
         }
     }
-    for (name, mut fact) in services {
-        let mut endpoints = match slices.remove(&name) {
-            Some(endpoints) => endpoints,
-            None if options.standalone => selected(&name, &fact, &pods),
-            None => Vec::new(),
+    let api_server = ObjectName::new("default", "kubernetes");
+    for (name, fact) in services {
+        let service = match known.services.get(&name) {
+            Some(known) => Arc::clone(known),
+            None => {
+                let endpoints = match slices.remove(&name) {
+                    Some(slices) => slices.concat(),
+                    None if options.standalone => selected(&name, fact, &pods),
+                    None => Vec::new(),
+                };
+                Arc::new(with(fact, endpoints))
+            }
         };
-        endpoints.sort();
-        endpoints.dedup();
-        if name == ObjectName::new("default", "kubernetes") {
-            cluster.api_servers = endpoints.iter().map(|endpoint| endpoint.address).collect();
+        if name == api_server {
+            let endpoints = service.endpoints.iter();
+            cluster.api_servers = endpoints.map(|endpoint| endpoint.address).collect();
         }
-        fact.service.endpoints = endpoints;
-        fact.service.ports.sort();
-        cluster.services.insert(name, fact.service);
+        cluster.services.insert(name, service);
     }
     cluster.ready = (!options.standalone).then(|| ready(&pods, &cluster, &reports));
     cluster.pods = pods
         .into_iter()
-        .map(|(uid, fact)| (uid, fact.pod))
+        .map(|(uid, fact)| (uid.to_owned(), Arc::clone(&fact.pod)))
         .collect();
     name_namespaces(&mut cluster);
     outcome.cluster = cluster;
 }
 
-fn add_pod(
-    fact: PodFact,
+/// A service and who serves it, in order.
+fn with(fact: &ServiceFact, mut endpoints: Vec<ServiceEndpoint>) -> Service {
+    endpoints.sort();
+    endpoints.dedup();
+    let mut service = fact.service.clone();
+    service.endpoints = endpoints;
+    service.ports.sort();
+    service
+}
+
+fn add_pod<'f>(
+    fact: &'f PodFact,
     object: &ObjectRef,
-    pods: &mut BTreeMap<String, PodFact>,
+    pods: &mut BTreeMap<&'f str, &'f PodFact>,
     outcome: &mut Outcome,
 ) {
-    if let Some(first) = pods.get(&fact.pod.uid) {
+    if let Some(first) = pods.get(&*fact.pod.uid) {
         outcome.rejections.push(Rejection {
             object: object.clone(),
             field: "metadata.uid".to_owned(),
@@ -87,7 +120,7 @@ fn add_pod(
             consequence: "the pod is not known".to_owned(),
         });
     } else {
-        pods.insert(fact.pod.uid.clone(), fact);
+        pods.insert(&fact.pod.uid, fact);
     }
 }
 
@@ -95,7 +128,7 @@ fn add_pod(
 fn selected(
     name: &ObjectName,
     fact: &ServiceFact,
-    pods: &BTreeMap<String, PodFact>,
+    pods: &BTreeMap<&str, &PodFact>,
 ) -> Vec<ServiceEndpoint> {
     let Some(selector) = &fact.selector else {
         return Vec::new();
@@ -137,28 +170,35 @@ fn selected(
 
 /// The pods whose own node says that it accepts tunnels for them.
 fn ready(
-    pods: &BTreeMap<String, PodFact>,
+    pods: &BTreeMap<&str, &PodFact>,
     cluster: &Cluster,
-    reports: &BTreeMap<String, NodeReport>,
+    reports: &BTreeMap<&str, &NodeReport>,
 ) -> BTreeSet<String> {
-    pods.values()
-        .map(|fact| &fact.pod)
-        .filter(|pod| {
-            let Some(report) = reports.get(&pod.node) else {
-                return false;
-            };
-            let namespace = cluster.namespaces.get(&pod.name.namespace);
-            report.pods.contains(&pod.uid)
-                || namespace.is_some_and(|namespace| report.namespaces.contains(&namespace.uid))
-        })
-        .map(|pod| pod.uid.clone())
-        .collect()
+    let report_of = |namespace: &str, node: &str| {
+        let report = *reports.get(node)?;
+        let namespace = cluster.namespaces.get(namespace);
+        let all = namespace.is_some_and(|namespace| report.namespaces.contains(&namespace.uid));
+        Some((report, all))
+    };
+    // Many pods have both in common.
+    let mut known: HashMap<(&str, &str), Option<(&NodeReport, bool)>> = HashMap::new();
+    let mut ready = BTreeSet::new();
+    for fact in pods.values() {
+        let (namespace, node) = (&*fact.pod.name.namespace, &*fact.pod.node);
+        let report = known.entry((namespace, node));
+        let report = report.or_insert_with(|| report_of(namespace, node));
+        if report.is_some_and(|(report, all)| all || report.pods.contains(&fact.pod.uid)) {
+            ready.insert(fact.pod.uid.clone());
+        }
+    }
+    ready
 }
 
 /// A namespace that has pods and no object still has its name.
 fn name_namespaces(cluster: &mut Cluster) {
-    for pod in cluster.pods.values() {
-        let name = &pod.name.namespace;
+    let pods = cluster.pods.values();
+    let names: HashSet<&String> = pods.map(|pod| &pod.name.namespace).collect();
+    for name in names {
         if !cluster.namespaces.contains_key(name) {
             let label = ("kubernetes.io/metadata.name".to_owned(), name.clone());
             let namespace = Namespace {

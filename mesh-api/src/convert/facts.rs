@@ -6,11 +6,15 @@
 //! again.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use mesh_plan::authentication;
-use mesh_plan::cluster::{ObjectRef, Rejection, Version};
+use mesh_plan::cluster::{
+    Cluster, Labels, ObjectName, ObjectRef, Pod, Rejection, Transport, Version,
+};
 use serde_json::Value;
 
+use super::assemble::Known;
 use super::kinds::kind_of;
 use super::object::{Subject, head};
 use super::{Fact, Kept, LastGood, Object, Options, Outcome, Warning, assemble, lasts, one};
@@ -25,7 +29,38 @@ pub struct Facts {
     /// UIDs of pods that were ready for tunnels once: they stay so while they exist. A report that
     /// shrinks, as that of an agent that starts again, must not send their traffic in clear.
     ready: BTreeSet<String>,
+    /// As they were put together last, but for those that have changed since.
+    known: Known,
+    shared: Shared,
     changes: u64,
+}
+
+/// What pods of one workload have in common is kept once.
+#[derive(Debug, Default)]
+struct Shared {
+    labels: BTreeSet<Arc<Labels>>,
+    ports: BTreeSet<Arc<BTreeMap<(String, Transport), u16>>>,
+    /// When to look what nobody has any more.
+    full: usize,
+}
+
+impl Shared {
+    fn share(&mut self, pod: &mut Pod) {
+        one_of(&mut self.labels, &mut pod.labels);
+        one_of(&mut self.ports, &mut pod.named_ports);
+        if self.labels.len() + self.ports.len() > self.full {
+            self.labels.retain(|known| Arc::strong_count(known) > 1);
+            self.ports.retain(|known| Arc::strong_count(known) > 1);
+            self.full = 64 + 2 * (self.labels.len() + self.ports.len());
+        }
+    }
+}
+
+fn one_of<T: Ord>(known: &mut BTreeSet<Arc<T>>, value: &mut Arc<T>) {
+    match known.get(value) {
+        Some(same) => *value = Arc::clone(same),
+        None => drop(known.insert(Arc::clone(value))),
+    }
 }
 
 #[derive(Debug, PartialEq)]
@@ -69,6 +104,8 @@ impl Facts {
             before,
             entries: BTreeMap::new(),
             ready: BTreeSet::new(),
+            known: Known::default(),
+            shared: Shared::default(),
             changes: 0,
         }
     }
@@ -96,7 +133,12 @@ impl Facts {
             value: &object.value,
             standalone: self.options.standalone,
         };
-        let read = one(kind, &subject, before, &mut outcome);
+        let mut read = one(kind, &subject, before, &mut outcome);
+        if let Some(Fact::Pod(fact)) = &mut read.fact
+            && let Some(pod) = Arc::get_mut(&mut fact.pod)
+        {
+            self.shared.share(pod);
+        }
         let newest = generation(&object.value);
         let generation = match (outcome.rejections.is_empty(), old) {
             (true, _) => newest,
@@ -112,22 +154,31 @@ impl Facts {
             said: Said::of(outcome),
         };
         // Most writes of a cluster are heartbeats and counts that nobody here reads.
-        self.changes += u64::from(known.as_ref() != Some(&entry));
+        if known.as_ref() != Some(&entry) {
+            self.changes += 1;
+            for entry in known.iter().chain([&entry]) {
+                touch(&mut self.known, &head.object, entry);
+            }
+        }
         self.entries.insert(head.object.clone(), entry);
         Some(head.object)
     }
 
     /// Forgets an object.
     pub fn remove(&mut self, object: &ObjectRef) {
-        self.changes += u64::from(self.entries.remove(object).is_some());
+        if let Some(entry) = self.entries.remove(object) {
+            self.changes += 1;
+            touch(&mut self.known, object, &entry);
+        }
     }
 
     /// Forgets the objects of a kind that are not among these: for after a list.
     pub fn retain(&mut self, kind: &str, listed: &BTreeSet<ObjectRef>) {
-        let before = self.entries.len();
-        self.entries
-            .retain(|object, _| object.kind != kind || listed.contains(object));
-        self.changes += u64::from(self.entries.len() != before);
+        let gone = |object: &ObjectRef| object.kind == kind && !listed.contains(object);
+        for (object, entry) in self.entries.extract_if(.., |object, _| gone(object)) {
+            self.changes += 1;
+            touch(&mut self.known, &object, &entry);
+        }
     }
 
     /// Grows whenever [`Facts::outcome`] may have become another.
@@ -178,18 +229,20 @@ impl Facts {
         let facts = self
             .entries
             .iter()
-            .filter_map(|(object, entry)| Some((object.clone(), entry.fact.clone()?)));
-        assemble::assemble(facts, self.options, &mut outcome);
+            .filter_map(|(object, entry)| Some((object, entry.fact.as_ref()?)));
+        assemble::assemble(facts, self.options, &self.known, &mut outcome);
         let cluster = &mut outcome.cluster;
-        // Whoever joins the mesh again is ready when its node says so again: before that, answers
-        // to what it sends in clear would be dropped.
-        self.ready.retain(|uid| {
-            let pod = cluster.pods.get(uid);
-            pod.is_some_and(|pod| authentication::is_enrolled(cluster, pod))
-        });
-        if let Some(ready) = &mut cluster.ready {
-            ready.append(&mut self.ready);
-            self.ready.clone_from(ready);
+        // Without a control plane every pod may be an endpoint of every service.
+        if !self.options.standalone {
+            self.known.services.clone_from(&cluster.services);
+        }
+        self.known.policies.clone_from(&cluster.policies);
+        if let Some(reported) = cluster.ready.take() {
+            let ready = still_ready(cluster, &reported, &self.ready);
+            if self.ready != ready {
+                self.ready.clone_from(&ready);
+            }
+            cluster.ready = Some(ready);
         }
         cluster.versions = self.versions();
         outcome.rejections.sort();
@@ -239,9 +292,52 @@ impl Facts {
             good: false,
             said: Some(Box::new(said)),
         };
-        self.changes += u64::from(self.entries.get(&object) != Some(&entry));
-        self.entries.insert(object.clone(), entry);
+        if self.entries.get(&object) != Some(&entry) {
+            self.changes += 1;
+            if let Some(known) = self.entries.insert(object.clone(), entry) {
+                touch(&mut self.known, &object, &known);
+            }
+        }
         object
+    }
+}
+
+/// The pods that are reported as ready, and those that were and are still in the mesh. Whoever joins
+/// it again is ready when its node says so again: before that, answers to what it sends in clear
+/// would be dropped.
+fn still_ready(
+    cluster: &Cluster,
+    reported: &BTreeSet<String>,
+    before: &BTreeSet<String>,
+) -> BTreeSet<String> {
+    let (mut reported, mut before) = (reported.iter().peekable(), before.iter().peekable());
+    let is_ready = |(uid, pod): &(&String, &Arc<Pod>)| {
+        while before.next_if(|other| other < uid).is_some() {}
+        let was = before.next_if_eq(uid).is_some();
+        let is = reported.next_if_eq(uid).is_some();
+        is || (was && authentication::is_enrolled(cluster, pod))
+    };
+    let ready = cluster.pods.iter().filter(is_ready);
+    ready.map(|(uid, _)| uid.clone()).collect()
+}
+
+/// Forgets how that was put together which an object is, or is part of.
+fn touch(known: &mut Known, object: &ObjectRef, entry: &Entry) {
+    match &entry.fact {
+        Some(Fact::Service(_)) => {
+            let name = ObjectName::new(&*object.namespace, &*object.name);
+            known.services.remove(&name);
+        }
+        Some(Fact::Slice(slice)) => drop(known.services.remove(&slice.service)),
+        Some(Fact::Policy(_)) => drop(known.policies.remove(object)),
+        Some(
+            Fact::Namespace(_)
+            | Fact::Node(_)
+            | Fact::Pod(_)
+            | Fact::Authentication(_)
+            | Fact::Report(_),
+        )
+        | None => {}
     }
 }
 

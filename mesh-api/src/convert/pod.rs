@@ -67,7 +67,7 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
             served_at.clone()
         },
         host_network,
-        named_ports: named_ports(&spec, issues),
+        named_ports: named_ports(&spec, issues).into(),
         workload: workload(read.metadata.owner_references.as_deref(), &labels, &name),
         ready: is_ready(&status),
         terminating: read.metadata.deletion_timestamp.is_some(),
@@ -76,7 +76,7 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
             .then(|| subject.annotation(NETNS))
             .flatten(),
         static_uid: subject.annotation(MIRROR),
-        labels,
+        labels: labels.into(),
         name,
     };
     Some(Fact::Pod(Box::new(PodFact {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Compiling again after a small change: what is about all pods of the cluster is carried over
-//! when only pods (their readiness for tunnels, too) and services changed; what is about this node's
-//! pods is always made anew.
+//! when only pods (their readiness for tunnels, too), services and policies changed; what is about this
+//! node's pods is always made anew. A policy that asks about a label that no other asks about, or did
+//! so before, changes the identities of the pods that have it.
 //!
 //! Anything out of the ordinary (a disputed address, a collision, an unknown label value, more
 //! than fits) goes the long way, so the short way has nothing to say about it.
@@ -118,25 +119,34 @@ impl Compiler {
 impl Previous {
     /// The same for the next cluster; `None` = it takes the long way.
     fn carry(mut self, cluster: &Arc<Cluster>, options: &Options) -> Option<Self> {
-        if !self.ordinary || !same_but_pods_and_services(&self.cluster, cluster) {
+        if !self.ordinary || !same_world(&self.cluster, cluster) {
             return None;
         }
         let before = Arc::clone(&self.cluster);
+        let old = std::mem::take(&mut self.relevant);
+        let new = match before.policies == cluster.policies {
+            true => old.clone(),
+            false => self.change_policies(cluster),
+        };
+        let asked = Asked::between(&before, &old, &new);
         let readied = readied(&before.ready, &cluster.ready)?;
-        let relevant = std::mem::take(&mut self.relevant);
-        let identifier = Identifier::of(cluster, &relevant, options);
+        let identifier = Identifier::of(&before, &old, options);
         let spaces = cluster.namespaces.iter();
         let spaces = spaces.filter(|(_, space)| readied.contains(space.uid.as_str()));
         let spaces: HashSet<&str> = spaces.map(|(name, _)| name.as_str()).collect();
         let concerned = |pod: &Pod| {
             readied.contains(pod.uid.as_str()) || spaces.contains(pod.name.namespace.as_str())
         };
-        let same =
-            |old: &Arc<Pod>, new: &Arc<Pod>| old == new && (readied.is_empty() || !concerned(new));
+        let same = |old: &Arc<Pod>, new: &Arc<Pod>| {
+            old == new
+                && (readied.is_empty() || !concerned(new))
+                && (asked.is_nothing() || !asked.about(new))
+        };
         let changes = changes(&before.pods, &cluster.pods, same);
         for old in changes.iter().filter_map(|(old, _)| *old) {
             self.remove(&identifier, old)?;
         }
+        let identifier = Identifier::of(cluster, &new, options);
         for new in changes.iter().filter_map(|(_, new)| *new) {
             self.add(cluster, &identifier, new)?;
         }
@@ -146,9 +156,17 @@ impl Previous {
                 .identities
                 .clone_from(&self.identities.names);
         }
-        self.relevant = relevant;
+        self.relevant = new;
         self.cluster = Arc::clone(cluster);
         Some(self)
+    }
+
+    /// What is of policies alone; what they ask about pods now.
+    fn change_policies(&mut self, cluster: &Cluster) -> Relevant {
+        self.digests = Digests::default();
+        self.rejections.clear();
+        policies::check(cluster, &mut self.rejections);
+        Relevant::of(cluster.policies.values())
     }
 
     fn remove(&mut self, identifier: &Identifier<'_>, pod: &Pod) -> Option<()> {
@@ -192,6 +210,48 @@ impl Previous {
     }
 }
 
+/// What policies have begun to ask about pods, or have ceased to.
+struct Asked<'a> {
+    labels: Vec<&'a str>,
+    ports: Vec<&'a str>,
+    /// Those that have such labels themselves.
+    namespaces: HashSet<&'a str>,
+}
+
+impl<'a> Asked<'a> {
+    fn between(cluster: &'a Cluster, old: &'a Relevant, new: &'a Relevant) -> Self {
+        let differ = |a: &'a BTreeSet<String>, b: &'a BTreeSet<String>| -> Vec<&'a str> {
+            a.symmetric_difference(b).map(String::as_str).collect()
+        };
+        let labels = differ(&old.namespaces, &new.namespaces);
+        let spaces = cluster.namespaces.iter();
+        let spaces =
+            spaces.filter(|(_, space)| labels.iter().any(|l| space.labels.contains_key(*l)));
+        Self {
+            labels: differ(&old.pods, &new.pods),
+            ports: differ(&old.ports, &new.ports),
+            namespaces: spaces.map(|(name, _)| name.as_str()).collect(),
+        }
+    }
+
+    fn is_nothing(&self) -> bool {
+        self.labels.is_empty() && self.ports.is_empty() && self.namespaces.is_empty()
+    }
+
+    /// Whether the identity of a pod is another by that.
+    fn about(&self, pod: &Pod) -> bool {
+        self.namespaces.contains(pod.name.namespace.as_str())
+            || self
+                .labels
+                .iter()
+                .any(|label| pod.labels.contains_key(*label))
+            || pod
+                .named_ports
+                .keys()
+                .any(|(name, _)| self.ports.contains(&name.as_str()))
+    }
+}
+
 /// The workloads whose readiness changed: UIDs of pods and namespaces. `None` = a cluster began or
 /// ceased to say which are ready.
 fn readied<'c>(
@@ -209,13 +269,13 @@ fn readied<'c>(
 }
 
 /// What was not looked at is not the same.
-fn same_but_pods_and_services(a: &Cluster, b: &Cluster) -> bool {
+fn same_world(a: &Cluster, b: &Cluster) -> bool {
     let Cluster {
         namespaces,
         nodes,
         pods: _,
         services: _,
-        policies,
+        policies: _,
         authentications,
         ready: _,
         api_servers,
@@ -224,7 +284,6 @@ fn same_but_pods_and_services(a: &Cluster, b: &Cluster) -> bool {
     } = a;
     *namespaces == b.namespaces
         && *nodes == b.nodes
-        && *policies == b.policies
         && *authentications == b.authentications
         && *api_servers == b.api_servers
         && *pod_cidrs == b.pod_cidrs

@@ -42,7 +42,7 @@ fn cluster() -> Cluster {
             service_account: name.to_owned(),
             node: format!("node-{index}"),
             addresses: BTreeSet::from([ip(address)]),
-            named_ports: BTreeMap::from([(("http".to_owned(), Transport::Tcp), 8080)]),
+            named_ports: BTreeMap::from([(("http".to_owned(), Transport::Tcp), 8080)]).into(),
             ..Pod::default()
         };
         cluster.pods.insert(name.to_owned(), pod.into());
@@ -87,12 +87,13 @@ fn add(cluster: &mut Cluster, name: &str, tier: Tier, side: Side, rules: Rules<'
         audit: false,
     };
     let object = ObjectRef::new(kind, namespace, name);
-    cluster.policies.insert(object, policy);
+    cluster.policies.insert(object, policy.into());
 }
 
 /// Gives every rule of every policy this port of TCP.
 fn on_port(cluster: &mut Cluster, ports: &PortRange) {
     let rules = cluster.policies.values_mut().flat_map(|policy| {
+        let policy = Arc::make_mut(policy);
         policy
             .ingress
             .iter_mut()
@@ -245,7 +246,7 @@ fn what_exempts_needs_proof_of_the_service_account() {
         let mut cluster = cluster();
         for pod in cluster.pods.values_mut() {
             let label = ("mesh.rs/dataplane".to_owned(), "enabled".to_owned());
-            Arc::make_mut(pod).labels.extend([label]);
+            Arc::make_mut(&mut Arc::make_mut(pod).labels).extend([label]);
         }
         let rules = [(action, pods_of("remote")), (RuleAction::Deny, None)];
         add(&mut cluster, "a", Tier::Admin(0), Side::Ingress, &rules);

@@ -208,6 +208,7 @@ impl Case<'_> {
         self.cluster
             .policies
             .values()
+            .map(|policy| &**policy)
             .filter(move |p| !p.audit && tier(p.tier) && selects(self.cluster, p, self.pod))
     }
 

@@ -60,7 +60,7 @@ fn candidates(cluster: &Cluster) -> Vec<Cluster> {
     for (object, policy) in &cluster.policies {
         for smaller in smaller_policies(policy) {
             with(&|c| {
-                c.policies.insert(object.clone(), smaller.clone());
+                c.policies.insert(object.clone(), smaller.clone().into());
             });
         }
     }
@@ -68,14 +68,14 @@ fn candidates(cluster: &Cluster) -> Vec<Cluster> {
         for key in cluster.pods[uid].labels.keys() {
             with(&|c| {
                 c.pods.entry(uid.clone()).and_modify(|pod| {
-                    Arc::make_mut(pod).labels.remove(key);
+                    Arc::make_mut(&mut Arc::make_mut(pod).labels).remove(key);
                 });
             });
         }
         with(&|c| {
             c.pods
                 .entry(uid.clone())
-                .and_modify(|pod| Arc::make_mut(pod).named_ports.clear());
+                .and_modify(|pod| Arc::make_mut(pod).named_ports = Arc::default());
         });
     }
     for (name, namespace) in &cluster.namespaces {

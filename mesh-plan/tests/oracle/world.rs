@@ -108,7 +108,7 @@ pub(crate) fn cluster(random: &mut Random) -> Cluster {
     };
     for index in 0..policies {
         let (object, policy) = rules::policy(random, index, &addresses);
-        cluster.policies.insert(object, policy);
+        cluster.policies.insert(object, policy.into());
     }
     cluster
 }
@@ -174,12 +174,12 @@ fn pod(random: &mut Random, index: usize) -> Pod {
     Pod {
         name: ObjectName::new(namespace, format!("pod-{index}")),
         uid: format!("uid-of-pod-{index}"),
-        labels,
+        labels: labels.into(),
         service_account: (*random.pick(&ACCOUNTS)).to_owned(),
         node: format!("node-{node}"),
         addresses,
         host_network,
-        named_ports,
+        named_ports: named_ports.into(),
         workload: ("Deployment".to_owned(), format!("app-{}", index % 3)),
         ready: !random.one_in(5),
         terminating: random.one_in(8),

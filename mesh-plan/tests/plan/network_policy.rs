@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! NetworkPolicy v1, clause by clause: for each a case that passes and one that does not.
 
+use std::sync::Arc;
+
 use crate::support::*;
 
 fn shop() -> World {
@@ -248,11 +250,11 @@ fn named_ports_are_the_destination_pods() {
     use mesh_plan::cluster::Transport::{Tcp, Udp};
     let world = shop()
         .pod_with("shop/a", "10.1.1.11", "app=a", |pod| {
-            pod.named_ports.insert(("http".into(), Tcp), 8080);
+            Arc::make_mut(&mut pod.named_ports).insert(("http".into(), Tcp), 8080);
         })
         .pod_with("shop/b", "10.1.1.12", "app=a", |pod| {
-            pod.named_ports.insert(("http".into(), Tcp), 9090);
-            pod.named_ports.insert(("http".into(), Udp), 53);
+            Arc::make_mut(&mut pod.named_ports).insert(("http".into(), Tcp), 9090);
+            Arc::make_mut(&mut pod.named_ports).insert(("http".into(), Udp), 53);
         });
     let ingress = world.clone().policy(
         "NetworkPolicy shop/p",

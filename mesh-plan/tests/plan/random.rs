@@ -2,6 +2,8 @@
 //! Random small clusters that are dense in what can go wrong: few labels, few addresses, many
 //! policies that overlap.
 
+use std::sync::Arc;
+
 use mesh_plan::cluster::*;
 
 use crate::support::*;
@@ -136,8 +138,7 @@ pub(crate) fn pod(r: &mut Random, world: World) -> World {
             pod.terminating = ending;
             if named > 0 {
                 let number = [80, 8080][named - 1];
-                pod.named_ports
-                    .insert(("http".into(), Transport::Tcp), number);
+                pod.named_ports = Arc::new([(("http".into(), Transport::Tcp), number)].into());
             }
         },
     )

@@ -65,7 +65,7 @@ impl World {
         let mut pod = Pod {
             name: name.to_owned().try_into().unwrap(),
             uid: format!("uid-{name}"),
-            labels: labels(text),
+            labels: labels(text).into(),
             service_account: "default".into(),
             node,
             addresses,
@@ -80,7 +80,7 @@ impl World {
 
     pub(crate) fn policy(mut self, object: &str, policy: PolicyText) -> Self {
         let object: ObjectRef = object.to_owned().try_into().unwrap();
-        self.0.policies.insert(object, policy.0);
+        self.0.policies.insert(object, policy.0.into());
         self
     }
 
@@ -92,7 +92,7 @@ impl World {
 
     pub(crate) fn service(mut self, name: &str, service: Service) -> Self {
         let name = name.to_owned().try_into().unwrap();
-        self.0.services.insert(name, service);
+        self.0.services.insert(name, service.into());
         self
     }
 

@@ -275,7 +275,7 @@ fn equal_facts_in_any_order_are_one_plan() {
         let one = world(&mut r);
         let mut other = World::new();
         for (name, policy) in one.0.policies.iter().rev() {
-            other.0.policies.insert(name.clone(), policy.clone());
+            other.0.policies.insert(name.clone(), Arc::clone(policy));
         }
         for (uid, pod) in one.0.pods.iter().rev() {
             other.0.pods.insert(uid.clone(), Arc::clone(pod));

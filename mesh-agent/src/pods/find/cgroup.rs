@@ -146,7 +146,8 @@ fn uid_of(name: &str) -> Option<String> {
             .strip_prefix("pod")?,
     };
     let uid = text.replace('_', "-");
-    let is_uid = UIDS.contains(&uid.len()) && uid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
+    let is_uid =
+        UIDS.contains(&uid.len()) && uid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
     is_uid.then_some(uid)
 }
 

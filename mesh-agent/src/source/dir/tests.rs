@@ -72,6 +72,7 @@ fn web(cluster: &Cluster) -> Option<&Policy> {
     cluster
         .policies
         .get(&ObjectRef::new("NetworkPolicy", "shop", "web"))
+        .map(|policy| &**policy)
 }
 
 #[tokio::test]

@@ -19,7 +19,10 @@ pub(super) struct Kind {
 
 const METADATA: Keep = Fields(&[
     // A static pod's mirror says what it mirrors.
-    ("annotations", Fields(&[("kubernetes.io/config.mirror", All)])),
+    (
+        "annotations",
+        Fields(&[("kubernetes.io/config.mirror", All)]),
+    ),
     ("deletionTimestamp", All),
     ("generation", All),
     ("labels", All),

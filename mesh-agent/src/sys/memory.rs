@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The C library's allocator, so that what is only needed for a moment does not stay with the agent.
+
+/// From this size on an allocation is a mapping of its own, which goes back to the kernel at once. The
+/// allocator would raise this by itself to the size of what is freed (mallopt(3)): answers of the API
+/// server, of some MB each, would then leave holes between what is kept.
+const MAPPED: libc::c_int = 256 << 10;
+
+/// To be called before there are threads.
+pub fn keep_little() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes and returns numbers only.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED);
+    }
+}
+
+/// Gives whole pages that hold nothing back to the kernel. Takes some milliseconds, in which other
+/// threads may have to wait for memory.
+pub fn give_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes and returns numbers only.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
