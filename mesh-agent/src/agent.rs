@@ -28,13 +28,13 @@ use crate::flows::{self, Flows};
 use crate::identity::{self, Ca, Clock, GrpcCa, Identities, TrustDomain};
 use crate::logging::Level;
 use crate::metrics::Metrics;
-use crate::pods::find::{ByAnnotation, ByCgroup, Finder};
+use crate::pods::find::{ByAnnotation, ByCgroup, ByCri, Finder};
 use crate::proxy::{self, ProxyHandle};
 use crate::record::Recorder;
 use crate::shutdown::{self, Requests, Successor};
 use crate::source;
-use crate::sys::limits;
 use crate::sys::route::Routing;
+use crate::sys::{limits, memory};
 
 /// Threads of the control runtime: one for what answers, one for what computes.
 const CONTROL_THREADS: usize = 2;
@@ -108,6 +108,7 @@ fn tried(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 /// What could not be built, or which room failed.
 pub fn run(config: Config, level: Option<Level>) -> Result<(), Error> {
     limits::raise_open_files().map_err(tried("raise the limit of open files"))?;
+    memory::keep_little();
     limits::forbid_dumps().map_err(tried("keep keys out of core dumps"))?;
     let runtime = Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)
@@ -125,6 +126,8 @@ async fn serve(config: Config, level: Option<Level>) -> Result<(), Error> {
     let mut rooms = Rooms::build(&config).await?;
     rooms.report(&config).await?;
     rooms.answer(&config, level).await?;
+    // Reading a whole cluster leaves much behind.
+    memory::give_back();
     let successor = Successor::of(&config.admin);
     let result = rooms.until_the_end(&mut requests, &successor).await;
     let drain = match result {
@@ -219,7 +222,8 @@ impl Rooms {
         };
         let known = facts.cluster.clone();
         let report = facts.report.clone();
-        let kernel = (kernel, finder(config));
+        let finder = finder(config).map_err(tried("start the thread that asks the runtime"))?;
+        let kernel = (kernel, finder);
         let control = start_control(settings, kernel, facts, outputs, writes_end)?;
         let source = report.clone();
         let neighbour = watch_neighbour(config, &views);
@@ -383,11 +387,15 @@ fn watch_neighbour(
     neighbour
 }
 
-fn finder(config: &Config) -> Finder {
-    match config.source {
+fn finder(config: &Config) -> io::Result<Finder> {
+    Ok(match config.source {
         config::Source::Dir(_) => Finder::Annotation(ByAnnotation),
-        config::Source::Kubernetes => Finder::Cgroup(ByCgroup::new(&config.proc)),
-    }
+        config::Source::Kubernetes => {
+            let socket = config.cri_socket.as_ref();
+            let runtime = socket.map(|socket| ByCri::new(&config.proc, socket));
+            Finder::Kubelet(ByCgroup::new(&config.proc), runtime.transpose()?)
+        }
+    })
 }
 
 fn datapath_config(config: &Config) -> datapath::Config {

@@ -54,6 +54,8 @@ pub struct Config {
     pub kubeconfig: Option<PathBuf>,
     /// The proc file system that shows the processes of the machine.
     pub proc: PathBuf,
+    /// The container runtime's socket; `None` = it is not asked.
+    pub cri_socket: Option<PathBuf>,
     /// Who signs certificates.
     pub ca: Ca,
     /// The trust domain of SPIFFE identities, a DNS name in lower case.
@@ -365,6 +367,7 @@ pub fn parse(
         source: values.required("source", values::source)?,
         kubeconfig: kubeconfig(&mut values, around)?,
         proc: values.required("proc", values::path)?,
+        cri_socket: values.optional("cri-socket", values::path)?,
         ca: ca(&mut values)?,
         trust_domain: values.required("trust-domain", values::dns_name)?,
         trust_domain_aliases: values.list("trust-domain-alias", values::dns_name)?,

@@ -54,6 +54,14 @@ pub enum Error {
         /// Why not.
         source: io::Error,
     },
+    /// The container runtime does not say either.
+    #[error("no process of it is known, and the container runtime at {socket} does not say: {why}")]
+    Runtime {
+        /// The runtime's socket.
+        socket: PathBuf,
+        /// Why not.
+        why: String,
+    },
     /// It is the node's own.
     #[error("its processes are in the node's own namespace")]
     Nodes,

@@ -68,6 +68,7 @@ fn defaults() {
             source: Source::Dir("/m".into()),
             kubeconfig: None,
             proc: "/proc".into(),
+            cri_socket: None,
             ca: Ca::SelfSigned("/ca".into()),
             trust_domain: "cluster.local".to_owned(),
             trust_domain_aliases: Vec::new(),

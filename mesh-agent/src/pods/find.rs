@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Where a pod's namespace is: named by the source, or found through the kubelet's cgroups.
+//! Where a pod's namespace is: named by the source, or found through the kubelet's cgroups, or, if
+//! those do not show it, by asking the container runtime.
 
 use std::path::PathBuf;
 
@@ -8,8 +9,10 @@ use mesh_plan::plan::LocalPod;
 use super::Error;
 
 mod cgroup;
+mod cri;
 
 pub use cgroup::ByCgroup;
+pub use cri::ByCri;
 
 /// Finds the file of a pod's namespace.
 pub trait Find {
@@ -44,22 +47,25 @@ impl Find for ByAnnotation {
 pub enum Finder {
     /// The source names the files.
     Annotation(ByAnnotation),
-    /// The kubelet made the pods.
-    Cgroup(ByCgroup),
+    /// The kubelet made the pods; the runtime is asked for those that no cgroup shows.
+    Kubelet(ByCgroup, Option<ByCri>),
 }
 
 impl Find for Finder {
     fn path(&self, uid: &str, pod: &LocalPod) -> Result<PathBuf, Error> {
         match self {
             Self::Annotation(find) => find.path(uid, pod),
-            Self::Cgroup(find) => find.path(uid, pod),
+            Self::Kubelet(cgroup, runtime) => match (cgroup.path(uid, pod), runtime) {
+                (Err(Error::NoProcess { .. }), Some(runtime)) => runtime.path(uid, pod),
+                (found, _) => found,
+            },
         }
     }
 
     fn is_of_a_process(&self) -> bool {
         match self {
             Self::Annotation(find) => find.is_of_a_process(),
-            Self::Cgroup(find) => find.is_of_a_process(),
+            Self::Kubelet(cgroup, _) => cgroup.is_of_a_process(),
         }
     }
 }

@@ -150,6 +150,12 @@ impl Machine {
         PathBuf::from(format!("/proc/{}/root{path}", self.holder.id()))
     }
 
+    /// Where the kubelet looks for manifests of static pods.
+    #[must_use]
+    pub fn static_pods(&self) -> PathBuf {
+        static_pods(&config_dir(&self.place))
+    }
+
     fn prefix(&self) -> Prefix<'_> {
         Prefix {
             holder: self.holder.id(),
@@ -298,11 +304,20 @@ fn hold(place: &Place, group: &str, root: &Path, name: &str) -> Result<Proc> {
     Ok(holder)
 }
 
+fn config_dir(place: &Place) -> PathBuf {
+    place.dir().join("etc")
+}
+
+fn static_pods(config: &Path) -> PathBuf {
+    config.join("static")
+}
+
 /// The files that containerd and the kubelet read; gives their directory.
 fn write_config(place: &Place, number: u8) -> Result<PathBuf> {
-    let dir = place.dir().join("etc");
+    let dir = config_dir(place);
     let cni = dir.join("cni");
     fs::create_dir_all(&cni)?;
+    fs::create_dir_all(static_pods(&dir))?;
     let [v4, v6] = topology::pod_cidrs(number);
     let network = json!({
         "cniVersion": "0.4.0", "name": "pods",
@@ -368,6 +383,7 @@ fn kubelet(
         "imageGCHighThresholdPercent": 100,
         "nodeStatusReportFrequency": "10s", "nodeStatusUpdateFrequency": "2s",
         "syncFrequency": "5s", "shutdownGracePeriod": "0s",
+        "staticPodPath": static_pods(dir), "fileCheckFrequency": "1s",
     });
     let file = dir.join("kubelet.json");
     fs::write(&file, config.to_string())?;

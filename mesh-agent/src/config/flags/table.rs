@@ -27,6 +27,13 @@ pub const FLAGS: &[Flag] = &[
     )
     .or("/proc"),
     flag(
+        "cri-socket",
+        "PATH",
+        "The container runtime's socket, which is asked for a pod that no process below the kubelet's \
+         cgroups shows, with --source kubernetes.",
+    )
+    .or_computed("the runtime is not asked"),
+    flag(
         "ca",
         "grpc:URL|files:DIR|self:DIR",
         "Who signs certificates: a server of the Istio certificate service, files that somebody else \
