@@ -21,6 +21,7 @@ use crate::digest::Ids;
 use crate::identities::{Identifier, Identities, Relevant};
 use crate::peers;
 use crate::plan::{Plan, Prefix};
+use crate::policies::work::STEPS;
 use crate::policies::{self, Digests, cidrs};
 use crate::services;
 
@@ -37,6 +38,8 @@ pub(crate) struct Limits {
     pub(crate) port_modes: usize,
     pub(crate) services: usize,
     pub(crate) backends: usize,
+    /// What compiling a set may cost.
+    pub(crate) steps: usize,
 }
 
 impl Default for Limits {
@@ -53,6 +56,7 @@ impl Default for Limits {
             port_modes: maps::MAX_PORT_MODES as usize / 2,
             services: maps::MAX_SERVICES as usize,
             backends: maps::MAX_BACKENDS as usize / 2,
+            steps: STEPS,
         }
     }
 }

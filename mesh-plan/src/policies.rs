@@ -13,6 +13,7 @@ pub(crate) mod ports;
 pub(crate) mod rules;
 pub(crate) mod select;
 pub(crate) mod sets;
+pub(crate) mod work;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

@@ -146,6 +146,43 @@ fn a_set_that_does_not_fit_isolates_its_pods_and_no_other() {
 }
 
 #[test]
+fn a_set_that_takes_too_long_to_compile_isolates_its_pods_and_no_other() {
+    // Blocks in one another, each with all the rules of those around it.
+    let blocks = (8..=24).map(|bits| allow(&format!("10.0.0.0/{bits} : tcp/{bits}")));
+    let world = busy().policy(
+        "NetworkPolicy shop/deep",
+        policy("shop", "app=p5").ingress(blocks),
+    );
+    let compile = |steps| {
+        let limits = Limits {
+            steps,
+            ..Limits::default()
+        };
+        let options = Options {
+            limits,
+            ..Options::default()
+        };
+        compile_with(&world.0, Scope::Node("n1"), &options)
+    };
+    let (whole, rejections) = compile(Limits::default().steps);
+    assert_eq!(rejections, []);
+    let (plan, rejections) = compile(500);
+    for n in [1, 2, 3, 5] {
+        let uid = format!("uid-shop/p{n}");
+        let expected = match n {
+            5 => PolicySetId::ISOLATED,
+            _ => whole.pods[&uid].view.set,
+        };
+        assert_eq!(plan.pods[&uid].view.set, expected, "{uid}");
+    }
+    let [rejection] = rejections.as_slice() else {
+        panic!("{rejections:?}");
+    };
+    assert_eq!(rejection.object.to_string(), "NetworkPolicy shop/deep");
+    assert!(rejection.why.contains("more than 500"), "{rejection}");
+}
+
+#[test]
 fn what_does_not_fit_elsewhere_is_named() {
     let limits = Limits {
         pods: 5,

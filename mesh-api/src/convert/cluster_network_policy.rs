@@ -2,7 +2,10 @@
 //! ClusterNetworkPolicy of `policy.networking.k8s.io/v1alpha2`.
 //!
 //! A peer without a known field fails closed as that API says: an Accept rule with one matches
-//! nothing, a Deny or Pass rule with one denies everything.
+//! nothing, a Deny or Pass rule with one denies everything. So does one of `domainNames`, which
+//! nothing resolves here.
+
+use std::collections::BTreeSet;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use mesh_plan::cluster::{
@@ -15,7 +18,7 @@ use super::Fact;
 use super::object::{Held, Issues, Subject, own_spec};
 use super::rules::{denial, salvaged_tier, says, tier_and_rank};
 use super::selector::{salvaged, selector};
-use super::validate::{cidr, port, port_name};
+use super::validate::{cidr, domain_name, port, port_name};
 use crate::crd::{
     ClusterNetworkPolicySpec, ClusterPort, ClusterProtocol, ClusterProtocolPorts, ClusterRule,
     ClusterRuleAction, ClusterSubject, EgressPeer, IngressPeer, NamespacedPod,
@@ -82,7 +85,10 @@ pub(super) fn rejected(subject: &Subject<'_>) -> Held {
 
 fn bounded(field: &str, min: usize, len: usize, issues: &mut Issues) {
     if len < min || len > MAX_ITEMS {
-        issues.reject(field, format!("must have {min} to {MAX_ITEMS} items"));
+        issues.reject(
+            field,
+            format!("has {len} items, and must have {min} to {MAX_ITEMS}"),
+        );
     }
 }
 
@@ -114,10 +120,25 @@ fn namespaced(path: &str, read: &NamespacedPod, issues: &mut Issues) -> (Selecto
     )
 }
 
+/// The items of lists are unique in that API.
+fn unique(path: &str, items: &[String], issues: &mut Issues) {
+    let mut known = BTreeSet::new();
+    for (i, item) in items.iter().enumerate() {
+        if !known.insert(item) {
+            issues.reject(format!("{path}[{i}]"), format!("{item:?} is there twice"));
+        }
+    }
+}
+
 /// A peer of either direction.
 trait Peer {
-    /// What it matches; `None` = it has no field that is known.
-    fn matches(&self, path: &str, issues: &mut Issues) -> Option<Vec<PeerMatch>>;
+    /// What it matches in a rule of this action, or the field that this version cannot match.
+    fn matches(
+        &self,
+        path: &str,
+        action: RuleAction,
+        issues: &mut Issues,
+    ) -> Result<Vec<PeerMatch>, String>;
 
     /// Whether it can have named ports.
     fn is_of_pods(&self) -> bool;
@@ -128,20 +149,20 @@ fn of_pods(
     namespaces: Option<&LabelSelector>,
     pods: Option<&NamespacedPod>,
     issues: &mut Issues,
-) -> Option<PeerMatch> {
+) -> Result<Vec<PeerMatch>, String> {
     let (namespaces, pods) = match (namespaces, pods) {
         (Some(read), _) => (
             selector(&format!("{path}.namespaces"), read, issues),
             Selector::default(),
         ),
         (None, Some(read)) => namespaced(&format!("{path}.pods"), read, issues),
-        (None, None) => return None,
+        (None, None) => return Err(path.to_owned()),
     };
-    Some(PeerMatch::Pods {
+    Ok(vec![PeerMatch::Pods {
         namespaces: NamespaceMatch::Labels(namespaces),
         pods,
         service_accounts: None,
-    })
+    }])
 }
 
 fn only_one(path: &str, set: &[bool], issues: &mut Issues) {
@@ -151,14 +172,18 @@ fn only_one(path: &str, set: &[bool], issues: &mut Issues) {
 }
 
 impl Peer for IngressPeer {
-    fn matches(&self, path: &str, issues: &mut Issues) -> Option<Vec<PeerMatch>> {
+    fn matches(
+        &self,
+        path: &str,
+        _: RuleAction,
+        issues: &mut Issues,
+    ) -> Result<Vec<PeerMatch>, String> {
         only_one(
             path,
             &[self.namespaces.is_some(), self.pods.is_some()],
             issues,
         );
-        let peer = of_pods(path, self.namespaces.as_ref(), self.pods.as_ref(), issues)?;
-        Some(vec![peer])
+        of_pods(path, self.namespaces.as_ref(), self.pods.as_ref(), issues)
     }
 
     fn is_of_pods(&self) -> bool {
@@ -167,7 +192,12 @@ impl Peer for IngressPeer {
 }
 
 impl Peer for EgressPeer {
-    fn matches(&self, path: &str, issues: &mut Issues) -> Option<Vec<PeerMatch>> {
+    fn matches(
+        &self,
+        path: &str,
+        action: RuleAction,
+        issues: &mut Issues,
+    ) -> Result<Vec<PeerMatch>, String> {
         let set = [
             self.namespaces.is_some(),
             self.pods.is_some(),
@@ -178,10 +208,12 @@ impl Peer for EgressPeer {
         only_one(path, &set, issues);
         if let Some(nodes) = &self.nodes {
             let nodes = selector(&format!("{path}.nodes"), nodes, issues);
-            return Some(vec![PeerMatch::Nodes(nodes)]);
+            return Ok(vec![PeerMatch::Nodes(nodes)]);
         }
         if let Some(networks) = &self.networks {
-            bounded(&format!("{path}.networks"), 1, networks.len(), issues);
+            let field = format!("{path}.networks");
+            bounded(&field, 1, networks.len(), issues);
+            unique(&field, networks, issues);
             let mut made = Vec::new();
             for (i, text) in networks.iter().enumerate() {
                 let block = issues.check(&format!("{path}.networks[{i}]"), cidr(text));
@@ -190,15 +222,22 @@ impl Peer for EgressPeer {
                     except: [].into(),
                 }));
             }
-            return Some(made);
+            return Ok(made);
         }
-        if self.domain_names.is_some() {
-            let what = format!("{path}.domainNames");
-            issues.warn(what.clone(), "is not supported: it matches nothing");
-            return Some(vec![PeerMatch::Nothing { what }]);
+        if let Some(names) = &self.domain_names {
+            let field = format!("{path}.domainNames");
+            bounded(&field, 1, names.len(), issues);
+            unique(&field, names, issues);
+            for (i, name) in names.iter().enumerate() {
+                issues.check(&format!("{field}[{i}]"), domain_name(name));
+            }
+            if action != RuleAction::Allow {
+                return Err(field);
+            }
+            issues.warn(field.clone(), "is not supported: it matches nothing");
+            return Ok(vec![PeerMatch::Nothing { what: field }]);
         }
-        let peer = of_pods(path, self.namespaces.as_ref(), self.pods.as_ref(), issues)?;
-        Some(vec![peer])
+        of_pods(path, self.namespaces.as_ref(), self.pods.as_ref(), issues)
     }
 
     fn is_of_pods(&self) -> bool {
@@ -225,9 +264,9 @@ fn rule<P: Peer>(place: &str, field: &str, read: &ClusterRule<'_, P>, issues: &m
     let mut peers = Vec::new();
     for (i, peer) in read.peers.iter().enumerate() {
         let path = format!("{path}.{field}[{i}]");
-        match peer.matches(&path, issues) {
-            Some(made) => peers.extend(made),
-            None => return unknown_peer(name, action, path, issues),
+        match peer.matches(&path, action, issues) {
+            Ok(made) => peers.extend(made),
+            Err(field) => return unknown_peer(name, action, field, issues),
         }
     }
     let ports = read.protocols.map(|protocols| {
@@ -248,11 +287,13 @@ fn rule<P: Peer>(place: &str, field: &str, read: &ClusterRule<'_, P>, issues: &m
 }
 
 /// "For Accept rules, fail closed means: treat the rule as matching no traffic. For Deny and Pass
-/// rules: treat the rule as a Deny all rule."
-fn unknown_peer(name: &str, action: RuleAction, path: String, issues: &mut Issues) -> Rule {
+/// rules: treat the rule as a Deny all rule." Names of domains are of Accept rules only.
+fn unknown_peer(name: &str, action: RuleAction, field: String, issues: &mut Issues) -> Rule {
     let (action, peers, what) = match action {
         RuleAction::Allow => {
-            let nothing = PeerMatch::Nothing { what: path.clone() };
+            let nothing = PeerMatch::Nothing {
+                what: field.clone(),
+            };
             (
                 RuleAction::Allow,
                 Some(vec![nothing]),
@@ -263,7 +304,10 @@ fn unknown_peer(name: &str, action: RuleAction, path: String, issues: &mut Issue
             (RuleAction::Deny, None, "the rule denies everything")
         }
     };
-    issues.warn(path, format!("has no peer that this version knows: {what}"));
+    issues.warn(
+        field,
+        format!("is no peer that this version can match: {what}"),
+    );
     Rule {
         name: name.to_owned(),
         action,
@@ -329,7 +373,11 @@ fn protocol(path: &str, read: &ClusterProtocol, made: &mut Vec<PortMatch>, issue
 fn destination(path: &str, read: &ClusterProtocolPorts, issues: &mut Issues) -> Option<PortRange> {
     let path = format!("{path}.destinationPort");
     match read.destination_port.as_ref() {
-        None => Some(PortRange::All),
+        // It may have had a field that was cut off, which would have made it narrower.
+        None => {
+            issues.reject(path, "is missing: there must be something to match");
+            None
+        }
         Some(ClusterPort {
             number: Some(number),
             range: None,

@@ -114,6 +114,15 @@ pub(super) fn kind_of(object: &Value) -> Result<Option<&'static Kind>, WrongKind
             format!("{version:?} is not read; use {:?}", kind.version),
         ),
         None if group == "mesh.rs" => wrong("kind", format!("mesh.rs has no kind {name:?}")),
+        // Who has these relies on them.
+        None if group == "policy.networking.k8s.io" => wrong(
+            "kind",
+            format!("{name:?} is not read; use ClusterNetworkPolicy of v1alpha2"),
+        ),
+        None if group == "extensions" && name == "NetworkPolicy" => wrong(
+            "apiVersion",
+            format!("{api_version:?} is not read; use \"networking.k8s.io/v1\""),
+        ),
         None => Ok(None),
     }
 }

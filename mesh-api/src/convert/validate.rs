@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use mesh_plan::cluster::Transport;
 
 /// A DNS subdomain (RFC 1123), which is what names of objects are at least.
@@ -96,13 +96,41 @@ pub(super) fn address(text: &str) -> Result<IpAddr, String> {
         .map_err(|_invalid: std::net::AddrParseError| format!("{text:?} is no IP address"))
 }
 
-/// A CIDR. Bits behind the prefix are ignored, as the API server does.
+/// A CIDR. Bits behind the prefix are ignored, as the API server does; IPv4 written as IPv6
+/// (::ffff:10.0.0.0/104) is IPv4.
 pub(super) fn cidr(text: &str) -> Result<IpNet, String> {
-    text.parse::<IpNet>()
-        .map(|net| net.trunc())
+    let read = text
+        .parse::<IpNet>()
         .map_err(|_invalid: ipnet::AddrParseError| {
             format!("{text:?} is no CIDR, such as 10.0.0.0/8 or fd00::/8")
-        })
+        })?;
+    let mapped = match read {
+        IpNet::V4(_) => None,
+        IpNet::V6(net) => net
+            .addr()
+            .to_ipv4_mapped()
+            .zip(net.prefix_len().checked_sub(96))
+            .and_then(|(addr, bits)| Ipv4Net::new(addr, bits).ok()),
+    };
+    Ok(mapped.map_or(read, IpNet::V4).trunc())
+}
+
+/// A name of ClusterNetworkPolicy's `domainNames`: labels with dots between them, `*.` before them.
+pub(super) fn domain_name(text: &str) -> Result<(), String> {
+    let name = text.strip_prefix("*.").unwrap_or(text);
+    let name = name.strip_suffix('.').unwrap_or(name);
+    let label = |label: &str| {
+        let inner = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
+        let end = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
+        label.chars().all(inner) && end(label.chars().next()) && end(label.chars().last())
+    };
+    if name.contains('.') && name.split('.').all(label) {
+        Ok(())
+    } else {
+        Err(format!(
+            "{text:?} is no domain name, such as example.com or *.example.com"
+        ))
+    }
 }
 
 /// Whether `inner` is a true part of `outer`.
@@ -148,6 +176,22 @@ mod tests {
         assert!(transport(Some("tcp")).is_err());
         assert_eq!(cidr("10.1.2.3/8").unwrap().to_string(), "10.0.0.0/8");
         assert!(cidr("10.0.0.0").is_err() && cidr("10.0.0.0/33").is_err());
+        for (text, expected) in [
+            ("::ffff:10.1.2.3/104", "10.0.0.0/8"),
+            ("::ffff:0:0/96", "0.0.0.0/0"),
+            ("::ffff:0:0/95", "::fffe:0:0/95"),
+            ("::/0", "::/0"),
+        ] {
+            assert_eq!(cidr(text).unwrap().to_string(), expected);
+        }
+        for good in ["a.b", "*.Example.com", "a-b.c_d.e."] {
+            assert_eq!(domain_name(good), Ok(()), "{good}");
+        }
+        for bad in [
+            "", "a", "a..b", "*.*.b", "*a.b", "a.*", "-a.b", "a.b_", "a b.c", ".",
+        ] {
+            assert!(domain_name(bad).is_err(), "{bad}");
+        }
         let net = |text: &str| cidr(text).unwrap();
         assert!(is_strictly_inside(&net("10.1.0.0/16"), &net("10.0.0.0/8")));
         assert!(!is_strictly_inside(&net("10.0.0.0/8"), &net("10.0.0.0/8")));

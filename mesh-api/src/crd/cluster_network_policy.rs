@@ -114,6 +114,10 @@ pub struct IngressRule {
 /// A rule for traffic from the pods.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = schema::rules(&[(
+    "!has(self.protocols) || !self.protocols.exists(p, has(p.destinationNamedPort)) || self.to.all(t, !has(t.networks) && !has(t.nodes) && !has(t.domainNames))",
+    "networks, nodes and domainNames have no named ports",
+)])))]
 pub struct EgressRule {
     /// What the rule is called; at most 100 characters.
     #[serde(default)]
@@ -155,8 +159,8 @@ pub struct EgressPeer {
     /// Addresses, pods' addresses too; 1 to 25.
     #[schemars(schema_with = "schema::networks")]
     pub networks: Option<Vec<String>>,
-    /// Names, of Accept rules only; 1 to 25.
-    #[schemars(length(min = 1, max = 25))]
+    /// Names, of Accept rules only; 1 to 25. Nothing resolves them here: they match nothing.
+    #[schemars(schema_with = "schema::domain_names")]
     pub domain_names: Option<Vec<String>>,
 }
 
@@ -178,8 +182,9 @@ pub struct ClusterProtocol {
 /// Ports of a protocol.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
+#[schemars(extend("minProperties" = 1))]
 pub struct ClusterProtocolPorts {
-    /// The destination port. Missing: any.
+    /// The destination port.
     pub destination_port: Option<ClusterPort>,
 }
 

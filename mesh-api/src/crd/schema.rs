@@ -175,6 +175,22 @@ pub(super) fn networks(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
+/// The names of a ClusterNetworkPolicy, as its API bounds them.
+pub(super) fn domain_names(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({
+        "type": "array",
+        "x-kubernetes-list-type": "set",
+        "minItems": 1,
+        "maxItems": 25,
+        "items": {
+            "type": "string",
+            // A name of the DNS (RFC 1035, 2.3.4), and the wildcard.
+            "maxLength": 255,
+            "pattern": "^([*][.])?([a-zA-Z0-9]([-_a-zA-Z0-9]*[a-zA-Z0-9])?[.])+[a-zA-Z0-9]([-_a-zA-Z0-9]*[a-zA-Z0-9])?[.]?$",
+        },
+    })
+}
+
 /// Service accounts, as they are written.
 pub(super) fn service_accounts(_: &mut SchemaGenerator) -> Schema {
     json_schema!({

@@ -233,6 +233,14 @@ fn heads_and_kinds() {
             "{apiVersion: mesh.rs/v1alpha1, kind: MeshPolice, metadata: {name: x}}",
             "kind: mesh.rs has no kind",
         ),
+        (
+            "{apiVersion: policy.networking.k8s.io/v1alpha1, kind: AdminNetworkPolicy, metadata: {name: x}}",
+            "AdminNetworkPolicy x: kind: \"AdminNetworkPolicy\" is not read; use ClusterNetworkPolicy",
+        ),
+        (
+            "{apiVersion: extensions/v1beta1, kind: NetworkPolicy, metadata: {name: x, namespace: y}}",
+            "NetworkPolicy y/x: apiVersion: \"extensions/v1beta1\" is not read",
+        ),
     ];
     for (text, expected) in rows {
         let all = rejections(&standalone(text));

@@ -8,7 +8,7 @@ use mesh_plan::cluster::{
     Selector, ServiceAccountMatch, Subject, Tier, Transport,
 };
 
-use super::{clean, policy, standalone, warnings};
+use super::{clean, policy, rejections, standalone, warnings};
 
 fn object(group: &str, kind: &str, spec: &str) -> String {
     format!(
@@ -227,7 +227,7 @@ fn cluster_network_policies() {
         "{tier: Baseline, priority: 0, subject: {pods: {podSelector: {}}}, egress: [
           {name: first, action: Deny, to: [{nodes: {}}, {networks: [10.0.0.0/8, 'fd00::/8']}]},
           {action: Accept, to: [{pods: {namespaceSelector: {}, podSelector: {matchLabels: {a: b}}}}],
-           protocols: [{tcp: {destinationPort: {number: 80}}}, {udp: {destinationPort: {range: {start: 1, end: 9}}}}, {sctp: {}}, {destinationNamedPort: http}]},
+           protocols: [{tcp: {destinationPort: {number: 80}}}, {udp: {destinationPort: {range: {start: 1, end: 9}}}}, {sctp: {destinationPort: {range: {start: 1, end: 65535}}}}, {destinationNamedPort: http}]},
           {action: Pass, to: [{namespaces: {}}]},
         ]}",
     );
@@ -259,7 +259,7 @@ fn cluster_network_policies() {
         [
             (Transport::Tcp, PortRange::Range(80, 80)),
             (Transport::Udp, PortRange::Range(1, 9)),
-            (Transport::Sctp, PortRange::All),
+            (Transport::Sctp, PortRange::Range(1, 65535)),
             (Transport::Tcp, named.clone()),
             (Transport::Udp, named.clone()),
             (Transport::Sctp, named),
@@ -289,7 +289,7 @@ fn peers_that_nobody_knows_fail_closed() {
         assert!(
             warnings
                 .iter()
-                .any(|w| w.contains("spec.egress[0].to[1]: has no peer"))
+                .any(|w| w.contains("spec.egress[0].to[1]: is no peer"))
         );
     }
     let (made, warnings) = network(&spec("Accept", "{domainNames: [example.org]}"));
@@ -298,4 +298,75 @@ fn peers_that_nobody_knows_fail_closed() {
         matches!(&peers[1], PeerMatch::Nothing { what } if what == "spec.egress[0].to[1].domainNames")
     );
     assert!(warnings[0].contains("matches nothing"));
+    // Names are of Accept rules only.
+    for action in ["Deny", "Pass"] {
+        let (made, warnings) = network(&spec(action, "{domainNames: [example.org]}"));
+        let rule = &made.egress.unwrap()[0];
+        assert_eq!((rule.action, &rule.peers), (RuleAction::Deny, &None));
+        assert!(
+            warnings[0].contains("domainNames: is no peer"),
+            "{warnings:?}"
+        );
+    }
+}
+
+#[test]
+fn what_the_api_of_cluster_network_policies_refuses_is_refused_by_field() {
+    let egress = |rule: &str| {
+        format!("{{tier: Admin, priority: 1, subject: {{namespaces: {{}}}}, egress: [{rule}]}}")
+    };
+    let to = |peer: &str| egress(&format!("{{action: Accept, to: [{peer}]}}"));
+    let ports = |protocol: &str| {
+        egress(&format!(
+            "{{action: Accept, to: [{{namespaces: {{}}}}], protocols: [{protocol}]}}"
+        ))
+    };
+    let many = ["{namespaces: {}}"; 26].join(", ");
+    for (spec, field, why) in [
+        (
+            to("{networks: [10.0.0.0/8, 10.0.0.0/8]}"),
+            "to[0].networks[1]",
+            "is there twice",
+        ),
+        (
+            to("{domainNames: [a.b, a.b]}"),
+            "to[0].domainNames[1]",
+            "is there twice",
+        ),
+        (to("{domainNames: []}"), "to[0].domainNames", "has 0 items"),
+        (
+            to("{domainNames: ['not a name!']}"),
+            "to[0].domainNames[0]",
+            "is no domain name",
+        ),
+        (to(&many), "to", "has 26 items, and must have 1 to 25"),
+        (
+            ports("{tcp: {}}"),
+            "protocols[0].tcp.destinationPort",
+            "is missing",
+        ),
+        (
+            ports("{tcp: {sourcePort: 80}}"),
+            "protocols[0].tcp.destinationPort",
+            "is missing",
+        ),
+        (
+            egress("{action: Accept, to: [{nodes: {}}], protocols: [{destinationNamedPort: web}]}"),
+            "protocols",
+            "no named ports",
+        ),
+    ] {
+        let text = object(
+            "policy.networking.k8s.io/v1alpha2",
+            "ClusterNetworkPolicy",
+            &spec,
+        );
+        let said = rejections(&standalone(&text));
+        let field = format!("spec.egress[0].{field}: ");
+        assert!(
+            said.iter()
+                .any(|it| it.contains(&field) && it.contains(why)),
+            "{spec}: {said:?}"
+        );
+    }
 }

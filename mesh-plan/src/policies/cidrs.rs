@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use mesh_common::Addr;
 use mesh_common::policy::ListId;
 
+use super::work::Work;
 use crate::plan::{Prefix, masked};
 
 /// The prefix under which IPv4 lies among IPv6 addresses.
@@ -42,7 +43,7 @@ fn inside(inner: &Prefix<Addr>, outer: &Prefix<Addr>) -> bool {
 fn enclosing(
     prefix: &Prefix<Addr>,
     lengths: &BTreeSet<u32>,
-) -> impl DoubleEndedIterator<Item = Prefix<Addr>> {
+) -> impl DoubleEndedIterator<Item = Prefix<Addr>> + Clone {
     let shorter = |bits: &u32| Prefix {
         bits: *bits,
         data: masked(prefix.data, *bits),
@@ -84,9 +85,10 @@ impl Block {
 }
 
 /// The entries for some blocks; `list` makes the list of some rules (indices, ascending). Entries
-/// that say what the next shorter one says are left out.
+/// that say what the next shorter one says are left out. Incomplete when the work is spent.
 pub(crate) fn entries(
     blocks: &[Block],
+    work: &Work,
     mut list: impl FnMut(&[usize]) -> ListId,
 ) -> Vec<(Prefix<Addr>, ListId)> {
     let mut points: BTreeSet<Prefix<Addr>> = BTreeSet::new();
@@ -112,6 +114,9 @@ pub(crate) fn entries(
     let mut kept: BTreeMap<Prefix<Addr>, ListId> = BTreeMap::new();
     for point in points {
         let around = enclosing(&point, &lengths).filter_map(|outer| by_cidr.get(&outer));
+        if !work.take(around.clone().map(Vec::len).sum()) {
+            break;
+        }
         let mut rules: Vec<usize> = around
             .flatten()
             .filter(|block| block.holds(&point))

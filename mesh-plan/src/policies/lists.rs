@@ -8,6 +8,7 @@ use mesh_common::{Port, Protocol};
 
 use super::ports::{PortPrefix, Span, prefixes, spans};
 use super::rules::Ranked;
+use super::work::Work;
 use crate::cluster::{PortMatch, PortRange, Transport};
 use crate::compile::Options;
 use crate::identities::NamedPorts;
@@ -47,15 +48,19 @@ pub(crate) struct Lists {
 
 impl Lists {
     /// The list of some rules, which match a peer in everything but the port, each with what
-    /// its names of ports mean.
+    /// its names of ports mean. Incomplete when the work is spent.
     pub(crate) fn add<'r, 'a: 'r>(
         &mut self,
         rules: impl Iterator<Item = (&'r Ranked<'a>, Names<'r>)> + Clone,
         options: &Options,
+        work: &Work,
     ) -> ListId {
         let content: Content = PROTOCOLS.map(|(_, transport)| {
             let mut ranges = Vec::new();
             for (rule, names) in rules.clone() {
+                if !work.take(1) {
+                    break;
+                }
                 let answer = rule.answer();
                 let mut add = |range: (u16, u16)| ranges.push((range.0, range.1, answer));
                 match &rule.rule.ports {
@@ -67,7 +72,7 @@ impl Lists {
                     }
                 }
             }
-            spans(&ranges)
+            spans(&ranges, work)
         });
         let silent = |spans: &Vec<Span>| spans.iter().all(|s| s.answer == Answer::SILENT);
         if content.iter().all(silent) {

@@ -4,9 +4,11 @@
 //! Every port of every protocol is covered: a list that is silent about a port must say so, since
 //! a missing answer denies.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use mesh_common::policy::Answer;
+
+use super::work::Work;
 
 /// Answers for the ports from the one before's last to this `last`, ascending, up to 65535.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,24 +47,32 @@ pub(crate) fn join(a: Answer, b: Answer) -> Answer {
     joined
 }
 
-/// The answers of rules with ranges as spans; neighbours differ.
-pub(crate) fn spans(rules: &[(u16, u16, Answer)]) -> Vec<Span> {
+/// The answers of rules with ranges as spans; neighbours differ. Incomplete when the work is spent.
+pub(crate) fn spans(rules: &[(u16, u16, Answer)], work: &Work) -> Vec<Span> {
     // Where something changes: each range's first port, and the port behind its last.
-    let mut borders: Vec<u32> = vec![0, 65_536];
-    for (first, last, _) in rules {
-        borders.push(u32::from(*first));
-        borders.push(u32::from(*last) + 1);
+    let mut borders: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+    borders.extend([0, u32::from(u16::MAX) + 1].map(|end| (end, Vec::new())));
+    for (index, (first, last, _)) in rules.iter().enumerate() {
+        borders.entry((*first).into()).or_default().push(index);
+        let behind = u32::from(*last) + 1;
+        borders.entry(behind).or_default().push(index);
     }
-    borders.sort_unstable();
-    borders.dedup();
+    let mut matching: BTreeSet<usize> = BTreeSet::new();
     let mut spans: Vec<Span> = Vec::with_capacity(borders.len());
-    for pair in borders.windows(2) {
-        let &[from, to] = pair else { continue };
-        let (Ok(first), Ok(last)) = (u16::try_from(from), u16::try_from(to - 1)) else {
-            continue;
+    for (changes, next) in borders.values().zip(borders.keys().skip(1)) {
+        for rule in changes {
+            if !matching.remove(rule) {
+                matching.insert(*rule);
+            }
+        }
+        let Ok(last) = u16::try_from(next - 1) else {
+            break;
         };
-        let matching = rules.iter().filter(|(a, b, _)| *a <= first && last <= *b);
-        let answer = matching.fold(Answer::SILENT, |all, (_, _, answer)| join(all, *answer));
+        if !work.take(matching.len()) {
+            break;
+        }
+        let answers = matching.iter().filter_map(|index| rules.get(*index));
+        let answer = answers.fold(Answer::SILENT, |all, (_, _, answer)| join(all, *answer));
         match spans.last_mut() {
             Some(previous) if previous.answer == answer => previous.last = last,
             _ => spans.push(Span { last, answer }),
@@ -81,7 +91,8 @@ pub(crate) fn prefixes(spans: &[Span]) -> Vec<PortPrefix> {
     out
 }
 
-/// A node of the binary trie: the answers that its subtree could inherit with the fewest entries.
+/// A node of the binary trie: the answers, ascending, that its subtree could inherit with the fewest
+/// entries.
 struct Node {
     candidates: Vec<Answer>,
     children: Option<Box<[Self; 2]>>,
@@ -100,7 +111,11 @@ fn node(spans: &[Span], port: u16, bits: u32) -> Option<Node> {
     let [low, high] = halves(port, bits);
     let children = [node(spans, low, bits + 1)?, node(spans, high, bits + 1)?];
     let [a, b] = [&children[0].candidates, &children[1].candidates];
-    let mut candidates: Vec<Answer> = a.iter().copied().filter(|x| b.contains(x)).collect();
+    let mut candidates: Vec<Answer> = a
+        .iter()
+        .copied()
+        .filter(|x| b.binary_search(x).is_ok())
+        .collect();
     if candidates.is_empty() {
         candidates = a.iter().chain(b).copied().collect();
         candidates.sort_unstable();
@@ -117,7 +132,7 @@ fn halves(port: u16, bits: u32) -> [u16; 2] {
 
 fn emit(node: &Node, port: u16, bits: u32, inherited: Option<Answer>, out: &mut Vec<PortPrefix>) {
     let mut holds = inherited;
-    if !inherited.is_some_and(|answer| node.candidates.contains(&answer)) {
+    if inherited.is_none_or(|answer| node.candidates.binary_search(&answer).is_err()) {
         let Some(answer) = node.candidates.first().copied() else {
             return;
         };
@@ -138,23 +153,25 @@ pub(crate) type PortEntry = (u32, u16, Answer);
 pub(crate) type Range = (u16, u16, Answer);
 
 /// What longest-prefix entries mean, neighbours that say the same as one.
-pub(crate) fn ranges(mut entries: Vec<PortEntry>) -> Vec<Range> {
-    entries.sort_by_key(|(bits, port, _)| (*bits, *port));
-    let last = |bits: u32, port: u16| port | u16::MAX.checked_shr(bits).unwrap_or(0);
+pub(crate) fn ranges(entries: Vec<PortEntry>) -> Vec<Range> {
+    let mask = |bits: u32| !u16::MAX.checked_shr(bits).unwrap_or(0);
+    let entries: BTreeMap<(u32, u16), Answer> = entries
+        .into_iter()
+        .map(|(bits, port, answer)| ((bits, port), answer))
+        .collect();
     let mut starts: BTreeSet<u16> = BTreeSet::new();
-    for (bits, port, _) in &entries {
+    for (bits, port) in entries.keys() {
         starts.insert(*port);
-        starts.extend(last(*bits, *port).checked_add(1));
+        starts.extend((port | !mask(*bits)).checked_add(1));
     }
     let answer = |at: u16| {
-        let mut longest = entries.iter().rev();
-        let holds = longest.find(|(bits, port, _)| (*port..=last(*bits, *port)).contains(&at));
-        holds.map(|(_, _, answer)| *answer)
+        let mut longest = (0..=u16::BITS).rev();
+        longest.find_map(|bits| entries.get(&(bits, at & mask(bits))))
     };
     let mut ranges: Vec<Range> = Vec::new();
     let ends = starts.iter().skip(1).map(|next| next - 1).chain([u16::MAX]);
     for (start, end) in starts.iter().zip(ends) {
-        let Some(answer) = answer(*start) else {
+        let Some(answer) = answer(*start).copied() else {
             continue;
         };
         match ranges.last_mut() {
@@ -191,8 +208,14 @@ mod tests {
             .map(|p| p.answer)
     }
 
+    fn of(rules: &[(u16, u16, Answer)]) -> Vec<Span> {
+        let work = Work::default();
+        work.begin(usize::MAX);
+        spans(rules, &work)
+    }
+
     fn check(rules: &[(u16, u16, Answer)]) -> usize {
-        let prefixes = prefixes(&spans(rules));
+        let prefixes = prefixes(&of(rules));
         for port in 0..=u16::MAX {
             let expected = rules
                 .iter()
@@ -240,7 +263,7 @@ mod tests {
     #[test]
     fn equal_neighbours_are_one_span() {
         let rules = [(10, 20, answer(1)), (21, 30, answer(1))];
-        assert_eq!(spans(&rules).len(), 3);
+        assert_eq!(of(&rules).len(), 3);
     }
 
     #[test]

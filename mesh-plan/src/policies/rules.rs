@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The rules of a set in one direction, in the order in which they are evaluated.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use mesh_common::policy::{Answer, Direction, RuleId, action};
 
@@ -142,18 +142,20 @@ fn queue<'a>(entry: &Entry<'a>, direction: Direction) -> Queue<'a> {
 fn merge<'a>(mut queues: Vec<Queue<'a>>) -> Vec<Named<'a>> {
     let mut merged = Vec::new();
     let is = |action, named: &Named<'_>| named.1.action == action;
-    loop {
-        let rest = queues.iter_mut().filter(|queue| !queue.is_empty());
-        let first = rest.min_by_key(|queue| {
-            let to_deny = queue.iter().position(|named| is(RuleAction::Deny, named));
-            let passes = queue
-                .front()
-                .is_some_and(|named| is(RuleAction::Pass, named));
-            (to_deny.unwrap_or(usize::MAX), !passes)
-        });
-        match first.and_then(VecDeque::pop_front) {
-            Some(rule) => merged.push(rule),
-            None => return merged,
-        }
+    let turn = |queue: &Queue<'_>| {
+        let to_deny = queue.iter().position(|named| is(RuleAction::Deny, named));
+        let passes = is(RuleAction::Pass, queue.front()?);
+        Some((to_deny.unwrap_or(usize::MAX), !passes))
+    };
+    let mut turns: BTreeSet<_> = (queues.iter().enumerate())
+        .filter_map(|(number, queue)| Some((turn(queue)?, number)))
+        .collect();
+    while let Some((_, number)) = turns.pop_first() {
+        let Some(queue) = queues.get_mut(number) else {
+            continue;
+        };
+        merged.extend(queue.pop_front());
+        turns.extend(turn(queue).map(|turn| (turn, number)));
     }
+    merged
 }

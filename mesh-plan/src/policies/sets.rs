@@ -13,6 +13,7 @@ use super::cidrs::{self, Block};
 use super::lists::{Lists, Names, REFUSED};
 use super::rules::{Ranked, ranked, rule_id};
 use super::select::Matcher;
+use super::work::Work;
 use super::{Entry, Places, Table, names};
 use crate::cluster::{Cluster, PeerMatch, Pod, Rejection, RuleAction};
 use crate::compile::Options;
@@ -103,6 +104,9 @@ pub(crate) struct SetCompiler<'c, 'i, 'a> {
     pub(crate) rules: BTreeMap<RuleId, RuleName>,
     /// Ids under which there are two specs.
     pub(crate) collided: BTreeSet<PolicySetId>,
+    /// Sets that would take too many steps.
+    endless: BTreeSet<PolicySetId>,
+    work: Work,
 }
 
 impl<'c, 'i, 'a> SetCompiler<'c, 'i, 'a> {
@@ -122,6 +126,8 @@ impl<'c, 'i, 'a> SetCompiler<'c, 'i, 'a> {
             sets: BTreeMap::new(),
             rules: BTreeMap::new(),
             collided: BTreeSet::new(),
+            endless: BTreeSet::new(),
+            work: Work::default(),
         }
     }
 
@@ -161,8 +167,16 @@ impl<'c, 'i, 'a> SetCompiler<'c, 'i, 'a> {
             policies: spec.enforced.iter().chain(&spec.audit).copied().collect(),
             ..Set::default()
         };
+        self.work.begin(self.options.limits.steps);
         let ingress = self.side(id, spec, Direction::Ingress, &mut set);
         let egress = self.side(id, spec, Direction::Egress, &mut set);
+        if self.work.is_spent() {
+            self.endless.insert(id);
+            return Set {
+                policies: set.policies,
+                ..Set::default()
+            };
+        }
         let mut flags = 0;
         let mut flag = |set: bool, bit: u32| flags |= if set { bit } else { 0 };
         flag(ingress.isolation.is_some(), SetHead::ISOLATED_INGRESS);
@@ -277,7 +291,11 @@ impl<'c, 'i, 'a> SetCompiler<'c, 'i, 'a> {
         for (index, rule) in rules.iter().enumerate() {
             for peer in rule.rule.peers.iter().flatten() {
                 let needs_proof = needs_proof(peer, rule.rule.action);
-                for id in self.matcher.matching(peer).iter() {
+                let matching = self.matcher.matching(peer);
+                if !self.work.take(matching.len()) {
+                    return rows;
+                }
+                for id in matching.iter() {
                     let row = rows.entry(*id).or_default();
                     row.0.push(index);
                     if !needs_proof {
@@ -335,17 +353,17 @@ impl<'c, 'i, 'a> SetCompiler<'c, 'i, 'a> {
                 }
             }
         }
-        cidrs::entries(&blocks, |matching| {
+        cidrs::entries(&blocks, &self.work, |matching| {
             let matching = matching.iter().filter_map(|index| uses.get(*index));
             let matching = matching.map(|(rule, ports)| match ports {
                 Some(ports) => (*rule, Names::Of(ports)),
                 None => (*rule, Names::Every),
             });
-            self.lists.add(matching, self.options)
+            self.lists.add(matching, self.options, &self.work)
         })
     }
 
-    /// Sets that cannot be used, because an id stands for two contents.
+    /// Sets that cannot be used: an id stands for two contents, or there is too much to compile.
     pub(crate) fn unusable(&self, rejections: &mut Vec<Rejection>) -> BTreeSet<PolicySetId> {
         let mut unusable = self.collided.clone();
         for (id, set) in &self.sets {
@@ -353,15 +371,25 @@ impl<'c, 'i, 'a> SetCompiler<'c, 'i, 'a> {
                 unusable.insert(*id);
             }
         }
+        unusable.extend(&self.endless);
         for id in &unusable {
             let policies = self.sets.get(id).map_or(&[][..], |set| &set.policies);
             let first = policies
                 .iter()
                 .find_map(|index| self.table.entries.get(*index));
+            let why = if self.endless.contains(id) {
+                format!(
+                    "with the other policies of the same pods there is too much to compile: rules \
+                     times peers, address blocks and ports are more than {}",
+                    self.options.limits.steps
+                )
+            } else {
+                format!("two policies compile to the same hash as set {:#x}", id.0)
+            };
             rejections.push(Rejection {
                 object: first.map(|entry| entry.object.clone()).unwrap_or_default(),
                 field: "spec".to_owned(),
-                why: format!("two policies compile to the same hash as set {:#x}", id.0),
+                why,
                 consequence: "isolates the pods that it selects until one of them changes"
                     .to_owned(),
             });
@@ -420,6 +448,7 @@ impl<'m> Memo<'m> {
         let list = compiler.lists.add(
             matching_rules.map(|rule| (rule, Names::Of(names))),
             compiler.options,
+            &compiler.work,
         );
         self.known.insert(key, list);
         list
