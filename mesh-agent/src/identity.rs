@@ -184,6 +184,7 @@ pub struct Proof {
     /// Who it is.
     pub id: SpiffeId,
     chain: Vec<CertificateDer<'static>>,
+    not_after: SystemTime,
 }
 
 impl Identities {
@@ -285,9 +286,10 @@ impl Identities {
         self.0.now.clone()
     }
 
-    /// The present epoch of an identity of this node.
+    /// The present epoch of an identity of this node; `None` without a certificate, or with one
+    /// that has ended.
     pub fn epoch(&self, own: &SpiffeId) -> Option<Epoch> {
-        self.0.now.borrow().epoch(own)
+        self.valid(own).ok().map(|(served, _bundle)| served.epoch)
     }
 
     /// When each certificate ends, in the order of their names:
@@ -360,13 +362,23 @@ impl Identities {
         if connection.alpn_protocol() != Some(ALPN) {
             return Err(Refusal::Protocol);
         }
-        let chain = chain.to_vec();
-        let proof = Proof { id, chain };
+        let proof = Proof {
+            id,
+            chain: chain.to_vec(),
+            not_after: leaf.not_after,
+        };
         // The handshake may have begun under older lists.
         if self.is_revoked(&proof) {
             return Err(Refusal::Revoked);
         }
         Ok(proof)
+    }
+
+    /// Whether a tunnel between an identity of this node and a peer that was proven before may carry
+    /// one more connection: no certificate of either has ended.
+    pub fn stands(&self, own: &SpiffeId, proof: &Proof) -> bool {
+        let own_ended = matches!(self.valid(own), Err(Error::Expired(_)));
+        !own_ended && self.0.clock.now() < proof.not_after
     }
 
     /// Whether a CA has revoked a certificate of a peer that was proven before.

@@ -79,6 +79,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
         from: Endpoint::from(from).addr,
         text: text(&proof.id),
         peer: &proof.id,
+        proof: &proof,
         entry: &entry,
     };
     let mut tunnel = Tunnel::new(socket, secured, worker.lender(&share));
@@ -119,6 +120,7 @@ struct Serving<'a> {
     here: Port,
     from: Addr,
     peer: &'a SpiffeId,
+    proof: &'a Proof,
     text: Arc<str>,
     entry: &'a Entry,
 }
@@ -168,6 +170,9 @@ impl Serving<'_> {
                 return Ok(());
             };
             match next? {
+                // Unanswered: who opens it asks again with a certificate that has not ended, if
+                // there is one.
+                (_, Control::Open(_)) if !self.stands() => return Ok(()),
                 (stream, Control::Open(open)) => {
                     tunnel.accept(stream)?;
                     self.entry.set_idle(false);
@@ -189,6 +194,17 @@ impl Serving<'_> {
                 }
             }
         }
+    }
+
+    /// Whether the tunnel's certificates have not ended.
+    fn stands(&self) -> bool {
+        let Some(pod) = self.worker.pod(self.uid) else {
+            return false;
+        };
+        let local = &pod.local;
+        self.worker
+            .identity(&local.name.namespace, &local.service_account)
+            .is_some_and(|own| self.worker.identities.stands(&own, self.proof))
     }
 
     /// One stream; whether the tunnel may carry another.

@@ -201,6 +201,8 @@ impl Endpoints<'_> {
         let key = &self.target.key;
         let epoch = self.worker.identities.epoch(&key.own);
         let waiting = epoch.and_then(|now| self.worker.pool.take(key, now, Instant::now()));
+        let stands = |it: &Pooled| self.worker.identities.stands(&key.own, &it.proof);
+        let waiting = waiting.filter(stands);
         if let Some(pooled) = waiting {
             match self.attempt(pooled, retained, record, entry).await {
                 Outcome::Unused => {}

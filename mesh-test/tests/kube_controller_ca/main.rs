@@ -8,13 +8,14 @@ mod rig;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use anyhow::Context as _;
 use mesh_test::kube::Bound;
 use mesh_test::kube::controller::{Controller, NAMESPACE};
-use mesh_test::mesh::ENROLLED;
+use mesh_test::mesh::{ENROLLED, sum};
 use mesh_test::reports::{Storm, Tcp};
-use mesh_test::{AgentConfig, Cmd, Kube, Lab, Place, PodSpec, Topology, eventually};
+use mesh_test::{Agent, AgentConfig, Cmd, Kube, Lab, Place, PodSpec, Topology, eventually};
 
 use rig::{AUDIENCE, SOON, pod};
 
@@ -54,72 +55,173 @@ fn tokens(kube: &Kube, dir: &Path, lab: &Lab) {
     }
 }
 
+/// Pods `a` and `b` on nodes of their own, whose agents have a controller as CA.
+struct Stage {
+    agents: Vec<Agent>,
+    controller: Controller,
+    kube: Kube,
+    lab: Lab,
+}
+
+impl Stage {
+    /// Leaves live 60 s, as short as they may.
+    fn start() -> Self {
+        let builder = Lab::builder(Topology::Routed).namespace("default", &[ENROLLED]);
+        let lab = builder
+            .pod(PodSpec::new("a", 1))
+            .pod(PodSpec::new("b", 2))
+            .build()
+            .expect("lab");
+        let kube = Kube::builder().start_in(&lab).expect("servers");
+        kube.prepare_controller().expect("CRDs and roles");
+        kube.namespace("default", &[]).expect("namespace");
+        known(&kube, &lab);
+        let flags = [
+            "--lease",
+            "3s",
+            "--certificate-life",
+            "60s",
+            "--root-overlap",
+            "15s",
+        ];
+        let controller = kube
+            .controller("a", IpAddr::V4(Lab::gateway()), &flags)
+            .expect("controller");
+        let files = kube.place().dir().to_owned();
+        tokens(&kube, &files, &lab);
+        let bundle = kube.ca_bundle().expect("roots");
+        // What the kubelet does for an agent: its own token, and the roots as a file that changes.
+        let agents = lab
+            .nodes()
+            .iter()
+            .map(|node| {
+                let config = AgentConfig::new(&format!("grpc:{}", controller.url()))
+                    .flag("--ca-token", files.join(node.name()))
+                    .flag("--ca-bundle", bundle.as_os_str());
+                node.start_agent(config).expect("agent")
+            })
+            .collect();
+        Self {
+            agents,
+            controller,
+            kube,
+            lab,
+        }
+    }
+
+    /// One connection from `a` to `b`.
+    fn talk(&self) -> bool {
+        let to = SocketAddr::new(self.lab.pod("b").addresses()[0], 7000);
+        let line = format!("tcp --to {to} --timeout-ms 3000");
+        let output = self.lab.pod("a").probe(&line).expect("run");
+        let seen: Tcp = output.json().expect("report");
+        seen.ok && seen.ends_agree()
+    }
+
+    fn until_they_talk(&self, within: Duration) {
+        let talk = || self.talk().then_some(());
+        eventually(
+            "a connection under the controller's certificates",
+            within,
+            talk,
+        )
+        .with_context(|| self.agents[0].log_tail())
+        .expect("talk");
+    }
+}
+
+/// Seconds since 1970.
+fn clock() -> f64 {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "certificates end by the wall clock"
+    )]
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.expect("after 1970").as_secs_f64()
+}
+
+#[test]
+fn a_ca_that_is_away_is_missed_loudly_and_only_by_who_has_nothing_left() {
+    let mut stage = Stage::start();
+    let server = stage.lab.pod("b").serve("--tcp [::]:7000").expect("server");
+    stage.until_they_talk(SOON);
+    let stopped = stage.controller.process().signal(libc::SIGSTOP);
+    stopped.expect("stopped");
+    let ends = |agent: &Agent| {
+        let name = "mesh_certificate_expiry_timestamp_seconds";
+        sum(
+            &agent.metrics().expect("metrics"),
+            name,
+            &[("namespace", "default")],
+        )
+    };
+    // Whichever of the two is renewed no more first.
+    let end = stage.agents.iter().map(ends).fold(f64::MAX, f64::min);
+    let left = end - clock();
+    assert!((30.0..61.0).contains(&left), "{left} s of life are left");
+    let capture = stage.lab.capture_wire().expect("capture");
+
+    // Half of the life is over, and more: nothing is missed, but somebody is told.
+    let mut count = 0;
+    while clock() < end - 2.0 {
+        assert!(
+            stage.talk(),
+            "{} s before the end: {}",
+            end - clock(),
+            stage.agents[0].log_tail()
+        );
+        count += 1;
+    }
+    for agent in &stage.agents {
+        let log = agent.log_tail();
+        assert!(log.contains("no new certificate"), "{log}");
+    }
+    // The end: nothing goes through, and nothing goes in clear instead.
+    eventually("nobody to talk any more", SOON, || {
+        (!stage.talk()).then_some(())
+    })
+    .expect("closed");
+    assert!(clock() >= end, "{} s before the end", end - clock());
+    assert!(!stage.talk());
+    let seen = capture.stop().expect("stop");
+    assert!(!seen.tcp_service_ports().contains(&7000));
+    // It comes back, and so do they, by themselves.
+    let goes_on = stage.controller.process().signal(libc::SIGCONT);
+    goes_on.expect("goes on");
+    let begun = Instant::now();
+    stage.until_they_talk(6 * SOON);
+    println!(
+        "{count} connections without a CA; they talked again {:.1?} after it was back",
+        begun.elapsed()
+    );
+    drop(server);
+}
+
 #[test]
 fn agents_get_their_certificates_and_a_new_root_costs_no_connection() {
-    let builder = Lab::builder(Topology::Routed).namespace("default", &[ENROLLED]);
-    let lab = builder
-        .pod(PodSpec::new("a", 1))
-        .pod(PodSpec::new("b", 2))
-        .build()
-        .expect("lab");
-    let kube = Kube::builder().start_in(&lab).expect("servers");
-    kube.prepare_controller().expect("CRDs and roles");
-    kube.namespace("default", &[]).expect("namespace");
-    known(&kube, &lab);
-    let flags = [
-        "--lease",
-        "3s",
-        "--certificate-life",
-        "60s",
-        "--root-overlap",
-        "15s",
-    ];
-    let controller = kube
-        .controller("a", IpAddr::V4(Lab::gateway()), &flags)
-        .expect("controller");
-    let files = kube.place().dir().to_owned();
-    tokens(&kube, &files, &lab);
-    let bundle = kube.ca_bundle().expect("roots");
-
-    // What the kubelet does for an agent: its own token, and the roots as a file that changes.
-    let agents: Vec<_> = lab
-        .nodes()
-        .iter()
-        .map(|node| {
-            let config = AgentConfig::new(&format!("grpc:{}", controller.url()))
-                .flag("--ca-token", files.join(node.name()))
-                .flag("--ca-bundle", bundle.as_os_str());
-            node.start_agent(config).expect("agent")
-        })
-        .collect();
+    let stage = Stage::start();
+    let Stage {
+        controller,
+        kube,
+        lab,
+        ..
+    } = &stage;
     let issued = || {
         let labels = [("result", "issued")];
-        let metric = controller.metric(&kube, "mesh_ca_requests_total", &labels);
+        let metric = controller.metric(kube, "mesh_ca_requests_total", &labels);
         metric.expect("metric")
     };
     let (a, b) = (lab.pod("a"), lab.pod("b"));
     let server = b.serve("--tcp [::]:7000").expect("server");
-    let talk = || {
-        let to = std::net::SocketAddr::new(b.addresses()[0], 7000);
-        let output = a
-            .probe(&format!("tcp --to {to} --timeout-ms 3000"))
-            .expect("run");
-        let seen: Tcp = output.json().expect("report");
-        seen.ok && seen.ends_agree()
-    };
-    eventually(
-        "a connection under the controller's certificates",
-        SOON,
-        || talk().then_some(()),
-    )
-    .expect("talk");
+    let talk = || stage.talk();
+    stage.until_they_talk(SOON);
     assert!(issued() > 1.5);
 
     let to = SocketAddr::new(b.addresses()[0], 7000);
     let chain = || chain_shown_to(lab.node(1), to.ip());
     let storm = format!("storm --to {to} --seconds 75 --pause-us 2000");
     let storm = a.start_probe(&storm).expect("storm");
-    intermediate_replaced(&kube, &chain);
+    intermediate_replaced(kube, &chain);
     let said = storm.said(Duration::from_secs(120)).expect("a report");
     let storm: Storm = serde_json::from_str(&said).expect("json");
     println!(
@@ -128,8 +230,8 @@ fn agents_get_their_certificates_and_a_new_root_costs_no_connection() {
     );
     assert_eq!((storm.wrong, storm.failed), (0, 0), "{storm:?}");
 
-    rotated_without_a_loss(&kube, &controller, &talk);
-    drop((server, agents));
+    rotated_without_a_loss(kube, controller, &talk);
+    drop(server);
 }
 
 /// The certificates that an agent shows to anybody who asks a pod's tunnel port.
