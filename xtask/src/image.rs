@@ -271,6 +271,27 @@ mod tests {
     }
 
     #[test]
+    fn it_says_what_it_is_and_of_when() {
+        let dir = programs("four");
+        let image = Image::new("a:1", 86_400, &layer(&dir, b"{}").expect("layer")).expect("image");
+        fs::remove_dir_all(dir).expect("the directory is ours");
+        let read = |blob: &Blob| serde_json::from_slice::<Value>(&blob.bytes).expect("JSON");
+        let (config, manifest) = (read(&image.config), read(&image.manifest));
+        let labels = &config["config"]["Labels"];
+        for (label, expected) in [
+            ("title", "mesh"),
+            ("version", env!("CARGO_PKG_VERSION")),
+            ("licenses", "Apache-2.0 AND (MIT OR GPL-2.0-only OR Apache-2.0)"),
+        ] {
+            let label = format!("org.opencontainers.image.{label}");
+            assert_eq!(labels[&label], expected, "{label}");
+        }
+        assert_eq!(&manifest["annotations"], labels);
+        assert_eq!(config["created"], "1970-01-02T00:00:00Z");
+        assert_eq!(config["config"]["User"], USER);
+    }
+
+    #[test]
     fn a_dynamic_program_is_refused() {
         let sh = PathBuf::from("/bin/sh");
         assert!(ensure_static(&sh).is_err(), "Debian's sh is dynamic");
