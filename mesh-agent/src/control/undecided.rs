@@ -3,13 +3,15 @@
 //!
 //! Looking at the sockets of one namespace takes the kernel a walk over those of all: about a
 //! millisecond. So pods are looked at one by one, with time for new facts in between, and all of
-//! them no more often than takes a tenth of a CPU.
+//! them no more often than takes a tenth of a CPU, or than a connection that is denied may still go on.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 /// From one look at all pods to the next, at least.
 const REST: Duration = Duration::from_millis(250);
+/// At most: what is denied ends within a second.
+const MOST: Duration = Duration::from_millis(500);
 /// How many times longer the rest is than the look was.
 const SHARE: u32 = 10;
 
@@ -54,7 +56,7 @@ impl Undecided {
     /// A look at one pod ended, now.
     pub(super) fn took(&mut self, time: Duration) {
         self.took += time;
-        self.rested = Some(Instant::now() + REST.max(self.took * SHARE));
+        self.rested = Some(Instant::now() + (self.took * SHARE).clamp(REST, MOST));
     }
 }
 
@@ -79,7 +81,8 @@ mod tests {
         undecided.took(Duration::from_millis(100));
         assert!(!undecided.is_waiting());
         assert_eq!(undecided.next(start + REST, pods.iter()), None);
-        let later = Instant::now() + SHARE * Duration::from_millis(200);
+        // Not ten times as long as the look.
+        let later = Instant::now() + MOST;
         assert_eq!(undecided.next(later, pods.iter()).as_deref(), Some("a"));
     }
 }
