@@ -5,6 +5,7 @@
 //! truth` asks real connections. Nothing here opens files or decides anything.
 
 use mesh_plan::cluster::Transport;
+use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
@@ -123,15 +124,22 @@ impl Expected {
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum NumberOrName {
-    Number(u16),
+    Number(u64),
     Name(String),
+    Neither(Value),
 }
 
 fn number_or_name<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
-    Ok(match NumberOrName::deserialize(from)? {
-        NumberOrName::Number(number) => number.to_string(),
-        NumberOrName::Name(name) => name,
-    })
+    match NumberOrName::deserialize(from)? {
+        NumberOrName::Number(number) if u16::try_from(number).is_ok() => Ok(number.to_string()),
+        NumberOrName::Name(name) => Ok(name),
+        NumberOrName::Number(number) => Err(D::Error::custom(format!(
+            "port: {number} is none from 1 to 65535"
+        ))),
+        NumberOrName::Neither(value) => Err(D::Error::custom(format!(
+            "port: {value} is neither a number nor a name"
+        ))),
+    }
 }
 
 /// The tables of a file's text: one, or a list, or (YAML) several documents of either.

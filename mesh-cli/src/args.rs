@@ -43,9 +43,11 @@ impl Command {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum PolicyCommand {
-    /// Runs truth tables: who must reach whom, and who must not. Exit code 1 if a row is wrong.
+    /// Runs truth tables: who must reach whom, and who must not. Exit code 1 if a row is wrong, 2 if one
+    /// cannot be asked.
     Test(Test),
-    /// Says in words what policy does with one connection, and by which rule.
+    /// Says in words what policy does with one connection, and by which rule. Exit code 1 if it is
+    /// refused.
     Explain(Explain),
     /// Says which connections, open or seen lately, new manifests would decide otherwise. Exit code 1
     /// if there are some.
@@ -128,9 +130,9 @@ pub(crate) struct Matrix {
     /// The protocol.
     #[arg(long, default_value = "TCP", ignore_case = true)]
     pub(crate) protocol: Protocol,
-    /// How the other end is known.
-    #[arg(long, default_value = "tls")]
-    pub(crate) evidence: Evidence,
+    /// How the other end is known; without it, as it would be on the wire.
+    #[arg(long)]
+    pub(crate) evidence: Option<Evidence>,
     /// Only about pods of this namespace, at either end.
     #[arg(long, short, value_name = "NAME")]
     pub(crate) namespace: Option<String>,

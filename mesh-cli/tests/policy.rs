@@ -23,6 +23,8 @@ const MANIFESTS: &str = "
 ---
 {apiVersion: mesh.rs/v1alpha1, kind: MeshPolicy, metadata: {name: web, namespace: shop}, spec: {podSelector: {matchLabels: {app: web}}, ingress: [{from: [{serviceAccounts: [app]}], ports: [{port: 8080}]}]}}
 ---
+{apiVersion: v1, kind: Service, metadata: {name: web, namespace: shop}, spec: {clusterIP: 10.96.0.1, ports: [{port: 80}], selector: {app: web}}}
+---
 {apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: six, namespace: shop}, spec: {podSelector: {matchLabels: {app: six}}, policyTypes: [Egress]}}
 ";
 
@@ -155,7 +157,7 @@ fn what_cannot_be_read_is_a_mistake_of_the_user() {
         ),
         (
             "- {from: shop/six, to: shop/web, port: 1, expect: deny}",
-            "no address of one family",
+            "shop/six and shop/web have no addresses of one family",
         ),
         (
             "- {from: shop/app, to: shop/web, port: 1, expects: deny}",
@@ -165,9 +167,39 @@ fn what_cannot_be_read_is_a_mistake_of_the_user() {
             "- {from: shop/app, to: shop/web, port: 1, expect: maybe}",
             "maybe",
         ),
+        (
+            "- {from: shop/app, to: shop/web, port: 70000, expect: deny}",
+            "70000 is none from 1 to 65535",
+        ),
+        (
+            "- {from: shop/app, to: shop/web, port: 0, expect: deny}",
+            "none from 1 to 65535",
+        ),
+        (
+            "- {from: shop/app, to: shop/web, port: [80], expect: deny}",
+            "[80] is neither a number nor a name",
+        ),
+        (
+            "- {from: 10.0.0.2, to: 'fd00::6', port: 1, expect: deny}",
+            "no addresses of one family",
+        ),
+        (
+            "- {from: shop/app, to: 10.96.0.1, port: 80, expect: allow}",
+            "10.96.0.1 is Service shop/web",
+        ),
+        (" []", "there are no checks"),
+        // The others are asked all the same.
+        (
+            "- {from: shop/none, to: shop/web, port: 1, expect: deny}
+- {from: shop/app, to: shop/web, port: 1, expect: allow}",
+            "1 checks cannot be asked",
+        ),
     ];
     for (row, expected) in rows {
         let run = checks(row);
+        if row.contains("expect: allow}") && row.contains("shop/none") {
+            assert!(run.out.contains("2 checks, 1 wrong"), "{}", run.out);
+        }
         assert_eq!(run.code, 2, "{row}: {}", run.out);
         assert!(run.err.contains(expected), "{row}: {}", run.err);
     }
@@ -215,14 +247,28 @@ fn explain_names_the_rule_and_the_way() {
     let run = explain("192.0.2.7", "shop/web:http");
     assert_eq!(run.code, 0, "{}{}", run.out, run.err);
     assert!(
-        run.out.contains("NetworkPolicy shop/web ingress[0] allows"),
+        run.out
+            .contains("NetworkPolicy shop/web ingress[0] (allow) matches"),
         "{}",
         run.out
     );
     let run = explain("shop/app", "shop/web:8080");
     assert_eq!(run.code, 1, "{}", run.out);
     assert!(
-        run.out.contains("isolated by") && run.out.contains("directly, in clear"),
+        [
+            "NetworkPolicy shop/web ingress[0] (allow) is about other peers",
+            "MeshPolicy shop/web ingress[0] (allow) needs a proven identity",
+            "denied by default",
+            "directly, in clear",
+        ]
+        .iter()
+        .all(|words| run.out.contains(words)),
+        "{}",
+        run.out
+    );
+    let run = explain("shop/app", "[fd00::6]:80");
+    assert!(
+        run.out.contains("egress of shop/app to fd00::6"),
         "{}",
         run.out
     );
@@ -234,7 +280,20 @@ fn explain_names_the_rule_and_the_way() {
 fn the_matrix() {
     let dir = TempDir::new().unwrap();
     fs::write(dir.path().join("m.yaml"), MANIFESTS).unwrap();
-    let run = meshctl(&["policy", "matrix", "-f", &path(&dir, "m.yaml")]);
+    let matrix = |more: &[&str]| {
+        let file = path(&dir, "m.yaml");
+        let mut args = vec!["policy", "matrix", "-f", &file];
+        args.extend(more);
+        meshctl(&args)
+    };
+    // Nobody is enrolled: no service account is proven between nodes.
+    let run = matrix(&[]);
+    assert!(
+        run.out.contains("shop/app -> shop/web: nothing\n"),
+        "{}",
+        run.out
+    );
+    let run = matrix(&["--evidence", "tls"]);
     assert_eq!(run.code, 0, "{}", run.err);
     let mut lines: Vec<&str> = run.out.lines().collect();
     lines.sort_unstable();
@@ -249,15 +308,20 @@ fn the_matrix() {
             "shop/web -> shop/six: nothing",
         ]
     );
-    let run = meshctl(&[
-        "policy",
-        "matrix",
-        "-f",
-        &path(&dir, "m.yaml"),
-        "--port",
-        "8080",
-    ]);
-    assert!(run.out.contains("shop/app  - x x\n"), "{}", run.out);
+    let run = matrix(&["--port", "8080", "--evidence", "tls"]);
+    assert!(run.out.contains("shop/app  - + +\n"), "{}", run.out);
+    assert!(
+        run.out.ends_with("+ reaches, . is refused\n"),
+        "{}",
+        run.out
+    );
+    let run = matrix(&["-n", "nobody"]);
+    assert_eq!(run.code, 2);
+    assert!(
+        run.err.contains("no pods in namespace nobody"),
+        "{}",
+        run.err
+    );
 }
 
 #[test]
@@ -391,4 +455,43 @@ fn a_dry_run_over_a_flow_log() {
         "policy", "diff", "-f", &new, "--flows", &flows, "--old", &new,
     ]);
     assert_eq!(same.code, 0, "{}", same.out);
+
+    // SCTP, a line without anything, and an update that an agent would not take.
+    let sctp = record("192.0.2.1", "10.0.0.1", "denied").replace("tcp", "sctp");
+    fs::write(dir.path().join("flows"), format!("{sctp}\n")).unwrap();
+    let bad = "{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: web, namespace: shop}, spec: {podSelector: {}, ingress: [{ports: [{port: 0}]}]}}";
+    fs::write(dir.path().join("bad.yaml"), bad).unwrap();
+    let bad = path(&dir, "bad.yaml");
+    let run = meshctl(&[
+        "policy", "diff", "-f", &bad, "--flows", &flows, "--old", &new,
+    ]);
+    assert_eq!(
+        (run.code, run.out.as_str()),
+        (0, "0 of 1 kinds of connections would change\n"),
+        "{}",
+        run.err
+    );
+    assert!(
+        run.err.contains("the version in force stays"),
+        "{}",
+        run.err
+    );
+}
+
+#[test]
+fn a_pod_that_is_named_by_an_address_is_asked_by_that_address() {
+    let dir = TempDir::new().unwrap();
+    let text = "manifests:
+- {apiVersion: v1, kind: Pod, metadata: {name: a, namespace: x}, spec: {nodeName: n}, status: {podIPs: [{ip: 10.0.0.1}, {ip: 'fd00::1'}]}}
+- {apiVersion: v1, kind: Pod, metadata: {name: b, namespace: x}, spec: {nodeName: m}, status: {podIPs: [{ip: 10.0.0.2}, {ip: 'fd00::2'}]}}
+- {apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: p, namespace: x}, spec: {podSelector: {}, ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8}}]}]}}
+checks:
+- {from: x/b, to: x/a, port: 80, expect: allow}
+- {from: x/b, to: 10.0.0.1, port: 80, expect: allow}
+- {from: x/b, to: 'fd00::1', port: 80, expect: deny}
+- {from: 'fd00::2', to: x/a, port: 80, expect: deny}
+";
+    fs::write(dir.path().join("t.yaml"), text).unwrap();
+    let run = meshctl(&["policy", "test", &path(&dir, "t.yaml")]);
+    assert_eq!((run.code, run.out.as_str()), (0, "4 checks, 0 wrong\n"));
 }

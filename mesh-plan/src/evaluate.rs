@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Who may talk to whom, without maps and for all nodes at once: what `meshctl policy test`,
-//! `matrix` and `explain` ask. The compiler and the decision are those of the agents; only the
-//! look-ups are made for speed.
+//! Who may talk to whom, without maps and for all nodes at once: what tests and tables over real
+//! connections ask. The compiler and the decision are those of the agents; only the look-ups are made
+//! for speed.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;

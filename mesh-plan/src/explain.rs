@@ -139,6 +139,30 @@ pub fn explain(cluster: &Cluster, compiled: &Compiled, check: &Check) -> Explana
     Explanation { sides }
 }
 
+/// Walks the rules for one question of a pod: a line for each rule, and what they come to. `verdict` is
+/// what the compiled policy says.
+#[must_use]
+pub fn walk(
+    cluster: &Cluster,
+    pod: &Pod,
+    peer: Option<&Pod>,
+    question: Question,
+    verdict: Verdict,
+) -> (Vec<String>, Conclusion) {
+    let places = Places::of(cluster, None);
+    let table = Table::of(cluster, &places, &mut Digests::default());
+    let walk = Walk {
+        cluster,
+        table: &table,
+        places: &places,
+        pod,
+        peer,
+        question,
+        rule: verdict.rule,
+    };
+    walk.all(verdict)
+}
+
 struct Walk<'w, 'a> {
     cluster: &'a Cluster,
     table: &'w Table<'a>,
@@ -160,12 +184,7 @@ enum Matching {
 
 impl Walk<'_, '_> {
     fn side(&self, compiled: &Compiled, verdict: Verdict) -> Side {
-        let mut steps = Vec::new();
-        let conclusion = if verdict.reason == Reason::PolicyMissing {
-            Conclusion::Isolated
-        } else {
-            self.walk(&mut steps)
-        };
+        let (steps, conclusion) = self.all(verdict);
         let direction = self.question.direction;
         let identity = text::identity(&compiled.plan, self.question.peer);
         let name = match self.peer {
@@ -183,6 +202,16 @@ impl Walk<'_, '_> {
                 rule => text::rule(&compiled.plan, rule),
             },
         }
+    }
+
+    fn all(&self, verdict: Verdict) -> (Vec<String>, Conclusion) {
+        let mut steps = Vec::new();
+        let conclusion = if verdict.reason == Reason::PolicyMissing {
+            Conclusion::Isolated
+        } else {
+            self.walk(&mut steps)
+        };
+        (steps, conclusion)
     }
 
     fn walk(&self, steps: &mut Vec<String>) -> Conclusion {

@@ -281,7 +281,10 @@ mod tests {
         for (label, expected) in [
             ("title", "mesh"),
             ("version", env!("CARGO_PKG_VERSION")),
-            ("licenses", "Apache-2.0 AND (MIT OR GPL-2.0-only OR Apache-2.0)"),
+            (
+                "licenses",
+                "Apache-2.0 AND (MIT OR GPL-2.0-only OR Apache-2.0)",
+            ),
         ] {
             let label = format!("org.opencontainers.image.{label}");
             assert_eq!(labels[&label], expected, "{label}");

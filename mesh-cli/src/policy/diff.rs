@@ -47,7 +47,7 @@ pub(crate) fn run(args: &Diff, out: &mut impl Write) -> Result<Outcome> {
     let (old, new) = match &args.flows {
         Some(file) => {
             let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
-            records(&text, &mut connections)?;
+            records(&text, &mut connections).with_context(|| file.display().to_string())?;
             let old = read(&args.old)?;
             let old = (!old.is_empty()).then(|| World::new(&old));
             let new = match &old {
@@ -83,7 +83,15 @@ fn read(paths: &[std::path::PathBuf]) -> Result<Vec<Object>> {
 /// The facts as they would be with other manifests. An update that is rejected changes nothing, as
 /// with an agent.
 fn merged(facts: &Cluster, objects: &[Object], replace: bool) -> World {
-    let outcome = convert(objects, &LastGood::default(), Options { standalone: true });
+    let mut outcome = convert(objects, &LastGood::default(), Options { standalone: true });
+    for rejection in &mut outcome.rejections {
+        let object = rejection.object.to_string();
+        let mut known = (facts.policies.keys().map(ToString::to_string))
+            .chain((facts.authentications.keys()).map(|name| format!("MeshAuthentication {name}")));
+        if known.any(|known| known == object) {
+            "the version in force stays".clone_into(&mut rejection.consequence);
+        }
+    }
     let notes = world::notes(&outcome);
     let given = outcome.cluster;
     let rejected: BTreeSet<String> = outcome
@@ -124,13 +132,15 @@ fn protocol(value: &Value) -> Option<Protocol> {
     match value.as_str()? {
         "tcp" => Some(Protocol::TCP),
         "udp" => Some(Protocol::UDP),
+        "sctp" => Some(Protocol::SCTP),
         number => number.parse().ok().map(Protocol),
     }
 }
 
 /// Takes the lines of a flow log: connections, and refusals by policy.
 fn records(text: &str, into: &mut Connections) -> Result<()> {
-    for (number, line) in text.lines().enumerate() {
+    let lines = text.lines().enumerate();
+    for (number, line) in lines.filter(|(_, line)| !line.trim().is_empty()) {
         let record: Value = serde_json::from_str(line)
             .with_context(|| format!("line {} of the flow log", number + 1))?;
         let by_policy = ["policy", "default_deny"]
@@ -209,12 +219,13 @@ fn compare(
         changes += 1;
         let word = |allowed| if allowed { "allow" } else { "deny" };
         let name = |address: IpAddr| match new.party(&address.to_string()) {
-            Ok(Party::Pod(pod)) => pod.name.to_string(),
+            Ok(Party::Pod(pod, _)) => pod.name.to_string(),
             Ok(Party::Address(_)) | Err(_) => address.to_string(),
         };
         let protocol = match seen.protocol {
             Protocol::TCP => "TCP".to_owned(),
             Protocol::UDP => "UDP".to_owned(),
+            Protocol::SCTP => "SCTP".to_owned(),
             other => format!("protocol {}", other.0),
         };
         writeln!(
@@ -253,7 +264,7 @@ fn decide(world: &World, seen: &Seen) -> Result<(bool, String)> {
         port: seen.port,
     };
     let same_node = match (connection.from, connection.to) {
-        (Party::Pod(from), Party::Pod(to)) => from.node == to.node,
+        (Party::Pod(from, _), Party::Pod(to, _)) => from.node == to.node,
         _ => false,
     };
     let evidence = match (seen.tunnelled, same_node) {

@@ -3,16 +3,12 @@
 
 use std::io::{self, Write};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use mesh_common::identity::Evidence;
 use mesh_common::path::{self, Origin, Outbound};
-use mesh_common::policy::{
-    Answer, CidrKey, Direction, ListId, Policies, PolicySetId, PortKey, Question, RuleId,
-    SelectKey, SetHead, action,
-};
+use mesh_common::policy::{Direction, Policies as _, PolicySetId, RuleId};
 use mesh_common::{Addr, Endpoint, Port};
-use mesh_plan::cluster::Pod;
-use mesh_plan::{Plan, text};
+use mesh_plan::{explain, text};
 
 use super::world::{Connection, Party, World, evidence, number};
 use crate::args::Explain;
@@ -45,18 +41,18 @@ pub(crate) fn run(args: &Explain, out: &mut impl Write) -> Result<Outcome> {
 }
 
 /// How a connection gets from one end to the other.
-struct Way {
+pub(super) struct Way {
     words: String,
     /// How the other end is known then.
-    evidence: Evidence,
+    pub(super) evidence: Evidence,
     /// By enrolment and authentication, whatever policy says.
-    refused: bool,
+    pub(super) refused: bool,
 }
 
 impl Way {
-    fn of(world: &World, connection: &Connection<'_>) -> Self {
+    pub(super) fn of(world: &World, connection: &Connection<'_>) -> Self {
         let to = Endpoint::new(connection.destination.into(), Port::new(connection.port));
-        if let Party::Pod(from) = connection.from
+        if let Party::Pod(from, _) = connection.from
             && let Some(local) = world.plan(from).pods.get(&from.uid)
         {
             let plan = world.plan(from);
@@ -92,13 +88,13 @@ impl Way {
 
     fn in_clear(world: &World, connection: &Connection<'_>) -> Self {
         let same_node = matches!((connection.from, connection.to),
-            (Party::Pod(from), Party::Pod(to)) if from.node == to.node);
+            (Party::Pod(from, _), Party::Pod(to, _)) if from.node == to.node);
         let evidence = if same_node {
             Evidence::Node
         } else {
             Evidence::Address
         };
-        if let Party::Pod(to) = connection.to
+        if let Party::Pod(to, _) = connection.to
             && let Some(local) = world.plan(to).pods.get(&to.uid)
         {
             let source = Addr::from(connection.source);
@@ -153,98 +149,43 @@ fn side(
         Direction::Ingress => ("from", connection.source),
         Direction::Egress => ("to", connection.destination),
     };
+    let known = match question.evidence {
+        Evidence::None => String::new(),
+        evidence @ (Evidence::Address | Evidence::Node | Evidence::Tls) => {
+            format!(" (known by {})", evidence.label())
+        }
+    };
     writeln!(
         out,
-        "{} of {} {way} {other}, which is {} (known by {}):",
+        "{} of {} {way} {other}, which is {}{known}:",
         direction.label(),
         pod.name,
         text::identity(plan, question.peer),
-        question.evidence.label()
     )?;
     if connection.source == connection.destination {
         writeln!(out, "  nothing stands between a pod and itself")?;
         return Ok(());
     }
-    tiers(plan, pod, &question, out)
-}
-
-/// Each tier, whether it is still asked or not.
-fn tiers(plan: &Plan, pod: &Pod, question: &Question, out: &mut impl Write) -> Result<()> {
-    let head = match (question.set, plan.head(question.set)) {
-        (PolicySetId::NONE, _) => {
-            writeln!(out, "  no policy is about {}: allowed", pod.name)?;
-            return Ok(());
-        }
-        (_, None) => {
-            writeln!(out, "  {} is cut off: its policy is not known", pod.name)?;
-            return Ok(());
-        }
-        (_, Some(head)) => head,
+    let verdict = plan.decide(&question);
+    let peer = match (direction, connection.from, connection.to) {
+        (Direction::Ingress, Party::Pod(peer, _), _)
+        | (Direction::Egress, _, Party::Pod(peer, _)) => Some(peer),
+        (Direction::Ingress | Direction::Egress, _, _) => None,
     };
-    let answer = answer(plan, &head, question);
-    let name = |rule| text::rule(plan, rule);
-    let says = |what: u8, rule: RuleId| match what {
-        action::ALLOW => format!("{} allows", name(rule)),
-        action::DENY => format!("{} denies", name(rule)),
-        action::PASS => format!("{} passes on", name(rule)),
-        _ => "no rule matches".to_owned(),
-    };
-    writeln!(
-        out,
-        "  admin tier: {}",
-        says(answer.admin, answer.admin_rule)
-    )?;
-    writeln!(
-        out,
-        "  namespaced tier: {}; {}",
-        says(answer.namespaced, answer.namespaced_rule),
-        match isolation(&head, question.direction) {
-            Some(rule) => format!("isolated by {}", name(rule)),
-            None => "not isolated".to_owned(),
-        }
-    )?;
-    writeln!(
-        out,
-        "  baseline tier: {}",
-        says(answer.baseline, answer.baseline_rule)
-    )?;
-    let verdict = plan.decide(question);
-    let verb = if verdict.allowed {
-        "allowed"
-    } else {
-        "refused"
-    };
-    let by = match verdict.rule {
-        RuleId::NONE => String::new(),
-        rule => format!(" by {}", name(rule)),
-    };
-    writeln!(out, "  {verb}{by} ({})", verdict.reason.label())?;
+    if question.set == PolicySetId::NONE {
+        writeln!(out, "  no policy is about {}: allowed", pod.name)?;
+        return Ok(());
+    }
+    let (steps, conclusion) = explain::walk(&world.cluster, pod, peer, question, verdict);
+    for step in steps {
+        writeln!(out, "  {step}")?;
+    }
+    writeln!(out, "  {conclusion}")?;
+    // The words are about the rules as they are written; the verdict is the compiler's.
+    ensure!(
+        conclusion.allows() == verdict.allowed,
+        "the compiled policy says otherwise ({}): this is a fault of the mesh",
+        verdict.reason.label()
+    );
     Ok(())
-}
-
-fn isolation(head: &SetHead, direction: Direction) -> Option<RuleId> {
-    let (flag, rule) = match direction {
-        Direction::Ingress => (SetHead::ISOLATED_INGRESS, head.ingress_rule),
-        Direction::Egress => (SetHead::ISOLATED_EGRESS, head.egress_rule),
-    };
-    (head.flags & flag != 0).then_some(rule)
-}
-
-/// What the rules for the peer's identity and for its address say together.
-fn answer(plan: &Plan, head: &SetHead, q: &Question) -> Answer {
-    let any = match q.direction {
-        Direction::Ingress => head.ingress_any,
-        Direction::Egress => head.egress_any,
-    };
-    let list = match plan.select(&SelectKey::new(q.set, q.peer, q.direction)) {
-        Some(lists) if q.evidence.is_proof() => lists.proven,
-        Some(lists) => lists.by_address,
-        None => any,
-    };
-    let of_list = |list: ListId| {
-        let key = PortKey::new(list, q.protocol.policy_key(), q.port);
-        plan.answer(&key).copied().unwrap_or(Answer::SILENT)
-    };
-    let by_address = plan.cidr(&CidrKey::new(q.set, q.direction, q.addr));
-    of_list(list).join(by_address.map_or(Answer::SILENT, of_list))
 }

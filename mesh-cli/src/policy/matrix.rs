@@ -4,12 +4,13 @@
 use std::collections::BTreeSet;
 use std::io::{self, Write};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use mesh_common::Protocol;
 use mesh_common::identity::Evidence;
 use mesh_common::policy::PortKey;
 use mesh_plan::cluster::Pod;
 
+use super::explain::Way;
 use super::world::{Party, World, evidence, number};
 use crate::args::Matrix;
 use crate::{Outcome, input};
@@ -29,13 +30,17 @@ pub(crate) fn run(args: &Matrix, out: &mut impl Write) -> Result<Outcome> {
     let asks = Asks {
         world: &world,
         protocol: number(args.protocol),
-        evidence: evidence(args.evidence),
+        evidence: args.evidence.map(evidence),
     };
     let concerns = |a: &Pod, b: &Pod| {
         args.namespace
             .as_ref()
             .is_none_or(|name| [&a.name.namespace, &b.name.namespace].contains(&name))
     };
+    if let Some(name) = &args.namespace {
+        let has_any = pods.iter().any(|pod| pod.name.namespace == *name);
+        ensure!(has_any, "there are no pods in namespace {name}");
+    }
     match args.port {
         Some(port) => {
             pods.retain(|pod| concerns(pod, pod));
@@ -59,17 +64,23 @@ pub(crate) fn run(args: &Matrix, out: &mut impl Write) -> Result<Outcome> {
 struct Asks<'a> {
     world: &'a World,
     protocol: Protocol,
-    evidence: Evidence,
+    /// `None` = as it would be on the wire.
+    evidence: Option<Evidence>,
 }
 
 impl Asks<'_> {
     fn allows(&self, from: &Pod, to: &Pod, port: u16) -> bool {
         let what = (self.protocol, port);
-        let ends = (Party::Pod(from), Party::Pod(to));
         // Without a common family there is no connection.
-        self.world
-            .connection(ends.0, ends.1, what)
-            .is_ok_and(|connection| self.world.verdicts(&connection, self.evidence).allowed())
+        let ends = (Party::of(from), Party::of(to));
+        let Ok(connection) = self.world.connection(ends.0, ends.1, what) else {
+            return false;
+        };
+        let evidence = self.evidence.or_else(|| {
+            let way = Way::of(self.world, &connection);
+            (!way.refused).then_some(way.evidence)
+        });
+        evidence.is_some_and(|evidence| self.world.verdicts(&connection, evidence).allowed())
     }
 
     /// The ports that are allowed: asked once for each stretch that no rule divides.
@@ -124,7 +135,7 @@ fn describe(ranges: &[(u16, u16)]) -> String {
     }
 }
 
-/// Rows connect to columns.
+/// Rows connect to columns: `+` reaches, `.` is refused.
 fn grid(asks: &Asks<'_>, pods: &[&Pod], port: u16, out: &mut impl Write) -> Result<()> {
     let names: Vec<String> = pods.iter().map(|pod| pod.name.to_string()).collect();
     let width = names.iter().map(String::len).max().unwrap_or(0);
@@ -143,7 +154,7 @@ fn grid(asks: &Asks<'_>, pods: &[&Pod], port: u16, out: &mut impl Write) -> Resu
             let mark = if from.uid == to.uid {
                 "-"
             } else if asks.allows(from, to, port) {
-                "x"
+                "+"
             } else {
                 "."
             };
@@ -151,5 +162,6 @@ fn grid(asks: &Asks<'_>, pods: &[&Pod], port: u16, out: &mut impl Write) -> Resu
         }
         writeln!(out)?;
     }
+    writeln!(out, "+ reaches, . is refused")?;
     Ok(())
 }

@@ -4,7 +4,7 @@
 use std::io::{self, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use mesh_api::truth::{Check, Expected, Table};
 
 use super::table;
@@ -16,6 +16,7 @@ use crate::args::{Evidence, Protocol, Test};
 pub(crate) fn run(args: &Test, out: &mut impl Write) -> Result<Outcome> {
     let mut checks = 0;
     let mut wrong = 0;
+    let mut unasked = 0;
     for file in &args.files {
         let mut shown = 0;
         for (i, table) in table::read(file)?.iter().enumerate() {
@@ -24,19 +25,22 @@ pub(crate) fn run(args: &Test, out: &mut impl Write) -> Result<Outcome> {
                 .clone()
                 .unwrap_or_else(|| format!("table {}", i + 1));
             let place = format!("{}: {name}", file.display());
-            let run = one(table, file, &place, args, out)?;
+            let (rows, cannot) = one(table, file, &place, args, out)?;
             checks += table.checks.len();
-            wrong += run.len();
-            for row in run.iter().take(args.show.saturating_sub(shown)) {
+            wrong += rows.len();
+            unasked += cannot;
+            for row in rows.iter().take(args.show.saturating_sub(shown)) {
                 write!(out, "{row}")?;
             }
-            shown += run.len();
+            shown += rows.len();
         }
         if shown > args.show {
             writeln!(out, "{}: {} more", file.display(), shown - args.show)?;
         }
     }
     writeln!(out, "{checks} checks, {wrong} wrong")?;
+    ensure!(checks > 0, "there are no checks");
+    ensure!(unasked == 0, "{unasked} checks cannot be asked");
     Ok(if wrong == 0 {
         Outcome::Good
     } else {
@@ -44,14 +48,14 @@ pub(crate) fn run(args: &Test, out: &mut impl Write) -> Result<Outcome> {
     })
 }
 
-/// The wrong rows of a table.
+/// The wrong rows of a table, and how many of them are no questions.
 fn one(
     table: &Table,
     file: &Path,
     place: &str,
     args: &Test,
     out: &mut impl Write,
-) -> Result<Vec<String>> {
+) -> Result<(Vec<String>, usize)> {
     let world = World::new(&table::objects(table, file).with_context(|| place.to_owned())?);
     if !args.quiet {
         for note in &world.notes {
@@ -59,18 +63,25 @@ fn one(
         }
     }
     let mut wrong = Vec::new();
+    let mut unasked = 0;
     for (i, check) in table.checks.iter().enumerate() {
         let row = || format!("{place}: check {}", i + 1);
-        if let Some(text) = difference(&world, check).with_context(row)? {
-            wrong.push(format!("{}: {text}", row()));
-        } else if args.all {
-            let name = check.name.as_deref().unwrap_or("-");
-            let said = [check.expect, check.expect_ingress, check.expect_egress];
-            let said = said.into_iter().flatten().next().map_or("", Expected::word);
-            writeln!(out, "holds: {}: {name}: {said}", row())?;
+        match difference(&world, check) {
+            Ok(Some(text)) => wrong.push(format!("{}: {text}", row())),
+            Err(error) => {
+                unasked += 1;
+                writeln!(io::stderr(), "{}: {error:#}", row())?;
+            }
+            Ok(None) if !args.all => {}
+            Ok(None) => {
+                let name = check.name.as_deref().unwrap_or("-");
+                let said = [check.expect, check.expect_ingress, check.expect_egress];
+                let said = said.into_iter().flatten().next().map_or("", Expected::word);
+                writeln!(out, "holds: {}: {name}: {said}", row())?;
+            }
         }
     }
-    Ok(wrong)
+    Ok((wrong, unasked))
 }
 
 /// What is wrong with a row, in lines; `None` = nothing.

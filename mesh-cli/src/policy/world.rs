@@ -24,6 +24,8 @@ pub(crate) struct World {
     nodes: BTreeMap<String, Node>,
     by_name: HashMap<String, String>,
     by_address: HashMap<IpAddr, String>,
+    /// Addresses of services, and their names.
+    by_vip: HashMap<IpAddr, String>,
     /// What is odd or rejected in the manifests.
     pub(crate) notes: Vec<String>,
 }
@@ -36,10 +38,24 @@ struct Node {
 /// One end of a connection.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Party<'a> {
-    /// A pod.
-    Pod(&'a Pod),
+    /// A pod, and by which of its addresses, if it was named by one.
+    Pod(&'a Pod, Option<IpAddr>),
     /// An address that is no pod's.
     Address(IpAddr),
+}
+
+impl<'a> Party<'a> {
+    /// A pod by its name.
+    pub(crate) const fn of(pod: &'a Pod) -> Self {
+        Self::Pod(pod, None)
+    }
+
+    fn name(self) -> String {
+        match self {
+            Self::Pod(pod, _) => pod.name.to_string(),
+            Self::Address(address) => address.to_string(),
+        }
+    }
 }
 
 /// A connection.
@@ -117,6 +133,12 @@ impl World {
                 Node { plan, index }
             });
         }
+        let mut by_vip = HashMap::new();
+        for (name, service) in &cluster.services {
+            for address in service.cluster_ips.iter().chain(&service.external_ips) {
+                by_vip.insert(*address, name.to_string());
+            }
+        }
         notes.sort();
         notes.dedup();
         Self {
@@ -124,6 +146,7 @@ impl World {
             nodes,
             by_name,
             by_address,
+            by_vip,
             notes,
         }
     }
@@ -131,18 +154,26 @@ impl World {
     /// A pod by NAMESPACE/NAME, or whoever has an address.
     pub(crate) fn party(&self, text: &str) -> Result<Party<'_>> {
         if let Some(uid) = self.by_name.get(text) {
-            return Ok(Party::Pod(&self.cluster.pods[uid]));
+            return Ok(Party::of(&self.cluster.pods[uid]));
         }
         match text.parse::<IpAddr>() {
-            Ok(address) => {
-                let address = address.to_canonical();
-                Ok(match self.by_address.get(&address) {
-                    Some(uid) => Party::Pod(&self.cluster.pods[uid]),
-                    None => Party::Address(address),
-                })
-            }
+            Ok(address) => self.owner(address.to_canonical()),
             Err(_) if text.contains('/') => bail!("there is no pod {text}"),
             Err(_) => bail!("{text:?} is neither NAMESPACE/POD nor an address"),
+        }
+    }
+
+    /// Whose an address is. Policy is about pods, of which a service has several.
+    fn owner(&self, address: IpAddr) -> Result<Party<'_>> {
+        if let Some(uid) = self.by_address.get(&address) {
+            return Ok(Party::Pod(&self.cluster.pods[uid], Some(address)));
+        }
+        match self.by_vip.get(&address) {
+            Some(service) => bail!(
+                "{address} is Service {service}, which stands for one of its endpoints: ask about a pod \
+                 behind it, and its own port"
+            ),
+            None => Ok(Party::Address(address)),
         }
     }
 
@@ -150,12 +181,13 @@ impl World {
     fn addresses(&self, party: Party<'_>) -> Vec<IpAddr> {
         match party {
             Party::Address(address) => vec![address],
-            Party::Pod(pod) if pod.host_network => {
+            Party::Pod(_, Some(address)) => vec![address],
+            Party::Pod(pod, None) if pod.host_network => {
                 let node = self.cluster.nodes.get(&pod.node);
                 node.map(|node| node.addresses.iter().copied().collect())
                     .unwrap_or_default()
             }
-            Party::Pod(pod) => pod.addresses.iter().copied().collect(),
+            Party::Pod(pod, None) => pod.addresses.iter().copied().collect(),
         }
     }
 
@@ -167,13 +199,22 @@ impl World {
         (protocol, port): (Protocol, u16),
     ) -> Result<Connection<'a>> {
         let (sources, destinations) = (self.addresses(from), self.addresses(to));
+        for (party, addresses) in [(from, &sources), (to, &destinations)] {
+            if addresses.is_empty() {
+                let name = party.name();
+                bail!("{name} has no address: status.podIPs, or those of its node, are missing");
+            }
+        }
         let pick = |is: fn(&IpAddr) -> bool| {
             let source = sources.iter().copied().find(is)?;
             Some((source, destinations.iter().copied().find(is)?))
         };
         let (source, destination) = pick(IpAddr::is_ipv4)
             .or_else(|| pick(IpAddr::is_ipv6))
-            .context("the two ends have no address of one family")?;
+            .with_context(|| {
+                let (from, to) = (from.name(), to.name());
+                format!("{from} and {to} have no addresses of one family")
+            })?;
         Ok(Connection {
             from,
             to,
@@ -186,8 +227,9 @@ impl World {
 
     /// A port by number or by the name that the destination gives it.
     pub(crate) fn port(to: Party<'_>, protocol: args::Protocol, text: &str) -> Result<u16> {
-        if let Ok(number) = text.parse() {
-            return Ok(number);
+        if text.bytes().all(|byte| byte.is_ascii_digit()) {
+            let number = text.parse().ok().filter(|number| *number > 0);
+            return number.with_context(|| format!("port {text:?} is none from 1 to 65535"));
         }
         let transport = match protocol {
             args::Protocol::Tcp => Transport::Tcp,
@@ -195,7 +237,7 @@ impl World {
             args::Protocol::Sctp => Transport::Sctp,
         };
         match to {
-            Party::Pod(pod) => pod
+            Party::Pod(pod, _) => pod
                 .named_ports
                 .get(&(text.to_owned(), transport))
                 .copied()
@@ -229,8 +271,8 @@ impl World {
         evidence: Evidence,
     ) -> Option<(&Pod, Question)> {
         let (pod, address) = match (direction, connection.from, connection.to) {
-            (Direction::Ingress, _, Party::Pod(to)) => (to, connection.source),
-            (Direction::Egress, Party::Pod(from), _) => (from, connection.destination),
+            (Direction::Ingress, _, Party::Pod(to, _)) => (to, connection.source),
+            (Direction::Egress, Party::Pod(from, _), _) => (from, connection.destination),
             (Direction::Ingress | Direction::Egress, _, _) => return None,
         };
         let pod = &self.cluster.pods[&pod.uid];
@@ -301,7 +343,9 @@ impl World {
 
     /// A pod as its node sees it.
     fn enforcing(&self, party: Party<'_>) -> Option<(&Plan, &PodView)> {
-        let Party::Pod(pod) = party else { return None };
+        let Party::Pod(pod, _) = party else {
+            return None;
+        };
         let plan = &self.nodes.get(&pod.node)?.plan;
         Some((plan, &plan.pods.get(&pod.uid)?.view))
     }
@@ -309,7 +353,7 @@ impl World {
     /// A verdict in words.
     pub(crate) fn words(&self, party: Party<'_>, verdict: &Verdict) -> String {
         let verb = if verdict.allowed { "allow" } else { "deny" };
-        let Party::Pod(pod) = party else {
+        let Party::Pod(pod, _) = party else {
             return verb.to_owned();
         };
         let rule = match verdict.rule {
