@@ -191,6 +191,7 @@ impl<'a> Scene<'a> {
         }
         let path = path::outbound(self.plan, self.pod, socket.remote, Protocol::TCP);
         match path.action {
+            Outbound::Refuse if self.meets_silence(socket, path.verdict.reason) => Fate::Keep,
             Outbound::Refuse => Fate::Deny(path.verdict.reason),
             Outbound::Direct => Fate::Keep,
             Outbound::Tunnel if self.is_captured(socket) => Fate::Keep,
@@ -228,6 +229,15 @@ impl<'a> Scene<'a> {
         } else {
             Fate::Keep
         }
+    }
+
+    /// Whether policy refuses a connect() that the gate lets time out.
+    fn meets_silence(&self, socket: &Socket, reason: Reason) -> bool {
+        let by_policy = matches!(reason, Reason::Policy | Reason::DefaultDeny);
+        socket.state == state::SYN_SENT
+            && by_policy
+            && self.pod.has(PodState::SILENT)
+            && self.pod.has(PodState::GATED)
     }
 
     fn is_captured(&self, socket: &Socket) -> bool {

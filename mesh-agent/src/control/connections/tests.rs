@@ -80,6 +80,7 @@ fn tcp(state: u8, ends: [&str; 2], mark: u32) -> Socket {
 const MEMBER: u32 = PodState::ENROLLED;
 const STRICT: u32 = PodState::ENROLLED | PodState::STRICT;
 const REQUIRED: u32 = PodState::ENROLLED | PodState::REQUIRED;
+const SILENT: u32 = PodState::SILENT | PodState::GATED;
 const READY: u32 = Peer::POD | Peer::ENROLLED | Peer::READY;
 
 #[test]
@@ -124,6 +125,16 @@ fn what_the_pod_opened() {
         ("captured", captured, STRICT, 0, READY, Kept),
         ("captured, denied now", captured, MEMBER, 9, READY, Ended),
         ("outside, denied now", direct, 0, 9, Peer::POD, Ended),
+        ("connecting, denied", connecting, 0, 9, Peer::POD, Ended),
+        (
+            "connecting, to silence",
+            connecting,
+            SILENT,
+            9,
+            Peer::POD,
+            Kept,
+        ),
+        ("denied silently", direct, SILENT, 9, Peer::POD, Ended),
         ("outside, no policy", direct, 0, 0, READY, Kept),
         ("to a virtual address", virtual_one, MEMBER, 0, READY, Old),
         (
