@@ -243,7 +243,8 @@ impl<K: Kernel, F: Find> Control<K, F> {
 
     /// Takes new facts.
     fn learn(&mut self, cluster: &Arc<Cluster>) {
-        let (desired, rejections) = self.compiler.compile(cluster);
+        let (mut desired, rejections) = self.compiler.compile(cluster);
+        desired.unite(&self.desired);
         for rejection in rejections.iter().filter(|it| !self.rejections.contains(it)) {
             tracing::error!(object = %rejection.object, field = rejection.field,
                 why = rejection.why, consequence = rejection.consequence, "not in force as written");

@@ -26,6 +26,7 @@ mod validate;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 use mesh_plan::cluster::{Authentication, Cluster, Namespace, Node, ObjectRef, Policy, Rejection};
 use serde::{Deserialize, Serialize, Serializer};
@@ -109,14 +110,14 @@ struct Kept {
 /// What one object says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Fact {
-    Namespace(Namespace),
-    Node(Node),
+    Namespace(Box<Namespace>),
+    Node(Box<Node>),
     Pod(Box<PodFact>),
     Service(Box<ServiceFact>),
-    Slice(SliceFact),
-    Policy(Policy),
-    Authentication(Authentication),
-    Report(NodeReport),
+    Slice(Box<SliceFact>),
+    Policy(Arc<Policy>),
+    Authentication(Box<Authentication>),
+    Report(Box<NodeReport>),
 }
 
 fn lasting<S: Serializer>(kept: &BTreeMap<ObjectRef, Kept>, to: S) -> Result<S::Ok, S::Error> {
@@ -166,7 +167,7 @@ pub fn convert(objects: &[Object], previous: &LastGood, options: Options) -> Out
         facts.push((head.object, fact));
     }
     let facts = facts.iter().map(|(object, fact)| (object, fact));
-    assemble::assemble(facts, options, &assemble::Known::default(), &mut outcome);
+    assemble::assemble(facts, options, &mut outcome);
     outcome.rejections.sort();
     outcome.rejections.dedup();
     outcome.warnings.sort();

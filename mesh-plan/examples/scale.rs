@@ -94,7 +94,7 @@ fn cluster(pods: usize, policies: usize) -> Cluster {
         let uid = format!("uid-{name}");
         cluster.namespaces.insert(name, Namespace { uid, labels });
     }
-    cluster.ready = Some(BTreeSet::new());
+    cluster.ready = Some(BTreeSet::new().into());
     for n in 0..pods {
         let pod = pod(n);
         cluster.pods.insert(pod.uid.clone(), pod.into());

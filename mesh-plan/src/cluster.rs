@@ -13,24 +13,26 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::shared::Shared;
+
 /// Everything an agent needs to know about the cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cluster {
     /// Namespaces by name.
-    pub namespaces: BTreeMap<String, Namespace>,
+    pub namespaces: Shared<BTreeMap<String, Namespace>>,
     /// Nodes by name.
-    pub nodes: BTreeMap<String, Node>,
+    pub nodes: Shared<BTreeMap<String, Node>>,
     /// Pods by UID. Pods that ended (Succeeded, Failed) are not here: their addresses are reused.
-    pub pods: BTreeMap<String, Arc<Pod>>,
+    pub pods: Shared<BTreeMap<String, Arc<Pod>>>,
     /// Services by name.
-    pub services: BTreeMap<ObjectName, Arc<Service>>,
+    pub services: Shared<BTreeMap<ObjectName, Arc<Service>>>,
     /// Policies of every kind, by kind and name.
-    pub policies: BTreeMap<ObjectRef, Arc<Policy>>,
+    pub policies: Shared<BTreeMap<ObjectRef, Arc<Policy>>>,
     /// MeshAuthentication objects.
-    pub authentications: BTreeMap<ObjectName, Authentication>,
+    pub authentications: Shared<BTreeMap<ObjectName, Authentication>>,
     /// Workloads that their node has reported once as ready for tunnels: pod UIDs, and namespace
     /// UIDs. `None` = standalone: the label is enough.
-    pub ready: Option<BTreeSet<String>>,
+    pub ready: Option<Shared<BTreeSet<String>>>,
     /// Addresses of the Kubernetes API server.
     pub api_servers: BTreeSet<IpAddr>,
     /// CIDRs of pods beside those of [`Node::pod_cidrs`] (`--pod-cidr`).
@@ -38,7 +40,7 @@ pub struct Cluster {
     /// Which versions of policies and the like these facts are of, for status. Nothing is decided
     /// by them. Empty where the source has no versions.
     #[serde(default)]
-    pub versions: BTreeMap<ObjectRef, Version>,
+    pub versions: Shared<BTreeMap<ObjectRef, Version>>,
 }
 
 /// A version of an object.

@@ -23,7 +23,7 @@ use crate::peers;
 use crate::plan::{Plan, Prefix};
 use crate::policies::work::STEPS;
 use crate::policies::{self, Digests, cidrs};
-use crate::services;
+use crate::services::{self, Services};
 
 /// How many entries each part of a plan may have.
 #[derive(Clone, Copy, Debug)]
@@ -164,12 +164,12 @@ fn addresses(
     let owners = peers::owners(cluster, scope.node(), rejections);
     let (identities, of_pods) = Identities::of(cluster, identifier, rejections);
     let mut plan = Plan {
-        peers: peers::peers(cluster, scope.node(), &owners, &of_pods),
-        pod_cidrs: pod_cidrs(cluster),
+        peers: peers::peers(cluster, scope.node(), &owners, &of_pods).into(),
+        pod_cidrs: pod_cidrs(cluster).into(),
         ..Plan::default()
     };
     plan.names.identities = identities.names.clone();
-    plan.names.workloads = peers::workloads(&owners);
+    plan.names.workloads = peers::workloads(&owners).into();
     (plan, identities)
 }
 
@@ -182,10 +182,14 @@ fn add_services(
 ) {
     if let Some(node) = scope.node() {
         let services = services::services(cluster, node, plan, options, rejections);
-        plan.services = services.services;
-        plan.backends = services.backends;
-        plan.names.services = services.names;
+        put_services(plan, &services);
     }
+}
+
+fn put_services(plan: &mut Plan, services: &Services) {
+    plan.services = services.services.clone();
+    plan.backends = services.backends.clone();
+    plan.names.services = services.names.clone();
 }
 
 fn pod_cidrs(cluster: &Cluster) -> BTreeSet<Prefix<Addr>> {

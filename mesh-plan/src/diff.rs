@@ -26,6 +26,7 @@ use mesh_common::{Addr, Port};
 
 use crate::digest::Ids;
 use crate::plan::{Entry, Key, LocalPod, MapOp, Plan};
+use crate::shared::Shared;
 
 /// The operations that lead from one plan to the next: additions before what refers to them, then
 /// the switches, then removals. `old` is what the kernel holds; its names do not matter, its pods
@@ -37,13 +38,8 @@ pub fn diff(old: &Plan, new: &Plan) -> Vec<MapOp> {
     content(old, new, &mut ops, &mut removals);
     services(old, new, &mut ops, &mut removals);
     switch(old, new, &mut ops);
-    let mut gone = Vec::new();
-    changes(
-        old.pod_cidrs.iter().map(|p| (p, &())),
-        new.pod_cidrs.iter().map(|p| (p, &())),
-        |_, ()| {},
-        |prefix| gone.push(Key::PodCidr(*prefix)),
-    );
+    let cidrs = old.pod_cidrs.difference(&new.pod_cidrs);
+    let mut gone: Vec<Key> = cidrs.map(|prefix| Key::PodCidr(*prefix)).collect();
     changes(
         &old.peers,
         &new.peers,
@@ -95,15 +91,18 @@ fn remove(plan: &mut Plan, key: &Key) {
     }
 }
 
-/// Walks two sorted sequences at once: what is new or changed, and what is gone.
-fn changes<'a, K: Ord + 'a, V: PartialEq + 'a>(
-    old: impl IntoIterator<Item = (&'a K, &'a V)>,
-    new: impl IntoIterator<Item = (&'a K, &'a V)>,
+/// Walks two maps at once: what is new or changed, and what is gone.
+fn changes<'a, K: Ord, V: PartialEq>(
+    old: &'a Shared<BTreeMap<K, V>>,
+    new: &'a Shared<BTreeMap<K, V>>,
     mut changed: impl FnMut(&'a K, &'a V),
     mut gone: impl FnMut(&'a K),
 ) {
-    let mut old = old.into_iter().peekable();
-    let mut new = new.into_iter().peekable();
+    if old.is(new) {
+        return;
+    }
+    let mut old = old.iter().peekable();
+    let mut new = new.iter().peekable();
     loop {
         let order = match (old.peek(), new.peek()) {
             (Some((a, _)), Some((b, _))) => a.cmp(b),

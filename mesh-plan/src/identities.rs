@@ -17,6 +17,7 @@ use crate::cluster::{
 };
 use crate::compile::{Options, pod_ref};
 use crate::plan::IdentityName;
+use crate::shared::Shared;
 
 /// What of pods and namespaces policy asks about peers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -216,7 +217,7 @@ pub(crate) type OfPods<'a> = HashMap<&'a str, IdentityId>;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Identities {
     /// What each stands for.
-    pub(crate) names: BTreeMap<IdentityId, Arc<IdentityName>>,
+    pub(crate) names: Shared<BTreeMap<IdentityId, Arc<IdentityName>>>,
     /// How many pods have it.
     counts: HashMap<IdentityId, usize>,
     /// Ids that stand for two contents; they are not in `names`, and every set refuses them.
@@ -268,10 +269,14 @@ impl Identities {
         if self.collided.contains(&id) {
             return None;
         }
-        let new = || Arc::new(content.name());
-        let name = self.names.entry(id).or_insert_with(new);
         *self.counts.entry(id).or_default() += 1;
-        content.is(name).then_some(id)
+        match self.names.get(&id) {
+            Some(name) => content.is(name).then_some(id),
+            None => {
+                self.names.insert(id, Arc::new(content.name()));
+                Some(id)
+            }
+        }
     }
 
     /// Takes one pod less into account.

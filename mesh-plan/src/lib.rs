@@ -13,6 +13,7 @@ pub mod evaluate;
 pub mod explain;
 pub mod modes;
 pub mod plan;
+pub mod shared;
 pub mod text;
 
 mod digest;

@@ -16,6 +16,7 @@ use mesh_common::service::{BackendKey, Service, ServiceKey, Services};
 use mesh_common::{Addr, Endpoint};
 
 use crate::cluster::{Labels, ObjectName, ObjectRef, Transport};
+use crate::shared::Shared;
 
 /// A longest-prefix key: how many of the data's bits count, and the data with the others 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -30,23 +31,23 @@ pub struct Prefix<K> {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     /// `PEERS`.
-    pub peers: BTreeMap<Addr, Peer>,
+    pub peers: Shared<BTreeMap<Addr, Peer>>,
     /// `POD_CIDRS`; prefix lengths of IPv4 are raised by 96.
-    pub pod_cidrs: BTreeSet<Prefix<Addr>>,
+    pub pod_cidrs: Shared<BTreeSet<Prefix<Addr>>>,
     /// `POLICY_SETS`.
-    pub sets: BTreeMap<PolicySetId, SetHead>,
+    pub sets: Shared<BTreeMap<PolicySetId, SetHead>>,
     /// `POLICY_SELECT`.
-    pub selects: BTreeMap<SelectKey, Lists>,
+    pub selects: Shared<BTreeMap<SelectKey, Lists>>,
     /// `POLICY_CIDRS`.
-    pub cidrs: BTreeMap<Prefix<CidrKey>, ListId>,
+    pub cidrs: Shared<BTreeMap<Prefix<CidrKey>, ListId>>,
     /// `POLICY_PORTS`.
-    pub ports: BTreeMap<Prefix<PortKey>, Answer>,
+    pub ports: Shared<BTreeMap<Prefix<PortKey>, Answer>>,
     /// `PORT_MODES`.
-    pub port_modes: BTreeMap<ModeKey, u8>,
+    pub port_modes: Shared<BTreeMap<ModeKey, u8>>,
     /// `SERVICES`.
-    pub services: BTreeMap<ServiceKey, Service>,
+    pub services: Shared<BTreeMap<ServiceKey, Service>>,
     /// `BACKENDS`.
-    pub backends: BTreeMap<BackendKey, Endpoint>,
+    pub backends: Shared<BTreeMap<BackendKey, Endpoint>>,
     /// The pods of this node, by UID.
     pub pods: BTreeMap<String, LocalPod>,
     /// Names, for records, metrics, `explain` and `dump`; never in a map.
@@ -86,13 +87,13 @@ pub enum Deny {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Names {
     /// Rules.
-    pub rules: BTreeMap<RuleId, RuleName>,
+    pub rules: Shared<BTreeMap<RuleId, RuleName>>,
     /// Who has an address.
-    pub workloads: BTreeMap<Addr, Arc<Workload>>,
+    pub workloads: Shared<BTreeMap<Addr, Arc<Workload>>>,
     /// Which service has a virtual endpoint, or, for headless services, an endpoint.
-    pub services: BTreeMap<ServiceKey, ObjectName>,
+    pub services: Shared<BTreeMap<ServiceKey, ObjectName>>,
     /// What an identity stands for.
-    pub identities: BTreeMap<IdentityId, Arc<IdentityName>>,
+    pub identities: Shared<BTreeMap<IdentityId, Arc<IdentityName>>>,
 }
 
 /// Where a rule is written.
@@ -205,6 +206,36 @@ pub enum MapOp {
 }
 
 impl Plan {
+    /// Becomes one in memory with what is equal in the plan before it.
+    pub fn unite(&mut self, before: &Self) {
+        let Self {
+            peers,
+            pod_cidrs,
+            sets,
+            selects,
+            cidrs,
+            ports,
+            port_modes,
+            services,
+            backends,
+            pods: _,
+            names,
+        } = self;
+        peers.unite(&before.peers);
+        pod_cidrs.unite(&before.pod_cidrs);
+        sets.unite(&before.sets);
+        selects.unite(&before.selects);
+        cidrs.unite(&before.cidrs);
+        ports.unite(&before.ports);
+        port_modes.unite(&before.port_modes);
+        services.unite(&before.services);
+        backends.unite(&before.backends);
+        names.rules.unite(&before.names.rules);
+        names.workloads.unite(&before.names.workloads);
+        names.services.unite(&before.names.services);
+        names.identities.unite(&before.names.identities);
+    }
+
     /// A pod as it would be if the policies in audit mode that select it were enforced; `None` =
     /// there are none.
     #[must_use]

@@ -17,6 +17,7 @@ pub(crate) mod work;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use mesh_common::policy::Direction;
@@ -41,6 +42,23 @@ pub(crate) struct Entry<'a> {
 /// the policy means addresses or ports of pods and nodes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Digests(Vec<Option<[u8; 32]>>);
+
+impl Digests {
+    /// Those of the policies that are as they were.
+    pub(crate) fn carried(
+        &self,
+        before: &BTreeMap<ObjectRef, Arc<Policy>>,
+        after: &BTreeMap<ObjectRef, Arc<Policy>>,
+    ) -> Self {
+        let mut known = before.iter().zip(&self.0).peekable();
+        let carried = after.iter().map(|(object, policy)| {
+            while known.next_if(|((other, _), _)| *other < object).is_some() {}
+            let ((_, was), digest) = known.next_if(|((other, _), _)| *other == object)?;
+            digest.filter(|_| was == policy)
+        });
+        Self(carried.collect())
+    }
+}
 
 impl Entry<'_> {
     /// Its rules of a direction.

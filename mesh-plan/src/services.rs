@@ -19,16 +19,17 @@ use crate::cluster::{
 };
 use crate::compile::Options;
 use crate::plan::Plan;
+use crate::shared::Shared;
 
 /// The services of a cluster as one node serves them.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Services {
     /// `SERVICES`.
-    pub(crate) services: BTreeMap<ServiceKey, Entry>,
+    pub(crate) services: Shared<BTreeMap<ServiceKey, Entry>>,
     /// `BACKENDS`.
-    pub(crate) backends: BTreeMap<BackendKey, Endpoint>,
+    pub(crate) backends: Shared<BTreeMap<BackendKey, Endpoint>>,
     /// Names of virtual endpoints and of headless services' endpoints.
-    pub(crate) names: BTreeMap<ServiceKey, ObjectName>,
+    pub(crate) names: Shared<BTreeMap<ServiceKey, ObjectName>>,
 }
 
 /// One virtual endpoint and who stands behind it.

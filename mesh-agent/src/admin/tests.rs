@@ -39,7 +39,7 @@ fn odd_facts() -> mesh_plan::Cluster {
     };
     let object = ObjectRef::new("ClusterNetworkPolicy", "", "names");
     mesh_plan::Cluster {
-        policies: [(object, policy.into())].into(),
+        policies: [(object, policy.into())].into_iter().collect(),
         ..mesh_plan::Cluster::default()
     }
 }

@@ -213,7 +213,7 @@ fn rejections(status: &Status, source: &Report) -> Vec<ReportedRejection> {
     let of_plan = status
         .rejections
         .iter()
-        .map(|one| (one, &status.facts.versions));
+        .map(|one| (one, &*status.facts.versions));
     let reported: BTreeSet<ReportedRejection> = of_objects
         .chain(of_plan)
         .map(|(rejection, versions)| reported(rejection, versions))

@@ -255,17 +255,17 @@ impl Datapath {
             .filter_map(|(uid, index)| Some((uid.clone(), local_pod(&states.get(index)?.view))))
             .collect();
         Ok(Plan {
-            peers: all(&maps.peers, "PEERS")?,
+            peers: all(&maps.peers, "PEERS")?.into(),
             pod_cidrs: all_prefixes(&maps.pod_cidrs, "POD_CIDRS")?
                 .into_keys()
                 .collect(),
-            sets: all(&maps.sets, "POLICY_SETS")?,
-            selects: all(&maps.selects, "POLICY_SELECT")?,
-            cidrs: all_prefixes(&maps.cidrs, "POLICY_CIDRS")?,
-            ports: all_prefixes(&maps.ports, "POLICY_PORTS")?,
-            port_modes: all(&maps.port_modes, "PORT_MODES")?,
-            services: all(&maps.services, "SERVICES")?,
-            backends: all(&maps.backends, "BACKENDS")?,
+            sets: all(&maps.sets, "POLICY_SETS")?.into(),
+            selects: all(&maps.selects, "POLICY_SELECT")?.into(),
+            cidrs: all_prefixes(&maps.cidrs, "POLICY_CIDRS")?.into(),
+            ports: all_prefixes(&maps.ports, "POLICY_PORTS")?.into(),
+            port_modes: all(&maps.port_modes, "PORT_MODES")?.into(),
+            services: all(&maps.services, "SERVICES")?.into(),
+            backends: all(&maps.backends, "BACKENDS")?.into(),
             pods,
             names: mesh_plan::plan::Names::default(),
         })

@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use mesh_plan::cluster::{
-    Cluster, Namespace, ObjectName, ObjectRef, Policy, Rejection, Service, ServiceEndpoint,
+    Authentication, Cluster, Namespace, Node, ObjectName, ObjectRef, Rejection, Service,
+    ServiceEndpoint,
 };
 
 use super::mesh_node::NodeReport;
@@ -14,19 +15,15 @@ use super::pod::PodFact;
 use super::service::{ServiceFact, Target};
 use super::{Fact, Options, Outcome};
 
-/// What was put together before, and of which nothing has changed: it is not made again.
-#[derive(Debug, Default)]
-pub(super) struct Known {
-    /// With their endpoints.
-    pub(super) services: BTreeMap<ObjectName, Arc<Service>>,
-    pub(super) policies: BTreeMap<ObjectRef, Arc<Policy>>,
+/// Whether it is the service of the API server.
+pub(super) fn is_api_server(service: &ObjectName) -> bool {
+    (&*service.namespace, &*service.name) == ("default", "kubernetes")
 }
 
 /// The facts of all objects together.
 pub(super) fn assemble<'f>(
     facts: impl IntoIterator<Item = (&'f ObjectRef, &'f Fact)>,
     options: Options,
-    known: &Known,
     outcome: &mut Outcome,
 ) {
     let mut cluster = Cluster::default();
@@ -40,10 +37,11 @@ pub(super) fn assemble<'f>(
             Fact::Namespace(namespace) => {
                 cluster
                     .namespaces
-                    .insert(object.name.clone(), namespace.clone());
+                    .insert(object.name.clone(), Namespace::clone(namespace));
             }
             Fact::Node(node) => {
-                cluster.nodes.insert(object.name.clone(), node.clone());
+                let node = Node::clone(node);
+                cluster.nodes.insert(object.name.clone(), node);
             }
             Fact::Pod(pod) => add_pod(pod, object, &mut pods, outcome),
             Fact::Service(service) => {
@@ -54,40 +52,31 @@ pub(super) fn assemble<'f>(
                 .or_default()
                 .push(&slice.endpoints),
             Fact::Policy(policy) => {
-                let known = known.policies.get(object).cloned();
-                let policy = known.unwrap_or_else(|| Arc::new(policy.clone()));
-                cluster.policies.insert(object.clone(), policy);
+                cluster.policies.insert(object.clone(), Arc::clone(policy));
             }
             Fact::Authentication(authentication) => {
-                cluster
-                    .authentications
-                    .insert(name(), authentication.clone());
+                let authentication = Authentication::clone(authentication);
+                cluster.authentications.insert(name(), authentication);
             }
             Fact::Report(report) => {
                 reports.insert(&object.name, report);
             }
         }
     }
-    let api_server = ObjectName::new("default", "kubernetes");
     for (name, fact) in services {
-        let service = match known.services.get(&name) {
-            Some(known) => Arc::clone(known),
-            None => {
-                let endpoints = match slices.remove(&name) {
-                    Some(slices) => slices.concat(),
-                    None if options.standalone => selected(&name, fact, &pods),
-                    None => Vec::new(),
-                };
-                Arc::new(with(fact, endpoints))
-            }
+        let endpoints = match slices.remove(&name) {
+            Some(slices) => slices.concat(),
+            None if options.standalone => selected(&name, fact, &pods),
+            None => Vec::new(),
         };
-        if name == api_server {
+        let service = with(fact, endpoints);
+        if is_api_server(&name) {
             let endpoints = service.endpoints.iter();
             cluster.api_servers = endpoints.map(|endpoint| endpoint.address).collect();
         }
-        cluster.services.insert(name, service);
+        cluster.services.insert(name, Arc::new(service));
     }
-    cluster.ready = (!options.standalone).then(|| ready(&pods, &cluster, &reports));
+    cluster.ready = (!options.standalone).then(|| ready(&pods, &cluster, &reports).into());
     cluster.pods = pods
         .into_iter()
         .map(|(uid, fact)| (uid.to_owned(), Arc::clone(&fact.pod)))
@@ -97,7 +86,7 @@ pub(super) fn assemble<'f>(
 }
 
 /// A service and who serves it, in order.
-fn with(fact: &ServiceFact, mut endpoints: Vec<ServiceEndpoint>) -> Service {
+pub(super) fn with(fact: &ServiceFact, mut endpoints: Vec<ServiceEndpoint>) -> Service {
     endpoints.sort();
     endpoints.dedup();
     let mut service = fact.service.clone();
@@ -176,8 +165,7 @@ fn ready(
 ) -> BTreeSet<String> {
     let report_of = |namespace: &str, node: &str| {
         let report = *reports.get(node)?;
-        let namespace = cluster.namespaces.get(namespace);
-        let all = namespace.is_some_and(|namespace| report.namespaces.contains(&namespace.uid));
+        let all = accepts_all(report, cluster.namespaces.get(namespace));
         Some((report, all))
     };
     // Many pods have both in common.
@@ -192,6 +180,11 @@ fn ready(
         }
     }
     ready
+}
+
+/// Whether a node accepts tunnels for all of its pods of a namespace.
+pub(super) fn accepts_all(report: &NodeReport, namespace: Option<&Namespace>) -> bool {
+    namespace.is_some_and(|namespace| report.namespaces.contains(&namespace.uid))
 }
 
 /// A namespace that has pods and no object still has its name.

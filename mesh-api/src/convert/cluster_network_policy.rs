@@ -6,6 +6,7 @@
 //! nothing resolves here.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use mesh_plan::cluster::{
@@ -54,13 +55,13 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
     for (direction, rules) in [("ingress", &ingress), ("egress", &egress)] {
         bounded(&format!("spec.{direction}"), 0, rules.len(), issues);
     }
-    Some(Fact::Policy(Policy {
+    Some(Fact::Policy(Arc::new(Policy {
         tier,
         subject: applies_to?,
         ingress: (!ingress.is_empty()).then_some(ingress),
         egress: (!egress.is_empty()).then_some(egress),
         audit: false,
-    }))
+    })))
 }
 
 pub(super) fn rejected(subject: &Subject<'_>) -> Held {

@@ -61,10 +61,10 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
             });
         }
     }
-    Some(Fact::Slice(SliceFact {
+    Some(Fact::Slice(Box::new(SliceFact {
         service: ObjectName::new(subject.namespace(), service),
         endpoints,
-    }))
+    })))
 }
 
 pub(super) fn rejected(_: &Subject<'_>) -> Held {

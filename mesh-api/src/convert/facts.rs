@@ -2,22 +2,24 @@
 //! Objects that come one by one: each is read once, and only what it says is kept.
 //!
 //! For sources that tell of changes. Reading is as in [`super::convert()`], and so is everything
-//! that is rejected; [`Facts::outcome`] puts together what holds now without reading anything
-//! again.
+//! that is rejected; [`Facts::outcome`] says what holds now without reading anything again, and puts
+//! together only what an object that has changed is part of.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use mesh_plan::authentication;
 use mesh_plan::cluster::{
-    Cluster, Labels, ObjectName, ObjectRef, Pod, Rejection, Transport, Version,
+    Authentication, Cluster, Labels, Namespace, Node, ObjectName, ObjectRef, Pod, Rejection,
+    Service, Transport, Version,
 };
+use mesh_plan::shared::Shared;
 use serde_json::Value;
 
-use super::assemble::Known;
+use super::assemble;
 use super::kinds::kind_of;
 use super::object::{Subject, head};
-use super::{Fact, Kept, LastGood, Object, Options, Outcome, Warning, assemble, lasts, one};
+use super::{Fact, Kept, LastGood, Object, Options, Outcome, Warning, lasts, one};
 
 /// What every known object says.
 #[derive(Debug)]
@@ -26,25 +28,40 @@ pub struct Facts {
     /// From an earlier run, for objects that are bad when they are first met.
     before: LastGood,
     entries: BTreeMap<ObjectRef, Entry>,
-    /// UIDs of pods that were ready for tunnels once: they stay so while they exist. A report that
-    /// shrinks, as that of an agent that starts again, must not send their traffic in clear.
-    ready: BTreeSet<String>,
-    /// As they were put together last, but for those that have changed since.
-    known: Known,
-    shared: Shared,
+    /// Objects of which something is wrong or odd.
+    said: BTreeSet<ObjectRef>,
+    /// What holds, but for what is stale.
+    cluster: Cluster,
+    stale: Stale,
+    common: Common,
     changes: u64,
+}
+
+/// What of the facts is to be put together again.
+#[derive(Debug, Default)]
+struct Stale {
+    /// All: at first, and while anything is out of the ordinary.
+    all: bool,
+    /// Whether these pods are ready, by UID.
+    pods: BTreeSet<String>,
+    /// The same of all pods of a namespace.
+    namespaces: BTreeSet<String>,
+    /// The same of all pods of a node.
+    nodes: BTreeSet<String>,
+    /// Services, with their endpoints.
+    services: BTreeSet<ObjectName>,
 }
 
 /// What pods of one workload have in common is kept once.
 #[derive(Debug, Default)]
-struct Shared {
+struct Common {
     labels: BTreeSet<Arc<Labels>>,
     ports: BTreeSet<Arc<BTreeMap<(String, Transport), u16>>>,
     /// When to look what nobody has any more.
     full: usize,
 }
 
-impl Shared {
+impl Common {
     fn share(&mut self, pod: &mut Pod) {
         one_of(&mut self.labels, &mut pod.labels);
         one_of(&mut self.ports, &mut pod.named_ports);
@@ -95,6 +112,29 @@ impl Said {
     }
 }
 
+impl Entry {
+    /// For status: of policies and the like, and of what something is said about.
+    fn version(&self) -> Option<Version> {
+        let is_reported = match self.fact {
+            Some(Fact::Policy(_) | Fact::Authentication(_)) => true,
+            Some(
+                Fact::Namespace(_)
+                | Fact::Node(_)
+                | Fact::Pod(_)
+                | Fact::Service(_)
+                | Fact::Slice(_)
+                | Fact::Report(_),
+            )
+            | None => self.said.is_some(),
+        };
+        is_reported.then(|| Version {
+            uid: self.uid.clone(),
+            generation: self.generation,
+            newest: self.newest,
+        })
+    }
+}
+
 impl Facts {
     /// Nothing is known yet but what was good in an earlier run.
     #[must_use]
@@ -103,9 +143,13 @@ impl Facts {
             options,
             before,
             entries: BTreeMap::new(),
-            ready: BTreeSet::new(),
-            known: Known::default(),
-            shared: Shared::default(),
+            said: BTreeSet::new(),
+            cluster: Cluster::default(),
+            stale: Stale {
+                all: true,
+                ..Stale::default()
+            },
+            common: Common::default(),
             changes: 0,
         }
     }
@@ -137,7 +181,7 @@ impl Facts {
         if let Some(Fact::Pod(fact)) = &mut read.fact
             && let Some(pod) = Arc::get_mut(&mut fact.pod)
         {
-            self.shared.share(pod);
+            self.common.share(pod);
         }
         let newest = generation(&object.value);
         let generation = match (outcome.rejections.is_empty(), old) {
@@ -153,31 +197,31 @@ impl Facts {
             good: read.good,
             said: Said::of(outcome),
         };
+        let object = head.object;
         // Most writes of a cluster are heartbeats and counts that nobody here reads.
-        if known.as_ref() != Some(&entry) {
-            self.changes += 1;
-            for entry in known.iter().chain([&entry]) {
-                touch(&mut self.known, &head.object, entry);
-            }
+        let is_news = known.as_ref() != Some(&entry);
+        self.entries.insert(object.clone(), entry);
+        if is_news {
+            self.turn(&object, known);
         }
-        self.entries.insert(head.object.clone(), entry);
-        Some(head.object)
+        Some(object)
     }
 
     /// Forgets an object.
     pub fn remove(&mut self, object: &ObjectRef) {
         if let Some(entry) = self.entries.remove(object) {
-            self.changes += 1;
-            touch(&mut self.known, object, &entry);
+            self.turn(object, Some(entry));
         }
     }
 
     /// Forgets the objects of a kind that are not among these: for after a list.
     pub fn retain(&mut self, kind: &str, listed: &BTreeSet<ObjectRef>) {
         let gone = |object: &ObjectRef| object.kind == kind && !listed.contains(object);
-        for (object, entry) in self.entries.extract_if(.., |object, _| gone(object)) {
-            self.changes += 1;
-            touch(&mut self.known, &object, &entry);
+        let gone: Vec<(ObjectRef, Entry)> = (self.entries)
+            .extract_if(.., |object, _| gone(object))
+            .collect();
+        for (object, entry) in gone {
+            self.turn(&object, Some(entry));
         }
     }
 
@@ -220,31 +264,20 @@ impl Facts {
     #[must_use]
     pub fn outcome(&mut self) -> Outcome {
         let mut outcome = Outcome::default();
-        for entry in self.entries.values() {
-            if let Some(said) = &entry.said {
-                outcome.rejections.extend(said.rejections.iter().cloned());
-                outcome.warnings.extend(said.warnings.iter().cloned());
-            }
+        let said = self.said.iter().filter_map(|object| {
+            let entry = self.entries.get(object)?;
+            entry.said.as_deref()
+        });
+        for said in said {
+            outcome.rejections.extend(said.rejections.iter().cloned());
+            outcome.warnings.extend(said.warnings.iter().cloned());
         }
-        let facts = self
-            .entries
-            .iter()
-            .filter_map(|(object, entry)| Some((object, entry.fact.as_ref()?)));
-        assemble::assemble(facts, self.options, &self.known, &mut outcome);
-        let cluster = &mut outcome.cluster;
-        // Without a control plane every pod may be an endpoint of every service.
-        if !self.options.standalone {
-            self.known.services.clone_from(&cluster.services);
+        if self.stale.all || self.stale.lost_namespace(&self.cluster) {
+            self.assemble(&mut outcome);
+        } else {
+            self.assemble_parts();
         }
-        self.known.policies.clone_from(&cluster.policies);
-        if let Some(reported) = cluster.ready.take() {
-            let ready = still_ready(cluster, &reported, &self.ready);
-            if self.ready != ready {
-                self.ready.clone_from(&ready);
-            }
-            cluster.ready = Some(ready);
-        }
-        cluster.versions = self.versions();
+        outcome.cluster = self.cluster.clone();
         outcome.rejections.sort();
         outcome.rejections.dedup();
         outcome.warnings.sort();
@@ -252,30 +285,145 @@ impl Facts {
         outcome
     }
 
-    fn versions(&self) -> BTreeMap<ObjectRef, Version> {
-        self.entries
+    /// Puts everything together.
+    fn assemble(&mut self, outcome: &mut Outcome) {
+        let facts = self
+            .entries
             .iter()
-            .filter(|(_, entry)| match entry.fact {
-                Some(Fact::Policy(_) | Fact::Authentication(_)) => true,
-                Some(
-                    Fact::Namespace(_)
-                    | Fact::Node(_)
-                    | Fact::Pod(_)
-                    | Fact::Service(_)
-                    | Fact::Slice(_)
-                    | Fact::Report(_),
-                )
-                | None => entry.said.is_some(),
-            })
-            .map(|(object, entry)| {
-                let version = Version {
-                    uid: entry.uid.clone(),
-                    generation: entry.generation,
-                    newest: entry.newest,
+            .filter_map(|(object, entry)| Some((object, entry.fact.as_ref()?)));
+        let said = outcome.rejections.len();
+        assemble::assemble(facts, self.options, outcome);
+        let before = self.cluster.ready.take().unwrap_or_default();
+        let mut cluster = std::mem::take(&mut outcome.cluster);
+        if let Some(reported) = cluster.ready.take() {
+            cluster.ready = Some(still_ready(&cluster, &reported, &before).into());
+        }
+        cluster.versions = self.versions();
+        self.cluster = cluster;
+        self.stale = Stale {
+            // Without a control plane every pod may be an endpoint of every service; and which of two
+            // pods with one UID is known depends on both.
+            all: self.options.standalone || outcome.rejections.len() > said,
+            ..Stale::default()
+        };
+    }
+
+    /// Puts together what is stale.
+    fn assemble_parts(&mut self) {
+        let stale = std::mem::take(&mut self.stale);
+        for name in stale.services {
+            let service = self.service(&name).map(Arc::new);
+            if assemble::is_api_server(&name) {
+                let endpoints = service.iter().flat_map(|service| &service.endpoints);
+                self.cluster.api_servers = endpoints.map(|endpoint| endpoint.address).collect();
+            }
+            match service {
+                Some(service) => drop(self.cluster.services.insert(name, service)),
+                None => drop(self.cluster.services.remove(&name)),
+            }
+        }
+        let Some(mut ready) = self.cluster.ready.take() else {
+            return;
+        };
+        let pods = &self.cluster.pods;
+        for uid in &stale.pods {
+            if ready.contains(uid) && !pods.contains_key(uid) {
+                ready.remove(uid);
+            }
+        }
+        let concerned: Vec<(&String, &Arc<Pod>)> =
+            if stale.namespaces.is_empty() && stale.nodes.is_empty() {
+                let pods = stale.pods.iter().map(|uid| pods.get_key_value(uid));
+                pods.flatten().collect()
+            } else {
+                let is_concerned = |(uid, pod): &(&String, &Arc<Pod>)| {
+                    stale.nodes.contains(&pod.node)
+                        || stale.namespaces.contains(&pod.name.namespace)
+                        || stale.pods.contains(*uid)
                 };
-                (object.clone(), version)
-            })
-            .collect()
+                pods.iter().filter(is_concerned).collect()
+            };
+        for (uid, pod) in concerned {
+            let was = ready.contains(uid);
+            let is =
+                self.is_reported(pod) || (was && authentication::is_enrolled(&self.cluster, pod));
+            match (was, is) {
+                (false, true) => drop(ready.insert(uid.clone())),
+                (true, false) => drop(ready.remove(uid)),
+                (true, true) | (false, false) => {}
+            }
+        }
+        self.cluster.ready = Some(ready);
+    }
+
+    /// A service with its endpoints.
+    fn service(&self, name: &ObjectName) -> Option<Service> {
+        let object = ObjectRef::new("Service", &*name.namespace, &*name.name);
+        let Some(Fact::Service(fact)) = &self.entries.get(&object)?.fact else {
+            return None;
+        };
+        let first = ObjectRef::new("EndpointSlice", &*name.namespace, "");
+        let slices = self.entries.range(&first..).take_while(|(object, _)| {
+            object.kind == first.kind && object.namespace == first.namespace
+        });
+        let slices = slices.filter_map(|(_, entry)| match &entry.fact {
+            Some(Fact::Slice(slice)) if slice.service == *name => Some(slice.endpoints.as_slice()),
+            _ => None,
+        });
+        Some(assemble::with(fact, slices.collect::<Vec<_>>().concat()))
+    }
+
+    /// Whether a pod's own node says that it accepts tunnels for it.
+    fn is_reported(&self, pod: &Pod) -> bool {
+        let report = self
+            .entries
+            .get(&ObjectRef::new("MeshNode", "", &*pod.node));
+        match report.and_then(|entry| entry.fact.as_ref()) {
+            Some(Fact::Report(report)) => {
+                let namespace = self.cluster.namespaces.get(&pod.name.namespace);
+                assemble::accepts_all(report, namespace) || report.pods.contains(&pod.uid)
+            }
+            _ => false,
+        }
+    }
+
+    fn versions(&self) -> Shared<BTreeMap<ObjectRef, Version>> {
+        let version = |(object, entry): (&ObjectRef, &Entry)| {
+            let version = entry.version()?;
+            Some((object.clone(), version))
+        };
+        self.entries.iter().filter_map(version).collect()
+    }
+
+    /// Takes note of an object that is not what it was.
+    fn turn(&mut self, object: &ObjectRef, was: Option<Entry>) {
+        self.changes += 1;
+        let now = self.entries.get(object);
+        match now.and_then(|entry| entry.said.as_ref()) {
+            Some(_) => drop(self.said.insert(object.clone())),
+            None => drop(self.said.remove(object)),
+        }
+        if self.stale.all {
+            return;
+        }
+        let version = now.and_then(Entry::version);
+        if version != was.as_ref().and_then(Entry::version) {
+            match version {
+                Some(version) => drop(self.cluster.versions.insert(object.clone(), version)),
+                None => drop(self.cluster.versions.remove(object)),
+            }
+        }
+        let was = was.and_then(|entry| entry.fact);
+        let now = now.and_then(|entry| entry.fact.as_ref());
+        if was.as_ref() != now {
+            let cluster = &mut self.cluster;
+            if let Some(fact) = &was {
+                self.stale.leaves(cluster, object, fact);
+            }
+            if let Some(fact) = now {
+                self.stale.comes(cluster, object, fact);
+            }
+        }
     }
 
     fn reject(&mut self, rejection: Rejection) -> ObjectRef {
@@ -293,16 +441,15 @@ impl Facts {
             said: Some(Box::new(said)),
         };
         if self.entries.get(&object) != Some(&entry) {
-            self.changes += 1;
-            if let Some(known) = self.entries.insert(object.clone(), entry) {
-                touch(&mut self.known, &object, &known);
-            }
+            let known = self.entries.insert(object.clone(), entry);
+            self.turn(&object, known);
         }
         object
     }
 }
 
-/// The pods that are reported as ready, and those that were and are still in the mesh. Whoever joins
+/// The pods that are reported as ready, and those that were and are still in the mesh: a report that
+/// shrinks, as that of an agent that starts again, must not send their traffic in clear. Whoever joins
 /// it again is ready when its node says so again: before that, answers to what it sends in clear
 /// would be dropped.
 fn still_ready(
@@ -321,23 +468,68 @@ fn still_ready(
     ready.map(|(uid, _)| uid.clone()).collect()
 }
 
-/// Forgets how that was put together which an object is, or is part of.
-fn touch(known: &mut Known, object: &ObjectRef, entry: &Entry) {
-    match &entry.fact {
-        Some(Fact::Service(_)) => {
-            let name = ObjectName::new(&*object.namespace, &*object.name);
-            known.services.remove(&name);
+impl Stale {
+    /// Whether an object is gone that pods may still name.
+    fn lost_namespace(&self, cluster: &Cluster) -> bool {
+        let mut names = self.namespaces.iter();
+        names.any(|name| !cluster.namespaces.contains_key(name))
+    }
+
+    /// What an object says holds no more.
+    fn leaves(&mut self, cluster: &mut Cluster, object: &ObjectRef, fact: &Fact) {
+        let name = || ObjectName::new(&*object.namespace, &*object.name);
+        match fact {
+            Fact::Namespace(_) => {
+                cluster.namespaces.remove(&object.name);
+                self.namespaces.insert(object.name.clone());
+            }
+            Fact::Node(_) => drop(cluster.nodes.remove(&object.name)),
+            Fact::Pod(fact) => {
+                cluster.pods.remove(&fact.pod.uid);
+                self.pods.insert(fact.pod.uid.clone());
+                let namespace = cluster.namespaces.get(&fact.pod.name.namespace);
+                // It may have been the last that names a namespace that nothing describes.
+                self.all |= namespace.is_none_or(|namespace| namespace.uid.is_empty());
+            }
+            Fact::Service(_) => drop(self.services.insert(name())),
+            Fact::Slice(slice) => drop(self.services.insert(slice.service.clone())),
+            Fact::Policy(_) => drop(cluster.policies.remove(object)),
+            Fact::Authentication(_) => drop(cluster.authentications.remove(&name())),
+            Fact::Report(_) => drop(self.nodes.insert(object.name.clone())),
         }
-        Some(Fact::Slice(slice)) => drop(known.services.remove(&slice.service)),
-        Some(Fact::Policy(_)) => drop(known.policies.remove(object)),
-        Some(
-            Fact::Namespace(_)
-            | Fact::Node(_)
-            | Fact::Pod(_)
-            | Fact::Authentication(_)
-            | Fact::Report(_),
-        )
-        | None => {}
+    }
+
+    /// What an object says holds.
+    fn comes(&mut self, cluster: &mut Cluster, object: &ObjectRef, fact: &Fact) {
+        let name = || ObjectName::new(&*object.namespace, &*object.name);
+        match fact {
+            Fact::Namespace(namespace) => {
+                let name = object.name.clone();
+                self.namespaces.insert(name.clone());
+                cluster.namespaces.insert(name, Namespace::clone(namespace));
+            }
+            Fact::Node(node) => {
+                let node = Node::clone(node);
+                cluster.nodes.insert(object.name.clone(), node);
+            }
+            Fact::Pod(fact) => {
+                let pod = &fact.pod;
+                self.pods.insert(pod.uid.clone());
+                let is_named = cluster.namespaces.contains_key(&pod.name.namespace);
+                let other = cluster.pods.insert(pod.uid.clone(), Arc::clone(pod));
+                self.all |= !is_named || other.is_some();
+            }
+            Fact::Service(_) => drop(self.services.insert(name())),
+            Fact::Slice(slice) => drop(self.services.insert(slice.service.clone())),
+            Fact::Policy(policy) => {
+                cluster.policies.insert(object.clone(), Arc::clone(policy));
+            }
+            Fact::Authentication(authentication) => {
+                let authentication = Authentication::clone(authentication);
+                cluster.authentications.insert(name(), authentication);
+            }
+            Fact::Report(_) => drop(self.nodes.insert(object.name.clone())),
+        }
     }
 }
 

@@ -26,13 +26,13 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
         issues.problems.extend(whole.problems);
     }
     issues.problems.extend(fields.problems);
-    Some(Fact::Authentication(authentication))
+    Some(Fact::Authentication(authentication.into()))
 }
 
 pub(super) fn rejected(subject: &Subject<'_>) -> Held {
     let (authentication, _) = strictest(subject, Issues::default());
     Held {
-        fact: Some(Fact::Authentication(authentication)),
+        fact: Some(Fact::Authentication(authentication.into())),
         consequence: "it is in force, its broken fields at their strictest".to_owned(),
     }
 }

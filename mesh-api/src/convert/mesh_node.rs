@@ -24,10 +24,10 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
         Some(value) => typed(value, issues)?,
         None => MeshNodeStatus::default(),
     };
-    Some(Fact::Report(NodeReport {
+    Some(Fact::Report(Box::new(NodeReport {
         namespaces: status.enrolled_namespaces.into_iter().collect(),
         pods: status.enrolled_pods.into_iter().collect(),
-    }))
+    })))
 }
 
 pub(super) fn rejected(_: &Subject<'_>) -> Held {

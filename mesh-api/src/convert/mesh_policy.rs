@@ -2,6 +2,7 @@
 //! MeshPolicy and ClusterMeshPolicy.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use mesh_plan::cluster::{
     Entity, NamespaceMatch, PeerMatch, Policy, Rule, RuleAction, Selector, ServiceAccountMatch,
@@ -49,7 +50,7 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
     };
     let pods = optional("spec.podSelector", spec.pod_selector.as_ref(), issues);
     let (ingress, egress) = directions(&context, spec.ingress, spec.egress, issues);
-    Some(Fact::Policy(Policy {
+    Some(Fact::Policy(Arc::new(Policy {
         tier: Tier::Namespaced,
         subject: PolicySubject::Pods {
             namespace: subject.namespace().to_owned(),
@@ -58,7 +59,7 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
         ingress,
         egress,
         audit: spec.mode == PolicyMode::Audit,
-    }))
+    })))
 }
 
 pub(super) fn rejected(subject: &Subject<'_>) -> Held {
@@ -83,13 +84,13 @@ pub(super) fn parse_cluster(subject: &Subject<'_>, issues: &mut Issues) -> Optio
     );
     let pods = optional("spec.podSelector", spec.pod_selector.as_ref(), issues);
     let (ingress, egress) = directions(&context, spec.ingress, spec.egress, issues);
-    Some(Fact::Policy(Policy {
+    Some(Fact::Policy(Arc::new(Policy {
         tier,
         subject: PolicySubject::Namespaces { namespaces, pods },
         ingress,
         egress,
         audit: spec.mode == PolicyMode::Audit,
-    }))
+    })))
 }
 
 pub(super) fn rejected_cluster(subject: &Subject<'_>) -> Held {

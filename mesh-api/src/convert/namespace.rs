@@ -14,10 +14,10 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
     let mut labels = subject.labels();
     check_enrolment(&labels, &["enabled", "disabled", "required"], issues);
     labels.insert(NAME.to_owned(), subject.head.object.name.clone());
-    Some(Fact::Namespace(Namespace {
+    Some(Fact::Namespace(Box::new(Namespace {
         uid: subject.head.uid.clone(),
         labels,
-    }))
+    })))
 }
 
 pub(super) fn rejected(subject: &Subject<'_>) -> Held {
@@ -25,10 +25,10 @@ pub(super) fn rejected(subject: &Subject<'_>) -> Held {
     labels.insert(NAME.to_owned(), subject.head.object.name.clone());
     enrol(&mut labels);
     Held {
-        fact: Some(Fact::Namespace(Namespace {
+        fact: Some(Fact::Namespace(Box::new(Namespace {
             uid: subject.head.uid.clone(),
             labels,
-        })),
+        }))),
         consequence: "it counts as enabled".to_owned(),
     }
 }

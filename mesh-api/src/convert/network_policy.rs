@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! NetworkPolicy of `networking.k8s.io/v1`, validated and defaulted as the API server does.
 
+use std::sync::Arc;
+
 use k8s_openapi::api::networking::v1 as net;
 use mesh_plan::cluster::{
     NamespaceMatch, PeerMatch, Policy, PortMatch, Rule, RuleAction, Subject as PolicySubject, Tier,
@@ -38,7 +40,7 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
             rule(name, namespace, peers, read.ports.as_deref(), issues)
         })
         .collect();
-    Some(Fact::Policy(Policy {
+    Some(Fact::Policy(Arc::new(Policy {
         tier: Tier::Namespaced,
         subject: PolicySubject::Pods {
             namespace: namespace.to_owned(),
@@ -47,7 +49,7 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
         ingress: for_ingress.then_some(ingress),
         egress: for_egress.then_some(egress),
         audit: false,
-    }))
+    })))
 }
 
 pub(super) fn rejected(subject: &Subject<'_>) -> Held {

@@ -28,7 +28,7 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
         .flatten()
         .filter_map(|address| super::validate::address(&address.address).ok())
         .collect();
-    Some(Fact::Node(node))
+    Some(Fact::Node(node.into()))
 }
 
 pub(super) fn rejected(_: &Subject<'_>) -> Held {

@@ -3,6 +3,7 @@
 //! rejected one.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use mesh_plan::cluster::{
@@ -112,13 +113,13 @@ pub(super) fn isolation(subject: &Subject<'_>, directions: (bool, bool)) -> Held
         None => PolicySubject::WholeNamespace(namespace),
     };
     Held {
-        fact: Some(Fact::Policy(Policy {
+        fact: Some(Fact::Policy(Arc::new(Policy {
             tier: Tier::Namespaced,
             subject: applies_to,
             ingress: ingress.then(Vec::new),
             egress: egress.then(Vec::new),
             audit: false,
-        })),
+        }))),
         consequence: format!("it isolates {whom} for {which}"),
     }
 }
@@ -147,13 +148,13 @@ pub(super) fn denial(
         }]
     };
     Held {
-        fact: Some(Fact::Policy(Policy {
+        fact: Some(Fact::Policy(Arc::new(Policy {
             tier,
             subject: PolicySubject::Namespaces { namespaces, pods },
             ingress: ingress.then(deny_all),
             egress: egress.then(deny_all),
             audit: false,
-        })),
+        }))),
         consequence: format!("it denies {which} of the pods that its subject selects"),
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Pods, namespaces, nodes, services and endpoints.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use mesh_plan::cluster::{Cluster, Pod, ServiceEndpoint, Transport};
@@ -369,16 +370,19 @@ fn readiness_is_what_a_pods_own_node_reports() {
         node("n1", "{version: '1'}"),
         node("n2", "{enrolledNamespaces: [nsuid]}"),
     );
-    assert_eq!(in_cluster(&text).cluster.ready, Some([].into()));
+    assert_eq!(
+        in_cluster(&text).cluster.ready,
+        Some(BTreeSet::new().into())
+    );
     let ready = text.replace("{version: '1'}", "{enrolledNamespaces: [nsuid]}");
     assert_eq!(
         in_cluster(&ready).cluster.ready,
-        Some(["u1".to_owned()].into())
+        Some(BTreeSet::from(["u1".to_owned()]).into())
     );
     let ready = text.replace("{version: '1'}", "{enrolledPods: [u1]}");
     assert_eq!(
         in_cluster(&ready).cluster.ready,
-        Some(["u1".to_owned()].into())
+        Some(BTreeSet::from(["u1".to_owned()]).into())
     );
     assert_eq!(standalone(&ready).cluster.ready, None);
 }

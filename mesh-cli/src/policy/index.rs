@@ -28,7 +28,7 @@ pub(crate) struct Index {
 impl Index {
     pub(crate) fn new(plan: &Plan) -> Self {
         let mut index = Self {
-            sets: plan.sets.clone(),
+            sets: (*plan.sets).clone(),
             selects: plan
                 .selects
                 .iter()

@@ -13,13 +13,15 @@ use std::sync::Arc;
 use mesh_common::Addr;
 use mesh_common::identity::Peer;
 
-use super::{Options, Scope, add_services, addresses, bound_addresses, local};
+use super::{Options, Scope, addresses, bound_addresses, local, put_services};
 use crate::authentication;
-use crate::cluster::{Cluster, Pod, Rejection};
+use crate::cluster::{Cluster, Pod, Rejection, Service};
 use crate::identities::{Identifier, Identities, Relevant};
 use crate::peers;
 use crate::plan::Plan;
 use crate::policies::{self, Digests};
+use crate::services::{self, Services};
+use crate::shared::Shared;
 
 /// Compiles one plan after the other and keeps what the next can use again. Each plan is exactly
 /// that of [`super::compile()`].
@@ -40,6 +42,8 @@ struct Previous {
     /// Of the policies.
     relevant: Relevant,
     digests: Digests,
+    /// The services, and what was rejected of them.
+    services: Option<(Services, Vec<Rejection>)>,
     /// Only of policies, if it is ordinary.
     rejections: Vec<Rejection>,
     /// Every address has one claimant, every identity one content, every label a meaning.
@@ -83,7 +87,13 @@ impl Compiler {
             options,
             &mut rejections,
         );
-        add_services(&mut plan, cluster, scope, options, &mut rejections);
+        let (services, refused) = next.services.get_or_insert_with(|| {
+            let mut refused = Vec::new();
+            let services = services::services(cluster, &self.node, &plan, options, &mut refused);
+            (services, refused)
+        });
+        put_services(&mut plan, services);
+        rejections.extend(refused.iter().cloned());
         bound_addresses(&mut plan, cluster, scope, &options.limits, &mut rejections);
         rejections.sort();
         rejections.dedup();
@@ -111,6 +121,7 @@ impl Compiler {
             identities,
             relevant,
             digests: Digests::default(),
+            services: None,
             rejections,
         }
     }
@@ -156,6 +167,11 @@ impl Previous {
                 .identities
                 .clone_from(&self.identities.names);
         }
+        // Whether an external address is a pod's depends on more than services.
+        let is_external = |service: &Arc<Service>| !service.external_ips.is_empty();
+        if before.services != cluster.services || cluster.services.values().any(is_external) {
+            self.services = None;
+        }
         self.relevant = new;
         self.cluster = Arc::clone(cluster);
         Some(self)
@@ -163,7 +179,7 @@ impl Previous {
 
     /// What is of policies alone; what they ask about pods now.
     fn change_policies(&mut self, cluster: &Cluster) -> Relevant {
-        self.digests = Digests::default();
+        self.digests = (self.digests).carried(&self.cluster.policies, &cluster.policies);
         self.rejections.clear();
         policies::check(cluster, &mut self.rejections);
         Relevant::of(cluster.policies.values())
@@ -255,11 +271,12 @@ impl<'a> Asked<'a> {
 /// The workloads whose readiness changed: UIDs of pods and namespaces. `None` = a cluster began or
 /// ceased to say which are ready.
 fn readied<'c>(
-    before: &'c Option<BTreeSet<String>>,
-    after: &'c Option<BTreeSet<String>>,
+    before: &'c Option<Shared<BTreeSet<String>>>,
+    after: &'c Option<Shared<BTreeSet<String>>>,
 ) -> Option<HashSet<&'c str>> {
     match (before, after) {
         (None, None) => Some(HashSet::new()),
+        (Some(before), Some(after)) if before.is(after) => Some(HashSet::new()),
         (Some(before), Some(after)) => {
             let changed = before.symmetric_difference(after);
             Some(changed.map(String::as_str).collect())

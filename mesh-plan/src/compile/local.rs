@@ -113,7 +113,7 @@ fn write_sets(
                 .extend(compiler.lists.entries(*list).iter().copied());
         }
     }
-    plan.names.rules = compiler.rules.clone();
+    plan.names.rules = compiler.rules.clone().into();
 }
 
 /// A local pod but for its set and identity.

@@ -97,7 +97,7 @@ fn ready_is_what_nodes_reported() {
         (reported(&["uid-shop/web"]), true, false),
         (None, true, true),
     ] {
-        world.0.ready = uids;
+        world.0.ready = uids.map(Into::into);
         assert_eq!(
             (ready(&world, "10.1.1.1"), ready(&world, "10.1.1.2")),
             (shop, solo)

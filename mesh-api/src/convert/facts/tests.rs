@@ -159,3 +159,127 @@ fn a_pod_that_was_ready_once_stays_so_while_it_is_enrolled() {
     facts.remove(&name);
     assert!(facts.outcome().cluster.ready.unwrap().is_empty());
 }
+
+/// SplitMix64 (Steele, Lea and Flood 2014).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % bound
+    }
+
+    fn one(&mut self, of: &[&'static str]) -> &'static str {
+        of[usize::try_from(self.below(of.len() as u64)).expect("an index")]
+    }
+}
+
+/// Some version of some object of a small world in which everything has to do with everything.
+fn any(random: &mut Random) -> Object {
+    let space = random.one(&["default", "shop"]);
+    let mesh = random.one(&["enabled", "disabled", "odd"]);
+    let node = random.one(&["n1", "n2"]);
+    let name = random.one(&["a", "b", "kubernetes"]);
+    let number = random.below(3);
+    let meta = json!({
+        "name": name, "namespace": space, "uid": format!("uid-{space}-{name}"),
+        "generation": number + 1,
+    });
+    object(match random.below(8) {
+        0 => json!({
+            "apiVersion": "v1", "kind": "Namespace",
+            "metadata": {
+                "name": space, "uid": format!("uid-{space}"),
+                "labels": {"mesh.rs/dataplane": mesh},
+            },
+        }),
+        1 => json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": node, "uid": node},
+            "spec": {"podCIDRs": [format!("10.0.{number}.0/24")]},
+        }),
+        2 | 3 => {
+            let mut pod = json!({
+                "apiVersion": "v1", "kind": "Pod", "metadata": meta,
+                "spec": {"nodeName": node, "containers": []},
+                "status": {"phase": "Running", "podIPs": [{"ip": format!("10.0.0.{number}")}]},
+            });
+            if mesh != "odd" {
+                pod["metadata"]["labels"] = json!({"mesh.rs/dataplane": mesh});
+            }
+            if random.below(10) == 0 {
+                pod["metadata"]["uid"] = json!("uid-of-two");
+            }
+            pod
+        }
+        4 => json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": meta,
+            "spec": {
+                "clusterIPs": [format!("10.9.0.{number}")],
+                "ports": [{"port": 80, "targetPort": 8080}],
+            },
+        }),
+        5 => {
+            let mut slice = json!({
+                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "metadata": meta,
+                "addressType": "IPv4", "ports": [{"port": 8080}],
+                "endpoints": [{"addresses": [format!("10.0.0.{number}")]}],
+            });
+            let service = random.one(&["a", "b", "kubernetes"]);
+            slice["metadata"]["labels"] = json!({"kubernetes.io/service-name": service});
+            slice
+        }
+        6 => json!({
+            "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": meta,
+            "spec": {
+                "podSelector": {},
+                "policyTypes": [random.one(&["Ingress", "Egress", "Sideways"])],
+            },
+        }),
+        _ => json!({
+            "apiVersion": "mesh.rs/v1alpha1", "kind": "MeshNode",
+            "metadata": {"name": node, "uid": node},
+            "spec": {}, "status": {
+                "enrolledNamespaces": [format!("uid-{}", random.one(&["default", "shop", "none"]))],
+                "enrolledPods": [format!("uid-{space}-{name}")],
+            },
+        }),
+    })
+}
+
+#[test]
+fn what_is_put_together_in_parts_is_as_the_whole() {
+    let mut in_parts = 0;
+    for seed in 0..300 {
+        let mut random = Random(seed);
+        let mut parts = Facts::new(LastGood::default(), CLUSTER);
+        let mut whole = Facts::new(LastGood::default(), CLUSTER);
+        let mut names = Vec::new();
+        for _ in 0..60 {
+            let object = any(&mut random);
+            let is_gone = random.below(4) == 0;
+            for facts in [&mut parts, &mut whole] {
+                let name = facts.apply(&object).expect("a kind that is read");
+                if is_gone {
+                    facts.remove(&name);
+                }
+                names.push(name);
+            }
+            if random.below(10) == 0 {
+                let listed: BTreeSet<_> = names.iter().filter(|_| random.below(2) == 0).collect();
+                let listed: BTreeSet<_> = listed.into_iter().cloned().collect();
+                let kind = random.one(&["Pod", "Namespace", "EndpointSlice", "MeshNode"]);
+                parts.retain(kind, &listed);
+                whole.retain(kind, &listed);
+            }
+            if random.below(3) > 0 {
+                in_parts += usize::from(!parts.stale.all);
+                whole.stale.all = true;
+                assert_eq!(parts.outcome(), whole.outcome(), "seed {seed}");
+            }
+        }
+    }
+    assert!(in_parts > 3000, "only {in_parts} times were parts enough");
+}
