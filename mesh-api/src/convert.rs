@@ -113,7 +113,7 @@ enum Fact {
     Namespace(Box<Namespace>),
     Node(Box<Node>),
     Pod(Box<PodFact>),
-    Service(Box<ServiceFact>),
+    Service(Arc<ServiceFact>),
     Slice(Box<SliceFact>),
     Policy(Arc<Policy>),
     Authentication(Box<Authentication>),

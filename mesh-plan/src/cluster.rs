@@ -214,8 +214,9 @@ pub struct Pod {
     pub service_account: String,
     /// The node it runs on; empty = not yet scheduled.
     pub node: String,
-    /// `status.podIPs`: at most one of each family. Empty for hostNetwork pods: they are the node.
-    pub addresses: BTreeSet<IpAddr>,
+    /// `status.podIPs`: at most one of each family, in order. Empty for hostNetwork pods: they are
+    /// the node.
+    pub addresses: Box<[IpAddr]>,
     /// It shares the node's namespace, and is never enrolled.
     pub host_network: bool,
     /// Named container ports: name and protocol to number.

@@ -22,7 +22,7 @@ use crate::identities::{Identifier, Identities, Relevant};
 use crate::peers;
 use crate::plan::{Plan, Prefix};
 use crate::policies::work::STEPS;
-use crate::policies::{self, Digests, cidrs};
+use crate::policies::{self, Digests, Places, cidrs};
 use crate::services::{self, Services};
 
 /// How many entries each part of a plan may have.
@@ -139,10 +139,13 @@ fn build(
     let relevant = Relevant::of(cluster.policies.values());
     let identifier = Identifier::of(cluster, &relevant, options);
     let (mut plan, identities) = addresses(cluster, scope, &identifier, rejections);
+    let pods = cluster.pods.values().map(|pod| &**pod);
+    let pods = pods.filter(|pod| scope.holds(pod)).collect();
+    let places = Places::of(cluster, scope.node());
     local::pods(
         &mut plan,
         cluster,
-        scope,
+        (scope, pods, &places),
         (&identities, &identifier, &mut Digests::default()),
         options,
         rejections,

@@ -15,12 +15,11 @@ use crate::authentication::{self, Enrolment};
 use crate::cluster::{Cluster, ObjectRef, Pod, Rejection};
 use crate::compile::pod_ref;
 use crate::identities::OfPods;
-use crate::plan::Workload;
 
 /// Who says that an address is theirs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Claimant<'a> {
-    Pod(&'a Pod),
+    Pod(&'a Arc<Pod>),
     Node(&'a str),
 }
 
@@ -36,7 +35,7 @@ impl Claimant<'_> {
 /// Whose an address is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Owner<'a> {
-    Pod(&'a Pod),
+    Pod(&'a Arc<Pod>),
     /// A node; of several that name it, this node if it is among them.
     Node(&'a str),
     /// Several claim it.
@@ -187,22 +186,10 @@ pub(crate) fn flags(cluster: &Cluster, pod: &Pod) -> u32 {
     flags
 }
 
-/// How records name a pod.
-pub(crate) fn workload(pod: &Pod) -> Workload {
-    Workload {
-        pod: pod.name.clone(),
-        uid: pod.uid.clone(),
-        workload: pod.workload.1.clone(),
-        workload_kind: pod.workload.0.clone(),
-        service_account: pod.service_account.clone(),
-        node: pod.node.clone(),
-    }
-}
-
 /// Who has each address that a pod has alone.
-pub(crate) fn workloads(owners: &BTreeMap<Addr, Owner<'_>>) -> BTreeMap<Addr, Arc<Workload>> {
+pub(crate) fn workloads(owners: &BTreeMap<Addr, Owner<'_>>) -> BTreeMap<Addr, Arc<Pod>> {
     let named = |(address, owner): (&Addr, &Owner<'_>)| match owner {
-        Owner::Pod(pod) => Some((*address, Arc::new(workload(pod)))),
+        Owner::Pod(pod) => Some((*address, Arc::clone(pod))),
         Owner::Node(_) | Owner::Disputed => None,
     };
     owners.iter().filter_map(named).collect()

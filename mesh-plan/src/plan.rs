@@ -15,7 +15,7 @@ use mesh_common::policy::{
 use mesh_common::service::{BackendKey, Service, ServiceKey, Services};
 use mesh_common::{Addr, Endpoint};
 
-use crate::cluster::{Labels, ObjectName, ObjectRef, Transport};
+use crate::cluster::{Labels, ObjectName, ObjectRef, Pod, Transport};
 use crate::shared::Shared;
 
 /// A longest-prefix key: how many of the data's bits count, and the data with the others 0.
@@ -89,7 +89,7 @@ pub struct Names {
     /// Rules.
     pub rules: Shared<BTreeMap<RuleId, RuleName>>,
     /// Who has an address.
-    pub workloads: Shared<BTreeMap<Addr, Arc<Workload>>>,
+    pub workloads: Shared<BTreeMap<Addr, Arc<Pod>>>,
     /// Which service has a virtual endpoint, or, for headless services, an endpoint.
     pub services: Shared<BTreeMap<ServiceKey, ObjectName>>,
     /// What an identity stands for.
@@ -113,23 +113,6 @@ impl std::fmt::Display for RuleName {
             write!(f, "{} {}", self.object, self.rule)
         }
     }
-}
-
-/// A pod, as records and metrics name it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Workload {
-    /// Namespace and name of the pod.
-    pub pod: ObjectName,
-    /// The pod's UID.
-    pub uid: String,
-    /// The owner that people know it by.
-    pub workload: String,
-    /// Its kind.
-    pub workload_kind: String,
-    /// Its service account.
-    pub service_account: String,
-    /// Its node.
-    pub node: String,
 }
 
 /// What an identity stands for.

@@ -20,6 +20,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use mesh_common::Addr;
 use mesh_common::policy::Direction;
 
 use crate::cluster::{
@@ -98,20 +99,34 @@ impl<'a> Places<'a> {
     /// The places of a cluster, seen from a node. Its own addresses are told by their identity, as
     /// packets may have them that are not the node's.
     pub(crate) fn of(cluster: &'a Cluster, node: Option<&str>) -> Self {
-        let mut taken = BTreeSet::new();
-        if !cluster.api_servers.is_empty() {
-            let of_pods = pods(cluster).flat_map(|pod| &pod.addresses);
-            let others = cluster
-                .nodes
-                .iter()
-                .filter(|(name, _)| Some(name.as_str()) != node);
-            let of_nodes = others.flat_map(|(_, facts)| &facts.addresses);
-            let servers = &cluster.api_servers;
-            taken.extend(of_pods.chain(of_nodes).filter(|a| servers.contains(a)));
-        }
+        let servers = &cluster.api_servers;
+        let of_pods: BTreeSet<&IpAddr> = pods(cluster)
+            .flat_map(|pod| &pod.addresses)
+            .filter(|address| servers.contains(address))
+            .collect();
+        Self::with(cluster, node, |server| of_pods.contains(server))
+    }
+
+    /// The same where each pod's address is known to be its alone.
+    pub(crate) fn among(
+        cluster: &'a Cluster,
+        node: Option<&str>,
+        workloads: &BTreeMap<Addr, Arc<Pod>>,
+    ) -> Self {
+        Self::with(cluster, node, |server| {
+            workloads.contains_key(&Addr::from(*server))
+        })
+    }
+
+    fn with(cluster: &'a Cluster, node: Option<&str>, is_pod: impl Fn(&IpAddr) -> bool) -> Self {
+        let others = cluster.nodes.iter();
+        let others = others.filter(|(name, _)| Some(name.as_str()) != node);
+        let of_others: BTreeSet<&IpAddr> = others.flat_map(|(_, node)| &node.addresses).collect();
+        let servers = cluster.api_servers.iter();
+        let taken = servers.filter(|server| is_pod(server) || of_others.contains(server));
         Self {
             cluster,
-            api_servers: taken,
+            api_servers: taken.copied().collect(),
         }
     }
 

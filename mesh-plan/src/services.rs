@@ -75,7 +75,7 @@ pub(crate) fn services(
         for ip in &service.external_ips {
             let address = Addr::from(*ip);
             if let Some(workload) = plan.names.workloads.get(&address) {
-                builder.refuse_external(name, *ip, &workload.pod);
+                builder.refuse_external(name, *ip, &workload.name);
                 continue;
             }
             let server = |peer: &Peer| peer.id == IdentityId::KUBE_APISERVER;

@@ -187,7 +187,7 @@ fn peer_line(plan: &Plan, addr: &Addr, peer: &Peer) -> String {
         ],
     );
     let name = match plan.names.workloads.get(addr) {
-        Some(workload) => format!(" ({})", workload.pod),
+        Some(workload) => format!(" ({})", workload.name),
         None => String::new(),
     };
     format!("{addr} is {}{flags}{name}", identity(plan, peer.id))

@@ -475,7 +475,7 @@ fn facts(local: &LocalPod) -> Cluster {
         uid: UID.to_owned(),
         service_account: "web".to_owned(),
         node: "n1".to_owned(),
-        addresses: local.addresses.clone(),
+        addresses: local.addresses.iter().copied().collect(),
         ready: true,
         netns_path: local.netns_path.clone(),
         ..mesh_plan::cluster::Pod::default()

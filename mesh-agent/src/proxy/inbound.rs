@@ -311,7 +311,7 @@ impl Serving<'_> {
         ) else {
             return Err(Reason::UnknownPeer);
         };
-        if workload.pod.namespace != self.peer.namespace()
+        if workload.name.namespace != self.peer.namespace()
             || workload.service_account != self.peer.service_account()
         {
             return Err(Reason::IdentityRefused);

@@ -231,7 +231,7 @@ impl Worker {
         let workload = [view.v4, view.v6]
             .iter()
             .find_map(|addr| plan.names.workloads.get(addr))
-            .map_or(pod.local.name.name.as_str(), |workload| &workload.workload);
+            .map_or(pod.local.name.name.as_str(), |pod| &pod.workload.1);
         self.metrics().usage(&pod.local.name.namespace, workload)
     }
 
@@ -362,7 +362,7 @@ impl Worker {
                     .is_some_and(|now| now.id == key.peer)
                 && plan.names.workloads.get(&key.to.addr).is_some_and(|now| {
                     *now.uid == *key.peer_uid
-                        && now.pod.namespace == key.expected.namespace()
+                        && now.name.namespace == key.expected.namespace()
                         && now.service_account == key.expected.service_account()
                 })
         };

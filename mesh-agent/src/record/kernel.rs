@@ -13,7 +13,7 @@ use mesh_common::event::{Event, kind};
 use mesh_common::policy::RuleId;
 use mesh_common::{Addr, Direction, Endpoint, Evidence, Protocol, Reason};
 use mesh_plan::Plan;
-use mesh_plan::plan::Workload;
+use mesh_plan::cluster::Pod;
 
 use super::names::{self, Party};
 use super::{
@@ -29,7 +29,7 @@ const REMEMBERED: Duration = Duration::from_secs(60);
 pub struct KernelRecords {
     recorder: Recorder,
     plan: Arc<Plan>,
-    gone: BTreeMap<Addr, (Instant, Arc<Workload>)>,
+    gone: BTreeMap<Addr, (Instant, Arc<Pod>)>,
     /// Who had an address in an earlier event under this plan: a busy node reports the same few
     /// ends thousands of times a second.
     known: BTreeMap<Addr, Party>,
@@ -191,9 +191,8 @@ impl KernelRecords {
     fn evidence(&self, kind: Kind, remote: Endpoint, same_node: bool) -> Evidence {
         let workload = self.plan.names.workloads.get(&remote.addr);
         // What the gate drops may have another's address.
-        let held = |workload: &Arc<Workload>| {
-            kind != Kind::Dropped && *workload.node == *self.recorder.0.node
-        };
+        let held =
+            |workload: &Arc<Pod>| kind != Kind::Dropped && *workload.node == *self.recorder.0.node;
         if same_node || workload.is_some_and(held) {
             Evidence::Node
         } else if workload.is_some() {

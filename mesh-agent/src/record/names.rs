@@ -10,7 +10,7 @@ use mesh_common::policy::RuleId;
 use mesh_common::service::ServiceKey;
 use mesh_common::{Endpoint, Protocol};
 use mesh_plan::Plan;
-use mesh_plan::plan::Workload;
+use mesh_plan::cluster::Pod;
 use serde::ser::SerializeMap as _;
 
 use crate::metrics::Group;
@@ -50,20 +50,20 @@ impl Party {
     #[must_use]
     pub fn of(plan: &Plan, at: Endpoint) -> Self {
         match plan.names.workloads.get(&at.addr) {
-            Some(workload) => Self::pod(workload, at),
+            Some(pod) => Self::pod(pod, at),
             None => Self::entity(plan, at),
         }
     }
 
-    pub(super) fn pod(workload: &Workload, at: Endpoint) -> Self {
+    pub(super) fn pod(pod: &Pod, at: Endpoint) -> Self {
         Self {
             address: at.addr.into(),
             port: at.port.get(),
-            pod: workload.pod.name.as_str().into(),
+            pod: pod.name.name.as_str().into(),
             group: Arc::new(Group {
-                namespace: workload.pod.namespace.clone(),
-                workload: workload.workload.clone(),
-                service_account: workload.service_account.clone(),
+                namespace: pod.name.namespace.clone(),
+                workload: pod.workload.1.clone(),
+                service_account: pod.service_account.clone(),
             }),
         }
     }

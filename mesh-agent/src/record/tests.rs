@@ -8,8 +8,8 @@ use mesh_common::event::{Event, closed_by, kind};
 use mesh_common::policy::RuleId;
 use mesh_common::service::ServiceKey;
 use mesh_common::{Addr, Port};
-use mesh_plan::cluster::{ObjectName, ObjectRef};
-use mesh_plan::plan::{LocalPod, RuleName, Workload};
+use mesh_plan::cluster::{ObjectName, ObjectRef, Pod};
+use mesh_plan::plan::{LocalPod, RuleName};
 use serde_json::Value;
 
 use super::*;
@@ -30,13 +30,13 @@ fn plan() -> Plan {
     let mut plan = Plan::default();
     for (ip, name) in [("10.1.1.2", "web"), ("10.1.2.2", "db")] {
         let ip: IpAddr = ip.parse().unwrap();
-        let workload = Workload {
-            pod: ObjectName::new("shop", format!("{name}-0")),
+        let workload = Pod {
+            name: ObjectName::new("shop", format!("{name}-0")),
             uid: name.to_owned(),
-            workload: name.to_owned(),
-            workload_kind: "Deployment".to_owned(),
+            workload: ("Deployment".to_owned(), name.to_owned()),
             service_account: format!("{name}-sa"),
             node: "n1".to_owned(),
+            ..Pod::default()
         };
         plan.names.workloads.insert(ip.into(), Arc::new(workload));
         let local = LocalPod {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Pods.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -29,7 +29,7 @@ const MIRROR: &str = "kubernetes.io/config.mirror";
 pub(super) struct PodFact {
     pub(super) pod: Arc<Pod>,
     /// `status.podIPs`: for hostNetwork pods, those of the node. Only without a control plane.
-    pub(super) served_at: BTreeSet<IpAddr>,
+    pub(super) served_at: Box<[IpAddr]>,
 }
 
 pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> {
@@ -62,7 +62,7 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
             .unwrap_or_else(|| "default".to_owned()),
         node: spec.node_name.clone().unwrap_or_default(),
         addresses: if host_network {
-            BTreeSet::new()
+            Box::default()
         } else {
             served_at.clone()
         },
@@ -84,7 +84,7 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
         served_at: if subject.standalone {
             served_at
         } else {
-            BTreeSet::new()
+            Box::default()
         },
     })))
 }
@@ -132,12 +132,12 @@ fn uid(subject: &Subject<'_>) -> String {
     }
 }
 
-fn addresses(status: &core::PodStatus, issues: &mut Issues) -> BTreeSet<IpAddr> {
+fn addresses(status: &core::PodStatus, issues: &mut Issues) -> Box<[IpAddr]> {
     let listed: Vec<&str> = match status.pod_ips.as_deref() {
         Some(ips) if !ips.is_empty() => ips.iter().map(|ip| ip.ip.as_str()).collect(),
         _ => status.pod_ip.iter().map(String::as_str).collect(),
     };
-    let mut found = BTreeSet::new();
+    let mut found = Vec::new();
     for (i, text) in listed
         .into_iter()
         .filter(|text| !text.is_empty())
@@ -159,9 +159,10 @@ fn addresses(status: &core::PodStatus, issues: &mut Issues) -> BTreeSet<IpAddr> 
                 "is the second address of its family; a pod has one of each",
             );
         }
-        found.insert(ip);
+        found.push(ip);
     }
-    found
+    found.sort_unstable();
+    found.into()
 }
 
 /// Ports of containers and of sidecars (init containers that keep running). The first of a name

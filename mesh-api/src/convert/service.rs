@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -62,7 +63,7 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
     external_ips(&spec, read.status.as_ref(), &mut service, issues);
     let targets = ports(&spec, &mut service, issues);
     let families = families(&spec, &service.cluster_ips);
-    Some(Fact::Service(Box::new(ServiceFact {
+    Some(Fact::Service(Arc::new(ServiceFact {
         service,
         selector: spec.selector.filter(|selector| !selector.is_empty()),
         targets,

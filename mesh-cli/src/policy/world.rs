@@ -187,7 +187,7 @@ impl World {
                 node.map(|node| node.addresses.iter().copied().collect())
                     .unwrap_or_default()
             }
-            Party::Pod(pod, None) => pod.addresses.iter().copied().collect(),
+            Party::Pod(pod, None) => pod.addresses.to_vec(),
         }
     }
 

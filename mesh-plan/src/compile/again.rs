@@ -19,7 +19,7 @@ use crate::cluster::{Cluster, Pod, Rejection, Service};
 use crate::identities::{Identifier, Identities, Relevant};
 use crate::peers;
 use crate::plan::Plan;
-use crate::policies::{self, Digests};
+use crate::policies::{self, Digests, Places};
 use crate::services::{self, Services};
 use crate::shared::Shared;
 
@@ -38,6 +38,8 @@ struct Previous {
     cluster: Arc<Cluster>,
     /// As [`addresses`] makes it.
     plan: Plan,
+    /// The pods of this node, by UID.
+    local: BTreeMap<String, Arc<Pod>>,
     identities: Identities,
     /// Of the policies.
     relevant: Relevant,
@@ -51,7 +53,7 @@ struct Previous {
 }
 
 /// A pod before and after.
-type Change<'c> = (Option<&'c Pod>, Option<&'c Pod>);
+type Change<'c> = (Option<&'c Arc<Pod>>, Option<&'c Arc<Pod>>);
 
 impl Compiler {
     /// For the node with this name.
@@ -66,23 +68,31 @@ impl Compiler {
 
     /// The plan of this cluster.
     pub fn compile(&mut self, cluster: &Arc<Cluster>) -> (Plan, Vec<Rejection>) {
+        let scope = Scope::Node(&self.node);
         let carried = self
             .previous
             .take()
-            .and_then(|before| before.carry(cluster, &self.options));
+            .and_then(|before| before.carry(cluster, scope, &self.options));
         let mut next = match carried {
             Some(next) => next,
             None => self.start(cluster),
         };
-        let scope = Scope::Node(&self.node);
         let identifier = Identifier::of(cluster, &next.relevant, &self.options);
         let mut plan = next.plan.clone();
         let mut rejections = next.rejections.clone();
         let options = &self.options;
+        let places = match next.ordinary {
+            true => Places::among(cluster, scope.node(), &plan.names.workloads),
+            false => Places::of(cluster, scope.node()),
+        };
         local::pods(
             &mut plan,
             cluster,
-            scope,
+            (
+                scope,
+                next.local.values().map(|pod| &**pod).collect(),
+                &places,
+            ),
             (&next.identities, &identifier, &mut next.digests),
             options,
             &mut rejections,
@@ -118,6 +128,12 @@ impl Compiler {
                 && claims == plan.names.workloads.len(),
             cluster: Arc::clone(cluster),
             plan,
+            local: cluster
+                .pods
+                .iter()
+                .filter(|(_, pod)| scope.holds(pod))
+                .map(|(uid, pod)| (uid.clone(), Arc::clone(pod)))
+                .collect(),
             identities,
             relevant,
             digests: Digests::default(),
@@ -129,7 +145,12 @@ impl Compiler {
 
 impl Previous {
     /// The same for the next cluster; `None` = it takes the long way.
-    fn carry(mut self, cluster: &Arc<Cluster>, options: &Options) -> Option<Self> {
+    fn carry(
+        mut self,
+        cluster: &Arc<Cluster>,
+        scope: Scope<'_>,
+        options: &Options,
+    ) -> Option<Self> {
         if !self.ordinary || !same_world(&self.cluster, cluster) {
             return None;
         }
@@ -145,20 +166,30 @@ impl Previous {
         let spaces = cluster.namespaces.iter();
         let spaces = spaces.filter(|(_, space)| readied.contains(space.uid.as_str()));
         let spaces: HashSet<&str> = spaces.map(|(name, _)| name.as_str()).collect();
-        let concerned = |pod: &Pod| {
-            readied.contains(pod.uid.as_str()) || spaces.contains(pod.name.namespace.as_str())
-        };
         let same = |old: &Arc<Pod>, new: &Arc<Pod>| {
             old == new
-                && (readied.is_empty() || !concerned(new))
+                && (spaces.is_empty() || !spaces.contains(new.name.namespace.as_str()))
                 && (asked.is_nothing() || !asked.about(new))
         };
-        let changes = changes(&before.pods, &cluster.pods, same);
+        let are_same = before.pods.is(&cluster.pods) && spaces.is_empty() && asked.is_nothing();
+        let mut changes = match are_same {
+            true => Vec::new(),
+            false => changes(&before.pods, &cluster.pods, same),
+        };
+        let readied = readied.iter().filter_map(|uid| {
+            let (old, new) = (before.pods.get(*uid)?, cluster.pods.get(*uid)?);
+            same(old, new).then_some((Some(old), Some(new)))
+        });
+        changes.extend(readied);
         for old in changes.iter().filter_map(|(old, _)| *old) {
+            self.local.remove(&old.uid);
             self.remove(&identifier, old)?;
         }
         let identifier = Identifier::of(cluster, &new, options);
         for new in changes.iter().filter_map(|(_, new)| *new) {
+            if scope.holds(new) {
+                self.local.insert(new.uid.clone(), Arc::clone(new));
+            }
             self.add(cluster, &identifier, new)?;
         }
         if !changes.is_empty() {
@@ -202,7 +233,12 @@ impl Previous {
         Some(())
     }
 
-    fn add(&mut self, cluster: &Cluster, identifier: &Identifier<'_>, pod: &Pod) -> Option<()> {
+    fn add(
+        &mut self,
+        cluster: &Cluster,
+        identifier: &Identifier<'_>,
+        pod: &Arc<Pod>,
+    ) -> Option<()> {
         if !authentication::has_known_label(pod) {
             return None;
         }
@@ -219,8 +255,8 @@ impl Previous {
             if self.plan.peers.insert(addr, peer).is_some() {
                 return None;
             }
-            let workload = Arc::new(peers::workload(pod));
-            self.plan.names.workloads.insert(addr, workload);
+            let workloads = &mut self.plan.names.workloads;
+            workloads.insert(addr, Arc::clone(pod));
         }
         Some(())
     }
@@ -324,6 +360,6 @@ fn changes<'c>(
             None => changes.push((Some(old), None)),
         }
     }
-    changes.extend(after.map(|(_, new)| (None, Some(&**new))));
+    changes.extend(after.map(|(_, new)| (None, Some(new))));
     changes
 }

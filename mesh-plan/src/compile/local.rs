@@ -18,26 +18,20 @@ use crate::policies::select::Matcher;
 use crate::policies::sets::SetCompiler;
 use crate::policies::{Digests, Places, Table};
 
-/// The pods in scope with their policy. `digests` are those of the same policies, or empty.
+/// The pods in scope, by UID, with their policy. `digests` are those of the same policies, or empty.
 pub(super) fn pods(
     plan: &mut Plan,
     cluster: &Cluster,
-    scope: Scope<'_>,
+    (scope, mut pods, places): (Scope<'_>, Vec<&Pod>, &Places<'_>),
     (identities, identifier, digests): (&Identities, &Identifier<'_>, &mut Digests),
     options: &Options,
     rejections: &mut Vec<Rejection>,
 ) {
-    let places = Places::of(cluster, scope.node());
-    let table = Table::of(cluster, &places, digests);
+    let table = Table::of(cluster, places, digests);
     let matcher = Matcher::new(identities);
-    let mut compiler = SetCompiler::new(&table, &places, matcher, options);
+    let mut compiler = SetCompiler::new(&table, places, matcher, options);
     let everywhere = scope.node().is_none();
-    let mut pods: Vec<&Pod> = cluster
-        .pods
-        .values()
-        .map(|pod| &**pod)
-        .filter(|pod| scope.holds(pod) && (everywhere || !pod.addresses.is_empty()))
-        .collect();
+    pods.retain(|pod| everywhere || !pod.addresses.is_empty());
     bound_pods(&mut pods, everywhere, &options.limits, rejections);
     let mut of_set: BTreeMap<PolicySetId, Vec<String>> = BTreeMap::new();
     for pod in pods {
@@ -160,7 +154,7 @@ fn local_pod(
     LocalPod {
         name: pod.name.clone(),
         service_account: pod.service_account.clone(),
-        addresses: pod.addresses.clone(),
+        addresses: pod.addresses.iter().copied().collect(),
         netns_path: pod.netns_path.clone(),
         static_uid: pod.static_uid.clone(),
         deny: authentication::deny(cluster, pod),

@@ -41,7 +41,7 @@ fn cluster() -> Cluster {
             uid: name.to_owned(),
             service_account: name.to_owned(),
             node: format!("node-{index}"),
-            addresses: BTreeSet::from([ip(address)]),
+            addresses: [ip(address)].into(),
             named_ports: BTreeMap::from([(("http".to_owned(), Transport::Tcp), 8080)]).into(),
             ..Pod::default()
         };

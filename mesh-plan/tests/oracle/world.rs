@@ -147,17 +147,17 @@ fn pod(random: &mut Random, index: usize) -> Pod {
     let namespace = *random.pick(&NAMESPACES);
     let node = 1 + random.below(3);
     let host_network = random.one_in(10);
-    let mut addresses = BTreeSet::new();
+    let mut addresses = Vec::new();
     if !host_network {
         let families = random.below(4);
         if families != 0 {
-            addresses.insert(ip(&match random.below(8) {
+            addresses.push(ip(&match random.below(8) {
                 0 => format!("172.16.0.{}", 10 + index),
                 _ => format!("10.1.{node}.{}", 10 + index),
             }));
         }
         if families < 2 {
-            addresses.insert(ip(&format!("fd00:1:{node}::{:x}", 16 + index)));
+            addresses.push(ip(&format!("fd00:1:{node}::{:x}", 16 + index)));
         }
     }
     let mut labels = labels(random);
@@ -177,7 +177,7 @@ fn pod(random: &mut Random, index: usize) -> Pod {
         labels: labels.into(),
         service_account: (*random.pick(&ACCOUNTS)).to_owned(),
         node: format!("node-{node}"),
-        addresses,
+        addresses: addresses.into(),
         host_network,
         named_ports: named_ports.into(),
         workload: ("Deployment".to_owned(), format!("app-{}", index % 3)),

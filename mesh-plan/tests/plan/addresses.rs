@@ -123,7 +123,7 @@ fn a_pod_that_ends_yields_its_address() {
     assert_eq!(plan.rejections, []);
     assert_eq!(
         plan.plan.names.workloads[&Addr::from(ip("10.1.1.1"))]
-            .pod
+            .name
             .name,
         "new"
     );

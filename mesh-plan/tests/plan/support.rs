@@ -68,7 +68,7 @@ impl World {
             labels: labels(text).into(),
             service_account: "default".into(),
             node,
-            addresses,
+            addresses: addresses.into_iter().collect(),
             ready: true,
             workload: ("Deployment".into(), name.into()),
             ..Pod::default()

@@ -166,7 +166,8 @@ impl Cast {
             let node = self.cluster.nodes.get(&pod.node);
             (
                 Place::Node(number(&pod.node)?),
-                node.map(|node| node.addresses.clone()).unwrap_or_default(),
+                node.map(|node| node.addresses.iter().copied().collect())
+                    .unwrap_or_default(),
             )
         } else {
             (Place::Pod(uid.to_owned()), pod.addresses.clone())

@@ -56,7 +56,7 @@ impl Stage<Lab> {
         lab.add_addresses(None, &Vec::from_iter(outsiders))?;
         let mut pods = BTreeMap::new();
         for (uid, pod) in cast.pods() {
-            let addresses: Vec<IpAddr> = pod.addresses.iter().copied().collect();
+            let addresses: Vec<IpAddr> = pod.addresses.to_vec();
             let node = pod.node.strip_prefix("node").context("a node of the lab")?;
             let name = format!("{}.{}", pod.name.namespace, pod.name.name);
             let spec = PodSpec::new(&name, node.parse()?)

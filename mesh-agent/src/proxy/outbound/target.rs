@@ -65,7 +65,7 @@ pub(super) fn decide(
     };
     let (Some(own), Some(expected)) = (
         worker.identity(&local.name.namespace, &local.service_account),
-        worker.identity(&peer.pod.namespace, &peer.service_account),
+        worker.identity(&peer.name.namespace, &peer.service_account),
     ) else {
         return Err(Verdict::refuse(Reason::IdentityRefused));
     };

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant, SystemTime};
 use mesh_common::pod::{PodIndex, PodView};
 use mesh_common::{Addr, Endpoint, IdentityId, Peer, PodState, Port};
 use mesh_plan::Plan;
-use mesh_plan::cluster::ObjectName;
-use mesh_plan::plan::{LocalPod, Workload};
+use mesh_plan::cluster::{ObjectName, Pod};
+use mesh_plan::plan::LocalPod;
 use serde_json::Value;
 use socket2::{Domain, Socket as RawSocket, Type};
 use tokio::io::AsyncReadExt as _;
@@ -220,14 +220,13 @@ pub(super) fn timing() -> Timing {
     }
 }
 
-fn workload(name: &str) -> Workload {
-    Workload {
-        pod: ObjectName::new("shop", name),
+fn workload(name: &str) -> Pod {
+    Pod {
+        name: ObjectName::new("shop", name),
         uid: name.to_owned(),
-        workload: name.to_owned(),
-        workload_kind: "Deployment".to_owned(),
+        workload: ("Deployment".to_owned(), name.to_owned()),
         service_account: format!("{name}-sa"),
-        node: String::new(),
+        ..Pod::default()
     }
 }
 
