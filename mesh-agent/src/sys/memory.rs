@@ -5,6 +5,9 @@
 /// allocator would raise this by itself to the size of what is freed (mallopt(3)): answers of the API
 /// server, of some MB each, would then leave holes between what is kept.
 const MAPPED: libc::c_int = 256 << 10;
+/// Heaps of the allocator. It would give each thread its own, and what one thread frees in its own is of
+/// no use to the others; each thread still keeps what it frees in small pieces for itself.
+const HEAPS: libc::c_int = 1;
 
 /// To be called before there are threads.
 pub fn keep_little() {
@@ -12,6 +15,7 @@ pub fn keep_little() {
     // SAFETY: takes and returns numbers only.
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED);
+        libc::mallopt(libc::M_ARENA_MAX, HEAPS);
     }
 }
 
