@@ -25,7 +25,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::LocalSet;
 
 use self::dial::{Dial, InPod};
-use self::worker::{Crew, Moved, Worker};
+use self::worker::{Crew, Load, Moved, Worker};
 use crate::datapath::Handles;
 use crate::identity::Identities;
 use crate::pods::PodTable;
@@ -280,15 +280,16 @@ impl Drop for Going {
 /// Counts a relay's bytes as seen from who opened the connection.
 struct Counted<'a> {
     bytes: &'a Bytes,
-    source: bool,
+    /// At the end that opened it: its part of its worker's load.
+    source: Option<&'a Load>,
 }
 
 impl<'a> Counted<'a> {
     /// At the end that opened it.
-    const fn source(bytes: &'a Bytes) -> Self {
+    const fn source(bytes: &'a Bytes, load: &'a Load) -> Self {
         Self {
             bytes,
-            source: true,
+            source: Some(load),
         }
     }
 
@@ -296,14 +297,14 @@ impl<'a> Counted<'a> {
     const fn destination(bytes: &'a Bytes) -> Self {
         Self {
             bytes,
-            source: false,
+            source: None,
         }
     }
 }
 
 impl relay::Count for Counted<'_> {
     fn taken(&self, bytes: u64) {
-        if self.source {
+        if self.source.is_some() {
             self.bytes.add_sent(bytes);
         } else {
             self.bytes.add_received(bytes);
@@ -311,10 +312,16 @@ impl relay::Count for Counted<'_> {
     }
 
     fn given(&self, bytes: u64) {
-        if self.source {
+        if self.source.is_some() {
             self.bytes.add_received(bytes);
         } else {
             self.bytes.add_sent(bytes);
+        }
+    }
+
+    fn finished(&self) {
+        if let Some(load) = self.source {
+            load.give_back();
         }
     }
 }

@@ -17,7 +17,7 @@ use super::socket::Socket;
 use super::tunnel::Tunnel;
 use super::tunnel::frame::{Cause, Control, Open, StreamId, Why};
 use super::turns;
-use super::worker::{Job, Place, Share, Worker};
+use super::worker::{Job, Load, Place, Share, Worker};
 use crate::identity::SpiffeId;
 use crate::pods::PodHandle;
 use crate::record::{Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security};
@@ -31,7 +31,7 @@ mod target;
 const OTHERS: usize = 2;
 
 /// Carries a captured connection from its acceptance to its record.
-pub(crate) async fn carry(worker: &Rc<Worker>, job: Job, app: Socket) {
+pub(crate) async fn carry(worker: &Rc<Worker>, job: Job, app: Socket, load: &Load) {
     let Job {
         share,
         place: _place,
@@ -77,6 +77,7 @@ pub(crate) async fn carry(worker: &Rc<Worker>, job: Job, app: Socket) {
         pod: &pod,
         share: &share,
         app: &app,
+        load,
     };
     let (close, silent) = connection.relay(target, &mut record, &entry).await;
     record.finish(close);
@@ -91,6 +92,8 @@ struct Connection<'a> {
     pod: &'a PodHandle,
     share: &'a Share,
     app: &'a Socket,
+    /// Its part of its worker's.
+    load: &'a Load,
 }
 
 /// What came of a tunnel or an endpoint.
@@ -241,7 +244,7 @@ impl Endpoints<'_> {
         tunnel.queue(stream, &Control::Open(self.target.open));
         entry.set_proof(&pooled.proof);
         let end = {
-            let count = Counted::source(record.bytes());
+            let count = Counted::source(record.bytes(), self.load);
             let relay = Relay::opener(self.app, tunnel, stream, &count, retained);
             let pod = turns::number(&self.share.uid);
             tokio::select! {

@@ -64,12 +64,14 @@ pub(crate) struct Retained {
     pub(crate) finished: bool,
 }
 
-/// Counts application bytes.
+/// Takes note of what an application sends and is given.
 pub(crate) trait Count {
     /// From this end's application.
     fn taken(&self, bytes: u64);
     /// To this end's application.
     fn given(&self, bytes: u64);
+    /// This end's application sends nothing more.
+    fn finished(&self);
 }
 
 /// One application connection in a tunnel.
@@ -251,6 +253,7 @@ impl<'a, C: Count> Relay<'a, C> {
 
     fn finish_upstream(&mut self) {
         self.app_finished = true;
+        self.count.finished();
         self.reply_waits = false;
         self.remote_first = self.peer_finished;
         if let Some(retained) = &mut self.retained {

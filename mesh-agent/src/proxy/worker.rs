@@ -127,11 +127,12 @@ impl Crew {
     }
 }
 
-/// One worker's part of [`Crew::loads`]; given back when dropped.
+/// One worker's part of [`Crew::loads`]; given back when dropped, if not before.
 #[derive(Debug)]
 pub(crate) struct Load {
     loads: Arc<[AtomicUsize]>,
     worker: usize,
+    counts: Cell<bool>,
 }
 
 impl Load {
@@ -140,13 +141,22 @@ impl Load {
         Self {
             loads: Arc::clone(&crew.loads),
             worker,
+            counts: Cell::new(true),
+        }
+    }
+
+    /// The connection is about to end. Who closes one and opens the next at once must not find its
+    /// worker loaded with the first, and be carried by a colder one.
+    pub(crate) fn give_back(&self) {
+        if self.counts.replace(false) {
+            self.loads[self.worker].fetch_sub(1, Relaxed);
         }
     }
 }
 
 impl Drop for Load {
     fn drop(&mut self) {
-        self.loads[self.worker].fetch_sub(1, Relaxed);
+        self.give_back();
     }
 }
 
@@ -251,10 +261,9 @@ impl Worker {
         let load = Load::new(&self.crew, self.number);
         let measured = (Rc::clone(self), Arc::clone(&job.share));
         let task = async move {
-            let _load = load;
             let _counted = CountPanic(worker.metrics().clone());
             match job.kind {
-                JobKind::Captured => super::outbound::carry(&worker, job, socket).await,
+                JobKind::Captured => super::outbound::carry(&worker, job, socket, &load).await,
                 JobKind::Tunnel => super::inbound::serve(&worker, job, socket).await,
             }
         };

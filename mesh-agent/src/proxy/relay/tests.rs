@@ -26,6 +26,8 @@ impl Count for Bytes {
     fn given(&self, bytes: u64) {
         self.given.set(self.given.get() + bytes);
     }
+
+    fn finished(&self) {}
 }
 
 fn open() -> Control {

@@ -22,6 +22,7 @@ struct Uncounted;
 impl Count for Uncounted {
     fn taken(&self, _: u64) {}
     fn given(&self, _: u64) {}
+    fn finished(&self) {}
 }
 
 fn open() -> Control {
