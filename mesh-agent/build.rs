@@ -52,6 +52,10 @@ fn build() -> Result<()> {
     // The kernel target has no precompiled core, and build-std is not stable. Only the nested
     // cargo sees this: the rest of the workspace stays on stable features.
     set_env("RUSTC_BOOTSTRAP", "1".as_ref());
+    // The object is the same wherever it is built: its line info names sources without the
+    // directories of this machine.
+    set_env("CARGO_UNSTABLE_TRIM_PATHS", "true".as_ref());
+    set_env("CARGO_PROFILE_RELEASE_TRIM_PATHS", "all".as_ref());
     // Its status lines would come out as warnings of this build.
     set_env("CARGO_TERM_QUIET", "true".as_ref());
     // Many small units, which the linker joins into functions with small stacks: in one piece the

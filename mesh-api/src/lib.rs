@@ -8,6 +8,8 @@
 
 pub mod convert;
 pub mod crd;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod manifests;
 pub mod truth;
 

@@ -5,7 +5,7 @@
 //! truth` asks real connections. Nothing here opens files or decides anything.
 
 use mesh_plan::cluster::Transport;
-use serde::de::Error as _;
+use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
@@ -134,34 +134,188 @@ fn number_or_name<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error
         NumberOrName::Number(number) if u16::try_from(number).is_ok() => Ok(number.to_string()),
         NumberOrName::Name(name) => Ok(name),
         NumberOrName::Number(number) => Err(D::Error::custom(format!(
-            "port: {number} is none from 1 to 65535"
+            "{number} is none from 1 to 65535"
         ))),
         NumberOrName::Neither(value) => Err(D::Error::custom(format!(
-            "port: {value} is neither a number nor a name"
+            "{value} is neither a number nor a name"
         ))),
     }
 }
+
+/// Why a text is no list of tables.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It is not in its format.
+    #[error(transparent)]
+    Text(#[from] manifests::Error),
+    /// Something about a table.
+    #[error("{table}")]
+    Table {
+        /// The table, by its name or its place in the file.
+        table: String,
+        /// What is wrong, and in which field.
+        #[source]
+        source: Mistake,
+    },
+    /// Something about a check.
+    #[error("{table}: check {row}")]
+    Check {
+        /// The table, by its name or its place in the file.
+        table: String,
+        /// Which of its checks, from 1.
+        row: usize,
+        /// What is wrong, and in which field.
+        #[source]
+        source: Mistake,
+    },
+}
+
+/// A value that is none of its type.
+pub type Mistake = serde_path_to_error::Error<serde_json::Error>;
 
 /// The tables of a file's text: one, or a list, or (YAML) several documents of either.
 ///
 /// # Errors
 /// The text is not in the format, or something in it is no table.
-pub fn tables(text: &str, format: Format) -> Result<Vec<Table>, manifests::Error> {
-    match format {
-        // Straight to its type: tables of a million rows are JSON.
-        Format::Json if text.trim_start().starts_with('[') => Ok(serde_json::from_str(text)?),
-        Format::Json => Ok(vec![serde_json::from_str(text)?]),
-        Format::Yaml => {
-            let mut tables = Vec::new();
-            for document in documents(text, Format::Yaml)? {
-                if let Value::Array(list) = document {
-                    tables.extend(list);
-                } else if !document.is_null() {
-                    tables.push(document);
-                }
+pub fn tables(text: &str, format: Format) -> Result<Vec<Table>, Error> {
+    let documents = match format {
+        Format::Yaml => documents(text, format)?,
+        Format::Json => {
+            // Straight to its type: tables of a million rows are JSON.
+            let direct = if text.trim_start().starts_with('[') {
+                serde_json::from_str(text)
+            } else {
+                serde_json::from_str(text).map(|table| vec![table])
+            };
+            let error = match direct {
+                Ok(tables) => return Ok(tables),
+                Err(error) => manifests::Error::from(error),
+            };
+            let Ok(value) = serde_json::from_str(text) else {
+                return Err(error.into());
+            };
+            // The place of the mistake; a field that is there twice has none.
+            each(vec![value])?;
+            return Err(error.into());
+        }
+    };
+    each(documents)
+}
+
+fn each(documents: Vec<Value>) -> Result<Vec<Table>, Error> {
+    let mut found = Vec::new();
+    for document in documents {
+        match document {
+            Value::Array(list) => found.extend(list),
+            Value::Null => {}
+            Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Object(_) => {
+                found.push(document);
             }
-            let tables = tables.into_iter().map(serde_json::from_value);
-            Ok(tables.collect::<Result<_, _>>()?)
+        }
+    }
+    found.into_iter().enumerate().map(table).collect()
+}
+
+/// One table, its checks one by one, so that a mistake has a place.
+fn table((index, mut value): (usize, Value)) -> Result<Table, Error> {
+    let name = value.get("name").and_then(Value::as_str);
+    let name = name.map_or_else(|| format!("table {}", index + 1), str::to_owned);
+    let checks = match value.get_mut("checks") {
+        Some(Value::Array(checks)) => std::mem::take(checks),
+        Some(_) | None => Vec::new(),
+    };
+    let mut table: Table = typed(value).map_err(|source| Error::Table {
+        table: name.clone(),
+        source,
+    })?;
+    for (index, check) in checks.into_iter().enumerate() {
+        let check = typed(check).map_err(|source| Error::Check {
+            table: name.clone(),
+            row: index + 1,
+            source,
+        })?;
+        table.checks.push(check);
+    }
+    Ok(table)
+}
+
+fn typed<T: DeserializeOwned>(value: Value) -> Result<T, Mistake> {
+    serde_path_to_error::deserialize(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mistake(text: &str, format: Format) -> String {
+        let error = tables(text, format).expect_err("it is wrong");
+        let source = std::error::Error::source(&error).map(ToString::to_string);
+        format!("{error}: {}", source.unwrap_or_default())
+    }
+
+    #[test]
+    fn a_mistake_in_a_check_has_its_table_row_and_field() {
+        let yaml = |second: &str| {
+            format!(
+                "name: shop\nchecks: [{{from: a/b, to: a/c, port: 1}}]\n---\nchecks:\n\
+                 - {{from: a/b, to: a/c, port: 1, expect: allow}}\n- {second}\n"
+            )
+        };
+        for (check, expected) in [
+            (
+                "{from: a/b, to: a/c, port: 1, expect: maybe}",
+                "table 2: check 2: expect: unknown variant `maybe`",
+            ),
+            (
+                "{from: a/b, to: a/c, port: 1, expects: deny}",
+                "table 2: check 2: expects: unknown field `expects`",
+            ),
+            (
+                "{from: a/b, to: a/c, port: 70000}",
+                "table 2: check 2: port: 70000 is none from 1 to 65535",
+            ),
+            (
+                "{from: a/b, port: 1}",
+                "table 2: check 2: missing field `to`",
+            ),
+            ("allow", "table 2: check 2: invalid type: string"),
+        ] {
+            let said = mistake(&yaml(check), Format::Yaml);
+            assert!(said.starts_with(expected), "{said}");
+        }
+        let json = r#"[{"name": "t", "checks": [
+            {"from": "a/b", "to": "a/c", "port": 1, "evidence": "word"}]}]"#;
+        let said = mistake(json, Format::Json);
+        let expected = "t: check 1: evidence: unknown variant `word`";
+        assert!(said.starts_with(expected), "{said}");
+    }
+
+    #[test]
+    fn a_mistake_outside_checks_has_its_table() {
+        for (text, expected) in [
+            ("{name: t}", "t: missing field `checks`"),
+            ("{checks: [], name: [t]}", "table 1: name: invalid type"),
+            ("{checks: 3}", "table 1: checks: invalid type"),
+        ] {
+            let said = mistake(text, Format::Yaml);
+            assert!(said.starts_with(expected), "{said}");
+        }
+        let text = "{\"checks\": [";
+        let error = tables(text, Format::Json).expect_err("it is cut off");
+        assert!(error.to_string().contains("line 1"), "{error}");
+    }
+
+    #[test]
+    fn json_is_one_table_or_one_list_and_nothing_after_it() {
+        let table = r#"{"checks": [{"from": "a/b", "to": "a/c", "port": 1}]}"#;
+        for (text, count) in [(table.to_owned(), 1), (format!("[{table}, {table}]"), 2)] {
+            let read = tables(&text, Format::Json).expect("tables");
+            assert_eq!(read.len(), count);
+            assert_eq!(read[0].checks.len(), 1);
+        }
+        let twice = r#"{"checks": [{"from": "a/b", "from": "a/d", "to": "a/c", "port": 1}]}"#;
+        for text in [twice, &format!("{table}{table}"), "null"] {
+            assert!(tables(text, Format::Json).is_err(), "{text}");
         }
     }
 }

@@ -124,9 +124,9 @@ pub(crate) struct Diff {
 pub(crate) struct Matrix {
     #[command(flatten)]
     pub(crate) manifests: Manifests,
-    /// Only about this port, as a table.
+    /// Only about this port, as a table: a number, or the name that a destination gives it.
     #[arg(long)]
-    pub(crate) port: Option<u16>,
+    pub(crate) port: Option<String>,
     /// The protocol.
     #[arg(long, default_value = "TCP", ignore_case = true)]
     pub(crate) protocol: Protocol,

@@ -71,18 +71,19 @@ fn rows_that_hold() {
 - {from: shop/app, to: shop/web, port: 8080, evidence: address, expect: deny, comment: an account needs proof}
 - {from: shop/app, to: shop/web, port: '8080', expect: deny}
 - {from: shop/app, to: shop/web, port: 8081, evidence: tls, expect: deny}
-- {from: shop/app, to: shop/web, port: 8080, protocol: UDP, evidence: tls, expect: deny}
+- {from: shop/app, to: shop/web, port: 8080, protocol: UDP, expect: deny}
 - {from: 192.0.2.7, to: shop/web, port: 8080, expect: allow}
 - {from: 192.0.3.7, to: shop/web, port: 8080, expect: deny}
 - {from: 10.0.0.2, to: shop/web, port: 8080, evidence: tls, expect: allow, name: an address of a pod is the pod}
 - {from: shop/six, to: shop/app, port: 1, expect: deny, expectIngress: allow, expectEgress: deny}
 - {from: shop/web, to: shop/web, port: 1, expect: allow}
+- {from: shop/app, to: shop/six, port: 1, protocol: UDP, evidence: tls, expect: allow, name: a node knows its own pods}
 - {from: shop/web, to: 203.0.113.1, port: 1, expect: allow}
 ",
     );
     assert_eq!(
         (run.code, run.out.as_str()),
-        (0, "12 checks, 0 wrong\n"),
+        (0, "13 checks, 0 wrong\n"),
         "{}",
         run.err
     );
@@ -186,6 +187,19 @@ fn what_cannot_be_read_is_a_mistake_of_the_user() {
         (
             "- {from: shop/app, to: 10.96.0.1, port: 80, expect: allow}",
             "10.96.0.1 is Service shop/web",
+        ),
+        (
+            "- {from: shop/app, to: shop/web, port: 1, protocol: UDP, evidence: tls, expect: deny}",
+            "t.yaml: t: check 1: evidence: tls: UDP from another node",
+        ),
+        (
+            "- {from: 192.0.2.1, to: shop/web, port: 1, protocol: SCTP, evidence: tls, expect: deny}",
+            "t.yaml: t: check 1: evidence: tls: SCTP from another node",
+        ),
+        (
+            "- {from: shop/app, to: shop/web, port: 1, expect: deny}
+- {from: shop/app, to: shop/web, port: 1, expect: none}",
+            "t.yaml: t: check 2: expect: unknown variant `none`",
         ),
         (" []", "there are no checks"),
         // The others are asked all the same.
@@ -315,6 +329,22 @@ fn the_matrix() {
         "{}",
         run.out
     );
+    let run = matrix(&["--port", "http", "--evidence", "tls"]);
+    assert_eq!(run.code, 0, "{}", run.err);
+    assert!(run.out.contains("shop/app  - ? +\n"), "{}", run.out);
+    assert!(run.out.contains("shop/web  ? ? -\n"), "{}", run.out);
+    let legend = "+ reaches, . is refused, ? has no port of that name\n";
+    assert!(run.out.ends_with(legend), "{}", run.out);
+    for (port, protocol, words) in [
+        ("https", "TCP", "no pod has a TCP port named \"https\""),
+        ("http", "UDP", "no pod has a UDP port named \"http\""),
+        ("0", "TCP", "port \"0\" is none from 1 to 65535"),
+        ("65536", "TCP", "port \"65536\" is none from 1 to 65535"),
+    ] {
+        let run = matrix(&["--port", port, "--protocol", protocol]);
+        assert_eq!(run.code, 2, "{}", run.out);
+        assert!(run.err.contains(words), "{}", run.err);
+    }
     let run = matrix(&["-n", "nobody"]);
     assert_eq!(run.code, 2);
     assert!(

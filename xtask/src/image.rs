@@ -3,10 +3,13 @@
 //!
 //! One layer with two static programs and nothing else: no shell, no libc, no package to update.
 //! Linked statically with glibc, because the toolchains at hand have no musl target; only the last
-//! step differs from a plain build, so that everything below is built once for both. The same
-//! programs give the same image, bit for bit, and so does a build of the same sources elsewhere.
+//! step differs from a plain build. The same programs give the same image, bit for bit. So does a
+//! build of the same sources elsewhere, by the same Rust, C compiler, linker and glibc: of where it
+//! was built nothing is in it. Only with `--dev`, which builds everything below the programs once
+//! for plain builds and for itself, programs name the directories of this machine.
 
 mod archive;
+mod paths;
 mod sbom;
 
 use std::{fs, path::PathBuf};
@@ -16,6 +19,7 @@ use serde_json::{Value, json};
 
 use crate::run;
 use archive::{Blob, Tar};
+use paths::Dirs;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -25,7 +29,7 @@ pub(crate) struct Args {
     /// Its name
     #[arg(long, default_value = concat!("localhost/mesh:", env!("CARGO_PKG_VERSION")))]
     name: String,
-    /// Not optimised: quicker to build, for tests
+    /// Not optimised, and other bytes on every machine: quicker to build, for tests
     #[arg(long)]
     dev: bool,
     /// Take the programs from this directory instead of building them
@@ -83,22 +87,35 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 /// Builds the programs, static and without symbols; gives their directory.
 fn build(dev: bool) -> Result<PathBuf> {
+    let target = std::env::current_exe()?;
+    let target = target.ancestors().nth(2).context("no target directory")?;
+    let (target, dirs) = if dev {
+        (target.to_owned(), None)
+    } else {
+        // Flags that leave paths out make everything another build than a plain one.
+        let target = target.join("image-build");
+        let dirs = Dirs::of_build(&target)?;
+        (target, Some(dirs))
+    };
     for (package, name) in PROGRAMS {
         let mut cargo = run::cargo(["rustc", "--package", package, "--bin", name]);
-        if !dev {
+        cargo.arg("--target-dir").arg(&target);
+        if let Some(dirs) = &dirs {
             cargo.arg("--release");
+            dirs.leave_out(&mut cargo);
         }
         cargo.args(["--", "-C", "target-feature=+crt-static"]);
         // The linker's id is a hash of more than what ends up in the program.
         cargo.args(["-C", "strip=symbols", "-C", "link-arg=-Wl,--build-id=none"]);
         run::show(&mut cargo)?;
     }
-    let profile = if dev { "debug" } else { "release" };
-    let target = std::env::current_exe()?;
-    let target = target.ancestors().nth(2).context("no target directory")?;
-    let dir = target.join(profile);
+    let dir = target.join(if dev { "debug" } else { "release" });
     for (_, name) in PROGRAMS {
-        ensure_static(&dir.join(name))?;
+        let program = dir.join(name);
+        ensure_static(&program)?;
+        if let Some(dirs) = &dirs {
+            dirs.ensure_left_out(&program)?;
+        }
     }
     Ok(dir)
 }

@@ -16,16 +16,29 @@ use serde_json::Value;
 
 use crate::run;
 
-/// What reads bytes from outside, below `mesh-agent/src`, by the target whose corpus is for it.
-const PARSERS: &[(&str, &str)] = &[
-    ("frames", "proxy/tunnel/frame.rs"),
-    ("records", "proxy/tls/records.rs"),
-    ("csr", "controller/sign.rs"),
-    ("csr", "controller/service.rs"),
-    ("csr, certificate", "identity/spiffe.rs"),
-    ("certificate", "identity/verify.rs"),
-    ("crl, certificate", "identity/revocation.rs"),
-    ("answer", "identity/issuer/grpc.rs"),
+/// What reads bytes from outside, by package and the target whose corpus is for it.
+const PARSERS: &[(&str, &[(&str, &str)])] = &[
+    (
+        "mesh-agent",
+        &[
+            ("frames", "proxy/tunnel/frame.rs"),
+            ("records", "proxy/tls/records.rs"),
+            ("csr", "controller/sign.rs"),
+            ("csr", "controller/service.rs"),
+            ("csr, certificate", "identity/spiffe.rs"),
+            ("certificate", "identity/verify.rs"),
+            ("crl, certificate", "identity/revocation.rs"),
+            ("answer", "identity/issuer/grpc.rs"),
+        ],
+    ),
+    (
+        "mesh-api",
+        &[
+            ("manifests", "manifests.rs"),
+            ("manifests", "manifests/yaml.rs"),
+            ("manifests", "convert/object.rs"),
+        ],
+    ),
 ];
 
 /// The tests that replay the corpus and nothing else.
@@ -51,30 +64,32 @@ pub(crate) fn print() -> Result<()> {
     let dir = run::root().join("target/fuzz/coverage");
     fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let (merge, count) = (tool("llvm-profdata")?, tool("llvm-cov")?);
-    let program = build(&dir)?;
-    let (raw, profile) = (dir.join("corpus.profraw"), dir.join("corpus.profdata"));
-    run::show(
-        run::command(&program)
-            .args(TESTS)
-            .env("LLVM_PROFILE_FILE", &raw),
-    )?;
-    run::show(
-        run::command(merge)
-            .args(["merge", "-o"])
-            .args([&profile, &raw]),
-    )?;
-    let mut export = run::command(count);
-    export
-        .arg("export")
-        .arg(&program)
-        .arg(format!("-instr-profile={}", profile.display()));
-    let all: Value = serde_json::from_str(&run::capture(&mut export)?)?;
-    for (target, file) in PARSERS {
-        let found = regions(&all, file);
-        if found.regions.is_empty() {
-            bail!("no function of {file} was entered: are the tests' names still {TESTS:?}?");
+    for (package, files) in PARSERS {
+        let program = build(&dir, package)?;
+        let (raw, profile) = (dir.join("corpus.profraw"), dir.join("corpus.profdata"));
+        run::show(
+            run::command(&program)
+                .args(TESTS)
+                .env("LLVM_PROFILE_FILE", &raw),
+        )?;
+        run::show(
+            run::command(&merge)
+                .args(["merge", "-o"])
+                .args([&profile, &raw]),
+        )?;
+        let mut export = run::command(&count);
+        export
+            .arg("export")
+            .arg(&program)
+            .arg(format!("-instr-profile={}", profile.display()));
+        let all: Value = serde_json::from_str(&run::capture(&mut export)?)?;
+        for (target, file) in *files {
+            let found = regions(&all, &format!("{package}/src/{file}"));
+            if found.regions.is_empty() {
+                bail!("no function of {file} was entered: are the tests' names still {TESTS:?}?");
+            }
+            println!("coverage: {target}: {file}: {}", told(&found));
         }
-        println!("coverage: {target}: {file}: {}", told(&found));
     }
     Ok(())
 }
@@ -87,13 +102,13 @@ fn tool(name: &str) -> Result<PathBuf> {
     })
 }
 
-/// Builds the agent's tests, instrumented, and says where they are. Only what is of this workspace
+/// Builds a package's tests, instrumented, and says where they are. Only what is of this workspace
 /// is compiled again.
-fn build(dir: &Path) -> Result<PathBuf> {
+fn build(dir: &Path, package: &str) -> Result<PathBuf> {
     let wrapper = dir.join("rustc");
     fs::write(&wrapper, "#!/bin/sh\nexec \"$@\" -Cinstrument-coverage\n")?;
     fs::set_permissions(&wrapper, fs::Permissions::from_mode(0o755))?;
-    let mut cargo = run::cargo(["test", "--locked", "--package", "mesh-agent", "--lib"]);
+    let mut cargo = run::cargo(["test", "--locked", "--package", package, "--lib"]);
     cargo
         .args(["--no-run", "--message-format", "json-render-diagnostics"])
         .env("RUSTC_WORKSPACE_WRAPPER", &wrapper)
@@ -114,13 +129,12 @@ fn build(dir: &Path) -> Result<PathBuf> {
 fn regions(all: &Value, file: &str) -> Found {
     let mut found = Found::default();
     let functions = all["data"][0]["functions"].as_array();
-    let ends = format!("mesh-agent/src/{file}");
     for function in functions.into_iter().flatten() {
         let here = function["filenames"][0].as_str();
         let test = function["name"]
             .as_str()
             .is_some_and(|name| name.contains("5tests"));
-        if test || !here.is_some_and(|path| path.ends_with(&ends)) {
+        if test || !here.is_some_and(|path| path.ends_with(file)) {
             continue;
         }
         if function["count"].as_u64() == Some(0) {
@@ -172,11 +186,11 @@ mod tests {
             function("1a5tests1f", file, 1, serde_json::json!([[8, 1, 8, 2, 0, 0, 0, 0]])),
             function("i", "/x/mesh-agent/src/b.rs", 1, serde_json::json!([[9, 1, 9, 2, 0, 0, 0, 0]])),
         ]}]});
-        let found = regions(&all, "a/b.rs");
+        let found = regions(&all, "mesh-agent/src/a/b.rs");
         assert_eq!(
             told(&found),
             "2 of 3 regions, never 4:1; 1 functions beside them"
         );
-        assert_eq!(regions(&all, "a/c.rs"), Found::default());
+        assert_eq!(regions(&all, "mesh-agent/src/a/c.rs"), Found::default());
     }
 }

@@ -64,7 +64,7 @@ pub(super) fn machine(config: &HostConfig) -> Vec<Finding> {
             "capabilities",
             true,
             capabilities(&fs::read_to_string("/proc/self/status").unwrap_or_default()),
-            "The agent must run as root, in a privileged container.",
+            "The agent must run as root, in a container with the capabilities of deploy/base/agent.yaml.",
         ),
         finding(
             "BTF",

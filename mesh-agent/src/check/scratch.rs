@@ -19,13 +19,13 @@ pub(super) struct Scratch {
 
 impl Scratch {
     pub(super) fn new(config: &HostConfig) -> io::Result<Self> {
-        sweep(&config.cgroup);
-        sweep(&config.bpffs);
+        for place in places(&config.cgroup).chain([config.bpffs.clone()]) {
+            sweep(&place);
+        }
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Relaxed);
         let name = format!("{PREFIX}{}-{number}", std::process::id());
-        let cgroup = config.cgroup.join(&name);
-        fs::create_dir(&cgroup)?;
+        let cgroup = first(places(&config.cgroup), &name)?;
         // From here on dropping it removes both.
         let scratch = Self {
             cgroup,
@@ -41,6 +41,29 @@ impl Drop for Scratch {
         remove(&self.pins);
         remove(&self.cgroup);
     }
+}
+
+/// Where a cgroup may be made: the root of the tree has mode 0555, so that root without
+/// CAP_DAC_OVERRIDE, which the agent does not need, makes one only below it.
+fn places(cgroup: &Path) -> impl Iterator<Item = PathBuf> {
+    let below = fs::read_dir(cgroup).into_iter().flatten().flatten();
+    let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    [cgroup.to_owned()]
+        .into_iter()
+        .chain(below.map(|entry| entry.path()))
+}
+
+/// Makes a directory in the first place where that is possible.
+fn first(places: impl IntoIterator<Item = PathBuf>, name: &str) -> io::Result<PathBuf> {
+    let mut refused = None;
+    for place in places {
+        let made = place.join(name);
+        match fs::create_dir(&made) {
+            Ok(()) => return Ok(made),
+            Err(error) => refused = refused.or(Some(error)),
+        }
+    }
+    Err(refused.unwrap_or_else(|| io::ErrorKind::NotFound.into()))
 }
 
 /// Removes what processes that are gone have left.
@@ -76,5 +99,25 @@ fn remove(directory: &Path) {
         && error.kind() != io::ErrorKind::NotFound
     {
         tracing::warn!(%error, path = %directory.display(), "a probe's place is left behind");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_that_takes_nothing_is_passed_over_and_named_if_there_is_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, good) = (dir.path().join("file"), dir.path().join("good"));
+        fs::write(&file, "").unwrap();
+        fs::create_dir(&good).unwrap();
+        let all: Vec<_> = places(dir.path()).collect();
+        assert_eq!(all, [dir.path(), &good]);
+        let made = first([file.clone(), good.clone()], "x").unwrap();
+        assert_eq!(made, good.join("x"));
+        assert!(made.is_dir());
+        let error = first([file, dir.path().join("none")], "x").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotADirectory);
     }
 }

@@ -80,6 +80,31 @@ mod tests {
         assert_eq!(taken, 16);
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn more_callers_than_are_told_apart_take_nothing_from_those_that_are() {
+        let mut buckets = Buckets::default();
+        let start = Instant::now();
+        for caller in 0..MOST_CALLERS {
+            assert!(buckets.take(&caller.to_string(), start));
+        }
+        let lately = start + Duration::from_secs(10);
+        assert!(buckets.take("0", lately));
+        for caller in 0..100 {
+            assert!(!buckets.take(&format!("stranger {caller}"), lately));
+            assert!(buckets.take("0", lately) && buckets.take("1", lately));
+        }
+        assert_eq!(buckets.0.len(), MOST_CALLERS);
+        while buckets.take("0", lately) {}
+        // Room is made of those that asked nothing for as long as an empty bucket takes to fill.
+        let later = start + Duration::from_secs(17);
+        assert!(buckets.take("stranger", later));
+        let known: Vec<_> = buckets.0.keys().map(String::as_str).collect();
+        assert_eq!(known, ["0", "1", "stranger"]);
+        // Nobody has a new burst by that.
+        let taken = (0..1000).filter(|_| buckets.take("0", later)).count();
+        assert_eq!(taken, 7 * 16);
+    }
+
     #[test]
     fn a_key_is_new_once() {
         let mut keys = Keys::default();

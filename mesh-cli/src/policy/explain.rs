@@ -87,8 +87,7 @@ impl Way {
     }
 
     fn in_clear(world: &World, connection: &Connection<'_>) -> Self {
-        let same_node = matches!((connection.from, connection.to),
-            (Party::Pod(from, _), Party::Pod(to, _)) if from.node == to.node);
+        let same_node = connection.on_one_node();
         let evidence = if same_node {
             Evidence::Node
         } else {

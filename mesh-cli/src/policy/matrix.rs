@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::io::{self, Write};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use mesh_common::Protocol;
 use mesh_common::identity::Evidence;
 use mesh_common::policy::PortKey;
@@ -12,7 +12,7 @@ use mesh_plan::cluster::Pod;
 
 use super::explain::Way;
 use super::world::{Party, World, evidence, number};
-use crate::args::Matrix;
+use crate::args::{self, Matrix};
 use crate::{Outcome, input};
 
 /// Prints a table for one port, or a line for each pair and its ports.
@@ -41,10 +41,11 @@ pub(crate) fn run(args: &Matrix, out: &mut impl Write) -> Result<Outcome> {
         let has_any = pods.iter().any(|pod| pod.name.namespace == *name);
         ensure!(has_any, "there are no pods in namespace {name}");
     }
-    match args.port {
+    match &args.port {
         Some(port) => {
             pods.retain(|pod| concerns(pod, pod));
-            grid(&asks, &pods, port, out)?;
+            let ports = ports(&pods, args.protocol, port)?;
+            grid(&asks, &pods, &ports, out)?;
         }
         None => {
             for from in &pods {
@@ -135,8 +136,24 @@ fn describe(ranges: &[(u16, u16)]) -> String {
     }
 }
 
-/// Rows connect to columns: `+` reaches, `.` is refused.
-fn grid(asks: &Asks<'_>, pods: &[&Pod], port: u16, out: &mut impl Write) -> Result<()> {
+/// The port at each destination; `None` = it has none of that name.
+fn ports(pods: &[&Pod], protocol: args::Protocol, text: &str) -> Result<Vec<Option<u16>>> {
+    let asked: Vec<_> = pods
+        .iter()
+        .map(|pod| World::port(Party::of(pod), protocol, text))
+        .collect();
+    if !pods.is_empty() && asked.iter().all(Result::is_err) {
+        ensure!(
+            World::is_name(text),
+            "port {text:?} is none from 1 to 65535"
+        );
+        bail!("no pod has a {protocol} port named {text:?}");
+    }
+    Ok(asked.into_iter().map(Result::ok).collect())
+}
+
+/// Rows connect to columns: `+` reaches, `.` is refused, `?` has no such port.
+fn grid(asks: &Asks<'_>, pods: &[&Pod], ports: &[Option<u16>], out: &mut impl Write) -> Result<()> {
     let names: Vec<String> = pods.iter().map(|pod| pod.name.to_string()).collect();
     let width = names.iter().map(String::len).max().unwrap_or(0);
     for (i, name) in names.iter().enumerate() {
@@ -150,18 +167,21 @@ fn grid(asks: &Asks<'_>, pods: &[&Pod], port: u16, out: &mut impl Write) -> Resu
     writeln!(out)?;
     for (from, name) in pods.iter().zip(&names) {
         write!(out, "{name:>width$} ")?;
-        for to in pods {
-            let mark = if from.uid == to.uid {
-                "-"
-            } else if asks.allows(from, to, port) {
-                "+"
-            } else {
-                "."
+        for (to, port) in pods.iter().zip(ports) {
+            let mark = match port {
+                _ if from.uid == to.uid => "-",
+                Some(port) if asks.allows(from, to, *port) => "+",
+                Some(_) => ".",
+                None => "?",
             };
             write!(out, " {mark:>digits$}")?;
         }
         writeln!(out)?;
     }
-    writeln!(out, "+ reaches, . is refused")?;
+    write!(out, "+ reaches, . is refused")?;
+    if ports.contains(&None) {
+        write!(out, ", ? has no port of that name")?;
+    }
+    writeln!(out)?;
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use mesh_api::truth::{Check, Expected, Table};
+use mesh_api::truth::{Check, Expected, Known, Table};
 
 use super::table;
 use super::world::{Party, Verdicts, World, evidence, number};
@@ -90,6 +90,11 @@ fn difference(world: &World, check: &Check) -> Result<Option<String>> {
     let protocol = Protocol::from(check.protocol);
     let port = World::port(to, protocol, &check.port)?;
     let connection = world.connection(from, to, (number(protocol), port))?;
+    // What crosses nodes without a tunnel carries no certificate.
+    ensure!(
+        check.evidence != Known::Tls || protocol == Protocol::Tcp || connection.on_one_node(),
+        "evidence: tls: {protocol} from another node is known by its address only"
+    );
     let verdicts = world.verdicts(&connection, evidence(Evidence::from(check.evidence)));
     let got = |verdict: Option<mesh_common::verdict::Verdict>| {
         Expected::of(verdict.is_none_or(|verdict| verdict.allowed))

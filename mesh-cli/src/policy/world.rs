@@ -69,6 +69,14 @@ pub(crate) struct Connection<'a> {
     pub(crate) port: u16,
 }
 
+impl Connection<'_> {
+    /// Whether a node knows both ends itself.
+    pub(crate) fn on_one_node(&self) -> bool {
+        matches!((self.from, self.to),
+            (Party::Pod(from, _), Party::Pod(to, _)) if from.node == to.node)
+    }
+}
+
 /// What is decided at both ends; `None` = nothing is decided there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Verdicts {
@@ -225,9 +233,14 @@ impl World {
         })
     }
 
+    /// Whether a port is given by name.
+    pub(crate) fn is_name(port: &str) -> bool {
+        !port.bytes().all(|byte| byte.is_ascii_digit())
+    }
+
     /// A port by number or by the name that the destination gives it.
     pub(crate) fn port(to: Party<'_>, protocol: args::Protocol, text: &str) -> Result<u16> {
-        if text.bytes().all(|byte| byte.is_ascii_digit()) {
+        if !Self::is_name(text) {
             let number = text.parse().ok().filter(|number| *number > 0);
             return number.with_context(|| format!("port {text:?} is none from 1 to 65535"));
         }

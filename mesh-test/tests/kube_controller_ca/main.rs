@@ -2,6 +2,7 @@
 //! The controller as CA: by the letter of Istio's API, asked by openssl and curl, and by agents; and
 //! who gets nothing.
 
+mod expiry;
 mod refusals;
 mod rig;
 

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 
 use rustls::HandshakeKind::{Full, Resumed};
 
-use super::pki::{Agent, DAY, Leaf, Root, id, shake, stranger};
+use super::pki::{Agent, DAY, Leaf, Root, id, impostor, shake, stranger};
 use crate::identity::{Error, Refusal};
 
 async fn kind(agent: &Agent, own: &str, peer: &str) -> rustls::HandshakeKind {
@@ -99,6 +99,34 @@ async fn a_resumed_session_does_not_outlive_the_clients_certificate() {
         agent.identities.who(again.get_ref().1),
         Err(Refusal::Expired)
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_stands_as_long_as_both_certificates_do() {
+    let hour = Duration::from_secs(3600);
+    // The lives of the own certificate and of the peer's.
+    for (own, peer) in [(DAY, hour), (hour, DAY), (DAY, DAY)] {
+        let agent = Agent::start().await;
+        let start = agent.hand.now();
+        let life = |life, name| Leaf {
+            not_after: start + life,
+            ..Leaf::good(name, start)
+        };
+        let mut changes = agent.identities.subscribe();
+        let before = agent.identities.epoch(&id("web"));
+        agent.root.write(agent.dir.path(), "web", life(own, "web"));
+        let changed = changes.wait_for(|now| now.epoch(&id("web")) != before);
+        drop(changed.await.unwrap());
+        let pair = agent.root.sign(life(peer, "db"));
+        let client = agent.identities.client(&id("web"), &id("db")).unwrap();
+        let (client, _) = shake(client, impostor(&pair).into()).await;
+        let proof = agent.identities.peer(client.unwrap().get_ref().1).unwrap();
+        let stands = || agent.identities.stands(&id("web"), &proof);
+        agent.hand.forward(hour - Duration::from_secs(1));
+        assert!(stands(), "{own:?} {peer:?}");
+        agent.hand.forward(Duration::from_secs(1));
+        assert_eq!(stands(), own == peer, "{own:?} {peer:?}");
+    }
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 //! Certificates, roots and revocation lists that change while connections are open and being made.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, ExtendedKeyUsagePurpose,
@@ -13,8 +14,9 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::super::*;
 use super::rig::*;
-use crate::identity::{Ca, SpiffeId};
+use crate::identity::{Ca, Clock, SpiffeId};
 
+const HOUR: Duration = Duration::from_secs(3600);
 const NAMES: [&str; 3] = ["client-sa", "server-sa", "other-sa"];
 
 fn id(name: &str) -> SpiffeId {
@@ -45,24 +47,28 @@ impl Authority {
     /// Puts a new certificate of everybody where the agent looks, with these roots.
     fn issue(&self, dir: &Path, roots: &str) {
         for name in NAMES {
-            let key = KeyPair::generate().unwrap();
-            let mut leaf = CertificateParams::default();
-            let uri = id(name).to_string().try_into().unwrap();
-            leaf.subject_alt_names = vec![SanType::URI(uri)];
-            leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-            leaf.extended_key_usages = vec![
-                ExtendedKeyUsagePurpose::ClientAuth,
-                ExtendedKeyUsagePurpose::ServerAuth,
-            ];
-            leaf.not_before = OffsetDateTime::from(now() - Duration::from_secs(60));
-            leaf.not_after = OffsetDateTime::from(now() + Duration::from_secs(3600));
-            let leaf = leaf.signed_by(&key, &self.issuer).unwrap();
-            let dir = dir.join("shop").join(name);
-            std::fs::create_dir_all(&dir).unwrap();
-            std::fs::write(dir.join("tls.key"), key.serialize_pem()).unwrap();
-            std::fs::write(dir.join("tls.crt"), leaf.pem()).unwrap();
-            trust(&dir, roots);
+            self.issue_for(dir, roots, (name, HOUR));
         }
+    }
+
+    fn issue_for(&self, dir: &Path, roots: &str, (name, life): (&str, Duration)) {
+        let key = KeyPair::generate().unwrap();
+        let mut leaf = CertificateParams::default();
+        let uri = id(name).to_string().try_into().unwrap();
+        leaf.subject_alt_names = vec![SanType::URI(uri)];
+        leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        leaf.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ClientAuth,
+            ExtendedKeyUsagePurpose::ServerAuth,
+        ];
+        leaf.not_before = OffsetDateTime::from(now() - Duration::from_secs(60));
+        leaf.not_after = OffsetDateTime::from(now() + life);
+        let leaf = leaf.signed_by(&key, &self.issuer).unwrap();
+        let dir = dir.join("shop").join(name);
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("tls.key"), key.serialize_pem()).unwrap();
+        std::fs::write(dir.join("tls.crt"), leaf.pem()).unwrap();
+        trust(&dir, roots);
     }
 
     /// A revocation list of these certificates.
@@ -138,22 +144,62 @@ async fn an_open_tunnel_of_who_is_revoked_is_closed_at_either_end() {
     }
 }
 
+/// One connection that carries something both ways.
+async fn exchange(rig: &Rig, route: &Route) {
+    let (mut client, mut server) = rig.pair(route).await;
+    client.write_all(b"question").await.unwrap();
+    let mut question = [0; 8];
+    server.read_exact(&mut question).await.unwrap();
+    server.write_all(b"answer").await.unwrap();
+    drop(server);
+    let mut answer = Vec::new();
+    client.read_to_end(&mut answer).await.unwrap();
+    assert_eq!(answer, b"answer");
+}
+
 /// Makes connections until told to stop; how many were made.
 async fn load(rig: Arc<Rig>, route: Arc<Route>, stop: watch::Receiver<bool>) -> u32 {
     let mut made = 0;
     while !*stop.borrow() {
-        let (mut client, mut server) = rig.pair(&route).await;
-        client.write_all(b"question").await.unwrap();
-        let mut question = [0; 8];
-        server.read_exact(&mut question).await.unwrap();
-        server.write_all(b"answer").await.unwrap();
-        drop(server);
-        let mut answer = Vec::new();
-        client.read_to_end(&mut answer).await.unwrap();
-        assert_eq!(answer, b"answer");
+        exchange(&rig, &route).await;
         made += 1;
     }
     made
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_tunnel_that_waits_is_not_used_beyond_the_end_of_the_peers_certificate_alone() {
+    let ca = Authority::new();
+    let ahead = Arc::new(AtomicU64::new(0));
+    let (rig, route) = Rig::of(timing(), |config, dir| {
+        ca.issue(dir, &ca.pem);
+        ca.issue_for(dir, &ca.pem, ("server-sa", HOUR / 4));
+        config.ca = Ca::Files(dir.to_owned());
+        let ahead = Arc::clone(&ahead);
+        config.clock = Clock::new(move || now() + Duration::from_secs(ahead.load(Relaxed)));
+    })
+    .await;
+    let own = rig.identities.epoch(&id("client-sa"));
+    exchange(&rig, &route).await;
+    rig.near.records(1).await;
+    exchange(&rig, &route).await;
+    rig.near.records(2).await;
+    assert_eq!(rig.net.dialled.load(Relaxed), 1);
+    // The peer has another certificate by then: its own node would serve the tunnel on.
+    let mut changes = rig.identities.subscribe();
+    let before = rig.identities.epoch(&id("server-sa"));
+    ca.issue_for(rig.ca.path(), &ca.pem, ("server-sa", HOUR));
+    let changed = changes.wait_for(|now| now.epoch(&id("server-sa")) != before);
+    drop(changed.await.unwrap());
+    exchange(&rig, &route).await;
+    rig.near.records(3).await;
+    assert_eq!(rig.net.dialled.load(Relaxed), 1, "it is still proven");
+
+    ahead.store((HOUR / 2).as_secs(), Relaxed);
+    exchange(&rig, &route).await;
+    rig.near.records(4).await;
+    assert_eq!(rig.net.dialled.load(Relaxed), 2, "it has to be proven anew");
+    assert_eq!(rig.identities.epoch(&id("client-sa")), own);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]

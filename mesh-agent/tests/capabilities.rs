@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The capabilities that the agent is given: the same everywhere, and enough for `mesh-agent check`.
+//!
+//! Needs root and setpriv (util-linux).
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+fn deployed(file: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../deploy")
+        .join(file);
+    fs::read_to_string(&path).expect("it is deployed")
+}
+
+/// What the systemd unit leaves.
+fn of_the_unit() -> BTreeSet<String> {
+    let unit = deployed("systemd/mesh-agent.service");
+    let lines = unit
+        .lines()
+        .filter_map(|line| line.strip_prefix("CapabilityBoundingSet="));
+    let words = lines.flat_map(str::split_whitespace);
+    words
+        .map(|word| word.strip_prefix("CAP_").expect("a capability").to_owned())
+        .collect()
+}
+
+#[test]
+fn a_unit_and_a_pod_have_the_same() {
+    let pod = deployed("base/agent.yaml");
+    let (_, list) = pod.split_once("add:\n").expect("a list of capabilities");
+    let lines = list.lines().map(str::trim);
+    let lines = lines.take_while(|line| line.starts_with(['-', '#']));
+    let pod: BTreeSet<_> = lines
+        .filter_map(|line| line.strip_prefix("- ").map(str::to_owned))
+        .collect();
+    assert!(pod.len() >= 4, "{pod:?}");
+    assert_eq!(of_the_unit(), pod);
+}
+
+#[test]
+fn with_them_alone_the_check_finds_a_place_for_its_trial() {
+    let unit = of_the_unit();
+    let list = unit.iter().map(|name| format!(",+{}", name.to_lowercase()));
+    let list = format!("-all{}", list.collect::<String>());
+    let output = Command::new("setpriv")
+        .args(["--no-new-privs", "--inh-caps=-all"])
+        .arg(format!("--bounding-set={list}"))
+        .args([env!("CARGO_BIN_EXE_mesh-agent"), "check"])
+        .output()
+        .expect("setpriv runs");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}");
+    for line in ["ok       kernel programs", "ok       gate (tcx)"] {
+        assert!(said.contains(line), "{said}");
+    }
+}

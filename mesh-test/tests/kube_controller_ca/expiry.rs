@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Tokens that end. The API server gives none for less than ten minutes, so they are signed here,
+//! with its own key.
+
+use std::fs;
+use std::time::Duration;
+
+use mesh_test::kube::Bound;
+use rcgen::{KeyPair, SigningKey as _};
+use serde_json::Value;
+
+use crate::clock;
+use crate::rig::{AUDIENCE, Rig, web};
+
+const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+
+/// Base64 as JWTs have it (RFC 7515, section 2).
+fn encoded(bytes: &[u8]) -> String {
+    let mut text = String::new();
+    for chunk in bytes.chunks(3) {
+        let all = (0..3).fold(0_u32, |all, at| {
+            all << 8 | u32::from(chunk.get(at).copied().unwrap_or(0))
+        });
+        for place in 0..=chunk.len() {
+            let six = all >> (18 - 6 * place) & 0x3f;
+            text.push(char::from(
+                ALPHABET[usize::try_from(six).expect("six bits")],
+            ));
+        }
+    }
+    text
+}
+
+fn decoded(text: &str) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let (mut all, mut bits) = (0_u32, 0);
+    for letter in text.bytes() {
+        let six = ALPHABET.iter().position(|known| *known == letter);
+        all = all << 6 | u32::try_from(six.expect("of the alphabet")).expect("six bits");
+        bits += 6;
+        if bits >= 8 {
+            bits -= 8;
+            bytes.push(u8::try_from(all >> bits & 0xff).expect("eight bits"));
+        }
+    }
+    bytes
+}
+
+/// Both numbers of a signature one after the other, 32 bytes each (RFC 7518, section 3.4), from
+/// their DER.
+fn plain(der: &[u8]) -> Vec<u8> {
+    let mut numbers = Vec::new();
+    let mut rest = &der[2..];
+    for _ in 0..2 {
+        let (number, after) = rest[2..].split_at(rest[1].into());
+        let number = &number[number.len().saturating_sub(32)..];
+        numbers.extend(vec![0; 32 - number.len()]);
+        numbers.extend(number);
+        rest = after;
+    }
+    numbers
+}
+
+/// The same token, but valid from two hours ago to `seconds` from now.
+fn until(rig: &Rig, token: &str, seconds: i64) -> String {
+    let mut parts = token.split('.');
+    let (head, claims) = (parts.next().expect("head"), parts.next().expect("claims"));
+    let mut claims: Value = serde_json::from_slice(&decoded(claims)).expect("claims");
+    let now = Duration::from_secs_f64(clock()).as_secs();
+    for (claim, after) in [("iat", -7200), ("nbf", -7200), ("exp", seconds)] {
+        assert!(claims[claim].is_number(), "{claims}");
+        claims[claim] = Value::from(now.saturating_add_signed(after));
+    }
+    let text = format!("{head}.{}", encoded(claims.to_string().as_bytes()));
+    let key = rig.kube.place().dir().join("pki/sa.key");
+    let key = KeyPair::from_pem(&fs::read_to_string(key).expect("key")).expect("key");
+    let signature = key.sign(text.as_bytes()).expect("signed");
+    format!("{text}.{}", encoded(&plain(&signature)))
+}
+
+/// What the API server itself says of a token.
+fn reviewed(rig: &Rig, token: &str) -> Value {
+    let review = serde_json::json!({
+        "apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview",
+        "spec": { "token": token, "audiences": [AUDIENCE] },
+    });
+    let file = rig.dir.join("review.json");
+    fs::write(&file, review.to_string()).expect("write");
+    let path = "/apis/authentication.k8s.io/v1/tokenreviews";
+    let said = rig
+        .kube
+        .kubectl(["create", "--raw", path, "-f", file.to_str().expect("text")])
+        .expect("review");
+    serde_json::from_str::<Value>(&said).expect("JSON")["status"].take()
+}
+
+#[test]
+fn a_token_whose_time_is_over_is_refused_and_counted() {
+    let rig = Rig::start();
+    let token = rig.token(AUDIENCE, Some(Bound::Pod("agent-n1")));
+    let (good, over) = (until(&rig, &token, 600), until(&rig, &token, -120));
+    // The control: but for its end it is as good as any.
+    assert_eq!(reviewed(&rig, &good)["authenticated"], true);
+    rig.ask(&web(&good, &rig.p256())).expect("issued");
+    let review = reviewed(&rig, &over);
+    assert!(
+        review["error"]
+            .as_str()
+            .is_some_and(|why| why.contains("expired")),
+        "{review}"
+    );
+    rig.refused(&web(&over, &rig.p256()), 16, "unauthenticated");
+}
