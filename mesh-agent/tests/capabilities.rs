@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn deployed(file: &str) -> String {
@@ -40,8 +40,36 @@ fn a_unit_and_a_pod_have_the_same() {
     assert_eq!(of_the_unit(), pod);
 }
 
+/// A cgroup below the root of version 2, as every machine with systemd or a kubelet has some; removed
+/// on drop.
+struct Below(PathBuf);
+
+impl Below {
+    fn make() -> Self {
+        let mounts = fs::read_to_string("/proc/mounts").expect("the table of mounts");
+        let mut mounts = mounts.lines().map(str::split_whitespace);
+        let root = mounts.find_map(|mut mount| {
+            let (_, at, kind) = (mount.next()?, mount.next()?, mount.next()?);
+            (kind == "cgroup2").then_some(at)
+        });
+        let root = Path::new(root.expect("cgroup2 is mounted"));
+        let below = root.join(format!("capabilities-{}", std::process::id()));
+        fs::create_dir(&below).expect("root may make a cgroup");
+        Self(below)
+    }
+}
+
+impl Drop for Below {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir(&self.0) {
+            eprintln!("{} stays: {error}", self.0.display());
+        }
+    }
+}
+
 #[test]
 fn with_them_alone_the_check_finds_a_place_for_its_trial() {
+    let _below = Below::make();
     let unit = of_the_unit();
     let list = unit.iter().map(|name| format!(",+{}", name.to_lowercase()));
     let list = format!("-all{}", list.collect::<String>());
