@@ -8,6 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use mesh_agent::config::cgroup2_mount;
+
 fn deployed(file: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../deploy")
@@ -46,13 +48,8 @@ struct Below(PathBuf);
 
 impl Below {
     fn make() -> Self {
-        let mounts = fs::read_to_string("/proc/mounts").expect("the table of mounts");
-        let mut mounts = mounts.lines().map(str::split_whitespace);
-        let root = mounts.find_map(|mut mount| {
-            let (_, at, kind) = (mount.next()?, mount.next()?, mount.next()?);
-            (kind == "cgroup2").then_some(at)
-        });
-        let root = Path::new(root.expect("cgroup2 is mounted"));
+        let mounts = fs::read_to_string("/proc/self/mountinfo").expect("the table of mounts");
+        let root = cgroup2_mount(&mounts).expect("cgroup2 is mounted");
         let below = root.join(format!("capabilities-{}", std::process::id()));
         fs::create_dir(&below).expect("root may make a cgroup");
         Self(below)

@@ -17,6 +17,11 @@ use mesh_plan::diff::{apply, diff};
 use mesh_plan::{Cluster, Compiler, Plan, Rejection, compile};
 use serde_json::{Value, json};
 
+#[path = "order/random.rs"]
+mod random;
+
+use random::Random;
+
 const STANDALONE: Options = Options { standalone: true };
 const NODE: &str = "n1";
 /// Histories of each table.
@@ -24,18 +29,7 @@ const HISTORIES: u64 = 6;
 /// Objects of a table that a history is of, beside namespaces and nodes.
 const SAMPLE: usize = 60;
 
-/// SplitMix64 (Steele, Lea and Flood 2014).
-struct Random(u64);
-
 impl Random {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        usize::try_from((z ^ (z >> 31)) % bound as u64).expect("below a usize")
-    }
-
     fn chance(&mut self, percent: usize) -> bool {
         self.below(100) < percent
     }

@@ -10,6 +10,7 @@ mod again;
 mod local;
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use mesh_common::Addr;
 use mesh_common::maps;
@@ -106,6 +107,10 @@ impl<'a> Scope<'a> {
         }
     }
 
+    fn pods(self, cluster: &'a Cluster) -> impl Iterator<Item = &'a Arc<Pod>> {
+        cluster.pods.values().filter(move |pod| self.holds(pod))
+    }
+
     fn holds(self, pod: &Pod) -> bool {
         let here = self.node().is_none_or(|node| pod.node == node);
         here && !pod.host_network
@@ -139,8 +144,7 @@ fn build(
     let relevant = Relevant::of(cluster.policies.values());
     let identifier = Identifier::of(cluster, &relevant, options);
     let (mut plan, identities) = addresses(cluster, scope, &identifier, rejections);
-    let pods = cluster.pods.values().map(|pod| &**pod);
-    let pods = pods.filter(|pod| scope.holds(pod)).collect();
+    let pods = scope.pods(cluster).map(|pod| &**pod).collect();
     let places = Places::of(cluster, scope.node());
     local::pods(
         &mut plan,

@@ -128,11 +128,9 @@ impl Compiler {
                 && claims == plan.names.workloads.len(),
             cluster: Arc::clone(cluster),
             plan,
-            local: cluster
-                .pods
-                .iter()
-                .filter(|(_, pod)| scope.holds(pod))
-                .map(|(uid, pod)| (uid.clone(), Arc::clone(pod)))
+            local: scope
+                .pods(cluster)
+                .map(|pod| (pod.uid.clone(), Arc::clone(pod)))
                 .collect(),
             identities,
             relevant,

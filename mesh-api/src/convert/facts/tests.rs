@@ -5,6 +5,11 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
+#[path = "../../../tests/order/random.rs"]
+mod random;
+
+use random::Random;
+
 use super::Facts;
 use crate::{LastGood, Object, Options, convert};
 
@@ -160,20 +165,9 @@ fn a_pod_that_was_ready_once_stays_so_while_it_is_enrolled() {
     assert!(facts.outcome().cluster.ready.unwrap().is_empty());
 }
 
-/// SplitMix64 (Steele, Lea and Flood 2014).
-struct Random(u64);
-
 impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)) % bound
-    }
-
     fn one(&mut self, of: &[&'static str]) -> &'static str {
-        of[usize::try_from(self.below(of.len() as u64)).expect("an index")]
+        of[self.below(of.len())]
     }
 }
 
