@@ -23,6 +23,7 @@ use tokio::sync::{Semaphore, watch};
 use crate::cni::Neighbour;
 use crate::config::AdminAddr;
 use crate::control::Status;
+use crate::datapath::Handles;
 use crate::flows::FlowSink;
 use crate::logging::{Level, warn_limited};
 use crate::metrics::Metrics;
@@ -103,6 +104,8 @@ pub struct Views {
     pub neighbour: watch::Receiver<Arc<Neighbour>>,
     /// How it goes with the source of the cluster's state.
     pub source: watch::Receiver<Arc<Report>>,
+    /// Tells tunnels from connections of applications; none = there are no tunnels.
+    pub datapath: Option<Handles>,
     /// The last records.
     pub flows: FlowSink,
     /// The level of logs, if the process has logs.

@@ -23,7 +23,7 @@ use crate::admin::{self, Admin, Readiness};
 use crate::cni;
 use crate::config::{self, Config, Deny, TunnelPort};
 use crate::control;
-use crate::datapath::{self, Datapath};
+use crate::datapath::{self, Datapath, Handles};
 use crate::flows::{self, Flows};
 use crate::identity::{self, Ca, Clock, GrpcCa, Identities, TrustDomain};
 use crate::logging::Level;
@@ -147,6 +147,7 @@ struct Rooms {
     rejections: watch::Receiver<Arc<Vec<Rejection>>>,
     source: watch::Receiver<Arc<source::Report>>,
     neighbour: watch::Receiver<Arc<cni::Neighbour>>,
+    datapath: Handles,
     flow_log: Flows,
     identities: Identities,
     proxy: ProxyHandle,
@@ -211,7 +212,7 @@ impl Rooms {
             identities: identities.clone(),
             recorder,
         };
-        let proxy = proxy::start(proxy_config(config), doors, handles)
+        let proxy = proxy::start(proxy_config(config), doors, handles.clone())
             .map_err(tried("start the workers"))?;
 
         // From here on the node becomes what the facts say.
@@ -237,6 +238,7 @@ impl Rooms {
             rejections,
             source,
             neighbour,
+            datapath: handles,
             flow_log,
             identities,
             proxy,
@@ -299,6 +301,7 @@ impl Rooms {
             status: self.views.status.clone(),
             source: self.source.clone(),
             neighbour: self.neighbour.clone(),
+            datapath: Some(self.datapath.clone()),
             flows: self.flow_log.sink(),
             level,
         };

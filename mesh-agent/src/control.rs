@@ -306,7 +306,9 @@ impl<K: Kernel, F: Find> Control<K, F> {
     /// Looks whether namespaces came or went, and now and then whether all is in place.
     fn look(&mut self) {
         let now = Instant::now();
-        self.leaving.retain_mut(sockets::end_left);
+        let is_tunnel = |socket: &_| self.kernel.is_tunnel(socket);
+        self.leaving
+            .retain_mut(|pod| sockets::end_left(pod, is_tunnel));
         self.look_at_fresh();
         self.withdraw_drained();
         let gone = self.pods.values().any(|pod| !pod.home.is_there());
@@ -377,7 +379,9 @@ impl<K: Kernel, F: Find> Control<K, F> {
 
     /// After the stop: lets pods go whose namespace is gone, and nothing else.
     fn let_go(&mut self) {
-        self.leaving.retain_mut(sockets::end_left);
+        let is_tunnel = |socket: &_| self.kernel.is_tunnel(socket);
+        self.leaving
+            .retain_mut(|pod| sockets::end_left(pod, is_tunnel));
         let gone = |pod: &mut Adopted| !pod.home.is_there();
         let gone: Vec<Adopted> = self
             .pods

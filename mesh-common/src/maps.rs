@@ -39,6 +39,11 @@ pub const MAX_OLD_CONNECTIONS: u32 = 65_536;
 pub const MAX_TUNNELS: u32 = 65_536;
 /// Tunnels whose first packet has come and that are not established yet.
 pub const MAX_MARKED: u32 = 65_536;
+/// Value of `MARKED`: the gate has seen the SYN. Where it met a connection that had begun before,
+/// nothing became of it.
+pub const MARK_SEEN: u32 = 1;
+/// Value of `MARKED`: the SYN was given to the agent, and the connection is a tunnel.
+pub const MARK_STEERED: u32 = 2;
 /// Datagrams in fragments.
 pub const MAX_FRAGMENTS: u32 = 8_192;
 /// Bytes of the event ring: some 10,000 events, which is a third of a second at the rate at which two
@@ -60,8 +65,8 @@ abi! {
     }
 
     /// Key of the map `OLD_CONNECTIONS`: a connection that is older than the enrolment, or than
-    /// its peer's. The value is a [`crate::Reason`] as `u32`. Also of the maps `TUNNELS` and
-    /// `MARKED`, whose values are 1.
+    /// its peer's. The value is a [`crate::Reason`] as `u32`. Also of the maps `TUNNELS`, whose
+    /// values are 1, and `MARKED`: [`MARK_SEEN`] or [`MARK_STEERED`].
     pub struct ConnectionKey {
         /// The pod's end.
         pub local: Endpoint,

@@ -237,9 +237,10 @@ fn accepted(ctx: &SockOpsContext) {
     if !view.owns(&here.addr) || here.port == TUNNEL_PORT || here.addr == there.addr {
         return;
     }
-    if tables::is_marked(&here, &there) {
-        let _ = MARKED.remove(tuple(ctx));
+    if tables::is_steered(&here, &there) {
+        // In this order: whoever looks meanwhile finds it in one of the two.
         hold(ctx, 0);
+        let _ = MARKED.remove(tuple(ctx));
         return;
     }
     let origin = if view.has(PodState::GATED) {

@@ -6,8 +6,9 @@
 //! to something that [`mesh_common::path`] refuses, and remembers nothing but UDP flows and
 //! fragments.
 
+use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::programs::TcContext;
-use mesh_common::maps::{ConnectionKey, FragmentKey, FragmentVerdict};
+use mesh_common::maps::{ConnectionKey, FragmentKey, FragmentVerdict, MARK_SEEN};
 use mesh_common::path::{Origin, Outbound, Peers as _, who};
 use mesh_common::pod::{GatePod, PodIndex, PodState};
 use mesh_common::policy::PolicySetId;
@@ -150,7 +151,7 @@ fn continues_from_pod(ctx: &TcContext, gate: &GatePod) -> bool {
     // The agent's own: sock_ops has written it before the first segment was made, or, of a tunnel
     // to this pod, when it was established; until then its mark is remembered.
     tables::is_tunnel(&segment.from, &segment.to)
-        || (!opens && tables::is_marked(&segment.from, &segment.to))
+        || (!opens && tables::is_steered(&segment.from, &segment.to))
 }
 
 /// As [`continues_from_pod`], towards a pod: the destination is its own, and the source can be.
@@ -188,7 +189,8 @@ fn remember_mark(ip: &Packet) {
         local: ip.to,
         remote: ip.from,
     };
-    let _ = MARKED.insert(key, 1, 0);
+    // A SYN that is sent again must not undo what became of the first.
+    let _ = MARKED.insert(key, MARK_SEEN, BPF_NOEXIST.into());
 }
 
 /// Whether more than addresses is to be checked: the pod is enrolled, or policy selects it.

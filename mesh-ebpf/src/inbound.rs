@@ -130,7 +130,7 @@ fn arriving(
     };
     let tcp = protocol == Protocol::TCP;
     let enrolled = state.view.has(PodState::ENROLLED);
-    if tcp && enrolled && (here.port == TUNNEL_PORT || tables::is_marked(here, there)) {
+    if tcp && enrolled && (here.port == TUNNEL_PORT || tables::steer_marked(here, there)) {
         let slot = if here.addr.is_v4() {
             ListenerSlot::Tunnel4
         } else {

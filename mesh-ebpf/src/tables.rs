@@ -13,10 +13,10 @@ use mesh_common::counter::COUNTERS as COUNTER_SLOTS;
 use mesh_common::flow::{Flow, FlowSlot};
 use mesh_common::identity::Peer;
 use mesh_common::maps::{
-    CapturedKey, ConnectionKey, DropRate, EVENT_BYTES, FragmentKey, FragmentVerdict, MAX_BACKENDS,
-    MAX_CAPTURED, MAX_FLOWS, MAX_FRAGMENTS, MAX_LOCAL_ADDRS, MAX_MARKED, MAX_OLD_CONNECTIONS,
-    MAX_PEERS, MAX_POD_CIDRS, MAX_PODS, MAX_POLICY_CIDRS, MAX_POLICY_PORTS, MAX_POLICY_SELECTS,
-    MAX_POLICY_SETS, MAX_PORT_MODES, MAX_SERVICES, MAX_TUNNELS,
+    CapturedKey, ConnectionKey, DropRate, EVENT_BYTES, FragmentKey, FragmentVerdict, MARK_STEERED,
+    MAX_BACKENDS, MAX_CAPTURED, MAX_FLOWS, MAX_FRAGMENTS, MAX_LOCAL_ADDRS, MAX_MARKED,
+    MAX_OLD_CONNECTIONS, MAX_PEERS, MAX_POD_CIDRS, MAX_PODS, MAX_POLICY_CIDRS, MAX_POLICY_PORTS,
+    MAX_POLICY_SELECTS, MAX_POLICY_SETS, MAX_PORT_MODES, MAX_SERVICES, MAX_TUNNELS,
 };
 use mesh_common::path::Peers;
 use mesh_common::pod::{GatePod, LocalAddr, ModeKey, PodIndex, PodState, PodView};
@@ -256,15 +256,32 @@ pub(crate) fn is_tunnel(local: &Endpoint, remote: &Endpoint) -> bool {
     unsafe { TUNNELS.get(key) }.is_some()
 }
 
-/// Whether a connection to a pod began with a SYN that says it is a tunnel.
+/// Whether a connection to a pod begins with a SYN that says it is a tunnel; notes that the agent
+/// gets it.
 #[inline(never)]
-pub(crate) fn is_marked(local: &Endpoint, remote: &Endpoint) -> bool {
+pub(crate) fn steer_marked(local: &Endpoint, remote: &Endpoint) -> bool {
     let key = ConnectionKey {
         local: *local,
         remote: *remote,
     };
-    // SAFETY: only its presence is asked.
-    unsafe { MARKED.get(key) }.is_some()
+    let Some(mark) = MARKED.get_ptr_mut(key) else {
+        return false;
+    };
+    // SAFETY: an aligned word of the map; whoever else writes it writes the same.
+    unsafe { mark.write_volatile(MARK_STEERED) };
+    true
+}
+
+/// Whether a marked connection was given to the agent: a mark that comes after a connection has
+/// begun makes no tunnel of it.
+#[inline(never)]
+pub(crate) fn is_steered(local: &Endpoint, remote: &Endpoint) -> bool {
+    let key = ConnectionKey {
+        local: *local,
+        remote: *remote,
+    };
+    // SAFETY: a word, read once.
+    unsafe { MARKED.get(key) }.is_some_and(|mark| *mark == MARK_STEERED)
 }
 
 /// A pod's state, read in place.

@@ -246,11 +246,13 @@ fn facts(views: &Views) -> Answer {
 /// What is open now in the adopted pods, one JSON object a line.
 async fn connections(views: &Views) -> Answer {
     let table = views.pods.borrow().clone();
+    let datapath = views.datapath.clone();
     let lines = tokio::task::spawn_blocking(move || {
+        let is_tunnel = |socket: &_| datapath.as_ref().is_some_and(|d| d.is_tunnel(socket));
         let mut lines = String::new();
         for pod in table.values() {
             // A pod that is just going has nothing open that matters.
-            for one in open::open(pod).unwrap_or_default() {
+            for one in open::open(pod, is_tunnel).unwrap_or_default() {
                 let line = json!({
                     "pod": pod.local.name.to_string(),
                     "direction": one.direction.label(),

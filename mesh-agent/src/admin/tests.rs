@@ -72,6 +72,7 @@ fn views(flows: &Flows) -> Views {
         }))
         .1,
         neighbour: watch::channel(Arc::default()).1,
+        datapath: None,
         flows: flows.sink(),
         level: None,
     }

@@ -2,8 +2,8 @@
 //! What a plan means for connections that are already open: [`judge`], a pure function over the
 //! sockets of a pod's namespace.
 //!
-//! The agent's own sockets are never judged here: tunnels are told by their port, the ends that
-//! carry another's address by that address. What arrived through a tunnel is the proxy's to end,
+//! The agent's own sockets are never judged here: tunnels are told by their port, or by the kernel
+//! where they have an application's, the ends that carry another's address by that address. What arrived through a tunnel is the proxy's to end,
 //! which knows the proven identity.
 
 use std::collections::BTreeSet;
@@ -29,19 +29,22 @@ pub struct Judgement {
 
 /// Decides the open connections of a pod again. `sockets` are all of its namespace, listeners
 /// included; `fresh` tells a pod that is just being enrolled from one whose peers changed, `carried`
-/// one that the agent has tunnels for, also while it leaves the mesh.
+/// one that the agent has tunnels for, also while it leaves the mesh. `is_tunnel` tells those that
+/// have an application's port: asked only of sockets that would not stay as they are.
 #[must_use]
 pub fn judge(
     plan: &Plan,
     pod: &PodView,
     sockets: &[Socket],
     (fresh, carried): (bool, bool),
+    is_tunnel: impl Fn(&Socket) -> bool,
 ) -> Judgement {
     let scene = Scene::new(plan, pod, sockets, carried);
     let mut judgement = Judgement::default();
     for socket in sockets {
         match scene.decide(socket) {
             Fate::Keep => {}
+            _ if carried && is_tunnel(socket) => {}
             Fate::Deny(reason) => judgement.denied.push((*socket, reason)),
             Fate::Old => {
                 let reason = if fresh {
@@ -75,10 +78,15 @@ pub fn with_the_agent(pod: &PodView, sockets: &[Socket]) -> Vec<(Socket, Reason)
 
 /// The agent's own ends: tunnels, and what carries another's address.
 #[must_use]
-pub fn of_the_agent(pod: &PodView, sockets: &[Socket]) -> Vec<(Socket, Reason)> {
+pub fn of_the_agent(
+    pod: &PodView,
+    sockets: &[Socket],
+    is_tunnel: impl Fn(&Socket) -> bool,
+) -> Vec<(Socket, Reason)> {
     let ours = |s: &&Socket| {
         let tunnel = s.local.port == TUNNEL_PORT || s.remote.port == TUNNEL_PORT;
-        tunnel || !(pod.owns(&s.local.addr) || s.local.addr.is_loopback())
+        let foreign = !(pod.owns(&s.local.addr) || s.local.addr.is_loopback());
+        tunnel || foreign || is_tunnel(s)
     };
     connected(sockets).filter(ours).map(gone).collect()
 }

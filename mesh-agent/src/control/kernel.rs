@@ -9,6 +9,7 @@ use mesh_plan::Plan;
 use mesh_plan::plan::MapOp;
 
 use crate::datapath::{Datapath, Error, PodAttachment, PodFacts};
+use crate::sys::sock_diag::Socket;
 
 /// What `control` asks of the datapath; each method is the one of [`Datapath`].
 pub trait Kernel {
@@ -63,6 +64,12 @@ pub trait Kernel {
         index: PodIndex,
         connections: &[(Endpoint, Endpoint, Reason)],
     ) -> Result<(), Error>;
+    /// See [`Handles::is_tunnel`].
+    ///
+    /// [`Handles::is_tunnel`]: crate::datapath::Handles::is_tunnel
+    fn is_tunnel(&self, _socket: &Socket) -> bool {
+        false
+    }
     /// See [`Datapath::expire_flows`].
     ///
     /// # Errors
@@ -116,6 +123,10 @@ impl Kernel for Datapath {
         connections: &[(Endpoint, Endpoint, Reason)],
     ) -> Result<(), Error> {
         Self::set_old_connections(self, index, connections)
+    }
+
+    fn is_tunnel(&self, socket: &Socket) -> bool {
+        self.handles.is_tunnel(socket)
     }
 
     fn expire_flows(&mut self) -> Result<usize, Error> {

@@ -237,7 +237,10 @@ impl<K: Kernel, F: Find> Control<K, F> {
             };
             let kept = sockets::list(&pod.home.netns)
                 .map_err(|error| describe(&error))
-                .map(|list| connections::judge(plan, &local.view, &list, (true, true)).old)
+                .map(|list| {
+                    let is_tunnel = |socket: &_| self.kernel.is_tunnel(socket);
+                    connections::judge(plan, &local.view, &list, (true, true), is_tunnel).old
+                })
                 .and_then(|old| keep(&mut self.kernel, pod, old));
             if let Err(why) = kept {
                 tracing::warn!(pod = %local.name, why, "connections older than the enrolment end");
@@ -543,7 +546,8 @@ fn again(
 ) -> Result<u64, String> {
     let list = sockets::list(&pod.home.netns).map_err(|e| describe(&e))?;
     let carried = pod.enrolment.is_some();
-    let judgement = connections::judge(plan, view, &list, (fresh, carried));
+    let judgement =
+        connections::judge(plan, view, &list, (fresh, carried), |s| kernel.is_tunnel(s));
     keep(kernel, pod, judgement.old)?;
     if judgement.denied.is_empty() {
         return Ok(0);

@@ -42,12 +42,12 @@ pub(super) fn end(netns: &NetNs, sockets: &[(Socket, Reason)]) -> io::Result<u64
 
 /// Ends what is left in the namespace of a pod that was let go: our own sockets, and all if the
 /// namespace has lost its file. Whether to look again.
-pub(super) fn end_left(pod: &mut Leaving) -> bool {
+pub(super) fn end_left(pod: &mut Leaving, is_tunnel: impl Fn(&Socket) -> bool) -> bool {
     let netns = &pod.home.netns;
     let is_there = pod.home.is_there();
     let ended = list(netns).and_then(|sockets| {
         let left = if is_there {
-            connections::of_the_agent(&pod.view, &sockets)
+            connections::of_the_agent(&pod.view, &sockets, is_tunnel)
         } else {
             connections::all(&sockets)
         };

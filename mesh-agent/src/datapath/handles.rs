@@ -10,16 +10,17 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use mesh_common::counter::{COUNTERS, Counter};
 use mesh_common::maps::{
-    CapturedKey, ConnectionKey, MAX_BACKENDS, MAX_MARKED, MAX_OLD_CONNECTIONS, MAX_PEERS,
-    MAX_POD_CIDRS, MAX_PODS, MAX_POLICY_CIDRS, MAX_POLICY_PORTS, MAX_POLICY_SELECTS,
+    CapturedKey, ConnectionKey, MARK_STEERED, MAX_BACKENDS, MAX_MARKED, MAX_OLD_CONNECTIONS,
+    MAX_PEERS, MAX_POD_CIDRS, MAX_PODS, MAX_POLICY_CIDRS, MAX_POLICY_PORTS, MAX_POLICY_SELECTS,
     MAX_POLICY_SETS, MAX_PORT_MODES, MAX_SERVICES, MAX_TUNNELS,
 };
 use mesh_common::socket::Exempt;
-use mesh_common::{Endpoint, Port};
+use mesh_common::{Endpoint, Port, Protocol};
 use mesh_plan::Plan;
 use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use crate::sys::bpf;
+use crate::sys::sock_diag::{Socket, state};
 
 /// Maps that a plan fills, whose filling is reported, with their capacities.
 const REPORTED: [(&str, u32); 10] = [
@@ -116,6 +117,28 @@ impl Handles {
         // Left behind it would only be evicted later.
         bpf::remove(map, key.as_bytes()).ok()?;
         Endpoint::read_from_bytes(&value).ok()
+    }
+
+    /// Whether a socket is the agent's end of a tunnel on an application's own port, which no port
+    /// tells; also one that is just beginning. False when the maps cannot be read.
+    #[must_use]
+    pub fn is_tunnel(&self, socket: &Socket) -> bool {
+        if socket.protocol != Protocol::TCP {
+            return false;
+        }
+        let key = ConnectionKey {
+            local: socket.local,
+            remote: socket.remote,
+        };
+        let value_in = |map: &OwnedFd| {
+            let mut value = [0u8; size_of::<u32>()];
+            let found = bpf::get(map.as_fd(), key.as_bytes(), &mut value);
+            matches!(found, Ok(true)).then_some(u32::from_ne_bytes(value))
+        };
+        // In this order: one that is established meanwhile has moved from the first to the second.
+        let [_, tunnels, marked] = &self.inner.counted;
+        let begins = socket.state == state::SYN_RECV && value_in(marked) == Some(MARK_STEERED);
+        begins || value_in(tunnels).is_some()
     }
 
     /// A counter's sum over all CPUs; 0 when it cannot be read.

@@ -27,21 +27,21 @@ pub struct Open {
     pub tunnelled: bool,
 }
 
-/// What is open now. Enters the pod's namespace: not for a thread that serves connections.
+/// What is open now; `is_tunnel` tells the agent's own sockets that have an application's port. Enters the pod's namespace: not for a thread that serves connections.
 ///
 /// # Errors
 /// The namespace cannot be entered, or the kernel does not tell.
-pub fn open(pod: &PodHandle) -> io::Result<Vec<Open>> {
+pub fn open(pod: &PodHandle, is_tunnel: impl Fn(&Socket) -> bool) -> io::Result<Vec<Open>> {
     let sockets = pod.netns.run(|| {
         let mut diag = SockDiag::open()?;
         let mut all = diag.sockets(Protocol::TCP, States::LIVE_AND_LISTEN)?;
         all.extend(diag.sockets(Protocol::UDP, States::LIVE)?);
         Ok::<_, io::Error>(all)
     })??;
-    Ok(of(pod, &sockets))
+    Ok(of(pod, &sockets, is_tunnel))
 }
 
-fn of(pod: &PodHandle, sockets: &[Socket]) -> Vec<Open> {
+fn of(pod: &PodHandle, sockets: &[Socket], is_tunnel: impl Fn(&Socket) -> bool) -> Vec<Open> {
     let view = &pod.local.view;
     let tcp = || sockets.iter().filter(|s| s.protocol == Protocol::TCP);
     let listening: BTreeSet<Port> = tcp()
@@ -50,8 +50,10 @@ fn of(pod: &PodHandle, sockets: &[Socket]) -> Vec<Open> {
         .collect();
     let ends: BTreeSet<(Endpoint, Endpoint)> = tcp().map(|s| (s.local, s.remote)).collect();
     let enrolled = view.has(PodState::ENROLLED);
-    let of_tunnel =
-        |s: &Socket| enrolled && (s.local.port == TUNNEL_PORT || s.remote.port == TUNNEL_PORT);
+    let of_tunnel = |s: &Socket| {
+        let on_its_port = s.local.port == TUNNEL_PORT || s.remote.port == TUNNEL_PORT;
+        enrolled && (on_its_port || is_tunnel(s))
+    };
     let one = |s: &Socket| {
         let is_open = s.state != state::LISTEN && s.is_connected();
         let applications = view.owns(&s.local.addr) && !view.owns(&s.remote.addr);

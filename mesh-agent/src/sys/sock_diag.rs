@@ -24,6 +24,8 @@ pub mod state {
     pub const ESTABLISHED: u8 = 1;
     /// connect() is under way.
     pub const SYN_SENT: u8 = 2;
+    /// A connection has begun to arrive.
+    pub const SYN_RECV: u8 = 3;
     /// Waits after the close; holds no data.
     pub const TIME_WAIT: u8 = 6;
     /// Also of unconnected UDP sockets.

@@ -60,7 +60,13 @@ enum Becomes {
 use Becomes::{Ended, Kept, Old};
 
 fn first(plan: &Plan, pod: &PodView, sockets: &[Socket]) -> Becomes {
-    becomes(&judge(plan, pod, sockets, (true, pod.has(MEMBER))), sockets)
+    let how = (true, pod.has(MEMBER));
+    becomes(&judge(plan, pod, sockets, how, no_tunnel), sockets)
+}
+
+/// No socket is one of those tunnels that only the kernel knows.
+const fn no_tunnel(_: &Socket) -> bool {
+    false
 }
 
 fn becomes(judgement: &Judgement, sockets: &[Socket]) -> Becomes {
@@ -171,7 +177,10 @@ fn a_socket_whose_reverse_is_here_leads_to_the_agent() {
     let ends = with_the_agent(&pod(MEMBER, 0), &[app, agent]);
     assert_eq!(ends.len(), 1);
     assert_eq!(ends[0].0, app);
-    assert_eq!(of_the_agent(&pod(MEMBER, 0), &[app, agent])[0].0, agent);
+    assert_eq!(
+        of_the_agent(&pod(MEMBER, 0), &[app, agent], no_tunnel)[0].0,
+        agent
+    );
 }
 
 #[test]
@@ -204,20 +213,30 @@ fn what_the_pod_accepted() {
 #[test]
 fn the_agents_tunnels_are_never_judged() {
     let listener = tcp(state::LISTEN, ["0.0.0.0:80", "0.0.0.0:0"], 0);
-    for ends in [
-        ["10.1.0.1:15008", "10.2.0.1:3333"],
-        ["10.1.0.1:3333", "10.2.0.1:15008"],
+    for (ends, told_by_port) in [
+        (["10.1.0.1:15008", "10.2.0.1:3333"], true),
+        (["10.1.0.1:3333", "10.2.0.1:15008"], true),
+        ([SERVED, CLIENT], false),
+        ([OWN, PEER], false),
     ] {
         let tunnel = tcp(ESTABLISHED, ends, 0);
-        let enrolled = first(&plan(READY), &pod(STRICT, 9), &[tunnel, listener]);
-        assert_eq!(enrolled, Kept);
-        assert_eq!(of_the_agent(&pod(STRICT, 9), &[tunnel]).len(), 1);
+        let is_tunnel = |socket: &Socket| !told_by_port && *socket == tunnel;
+        let (ready, strict, how) = (plan(READY), pod(STRICT, 9), (true, true));
+        let enrolled = judge(&ready, &strict, &[tunnel, listener], how, is_tunnel);
+        assert_eq!(becomes(&enrolled, &[tunnel, listener]), Kept, "{ends:?}");
+        // The control: an application's connection between the same ends.
+        if !told_by_port {
+            let enrolled = first(&ready, &strict, &[tunnel, listener]);
+            assert_eq!(enrolled, Ended, "{ends:?}");
+        }
+        assert_eq!(of_the_agent(&strict, &[tunnel], is_tunnel).len(), 1);
         // Also while the pod leaves the mesh; outside of it the port is anybody's.
         let outside = pod(0, 9);
         let sockets = [tunnel, listener];
         for (carried, expected) in [(true, Kept), (false, Ended)] {
-            let judgement = judge(&plan(READY), &outside, &sockets, (false, carried));
-            assert_eq!(becomes(&judgement, &sockets), expected, "{carried}");
+            let judgement = judge(&ready, &outside, &sockets, (false, carried), is_tunnel);
+            let becomes = becomes(&judgement, &sockets);
+            assert_eq!(becomes, expected, "{ends:?} {carried}");
         }
     }
 }
