@@ -30,7 +30,7 @@ use crate::logging::Level;
 use crate::metrics::Metrics;
 use crate::pods::find::{ByAnnotation, ByCgroup, ByCri, Finder};
 use crate::proxy::{self, ProxyHandle};
-use crate::record::Recorder;
+use crate::record::{self, Recorder};
 use crate::shutdown::{self, Requests, Successor};
 use crate::source;
 use crate::sys::route::Routing;
@@ -196,7 +196,8 @@ impl Rooms {
         let recorder = Recorder::new(&config.node, plan, metrics.clone(), sink, now);
         // Before there is a plan, ends have no names; a predecessor reads on until then.
         let named = mirror::first_plan(views.status.clone(), ANSWER_AFTER);
-        let records = recorder.clone();
+        let (ended, endings) = record::endings();
+        let records = (recorder.clone(), endings);
         let events = tokio::spawn(async move {
             tokio::select! {
                 () = named => {}
@@ -220,6 +221,7 @@ impl Rooms {
             node: config.node.clone(),
             trust_domain,
             silent: config.deny == Deny::Drop,
+            ended,
         };
         let known = facts.cluster.clone();
         let report = facts.report.clone();

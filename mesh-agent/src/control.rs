@@ -34,6 +34,7 @@ use crate::identity::{SpiffeId, TrustDomain};
 use crate::logging::Chain;
 use crate::pods::find::Find;
 use crate::pods::{PodTable, made};
+use crate::record::Ended;
 use adopted::{Adopted, Leaving, Retry};
 
 pub use kernel::Kernel;
@@ -75,6 +76,8 @@ pub struct Settings {
     pub trust_domain: TrustDomain,
     /// Refused packets vanish instead of being answered, where the pod's namespace says nothing.
     pub silent: bool,
+    /// Where is noted what is ended at the socket, for its record.
+    pub ended: Ended,
 }
 
 /// Where `control` publishes.

@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::config::FlowLog;
 use crate::metrics::Metrics;
-use crate::record::{FlowRecord, KernelRecords, Recorder};
+use crate::record::{Endings, FlowRecord, KernelRecords, Recorder};
 
 mod writer;
 
@@ -161,11 +161,11 @@ const RETURN: Duration = Duration::from_secs(1);
 /// `replaced` is true they are left to the successor.
 pub async fn drain(
     mut events: impl EventSource,
-    recorder: Recorder,
+    (recorder, endings): (Recorder, Endings),
     replaced: watch::Receiver<bool>,
     mut stop: watch::Receiver<bool>,
 ) {
-    let mut records = KernelRecords::new(recorder);
+    let mut records = KernelRecords::new(recorder, endings);
     let mut left = None;
     let mut tick = tokio::time::interval(DRAIN_EVERY);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

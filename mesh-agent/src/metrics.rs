@@ -199,6 +199,7 @@ impl Metrics {
             Close::Finished(_) => return,
             Close::Refused(verdict) => verdict.reason as usize,
             Close::Failed(reason) => *reason as usize,
+            Close::Changed(_) => Reason::PolicyChanged as usize,
             Close::Reset(_) => CODES,
             Close::Aborted => CODES + 1,
         };

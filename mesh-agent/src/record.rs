@@ -7,7 +7,6 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime};
 
 use mesh_common::event::closed_by;
@@ -18,12 +17,16 @@ use time::OffsetDateTime;
 use tokio::sync::watch;
 
 use crate::flows::FlowSink;
-use crate::metrics::{Labels, Metrics, Open};
+use crate::metrics::{Labels, Metrics};
 
 mod audit;
+mod bytes;
+mod ended;
 mod kernel;
 mod names;
 
+pub use bytes::Bytes;
+pub use ended::{Ended, Endings, endings};
 pub use kernel::KernelRecords;
 pub use names::Party;
 
@@ -128,6 +131,8 @@ pub enum Close {
     Refused(Verdict),
     /// It could not be established, or was ended from outside, for this reason.
     Failed(Reason),
+    /// It was open, and policy or modes changed: what refuses it now.
+    Changed(Verdict),
     /// Its task vanished without a word: a panic.
     Aborted,
 }
@@ -141,6 +146,7 @@ impl Close {
             Self::Reset(_) => "reset",
             Self::Refused(verdict) => verdict.reason.label(),
             Self::Failed(reason) => reason.label(),
+            Self::Changed(_) => Reason::PolicyChanged.label(),
             Self::Aborted => "aborted",
         }
     }
@@ -152,9 +158,19 @@ impl Close {
             Self::Finished(by) | Self::Reset(by) => *by,
             Self::Refused(_) => ClosedBy::Failed,
             Self::Failed(Reason::PolicyChanged | Reason::AgentShutdown | Reason::PodDeleted)
+            | Self::Changed(_)
             | Self::Aborted => ClosedBy::Agent,
             Self::Failed(_) => ClosedBy::Failed,
         }
+    }
+
+    /// Of [`Close::Changed`], by its label: the rule, or where there is none the reason.
+    fn ended_by(&self, plan: &Plan) -> Option<String> {
+        let Self::Changed(verdict) = self else {
+            return None;
+        };
+        let reason = || Some(verdict.reason).filter(|reason| *reason != Reason::PolicyChanged);
+        names::rule(plan, verdict.rule).or_else(|| Some(reason()?.label().to_owned()))
     }
 }
 
@@ -236,6 +252,10 @@ pub struct FlowRecord {
     /// `refused`, `timed_out`, `unreachable` or `address_in_use`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cause: Option<&'static str>,
+    /// With `policy_changed`, what refuses it now: the rule, by its number where only the other end's
+    /// node knows it, or the reason where no rule does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ended_by: Option<String>,
     /// Who ended it.
     #[serde(serialize_with = "label")]
     pub closed_by: ClosedBy,
@@ -381,11 +401,7 @@ impl Recorder {
         });
         ConnectionRecord {
             began: Instant::now(),
-            bytes: Bytes {
-                sent: Direction::default(),
-                received: Direction::default(),
-                counted,
-            },
+            bytes: Bytes::new(counted),
             end: Some(Unfinished {
                 recorder: self.clone(),
                 open,
@@ -402,67 +418,6 @@ impl Recorder {
     /// The only way out: to metrics (how it ended) and to the flow log.
     fn emit(&self, record: FlowRecord) {
         self.0.flows.send(record, &self.0.metrics);
-    }
-}
-
-/// Bytes of one direction.
-#[derive(Debug, Default)]
-struct Direction {
-    total: AtomicU64,
-    counted: AtomicU64,
-}
-
-/// Metrics of an open connection are behind by less than this.
-const COUNT_EVERY: u64 = 1 << 20;
-
-/// The bytes of an open connection; both directions may add at once.
-#[derive(Debug)]
-pub struct Bytes {
-    sent: Direction,
-    received: Direction,
-    counted: Open,
-}
-
-impl Bytes {
-    /// Adds application bytes from source to destination.
-    pub fn add_sent(&self, bytes: u64) {
-        let new = self.sent.add(bytes);
-        if new > 0 {
-            self.counted.add(new, 0);
-        }
-    }
-
-    /// Adds application bytes from destination to source.
-    pub fn add_received(&self, bytes: u64) {
-        let new = self.received.add(bytes);
-        if new > 0 {
-            self.counted.add(0, new);
-        }
-    }
-
-    fn finish(&self) -> (u64, u64) {
-        self.counted.add(self.sent.take(), self.received.take());
-        (
-            self.sent.total.load(Relaxed),
-            self.received.total.load(Relaxed),
-        )
-    }
-}
-
-impl Direction {
-    /// Adds, and returns what is to be counted now.
-    fn add(&self, bytes: u64) -> u64 {
-        let before = self.total.fetch_add(bytes, Relaxed);
-        if before / COUNT_EVERY == before.wrapping_add(bytes) / COUNT_EVERY {
-            return 0;
-        }
-        self.take()
-    }
-
-    /// What is not counted yet. Only the task that adds may ask.
-    fn take(&self) -> u64 {
-        let total = self.total.load(Relaxed);
-        total.saturating_sub(self.counted.swap(total, Relaxed))
     }
 }
 
@@ -537,10 +492,13 @@ impl ConnectionRecord {
         shared.metrics.closed(end.open.reporter, &close);
         let verdict = match close {
             Close::Refused(verdict) => verdict,
-            Close::Finished(_) | Close::Reset(_) | Close::Failed(_) | Close::Aborted => {
-                end.open.verdict
-            }
+            Close::Finished(_)
+            | Close::Reset(_)
+            | Close::Failed(_)
+            | Close::Changed(_)
+            | Close::Aborted => end.open.verdict,
         };
+        let plan = end.recorder.plan();
         let clear = (end.open.security == Security::None).then_some(verdict.reason);
         end.recorder.emit(FlowRecord {
             time: (shared.clock)(),
@@ -557,7 +515,7 @@ impl ConnectionRecord {
             bytes_received,
             verdict: verdict_label(verdict.allowed),
             reason: verdict.reason,
-            rule: names::rule(&end.recorder.plan(), verdict.rule),
+            rule: names::rule(&plan, verdict.rule),
             security: end.open.security,
             clear,
             evidence: end.open.evidence,
@@ -566,6 +524,7 @@ impl ConnectionRecord {
             retransmits: end.retransmits,
             close: close.label(),
             cause: end.cause,
+            ended_by: close.ended_by(&plan),
             closed_by: close.closed_by(),
             policy_revision: shared.metrics.policy_revision(),
         });

@@ -6,6 +6,7 @@
 use std::io::{Read, Write};
 use std::ops::{Deref, DerefMut};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -29,6 +30,8 @@ pub struct Mesh {
     /// One for each node; may be taken out.
     pub agents: Vec<Agent>,
     lab: Lab,
+    /// How often objects were put in force.
+    enforced: AtomicU8,
 }
 
 impl Deref for Mesh {
@@ -76,7 +79,11 @@ impl Mesh {
             };
             threads.into_iter().map(join).collect::<Result<Vec<_>>>()
         })?;
-        let mesh = Self { agents, lab };
+        let mesh = Self {
+            agents,
+            lab,
+            enforced: AtomicU8::new(0),
+        };
         mesh.settled()?;
         Ok(mesh)
     }
@@ -120,6 +127,32 @@ impl Mesh {
             })?;
         }
         Ok(())
+    }
+
+    /// Puts objects in force on all nodes, in place of those of the last call. With them comes a
+    /// service that is another each time: without it a node that the objects do not concern would
+    /// have nothing to show.
+    ///
+    /// # Errors
+    /// They do not come into force; the error carries the end of each agent's log.
+    pub fn enforce(&self, objects: &str) -> Result<()> {
+        let revision = |agent: &Agent| agent.ask("/status").ok()?["policy_revision"].as_u64();
+        let before: Vec<_> = self.agents.iter().map(revision).collect();
+        let number = 1 + self.enforced.fetch_add(1, Ordering::Relaxed);
+        let text = format!(
+            "{objects}\n---\napiVersion: v1\nkind: Service\n\
+             metadata: {{name: in-force, namespace: default}}\n\
+             spec: {{clusterIP: 10.96.254.{number}, ports: [{{port: 80}}]}}\n"
+        );
+        self.apply_text("in-force", &text)?;
+        eventually("all nodes to enforce it", IN_FORCE, || {
+            let mut now = self.agents.iter().map(revision).zip(&before);
+            now.all(|(now, before)| now > *before).then_some(())
+        })
+        .with_context(|| {
+            let logs = self.agents.iter().map(Agent::log_tail);
+            logs.collect::<Vec<_>>().join("\n")
+        })
     }
 
     /// The sum of a metric's samples whose labels contain all of `labels`, over all agents.

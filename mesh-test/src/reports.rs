@@ -100,7 +100,7 @@ pub enum Held {
     Closed {
         /// Its local address.
         local: SocketAddr,
-        /// `eof`, `reset`, `aborted`, `timeout`, or the error's text.
+        /// `eof`, `reset`, `aborted`, `timeout`, `other bytes` than were sent, or the error's text.
         how: String,
         /// Milliseconds after it was opened.
         after_ms: u64,

@@ -67,26 +67,6 @@ fn at(pod: &Pod, port: u16) -> [SocketAddr; 2] {
     [(pod.v4(), port).into(), (pod.v6(), port).into()]
 }
 
-fn revisions(mesh: &Mesh) -> Vec<u64> {
-    let of = |agent: &mesh_test::Agent| agent.ask("/status").ok()?["policy_revision"].as_u64();
-    mesh.agents
-        .iter()
-        .map(|agent| of(agent).expect("a revision"))
-        .collect()
-}
-
-fn enforce(mesh: &Mesh, mode: &str) {
-    let before = revisions(mesh);
-    mesh.apply_text("policies", &POLICIES.replace("MODE", mode))
-        .expect("apply");
-    eventually("both nodes to have it", SOON, || {
-        let now = revisions(mesh);
-        let all = now.iter().zip(&before).all(|(now, before)| now > before);
-        all.then_some(())
-    })
-    .expect("in force");
-}
-
 /// Who was audited with whom, by which protocol and rule, and how often.
 type Audits = BTreeMap<(String, String, String, String), usize>;
 
@@ -166,7 +146,8 @@ fn audit_names_what_enforcing_refuses_and_lets_it_pass() {
     assert!(before.values().all(|ok| *ok), "{before:?}");
     assert_eq!(audits(&mesh), Audits::new(), "there is no policy yet");
 
-    enforce(&mesh, "Audit");
+    mesh.enforce(&POLICIES.replace("MODE", "Audit"))
+        .expect("in force");
     let audited = talk(&mesh);
     assert_eq!(audited, before, "audit refuses nothing");
     // Two families each; UDP twice. The refusal of the closed port is the application's.
@@ -193,7 +174,8 @@ fn audit_names_what_enforcing_refuses_and_lets_it_pass() {
         assert_eq!(count.to_string(), wanted.to_string(), "{rule}");
     }
 
-    enforce(&mesh, "Enforce");
+    mesh.enforce(&POLICIES.replace("MODE", "Enforce"))
+        .expect("in force");
     let enforced = talk(&mesh);
     let meant = |name: &&str| name.contains("as meant");
     for (name, passes) in &enforced {
@@ -209,7 +191,8 @@ fn an_unconnected_socket_is_audited_once_for_each_flow() {
     let _server = neighbour
         .serve(&format!("--udp [::]:{PORT}"))
         .expect("server");
-    enforce(&mesh, "Audit");
+    mesh.enforce(&POLICIES.replace("MODE", "Audit"))
+        .expect("in force");
     let to = at(&neighbour, PORT)[0];
     let line = format!("udp --to {to} --count 50 --timeout-ms 500");
     let report: Udp = client.probe(&line).expect("run").json().expect("report");

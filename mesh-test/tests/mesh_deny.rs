@@ -84,15 +84,9 @@ fn mesh(deny: &str) -> Mesh {
 }
 
 fn enforce(mesh: &Mesh) {
-    let revision = || mesh.agent(2).ask("/status").ok()?["policy_revision"].as_u64();
-    let before = revision();
     let policies: String = ["red", "blue", "green", "inside"].map(isolate).concat();
-    mesh.apply_text("closed", &format!("{policies}{SERVICE}"))
-        .expect("apply");
-    eventually("the policies to be in force", SOON, || {
-        (revision() > before).then_some(())
-    })
-    .expect("in force");
+    mesh.enforce(&format!("{policies}{SERVICE}"))
+        .expect("in force");
 }
 
 /// What each namespace's pod shows: to a pod of another node, to a host outside, and to its own

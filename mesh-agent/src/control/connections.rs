@@ -13,7 +13,7 @@ use mesh_common::path::{self, Origin, Outbound, Peers as _};
 use mesh_common::pod::{PodState, PodView};
 use mesh_common::service::{ServiceKey, Services as _};
 use mesh_common::settings::{MARK_CAPTURE, MARK_INBOUND, MARK_MASK, TUNNEL_PORT};
-use mesh_common::{Endpoint, Port, Protocol, Reason};
+use mesh_common::{Endpoint, Port, Protocol, Reason, Verdict};
 use mesh_plan::Plan;
 
 use crate::sys::sock_diag::{Socket, state};
@@ -23,8 +23,8 @@ use crate::sys::sock_diag::{Socket, state};
 pub struct Judgement {
     /// Older than the mesh, and left in clear: (the pod's end, the other end, why).
     pub old: Vec<(Endpoint, Endpoint, Reason)>,
-    /// To be ended, each with the reason.
-    pub denied: Vec<(Socket, Reason)>,
+    /// To be ended, each with what refuses it.
+    pub denied: Vec<(Socket, Verdict)>,
 }
 
 /// Decides the open connections of a pod again. `sockets` are all of its namespace, listeners
@@ -45,7 +45,7 @@ pub fn judge(
         match scene.decide(socket) {
             Fate::Keep => {}
             _ if carried && is_tunnel(socket) => {}
-            Fate::Deny(reason) => judgement.denied.push((*socket, reason)),
+            Fate::Deny(verdict) => judgement.denied.push((*socket, verdict)),
             Fate::Old => {
                 let reason = if fresh {
                     Reason::PreEnrolment
@@ -61,7 +61,7 @@ pub fn judge(
 
 /// The pod's ends of connections that lead to the agent: captured ones, and hand-overs.
 #[must_use]
-pub fn with_the_agent(pod: &PodView, sockets: &[Socket]) -> Vec<(Socket, Reason)> {
+pub fn with_the_agent(pod: &PodView, sockets: &[Socket]) -> Vec<Socket> {
     let ends: BTreeSet<(Endpoint, Endpoint)> =
         sockets.iter().map(|s| (s.local, s.remote)).collect();
     sockets
@@ -72,7 +72,7 @@ pub fn with_the_agent(pod: &PodView, sockets: &[Socket]) -> Vec<(Socket, Reason)
             let marked = [MARK_CAPTURE, MARK_INBOUND].contains(&(s.mark & MARK_MASK));
             marked || ends.contains(&(s.remote, s.local))
         })
-        .map(|s| (*s, Reason::OptedOut))
+        .copied()
         .collect()
 }
 
@@ -82,19 +82,19 @@ pub fn of_the_agent(
     pod: &PodView,
     sockets: &[Socket],
     is_tunnel: impl Fn(&Socket) -> bool,
-) -> Vec<(Socket, Reason)> {
+) -> Vec<Socket> {
     let ours = |s: &&Socket| {
         let tunnel = s.local.port == TUNNEL_PORT || s.remote.port == TUNNEL_PORT;
         let foreign = !(pod.owns(&s.local.addr) || s.local.addr.is_loopback());
         tunnel || foreign || is_tunnel(s)
     };
-    connected(sockets).filter(ours).map(gone).collect()
+    connected(sockets).filter(ours).copied().collect()
 }
 
 /// Every connection of a namespace that is going away.
 #[must_use]
-pub fn all(sockets: &[Socket]) -> Vec<(Socket, Reason)> {
-    connected(sockets).map(gone).collect()
+pub fn all(sockets: &[Socket]) -> Vec<Socket> {
+    connected(sockets).copied().collect()
 }
 
 fn connected(sockets: &[Socket]) -> impl Iterator<Item = &Socket> {
@@ -102,14 +102,10 @@ fn connected(sockets: &[Socket]) -> impl Iterator<Item = &Socket> {
     sockets.iter().filter(tcp)
 }
 
-const fn gone(socket: &Socket) -> (Socket, Reason) {
-    (*socket, Reason::PodDeleted)
-}
-
 enum Fate {
     Keep,
     Old,
-    Deny(Reason),
+    Deny(Verdict),
 }
 
 struct Scene<'a> {
@@ -177,7 +173,7 @@ impl<'a> Scene<'a> {
             socket.local.port,
         );
         if path.action == Outbound::Refuse {
-            return Fate::Deny(path.verdict.reason);
+            return Fate::Deny(path.verdict);
         }
         if !self.tunnelled_to(&socket.remote) {
             return Fate::Keep;
@@ -200,7 +196,7 @@ impl<'a> Scene<'a> {
         let path = path::outbound(self.plan, self.pod, socket.remote, Protocol::TCP);
         match path.action {
             Outbound::Refuse if self.meets_silence(socket, path.verdict.reason) => Fate::Keep,
-            Outbound::Refuse => Fate::Deny(path.verdict.reason),
+            Outbound::Refuse => Fate::Deny(path.verdict),
             Outbound::Direct => Fate::Keep,
             Outbound::Tunnel if self.is_captured(socket) => Fate::Keep,
             Outbound::Tunnel => self.old_or_denied(socket, self.pod.has(PodState::STRICT)),
@@ -211,7 +207,7 @@ impl<'a> Scene<'a> {
     fn old_or_denied(&self, socket: &Socket, strict: bool) -> Fate {
         let peer = self.plan.peer(&socket.remote.addr);
         if strict || self.pod.has(PodState::REQUIRED) || peer.is_some_and(|p| p.has(Peer::STRICT)) {
-            return Fate::Deny(Reason::PreEnrolment);
+            return Fate::Deny(Verdict::refuse(Reason::PreEnrolment));
         }
         // Also one that still connects: a hook let it go in clear, and nothing captures it now.
         Fate::Old
@@ -233,7 +229,7 @@ impl<'a> Scene<'a> {
         );
         // Which end began is not known: an answer is allowed where the question was.
         if out.action == Outbound::Refuse && back.action == Outbound::Refuse {
-            Fate::Deny(out.verdict.reason)
+            Fate::Deny(out.verdict)
         } else {
             Fate::Keep
         }

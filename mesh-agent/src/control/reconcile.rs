@@ -26,6 +26,7 @@ use super::{Control, Error, Kernel, connections, describe, sockets};
 use crate::datapath::PodAttachment;
 use crate::pods::find::Find;
 use crate::pods::{self, Home, PodHandle, watch};
+use crate::record::Ended;
 use crate::sys::route::{Link, Routing};
 
 /// How long the open connections of a pod that leaves the mesh may go on as they are.
@@ -289,7 +290,8 @@ impl<K: Kernel, F: Find> Control<K, F> {
             return;
         };
         pod.fresh |= is_fresh;
-        match again(&mut self.kernel, pod, plan, &local.view, is_fresh) {
+        let to = (&mut self.kernel, &self.settings.ended);
+        match again(to, pod, plan, &local.view, is_fresh) {
             Ok(ended) => self.ended += ended,
             Err(_) if !pod.home.is_there() => {}
             Err(why) => {
@@ -362,7 +364,8 @@ impl<K: Kernel, F: Find> Control<K, F> {
             let Some(local) = plan.pods.get(uid) else {
                 continue;
             };
-            match again(&mut self.kernel, pod, &plan, &local.view, true) {
+            let to = (&mut self.kernel, &self.settings.ended);
+            match again(to, pod, &plan, &local.view, true) {
                 Ok(ended) => self.ended += ended,
                 Err(_) if !pod.home.is_there() => {}
                 Err(why) => {
@@ -538,7 +541,7 @@ fn keep(
 
 /// Decides a pod's open connections again; how many were ended. The error is for people.
 fn again(
-    kernel: &mut impl Kernel,
+    (kernel, ended): (&mut impl Kernel, &Ended),
     pod: &mut Adopted,
     plan: &Plan,
     view: &PodView,
@@ -552,7 +555,15 @@ fn again(
     if judgement.denied.is_empty() {
         return Ok(0);
     }
-    let ended = sockets::end(&pod.home.netns, &judgement.denied).map_err(|e| describe(&e))?;
+    let now = Instant::now();
+    for (socket, verdict) in &judgement.denied {
+        ended.note(socket.local, socket.remote, *verdict, now);
+    }
+    let ended = sockets::end(
+        &pod.home.netns,
+        judgement.denied.iter().map(|(socket, _)| socket),
+    )
+    .map_err(|e| describe(&e))?;
     tracing::info!(pod = %pod.handle.local.name, ended, "open connections ended: policy or mode changed");
     Ok(ended)
 }

@@ -3,7 +3,7 @@
 
 use std::io;
 
-use mesh_common::{Protocol, Reason};
+use mesh_common::Protocol;
 
 use super::adopted::Leaving;
 use super::connections;
@@ -24,12 +24,15 @@ pub(super) fn list(netns: &NetNs) -> io::Result<Vec<Socket>> {
 ///
 /// # Errors
 /// The first that could not be ended; the others are.
-pub(super) fn end(netns: &NetNs, sockets: &[(Socket, Reason)]) -> io::Result<u64> {
+pub(super) fn end<'a>(
+    netns: &NetNs,
+    sockets: impl IntoIterator<Item = &'a Socket> + Send,
+) -> io::Result<u64> {
     netns.run(|| {
         let mut diag = SockDiag::open()?;
         let mut ended = 0;
         let mut failure = None;
-        for (socket, _) in sockets {
+        for socket in sockets {
             match diag.destroy(socket) {
                 Ok(true) => ended += 1,
                 Ok(false) => {}

@@ -13,6 +13,7 @@ use super::fake::{Fake, State};
 use super::*;
 use crate::pods::find::ByAnnotation;
 use crate::pods::lab::{Lab, V4, V6, lab};
+use crate::record::endings;
 use crate::sys::lab::ip;
 
 const UID: &str = "uid-a";
@@ -41,6 +42,7 @@ fn settings() -> Settings {
         node: "n1".to_owned(),
         trust_domain: TrustDomain::new("cluster.local").expect("valid"),
         silent: false,
+        ended: endings().0,
     }
 }
 

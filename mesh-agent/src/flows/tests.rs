@@ -7,7 +7,7 @@ use mesh_plan::Plan;
 
 use super::*;
 use crate::metrics::Form;
-use crate::record::{Close, ClosedBy, ConnectionOpen, Reporter, Security};
+use crate::record::{Close, ClosedBy, ConnectionOpen, Reporter, Security, endings};
 
 fn recorder(metrics: &Metrics, sink: FlowSink) -> Recorder {
     let (_, plan) = watch::channel(Arc::new(Plan::default()));
@@ -121,7 +121,13 @@ async fn what_waits_at_the_end_is_still_recorded() {
         ..Event::default()
     };
     let (_here, replaced) = watch::channel(false);
-    drain(Fake(vec![event; 3]), recorder, replaced, stopped).await;
+    drain(
+        Fake(vec![event; 3]),
+        (recorder, endings().1),
+        replaced,
+        stopped,
+    )
+    .await;
     drop(stop);
     assert_eq!(flows.sink().recent().await.len(), 3);
 }

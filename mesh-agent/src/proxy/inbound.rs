@@ -56,7 +56,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
     let proven = timeout(worker.timing.handshake, proven);
     let proven = tokio::select! {
         biased;
-        _reason = entry.ended() => return,
+        _why = entry.ended() => return,
         proven = proven => proven.unwrap_or(Err(Failure::Refused(Refusal::Timeout))),
     };
     drop(unproven);
@@ -163,7 +163,7 @@ impl Serving<'_> {
             self.entry.set_idle(true);
             let next = tokio::select! {
                 biased;
-                _reason = self.entry.ended() => return Ok(()),
+                _why = self.entry.ended() => return Ok(()),
                 next = timeout(self.worker.timing.tunnel_idle, tunnel.control()) => next,
             };
             let Ok(next) = next else {
@@ -215,7 +215,7 @@ impl Serving<'_> {
         let outcome = tokio::select! {
             biased;
             // A pod that is deleted does not wait for anybody's policy: it would stay until then.
-            reason = self.entry.ended() => Err(Refused::decided(Verdict::refuse(reason))),
+            why = self.entry.ended() => Err(Refused::decided(Verdict::refuse(why.reason()))),
             outcome = self.admit(&pod, &open) => outcome,
         };
         drop(pod);
@@ -391,7 +391,7 @@ impl Serving<'_> {
             tokio::select! {
                 biased;
                 end = self.worker.fair.carry(self.pod, relay.run()) => Ok(end),
-                reason = self.entry.ended() => Err(reason),
+                why = self.entry.ended() => Err(why),
             }
         };
         let (rtt, retransmits) = tunnel.transport();
@@ -423,9 +423,9 @@ impl Serving<'_> {
                     Close::Reset(ClosedBy::Remote)
                 }
             }
-            Err(reason) => {
-                tunnel.queue(stream, &Control::Reset(Why::new(reason)));
-                Close::Failed(reason)
+            Err(why) => {
+                tunnel.queue(stream, &Control::Reset(why.why()));
+                why.close()
             }
         };
         tunnel.end();

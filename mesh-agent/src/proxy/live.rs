@@ -8,11 +8,13 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use mesh_common::path::{Outbound, outbound, tunnelled};
-use mesh_common::{Endpoint, IdentityId, Protocol, Reason};
+use mesh_common::{Endpoint, IdentityId, Protocol, Reason, Verdict};
 use mesh_plan::Plan;
 use tokio::sync::Notify;
 
+use super::tunnel::frame::Why;
 use crate::identity::{Identities, Proof};
+use crate::record::Close;
 
 /// What a connection was allowed for.
 #[derive(Clone, Copy, Debug)]
@@ -34,20 +36,59 @@ pub(crate) enum Subject {
 }
 
 impl Subject {
-    /// Whether the plan still allows it to this pod. A pod that the plan does not know is none of
-    /// the plan's business: its end is noticed elsewhere.
-    fn is_allowed(&self, plan: &Plan, uid: &str) -> bool {
-        let Some(pod) = plan.pods.get(uid) else {
-            return true;
-        };
+    /// What refuses it to this pod by now, if anything does. A pod that the plan does not know is
+    /// none of the plan's business: its end is noticed elsewhere.
+    fn refused(&self, plan: &Plan, uid: &str) -> Option<Verdict> {
+        let pod = plan.pods.get(uid)?;
         match self {
             Self::Outbound { to } => {
-                outbound(plan, &pod.view, *to, Protocol::TCP).action != Outbound::Refuse
+                let path = outbound(plan, &pod.view, *to, Protocol::TCP);
+                (path.action == Outbound::Refuse).then_some(path.verdict)
             }
             Self::Inbound { from, peer, to } => {
                 let peer = plan.peers.get(&from.addr).map_or(*peer, |now| now.id);
-                tunnelled(plan, &pod.view, peer, &from.addr, to.port).allowed
+                let verdict = tunnelled(plan, &pod.view, peer, &from.addr, to.port);
+                (!verdict.allowed).then_some(verdict)
             }
+        }
+    }
+}
+
+/// Why an open connection is ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// Policy or modes changed, and this is decided now.
+    Refused(Verdict),
+    /// Of something else.
+    Because(Reason),
+}
+
+impl Ending {
+    /// In a word.
+    pub(crate) const fn reason(&self) -> Reason {
+        match self {
+            Self::Refused(_) => Reason::PolicyChanged,
+            Self::Because(reason) => *reason,
+        }
+    }
+
+    /// For the other end.
+    pub(crate) const fn why(&self) -> Why {
+        let why = Why::new(self.reason());
+        match self {
+            Self::Refused(verdict) => Why {
+                rule: verdict.rule,
+                ..why
+            },
+            Self::Because(_) => why,
+        }
+    }
+
+    /// For the record.
+    pub(crate) const fn close(&self) -> Close {
+        match self {
+            Self::Refused(verdict) => Close::Changed(*verdict),
+            Self::Because(reason) => Close::Failed(*reason),
         }
     }
 }
@@ -59,15 +100,15 @@ pub(crate) struct Entry {
     subject: Cell<Option<Subject>>,
     proof: RefCell<Option<Rc<Proof>>>,
     idle: Cell<bool>,
-    ended: Cell<Option<Reason>>,
+    ended: Cell<Option<Ending>>,
     notify: Notify,
 }
 
 impl Entry {
-    /// Ends it; the first reason counts.
-    fn end(&self, reason: Reason) {
+    /// Ends it; the first word counts.
+    fn end(&self, why: Ending) {
         if self.ended.get().is_none() {
-            self.ended.set(Some(reason));
+            self.ended.set(Some(why));
         }
         self.notify.notify_one();
     }
@@ -88,10 +129,10 @@ impl Entry {
     }
 
     /// Waits until it is to end. Cancel safe.
-    pub(crate) async fn ended(&self) -> Reason {
+    pub(crate) async fn ended(&self) -> Ending {
         loop {
-            if let Some(reason) = self.ended.get() {
-                return reason;
+            if let Some(why) = self.ended.get() {
+                return why;
             }
             self.notify.notified().await;
         }
@@ -136,9 +177,9 @@ impl Live {
     pub(crate) fn decide_again(&self, plan: &Plan) {
         for entry in self.entries.borrow().values() {
             if let Some(subject) = entry.subject.get()
-                && !subject.is_allowed(plan, &entry.uid)
+                && let Some(verdict) = subject.refused(plan, &entry.uid)
             {
-                entry.end(Reason::PolicyChanged);
+                entry.end(Ending::Refused(verdict));
             }
         }
     }
@@ -151,7 +192,7 @@ impl Live {
                 && identities.is_revoked(proof)
             {
                 tracing::info!(uid = %entry.uid, peer = %proof.id, "a peer's certificate is revoked: its tunnel is closed");
-                entry.end(Reason::IdentityRefused);
+                entry.end(Ending::Because(Reason::IdentityRefused));
             }
         }
     }
@@ -160,7 +201,7 @@ impl Live {
     pub(crate) fn end_pods(&self, is_gone: impl Fn(&str) -> bool) {
         for entry in self.entries.borrow().values() {
             if is_gone(&entry.uid) {
-                entry.end(Reason::PodDeleted);
+                entry.end(Ending::Because(Reason::PodDeleted));
             }
         }
     }
@@ -168,7 +209,7 @@ impl Live {
     /// Ends everything.
     pub(crate) fn end_all(&self, reason: Reason) {
         for entry in self.entries.borrow().values() {
-            entry.end(reason);
+            entry.end(Ending::Because(reason));
         }
     }
 
@@ -176,7 +217,7 @@ impl Live {
     pub(crate) fn end_idle(&self, reason: Reason) {
         for entry in self.entries.borrow().values() {
             if entry.idle.get() {
-                entry.end(reason);
+                entry.end(Ending::Because(reason));
             }
         }
     }

@@ -162,7 +162,7 @@ async fn hold(worker: &Worker, share: &Arc<Share>, app: &Socket, entry: &Entry) 
     }
     tokio::select! {
         biased;
-        _reason = entry.ended() => {}
+        _why = entry.ended() => {}
         // A client that has closed in order cannot be told from one that only sends no more.
         _error = app.failed() => {}
         () = tokio::time::sleep(worker.timing.silence) => {}
@@ -216,7 +216,7 @@ impl Endpoints<'_> {
         let next = self.another();
         let made = tokio::select! {
             biased;
-            reason = entry.ended() => return (Outcome::Ended(Close::Failed(reason)), None),
+            why = entry.ended() => return (Outcome::Ended(why.close()), None),
             made = reach::tunnel(self.worker, (self.pod, self.share), self.target, next.is_some()) => made,
         };
         let outcome = match made {
@@ -250,7 +250,7 @@ impl Endpoints<'_> {
             tokio::select! {
                 biased;
                 end = self.worker.fair.carry(pod, relay.run()) => Ok(end),
-                reason = entry.ended() => Err(reason),
+                why = entry.ended() => Err(why),
             }
         };
         let (rtt, retransmits) = tunnel.transport();
@@ -260,9 +260,9 @@ impl Endpoints<'_> {
         }
         match end {
             Ok(end) => self.conclude(pooled, stream, end),
-            Err(reason) => {
-                self.give_up(pooled.tunnel, stream, Why::new(reason));
-                Outcome::Ended(Close::Failed(reason))
+            Err(why) => {
+                self.give_up(pooled.tunnel, stream, why.why());
+                Outcome::Ended(why.close())
             }
         }
     }
@@ -370,8 +370,11 @@ const fn is_about_the_endpoint(close: &Close) -> bool {
 
 /// How a connection ended that the other end reset.
 pub(crate) fn reset(why: Why) -> Close {
-    why.reason
-        .map_or(Close::Reset(ClosedBy::Remote), Close::Failed)
+    match why.reason {
+        Some(reason @ Reason::PolicyChanged) => Close::Changed(Verdict::deny(reason, why.rule)),
+        Some(reason) => Close::Failed(reason),
+        None => Close::Reset(ClosedBy::Remote),
+    }
 }
 
 /// An `Arc<str>` of an identity, for records.

@@ -40,6 +40,7 @@ impl Recorder {
             retransmits: 0,
             close: verdict.reason.label(),
             cause: None,
+            ended_by: None,
             closed_by: ClosedBy::Unknown,
             policy_revision: shared.metrics.policy_revision(),
         };

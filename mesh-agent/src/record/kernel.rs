@@ -17,7 +17,8 @@ use mesh_plan::cluster::Pod;
 
 use super::names::{self, Party};
 use super::{
-    Close, ClosedBy, FlowRecord, Kind, Recorder, Reporter, Security, protocol_label, verdict_label,
+    Close, ClosedBy, Endings, FlowRecord, Kind, Recorder, Reporter, Security, protocol_label,
+    verdict_label,
 };
 use crate::metrics::Labels;
 
@@ -28,6 +29,7 @@ const REMEMBERED: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct KernelRecords {
     recorder: Recorder,
+    endings: Endings,
     plan: Arc<Plan>,
     gone: BTreeMap<Addr, (Instant, Arc<Pod>)>,
     /// Who had an address in an earlier event under this plan: a busy node reports the same few
@@ -41,8 +43,9 @@ const MOST_KNOWN: usize = 4096;
 impl KernelRecords {
     /// With no pod gone yet.
     #[must_use]
-    pub fn new(recorder: Recorder) -> Self {
+    pub fn new(recorder: Recorder, endings: Endings) -> Self {
         Self {
+            endings,
             plan: recorder.plan(),
             recorder,
             gone: BTreeMap::new(),
@@ -52,6 +55,7 @@ impl KernelRecords {
 
     /// Takes the latest plan; to be called before a batch of events.
     pub fn refresh(&mut self, now: Instant) {
+        self.endings.forget(now);
         let latest = self.recorder.plan();
         if Arc::ptr_eq(&latest, &self.plan) {
             return;
@@ -108,7 +112,8 @@ impl KernelRecords {
                 return;
             }
         };
-        let record = self.record(kind, event);
+        let close = self.close(kind, event);
+        let record = self.record(kind, event, &close);
         if kind == Kind::Connection {
             let metrics = &self.recorder.0.metrics;
             let counted = metrics.open(Labels {
@@ -119,14 +124,34 @@ impl KernelRecords {
                 security: record.security,
             });
             counted.add(record.bytes_sent, record.bytes_received);
-            metrics.closed(record.reporter, &close(record.closed_by));
+            metrics.closed(record.reporter, &close);
         } else if kind == Kind::Audit {
             self.recorder.count_audited(&record);
         }
         self.recorder.emit(record);
     }
 
-    fn record(&mut self, kind: Kind, event: &Event) -> FlowRecord {
+    /// How what an event tells of has ended.
+    fn close(&mut self, kind: Kind, event: &Event) -> Close {
+        if kind != Kind::Connection {
+            return Close::Failed(reason(event));
+        }
+        let closed_by = ClosedBy::from_code(event.closed_by);
+        if let ClosedBy::Reset | ClosedBy::Failed = closed_by
+            && let Some(verdict) = self.endings.take(event.local, event.remote)
+        {
+            return Close::Changed(verdict);
+        }
+        match closed_by {
+            ClosedBy::Unknown | ClosedBy::Local | ClosedBy::Remote | ClosedBy::Agent => {
+                Close::Finished(closed_by)
+            }
+            ClosedBy::Reset => Close::Reset(closed_by),
+            ClosedBy::Failed => Close::Failed(Reason::ConnectFailed),
+        }
+    }
+
+    fn record(&mut self, kind: Kind, event: &Event, close: &Close) -> FlowRecord {
         let (local, remote) = (self.party(event.local), self.party(event.remote));
         let egress = event.direction == Direction::Egress as u8;
         let (reporter, source, destination, at) = if egress {
@@ -141,17 +166,11 @@ impl KernelRecords {
         };
         let protocol = Protocol(event.protocol);
         let service = Some(event.service).filter(|at| *at != Endpoint::NONE);
-        let reason = Reason::from_code(event.reason).unwrap_or(Reason::NoPolicy);
         let clear = Reason::from_code(event.clear).unwrap_or(Reason::NoPolicy);
         let same_node = clear == Reason::SameNode;
         let closed_by = match kind {
-            Kind::Connection => ClosedBy::from_code(event.closed_by),
-            Kind::Denied | Kind::Dropped => ClosedBy::Failed,
             Kind::Audit => ClosedBy::Unknown,
-        };
-        let close = match kind {
-            Kind::Connection => close(closed_by).label(),
-            Kind::Denied | Kind::Dropped | Kind::Audit => reason.label(),
+            Kind::Connection | Kind::Denied | Kind::Dropped => close.closed_by(),
         };
         let shared = &self.recorder.0;
         FlowRecord {
@@ -170,7 +189,7 @@ impl KernelRecords {
             bytes_received,
             // An audit policy refuses nothing.
             verdict: verdict_label(matches!(kind, Kind::Connection | Kind::Audit)),
-            reason,
+            reason: reason(event),
             rule: names::rule(&self.plan, RuleId(event.rule)),
             security: if same_node {
                 Security::SameNode
@@ -181,8 +200,9 @@ impl KernelRecords {
             peer_identity: None,
             rtt_us: event.rtt_us,
             retransmits: event.retransmits,
-            close,
+            close: close.label(),
             cause: None,
+            ended_by: close.ended_by(&self.plan),
             closed_by,
             policy_revision: shared.metrics.policy_revision(),
         }
@@ -210,13 +230,6 @@ fn duration_us(event: &Event) -> u64 {
     }
 }
 
-/// How the end of a direct connection counts.
-fn close(closed_by: ClosedBy) -> Close {
-    match closed_by {
-        ClosedBy::Unknown | ClosedBy::Local | ClosedBy::Remote | ClosedBy::Agent => {
-            Close::Finished(closed_by)
-        }
-        ClosedBy::Reset => Close::Reset(closed_by),
-        ClosedBy::Failed => Close::Failed(Reason::ConnectFailed),
-    }
+fn reason(event: &Event) -> Reason {
+    Reason::from_code(event.reason).unwrap_or(Reason::NoPolicy)
 }

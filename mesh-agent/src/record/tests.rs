@@ -12,6 +12,7 @@ use mesh_plan::cluster::{ObjectName, ObjectRef, Pod};
 use mesh_plan::plan::{LocalPod, RuleName};
 use serde_json::Value;
 
+use super::bytes::COUNT_EVERY;
 use super::*;
 use crate::config::FlowLog;
 use crate::flows::Flows;
@@ -230,7 +231,7 @@ fn however_it_ends_there_is_one_record() {
 #[test]
 fn both_reporters_of_a_direct_connection_say_the_same() {
     let rig = Rig::new();
-    let mut records = KernelRecords::new(rig.recorder.clone());
+    let mut records = KernelRecords::new(rig.recorder.clone(), endings().1);
     records.report(&event(kind::CLOSED, mesh_common::Direction::Egress));
     let mut other = event(kind::CLOSED, mesh_common::Direction::Ingress);
     std::mem::swap(&mut other.local, &mut other.remote);
@@ -254,9 +255,55 @@ fn both_reporters_of_a_direct_connection_say_the_same() {
 }
 
 #[test]
+fn what_the_agent_ended_at_the_socket_says_by_what() {
+    let rig = Rig::new();
+    let (ended, endings) = endings();
+    let mut records = KernelRecords::new(rig.recorder.clone(), endings);
+    let mut reset = event(kind::CLOSED, mesh_common::Direction::Egress);
+    reset.closed_by = closed_by::RESET;
+    let by_rule = Verdict::deny(Reason::Policy, RuleId(77));
+    let by_none = Verdict::refuse(Reason::DefaultDeny);
+    let now = Instant::now();
+    records.report(&reset);
+    ended.note(reset.local, reset.remote, by_rule, now);
+    records.report(&reset);
+    // The other end of it, and a connection between the same ends afterwards.
+    let mut other = reset;
+    std::mem::swap(&mut other.local, &mut other.remote);
+    records.report(&other);
+    records.report(&reset);
+    ended.note(reset.local, reset.remote, by_none, now);
+    records.report(&reset);
+    // Its application was quicker, and nobody asks any more.
+    ended.note(reset.local, reset.remote, by_none, now);
+    records.report(&event(kind::CLOSED, mesh_common::Direction::Egress));
+    records.refresh(now + Duration::from_secs(60));
+    records.report(&reset);
+    drop(records);
+    let lines = rig.lines();
+    let said = |line: &serde_json::Value| {
+        let text = |field: &str| line[field].as_str().unwrap_or("").to_owned();
+        [text("close"), text("closed_by"), text("ended_by")].join(" ")
+    };
+    let said: Vec<String> = lines.iter().map(said).collect();
+    let rule = "policy_changed agent NetworkPolicy shop/db ingress[0]";
+    let expected = [
+        "reset reset ",
+        rule,
+        rule,
+        "reset reset ",
+        "policy_changed agent default_deny",
+        "finished local ",
+        "reset reset ",
+    ];
+    assert_eq!(said, expected);
+    assert!(lines.iter().all(|line| line["verdict"] == "allowed"));
+}
+
+#[test]
 fn refusals_of_the_kernel_are_recorded_and_are_no_connections() {
     let rig = Rig::new();
-    let mut records = KernelRecords::new(rig.recorder.clone());
+    let mut records = KernelRecords::new(rig.recorder.clone(), endings().1);
     let mut denied = event(kind::DENIED, mesh_common::Direction::Egress);
     denied.reason = Reason::DefaultDeny as u8;
     denied.remote = at("192.0.2.1:443");
@@ -312,7 +359,7 @@ impl Numbers {
 /// mixed, and keeps the queue from overflowing.
 fn play(rig: &Rig, seed: u64) {
     let mut numbers = Numbers(seed);
-    let mut records = KernelRecords::new(rig.recorder.clone());
+    let mut records = KernelRecords::new(rig.recorder.clone(), endings().1);
     let mut open: Vec<ConnectionRecord> = Vec::new();
     for _ in 0..500 {
         match numbers.below::<u8>(6) {

@@ -176,9 +176,9 @@ fn a_socket_whose_reverse_is_here_leads_to_the_agent() {
     assert_eq!(first(&plan, &pod(STRICT, 0), &[agent, app]), Kept);
     let ends = with_the_agent(&pod(MEMBER, 0), &[app, agent]);
     assert_eq!(ends.len(), 1);
-    assert_eq!(ends[0].0, app);
+    assert_eq!(ends[0], app);
     assert_eq!(
-        of_the_agent(&pod(MEMBER, 0), &[app, agent], no_tunnel)[0].0,
+        of_the_agent(&pod(MEMBER, 0), &[app, agent], no_tunnel)[0],
         agent
     );
 }

@@ -21,7 +21,14 @@ fn isolate(pod: &'static str, flags: u32) -> impl FnOnce(&mut Plan) {
 }
 
 async fn closes(rig: &Rig) -> [String; 2] {
-    let label = |record: &serde_json::Value| record["close"].as_str().unwrap().to_owned();
+    labels(rig, "close")
+        .await
+        .map(|label| label.expect("close"))
+}
+
+/// What the record of either end says in a field.
+async fn labels(rig: &Rig, field: &str) -> [Option<String>; 2] {
+    let label = |record: &serde_json::Value| record[field].as_str().map(str::to_owned);
     let near = rig.near.records(1).await;
     let far = rig.far.records(1).await;
     [label(&near[0]), label(&far[0])]
@@ -46,6 +53,14 @@ async fn a_change_of_policy_ends_what_it_denies_at_either_end() {
         assert!(is_reset(&mut client).await);
         assert!(is_reset(&mut server).await);
         assert_eq!(closes(&rig).await, ["policy_changed", "policy_changed"]);
+        // Whoever decides says by what; no rule is what can be told to the other.
+        let decided = Some("default_deny".to_owned());
+        let by = if outgoing {
+            [decided, None]
+        } else {
+            [None, decided]
+        };
+        assert_eq!(labels(&rig, "ended_by").await, by);
     }
 }
 

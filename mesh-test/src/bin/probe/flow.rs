@@ -267,6 +267,7 @@ fn live(
             return Some(ending(&e));
         }
         match stream.read_exact(&mut buffer) {
+            Ok(()) if buffer != args.say.as_bytes() => return Some("other bytes".to_owned()),
             Ok(()) => *echoed += buffer.len() as u64,
             Err(e) => return Some(ending(&e)),
         }
