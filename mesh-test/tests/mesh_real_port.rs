@@ -8,7 +8,7 @@ use std::time::Duration;
 use mesh_test::apps::{Content, Nginx};
 use mesh_test::mesh::{ENROLLED, TUNNEL_PORT};
 use mesh_test::reports::Storm;
-use mesh_test::{AgentConfig, Cmd, Lab, Mesh, Output, Pod, PodSpec, Topology};
+use mesh_test::{AgentConfig, Cmd, Lab, Mesh, Output, Pod, PodSpec, Topology, eventually};
 
 const MARKER: &str = "the-marker-that-must-not-be-seen";
 const SOON: Duration = Duration::from_secs(20);
@@ -276,4 +276,93 @@ fn a_flood_of_marked_syns_keeps_nobody_out() {
     println!("{kept} of {sent} SYNs are remembered");
     let most = f64::from(mesh_common::maps::MAX_MARKED);
     assert!(kept > most / 2.0 && kept <= most, "{kept} of {sent}");
+}
+
+/// Opens a connection by hand, as its kernel does not: SYN, then, if told so, the same SYN with the
+/// tunnels' option, then the rest. Says each line that comes back; ends when the other end does.
+const BY_HAND: &str = r#"
+import socket, struct, sys
+own, to = socket.inet_aton(sys.argv[1]), socket.inet_aton(sys.argv[2])
+port, late_mark = int(sys.argv[3]), sys.argv[4] == "late-mark"
+s = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)
+s.settimeout(10)
+def checksum(data):
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    total = (total >> 16) + (total & 0xffff)
+    return ~(total + (total >> 16)) & 0xffff
+def send(flags, seq, ack, data=b"", option=b""):
+    words = 5 + len(option) // 4
+    tcp = struct.pack(">HHIIBBHHH", 40000, port, seq, ack, words << 4, flags, 65535, 0, 0)
+    tcp += option + data
+    padded = tcp + b"\0" * (len(tcp) % 2)
+    pseudo = own + to + struct.pack(">BBH", 0, 6, len(tcp))
+    sum_ = struct.pack(">H", checksum(pseudo + padded))
+    s.sendto(tcp[:16] + sum_ + tcp[18:], (sys.argv[2], 0))
+def receive(wanted):
+    while True:
+        packet = s.recv(65536)[20:]
+        if packet[:4] == struct.pack(">HH", port, 40000) and packet[13] & wanted:
+            seq, _ack = struct.unpack(">II", packet[4:12])
+            return packet[13], seq, packet[(packet[12] >> 4) * 4:]
+send(2, 1000, 0)
+_flags, theirs, _data = receive(2)
+if late_mark:
+    send(2, 1000, 0, option=bytes([0xfe, 4, 0x6d, 0x53]))
+    receive(2)
+send(16, 1001, theirs + 1)
+send(24, 1001, theirs + 1, b"ECHO\nabcd")
+heard = 0
+while True:
+    flags, seq, data = receive(24 | 1 | 4)
+    if flags & 4:
+        print("reset", flush=True)
+        break
+    if data:
+        print(data.decode().strip(), flush=True)
+        heard = seq + len(data)
+        send(16, 1010, heard)
+"#;
+
+#[test]
+fn a_mark_that_comes_after_a_connection_has_begun_makes_no_tunnel_of_it() {
+    let lab = Lab::builder(Topology::Routed)
+        .namespace("default", &[ENROLLED])
+        .namespace("plain", &[])
+        .pod(PodSpec::new("a", 1).namespace("plain"))
+        .pod(PodSpec::new("b", 2))
+        .build()
+        .expect("lab");
+    let config = AgentConfig::new(&Mesh::own_ca(&lab)).flag("--tunnel-port", "real");
+    let mesh = Mesh::start_with(lab, &config).expect("mesh");
+    let (a, b) = (mesh.pod("a"), mesh.pod("b"));
+    let _server = b.serve(&format!("--tcp [::]:{PORT}")).expect("server");
+    // Its kernel knows nothing of the connection.
+    let quiet = "table ip quiet { chain out { type filter hook output priority 0;
+        tcp sport 40000 tcp flags rst drop
+      }
+      }";
+    let nft = Cmd::new("nft").args(["-f", "-"]).input(quiet);
+    a.run(nft, SOON).expect("run").ok().expect("nft");
+    for (ended, late) in [(1, "unmarked"), (2, "late-mark")] {
+        mesh.enforce("").expect("in force");
+        let ends = [a.v4().to_string(), b.v4().to_string(), PORT.to_string()];
+        let client = Cmd::new("python3").args(["-c", BY_HAND]).args(&ends);
+        let client = a.spawn_lines(client.args([late])).expect("python3");
+        let heard = client.line(SOON).expect("line");
+        assert_eq!(heard.as_deref(), Some("abcd"), "{late}");
+        assert_eq!(entries(&mesh, "TUNNELS"), "0", "{late}");
+        mesh.enforce(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\n\
+             metadata: {name: closed, namespace: default}\nspec: {podSelector: {}}\n",
+        )
+        .expect("in force");
+        let end = client.line(Duration::from_secs(1)).expect("in time");
+        assert_eq!(end.as_deref(), Some("reset"), "{late}");
+        let recorded = eventually("a record", SOON, || {
+            let flows = mesh.agent(2).flows().ok()?;
+            let of_policy = flows.iter().filter(|r| r["close"] == "policy_changed");
+            (of_policy.count() == ended).then_some(())
+        });
+        recorded.expect(late);
+    }
 }
