@@ -47,10 +47,10 @@ fn a_unit_and_a_pod_have_the_same() {
 struct Below(PathBuf);
 
 impl Below {
-    fn make() -> Self {
+    fn make(test: &str) -> Self {
         let mounts = fs::read_to_string("/proc/self/mountinfo").expect("the table of mounts");
         let root = cgroup2_mount(&mounts).expect("cgroup2 is mounted");
-        let below = root.join(format!("capabilities-{}", std::process::id()));
+        let below = root.join(format!("capabilities-{test}-{}", std::process::id()));
         fs::create_dir(&below).expect("root may make a cgroup");
         Self(below)
     }
@@ -63,11 +63,9 @@ impl Drop for Below {
     }
 }
 
-#[test]
-fn with_them_alone_the_check_finds_a_place_for_its_trial() {
-    let _below = Below::make();
-    let unit = of_the_unit();
-    let list = unit.iter().map(|name| format!(",+{}", name.to_lowercase()));
+/// Whether `mesh-agent check` is content with these capabilities, and what it says.
+fn check(with: &BTreeSet<String>) -> (bool, String) {
+    let list = with.iter().map(|name| format!(",+{}", name.to_lowercase()));
     let list = format!("-all{}", list.collect::<String>());
     let output = Command::new("setpriv")
         .args(["--no-new-privs", "--inh-caps=-all"])
@@ -75,8 +73,27 @@ fn with_them_alone_the_check_finds_a_place_for_its_trial() {
         .args([env!("CARGO_BIN_EXE_mesh-agent"), "check"])
         .output()
         .expect("setpriv runs");
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{said}");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    (output.status.success(), said)
+}
+
+#[test]
+fn without_any_of_them_the_check_names_it() {
+    let _below = Below::make("each");
+    for gone in of_the_unit() {
+        let mut rest = of_the_unit();
+        rest.remove(&gone);
+        let (content, said) = check(&rest);
+        assert!(!content, "{gone}: {said}");
+        assert!(said.contains(&format!("without CAP_{gone}")), "{said}");
+    }
+}
+
+#[test]
+fn with_them_alone_the_check_finds_a_place_for_its_trial() {
+    let _below = Below::make("all");
+    let (content, said) = check(&of_the_unit());
+    assert!(content, "{said}");
     for line in ["ok       kernel programs", "ok       gate (tcx)"] {
         assert!(said.contains(line), "{said}");
     }

@@ -42,9 +42,14 @@ fn outcome<T>(tried: io::Result<T>, detail: impl Into<String>) -> Outcome {
 /// The oldest kernel that is believed to do.
 const OLDEST: (u32, u32) = (5, 15);
 
-/// CAP_NET_ADMIN and CAP_SYS_ADMIN (linux/capability.h). The latter covers CAP_BPF, and entering
-/// namespaces.
-const CAPABILITIES: [(u32, &str); 2] = [(12, "CAP_NET_ADMIN"), (21, "CAP_SYS_ADMIN")];
+/// What the agent is deployed with (numbers of linux/capability.h). Without the second, a client
+/// whose port is below 1024 is refused; without the last, the namespaces of pods are not found.
+const CAPABILITIES: [(u32, &str); 4] = [
+    (12, "CAP_NET_ADMIN"),
+    (10, "CAP_NET_BIND_SERVICE"),
+    (21, "CAP_SYS_ADMIN"),
+    (19, "CAP_SYS_PTRACE"),
+];
 
 pub(super) fn machine(config: &HostConfig) -> Vec<Finding> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
@@ -302,7 +307,7 @@ mod tests {
 
     #[test]
     fn capabilities_are_named() {
-        let Outcome::Missing(why) = capabilities("CapPrm:\t0\nCapEff:\t0000000000001000\n") else {
+        let Outcome::Missing(why) = capabilities("CapPrm:\t0\nCapEff:\t0000000000081400\n") else {
             panic!("CAP_SYS_ADMIN is not in the mask")
         };
         assert_eq!(why, "without CAP_SYS_ADMIN");

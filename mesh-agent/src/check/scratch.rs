@@ -25,7 +25,14 @@ impl Scratch {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Relaxed);
         let name = format!("{PREFIX}{}-{number}", std::process::id());
-        let cgroup = first(places(&config.cgroup), &name)?;
+        let cgroup = first(places(&config.cgroup), &name).map_err(|error| {
+            let root = config.cgroup.display();
+            let text = format!(
+                "no cgroup can be made below {root} ({error}): one that root owns must be there, as \
+                 systemd or a kubelet makes some, or CAP_DAC_OVERRIDE"
+            );
+            io::Error::new(error.kind(), text)
+        })?;
         // From here on dropping it removes both.
         let scratch = Self {
             cgroup,
