@@ -18,6 +18,7 @@ use mesh_plan::{Cluster, Rejection};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
+use tokio::time::sleep;
 
 use crate::admin::{self, Admin, Readiness};
 use crate::cni;
@@ -128,14 +129,26 @@ async fn serve(config: Config, level: Option<Level>) -> Result<(), Error> {
     rooms.answer(&config, level).await?;
     // Reading a whole cluster leaves much behind.
     memory::give_back();
+    let giving = tokio::spawn(give_back_what_changes_leave(rooms.facts.clone()));
     let successor = Successor::of(&config.admin);
     let result = rooms.until_the_end(&mut requests, &successor).await;
     let drain = match result {
         Ok(()) => config.drain,
         Err(_) => Duration::ZERO,
     };
+    giving.abort();
     rooms.finish(&mut requests, &successor, drain).await;
     result
+}
+
+/// While the cluster changes, what it was before leaves holes: so often they are given back.
+const GIVE_BACK: Duration = Duration::from_secs(20);
+
+async fn give_back_what_changes_leave(mut facts: watch::Receiver<Arc<Cluster>>) {
+    while facts.changed().await.is_ok() {
+        sleep(GIVE_BACK).await;
+        memory::give_back();
+    }
 }
 
 /// The rooms that run, and what ends them.

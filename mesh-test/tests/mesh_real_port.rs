@@ -215,15 +215,25 @@ fn cookies_and_lost_syns_are_the_tunnels_too() {
     storm_unseen(&mesh, 60, "lost SYNs");
 }
 
-/// Sends SYNs with the tunnels' option from as many addresses and ports as there are SYNs.
-const SYNS: &str = r#"
-import random, socket, struct, sys
-to, port, count = socket.inet_aton(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-s = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+/// Of bytes in pairs (RFC 1071).
+const CHECKSUM: &str = r#"
 def checksum(data):
     total = sum(struct.unpack(f">{len(data) // 2}H", data))
     total = (total >> 16) + (total & 0xffff)
     return ~(total + (total >> 16)) & 0xffff
+"#;
+
+fn python(script: &str) -> Cmd {
+    Cmd::new("python3").args([
+        "-c",
+        &format!("import socket, struct, sys{CHECKSUM}{script}"),
+    ])
+}
+
+/// Sends SYNs with the tunnels' option from as many addresses and ports as there are SYNs.
+const SYNS: &str = r#"
+to, port, count = socket.inet_aton(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+s = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
 sent = 0
 for i in range(count):
     source = bytes([198, 18, (i >> 8) & 255, i & 255])
@@ -254,7 +264,7 @@ fn a_flood_of_marked_syns_keeps_nobody_out() {
     let _server = b.serve(&format!("--tcp [::]:{PORT}")).expect("server");
     let outside = mesh.outside().expect("outside");
     let args = [b.v4().to_string(), PORT.to_string(), "100000".to_owned()];
-    let flood = Cmd::new("python3").args(["-c", SYNS]).args(&args);
+    let flood = python(SYNS).args(&args);
     let flood = outside.spawn_lines(flood).expect("python3");
     let to = SocketAddr::new(b.v4().into(), PORT);
     let storm = |count: u64| {
@@ -281,15 +291,10 @@ fn a_flood_of_marked_syns_keeps_nobody_out() {
 /// Opens a connection by hand, as its kernel does not: SYN, then, if told so, the same SYN with the
 /// tunnels' option, then the rest. Says each line that comes back; ends when the other end does.
 const BY_HAND: &str = r#"
-import socket, struct, sys
 own, to = socket.inet_aton(sys.argv[1]), socket.inet_aton(sys.argv[2])
 port, late_mark = int(sys.argv[3]), sys.argv[4] == "late-mark"
 s = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_TCP)
 s.settimeout(10)
-def checksum(data):
-    total = sum(struct.unpack(f">{len(data) // 2}H", data))
-    total = (total >> 16) + (total & 0xffff)
-    return ~(total + (total >> 16)) & 0xffff
 def send(flags, seq, ack, data=b"", option=b""):
     words = 5 + len(option) // 4
     tcp = struct.pack(">HHIIBBHHH", 40000, port, seq, ack, words << 4, flags, 65535, 0, 0)
@@ -346,7 +351,7 @@ fn a_mark_that_comes_after_a_connection_has_begun_makes_no_tunnel_of_it() {
     for (ended, late) in [(1, "unmarked"), (2, "late-mark")] {
         mesh.enforce("").expect("in force");
         let ends = [a.v4().to_string(), b.v4().to_string(), PORT.to_string()];
-        let client = Cmd::new("python3").args(["-c", BY_HAND]).args(&ends);
+        let client = python(BY_HAND).args(&ends);
         let client = a.spawn_lines(client.args([late])).expect("python3");
         let heard = client.line(SOON).expect("line");
         assert_eq!(heard.as_deref(), Some("abcd"), "{late}");
