@@ -142,7 +142,7 @@ async fn serve(config: Config, level: Option<Level>) -> Result<(), Error> {
 }
 
 /// While the cluster changes, what it was before leaves holes: so often they are given back.
-const GIVE_BACK: Duration = Duration::from_secs(20);
+const GIVE_BACK: Duration = Duration::from_secs(5);
 
 async fn give_back_what_changes_leave(mut facts: watch::Receiver<Arc<Cluster>>) {
     while facts.changed().await.is_ok() {
