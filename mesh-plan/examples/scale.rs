@@ -97,7 +97,7 @@ fn cluster(pods: usize, policies: usize) -> Cluster {
     cluster.ready = Some(BTreeSet::new().into());
     for n in 0..pods {
         let pod = pod(n);
-        cluster.pods.insert(pod.uid.clone(), pod.into());
+        cluster.pods.insert(Arc::clone(&pod.uid), pod.into());
     }
     for n in 0..policies {
         let namespace = format!("ns-{}", n % NAMESPACES);
@@ -116,10 +116,10 @@ fn change(cluster: &mut Cluster, pods: usize, round: usize) {
     let labels = labels.into();
     cluster
         .pods
-        .insert(changed.uid.clone(), Pod { labels, ..changed }.into());
+        .insert(Arc::clone(&changed.uid), Pod { labels, ..changed }.into());
     if round % 2 == 1 {
         let other = pod(pods + round);
-        cluster.pods.insert(other.uid.clone(), other.into());
+        cluster.pods.insert(Arc::clone(&other.uid), other.into());
     }
 }
 
@@ -138,7 +138,7 @@ impl Change {
     fn apply(self, cluster: &mut Cluster, pods: usize, round: usize) {
         let of_node = round.is_multiple_of(2);
         let mut pod = pod(pods + 3 + if of_node { NODES * round } else { round });
-        let uid = pod.uid.clone();
+        let uid = Arc::clone(&pod.uid);
         match self {
             Self::Add => drop(cluster.pods.insert(uid, pod.into())),
             Self::Ready => {
@@ -274,7 +274,7 @@ fn pod(n: usize) -> Pod {
     let app = format!("app-{}", n / NAMESPACES % 20);
     Pod {
         name: ObjectName::new(format!("ns-{}", n % NAMESPACES), format!("pod-{n}")),
-        uid: format!("00000000-0000-0000-0000-{n:012}"),
+        uid: format!("00000000-0000-0000-0000-{n:012}").into(),
         labels: labels(&[
             ("app", &app),
             ("pod-template-hash", &format!("{:x}", n % 977)),

@@ -85,14 +85,14 @@ pub(crate) fn ready(cluster: &Cluster, pod: &Pod, enrolment: Enrolment) -> bool 
     let Some(ready) = &cluster.ready else {
         return true;
     };
-    if ready.contains(&pod.uid) {
+    if ready.contains(&*pod.uid) {
         return true;
     }
     enrolment == Enrolment::ByNamespace
         && cluster
             .namespaces
             .get(&pod.name.namespace)
-            .is_some_and(|n| ready.contains(&n.uid))
+            .is_some_and(|n| ready.contains(&*n.uid))
 }
 
 /// What the namespace of a pod says about the look of refusals.

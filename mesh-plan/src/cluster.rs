@@ -23,7 +23,7 @@ pub struct Cluster {
     /// Nodes by name.
     pub nodes: Shared<BTreeMap<String, Node>>,
     /// Pods by UID. Pods that ended (Succeeded, Failed) are not here: their addresses are reused.
-    pub pods: Shared<BTreeMap<String, Arc<Pod>>>,
+    pub pods: Shared<BTreeMap<Arc<str>, Arc<Pod>>>,
     /// Services by name.
     pub services: Shared<BTreeMap<ObjectName, Arc<Service>>>,
     /// Policies of every kind, by kind and name.
@@ -32,7 +32,7 @@ pub struct Cluster {
     pub authentications: Shared<BTreeMap<ObjectName, Authentication>>,
     /// Workloads that their node has reported once as ready for tunnels: pod UIDs, and namespace
     /// UIDs. `None` = standalone: the label is enough.
-    pub ready: Option<Shared<BTreeSet<String>>>,
+    pub ready: Option<Shared<BTreeSet<Arc<str>>>>,
     /// Addresses of the Kubernetes API server.
     pub api_servers: BTreeSet<IpAddr>,
     /// CIDRs of pods beside those of [`Node::pod_cidrs`] (`--pod-cidr`).
@@ -207,7 +207,7 @@ pub struct Pod {
     /// Namespace and name.
     pub name: ObjectName,
     /// Its UID.
-    pub uid: String,
+    pub uid: Arc<str>,
     /// Its labels. Pods of one workload often have the same, and share them.
     pub labels: Arc<Labels>,
     /// Its service account (`default` if the object names none).

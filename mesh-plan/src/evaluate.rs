@@ -112,7 +112,7 @@ pub fn compile_policies(cluster: &Cluster) -> (Compiled, Vec<Rejection>) {
         }
     }
     for (uid, facts) in &cluster.pods {
-        let Some(pod) = compiled.plan.pods.get(uid) else {
+        let Some(pod) = compiled.plan.pods.get(&**uid) else {
             continue;
         };
         let place = Place::Pod(compiled.pods.len());
@@ -125,7 +125,7 @@ pub fn compile_policies(cluster: &Cluster) -> (Compiled, Vec<Rejection>) {
             }
         }
         compiled.pods.push(PodEnd {
-            uid: uid.clone(),
+            uid: uid.to_string(),
             node: facts.node.clone(),
             view: pod.view,
             named_ports: Arc::clone(&facts.named_ports),

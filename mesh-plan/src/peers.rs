@@ -146,7 +146,7 @@ pub(crate) fn peers(
             let peer = match owner {
                 Owner::Pod(pod) => Peer {
                     id: of_pods
-                        .get(pod.uid.as_str())
+                        .get(&*pod.uid)
                         .copied()
                         .unwrap_or(IdentityId::UNKNOWN),
                     flags: flags(cluster, pod),

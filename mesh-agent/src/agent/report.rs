@@ -121,7 +121,7 @@ impl Reporter {
 
     fn enrolled(&mut self, status: &Status) -> (Vec<String>, Vec<String>) {
         let facts = &status.facts;
-        let was_ready = |uid: &String| {
+        let was_ready = |uid: &str| {
             facts
                 .ready
                 .as_ref()

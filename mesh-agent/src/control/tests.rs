@@ -474,7 +474,7 @@ fn facts(local: &LocalPod) -> Cluster {
         .insert("n1".to_owned(), mesh_plan::cluster::Node::default());
     let pod = mesh_plan::cluster::Pod {
         name: mesh_plan::cluster::ObjectName::new("shop", "web"),
-        uid: UID.to_owned(),
+        uid: UID.into(),
         service_account: "web".to_owned(),
         node: "n1".to_owned(),
         addresses: local.addresses.iter().copied().collect(),
@@ -482,6 +482,6 @@ fn facts(local: &LocalPod) -> Cluster {
         netns_path: local.netns_path.clone(),
         ..mesh_plan::cluster::Pod::default()
     };
-    cluster.pods.insert(UID.to_owned(), pod.into());
+    cluster.pods.insert(UID.into(), pod.into());
     cluster
 }

@@ -33,7 +33,7 @@ fn plan() -> Plan {
         let ip: IpAddr = ip.parse().unwrap();
         let workload = Pod {
             name: ObjectName::new("shop", format!("{name}-0")),
-            uid: name.to_owned(),
+            uid: name.into(),
             workload: ("Deployment".to_owned(), name.to_owned()),
             service_account: format!("{name}-sa"),
             node: "n1".to_owned(),

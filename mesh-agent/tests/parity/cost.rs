@@ -3,6 +3,7 @@
 //! compiled plan has filled, run many times by BPF_PROG_TEST_RUN.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use aya::programs::{TestRun as _, TestRunOptions};
@@ -38,7 +39,7 @@ fn pod(number: usize, role: &str, node: &str) -> Pod {
     let address = [10, 1, byte(number / 256), byte(number)];
     Pod {
         name: ObjectName::new("shop", format!("pod-{number}")),
-        uid: format!("uid-{number:05}"),
+        uid: format!("uid-{number:05}").into(),
         labels: BTreeMap::from([("role".to_owned(), role.to_owned())]).into(),
         service_account: "default".to_owned(),
         node: node.to_owned(),
@@ -53,7 +54,7 @@ fn pod(number: usize, role: &str, node: &str) -> Pod {
 /// full as they would be.
 fn cluster(policies: usize) -> Cluster {
     let mut cluster = Cluster::default();
-    let mut add = |pod: Pod| drop(cluster.pods.insert(pod.uid.clone(), pod.into()));
+    let mut add = |pod: Pod| drop(cluster.pods.insert(Arc::clone(&pod.uid), pod.into()));
     add(pod(1, "server", "n1"));
     add(pod(2, "right", "n2"));
     add(pod(3, "wrong", "n2"));

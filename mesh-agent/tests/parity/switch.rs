@@ -54,7 +54,7 @@ fn cluster(revision: usize) -> Cluster {
     let mut pod = |name: &str, address: &str, node: &str, role: &str| {
         let pod = Pod {
             name: ObjectName::new("shop", name),
-            uid: name.to_owned(),
+            uid: name.into(),
             labels: BTreeMap::from([("role".to_owned(), role.to_owned())]).into(),
             service_account: "default".to_owned(),
             node: node.to_owned(),
@@ -62,7 +62,7 @@ fn cluster(revision: usize) -> Cluster {
             ready: true,
             ..Pod::default()
         };
-        cluster.pods.insert(name.to_owned(), pod.into());
+        cluster.pods.insert(name.into(), pod.into());
     };
     pod("server", SERVER, "n1", "server");
     pod("right", CLIENTS[0], "n2", roles[revision % 2]);

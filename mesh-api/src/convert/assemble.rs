@@ -78,8 +78,8 @@ pub(super) fn assemble<'f>(
     }
     cluster.ready = (!options.standalone).then(|| ready(&pods, &cluster, &reports).into());
     cluster.pods = pods
-        .into_iter()
-        .map(|(uid, fact)| (uid.to_owned(), Arc::clone(&fact.pod)))
+        .into_values()
+        .map(|fact| (Arc::clone(&fact.pod.uid), Arc::clone(&fact.pod)))
         .collect();
     name_namespaces(&mut cluster);
     outcome.cluster = cluster;
@@ -162,7 +162,7 @@ fn ready(
     pods: &BTreeMap<&str, &PodFact>,
     cluster: &Cluster,
     reports: &BTreeMap<&str, &NodeReport>,
-) -> BTreeSet<String> {
+) -> BTreeSet<Arc<str>> {
     let report_of = |namespace: &str, node: &str| {
         let report = *reports.get(node)?;
         let all = accepts_all(report, cluster.namespaces.get(namespace));
@@ -175,8 +175,8 @@ fn ready(
         let (namespace, node) = (&*fact.pod.name.namespace, &*fact.pod.node);
         let report = known.entry((namespace, node));
         let report = report.or_insert_with(|| report_of(namespace, node));
-        if report.is_some_and(|(report, all)| all || report.pods.contains(&fact.pod.uid)) {
-            ready.insert(fact.pod.uid.clone());
+        if report.is_some_and(|(report, all)| all || report.pods.contains(&*fact.pod.uid)) {
+            ready.insert(Arc::clone(&fact.pod.uid));
         }
     }
     ready

@@ -43,7 +43,7 @@ struct Stale {
     /// All: at first, and while anything is out of the ordinary.
     all: bool,
     /// Whether these pods are ready, by UID.
-    pods: BTreeSet<String>,
+    pods: BTreeSet<Arc<str>>,
     /// The same of all pods of a namespace.
     namespaces: BTreeSet<String>,
     /// The same of all pods of a node.
@@ -331,12 +331,12 @@ impl Facts {
                 ready.remove(uid);
             }
         }
-        let concerned: Vec<(&String, &Arc<Pod>)> =
+        let concerned: Vec<(&Arc<str>, &Arc<Pod>)> =
             if stale.namespaces.is_empty() && stale.nodes.is_empty() {
                 let pods = stale.pods.iter().map(|uid| pods.get_key_value(uid));
                 pods.flatten().collect()
             } else {
-                let is_concerned = |(uid, pod): &(&String, &Arc<Pod>)| {
+                let is_concerned = |(uid, pod): &(&Arc<str>, &Arc<Pod>)| {
                     stale.nodes.contains(&pod.node)
                         || stale.namespaces.contains(&pod.name.namespace)
                         || stale.pods.contains(*uid)
@@ -348,7 +348,7 @@ impl Facts {
             let is =
                 self.is_reported(pod) || (was && authentication::is_enrolled(&self.cluster, pod));
             match (was, is) {
-                (false, true) => drop(ready.insert(uid.clone())),
+                (false, true) => drop(ready.insert(Arc::clone(uid))),
                 (true, false) => drop(ready.remove(uid)),
                 (true, true) | (false, false) => {}
             }
@@ -381,7 +381,7 @@ impl Facts {
         match report.and_then(|entry| entry.fact.as_ref()) {
             Some(Fact::Report(report)) => {
                 let namespace = self.cluster.namespaces.get(&pod.name.namespace);
-                assemble::accepts_all(report, namespace) || report.pods.contains(&pod.uid)
+                assemble::accepts_all(report, namespace) || report.pods.contains(&*pod.uid)
             }
             _ => false,
         }
@@ -454,18 +454,18 @@ impl Facts {
 /// would be dropped.
 fn still_ready(
     cluster: &Cluster,
-    reported: &BTreeSet<String>,
-    before: &BTreeSet<String>,
-) -> BTreeSet<String> {
+    reported: &BTreeSet<Arc<str>>,
+    before: &BTreeSet<Arc<str>>,
+) -> BTreeSet<Arc<str>> {
     let (mut reported, mut before) = (reported.iter().peekable(), before.iter().peekable());
-    let is_ready = |(uid, pod): &(&String, &Arc<Pod>)| {
+    let is_ready = |(uid, pod): &(&Arc<str>, &Arc<Pod>)| {
         while before.next_if(|other| other < uid).is_some() {}
         let was = before.next_if_eq(uid).is_some();
         let is = reported.next_if_eq(uid).is_some();
         is || (was && authentication::is_enrolled(cluster, pod))
     };
     let ready = cluster.pods.iter().filter(is_ready);
-    ready.map(|(uid, _)| uid.clone()).collect()
+    ready.map(|(uid, _)| Arc::clone(uid)).collect()
 }
 
 impl Stale {
@@ -486,7 +486,7 @@ impl Stale {
             Fact::Node(_) => drop(cluster.nodes.remove(&object.name)),
             Fact::Pod(fact) => {
                 cluster.pods.remove(&fact.pod.uid);
-                self.pods.insert(fact.pod.uid.clone());
+                self.pods.insert(Arc::clone(&fact.pod.uid));
                 let namespace = cluster.namespaces.get(&fact.pod.name.namespace);
                 // It may have been the last that names a namespace that nothing describes.
                 self.all |= namespace.is_none_or(|namespace| namespace.uid.is_empty());
@@ -514,9 +514,9 @@ impl Stale {
             }
             Fact::Pod(fact) => {
                 let pod = &fact.pod;
-                self.pods.insert(pod.uid.clone());
+                self.pods.insert(Arc::clone(&pod.uid));
                 let is_named = cluster.namespaces.contains_key(&pod.name.namespace);
-                let other = cluster.pods.insert(pod.uid.clone(), Arc::clone(pod));
+                let other = cluster.pods.insert(Arc::clone(&pod.uid), Arc::clone(pod));
                 self.all |= !is_named || other.is_some();
             }
             Fact::Service(_) => drop(self.services.insert(name())),

@@ -124,11 +124,11 @@ fn phase<'a>(subject: &Subject<'a>) -> Option<&'a str> {
 }
 
 /// Without one (manifests written by hand), the name: a namespace's name has no '.'.
-fn uid(subject: &Subject<'_>) -> String {
+fn uid(subject: &Subject<'_>) -> Arc<str> {
     if subject.head.uid.is_empty() {
-        format!("{}.{}", subject.namespace(), subject.head.object.name)
+        format!("{}.{}", subject.namespace(), subject.head.object.name).into()
     } else {
-        subject.head.uid.clone()
+        subject.head.uid.as_str().into()
     }
 }
 

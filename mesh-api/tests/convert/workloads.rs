@@ -377,12 +377,12 @@ fn readiness_is_what_a_pods_own_node_reports() {
     let ready = text.replace("{version: '1'}", "{enrolledNamespaces: [nsuid]}");
     assert_eq!(
         in_cluster(&ready).cluster.ready,
-        Some(BTreeSet::from(["u1".to_owned()]).into())
+        Some(BTreeSet::from(["u1".into()]).into())
     );
     let ready = text.replace("{version: '1'}", "{enrolledPods: [u1]}");
     assert_eq!(
         in_cluster(&ready).cluster.ready,
-        Some(BTreeSet::from(["u1".to_owned()]).into())
+        Some(BTreeSet::from(["u1".into()]).into())
     );
     assert_eq!(standalone(&ready).cluster.ready, None);
 }

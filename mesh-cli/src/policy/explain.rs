@@ -53,7 +53,7 @@ impl Way {
     pub(super) fn of(world: &World, connection: &Connection<'_>) -> Self {
         let to = Endpoint::new(connection.destination.into(), Port::new(connection.port));
         if let Party::Pod(from, _) = connection.from
-            && let Some(local) = world.plan(from).pods.get(&from.uid)
+            && let Some(local) = world.plan(from).pods.get(&*from.uid)
         {
             let plan = world.plan(from);
             let path = path::outbound(plan, &local.view, to, connection.protocol);
@@ -94,7 +94,7 @@ impl Way {
             Evidence::Address
         };
         if let Party::Pod(to, _) = connection.to
-            && let Some(local) = world.plan(to).pods.get(&to.uid)
+            && let Some(local) = world.plan(to).pods.get(&*to.uid)
         {
             let source = Addr::from(connection.source);
             let port = Port::new(connection.port);

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use mesh_api::{LastGood, Object, Options, Outcome, convert};
@@ -22,8 +23,8 @@ pub(crate) struct World {
     pub(crate) cluster: Cluster,
     /// By node.
     nodes: BTreeMap<String, Node>,
-    by_name: HashMap<String, String>,
-    by_address: HashMap<IpAddr, String>,
+    by_name: HashMap<String, Arc<str>>,
+    by_address: HashMap<IpAddr, Arc<str>>,
     /// Addresses of services, and their names.
     by_vip: HashMap<IpAddr, String>,
     /// What is odd or rejected in the manifests.
@@ -130,9 +131,9 @@ impl World {
         let mut by_name = HashMap::new();
         let mut by_address = HashMap::new();
         for (uid, pod) in &cluster.pods {
-            by_name.insert(pod.name.to_string(), uid.clone());
+            by_name.insert(pod.name.to_string(), Arc::clone(uid));
             for address in &pod.addresses {
-                by_address.insert(*address, uid.clone());
+                by_address.insert(*address, Arc::clone(uid));
             }
             nodes.entry(pod.node.clone()).or_insert_with(|| {
                 let (plan, rejections) = compile(&cluster, &pod.node);
@@ -293,7 +294,7 @@ impl World {
             return None;
         }
         let peer = self.identity(pod, address);
-        let local = self.plan(pod).pods.get(&pod.uid);
+        let local = self.plan(pod).pods.get(&*pod.uid);
         Some((
             pod,
             Question {
@@ -360,7 +361,7 @@ impl World {
             return None;
         };
         let plan = &self.nodes.get(&pod.node)?.plan;
-        Some((plan, &plan.pods.get(&pod.uid)?.view))
+        Some((plan, &plan.pods.get(&*pod.uid)?.view))
     }
 
     /// A verdict in words.

@@ -39,7 +39,7 @@ struct Previous {
     /// As [`addresses`] makes it.
     plan: Plan,
     /// The pods of this node, by UID.
-    local: BTreeMap<String, Arc<Pod>>,
+    local: BTreeMap<Arc<str>, Arc<Pod>>,
     identities: Identities,
     /// Of the policies.
     relevant: Relevant,
@@ -130,7 +130,7 @@ impl Compiler {
             plan,
             local: scope
                 .pods(cluster)
-                .map(|pod| (pod.uid.clone(), Arc::clone(pod)))
+                .map(|pod| (Arc::clone(&pod.uid), Arc::clone(pod)))
                 .collect(),
             identities,
             relevant,
@@ -186,7 +186,7 @@ impl Previous {
         let identifier = Identifier::of(cluster, &new, options);
         for new in changes.iter().filter_map(|(_, new)| *new) {
             if scope.holds(new) {
-                self.local.insert(new.uid.clone(), Arc::clone(new));
+                self.local.insert(Arc::clone(&new.uid), Arc::clone(new));
             }
             self.add(cluster, &identifier, new)?;
         }
@@ -305,15 +305,15 @@ impl<'a> Asked<'a> {
 /// The workloads whose readiness changed: UIDs of pods and namespaces. `None` = a cluster began or
 /// ceased to say which are ready.
 fn readied<'c>(
-    before: &'c Option<Shared<BTreeSet<String>>>,
-    after: &'c Option<Shared<BTreeSet<String>>>,
+    before: &'c Option<Shared<BTreeSet<Arc<str>>>>,
+    after: &'c Option<Shared<BTreeSet<Arc<str>>>>,
 ) -> Option<HashSet<&'c str>> {
     match (before, after) {
         (None, None) => Some(HashSet::new()),
         (Some(before), Some(after)) if before.is(after) => Some(HashSet::new()),
         (Some(before), Some(after)) => {
             let changed = before.symmetric_difference(after);
-            Some(changed.map(String::as_str).collect())
+            Some(changed.map(|uid| &**uid).collect())
         }
         (Some(_), None) | (None, Some(_)) => None,
     }
@@ -342,8 +342,8 @@ fn same_world(a: &Cluster, b: &Cluster) -> bool {
 
 /// The pods that are not the same.
 fn changes<'c>(
-    before: &'c BTreeMap<String, Arc<Pod>>,
-    after: &'c BTreeMap<String, Arc<Pod>>,
+    before: &'c BTreeMap<Arc<str>, Arc<Pod>>,
+    after: &'c BTreeMap<Arc<str>, Arc<Pod>>,
     same: impl Fn(&Arc<Pod>, &Arc<Pod>) -> bool,
 ) -> Vec<Change<'c>> {
     let mut changes: Vec<Change<'c>> = Vec::new();

@@ -53,7 +53,7 @@ pub(super) fn pods(
             ..local.view
         };
         plan.pods
-            .insert(pod.uid.clone(), LocalPod { view, ..local });
+            .insert(pod.uid.to_string(), LocalPod { view, ..local });
     }
     let limits = if everywhere {
         &Limits {

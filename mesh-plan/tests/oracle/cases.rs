@@ -38,14 +38,14 @@ fn cluster() -> Cluster {
         cluster.nodes.insert(format!("node-{index}"), facts);
         let pod = Pod {
             name: ObjectName::new("shop", name),
-            uid: name.to_owned(),
+            uid: name.into(),
             service_account: name.to_owned(),
             node: format!("node-{index}"),
             addresses: [ip(address)].into(),
             named_ports: BTreeMap::from([(("http".to_owned(), Transport::Tcp), 8080)]).into(),
             ..Pod::default()
         };
-        cluster.pods.insert(name.to_owned(), pod.into());
+        cluster.pods.insert(name.into(), pod.into());
     }
     cluster
 }

@@ -49,7 +49,7 @@ fn decided(plan: &Plan, packet: &Packet) -> Outbound {
 
 /// Whether the plan's answer is not among those that the texts admit.
 fn disagrees(cluster: &Cluster, packet: &Packet) -> bool {
-    let Some(pod) = cluster.pods.get(&packet.pod) else {
+    let Some(pod) = cluster.pods.get(&*packet.pod) else {
         return false;
     };
     if packet.via == Via::Tunnel && !packet.can_be_tunnelled(cluster) {
@@ -92,7 +92,7 @@ fn check(seed: u64, counts: &mut Counts) {
         let Some(packet) = places.packet(&mut random, &cluster) else {
             break;
         };
-        let node = &cluster.pods[&packet.pod].node;
+        let node = &cluster.pods[&*packet.pod].node;
         let plan = plans
             .entry(node.clone())
             .or_insert_with(|| compile(&cluster, node).0);
@@ -117,7 +117,7 @@ fn check(seed: u64, counts: &mut Counts) {
 /// A disagreement for people, as small as it gets.
 fn report(cluster: Cluster, packet: Packet) -> String {
     let (cluster, packet) = shrink::shrink(cluster, packet, disagrees);
-    let (plan, rejections) = compile(&cluster, &cluster.pods[&packet.pod].node);
+    let (plan, rejections) = compile(&cluster, &cluster.pods[&*packet.pod].node);
     let admitted = judge(&cluster, &packet);
     let decided = decided(&plan, &packet);
     let mut text = format!("the texts admit {admitted:?}, decided {decided:?}\n");

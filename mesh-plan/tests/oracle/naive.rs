@@ -85,7 +85,7 @@ struct Peer<'a> {
 impl Packet {
     /// TCP between enrolled pods of two nodes.
     pub(crate) fn can_be_tunnelled(&self, cluster: &Cluster) -> bool {
-        let Some(pod) = cluster.pods.get(&self.pod) else {
+        let Some(pod) = cluster.pods.get(&*self.pod) else {
             return false;
         };
         pod_at(cluster, self.other).is_some_and(|other| {
@@ -99,7 +99,7 @@ impl Packet {
 
 /// What the policies of the pod admit.
 pub(crate) fn judge(cluster: &Cluster, packet: &Packet) -> Admitted {
-    let pod = &cluster.pods[&packet.pod];
+    let pod = &cluster.pods[&*packet.pod];
     if pod.addresses.contains(&packet.other) {
         // A pod talking to itself is no traffic to or from a pod.
         return Admitted::ALLOW;

@@ -67,14 +67,14 @@ fn candidates(cluster: &Cluster) -> Vec<Cluster> {
     for uid in cluster.pods.keys() {
         for key in cluster.pods[uid].labels.keys() {
             with(&|c| {
-                c.pods.entry(uid.clone()).and_modify(|pod| {
+                c.pods.entry(Arc::clone(uid)).and_modify(|pod| {
                     Arc::make_mut(&mut Arc::make_mut(pod).labels).remove(key);
                 });
             });
         }
         with(&|c| {
             c.pods
-                .entry(uid.clone())
+                .entry(Arc::clone(uid))
                 .and_modify(|pod| Arc::make_mut(pod).named_ports = Arc::default());
         });
     }

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use mesh_plan::cluster::{Cluster, Labels, Namespace, Node, ObjectName, Pod, PortRange, Transport};
@@ -92,7 +93,7 @@ pub(crate) fn cluster(random: &mut Random) -> Cluster {
     }
     for index in 0..4 + random.below(8) {
         let pod = pod(random, index);
-        cluster.pods.insert(pod.uid.clone(), pod.into());
+        cluster.pods.insert(Arc::clone(&pod.uid), pod.into());
     }
     if random.one_in(2) {
         let places = ["192.168.0.1", "192.168.0.2", "fd00:a::3", "203.0.113.7"];
@@ -173,7 +174,7 @@ fn pod(random: &mut Random, index: usize) -> Pod {
     }
     Pod {
         name: ObjectName::new(namespace, format!("pod-{index}")),
-        uid: format!("uid-of-pod-{index}"),
+        uid: format!("uid-of-pod-{index}").into(),
         labels: labels.into(),
         service_account: (*random.pick(&ACCOUNTS)).to_owned(),
         node: format!("node-{node}"),
@@ -270,7 +271,7 @@ impl Places {
             .get(&subject.node)
             .is_some_and(|node| node.addresses.contains(&other));
         let mut packet = Packet {
-            pod: subject.uid.clone(),
+            pod: subject.uid.to_string(),
             side,
             other,
             protocol: *random.pick(&[6, 6, 6, 17, 17, 132, 1, 47]),

@@ -2,6 +2,7 @@
 //! Enrolment and modes.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use mesh_common::identity::Peer;
 use mesh_common::path::{Peers, strict};
@@ -86,8 +87,8 @@ fn ready_is_what_nodes_reported() {
     let reported = |uids: &[&str]| {
         Some(
             uids.iter()
-                .map(|u| (*u).to_owned())
-                .collect::<BTreeSet<_>>(),
+                .map(|u| Arc::from(*u))
+                .collect::<BTreeSet<Arc<str>>>(),
         )
     };
     for (uids, shop, solo) in [

@@ -112,7 +112,7 @@ pub(crate) fn pod(r: &mut Random, world: World) -> World {
     let address = ADDRESSES[r.below(7)];
     if r.chance(15) {
         let mut world = world;
-        world.0.pods.remove(&format!("uid-{address}"));
+        world.0.pods.remove(&*format!("uid-{address}"));
         return world;
     }
     let namespace = *r.pick(&NAMESPACES[..2]);
@@ -133,7 +133,7 @@ pub(crate) fn pod(r: &mut Random, world: World) -> World {
         addresses,
         app,
         |pod| {
-            pod.uid = format!("uid-{address}");
+            pod.uid = format!("uid-{address}").into();
             pod.service_account = ["default", "x"][account].into();
             pod.terminating = ending;
             if named > 0 {
@@ -147,7 +147,7 @@ pub(crate) fn pod(r: &mut Random, world: World) -> World {
 fn remove(r: &mut Random, mut world: World) -> World {
     let cluster = &mut world.0;
     if r.chance(50) {
-        let all: Vec<String> = cluster.pods.keys().cloned().collect();
+        let all: Vec<Arc<str>> = cluster.pods.keys().cloned().collect();
         if !all.is_empty() {
             cluster.pods.remove(r.pick(&all));
         }

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use mesh_common::identity::Evidence;
 use mesh_common::path::who;
@@ -64,7 +65,7 @@ impl World {
         };
         let mut pod = Pod {
             name: name.to_owned().try_into().unwrap(),
-            uid: format!("uid-{name}"),
+            uid: format!("uid-{name}").into(),
             labels: labels(text).into(),
             service_account: "default".into(),
             node,
@@ -74,7 +75,7 @@ impl World {
             ..Pod::default()
         };
         change(&mut pod);
-        self.0.pods.insert(pod.uid.clone(), pod.into());
+        self.0.pods.insert(Arc::clone(&pod.uid), pod.into());
         self
     }
 

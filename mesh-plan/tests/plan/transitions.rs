@@ -278,7 +278,7 @@ fn equal_facts_in_any_order_are_one_plan() {
             other.0.policies.insert(name.clone(), Arc::clone(policy));
         }
         for (uid, pod) in one.0.pods.iter().rev() {
-            other.0.pods.insert(uid.clone(), Arc::clone(pod));
+            other.0.pods.insert(Arc::clone(uid), Arc::clone(pod));
         }
         other.0.namespaces = one.0.namespaces.clone();
         other.0.authentications = one.0.authentications.clone();
@@ -320,15 +320,16 @@ fn ready(r: &mut Random, mut world: World) -> World {
             None => Some(Default::default()),
         };
     }
-    let of_pods = cluster.pods.keys();
-    let of_namespaces = cluster.namespaces.values().map(|namespace| &namespace.uid);
-    let all: Vec<String> = of_pods.chain(of_namespaces).cloned().collect();
+    let of_pods = cluster.pods.keys().cloned();
+    let of_namespaces = cluster.namespaces.values();
+    let of_namespaces = of_namespaces.map(|namespace| Arc::from(&*namespace.uid));
+    let all: Vec<Arc<str>> = of_pods.chain(of_namespaces).collect();
     if let Some(ready) = &mut cluster.ready
         && !all.is_empty()
     {
         let uid = r.pick(&all);
         if !ready.remove(uid) {
-            ready.insert(uid.clone());
+            ready.insert(Arc::clone(uid));
         }
     }
     world

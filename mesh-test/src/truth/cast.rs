@@ -108,8 +108,8 @@ impl Cast {
             self.by_address.extend(of_node);
         }
         for (uid, pod) in &self.cluster.pods {
-            self.by_name.insert(pod.name.to_string(), uid.clone());
-            let place = Place::Pod(uid.clone());
+            self.by_name.insert(pod.name.to_string(), uid.to_string());
+            let place = Place::Pod(uid.to_string());
             let of_pod = pod.addresses.iter().map(|at| (*at, place.clone()));
             self.by_address.extend(of_pod);
         }
@@ -122,9 +122,9 @@ impl Cast {
     }
 
     /// The pods that are to be made.
-    pub(crate) fn pods(&self) -> impl Iterator<Item = (&String, &Pod)> {
-        let made = |(_, pod): &(&String, &Pod)| !pod.host_network && !pod.addresses.is_empty();
-        let pods = self.cluster.pods.iter().map(|(uid, pod)| (uid, &**pod));
+    pub(crate) fn pods(&self) -> impl Iterator<Item = (&str, &Pod)> {
+        let made = |(_, pod): &(&str, &Pod)| !pod.host_network && !pod.addresses.is_empty();
+        let pods = self.cluster.pods.iter().map(|(uid, pod)| (&**uid, &**pod));
         pods.filter(made)
     }
 
@@ -355,7 +355,9 @@ mod tests {
         assert_eq!(cast.nodes, 2);
         let on = |name: &str| {
             let end = cast.end(&format!("x/{name}")).expect("a pod");
-            cast.cluster.pods[&end.pod.expect("a pod")].node.clone()
+            cast.cluster.pods[end.pod.expect("a pod").as_str()]
+                .node
+                .clone()
         };
         assert_eq!(
             ["a", "b", "c", "d"].map(on),

@@ -151,7 +151,10 @@ impl Planner<'_> {
         let port = match check.port.parse() {
             Ok(number) => number,
             Err(_) => {
-                let pod = to.pod.as_ref().map(|uid| &self.cast.cluster.pods[uid]);
+                let pod = to
+                    .pod
+                    .as_ref()
+                    .map(|uid| &self.cast.cluster.pods[uid.as_str()]);
                 let named = pod.and_then(|pod| {
                     let key = (check.port.clone(), check.protocol);
                     pod.named_ports.get(&key).copied()

@@ -66,7 +66,7 @@ impl Stage<Lab> {
             // The table has its own.
             lab.withdraw(&Manifests::pod_file(&made))?;
             lab.withdraw(&format!("namespace-{}", made.namespace()))?;
-            pods.insert(uid.clone(), name);
+            pods.insert(uid.to_owned(), name);
         }
         let mut stage = Self {
             lab,

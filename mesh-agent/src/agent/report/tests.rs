@@ -14,7 +14,7 @@ fn status(pods: &[(&str, bool, bool)], ready: &[&str]) -> Status {
         labels: [label].into(),
     };
     facts.namespaces.insert("shop".to_owned(), namespace);
-    facts.ready = Some(ready.iter().map(|uid| (*uid).to_owned()).collect());
+    facts.ready = Some(ready.iter().map(|uid| (*uid).into()).collect());
     let pods = pods.iter().map(|(uid, enrolled, gated)| {
         let pod = PodStatus {
             name: ObjectName::new("shop", *uid),

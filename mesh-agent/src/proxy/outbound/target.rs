@@ -4,6 +4,8 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use std::sync::Arc;
+
 use mesh_common::path::{Outbound, Path, outbound};
 use mesh_common::pod::PodState;
 use mesh_common::service::{BackendKey, ServiceKey, Services as _};
@@ -73,7 +75,7 @@ pub(super) fn decide(
         to: Endpoint::new(open.destination.addr, worker.port_of(&open.destination)),
         from: open.source.addr,
         uid: pod.uid.as_str().into(),
-        peer_uid: peer.uid.as_str().into(),
+        peer_uid: Arc::clone(&peer.uid),
         set: local.view.set,
         peer: id,
         own,

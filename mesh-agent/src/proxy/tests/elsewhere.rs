@@ -167,7 +167,7 @@ async fn a_tunnel_is_used_again_by_the_same_pods_under_the_same_policy_only() {
             "the pod",
             |plan| {
                 let workload = plan.names.workloads.get_mut(&addr(SERVER)).unwrap();
-                std::sync::Arc::make_mut(workload).uid = "another".to_owned();
+                std::sync::Arc::make_mut(workload).uid = "another".into();
             },
             3,
         ),

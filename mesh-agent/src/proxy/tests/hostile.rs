@@ -323,7 +323,7 @@ fn handshakes_that_are_begun_and_left_keep_others_waiting_only_until_their_time_
         let at = std::time::Instant::now();
         rig.near.change(|plan| {
             let workload = plan.names.workloads.get_mut(&addr(SERVER)).unwrap();
-            std::sync::Arc::make_mut(workload).uid = "so that a new tunnel is made".to_owned();
+            std::sync::Arc::make_mut(workload).uid = "so that a new tunnel is made".into();
         });
         rig.pair(&route).await;
         assert!(at.elapsed() < Duration::from_secs(3));

@@ -223,7 +223,7 @@ pub(super) fn timing() -> Timing {
 fn workload(name: &str) -> Pod {
     Pod {
         name: ObjectName::new("shop", name),
-        uid: name.to_owned(),
+        uid: name.into(),
         workload: ("Deployment".to_owned(), name.to_owned()),
         service_account: format!("{name}-sa"),
         ..Pod::default()
