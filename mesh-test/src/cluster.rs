@@ -26,6 +26,7 @@ use crate::process::{Output, Place};
 use crate::{cgroup, sweep, sys, topology};
 
 pub use image::BASE;
+use machine::Given;
 pub use machine::Machine;
 
 /// How long nodes may take to become Ready, and a rollout to be done, on a machine that also
@@ -74,8 +75,12 @@ impl Cluster {
             .controller_flag("--node-monitor-grace-period=20s")
             .start_at(id, wire.beside("kube")?, (IpAddr::V4(Lab::gateway()), None))?;
         progress("the nodes: containerd, kubelet, kube-proxy");
-        let base = image::base(&dir)?;
-        let start = |number| Machine::start(id, (number, count), &wire, (&kube, &base));
+        let given = Given {
+            kube: &kube,
+            proxy: &kube.user("system:kube-proxy", None)?,
+            base: &image::base(&dir)?,
+        };
+        let start = |number| Machine::start(id, (number, count), &wire, &given);
         let nodes = std::thread::scope(|scope| {
             let threads: Vec<_> = (1..=count)
                 .map(|number| scope.spawn(move || start(number)))

@@ -250,7 +250,8 @@ impl Kube {
         self.own()?.0.compact(&self.place)
     }
 
-    /// A kubeconfig of a user with a client certificate, in this group.
+    /// A kubeconfig of a user with a client certificate, in this group. Each call for a name replaces the
+    /// files of the one before: not for two threads at once.
     ///
     /// # Errors
     /// The cluster is not the test's own.

@@ -26,11 +26,19 @@ const START: Duration = Duration::from_secs(60);
 /// Below it every hierarchy is mounted.
 const HIERARCHIES: &str = "/sys/fs/cgroup";
 
+/// What all nodes are given.
+pub(super) struct Given<'a> {
+    pub(super) kube: &'a Kube,
+    /// The kubeconfig of kube-proxy, whose user is one for all nodes.
+    pub(super) proxy: &'a Path,
+    /// The image of tests' pods.
+    pub(super) base: &'a Path,
+}
+
 /// A node of the cluster.
 #[derive(Debug)]
 pub struct Machine {
     kubelet: Proc,
-    #[expect(dead_code, reason = "held for its drop")]
     proxy: Proc,
     containerd: Proc,
     /// Keeps the namespaces; its cgroup holds everything of the node, so it is dropped last.
@@ -49,7 +57,7 @@ impl Machine {
         id: LabId,
         (number, count): (u8, u8),
         wire: &Place,
-        (kube, base): (&Kube, &Path),
+        given: &Given<'_>,
     ) -> Result<Self> {
         let name = format!("node{number}");
         let address = IpAddr::V4(topology::node_v4(number));
@@ -61,7 +69,7 @@ impl Machine {
         let cgroup = cgroup::mount_point()?.join(&group);
         let dir = id.dir().join(&name);
         let place = Place::new(&name, netns, cgroup.join("host"), dir)?;
-        register(kube, &name, number)?;
+        register(given.kube, &name, number)?;
         let holder = hold(&place, &group, &cgroup, &name)?;
         let prefix = Prefix {
             holder: holder.id(),
@@ -74,12 +82,11 @@ impl Machine {
         ]);
         let containerd = place.spawn(prefix.spawned(containerd))?;
         let programs = Programs::find()?;
-        let kubelet = kubelet(&programs, kube, (&name, address), &config)?;
+        let kubelet = kubelet(&programs, given.kube, (&name, address), &config)?;
         let proxy = programs.all().display().to_string();
-        let proxy_config = kube.user("system:kube-proxy", None)?;
         let proxy = Cmd::new(proxy).args([
             "kube-proxy".to_owned(),
-            format!("--kubeconfig={}", proxy_config.display()),
+            format!("--kubeconfig={}", given.proxy.display()),
             format!("--hostname-override={name}"),
             "--proxy-mode=iptables".to_owned(),
             // Only the first namespace of the machine may change them.
@@ -98,7 +105,7 @@ impl Machine {
             .with_context(|| containerd.log_tail())
         };
         answers(&containerd)?;
-        let import = prefix.joined(ctr_import(base));
+        let import = prefix.joined(ctr_import(given.base));
         place.run(import, START)?.ok()?;
         let kubelet = place.spawn(prefix.spawned(kubelet))?;
         Ok(Self {
@@ -182,7 +189,7 @@ impl Machine {
     /// The last lines of what its programs logged.
     #[must_use]
     pub fn log_tails(&self) -> String {
-        let logs = [&self.containerd, &self.kubelet];
+        let logs = [&self.containerd, &self.kubelet, &self.proxy];
         logs.map(|program| tail(program.log(), 25)).join("\n")
     }
 }
