@@ -40,31 +40,7 @@ pub fn csr(data: &[u8]) -> Seen {
 
 /// DER as PEM.
 pub(crate) fn pem(label: &str, der: &[u8]) -> String {
-    let tag = |word| format!("-----{word} {label}-----\n");
-    let body = base64(der);
-    let lines = body.as_bytes().chunks(64).map(String::from_utf8_lossy);
-    let body: String = lines
-        .flat_map(|line| [line.into_owned(), "\n".to_owned()])
-        .collect();
-    tag("BEGIN") + &body + &tag("END")
-}
-
-fn base64(bytes: &[u8]) -> String {
-    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::new();
-    for three in bytes.chunks(3) {
-        let byte = |at: usize| u32::from(three.get(at).copied().unwrap_or(0));
-        let word = byte(0) << 16 | byte(1) << 8 | byte(2);
-        for digit in 0..4 {
-            if digit > three.len() {
-                text.push('=');
-            } else {
-                let place = (word >> (18 - 6 * digit)) & 63;
-                text.push(char::from(ALPHABET[place as usize]));
-            }
-        }
-    }
-    text
+    pem::encode(&pem::Pem::new(label, der))
 }
 
 /// Cuts `data` into pieces: two bytes of length before each, in network order; the last may be

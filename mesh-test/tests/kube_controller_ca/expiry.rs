@@ -5,46 +5,14 @@
 use std::fs;
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD as BASE64;
 use mesh_test::kube::Bound;
 use rcgen::{KeyPair, SigningKey as _};
 use serde_json::Value;
 
 use crate::clock;
 use crate::rig::{AUDIENCE, Rig, web};
-
-const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
-
-/// Base64 as JWTs have it (RFC 7515, section 2).
-fn encoded(bytes: &[u8]) -> String {
-    let mut text = String::new();
-    for chunk in bytes.chunks(3) {
-        let all = (0..3).fold(0_u32, |all, at| {
-            all << 8 | u32::from(chunk.get(at).copied().unwrap_or(0))
-        });
-        for place in 0..=chunk.len() {
-            let six = all >> (18 - 6 * place) & 0x3f;
-            text.push(char::from(
-                ALPHABET[usize::try_from(six).expect("six bits")],
-            ));
-        }
-    }
-    text
-}
-
-fn decoded(text: &str) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let (mut all, mut bits) = (0_u32, 0);
-    for letter in text.bytes() {
-        let six = ALPHABET.iter().position(|known| *known == letter);
-        all = all << 6 | u32::try_from(six.expect("of the alphabet")).expect("six bits");
-        bits += 6;
-        if bits >= 8 {
-            bits -= 8;
-            bytes.push(u8::try_from(all >> bits & 0xff).expect("eight bits"));
-        }
-    }
-    bytes
-}
 
 /// Both numbers of a signature one after the other, 32 bytes each (RFC 7518, section 3.4), from
 /// their DER.
@@ -65,17 +33,18 @@ fn plain(der: &[u8]) -> Vec<u8> {
 fn until(rig: &Rig, token: &str, seconds: i64) -> String {
     let mut parts = token.split('.');
     let (head, claims) = (parts.next().expect("head"), parts.next().expect("claims"));
-    let mut claims: Value = serde_json::from_slice(&decoded(claims)).expect("claims");
+    let mut claims: Value =
+        serde_json::from_slice(&BASE64.decode(claims).expect("base64")).expect("claims");
     let now = Duration::from_secs_f64(clock()).as_secs();
     for (claim, after) in [("iat", -7200), ("nbf", -7200), ("exp", seconds)] {
         assert!(claims[claim].is_number(), "{claims}");
         claims[claim] = Value::from(now.saturating_add_signed(after));
     }
-    let text = format!("{head}.{}", encoded(claims.to_string().as_bytes()));
+    let text = format!("{head}.{}", BASE64.encode(claims.to_string()));
     let key = rig.kube.place().dir().join("pki/sa.key");
     let key = KeyPair::from_pem(&fs::read_to_string(key).expect("key")).expect("key");
     let signature = key.sign(text.as_bytes()).expect("signed");
-    format!("{text}.{}", encoded(&plain(&signature)))
+    format!("{text}.{}", BASE64.encode(plain(&signature)))
 }
 
 /// What the API server itself says of a token.
