@@ -209,6 +209,23 @@ fn unspecified(like: &SocketAddr) -> IpAddr {
     }
 }
 
+/// Connects as the hand-over does. A process that another test is just starting may hold the last
+/// one's socket for a moment.
+fn handed_over(client: SocketAddr, at: SocketAddr) -> socket2::Socket {
+    let until = Instant::now() + Duration::from_secs(10);
+    loop {
+        let socket = socket::on_behalf_of(client, MARK_INBOUND).unwrap();
+        socket.set_nonblocking(false).unwrap();
+        match socket.connect_timeout(&at.into(), Duration::from_secs(2)) {
+            Ok(()) => return socket,
+            Err(e) if e.kind() == io::ErrorKind::AddrNotAvailable && Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(e) => panic!("{client}: {e}"),
+        }
+    }
+}
+
 #[test]
 fn the_hand_over_shows_the_clients_own_address_and_port() {
     let lab = lab(&[V4, V6]);
@@ -222,11 +239,7 @@ fn the_hand_over_shows_the_clients_own_address_and_port() {
                 let listener = TcpListener::bind(at).unwrap();
                 // Twice: the same client's port can be used again at once.
                 for _ in 0..2 {
-                    let socket = crate::sys::socket::on_behalf_of(client, MARK_INBOUND).unwrap();
-                    socket.set_nonblocking(false).unwrap();
-                    socket
-                        .connect_timeout(&at.into(), Duration::from_secs(2))
-                        .unwrap_or_else(|e| panic!("{client}: {e}"));
+                    let socket = handed_over(client, at);
                     let (accepted, from) = listener.accept().unwrap();
                     assert_eq!(from, client);
                     assert_eq!(accepted.local_addr().unwrap(), at);

@@ -92,7 +92,7 @@ async fn an_application_that_is_gone_is_replaced_by_another_of_its_service() {
     let closes: Vec<_> = far.iter().map(|r| r["close"].as_str().unwrap()).collect();
     assert_eq!(closes, ["connect_failed", "finished"]);
     let retried = "mesh_tcp_connections_retried_total{reason=\"connect_failed\"}";
-    assert_eq!(rig.near.metric(retried), 1);
+    assert_eq!(rig.near.counted(retried, 1).await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]

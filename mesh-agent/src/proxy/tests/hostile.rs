@@ -281,7 +281,7 @@ fn a_source_that_says_nothing_is_bounded_and_forgotten() {
         }
         let mut one_more = raw_connection(&rig);
         assert!(is_reset(&mut one_more).await);
-        assert_eq!(rig.far.metric(LIMIT_REACHED), 1);
+        assert_eq!(rig.far.counted(LIMIT_REACHED, 1).await, 1);
         // Their time ends, and then others are served again.
         for stream in &mut silent {
             assert!(matches!(stream.read(&mut [0; 9]).await, Ok(0) | Err(_)));
@@ -289,7 +289,7 @@ fn a_source_that_says_nothing_is_bounded_and_forgotten() {
         let (mut client, mut server) = rig.pair(&route).await;
         client.write_all(b"x").await.unwrap();
         server.read_u8().await.unwrap();
-        assert_eq!(rig.far.metric(TIMEOUT), 5);
+        assert_eq!(rig.far.counted(TIMEOUT, 5).await, 5);
     });
 }
 
@@ -315,9 +315,7 @@ fn handshakes_that_are_begun_and_left_keep_others_waiting_only_until_their_time_
         server.read_u8().await.unwrap();
         let waited = at.elapsed();
         assert!(waited > Duration::from_millis(300), "{waited:?}");
-        while rig.far.metric(TIMEOUT) < 3 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        rig.far.counted(TIMEOUT, 3).await;
         // Where nobody waits, a place is there at once, whoever else is silent.
         let silent: Vec<_> = (0..100).map(|_| raw_connection(&rig)).collect();
         let at = std::time::Instant::now();

@@ -293,7 +293,7 @@ async fn a_silent_refusal_is_held_for_a_time_and_a_pod_has_only_some_of_them() {
     assert!(is_reset(&mut held).await);
     for result in ["held", "limit"] {
         let series = format!("mesh_policy_silent_refusals_total{{result=\"{result}\"}}");
-        assert_eq!(rig.near.metric(&series), 1, "{result}");
+        assert_eq!(rig.near.counted(&series, 1).await, 1, "{result}");
     }
     // The place is free again.
     let mut again = rig.connect(&route).await;

@@ -168,6 +168,19 @@ impl Node {
         line.map_or(0, |number| number.trim().parse().unwrap())
     }
 
+    /// The same, once it is at least `count`: what a peer sees may come before it is counted.
+    pub(super) async fn counted(&self, series: &str, count: u64) -> u64 {
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            let now = self.metric(series);
+            if now >= count {
+                return now;
+            }
+            assert!(Instant::now() < until, "{series}: {now} of {count}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
     pub(super) fn change(&self, change: impl FnOnce(&mut Plan)) {
         self.plan.send_modify(|plan| change(Arc::make_mut(plan)));
     }
