@@ -24,7 +24,10 @@ fn lab(topology: Topology) -> Lab {
 }
 
 fn mesh(topology: Topology, port: &str) -> Mesh {
-    let lab = lab(topology);
+    start(lab(topology), port)
+}
+
+fn start(lab: Lab, port: &str) -> Mesh {
     let config = AgentConfig::new(&Mesh::own_ca(&lab)).flag("--tunnel-port", port);
     Mesh::start_with(lab, &config).expect("mesh")
 }
@@ -258,8 +261,7 @@ fn a_flood_of_marked_syns_keeps_nobody_out() {
         .pod(PodSpec::new("b", 2))
         .build()
         .expect("lab");
-    let config = AgentConfig::new(&Mesh::own_ca(&lab)).flag("--tunnel-port", "real");
-    let mesh = Mesh::start_with(lab, &config).expect("mesh");
+    let mesh = start(lab, "real");
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let _server = b.serve(&format!("--tcp [::]:{PORT}")).expect("server");
     let outside = mesh.outside().expect("outside");
@@ -337,8 +339,7 @@ fn a_mark_that_comes_after_a_connection_has_begun_makes_no_tunnel_of_it() {
         .pod(PodSpec::new("b", 2))
         .build()
         .expect("lab");
-    let config = AgentConfig::new(&Mesh::own_ca(&lab)).flag("--tunnel-port", "real");
-    let mesh = Mesh::start_with(lab, &config).expect("mesh");
+    let mesh = start(lab, "real");
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let _server = b.serve(&format!("--tcp [::]:{PORT}")).expect("server");
     // Its kernel knows nothing of the connection.

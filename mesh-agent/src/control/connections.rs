@@ -12,7 +12,7 @@ use mesh_common::identity::Peer;
 use mesh_common::path::{self, Origin, Outbound, Peers as _};
 use mesh_common::pod::{PodState, PodView};
 use mesh_common::service::{ServiceKey, Services as _};
-use mesh_common::settings::{MARK_CAPTURE, MARK_INBOUND, MARK_MASK, TUNNEL_PORT};
+use mesh_common::settings::{MARK_CAPTURE, MARK_INBOUND, MARK_MASK};
 use mesh_common::{Endpoint, Port, Protocol, Reason, Verdict};
 use mesh_plan::Plan;
 
@@ -84,9 +84,8 @@ pub fn of_the_agent(
     is_tunnel: impl Fn(&Socket) -> bool,
 ) -> Vec<Socket> {
     let ours = |s: &&Socket| {
-        let tunnel = s.local.port == TUNNEL_PORT || s.remote.port == TUNNEL_PORT;
         let foreign = !(pod.owns(&s.local.addr) || s.local.addr.is_loopback());
-        tunnel || foreign || is_tunnel(s)
+        s.has_tunnel_port() || foreign || is_tunnel(s)
     };
     connected(sockets).filter(ours).copied().collect()
 }
@@ -148,8 +147,7 @@ impl<'a> Scene<'a> {
     }
 
     fn tcp(&self, socket: &Socket) -> Fate {
-        let tunnel = socket.remote.port == TUNNEL_PORT || socket.local.port == TUNNEL_PORT;
-        if tunnel && self.carried {
+        if socket.has_tunnel_port() && self.carried {
             return Fate::Keep;
         }
         if self.listening.contains(&socket.local.port) {

@@ -3,21 +3,14 @@
 
 use std::io;
 
-use mesh_common::Protocol;
-
 use super::adopted::Leaving;
 use super::connections;
 use crate::sys::netns::NetNs;
-use crate::sys::sock_diag::{SockDiag, Socket, States};
+use crate::sys::sock_diag::{SockDiag, Socket};
 
 /// Every TCP and UDP socket of a namespace that has another end or listens.
 pub(super) fn list(netns: &NetNs) -> io::Result<Vec<Socket>> {
-    netns.run(|| {
-        let mut diag = SockDiag::open()?;
-        let mut all = diag.sockets(Protocol::TCP, States::LIVE_AND_LISTEN)?;
-        all.extend(diag.sockets(Protocol::UDP, States::LIVE)?);
-        Ok(all)
-    })?
+    netns.run(|| SockDiag::open()?.all())?
 }
 
 /// Ends sockets; how many were still there.

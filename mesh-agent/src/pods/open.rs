@@ -6,11 +6,11 @@ use std::collections::BTreeSet;
 use std::io;
 
 use mesh_common::pod::PodState;
-use mesh_common::settings::{MARK_CAPTURE, MARK_INBOUND, MARK_MASK, TUNNEL_PORT};
+use mesh_common::settings::{MARK_CAPTURE, MARK_INBOUND, MARK_MASK};
 use mesh_common::{Direction, Endpoint, Port, Protocol};
 
 use super::PodHandle;
-use crate::sys::sock_diag::{SockDiag, Socket, States, state};
+use crate::sys::sock_diag::{SockDiag, Socket, state};
 
 /// An end of an open connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,17 +27,13 @@ pub struct Open {
     pub tunnelled: bool,
 }
 
-/// What is open now; `is_tunnel` tells the agent's own sockets that have an application's port. Enters the pod's namespace: not for a thread that serves connections.
+/// What is open now; `is_tunnel` tells the agent's own sockets that have an application's port.
+/// Enters the pod's namespace: not for a thread that serves connections.
 ///
 /// # Errors
 /// The namespace cannot be entered, or the kernel does not tell.
 pub fn open(pod: &PodHandle, is_tunnel: impl Fn(&Socket) -> bool) -> io::Result<Vec<Open>> {
-    let sockets = pod.netns.run(|| {
-        let mut diag = SockDiag::open()?;
-        let mut all = diag.sockets(Protocol::TCP, States::LIVE_AND_LISTEN)?;
-        all.extend(diag.sockets(Protocol::UDP, States::LIVE)?);
-        Ok::<_, io::Error>(all)
-    })??;
+    let sockets = pod.netns.run(|| SockDiag::open()?.all())??;
     Ok(of(pod, &sockets, is_tunnel))
 }
 
@@ -50,10 +46,7 @@ fn of(pod: &PodHandle, sockets: &[Socket], is_tunnel: impl Fn(&Socket) -> bool) 
         .collect();
     let ends: BTreeSet<(Endpoint, Endpoint)> = tcp().map(|s| (s.local, s.remote)).collect();
     let enrolled = view.has(PodState::ENROLLED);
-    let of_tunnel = |s: &Socket| {
-        let on_its_port = s.local.port == TUNNEL_PORT || s.remote.port == TUNNEL_PORT;
-        enrolled && (on_its_port || is_tunnel(s))
-    };
+    let of_tunnel = |s: &Socket| enrolled && (s.has_tunnel_port() || is_tunnel(s));
     let one = |s: &Socket| {
         let is_open = s.state != state::LISTEN && s.is_connected();
         let applications = view.owns(&s.local.addr) && !view.owns(&s.remote.addr);

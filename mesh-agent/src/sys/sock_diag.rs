@@ -6,6 +6,7 @@
 
 use std::io;
 
+use mesh_common::settings::TUNNEL_PORT;
 use mesh_common::{Addr, Endpoint, Port, Protocol};
 
 use super::netlink::{Attributes, Body, Netlink, half, word};
@@ -75,6 +76,12 @@ impl Socket {
         !self.remote.addr.is_unspecified() && self.remote.port.0 != 0
     }
 
+    /// Whether either end is the port of tunnels.
+    #[must_use]
+    pub fn has_tunnel_port(&self) -> bool {
+        self.local.port == TUNNEL_PORT || self.remote.port == TUNNEL_PORT
+    }
+
     /// A socket that only a test knows.
     #[cfg(test)]
     pub(crate) fn imagined(protocol: Protocol, state: u8, ends: [&str; 2], mark: u32) -> Self {
@@ -114,6 +121,16 @@ impl SockDiag {
     pub fn open() -> io::Result<Self> {
         const NETLINK_SOCK_DIAG: i32 = 4;
         Netlink::open(NETLINK_SOCK_DIAG).map(Self)
+    }
+
+    /// Every TCP and UDP socket that has another end or listens.
+    ///
+    /// # Errors
+    /// As [`SockDiag::sockets`].
+    pub fn all(&mut self) -> io::Result<Vec<Socket>> {
+        let mut all = self.sockets(Protocol::TCP, States::LIVE_AND_LISTEN)?;
+        all.extend(self.sockets(Protocol::UDP, States::LIVE)?);
+        Ok(all)
     }
 
     /// The sockets of both families. Reads them while they change: one that moves meanwhile may be

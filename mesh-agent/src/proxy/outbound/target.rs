@@ -3,7 +3,6 @@
 //! the service that it asked for. Each is decided as if it had been captured for it.
 
 use std::net::{IpAddr, SocketAddr};
-
 use std::sync::Arc;
 
 use mesh_common::path::{Outbound, Path, outbound};
