@@ -130,6 +130,7 @@ async fn serve(config: Config, level: Option<Level>) -> Result<(), Error> {
     // Reading a whole cluster leaves much behind.
     memory::give_back();
     let giving = tokio::spawn(give_back_what_changes_leave(rooms.facts.clone()));
+    let starting = tokio::spawn(let_go_of_the_start());
     let successor = Successor::of(&config.admin);
     let result = rooms.until_the_end(&mut requests, &successor).await;
     let drain = match result {
@@ -137,8 +138,19 @@ async fn serve(config: Config, level: Option<Level>) -> Result<(), Error> {
         Err(_) => Duration::ZERO,
     };
     giving.abort();
+    starting.abort();
     rooms.finish(&mut requests, &successor, drain).await;
     result
+}
+
+/// By then all that runs once has run: the first certificates are there, the machine is probed.
+const STARTED: Duration = Duration::from_secs(20);
+
+async fn let_go_of_the_start() {
+    sleep(STARTED).await;
+    if let Err(error) = memory::let_go_of_code() {
+        tracing::debug!(%error, "the pages of what has run once stay");
+    }
 }
 
 /// While the cluster changes, what it was before leaves holes: so often they are given back.
@@ -394,14 +406,20 @@ fn watch_neighbour(
         .into_iter()
         .map(|link| link.name)
         .collect();
-    let cni = cni::find(&config.host.cni_conf, &links);
+    let found = neighbour::Found {
+        cni: cni::find(&config.host.cni_conf, &links),
+        balancers: cni::balancers(&config.host.cgroup).unwrap_or_else(|error| {
+            tracing::warn!(%error, "cannot see whether others balance services at the sockets");
+            Vec::new()
+        }),
+    };
     let port = match config.tunnel_port {
         TunnelPort::Fixed(port) => Some(port),
         // The plug-in sees the ports that its policies name.
         TunnelPort::Real => None,
     };
     let (to, neighbour) = watch::channel(Arc::default());
-    tokio::spawn(neighbour::run(cni, port, views.status.clone(), to));
+    tokio::spawn(neighbour::run(found, port, views.status.clone(), to));
     neighbour
 }
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `mesh-agent cleanup`: takes the mesh off this node, for uninstalling.
 //!
-//! Removes the pinned links and maps below `BPFFS/mesh`, and the rules, routes and sysctls in the
-//! namespaces of the pods that those maps name. Run it when the agent has ended; afterwards the
-//! pods talk as if there had never been a mesh. It leaves alone what another agent's pins name,
-//! and the state directory.
+//! Removes the pinned links and maps below `BPFFS/mesh`, the rules, routes and sysctls in the
+//! namespaces of the pods that those maps name, and the last good versions of policies in the state
+//! directory. Run it when the agent has ended; afterwards the pods talk as if there had never been a
+//! mesh. It leaves alone what another agent's pins name, and what else is in the state directory,
+//! such as the CA of `--ca self`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -19,6 +20,7 @@ use zerocopy::FromBytes as _;
 use crate::config::HostConfig;
 use crate::datapath::pin_directory;
 use crate::pods::made;
+use crate::source::state;
 use crate::sys::bpf;
 use crate::sys::netns::{NetNs, NetNsId};
 
@@ -37,6 +39,14 @@ pub enum Error {
     #[error("cannot remove {path}")]
     Pin {
         /// The pin or directory.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// What was kept of policies cannot be removed.
+    #[error("cannot remove {path}")]
+    State {
+        /// The file.
         path: PathBuf,
         /// Why not.
         source: io::Error,
@@ -102,8 +112,10 @@ pub fn run(host: &HostConfig) -> Result<Removed, Error> {
         }
     }
     removed.gone = cookies.len();
+    let state = state::remove(&host.state_dir);
     result
         .and(remove_pins(&mesh, &mut removed.pins, &|_| true))
+        .and(state.map_err(|(path, source)| Error::State { path, source }))
         .map(|()| removed)
 }
 

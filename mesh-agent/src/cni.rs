@@ -8,15 +8,19 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
+use aya::programs::loaded_programs;
 use mesh_plan::authentication::{DATAPLANE_LABEL, enrols};
 use mesh_plan::cluster::{
     Cluster, ObjectRef, Pod, PortMatch, PortRange, Rule, Subject, Tier, Transport,
 };
 use serde::Serialize;
 use serde_json::Value;
+
+use crate::sys::bpf;
 
 /// Whether a plug-in enforces NetworkPolicy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -62,16 +66,12 @@ const fn known(
 
 /// Those that say more come first: many use `bridge` or `ptp` below.
 const KNOWN: &[Known] = &[
-    Known {
-        note: "it may balance services in the socket layer too: set socketLB.hostNamespaceOnly=true, \
-               so that pods' connections are left to the mesh",
-        ..known(
-            "Cilium",
-            &["cilium-cni"],
-            &["cilium_host", "cilium_net"],
-            Enforces::Yes,
-        )
-    },
+    known(
+        "Cilium",
+        &["cilium-cni"],
+        &["cilium_host", "cilium_net"],
+        Enforces::Yes,
+    ),
     known(
         "Calico",
         &["calico"],
@@ -243,6 +243,51 @@ pub struct Neighbour {
     pub cni: Option<Cni>,
     /// The rules by which it would drop tunnels; empty if it enforces no NetworkPolicy.
     pub blocks: Vec<Blocked>,
+    /// Programs of others at the hooks at which the mesh balances services: see [`balancers`].
+    pub balancers: Vec<String>,
+}
+
+/// What to do about [`balancers`].
+pub const BALANCERS: &str = "A program that is not the mesh's sees pods' connect() and sendmsg() too: \
+                             if it balances services, one of the two translates what the other has \
+                             chosen. With Cilium set socketLB.hostNamespaceOnly=true.";
+
+/// The programs of others, as `HOOK: NAME`, that see where processes of this cgroup connect and send
+/// to: what balances services in the socket layer is among them.
+///
+/// # Errors
+/// When the cgroup or its programs cannot be read.
+pub fn balancers(cgroup: &Path) -> io::Result<Vec<String>> {
+    /// `enum bpf_attach_type` of linux/bpf.h.
+    const HOOKS: [(&str, u32); 4] = [
+        ("connect4", 10),
+        ("connect6", 11),
+        ("sendmsg4", 14),
+        ("sendmsg6", 15),
+    ];
+    let cgroup = fs::File::open(cgroup)?;
+    let mut at: BTreeMap<u32, Vec<&str>> = BTreeMap::new();
+    for (hook, number) in HOOKS {
+        for id in bpf::programs_at(cgroup.as_fd(), number)? {
+            at.entry(id).or_default().push(hook);
+        }
+    }
+    let mut found = Vec::new();
+    // Not all that is loaded, of which there may be a lot, if there is nobody.
+    if at.is_empty() {
+        return Ok(found);
+    }
+    for program in loaded_programs().filter_map(Result::ok) {
+        let name = program.name_as_str().unwrap_or("?");
+        for hook in at.remove(&program.id()).unwrap_or_default() {
+            // The mesh's own has the hook's name.
+            if name != hook {
+                found.push(format!("{hook}: {name}"));
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
 }
 
 /// The rules of NetworkPolicies for enrolled pods that allow some ports and not the tunnel's.

@@ -279,10 +279,14 @@ impl Metrics {
 
     /// Counts a plan that is in force, and how long that took since the change was seen. Returns
     /// its number.
-    pub fn plan_applied(&self, took: Duration, rejected: usize) -> u64 {
+    pub fn plan_applied(&self, took: Duration) -> u64 {
         self.0.plan_apply.observe(took.as_secs_f64());
-        self.0.rejected.store(rejected as u64, Relaxed);
         self.0.revision.fetch_add(1, Relaxed) + 1
+    }
+
+    /// Shows how many parts of objects are rejected, whether or not a plan came of it.
+    pub fn rejected_fields(&self, rejected: usize) {
+        self.0.rejected.store(rejected as u64, Relaxed);
     }
 
     /// Shows whether the source of the cluster's state can be followed.

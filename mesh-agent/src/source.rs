@@ -9,7 +9,7 @@ mod dir;
 mod files;
 #[cfg(feature = "kubernetes")]
 pub(crate) mod kubernetes;
-mod state;
+pub(crate) mod state;
 #[cfg(feature = "kubernetes")]
 pub(crate) mod status;
 

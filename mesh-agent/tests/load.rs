@@ -19,7 +19,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/me
 
 /// Instructions the verifier may look at for one program, loops and branches counted each time: a
 /// third of the time budget that a start has, and far below the kernel's limit of a million.
-const VERIFIER_BUDGET: u32 = 60_000;
+const VERIFIER_BUDGET: u32 = 70_000;
 
 /// A cgroup without processes and a directory in bpffs, removed on drop.
 struct Place {

@@ -30,7 +30,7 @@ pub use mesh_authentication::{
     UdpTraffic,
 };
 pub use mesh_node::{
-    MeshNode, MeshNodeSpec, MeshNodeStatus, ReportedObject, ReportedRejection, UnprotectedPod,
+    MeshNode, MeshNodeSpec, MeshNodeStatus, ReportedField, ReportedObject, UnprotectedPod,
 };
 pub use mesh_policy::{
     ClusterAction, ClusterMeshPolicy, ClusterMeshPolicySpec, ClusterTier, MeshAction,

@@ -2,6 +2,7 @@
 //! UDP flows: replies to what was allowed pass. Bounded per pod, so that no pod can evict another's.
 
 use crate::addr::{Endpoint, Port};
+use crate::path::Origin;
 use crate::settings::{FLOW_IDLE_BOTH_NS, FLOW_IDLE_NS};
 use crate::verdict::Reason;
 
@@ -34,8 +35,9 @@ abi! {
 
     /// Value of the map `FLOWS`.
     pub struct Flow {
-        /// The policy set under which it was allowed: under another it is decided again.
-        pub set: u64,
+        /// The revision of facts (map `FACTS`) under which it was allowed: under another it is
+        /// decided again, as what it was opened as.
+        pub facts: u64,
         /// When the last datagram was seen (CLOCK_MONOTONIC).
         pub last_ns: u64,
         /// Bytes in both directions (IP payload).
@@ -58,6 +60,34 @@ impl Flow {
     pub const TO_POD: u32 = 1 << 1;
     /// It was opened by the pod (else to it).
     pub const EGRESS: u32 = 1 << 2;
+    /// What opened it came translated ([`Origin::Translated`]).
+    pub const TRANSLATED: u32 = 1 << 3;
+    /// What opened it came past no gate ([`Origin::Ungated`]).
+    pub const UNGATED: u32 = 1 << 4;
+
+    /// The flags of what came to the pod.
+    #[inline(always)]
+    #[must_use]
+    pub const fn from_origin(origin: Origin) -> u32 {
+        match origin {
+            Origin::Address => 0,
+            Origin::Translated => Self::TRANSLATED,
+            Origin::Ungated => Self::UNGATED,
+        }
+    }
+
+    /// Where what opened a flow of these flags came from, as could be told then.
+    #[inline(always)]
+    #[must_use]
+    pub const fn origin(flags: u32) -> Origin {
+        if flags & Self::TRANSLATED != 0 {
+            Origin::Translated
+        } else if flags & Self::UNGATED != 0 {
+            Origin::Ungated
+        } else {
+            Origin::Address
+        }
+    }
 
     /// Whether it is still alive at a time.
     #[inline(always)]

@@ -35,6 +35,8 @@ pub const MAX_FLOWS: u32 = 262_144;
 pub const MAX_CAPTURED: u32 = 65_536;
 /// Connections that are older than enrolment.
 pub const MAX_OLD_CONNECTIONS: u32 = 65_536;
+/// In a value of `OLD_CONNECTIONS`: it has ended, and nothing but acknowledgements may follow.
+pub const OLD_ENDED: u32 = 1 << 31;
 /// Tunnels that are not told by their port.
 pub const MAX_TUNNELS: u32 = 65_536;
 /// Tunnels whose first packet has come and that are not established yet.
@@ -65,8 +67,8 @@ abi! {
     }
 
     /// Key of the map `OLD_CONNECTIONS`: a connection that is older than the enrolment, or than
-    /// its peer's. The value is a [`crate::Reason`] as `u32`. Also of the maps `TUNNELS`, whose
-    /// values are 1, and `MARKED`: [`MARK_SEEN`] or [`MARK_STEERED`].
+    /// its peer's. The value is a [`crate::Reason`] as `u32`, with [`OLD_ENDED`]. Also of the maps
+    /// `TUNNELS`, whose values are 1, and `MARKED`: [`MARK_SEEN`] or [`MARK_STEERED`].
     pub struct ConnectionKey {
         /// The pod's end.
         pub local: Endpoint,

@@ -194,7 +194,10 @@ pub fn outbound<T: Peers + Policies>(
         };
     }
     if peer.local {
-        return if udp_refused(pod, protocol, &peer) {
+        let required = enrolled && protocol == Protocol::TCP && pod.has(PodState::REQUIRED);
+        return if required && !peer.has(Peer::ENROLLED) {
+            Path::refuse(Verdict::refuse(Reason::PeerNotEnrolled), peer.id)
+        } else if udp_refused(pod, protocol, &peer) {
             Path::refuse(Verdict::refuse(Reason::UdpMode), peer.id)
         } else {
             Path::direct(verdict, Reason::SameNode, peer.id)

@@ -44,7 +44,7 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         local_port: Port(0),
     };
     let mut path = UNDECIDED;
-    decision::outbound(&ask, &mut path);
+    let facts = decision::outbound(&ask, &mut path);
     trace(Hook::Connect, pod, &to, &path);
     let mark = match path.action {
         Outbound::Refuse => {
@@ -91,7 +91,7 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         // The source port is not chosen yet if it is 0; the gate then opens the flow.
         let local_port = local_port(ctx);
         if local_port != Port(0) {
-            udp::open(pod, &udp::tuple(&to, local_port), Way::FromPod, &path);
+            udp::open(&ask, local_port, Way::FromPod, (&path, facts));
         }
     }
     if to != asked {

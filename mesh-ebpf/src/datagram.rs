@@ -31,18 +31,19 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
     if !resolve(pod, &asked, Protocol::UDP, &mut to) {
         return refuse();
     }
-    let tuple = udp::tuple(&to, local_port(ctx));
+    let local = local_port(ctx);
     // The gate sees the datagram too and counts its bytes.
-    if tuple.local_port == Port(0) || !udp::refresh(pod, &tuple, Way::FromPod, 0) {
-        let ask = Ask {
-            pod,
-            protocol: Protocol::UDP,
-            origin: Origin::Address,
-            remote: to,
-            local_port: Port(0),
-        };
-        let mut path = UNDECIDED;
-        decision::outbound(&ask, &mut path);
+    let mut path = UNDECIDED;
+    let mut ask = Ask {
+        pod,
+        protocol: Protocol::UDP,
+        origin: Origin::Address,
+        remote: to,
+        local_port: Port(0),
+    };
+    let room = (&mut ask, &mut path);
+    if local == Port(0) || !udp::refresh(local, Way::FromPod, 0, room) {
+        let facts = decision::outbound(&ask, &mut path);
         trace(Hook::Sendmsg, pod, &to, &path);
         if matches!(path.action, Outbound::Refuse) {
             deny(pod, Protocol::UDP, &asked, &to, &path.verdict);
@@ -56,12 +57,12 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
         }
         report::count(Direction::Egress, &path.verdict);
         if let Some(audited) = audit::audited(pod)
-            && (tuple.local_port != Port(0) || !audited.view.has(PodState::GATED))
+            && (local != Port(0) || !audited.view.has(PodState::GATED))
         {
             audit::outbound(audited, &ask, if to == asked { None } else { Some(&asked) });
         }
-        if tuple.local_port != Port(0) {
-            udp::open(pod, &tuple, Way::FromPod, &path);
+        if local != Port(0) {
+            udp::open(&ask, local, Way::FromPod, (&path, facts));
         }
     }
     if to != asked {

@@ -57,20 +57,25 @@ pub(crate) const UNDECIDED: Path = Path {
     peer: IdentityId::UNKNOWN,
 };
 
-/// Decides what a pod sends; `path` is undecided before.
+/// Decides what a pod sends; `path` is undecided before. The value is the revision of facts, at
+/// least, by which it was decided.
 #[inline(always)]
-pub(crate) fn outbound(ask: &Ask, path: &mut Path) {
+pub(crate) fn outbound(ask: &Ask, path: &mut Path) -> u64 {
+    let facts = tables::facts();
     if mesh_outbound(ask, path) == TORN && mesh_outbound(ask, path) == TORN {
         *path = UNDECIDED;
     }
+    facts
 }
 
-/// Decides what comes to a pod in clear; `path` is undecided before.
+/// Decides what comes to a pod in clear; as [`outbound`].
 #[inline(always)]
-pub(crate) fn inbound(ask: &Ask, path: &mut Path) {
+pub(crate) fn inbound(ask: &Ask, path: &mut Path) -> u64 {
+    let facts = tables::facts();
     if mesh_inbound(ask, path) == TORN && mesh_inbound(ask, path) == TORN {
         *path = UNDECIDED;
     }
+    facts
 }
 
 /// `mesh_common::path::outbound`.

@@ -18,9 +18,9 @@ use aya_ebpf::helpers::generated::{
 use aya_ebpf::programs::SockOpsContext;
 use mesh_common::counter::Counter;
 use mesh_common::event::{Event, closed_by, kind};
-use mesh_common::maps::{CapturedKey, ConnectionKey};
+use mesh_common::maps::{CapturedKey, ConnectionKey, OLD_ENDED};
 use mesh_common::path::{Origin, Peers as _};
-use mesh_common::pod::PodState;
+use mesh_common::pod::{PodIndex, PodState};
 use mesh_common::settings::{MARK_INBOUND, MARK_MASK, TUNNEL_PORT};
 use mesh_common::socket::{Exempt, SocketState, TUNNEL_OPTION};
 use mesh_common::{Addr, Direction, Endpoint, Port, Protocol, Reason};
@@ -28,7 +28,9 @@ use mesh_common::{Addr, Direction, Endpoint, Port, Protocol, Reason};
 use crate::context::{read, storage};
 use crate::decision::{self, Ask, UNDECIDED};
 use crate::report::{Hook, add, now, trace};
-use crate::tables::{self, CAPTURED, EVENTS, EXEMPT, MARKED, SOCKETS, TUNNELS, Tables};
+use crate::tables::{
+    self, CAPTURED, EVENTS, EXEMPT, MARKED, OLD_CONNECTIONS, SOCKETS, TUNNELS, Tables,
+};
 
 /// The value sock_ops programs return; it means nothing for these callbacks.
 const DONE: u32 = 1;
@@ -257,7 +259,7 @@ fn accepted(ctx: &SockOpsContext) {
     };
     // sk_lookup has allowed it and cannot leave a word with the socket.
     let mut path = UNDECIDED;
-    decision::inbound(&ask, &mut path);
+    let _ = decision::inbound(&ask, &mut path);
     trace(Hook::Accepted, pod, &there, &path);
     let state = storage::<_, SocketState>(&SOCKETS, sk, true);
     // SAFETY: null or of this type.
@@ -310,7 +312,13 @@ fn changed(ctx: &SockOpsContext) {
     }
     let (sent, received) = application_bytes(tcp, state, old);
     let there = remote(ctx);
-    let clear = Reason::from_code(state.clear).unwrap_or(Reason::NoPolicy);
+    let clear = why_in_clear(state);
+    // What was left in clear for this connection is left for nobody after it; but its last
+    // acknowledgement is still on its way, and may have to be said again.
+    if let Some(old) = OLD_CONNECTIONS.get_ptr_mut(tuple(ctx)) {
+        // SAFETY: the element lives until the program ends.
+        unsafe { *old |= OLD_ENDED };
+    }
     add(Counter::UnencryptedBytes(clear), sent);
     if Tables.local(&there.addr).is_none() {
         add(Counter::UnencryptedBytes(clear), received);
@@ -335,12 +343,27 @@ fn changed(ctx: &SockOpsContext) {
         direction: state.direction,
         protocol: Protocol::TCP.0,
         reason: state.reason,
-        clear: state.clear,
+        clear: clear as u8,
         closed_by: who_closed(old, state),
         spare: 0,
         spare_end: 0,
     });
     event.submit(BPF_RB_NO_WAKEUP.into());
+}
+
+/// Why a connection was in clear. Its pod may have joined the mesh since it was decided.
+#[inline(always)]
+fn why_in_clear(state: &SocketState) -> Reason {
+    let clear = Reason::from_code(state.clear).unwrap_or(Reason::NoPolicy);
+    let enrolled = || {
+        let pod = tables::pod(PodIndex(state.pod));
+        pod.is_some_and(|pod| pod.view.has(PodState::ENROLLED))
+    };
+    if clear == Reason::OptedOut && enrolled() {
+        Reason::PreEnrolment
+    } else {
+        clear
+    }
 }
 
 /// Bytes of the application: the kernel's sums count SYN and FIN as one byte each (RFC 9293, 3.4).

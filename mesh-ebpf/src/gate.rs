@@ -8,7 +8,8 @@
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::programs::TcContext;
-use mesh_common::maps::{ConnectionKey, FragmentKey, FragmentVerdict, MARK_SEEN};
+use mesh_common::counter::Counter;
+use mesh_common::maps::{ConnectionKey, FragmentKey, FragmentVerdict, MARK_SEEN, OLD_ENDED};
 use mesh_common::path::{Origin, Outbound, Peers as _, who};
 use mesh_common::pod::{GatePod, PodIndex, PodState};
 use mesh_common::policy::PolicySetId;
@@ -308,15 +309,15 @@ fn send(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
         return later_fragment(pod, Direction::Egress, ip);
     }
     let udp = ip.protocol == Protocol::UDP;
-    let tuple = udp::tuple(&ip.to, ip.from.port);
-    let passes = udp && udp::refresh(pod, &tuple, Way::FromPod, ip.payload.into());
+    let mut question = ask(pod, ip.protocol, Origin::Address, &ip.to, ip.from.port);
+    let mut path = UNDECIDED;
+    let room = (&mut question, &mut path);
+    let passes = udp && udp::refresh(ip.from.port, Way::FromPod, ip.payload.into(), room);
     if !passes {
         if state.view.has(PodState::ENROLLED) && tables::is_virtual(&ip.to, ip.protocol) {
             return refuse(pod, Direction::Egress, ip, Reason::Untranslated);
         }
-        let mut path = UNDECIDED;
-        let question = ask(pod, ip.protocol, Origin::Address, &ip.to, ip.from.port);
-        decision::outbound(&question, &mut path);
+        let facts = decision::outbound(&question, &mut path);
         trace(Hook::GateFromPod, pod, &ip.to, &path);
         if matches!(path.action, Outbound::Refuse) {
             return drop_packet(pod, Direction::Egress, ip, &path.verdict);
@@ -326,11 +327,8 @@ fn send(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
             audit::outbound(audited, &question, None);
         }
         if udp {
-            udp::open(pod, &tuple, Way::FromPod, &path);
-            report::add(
-                mesh_common::counter::Counter::UnencryptedBytes(path.clear),
-                ip.payload.into(),
-            );
+            udp::open(&question, ip.from.port, Way::FromPod, (&path, facts));
+            report::add(Counter::UnencryptedBytes(path.clear), ip.payload.into());
         }
     }
     first_fragment(ip);
@@ -353,13 +351,13 @@ fn send_tcp(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
         if !tunnelled || tunnel || reset {
             return NEXT;
         }
-        return match old_connection(&ip.from, &ip.to) {
+        return match old_connection(ip) {
             true => NEXT,
             false => refuse(pod, Direction::Egress, ip, Reason::Bypass),
         };
     }
     // Sent before the pod or its peer joined the mesh, and unanswered: no hook will see it again.
-    if enrolled && ip.payload == 0 && old_connection(&ip.from, &ip.to) {
+    if enrolled && ip.payload == 0 && old_connection(ip) {
         return NEXT;
     }
     if enrolled && !peer.local && peer.has(Peer::ENROLLED) && ip.to.port == TUNNEL_PORT {
@@ -373,7 +371,7 @@ fn send_tcp(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
         return refuse(pod, Direction::Egress, ip, Reason::Untranslated);
     }
     let mut path = UNDECIDED;
-    decision::outbound(
+    let _ = decision::outbound(
         &ask(pod, ip.protocol, Origin::Address, &ip.to, Port(0)),
         &mut path,
     );
@@ -385,15 +383,19 @@ fn send_tcp(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
     }
 }
 
-/// Whether a connection is older than the enrolment, and left alone.
+/// Whether a segment is of a connection that is older than the enrolment, and left alone: of one that
+/// has ended, what carries nothing.
 #[inline(never)]
-fn old_connection(local: &Endpoint, remote: &Endpoint) -> bool {
+fn old_connection(ip: &Packet) -> bool {
     let key = ConnectionKey {
-        local: *local,
-        remote: *remote,
+        local: ip.from,
+        remote: ip.to,
     };
-    // SAFETY: only its presence is asked.
-    unsafe { OLD_CONNECTIONS.get(key) }.is_some()
+    // SAFETY: read at once.
+    match unsafe { OLD_CONNECTIONS.get(key) } {
+        Some(old) => ip.payload == 0 || *old & OLD_ENDED == 0,
+        None => false,
+    }
 }
 
 /// A packet to a pod, its source as true as can be told.
@@ -425,13 +427,6 @@ fn receive(pod: PodIndex, state: &PodState, ip: &Packet, entered: u32) -> i32 {
     if let Fragment::Later = ip.fragment {
         return later_fragment(pod, Direction::Ingress, ip);
     }
-    if ip.protocol == Protocol::UDP {
-        let tuple = udp::tuple(&ip.from, ip.to.port);
-        if udp::refresh(pod, &tuple, Way::ToPod, arriving_bytes(ip)) {
-            first_fragment(ip);
-            return NEXT;
-        }
-    }
     decide_arrival(pod, ip, origin)
 }
 
@@ -445,12 +440,19 @@ fn arriving_bytes(ip: &Packet) -> u64 {
     }
 }
 
-/// Decides a packet that opens something towards a pod.
+/// Decides a packet that opens something towards a pod, or goes on with a flow.
 #[inline(always)]
 fn decide_arrival(pod: PodIndex, ip: &Packet, origin: Origin) -> i32 {
+    let mut question = ask(pod, ip.protocol, origin, &ip.from, ip.to.port);
     let mut path = UNDECIDED;
-    let question = ask(pod, ip.protocol, origin, &ip.from, ip.to.port);
-    decision::inbound(&question, &mut path);
+    let udp = ip.protocol == Protocol::UDP;
+    let bytes = if udp { arriving_bytes(ip) } else { 0 };
+    let room = (&mut question, &mut path);
+    if udp && udp::refresh(ip.to.port, Way::ToPod, bytes, room) {
+        first_fragment(ip);
+        return NEXT;
+    }
+    let facts = decision::inbound(&question, &mut path);
     trace(Hook::GateToPod, pod, &ip.from, &path);
     if matches!(path.action, Outbound::Refuse) {
         return drop_packet(pod, Direction::Ingress, ip, &path.verdict);
@@ -460,11 +462,9 @@ fn decide_arrival(pod: PodIndex, ip: &Packet, origin: Origin) -> i32 {
     if !asked_again && audit::audited(pod).is_some() {
         audit::inbound(&question, &ip.to);
     }
-    if ip.protocol == Protocol::UDP {
-        let tuple = udp::tuple(&ip.from, ip.to.port);
-        udp::open(pod, &tuple, Way::ToPod, &path);
-        // This datagram is the flow's first.
-        let _ = udp::refresh(pod, &tuple, Way::ToPod, arriving_bytes(ip));
+    if udp {
+        udp::open(&question, ip.to.port, Way::ToPod, (&path, facts));
+        report::add(Counter::UnencryptedBytes(path.clear), bytes);
     }
     first_fragment(ip);
     NEXT

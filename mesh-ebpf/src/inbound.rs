@@ -141,22 +141,18 @@ fn arriving(
     if tcp && here.port == TUNNEL_PORT && left(ctx, pod, here) {
         return SK_PASS;
     }
-    let tuple = udp::tuple(there, here.port);
     // Where there is a gate it has counted the datagram already.
     let way = if state.view.has(PodState::GATED) {
         Way::LookUp
     } else {
         Way::ToPod
     };
-    if !tcp && udp::refresh(pod, &tuple, way, 0) {
-        return SK_PASS;
-    }
     let origin = if state.view.has(PodState::GATED) {
         Origin::Address
     } else {
         Origin::Ungated
     };
-    let ask = Ask {
+    let mut ask = Ask {
         pod,
         protocol,
         origin,
@@ -164,7 +160,10 @@ fn arriving(
         local_port: here.port,
     };
     let mut path = UNDECIDED;
-    decision::inbound(&ask, &mut path);
+    if !tcp && udp::refresh(here.port, way, 0, (&mut ask, &mut path)) {
+        return SK_PASS;
+    }
+    let facts = decision::inbound(&ask, &mut path);
     trace(Hook::Inbound, pod, there, &path);
     if matches!(path.action, Outbound::Refuse) {
         let who = Refused::new(pod, Direction::Ingress, protocol, DENIED);
@@ -176,7 +175,7 @@ fn arriving(
         audit::inbound(&ask, here);
     }
     if !tcp {
-        udp::open(pod, &tuple, Way::ToPod, &path);
+        udp::open(&ask, here.port, Way::ToPod, (&path, facts));
     }
     SK_PASS
 }

@@ -8,7 +8,7 @@ use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::helpers::generated::{bpf_map_lookup_elem, bpf_sk_release};
 use aya_ebpf::macros::{btf_map, map};
-use aya_ebpf::maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockMap};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockMap};
 use mesh_common::counter::COUNTERS as COUNTER_SLOTS;
 use mesh_common::flow::{Flow, FlowSlot};
 use mesh_common::identity::Peer;
@@ -70,6 +70,9 @@ pub(crate) static LISTENERS: SockMap = SockMap::with_max_entries(4 * MAX_PODS, 0
 #[map]
 pub(crate) static FLOWS: HashMap<FlowSlot, Flow> =
     HashMap::with_max_entries(MAX_FLOWS, BPF_F_NO_PREALLOC);
+/// Which facts the maps hold: one more after each change of pods, peers or policy.
+#[map]
+static FACTS: Array<u64> = Array::with_max_entries(1, 0);
 #[map]
 pub(crate) static CAPTURED: LruHashMap<CapturedKey, Endpoint> =
     LruHashMap::with_max_entries(MAX_CAPTURED, 0);
@@ -100,6 +103,16 @@ pub(crate) static EXEMPT: SkStorage<Exempt> = SkStorage::new();
 pub(crate) static SOCKETS: SkStorage<SocketState> = SkStorage::new();
 #[btf_map]
 pub(crate) static VIPS: SkStorage<Translations> = SkStorage::new();
+
+/// The revision of facts. Who keeps a decision asks before it is made: it is then never taken for
+/// newer than it is.
+#[inline(always)]
+pub(crate) fn facts() -> u64 {
+    // SAFETY: the element lives as long as the program.
+    FACTS
+        .get(0)
+        .map_or(0, |facts| unsafe { core::ptr::read_volatile(facts) })
+}
 
 /// The maps as the decisions of `mesh_common` look them up.
 pub(crate) struct Tables;

@@ -246,7 +246,9 @@ def serve(tunnel, source):
         print("served", stream, total)
 
 
-if sys.argv[1] == "open":
+if __name__ != "__main__":
+    pass
+elif sys.argv[1] == "open":
     opener(*sys.argv[2:])
 elif sys.argv[1] == "marked":
     on_ports(*sys.argv[2:])

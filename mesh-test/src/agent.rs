@@ -111,7 +111,7 @@ impl AgentConfig {
     fn host_command(&self, node: &Node, subcommand: &str) -> Result<Cmd> {
         let binary = self.binary.clone().map_or_else(programs::agent, Ok)?;
         let cgroup = self.cgroup.as_deref().unwrap_or(node.root_cgroup());
-        let state = node.agent_place().dir().join("state");
+        let state = state_dir(node);
         std::fs::create_dir_all(&state)?;
         Ok(Cmd::new(binary)
             .args([subcommand, "--log-level", &self.log_level])
@@ -140,6 +140,10 @@ impl AgentConfig {
             .args(pairs)
             .args(&self.extra))
     }
+}
+
+fn state_dir(node: &Node) -> PathBuf {
+    node.agent_place().dir().join("state")
 }
 
 fn admin_socket(node: &Node) -> PathBuf {
@@ -244,6 +248,12 @@ impl Agent {
     #[must_use]
     pub fn process(&self) -> &Proc {
         &self.process
+    }
+
+    /// Its `--state-dir`.
+    #[must_use]
+    pub fn state_dir(&self) -> PathBuf {
+        state_dir(&self.node)
     }
 
     /// Its admin socket.

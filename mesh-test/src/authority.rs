@@ -1,10 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Certificates made with openssl, as `--ca files:` reads them: nothing of the agent's own code is
-//! in them.
+//! Certificates made with openssl, as `--ca files:` reads them, and lists of those that are
+//! revoked: nothing of the agent's own code is in them.
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+
+const KEY: [&str; 5] = [
+    "-newkey",
+    "ec",
+    "-pkeyopt",
+    "ec_paramgen_curve:P-256",
+    "-nodes",
+];
+
+/// What `openssl ca` is told of the authority in DIR.
+const CONFIG: &str = "
+[ca]
+default_ca = own
+[own]
+database = DIR/index
+new_certs_dir = DIR
+certificate = DIR/ca.crt
+private_key = DIR/ca.key
+crlnumber = DIR/crlnumber
+crl_extensions = list
+rand_serial = yes
+unique_subject = no
+default_md = sha256
+default_days = 1
+default_crl_days = 1
+policy = any
+[any]
+commonName = optional
+[list]
+authorityKeyIdentifier = keyid
+";
 
 /// Runs openssl on the machine itself.
 fn openssl(args: &[&str]) {
@@ -19,84 +50,77 @@ fn openssl(args: &[&str]) {
     );
 }
 
+fn path(dir: &Path, name: &str) -> String {
+    dir.join(name).display().to_string()
+}
+
 /// Writes `tls.crt`, `tls.key` and `ca.crt` in `DIR/default/ACCOUNT`, for the identity of `subject`,
 /// signed by the authority in `ca`.
 ///
 /// # Panics
 /// openssl fails, or a file cannot be written.
 pub fn certificate(dir: &Path, ca: &Path, account: &str, subject: &str) {
-    let at = dir.join("default").join(account);
-    fs::create_dir_all(&at).expect("directory");
-    let path = |name: &str| at.join(name).display().to_string();
-    let extensions = path("extensions");
+    let name = format!("URI:spiffe://cluster.local/ns/default/sa/{subject}");
+    issue(&dir.join("default").join(account), ca, &name, None);
+}
+
+/// Writes `tls.crt`, `tls.key` and `ca.crt` in `at`, for names as openssl writes them (e.g.
+/// `URI:spiffe://x,DNS:y`), signed by the authority in `ca`. It is valid for a day from now, or
+/// within `dates` (e.g. `20200101000000Z`).
+///
+/// # Panics
+/// openssl fails, or a file cannot be written.
+pub fn issue(at: &Path, ca: &Path, names: &str, dates: Option<[&str; 2]>) {
+    fs::create_dir_all(at).expect("directory");
+    let extensions = path(at, "extensions");
     let text = format!(
-        "subjectAltName=critical,URI:spiffe://cluster.local/ns/default/sa/{subject}\n\
+        "subjectAltName=critical,{names}\n\
          keyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth,clientAuth\n\
          basicConstraints=critical,CA:false\n"
     );
     fs::write(&extensions, text).expect("extensions");
-    let (key, request, chain) = (path("tls.key"), path("request"), path("tls.crt"));
-    let curve = [
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-    ];
-    openssl(
-        &[
-            &["req", "-new"],
-            &curve[..],
-            &["-subj", "/", "-keyout", &key, "-out", &request],
-        ]
-        .concat(),
-    );
-    let (ca_key, ca_crt) = (ca.join("ca.key"), ca.join("ca.crt"));
-    let (ca_key, ca_crt) = (ca_key.display().to_string(), ca_crt.display().to_string());
-    openssl(&[
-        "x509",
-        "-req",
-        "-in",
-        &request,
-        "-CA",
-        &ca_crt,
-        "-CAkey",
-        &ca_key,
-        "-CAcreateserial",
-        "-days",
-        "1",
-        "-extfile",
-        &extensions,
-        "-out",
-        &chain,
-    ]);
-    fs::copy(ca_crt, path("ca.crt")).expect("ca");
+    let [key, request, chain] = ["tls.key", "request", "tls.crt"].map(|name| path(at, name));
+    let own = ["-subj", "/", "-keyout", &key, "-out", &request];
+    openssl(&[&["req", "-new"], &KEY[..], &own].concat());
+    let config = path(ca, "config");
+    let mut sign = vec!["ca", "-batch", "-notext", "-config", &config];
+    sign.extend(["-in", &request, "-out", &chain, "-extfile", &extensions]);
+    if let Some([start, end]) = dates {
+        sign.extend(["-startdate", start, "-enddate", end]);
+    }
+    openssl(&sign);
+    fs::copy(ca.join("ca.crt"), at.join("ca.crt")).expect("ca");
 }
 
-/// Writes the certificate and key of an authority.
+/// Has the authority in `ca` revoke the certificates that [`issue`] wrote in these directories, and
+/// writes the list of all that it has revoked to `list`, at once.
+///
+/// # Panics
+/// openssl fails, or a file cannot be written.
+pub fn revoke(ca: &Path, certificates: &[&Path], list: &Path) {
+    let config = path(ca, "config");
+    for at in certificates {
+        openssl(&["ca", "-config", &config, "-revoke", &path(at, "tls.crt")]);
+    }
+    let next = list.with_extension("next");
+    let out = next.display().to_string();
+    openssl(&["ca", "-config", &config, "-gencrl", "-out", &out]);
+    fs::rename(next, list).expect("list");
+}
+
+/// Writes the certificate and key of an authority, and what `openssl ca` keeps beside them. All
+/// authorities have the same name.
 ///
 /// # Panics
 /// openssl fails, or a file cannot be written.
 pub fn authority(dir: &Path) {
     fs::create_dir_all(dir).expect("directory");
-    let path = |name: &str| dir.join(name).display().to_string();
-    openssl(&[
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-        "-days",
-        "1",
-        "-subj",
-        "/CN=test",
-        "-keyout",
-        &path("ca.key"),
-        "-out",
-        &path("ca.crt"),
-        "-addext",
-        "keyUsage=critical,keyCertSign",
-    ]);
+    let config = CONFIG.replace("DIR", &dir.display().to_string());
+    for (name, text) in [("config", &*config), ("index", ""), ("crlnumber", "01\n")] {
+        fs::write(dir.join(name), text).expect("what openssl keeps");
+    }
+    let [key, certificate] = ["ca.key", "ca.crt"].map(|name| path(dir, name));
+    let own = ["-subj", "/CN=test", "-keyout", &key, "-out", &certificate];
+    let usage = ["-addext", "keyUsage=critical,keyCertSign,cRLSign"];
+    openssl(&[&["req", "-x509", "-days", "1"], &KEY[..], &own, &usage].concat());
 }

@@ -39,10 +39,40 @@ pub struct Cluster {
     nodes: Vec<Machine>,
     kube: Kube,
     wire: Place,
+    audit: PathBuf,
     dir: PathBuf,
     /// Last, so that everything else has let go before.
     #[expect(dead_code, reason = "held for its drop")]
     cleaner: Cleaner,
+}
+
+/// What the API server writes down of who asks it what.
+struct Audit {
+    flags: [String; 2],
+    log: PathBuf,
+}
+
+impl Audit {
+    /// Of the mesh's own service accounts alone.
+    fn new(dir: &Path) -> Result<Self> {
+        let (policy, log) = (dir.join("audit.json"), dir.join("audit.log"));
+        let rules = serde_json::json!({
+            "apiVersion": "audit.k8s.io/v1", "kind": "Policy",
+            "omitStages": ["RequestReceived"],
+            "rules": [
+                { "level": "Metadata", "userGroups": ["system:serviceaccounts:mesh-system"] },
+                { "level": "None" },
+            ],
+        });
+        std::fs::write(&policy, rules.to_string())?;
+        Ok(Self {
+            flags: [
+                format!("--audit-policy-file={}", policy.display()),
+                format!("--audit-log-path={}", log.display()),
+            ],
+            log,
+        })
+    }
 }
 
 impl Cluster {
@@ -67,12 +97,15 @@ impl Cluster {
         wire.sysctl("ipv4/ip_forward", "1")?;
         // Pods ask the API server from their own addresses.
         topology::lead_to_pods(&wire, count)?;
+        let audit = Audit::new(&dir)?;
         progress("the control plane: etcd, API server, controller manager, scheduler");
         let kube = Kube::builder()
             .controllers()
             .scheduler()
             // Those that end pods of dead nodes, too.
             .controller_flag("--node-monitor-grace-period=20s")
+            .api_flag(&audit.flags[0])
+            .api_flag(&audit.flags[1])
             .start_at(id, wire.beside("kube")?, (IpAddr::V4(Lab::gateway()), None))?;
         progress("the nodes: containerd, kubelet, kube-proxy");
         let given = Given {
@@ -96,6 +129,7 @@ impl Cluster {
             nodes,
             kube,
             wire,
+            audit: audit.log,
             dir,
             cleaner,
         };
@@ -156,6 +190,13 @@ impl Cluster {
     pub fn node_named(&self, name: &str) -> Result<&Machine> {
         let found = self.nodes.iter().find(|node| node.name() == name);
         found.with_context(|| format!("no node {name}"))
+    }
+
+    /// What service accounts of the mesh's namespace have asked the API server for, a JSON object a
+    /// line (`audit.k8s.io/v1`, level Metadata).
+    #[must_use]
+    pub fn audit_log(&self) -> &Path {
+        &self.audit
     }
 
     /// Where files of tests may lie; removed with the cluster.

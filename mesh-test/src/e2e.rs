@@ -9,6 +9,7 @@ mod containers;
 mod kinds;
 mod lines;
 mod open;
+mod rights;
 mod shop;
 mod traces;
 
@@ -102,6 +103,8 @@ impl Installed {
             Installer::Kustomize => {
                 let base = deploy("kustomize")?.display().to_string();
                 let kube = self.cluster.kube();
+                let shared = format!("{base}/policy-api");
+                kube.kubectl(["create", "-k", &shared])?;
                 // A namespace and what is in it, a kind and its objects: the server takes them in
                 // the order in which kustomize gives them.
                 kube.kubectl(["apply", "--server-side", "-k", &base])?;
@@ -163,6 +166,16 @@ impl Installed {
         self.cluster
             .kube()
             .try_kubectl(exec.into_iter().chain(curl))
+    }
+
+    /// A script in a container: whether it succeeded, and what was said.
+    pub(crate) fn python(&self, at: (&str, &str), script: &str) -> Result<Output> {
+        let (namespace, deployment) = at;
+        let target = format!("deploy/{deployment}");
+        let exec = ["exec", "--namespace", namespace, &target, "--"];
+        let python = ["python3", "-c", script];
+        let kube = self.cluster.kube();
+        kube.try_kubectl(exec.into_iter().chain(python))
     }
 
     /// Requests, each on a connection of its own, until it is ended.

@@ -190,6 +190,16 @@ impl Manifests {
         self.apply(&Self::pod_file(pod), &Self::pod_object(pod))
     }
 
+    /// Gives a pod other labels, in place of all that it has.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn relabel(&self, pod: &Pod, labels: &[(&str, &str)]) -> Result<()> {
+        let mut object = Self::pod_object(pod);
+        object["metadata"]["labels"] = labels.iter().copied().collect();
+        self.apply(&Self::pod_file(pod), &object)
+    }
+
     pub(crate) fn remove_pod(&self, pod: &Pod) -> Result<()> {
         self.withdraw(&Self::pod_file(pod))
     }

@@ -171,6 +171,13 @@ fn lab_agent(node: &std::sync::Arc<crate::node::Node>, config: &AgentConfig) -> 
     node.start_agent(config.clone())
 }
 
+/// Whether a page has a sample called `name` with this label.
+fn has(page: &str, name: &str, (key, value): (&str, &str)) -> bool {
+    let label = format!("{key}={value:?}");
+    let mut lines = page.lines().filter(|line| line.starts_with(name));
+    lines.any(|line| line.contains(&label))
+}
+
 /// The sum of the samples called `name` whose labels contain all of `labels`.
 #[must_use]
 pub fn sum(page: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
@@ -197,6 +204,18 @@ pub fn sum(page: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
 }
 
 impl Agent {
+    /// Seconds that its workers say to have spent on connections and tunnels of a workload of
+    /// namespace `default`.
+    ///
+    /// # Errors
+    /// They say nothing of it.
+    pub fn worker_seconds(&self, workload: &str) -> Result<f64> {
+        let (page, name) = (self.metrics()?, "mesh_worker_seconds_total");
+        let label = ("workload", workload);
+        ensure!(has(&page, name, label), "no {name} of {workload}");
+        Ok(sum(&page, name, &[("namespace", "default"), label]))
+    }
+
     /// A JSON page of its admin interface, e.g. `/status`.
     ///
     /// # Errors
@@ -239,5 +258,6 @@ mod tests {
         assert_eq!(sum(page, "x_total", &[]).to_string(), "12");
         assert_eq!(sum(page, "x", &[]).to_string(), "9");
         assert_eq!(sum(page, "x_total", &[("c", "1")]).to_string(), "0");
+        assert!(has(page, "x_total", ("a", "2")) && !has(page, "x_total", ("a", "3")));
     }
 }

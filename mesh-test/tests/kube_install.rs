@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mesh_test::kube::helm;
-use mesh_test::{Cmd, Kube};
+use mesh_test::{Cmd, Kube, eventually};
 
 const SOON: Duration = Duration::from_secs(60);
 
@@ -17,11 +17,22 @@ fn deploy() -> PathBuf {
     root.join("deploy")
 }
 
-/// The kustomize base, applied with its CRDs. The server needs a moment for new kinds.
+/// A cluster with what docs/install.md applies.
 fn installed() -> Kube {
     let kube = Kube::builder().start().expect("servers");
-    let base = deploy().join("kustomize");
-    let path = base.display().to_string();
+    kube.kubectl(["create", "-k", &base("policy-api")])
+        .expect("the shared kind");
+    install(&kube);
+    kube
+}
+
+fn base(part: &str) -> String {
+    deploy().join("kustomize").join(part).display().to_string()
+}
+
+/// The kustomize base, applied with its CRDs first: the server needs a moment for new kinds.
+fn install(kube: &Kube) {
+    let path = base("");
     kube.kubectl([
         "apply",
         "--server-side",
@@ -42,7 +53,58 @@ fn installed() -> Kube {
         &format!("{path}/uninstall"),
     ])
     .expect("what uninstalls");
-    kube
+}
+
+/// The kind ClusterNetworkPolicy as somebody else installs it, and an object of it.
+const FOREIGN: [&str; 2] = [
+    "
+apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata:
+  name: clusternetworkpolicies.policy.networking.k8s.io
+  labels: {whose: another}
+  annotations: {api-approved.kubernetes.io: unapproved}
+spec:
+  group: policy.networking.k8s.io
+  names: {kind: ClusterNetworkPolicy, plural: clusternetworkpolicies}
+  scope: Cluster
+  versions:
+    - name: v1alpha2
+      served: true
+      storage: true
+      schema: {openAPIV3Schema: {type: object, x-kubernetes-preserve-unknown-fields: true}}
+",
+    "{apiVersion: policy.networking.k8s.io/v1alpha2, kind: ClusterNetworkPolicy, metadata: {name: theirs}}",
+];
+
+#[test]
+fn a_kind_that_others_have_installed_is_left_alone_by_installing_and_uninstalling() {
+    let kube = Kube::builder().start().expect("servers");
+    for text in FOREIGN {
+        kube.apply_text(text).expect("another's");
+        kube.crds_established().expect("established");
+    }
+    let crd = "clusternetworkpolicies.policy.networking.k8s.io";
+    let theirs = || {
+        let found = kube.get(["crd", crd])?;
+        kube.get([crd, "theirs"])?;
+        Ok::<_, anyhow::Error>(found["metadata"]["labels"]["whose"] == "another")
+    };
+    let refused = kube.kubectl(["create", "-k", &base("policy-api")]);
+    let refused = format!("{:#}", refused.expect_err("it is there"));
+    assert!(refused.contains("AlreadyExists"), "{refused}");
+    install(&kube);
+    assert!(theirs().expect("theirs"), "the kind was replaced");
+    let ours = ["crd", "meshpolicies.mesh.rs"];
+    kube.get(ours).expect("ours");
+    // No controller runs that would end the namespace.
+    let delete = ["delete", "--ignore-not-found", "--wait=false", "-k"];
+    let base = base("");
+    kube.kubectl(delete.into_iter().chain([&*base]))
+        .expect("delete");
+    let gone = || kube.get(ours).is_err().then_some(());
+    eventually("our kinds to go", SOON, gone).expect("gone");
+    assert!(theirs().expect("theirs"), "the kind was replaced");
 }
 
 #[test]

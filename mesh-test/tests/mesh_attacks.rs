@@ -11,6 +11,7 @@ use std::time::Duration;
 use mesh_test::capture::Scope;
 use mesh_test::mesh::ENROLLED;
 use mesh_test::pod::probe_cmd;
+use mesh_test::reports::Tcp;
 use mesh_test::{Capture, Cmd, Lab, Mesh, Pod, PodSpec, Topology, eventually};
 
 const SOON: Duration = Duration::from_secs(20);
@@ -464,4 +465,78 @@ fn who_takes_the_agents_ports_gets_nothing() {
     }
     let arrived = impostor.line(Duration::from_millis(500)).ok().flatten();
     assert_eq!(arrived, None, "a tunnel went to the impostor");
+}
+
+/// A connection that says its port, and ends when a file is there.
+const OLD: &str = "
+import os, socket, sys, time
+c = socket.create_connection((sys.argv[1], int(sys.argv[2]))); print(c.getsockname()[1])
+while not os.path.exists(sys.argv[3]): time.sleep(0.02)
+c.close(); print('closed')
+";
+
+/// What was left in clear because it is older than the enrolment is left for nobody after it.
+#[test]
+fn nobody_goes_on_in_clear_where_an_old_connection_has_ended() {
+    let lab = Lab::builder(Topology::Routed)
+        .namespace("default", &[])
+        .pod(PodSpec::new("a", 1))
+        .pod(PodSpec::new("b", 2))
+        .build()
+        .expect("lab");
+    let mesh = Mesh::start(lab).expect("mesh");
+    let (a, b) = (mesh.pod("a"), mesh.pod("b"));
+    let _server = b.serve("--tcp [::]:8080").expect("server");
+    let end = mesh.dir().join("end").display().to_string();
+    let to = at(b.v4().into(), 8080);
+    let args = [to.ip().to_string(), to.port().to_string(), end.clone()];
+    let client = Cmd::new("python3").args(["-uc", OLD]).args(args);
+    let client = a.spawn_lines(client).expect("python3");
+    let port = client.said(SOON).expect("a line").parse().expect("a port");
+    let labels = [(ENROLLED.0.to_owned(), ENROLLED.1.to_owned())].into();
+    mesh.namespace("default", &labels).expect("enrol");
+    // A connection that is new is tunnelled by now, so that the old one is an exception.
+    let tunnelled = || {
+        let report = a
+            .probe(&format!("tcp --to {to}"))
+            .ok()?
+            .json::<Tcp>()
+            .ok()?;
+        let made = mesh.metric("mesh_tls_handshakes_total", &[]).ok()?;
+        (report.ok && made > 0.0).then_some(())
+    };
+    eventually("tunnels", SOON, tunnelled).expect("tunnels");
+    let src = at(a.v4().into(), port);
+    let forged = |word: &str| {
+        let line = format!("raw --src {src} --dst {to} --flags A --payload {word}");
+        send_all(&a, &[line]);
+    };
+    let capture = mesh.capture_wire().expect("capture");
+    // The control: while it is open, its segments pass, whoever has made them.
+    forged("WHILE-OPEN");
+    let passed = || {
+        let hits = capture.so_far().ok()?.find(b"WHILE-OPEN").ok()?;
+        (hits.len() == 1).then_some(())
+    };
+    eventually("the control", SOON, passed).expect("on the wire");
+    // By then nothing is looked at any more because of the enrolment: that would end it, too.
+    std::thread::sleep(Duration::from_secs(2));
+    std::fs::write(&end, "").expect("end");
+    assert_eq!(client.said(SOON).expect("a line"), "closed");
+    let before = drops(&mesh, "bypass");
+    let dropped = || {
+        forged("AFTERWARDS");
+        (drops(&mesh, "bypass") > before).then_some(())
+    };
+    eventually("it to be over", Duration::from_secs(2), dropped).expect("dropped");
+    // From then on nothing passes.
+    let passed = capture.so_far().expect("capture");
+    let until_then = passed.find(b"AFTERWARDS").expect("search").len();
+    for _ in 0..5 {
+        forged("AFTERWARDS");
+    }
+    let seen = capture.stop().expect("stop");
+    seen.complete().expect("no frame lost");
+    let all = seen.find(b"AFTERWARDS").expect("search").len();
+    assert_eq!(all, until_then, "it goes on");
 }

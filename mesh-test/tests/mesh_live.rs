@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use mesh_test::mesh::ENROLLED;
 use mesh_test::reports::Held;
 use mesh_test::{AgentConfig, Cmd, Lab, Mesh, Pod, PodSpec, Proc, Topology, eventually};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(20);
 /// After a change is in force, a connection that it denies is gone by then.
@@ -56,8 +56,8 @@ fn mesh(tunnel_port: &str) -> Mesh {
 }
 
 /// A connection of each family that says something all the time and hears it again.
-fn open(client: &Pod, server: &Pod) -> [Proc; 2] {
-    [server.v4().into(), server.v6().into()].map(|ip| {
+fn open(client: &Pod, server: [IpAddr; 2]) -> [Proc; 2] {
+    server.map(|ip| {
         let to = SocketAddr::new(ip, PORT);
         let line = format!("hold --to {to} --pulse-ms 5 --timeout-ms 5000");
         let proc = client.start_probe(&line).expect("client");
@@ -157,6 +157,17 @@ struct Open {
 }
 
 impl Open {
+    fn to(mesh: &Mesh, server: [IpAddr; 2]) -> Self {
+        let connected = |(name, ..): (&str, _, _)| {
+            let client = mesh.pod(name);
+            let procs = open(&client, server);
+            (client, procs)
+        };
+        Self {
+            clients: CLIENTS.into_iter().map(connected).collect(),
+        }
+    }
+
     /// No connection ends within this time, and the server has those of these clients, no others.
     fn go_on(&self, server: &Pod, time: Duration, what: &str) {
         let until = Instant::now() + time;
@@ -178,9 +189,9 @@ impl Open {
         pods.flat_map(|(pod, _)| pod.addresses()).copied().collect()
     }
 
-    /// The connections of these clients are ended at once, the others go on.
+    /// The connections of the clients with this in their name are ended at once, the others go on.
     fn end(&mut self, who: &str, server: &Pod, what: &str) {
-        let ends = |(client, _): &mut (Arc<Pod>, _)| client.name().ends_with(who);
+        let ends = |(client, _): &mut (Arc<Pod>, _)| client.name().contains(who);
         for (client, procs) in self.clients.extract_if(.., ends) {
             let client = client.name();
             for proc in &procs {
@@ -222,14 +233,7 @@ fn a_change_ends_what_it_denies_and_nothing_else() {
         let server = mesh.pod("server");
         let line = format!("--tcp [::]:{PORT}");
         let _listener = server.serve(&line).expect("a server");
-        let connected = |(name, ..): (&str, _, _)| {
-            let client = mesh.pod(name);
-            let procs = open(&client, &server);
-            (client, procs)
-        };
-        let mut open = Open {
-            clients: CLIENTS.into_iter().map(connected).collect(),
-        };
+        let mut open = Open::to(&mesh, own(&server));
         for change in that_end_nothing() {
             mesh.enforce(&change).expect("in force");
         }
@@ -249,5 +253,213 @@ fn a_change_ends_what_it_denies_and_nothing_else() {
             let recorded = eventually("records", SOON, || (ended(&mesh) == expected).then_some(()));
             assert_eq!(ended(&mesh), expected, "{tunnel_port}: {recorded:?}");
         }
+    }
+}
+
+fn own(pod: &Pod) -> [IpAddr; 2] {
+    [pod.v4().into(), pod.v6().into()]
+}
+
+/// The server's service, by which it is reached in [`changes_at_the_client_s_end_end_what_is_open`].
+const VIPS: [&str; 2] = ["10.96.9.9", "fd96::9:9"];
+
+fn service(mesh: &Mesh, server: &Pod) -> [IpAddr; 2] {
+    let service = json!({
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "server", "namespace": "default", "uid": "server"},
+        "spec": {
+            "clusterIP": VIPS[0],
+            "clusterIPs": VIPS,
+            "ipFamilies": ["IPv4", "IPv6"],
+            "ports": [{"port": PORT}],
+        },
+    });
+    mesh.apply("service", &service).expect("apply");
+    for (family, address) in ["IPv4", "IPv6"].into_iter().zip(own(server)) {
+        let slice = json!({
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": {
+                "name": format!("server-{}", family.to_lowercase()),
+                "namespace": "default",
+                "labels": {"kubernetes.io/service-name": "server"},
+            },
+            "addressType": family,
+            "endpoints": [{"addresses": [address], "conditions": {"ready": true}}],
+            "ports": [{"port": PORT, "protocol": "TCP"}],
+        });
+        mesh.apply(&format!("slice-{family}"), &slice)
+            .expect("apply");
+    }
+    VIPS.map(|ip| ip.parse().expect("an address"))
+}
+
+/// What a pod may send: nothing.
+fn isolated(namespace: &str, app: &str) -> String {
+    format!(
+        "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\n\
+         metadata: {{name: {app}, namespace: {namespace}}}\n\
+         spec: {{podSelector: {{matchLabels: {{app: {app}}}}}, policyTypes: [Egress]}}\n"
+    )
+}
+
+#[test]
+fn changes_at_the_client_s_end_end_what_is_open() {
+    let mesh = mesh("15008");
+    let server = mesh.pod("server");
+    let vips = service(&mesh, &server);
+    let line = format!("--tcp [::]:{PORT}");
+    let _listener = server.serve(&line).expect("a server");
+    let allowed = let_in("good, bad");
+    mesh.enforce(&allowed).expect("in force");
+    let mut open = Open::to(&mesh, vips);
+    let mut expected: Vec<[String; 3]> = Vec::new();
+    let mut ends = |who: &str, rows: &[[&str; 3]]| {
+        open.end(who, &server, who);
+        for row in rows {
+            expected.extend([row.map(str::to_owned), row.map(str::to_owned)]);
+        }
+        expected.sort();
+        let recorded = eventually("records", SOON, || (ended(&mesh) == expected).then_some(()));
+        assert_eq!(ended(&mesh), expected, "{recorded:?}");
+    };
+
+    // A client loses the label that lets it in.
+    let far = mesh.pod("far-bad");
+    mesh.relabel(&far, &[("who", "nobody")]).expect("relabel");
+    ends(
+        "far-bad",
+        &[
+            ["far-bad", "destination", NOT_LET_IN],
+            ["far-bad", "source", NUMBER],
+        ],
+    );
+
+    // What clients may send, near and in clear, is taken away.
+    let both = format!(
+        "{allowed}{}{}",
+        isolated("default", "near-bad"),
+        isolated("plain", "clear-bad")
+    );
+    mesh.enforce(&both).expect("in force");
+    ends(
+        "bad",
+        &[
+            ["near-bad", "source", "NetworkPolicy default/near-bad"],
+            ["near-bad", "destination", "NetworkPolicy default/near-bad"],
+            ["clear-bad", "source", "NetworkPolicy plain/clear-bad"],
+        ],
+    );
+
+    // The server accepts tunnels only.
+    let strict = "---\napiVersion: mesh.rs/v1alpha1\nkind: MeshAuthentication\n\
+                  metadata: {name: strict, namespace: default}\nspec: {mtls: Strict}\n";
+    mesh.enforce(&format!("{both}{strict}")).expect("in force");
+    ends(
+        "clear-good",
+        &[["clear-good", "destination", "plaintext_refused"]],
+    );
+
+    // What a client may send by a tunnel.
+    let far = isolated("default", "far-good");
+    mesh.enforce(&format!("{both}{strict}{far}"))
+        .expect("in force");
+    ends(
+        "far-good",
+        &[
+            ["far-good", "source", "NetworkPolicy default/far-good"],
+            ["far-good", "destination", NUMBER],
+        ],
+    );
+}
+
+#[test]
+fn a_client_that_has_to_be_encrypted_loses_what_is_in_clear() {
+    let mesh = mesh("15008");
+    let outside = mesh.pod("clear-good");
+    let line = format!("--tcp [::]:{PORT}");
+    let _listener = outside.serve(&line).expect("a server");
+    mesh.enforce("").expect("in force");
+    // On the other's node, and on another.
+    let clients = ["far-bad", "near-bad"].map(|name| mesh.pod(name));
+    let procs = clients.each_ref().map(|client| open(client, own(&outside)));
+    let required = "apiVersion: mesh.rs/v1alpha1\nkind: MeshAuthentication\n\
+                    metadata: {name: required, namespace: default}\n\
+                    spec: {outbound: Required}\n";
+    mesh.enforce(required).expect("in force");
+    for proc in procs.iter().flatten() {
+        let end = said(proc, AT_ONCE);
+        assert!(
+            matches!(&end, Held::Closed { echoed, .. } if *echoed > 0),
+            "{end:?}"
+        );
+    }
+    let why = "peer_not_enrolled";
+    let expected = [
+        ["far-bad", "destination", why],
+        ["far-bad", "source", why],
+        ["near-bad", "source", why],
+    ];
+    let expected: Vec<_> = expected
+        .map(|row| row.map(str::to_owned))
+        .into_iter()
+        .flat_map(|row| [row.clone(), row])
+        .collect();
+    let recorded = eventually("records", SOON, || (ended(&mesh) == expected).then_some(()));
+    assert_eq!(ended(&mesh), expected, "{recorded:?}");
+    assert!(at_the_server(&outside).is_empty());
+}
+
+/// Accepts one connection, listens no more, and sends back what comes.
+const ONCE: &str = "
+import socket, sys
+s = socket.create_server(('::', int(sys.argv[1])), family=socket.AF_INET6, dualstack_ipv6=True)
+print('up'); c, _ = s.accept(); s.close()
+while True: c.sendall(c.recv(100))
+";
+
+/// Says something all the time, hears it again, and says when that has ended.
+const TALK: &str = "
+import socket, sys, time
+c = socket.create_connection((sys.argv[1], int(sys.argv[2])), 5); c.settimeout(5)
+n = 0
+try:
+    while True:
+        c.sendall(b'x'); assert c.recv(1) == b'x'; n += 1
+        if n == 1: print('open')
+        time.sleep(0.005)
+except OSError as e: print('ended', e)
+";
+
+#[test]
+fn a_server_that_listens_no_more_is_a_server_still() {
+    let mesh = mesh("15008");
+    let server = mesh.pod("other");
+    let python = |pod: &Pod, script: &str, args: &[String]| {
+        let cmd = Cmd::new("python3").args(["-uc", script]).args(args);
+        pod.spawn_lines(cmd).expect("python3")
+    };
+    let clients = ["near-good", "clear-good"].map(|name| mesh.pod(name));
+    let talks = [(0, 7100), (1, 7101)].map(|(client, port): (usize, u16)| {
+        let listener = python(&server, ONCE, &[port.to_string()]);
+        assert_eq!(listener.said(SOON).expect("a line"), "up");
+        let args = [server.v4().to_string(), port.to_string()];
+        let talk = python(&clients[client], TALK, &args);
+        assert_eq!(talk.said(SOON).expect("a line"), "open");
+        (listener, talk)
+    });
+    // It is no client: what it may send of its own does not matter.
+    let quiet = isolated("default", "other");
+    mesh.enforce(&quiet).expect("in force");
+    for (_, talk) in &talks {
+        let line = talk.line(AT_ONCE);
+        assert!(line.is_err(), "{line:?}");
+    }
+    let closed = quiet.replace("[Egress]", "[Ingress]");
+    mesh.enforce(&closed).expect("in force");
+    for (_, talk) in &talks {
+        let line = talk.said(AT_ONCE).expect("ended at once");
+        assert!(line.starts_with("ended"), "{line}");
     }
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! UDP under policy: replies pass, strangers do not, flows live and expire, a policy ends them.
+//! UDP under policy: replies pass, strangers do not, flows live and expire, and end with what allowed
+//! them: a policy, a label, an address's pod, a mode.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -163,4 +164,155 @@ fn a_policy_that_denies_a_flow_ends_it() {
     assert!(report.received < 100, "it was ended: {report:?}");
     let report = udp(&client, &format!("udp --to {to} --timeout-ms 300"));
     assert_eq!(report.received, 0, "{report:?}");
+}
+
+/// The server lets in who has the label `app: client`, and sends nothing of its own.
+const ONLY_CLIENT: &str = "
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: server, namespace: default}
+spec:
+  podSelector: {matchLabels: {app: server}}
+  policyTypes: [Ingress, Egress]
+  ingress: [{from: [{podSelector: {matchLabels: {app: client}}}]}]
+";
+
+/// A flow from the client's port 7777 to the server's port 7000, and what can still be sent on it.
+struct Lasting<'a> {
+    client: &'a Pod,
+    server: &'a Pod,
+    family: usize,
+}
+
+impl Lasting<'_> {
+    fn ends(&self) -> (SocketAddr, SocketAddr) {
+        (
+            at(self.client, 7777)[self.family],
+            at(self.server, 7000)[self.family],
+        )
+    }
+
+    /// Whether a question reaches the server, which has no other reason to hear this.
+    fn asks(&self) -> bool {
+        let (client, server) = self.ends();
+        let _server = self.server.serve("--udp [::]:7000").expect("server");
+        let line = format!("udp --to {server} --from {client} --timeout-ms 300");
+        udp(self.client, &line).received == 1
+    }
+
+    /// Whether the server can answer, from one of its ports, a question that was asked before.
+    fn answers_from(&self, port: u16) -> bool {
+        let (client, _) = self.ends();
+        let server = at(self.server, port)[self.family];
+        let _client = self.client.serve("--udp [::]:7777").expect("client");
+        let line = format!("udp --to {client} --from {server} --timeout-ms 300");
+        udp(self.server, &line).sent == 1
+    }
+}
+
+#[test]
+fn a_flow_is_decided_again_as_what_it_was_opened_as_when_labels_change() {
+    let mesh = mesh();
+    let (client, server, stranger) = (mesh.pod("client"), mesh.pod("server"), mesh.pod("stranger"));
+    mesh.enforce(ONLY_CLIENT).expect("in force");
+    let flows = [0, 1].map(|family| Lasting {
+        client: &client,
+        server: &server,
+        family,
+    });
+    for flow in &flows {
+        assert!(!flow.answers_from(7000), "nobody has asked");
+        assert!(flow.asks());
+        assert!(flow.answers_from(7000));
+        assert!(!flow.answers_from(7001), "no part of the flow");
+    }
+    // What does not concern it: a label of somebody else, more than is used.
+    mesh.relabel(&stranger, &[("app", "somebody")])
+        .expect("relabel");
+    let more = ONLY_CLIENT.replace(
+        "app: client}}",
+        "app: client}}}, {podSelector: {matchLabels: {app: x}}",
+    );
+    assert_ne!(more, ONLY_CLIENT);
+    mesh.enforce(&more).expect("in force");
+    for flow in &flows {
+        assert!(flow.answers_from(7000), "an answer is none of egress");
+        assert!(!flow.answers_from(7001));
+        assert!(flow.asks());
+    }
+    mesh.relabel(&client, &[("app", "other")]).expect("relabel");
+    mesh.enforce(&more).expect("in force");
+    for flow in &flows {
+        assert!(!flow.asks(), "the label that let it in is gone");
+        assert!(!flow.answers_from(7000), "and with it the flow");
+    }
+}
+
+#[test]
+fn a_flow_does_not_outlive_the_pod_that_was_allowed_it_with_its_address() {
+    let mut mesh = mesh();
+    mesh.enforce(ONLY_CLIENT).expect("in force");
+    let (client, server) = (mesh.pod("client"), mesh.pod("server"));
+    for family in [0, 1] {
+        let (client, server) = (&*client, &*server);
+        let flow = Lasting {
+            client,
+            server,
+            family,
+        };
+        assert!(flow.asks());
+    }
+    let number = client.host_number();
+    mesh.delete_pod("client").expect("delete");
+    drop(client);
+    let heir = PodSpec::new("heir", 1)
+        .host_number(number)
+        .label("app", "heir");
+    let heir = mesh.add_pod(heir).expect("add");
+    mesh.settled().expect("adopted");
+    mesh.enforce(ONLY_CLIENT).expect("in force");
+    for family in [0, 1] {
+        let flow = Lasting {
+            client: &heir,
+            server: &server,
+            family,
+        };
+        assert!(!flow.asks(), "the same address and port, another pod");
+        assert!(!flow.answers_from(7000));
+    }
+    mesh.relabel(&heir, &[("app", "client")]).expect("relabel");
+    mesh.enforce(ONLY_CLIENT).expect("in force");
+    let flow = Lasting {
+        client: &heir,
+        server: &server,
+        family: 0,
+    };
+    assert!(flow.asks(), "by its own right");
+}
+
+#[test]
+fn a_mode_that_refuses_udp_ends_flows() {
+    let mesh = mesh();
+    let (client, server) = (mesh.pod("client"), mesh.pod("server"));
+    let flows = [0, 1].map(|family| Lasting {
+        client: &client,
+        server: &server,
+        family,
+    });
+    mesh.enforce("").expect("in force");
+    for flow in &flows {
+        assert!(flow.asks());
+    }
+    mesh.enforce(
+        "apiVersion: mesh.rs/v1alpha1
+kind: MeshAuthentication
+metadata: {name: udp, namespace: default}
+spec: {udp: Deny}
+",
+    )
+    .expect("in force");
+    for flow in &flows {
+        assert!(!flow.asks());
+        assert!(!flow.answers_from(7000));
+    }
 }

@@ -228,6 +228,8 @@ fn cleanup_leaves_a_node_without_a_trace() {
         pods.iter().all(|pod| routing(pod).contains("19781")),
         "the end removes nothing"
     );
+    let kept = |agent: &Agent| agent.state_dir().join("last-good.json").exists();
+    assert!(mesh.agents.iter().all(kept), "nothing was kept");
     for number in 1..=2 {
         let node = mesh.lab.node(number);
         for _twice in 0..2 {
@@ -236,6 +238,7 @@ fn cleanup_leaves_a_node_without_a_trace() {
         }
         assert!(!node.bpffs().join("mesh").exists());
     }
+    assert!(!mesh.agents.iter().any(kept), "something is kept");
     for pod in &pods {
         assert!(!routing(pod).contains("1978"), "{}", routing(pod));
         assert!(routing(pod).ends_with("0\n"));

@@ -18,6 +18,9 @@ const BASE: &str = "deploy/base";
 const NAMESPACE: &str = "mesh-system";
 /// What uninstalls: a hook of the chart, a directory of its own for kustomize.
 const UNINSTALL: &str = "uninstall.yaml";
+/// The kind that is not the mesh's own: for kustomize in a directory of its own, so that neither
+/// installing nor uninstalling touches what others have of it. Helm leaves CRDs alone by itself.
+const SHARED: &str = "clusternetworkpolicies.yaml";
 const NOTE: &str = "Generated from deploy/base; do not edit.";
 
 /// A value of the chart.
@@ -56,8 +59,12 @@ pub(crate) fn files() -> Result<Vec<(String, String)>> {
     }
     for (name, text) in read("deploy/crds")? {
         made.push((format!("deploy/helm/crds/{name}"), text.clone()));
-        made.push((format!("deploy/kustomize/crds/{name}"), text));
-        plain.push(format!("crds/{name}"));
+        if name == SHARED {
+            made.push((format!("deploy/kustomize/policy-api/{name}"), text));
+        } else {
+            made.push((format!("deploy/kustomize/crds/{name}"), text));
+            plain.push(format!("crds/{name}"));
+        }
     }
     made.push(("deploy/helm/Chart.yaml".to_owned(), chart()));
     made.push(("deploy/helm/values.yaml".to_owned(), values_yaml(&values)?));
@@ -81,6 +88,10 @@ pub(crate) fn files() -> Result<Vec<(String, String)>> {
     made.push((
         "deploy/kustomize/uninstall/kustomization.yaml".to_owned(),
         kustomization(&[UNINSTALL.to_owned()]),
+    ));
+    made.push((
+        "deploy/kustomize/policy-api/kustomization.yaml".to_owned(),
+        kustomization(&[SHARED.to_owned()]),
     ));
     Ok(made)
 }

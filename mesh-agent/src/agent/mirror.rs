@@ -75,8 +75,10 @@ async fn statuses(
         let all = rejected(&now, &said);
         if now.revision > revision {
             revision = now.revision;
-            metrics.plan_applied(now.took, all.len());
+            metrics.plan_applied(now.took);
         }
+        // What leaves the last good version in force makes no plan.
+        metrics.rejected_fields(all.len());
         metrics.pods(counts(&now));
         rejections.send_if_modified(|old| {
             let changed = **old != all;

@@ -8,20 +8,31 @@ use mesh_common::Port;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use crate::cni::{Cni, Enforces, Neighbour, blocked};
+use crate::cni::{BALANCERS, Cni, Enforces, Neighbour, blocked};
 use crate::control::Status;
 
 /// Policies are looked at again at most this often.
 const INTERVAL: Duration = Duration::from_secs(5);
 
+/// The node's network plug-in, and who else works where the mesh does.
+#[derive(Debug)]
+pub(super) struct Found {
+    pub(super) cni: Option<Cni>,
+    pub(super) balancers: Vec<String>,
+}
+
 /// Looks at the policies in force as they change; ends with the rooms. `None` = tunnels have the
 /// ports of the connections in them, which need no rule of their own.
 pub(super) async fn run(
-    cni: Option<Cni>,
+    found: Found,
     port: Option<Port>,
     mut status: watch::Receiver<Arc<Status>>,
     to: watch::Sender<Arc<Neighbour>>,
 ) {
+    let Found { cni, balancers } = found;
+    for program in &balancers {
+        tracing::warn!(program, "{BALANCERS}");
+    }
     if let Some(cni) = &cni {
         tracing::info!(%cni, "network plug-in");
     }
@@ -29,6 +40,7 @@ pub(super) async fn run(
     to.send_replace(Arc::new(Neighbour {
         cni: cni.clone(),
         blocks: Vec::new(),
+        balancers,
     }));
     let Some(port) = port.filter(|_| enforces) else {
         return;

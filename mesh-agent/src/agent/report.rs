@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
-use mesh_api::crd::{MeshNodeStatus, ReportedObject, ReportedRejection, UnprotectedPod};
+use mesh_api::crd::{MeshNodeStatus, ReportedField, ReportedObject, UnprotectedPod};
 use mesh_plan::cluster::{Cluster, ObjectRef, Rejection, Version};
 use tokio::sync::{oneshot, watch};
 use tokio::time::sleep;
@@ -27,6 +27,9 @@ const LASTING: Duration = Duration::from_secs(3);
 
 /// Changes that come together are reported together.
 const FOLD: Duration = Duration::from_millis(100);
+
+/// At most as many rejections are reported, and as many warnings: an object has a bound of 1.5 MiB.
+const MOST: usize = 1000;
 
 /// What a report is made of.
 pub(super) struct Sources {
@@ -114,6 +117,7 @@ impl Reporter {
             enrolled_pods,
             in_force: in_force(&status.facts),
             rejections: rejections(status, source),
+            warnings: warnings(status, source),
             unprotected,
         };
         (report, soon)
@@ -208,22 +212,35 @@ fn in_force(facts: &Cluster) -> Vec<ReportedObject> {
 }
 
 /// Those of the objects' newest versions, and those of what is in force that cannot be compiled.
-fn rejections(status: &Status, source: &Report) -> Vec<ReportedRejection> {
+fn rejections(status: &Status, source: &Report) -> Vec<ReportedField> {
     let of_objects = source.rejections.iter().map(|one| (one, &source.rejected));
     let of_plan = status
         .rejections
         .iter()
         .map(|one| (one, &*status.facts.versions));
-    let reported: BTreeSet<ReportedRejection> = of_objects
+    let reported: BTreeSet<ReportedField> = of_objects
         .chain(of_plan)
         .map(|(rejection, versions)| reported(rejection, versions))
         .collect();
-    reported.into_iter().collect()
+    reported.into_iter().take(MOST).collect()
 }
 
-fn reported(rejection: &Rejection, versions: &BTreeMap<ObjectRef, Version>) -> ReportedRejection {
+fn warnings(status: &Status, source: &Report) -> Vec<ReportedField> {
+    let all = source.warnings.iter().take(MOST).map(|warning| {
+        let version = status.facts.versions.get(&warning.object);
+        let version = version.cloned().unwrap_or_default();
+        ReportedField {
+            object: named(&warning.object, &version.uid, version.newest),
+            field: warning.field.clone(),
+            message: warning.what.clone(),
+        }
+    });
+    all.collect()
+}
+
+fn reported(rejection: &Rejection, versions: &BTreeMap<ObjectRef, Version>) -> ReportedField {
     let version = versions.get(&rejection.object).cloned().unwrap_or_default();
-    ReportedRejection {
+    ReportedField {
         object: named(&rejection.object, &version.uid, version.newest),
         field: rejection.field.clone(),
         message: format!("{}; {}", rejection.why, rejection.consequence),

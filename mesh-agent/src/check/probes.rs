@@ -100,6 +100,12 @@ pub(super) fn machine(config: &HostConfig) -> Vec<Finding> {
             "Its pods have no interface on the host's side: they cannot be protected.",
         ),
         finding(
+            "nobody else's socket hooks",
+            false,
+            socket_hooks(config),
+            cni::BALANCERS,
+        ),
+        finding(
             "pod interfaces",
             false,
             outcome_text(pod_interfaces()),
@@ -122,6 +128,14 @@ fn plug_in(config: &HostConfig) -> Outcome {
             "none that is known in {}",
             config.cni_conf.display()
         )),
+    }
+}
+
+fn socket_hooks(config: &HostConfig) -> Outcome {
+    match cni::balancers(&config.cgroup) {
+        Ok(others) if others.is_empty() => Outcome::Present("none".to_owned()),
+        Ok(others) => Outcome::Missing(others.join(", ")),
+        Err(error) => Outcome::Missing(error.to_string()),
     }
 }
 

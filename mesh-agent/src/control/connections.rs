@@ -3,8 +3,8 @@
 //! sockets of a pod's namespace.
 //!
 //! The agent's own sockets are never judged here: tunnels are told by their port, or by the kernel
-//! where they have an application's, the ends that carry another's address by that address. What arrived through a tunnel is the proxy's to end,
-//! which knows the proven identity.
+//! where they have an application's, the ends that carry another's address by that address. What
+//! arrived through a tunnel is the proxy's to end, which knows the proven identity.
 
 use std::collections::BTreeSet;
 
@@ -13,7 +13,7 @@ use mesh_common::path::{self, Origin, Outbound, Peers as _};
 use mesh_common::pod::{PodState, PodView};
 use mesh_common::service::{ServiceKey, Services as _};
 use mesh_common::settings::{MARK_CAPTURE, MARK_INBOUND, MARK_MASK};
-use mesh_common::{Endpoint, Port, Protocol, Reason, Verdict};
+use mesh_common::{Direction, Endpoint, Port, Protocol, Reason, Verdict};
 use mesh_plan::Plan;
 
 use crate::sys::sock_diag::{Socket, state};
@@ -27,24 +27,32 @@ pub struct Judgement {
     pub denied: Vec<(Socket, Verdict)>,
 }
 
+/// What only the kernel can say of a socket. Asked of those that nothing else tells.
+#[derive(Clone, Copy)]
+pub struct Ask<'a> {
+    /// Whether it is the agent's end of a tunnel that has an application's port.
+    pub is_tunnel: &'a dyn Fn(&Socket) -> bool,
+    /// Whether its other end, which has an address of this node, is a socket of this node.
+    pub is_the_node_s: &'a dyn Fn(&Socket) -> bool,
+}
+
 /// Decides the open connections of a pod again. `sockets` are all of its namespace, listeners
 /// included; `fresh` tells a pod that is just being enrolled from one whose peers changed, `carried`
-/// one that the agent has tunnels for, also while it leaves the mesh. `is_tunnel` tells those that
-/// have an application's port: asked only of sockets that would not stay as they are.
+/// one that the agent has tunnels for, also while it leaves the mesh.
 #[must_use]
 pub fn judge(
     plan: &Plan,
     pod: &PodView,
     sockets: &[Socket],
     (fresh, carried): (bool, bool),
-    is_tunnel: impl Fn(&Socket) -> bool,
+    ask: Ask<'_>,
 ) -> Judgement {
-    let scene = Scene::new(plan, pod, sockets, carried);
+    let scene = Scene::new(plan, pod, sockets, carried, ask);
     let mut judgement = Judgement::default();
     for socket in sockets {
         match scene.decide(socket) {
             Fate::Keep => {}
-            _ if carried && is_tunnel(socket) => {}
+            _ if carried && (ask.is_tunnel)(socket) => {}
             Fate::Deny(verdict) => judgement.denied.push((*socket, verdict)),
             Fate::Old => {
                 let reason = if fresh {
@@ -111,18 +119,26 @@ struct Scene<'a> {
     plan: &'a Plan,
     pod: &'a PodView,
     carried: bool,
+    ask: Ask<'a>,
     listening: BTreeSet<Port>,
     /// Both ends of every TCP socket: one whose reverse is here too leads to the agent.
     ends: BTreeSet<(Endpoint, Endpoint)>,
 }
 
 impl<'a> Scene<'a> {
-    fn new(plan: &'a Plan, pod: &'a PodView, sockets: &[Socket], carried: bool) -> Self {
+    fn new(
+        plan: &'a Plan,
+        pod: &'a PodView,
+        sockets: &[Socket],
+        carried: bool,
+        ask: Ask<'a>,
+    ) -> Self {
         let tcp = || sockets.iter().filter(|s| s.protocol == Protocol::TCP);
         Self {
             plan,
             pod,
             carried,
+            ask,
             listening: tcp()
                 .filter(|s| s.state == state::LISTEN)
                 .map(|s| s.local.port)
@@ -150,10 +166,17 @@ impl<'a> Scene<'a> {
         if socket.has_tunnel_port() && self.carried {
             return Fate::Keep;
         }
-        if self.listening.contains(&socket.local.port) {
-            self.accepted(socket)
-        } else {
-            self.connected(socket)
+        let direction = socket.direction.unwrap_or_else(|| {
+            // Older than the hooks: who listens now has most likely accepted it.
+            if self.listening.contains(&socket.local.port) {
+                Direction::Ingress
+            } else {
+                Direction::Egress
+            }
+        });
+        match direction {
+            Direction::Ingress => self.accepted(socket),
+            Direction::Egress => self.connected(socket),
         }
     }
 
@@ -166,7 +189,7 @@ impl<'a> Scene<'a> {
             self.plan,
             self.pod,
             &socket.remote.addr,
-            Origin::Address,
+            self.origin(socket),
             Protocol::TCP,
             socket.local.port,
         );
@@ -178,6 +201,18 @@ impl<'a> Scene<'a> {
         }
         let strict = path::strict(self.plan, self.pod, socket.local.port);
         self.old_or_denied(socket, strict)
+    }
+
+    /// As the hooks have told it when the connection arrived.
+    fn origin(&self, socket: &Socket) -> Origin {
+        let host = || path::who(self.plan, &socket.remote.addr).id.is_host();
+        if !self.pod.has(PodState::GATED) {
+            Origin::Ungated
+        } else if host() && !(self.ask.is_the_node_s)(socket) {
+            Origin::Translated
+        } else {
+            Origin::Address
+        }
     }
 
     /// A connection that the pod opened.

@@ -64,6 +64,12 @@ pub trait Kernel {
         index: PodIndex,
         connections: &[(Endpoint, Endpoint, Reason)],
     ) -> Result<(), Error>;
+    /// See [`Handles::decided`]; `None` where no hooks decide.
+    ///
+    /// [`Handles::decided`]: crate::datapath::Handles::decided
+    fn decided(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
     /// See [`Handles::is_tunnel`].
     ///
     /// [`Handles::is_tunnel`]: crate::datapath::Handles::is_tunnel
@@ -123,6 +129,10 @@ impl Kernel for Datapath {
         connections: &[(Endpoint, Endpoint, Reason)],
     ) -> Result<(), Error> {
         Self::set_old_connections(self, index, connections)
+    }
+
+    fn decided(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.handles.decided())
     }
 
     fn is_tunnel(&self, socket: &Socket) -> bool {

@@ -22,6 +22,7 @@ use mesh_plan::plan::{Deny, Entry, Key, LocalPod, MapOp};
 use mesh_plan::{Plan, diff};
 
 use super::adopted::{Adopted, Enrolment, Retry, before_the_first_plan, in_force};
+use super::connections::Ask;
 use super::{Control, Error, Kernel, connections, describe, sockets};
 use crate::datapath::PodAttachment;
 use crate::pods::find::Find;
@@ -236,11 +237,14 @@ impl<K: Kernel, F: Find> Control<K, F> {
             let (Some(pod), Some(local)) = (self.pods.get_mut(uid), plan.pods.get(uid)) else {
                 continue;
             };
-            let kept = sockets::list(&pod.home.netns)
+            let kept = sockets::list(&pod.home.netns, self.kernel.decided())
                 .map_err(|error| describe(&error))
                 .map(|list| {
-                    let is_tunnel = |socket: &_| self.kernel.is_tunnel(socket);
-                    connections::judge(plan, &local.view, &list, (true, true), is_tunnel).old
+                    let ask = Ask {
+                        is_tunnel: &|socket| self.kernel.is_tunnel(socket),
+                        is_the_node_s: &sockets::is_the_node_s,
+                    };
+                    connections::judge(plan, &local.view, &list, (true, true), ask).old
                 })
                 .and_then(|old| keep(&mut self.kernel, pod, old));
             if let Err(why) = kept {
@@ -495,7 +499,7 @@ fn enrol(
 /// attempt to end them tells.
 fn carries(pod: &Adopted) -> bool {
     let view = &pod.handle.local.view;
-    sockets::list(&pod.home.netns)
+    sockets::list(&pod.home.netns, None)
         .is_ok_and(|list| !connections::with_the_agent(view, &list).is_empty())
 }
 
@@ -506,7 +510,7 @@ fn leave(pod: &Adopted) {
         return;
     };
     let view = &pod.handle.local.view;
-    let left = sockets::list(&pod.home.netns)
+    let left = sockets::list(&pod.home.netns, None)
         .and_then(|list| sockets::end(&pod.home.netns, &connections::with_the_agent(view, &list)))
         .map_err(|error| describe(&error))
         .and_then(|_| pods::withdraw(&pod.home, &enrolment.list).map_err(|error| describe(&error)));
@@ -547,10 +551,13 @@ fn again(
     view: &PodView,
     fresh: bool,
 ) -> Result<u64, String> {
-    let list = sockets::list(&pod.home.netns).map_err(|e| describe(&e))?;
+    let list = sockets::list(&pod.home.netns, kernel.decided()).map_err(|e| describe(&e))?;
     let carried = pod.enrolment.is_some();
-    let judgement =
-        connections::judge(plan, view, &list, (fresh, carried), |s| kernel.is_tunnel(s));
+    let ask = Ask {
+        is_tunnel: &|socket| kernel.is_tunnel(socket),
+        is_the_node_s: &sockets::is_the_node_s,
+    };
+    let judgement = connections::judge(plan, view, &list, (fresh, carried), ask);
     keep(kernel, pod, judgement.old)?;
     if judgement.denied.is_empty() {
         return Ok(0);

@@ -2,15 +2,24 @@
 //! Reads the sockets of a pod's namespace, and ends those that may not go on.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 
 use super::adopted::Leaving;
 use super::connections;
 use crate::sys::netns::NetNs;
 use crate::sys::sock_diag::{SockDiag, Socket};
 
-/// Every TCP and UDP socket of a namespace that has another end or listens.
-pub(super) fn list(netns: &NetNs) -> io::Result<Vec<Socket>> {
-    netns.run(|| SockDiag::open()?.all())?
+/// Every TCP and UDP socket of a namespace that has another end or listens; `decided` as for
+/// [`SockDiag::all`].
+pub(super) fn list(netns: &NetNs, decided: Option<BorrowedFd<'_>>) -> io::Result<Vec<Socket>> {
+    netns.run(|| SockDiag::open()?.all(decided))?
+}
+
+/// Whether the other end of a pod's connection is a socket of this node. What cannot be read is not.
+pub(super) fn is_the_node_s(socket: &Socket) -> bool {
+    SockDiag::open()
+        .and_then(|mut diag| diag.has(socket.remote, socket.local))
+        .unwrap_or(false)
 }
 
 /// Ends sockets; how many were still there.
@@ -41,7 +50,7 @@ pub(super) fn end<'a>(
 pub(super) fn end_left(pod: &mut Leaving, is_tunnel: impl Fn(&Socket) -> bool) -> bool {
     let netns = &pod.home.netns;
     let is_there = pod.home.is_there();
-    let ended = list(netns).and_then(|sockets| {
+    let ended = list(netns, None).and_then(|sockets| {
         let left = if is_there {
             connections::of_the_agent(&pod.view, &sockets, is_tunnel)
         } else {

@@ -165,7 +165,7 @@ fn in_force(
 #[cfg(test)]
 mod tests {
     use k8s_openapi::jiff::Timestamp;
-    use mesh_api::crd::{ReportedObject, ReportedRejection};
+    use mesh_api::crd::{ReportedField, ReportedObject};
 
     use super::*;
 
@@ -188,7 +188,7 @@ mod tests {
 
     fn rejects(generation: i64, field: &str) -> MeshNodeStatus {
         MeshNodeStatus {
-            rejections: vec![ReportedRejection {
+            rejections: vec![ReportedField {
                 object: version(generation),
                 field: field.to_owned(),
                 message: "is wrong".to_owned(),

@@ -52,6 +52,7 @@ pub struct Handles {
 #[derive(Debug)]
 struct Inner {
     exempt: OwnedFd,
+    decided: OwnedFd,
     captured: OwnedFd,
     counters: OwnedFd,
     cpus: usize,
@@ -65,6 +66,7 @@ impl Handles {
         Ok(Self {
             inner: Arc::new(Inner {
                 exempt: bpf::open_pin(&pins.join("EXEMPT"))?,
+                decided: bpf::open_pin(&pins.join("SOCKETS"))?,
                 captured: bpf::open_pin(&pins.join("CAPTURED"))?,
                 counters: bpf::open_pin(&pins.join("COUNTERS"))?,
                 cpus: possible_cpus()?,
@@ -93,6 +95,12 @@ impl Handles {
             &socket.as_raw_fd().to_ne_bytes(),
             value.as_bytes(),
         )
+    }
+
+    /// The storage in which the hooks leave with a socket what they decided about it.
+    #[must_use]
+    pub fn decided(&self) -> BorrowedFd<'_> {
+        self.inner.decided.as_fd()
     }
 
     /// The service that a captured connection asked for; a second call finds nothing.

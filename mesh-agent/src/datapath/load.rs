@@ -32,6 +32,7 @@ pub const NAMES: &[&str] = &[
     "BACKENDS",
     "LISTENERS",
     "FLOWS",
+    "FACTS",
     "CAPTURED",
     "OLD_CONNECTIONS",
     "TUNNELS",

@@ -112,6 +112,7 @@ impl Datapath {
             index,
         )?;
         self.attach_inbound(pod, &directory)?;
+        self.facts_changed()?;
         Ok(PodFacts {
             index,
             taken_over,
@@ -125,6 +126,13 @@ impl Datapath {
     /// # Errors
     /// When the pod was not added, or the map refuses.
     pub fn set_pod(&mut self, index: PodIndex, view: &PodView) -> Result<(), Error> {
+        let switched = self.switch_pod(index, view);
+        self.facts_changed()?;
+        switched
+    }
+
+    /// [`Self::set_pod`], of which no kept decision learns yet.
+    pub(super) fn switch_pod(&mut self, index: PodIndex, view: &PodView) -> Result<(), Error> {
         let mut state = self
             .state(index)
             .ok_or_else(|| Error::UnknownPod(format!("slot {}", index.0)))?;
@@ -212,7 +220,8 @@ impl Datapath {
         }
         self.forget_flows(|slot_pod, _| slot_pod == index)?;
         self.forget_old_connections(index)?;
-        remove(&mut self.maps.pods, "PODS", index)
+        remove(&mut self.maps.pods, "PODS", index)?;
+        self.facts_changed()
     }
 
     /// Every pod in the maps, an older agent's too.

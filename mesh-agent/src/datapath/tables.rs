@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use aya::maps::lpm_trie::Key as LpmKey;
-use aya::maps::{HashMap, LpmTrie, MapData, MapError, SockMap};
+use aya::maps::{Array, HashMap, LpmTrie, MapData, MapError, SockMap};
 use aya::{Ebpf, Pod};
 use mesh_common::flow::{Flow, FlowSlot};
 use mesh_common::identity::Peer;
@@ -30,6 +30,7 @@ pub(crate) struct Maps {
     pub(super) by_link: HashMap<MapData, u32, GatePod>,
     pub(super) listeners: SockMap<MapData>,
     pub(super) flows: HashMap<MapData, FlowSlot, Flow>,
+    facts: Array<MapData, u64>,
     pub(super) old_connections: HashMap<MapData, ConnectionKey, u32>,
     peers: HashMap<MapData, Addr, Peer>,
     pod_cidrs: LpmTrie<MapData, Addr, u32>,
@@ -70,6 +71,7 @@ impl Maps {
             by_link: take!(object, "PODS_BY_LINK"),
             listeners: take!(object, "LISTENERS"),
             flows: take!(object, "FLOWS"),
+            facts: take!(object, "FACTS"),
             old_connections: take!(object, "OLD_CONNECTIONS"),
             peers: take!(object, "PEERS"),
             pod_cidrs: take!(object, "POD_CIDRS"),
@@ -82,6 +84,15 @@ impl Maps {
             backends: take!(object, "BACKENDS"),
         })
     }
+}
+
+/// Whether an operation changes what the hooks decide by. Services are looked up before.
+fn decides(op: &MapOp) -> bool {
+    !matches!(
+        op,
+        MapOp::Put(Entry::Service(..) | Entry::Backend(..))
+            | MapOp::Remove(Key::Service(_) | Key::Backend(_))
+    )
 }
 
 /// Writes an element; the error names the key.
@@ -172,6 +183,24 @@ impl Datapath {
     /// At the first operation that fails; those before it are done, and doing all of them again is
     /// harmless.
     pub fn apply(&mut self, ops: &[MapOp]) -> Result<(), Error> {
+        let applied = self.apply_each(ops);
+        // What was done counts, also if not all was.
+        if ops.iter().any(decides) {
+            self.facts_changed()?;
+        }
+        applied
+    }
+
+    /// Makes the hooks decide again what they have kept, after a change of what they decide by.
+    pub(super) fn facts_changed(&mut self) -> Result<(), Error> {
+        let facts = &mut self.maps.facts;
+        facts
+            .get(&0, 0)
+            .and_then(|revision| facts.set(0, revision.wrapping_add(1), 0))
+            .map_err(|source| failed("count a change in", "FACTS", source))
+    }
+
+    fn apply_each(&mut self, ops: &[MapOp]) -> Result<(), Error> {
         let mut put = false;
         for op in ops {
             match op {
@@ -222,7 +251,7 @@ impl Datapath {
                     .get(uid)
                     .copied()
                     .ok_or_else(|| Error::UnknownPod(uid.clone()))?;
-                self.set_pod(index, view)
+                self.switch_pod(index, view)
             }
         }
     }

@@ -59,7 +59,8 @@ fn full() -> Metrics {
         revoked: true,
     };
     metrics.certificate("shop", "web", Some(in_use));
-    assert_eq!(metrics.plan_applied(Duration::from_millis(3), 1), 1);
+    assert_eq!(metrics.plan_applied(Duration::from_millis(3)), 1);
+    metrics.rejected_fields(1);
     metrics.pods(PodCounts {
         enrolled: 2,
         not_enrolled: 1,

@@ -33,7 +33,7 @@ pub struct Open {
 /// # Errors
 /// The namespace cannot be entered, or the kernel does not tell.
 pub fn open(pod: &PodHandle, is_tunnel: impl Fn(&Socket) -> bool) -> io::Result<Vec<Open>> {
-    let sockets = pod.netns.run(|| SockDiag::open()?.all())??;
+    let sockets = pod.netns.run(|| SockDiag::open()?.all(None))??;
     Ok(of(pod, &sockets, is_tunnel))
 }
 

@@ -118,6 +118,12 @@ impl Entry {
         self.subject.set(subject);
     }
 
+    /// Why it is to end by this plan, if it is.
+    pub(crate) fn refused(&self, plan: &Plan) -> Option<Ending> {
+        let verdict = self.subject.get()?.refused(plan, &self.uid)?;
+        Some(Ending::Refused(verdict))
+    }
+
     /// What the peer has proven itself with.
     pub(crate) fn set_proof(&self, proof: &Rc<Proof>) {
         *self.proof.borrow_mut() = Some(Rc::clone(proof));
@@ -176,10 +182,8 @@ impl Live {
     /// Decides all of them again.
     pub(crate) fn decide_again(&self, plan: &Plan) {
         for entry in self.entries.borrow().values() {
-            if let Some(subject) = entry.subject.get()
-                && let Some(verdict) = subject.refused(plan, &entry.uid)
-            {
-                entry.end(Ending::Refused(verdict));
+            if let Some(why) = entry.refused(plan) {
+                entry.end(why);
             }
         }
     }

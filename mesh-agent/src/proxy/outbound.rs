@@ -258,6 +258,15 @@ impl Endpoints<'_> {
         if let Ok(End::Refused(why)) = &end {
             record.set_cause(why.cause.label());
         }
+        // What policy refuses is ended at the application's socket too, once the plan is published:
+        // that may be noticed here first.
+        let end = match end {
+            Ok(End::AppReset(error)) => match entry.refused(&self.worker.plan.borrow()) {
+                Some(why) => Err(why),
+                None => Ok(End::AppReset(error)),
+            },
+            end => end,
+        };
         match end {
             Ok(end) => self.conclude(pooled, stream, end),
             Err(why) => {

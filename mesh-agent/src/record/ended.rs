@@ -2,7 +2,7 @@
 //! Connections that the agent ends at the socket. The kernel reports their end as a reset: what is
 //! noted here tells why.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use mesh_common::{Endpoint, Verdict};
@@ -30,14 +30,20 @@ pub struct Endings {
     news: mpsc::Receiver<Note>,
     /// By both ends, the reporting one first.
     waiting: BTreeMap<(Endpoint, Endpoint), (Instant, Verdict)>,
+    /// When which was noted, in that order; also those that were taken since.
+    order: VecDeque<(Instant, (Endpoint, Endpoint))>,
 }
 
 /// Both ends of what is noted.
 #[must_use]
 pub fn endings() -> (Ended, Endings) {
     let (sender, news) = mpsc::channel(MOST);
-    let waiting = BTreeMap::new();
-    (Ended(sender), Endings { news, waiting })
+    let endings = Endings {
+        news,
+        waiting: BTreeMap::new(),
+        order: VecDeque::new(),
+    };
+    (Ended(sender), endings)
 }
 
 impl Ended {
@@ -56,8 +62,20 @@ impl Endings {
     /// Forgets what was noted long ago.
     pub(super) fn forget(&mut self, now: Instant) {
         self.read();
-        self.waiting
-            .retain(|_, (at, _)| now.saturating_duration_since(*at) < KEPT);
+        let is_old = |at: Instant| now.saturating_duration_since(at) >= KEPT;
+        while let Some((at, ends)) = self.order.front().copied()
+            && is_old(at)
+        {
+            let _ = self.order.pop_front();
+            // The same ends may have been noted again.
+            if self
+                .waiting
+                .get(&ends)
+                .is_some_and(|(noted, _)| *noted == at)
+            {
+                let _ = self.waiting.remove(&ends);
+            }
+        }
     }
 
     /// What an end that was reset was ended by, if it was.
@@ -69,7 +87,8 @@ impl Endings {
 
     fn read(&mut self) {
         while let Ok(note) = self.news.try_recv() {
-            if self.waiting.len() < MOST {
+            if self.order.len() < MOST {
+                self.order.push_back((note.at, note.ends));
                 self.waiting.insert(note.ends, (note.at, note.verdict));
             }
         }

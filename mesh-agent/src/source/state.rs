@@ -130,6 +130,21 @@ impl Draft {
     }
 }
 
+/// Removes what is kept in a directory; nothing there is no error.
+///
+/// # Errors
+/// When a file stays; its path comes with it.
+pub(crate) fn remove(dir: &Path) -> Result<(), (PathBuf, io::Error)> {
+    for name in [NAME, DRAFT] {
+        let path = dir.join(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err((path, error)),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// The file.
 #[derive(Clone)]
 struct Store {

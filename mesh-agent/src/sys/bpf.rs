@@ -12,6 +12,7 @@ const BPF_MAP_LOOKUP_ELEM: libc::c_int = 1;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
 const BPF_OBJ_GET: libc::c_int = 7;
+const BPF_PROG_QUERY: libc::c_int = 16;
 const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 
@@ -55,6 +56,18 @@ struct LinkUpdate {
     old_program: u32,
 }
 
+/// `union bpf_attr` of BPF_PROG_QUERY.
+#[repr(C)]
+struct Query {
+    cgroup: u32,
+    hook: u32,
+    flags: u32,
+    attach_flags: u32,
+    ids: u64,
+    count: u32,
+    pad: u32,
+}
+
 fn bpf<T>(command: libc::c_int, attributes: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: `attributes` lives across the call and has the size that is passed; every pointer in
     // it belongs to a slice or string that the caller borrows across the call.
@@ -92,6 +105,28 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let fd = i32::try_from(fd).map_err(io::Error::other)?;
     // SAFETY: the kernel has just made this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The ids of the programs that run for processes of a cgroup at a hook, whose number is an
+/// `enum bpf_attach_type` (linux/bpf.h): its own, and those of the cgroups around it.
+///
+/// # Errors
+/// As the kernel says; `ENOSPC` when there are more than 64.
+pub fn programs_at(cgroup: BorrowedFd<'_>, hook: u32) -> io::Result<Vec<u32>> {
+    const BPF_F_QUERY_EFFECTIVE: u32 = 1;
+    let mut ids = [0_u32; 64];
+    let mut attributes = Query {
+        cgroup: number(cgroup),
+        hook,
+        flags: BPF_F_QUERY_EFFECTIVE,
+        attach_flags: 0,
+        ids: ids.as_mut_ptr() as u64,
+        count: 64,
+        pad: 0,
+    };
+    bpf(BPF_PROG_QUERY, &mut attributes)?;
+    let count = usize::try_from(attributes.count).map_err(io::Error::other)?;
+    Ok(ids.into_iter().take(count).collect())
 }
 
 /// Puts another program behind a link, with no moment in between (5.7).

@@ -278,6 +278,11 @@ impl Body {
         self.aligned()
     }
 
+    /// As the data of an attribute around it.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
     fn aligned(mut self) -> Self {
         self.0.resize(self.0.len().next_multiple_of(4), 0);
         self

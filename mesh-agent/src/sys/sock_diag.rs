@@ -5,9 +5,12 @@
 //! ECONNABORTED, and the other end gets a reset.
 
 use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use mesh_common::settings::TUNNEL_PORT;
-use mesh_common::{Addr, Endpoint, Port, Protocol};
+use mesh_common::socket::SocketState;
+use mesh_common::{Addr, Direction, Endpoint, Port, Protocol};
+use zerocopy::FromBytes as _;
 
 use super::netlink::{Attributes, Body, Netlink, half, word};
 use super::route::Family;
@@ -16,6 +19,10 @@ const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
 /// Length of struct inet_diag_sockid, linux/inet_diag.h.
 const ID: usize = 48;
+/// Attribute of a request: for which maps to give storages (linux/inet_diag.h).
+const REQUEST_STORAGES: u16 = 2;
+/// In it: a map (linux/sock_diag.h).
+const REQUEST_MAP_FD: u16 = 1;
 /// Length of struct inet_diag_msg.
 const MESSAGE: usize = 72;
 
@@ -64,6 +71,9 @@ pub struct Socket {
     pub remote: Endpoint,
     /// Its mark; 0 without CAP_NET_ADMIN.
     pub mark: u32,
+    /// Which way it was opened, as far as is known: by its state, or by what the hooks have left with
+    /// it. A connection that is older than they are may have either.
+    pub direction: Option<Direction>,
     /// The file's inode; 0 = no file: not accepted yet, or closed by its process.
     pub inode: u32,
     id: [u8; ID],
@@ -96,6 +106,7 @@ impl Socket {
             local: end(ends[0]),
             remote: end(ends[1]),
             mark,
+            direction: None,
             inode: 1,
             id: [0; ID],
         }
@@ -123,13 +134,15 @@ impl SockDiag {
         Netlink::open(NETLINK_SOCK_DIAG).map(Self)
     }
 
-    /// Every TCP and UDP socket that has another end or listens.
+    /// Every TCP and UDP socket that has another end or listens. `decided` = the storage of
+    /// [`SocketState`], which tells connections' directions: to be read it takes CAP_BPF, and Linux
+    /// 5.8.
     ///
     /// # Errors
     /// As [`SockDiag::sockets`].
-    pub fn all(&mut self) -> io::Result<Vec<Socket>> {
-        let mut all = self.sockets(Protocol::TCP, States::LIVE_AND_LISTEN)?;
-        all.extend(self.sockets(Protocol::UDP, States::LIVE)?);
+    pub fn all(&mut self, decided: Option<BorrowedFd<'_>>) -> io::Result<Vec<Socket>> {
+        let mut all = self.read(Protocol::TCP, States::LIVE_AND_LISTEN, decided)?;
+        all.extend(self.read(Protocol::UDP, States::LIVE, None)?);
         Ok(all)
     }
 
@@ -139,15 +152,46 @@ impl SockDiag {
     /// # Errors
     /// When the kernel refuses, or has no diag module for the protocol.
     pub fn sockets(&mut self, protocol: Protocol, states: States) -> io::Result<Vec<Socket>> {
+        self.read(protocol, states, None)
+    }
+
+    fn read(
+        &mut self,
+        protocol: Protocol,
+        states: States,
+        storage: Option<BorrowedFd<'_>>,
+    ) -> io::Result<Vec<Socket>> {
         let mut found = Vec::new();
         for family in [Family::V4, Family::V6] {
-            let body = request(family, protocol, states.0, &[0; ID]);
+            let mut body = request(family, protocol, states.0, &[0; ID]);
+            if let Some(map) = storage {
+                let map = Body::default().with(REQUEST_MAP_FD, &map.as_raw_fd().to_ne_bytes());
+                body = body.with(REQUEST_STORAGES, map.bytes());
+            }
             found.extend(
                 self.0
                     .dump(SOCK_DIAG_BY_FAMILY, &body, |m| parse(protocol, m))?,
             );
         }
         Ok(found)
+    }
+
+    /// Whether there is a TCP socket with these ends.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn has(&mut self, local: Endpoint, remote: Endpoint) -> io::Result<bool> {
+        let family = if local.addr.is_v4() {
+            Family::V4
+        } else {
+            Family::V6
+        };
+        let body = request(family, Protocol::TCP, u32::MAX, &id(local, remote));
+        match self.0.get(SOCK_DIAG_BY_FAMILY, &body) {
+            Ok(_) => Ok(true),
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            Err(e) => Err(e),
+        }
     }
 
     /// Destroys a socket; `false` = it was gone already.
@@ -177,8 +221,52 @@ fn request(family: Family, protocol: Protocol, states: u32, id: &[u8; ID]) -> Bo
     Body::new(&raw)
 }
 
+/// The id of a socket by its ends, on any interface, with no cookie.
+fn id(local: Endpoint, remote: Endpoint) -> [u8; ID] {
+    let mut id = [0; ID];
+    for (at, end) in [(0, local), (1, remote)] {
+        id[2 * at..][..2].copy_from_slice(&end.port.0.to_ne_bytes());
+        let words = match end.addr.v4_word() {
+            Some(word) => vec![word],
+            None => end.addr.words().to_vec(),
+        };
+        for (i, word) in words.into_iter().enumerate() {
+            id[4 + 16 * at + 4 * i..][..4].copy_from_slice(&word.to_ne_bytes());
+        }
+    }
+    // INET_DIAG_NOCOOKIE
+    id[40..].fill(0xff);
+    id
+}
+
+/// Which way a connection was opened that is in this state.
+const fn by_state(state: u8) -> Option<Direction> {
+    match state {
+        state::SYN_SENT => Some(Direction::Egress),
+        state::SYN_RECV => Some(Direction::Ingress),
+        _ => None,
+    }
+}
+
+/// What the hooks say of it: INET_DIAG_SK_BPF_STORAGES holds an SK_DIAG_BPF_STORAGE for each map
+/// (linux/sock_diag.h).
+fn by_storage(storages: &[u8]) -> Option<Direction> {
+    const STORAGE: u16 = 1;
+    const VALUE: u16 = 3;
+    let (_, storage) = Attributes::after(storages, 0).find(|(kind, _)| *kind == STORAGE)?;
+    let (_, value) = Attributes::after(storage, 0).find(|(kind, _)| *kind == VALUE)?;
+    let (state, _) = SocketState::read_from_prefix(value).ok()?;
+    if state.flags & SocketState::DECIDED == 0 {
+        return None;
+    }
+    [Direction::Egress, Direction::Ingress]
+        .into_iter()
+        .find(|direction| *direction as u8 == state.direction)
+}
+
 fn parse(protocol: Protocol, message: &[u8]) -> Option<Socket> {
     const INET_DIAG_MARK: u16 = 15;
+    const INET_DIAG_SK_BPF_STORAGES: u16 = 20;
     let family = match *message.first()? {
         2 => Family::V4,
         10 => Family::V6,
@@ -192,12 +280,15 @@ fn parse(protocol: Protocol, message: &[u8]) -> Option<Socket> {
         local: endpoint(family, &id, 4, 0)?,
         remote: endpoint(family, &id, 20, 2)?,
         mark: 0,
+        direction: by_state(*message.get(1)?),
         inode: word(message, MESSAGE - 4)?,
         id,
     };
     for (kind, data) in Attributes::after(message, MESSAGE) {
         if kind == INET_DIAG_MARK {
             socket.mark = word(data, 0)?;
+        } else if kind == INET_DIAG_SK_BPF_STORAGES {
+            socket.direction = socket.direction.or_else(|| by_storage(data));
         }
     }
     Some(socket)
@@ -255,6 +346,10 @@ mod tests {
                 .unwrap_or_else(|| panic!("{connect} is not listed"));
             assert_eq!(found.mark, 0x77);
             assert_eq!(found.state, state::ESTABLISHED);
+            let mut diag = SockDiag::open().unwrap();
+            assert!(diag.has(found.local, found.remote).unwrap(), "{connect}");
+            let other = Endpoint::new(found.remote.addr, Port(1));
+            assert!(!diag.has(found.local, other).unwrap(), "{connect}");
             assert_eq!(found.cookie(), socket::cookie(client.as_fd()).unwrap());
             let blocked = thread::spawn(move || server.read(&mut [0; 1]).unwrap_err().kind());
             let mut diag = SockDiag::open().unwrap();

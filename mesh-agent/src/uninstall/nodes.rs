@@ -72,17 +72,29 @@ async fn uninstall(client: Client, namespace: &str) -> Result<usize, Error> {
     } else if cleaner.is_none() {
         return Ok(0);
     }
-    let gone = |list: &[DynamicObject]| list.iter().map(node).collect::<Vec<_>>();
-    wait(&pods, AGENT, "agents still run", gone).await?;
+    wait("agents still run", async || {
+        let running = list(&pods, AGENT).await?;
+        Ok((0, running.iter().map(node).collect()))
+    })
+    .await?;
     let begin = json!({ "spec": { "template": { "spec": { "nodeSelector": { HELD: null } } } } });
     sets.patch(CLEANUP, &PatchParams::default(), &Patch::Merge(begin))
         .await
         .map_err(failed("have the nodes cleaned"))?;
-    let unclean = |list: &[DynamicObject]| {
-        let left = list.iter().filter(|pod| !cleaned(pod));
-        left.map(node).collect::<Vec<_>>()
-    };
-    let cleaned = wait(&pods, CLEANUP, "nodes are not clean", unclean).await?;
+    let cleaned = wait("nodes are not clean", async || {
+        let wanted = scheduled(&sets).await?;
+        let list = list(&pods, CLEANUP).await?;
+        let unclean = list.iter().filter(|pod| !cleaned(pod));
+        let mut left: Vec<String> = unclean.map(node).collect();
+        // Its pods come a moment after their DaemonSet, and not all at once.
+        match wanted {
+            Some(wanted) if wanted <= list.len() => {}
+            Some(wanted) => left.push(format!("{} more", wanted - list.len())),
+            None => left.push("all that the DaemonSet is still to be scheduled to".to_owned()),
+        }
+        Ok((list.len(), left))
+    })
+    .await?;
     delete(&sets, CLEANUP).await?;
     Ok(cleaned)
 }
@@ -103,23 +115,37 @@ async fn delete(sets: &Api<DynamicObject>, name: &str) -> Result<(), Error> {
     }
 }
 
-/// Waits until no pod of `name` is left to wait for; gives how many pods there are then.
+/// The pods of one of the two.
+async fn list(pods: &Api<DynamicObject>, name: &str) -> Result<Vec<DynamicObject>, Error> {
+    let selected = ListParams::default().labels(&format!("{NAME}={name}"));
+    let list = pods.list(&selected).await;
+    Ok(list.map_err(failed("list pods"))?.items)
+}
+
+/// On how many nodes is to be cleaned, once whoever counts them has seen the newest version.
+async fn scheduled(sets: &Api<DynamicObject>) -> Result<Option<usize>, Error> {
+    let set = sets.get(CLEANUP).await;
+    let set = set.map_err(failed("read the DaemonSet that cleans"))?;
+    let number = |path| set.data.pointer(path).and_then(Value::as_u64);
+    let seen = number("/status/observedGeneration");
+    let newest = set.metadata.generation.and_then(|n| u64::try_from(n).ok());
+    if seen.is_none() || seen < newest {
+        return Ok(None);
+    }
+    let wanted = number("/status/desiredNumberScheduled");
+    Ok(wanted.and_then(|wanted| usize::try_from(wanted).ok()))
+}
+
+/// Waits until `look` finds nothing to wait for; gives the number that it has found then.
 async fn wait(
-    pods: &Api<DynamicObject>,
-    name: &str,
     what: &'static str,
-    left: impl Fn(&[DynamicObject]) -> Vec<String>,
+    look: impl AsyncFn() -> Result<(usize, Vec<String>), Error>,
 ) -> Result<usize, Error> {
     let until = Instant::now() + PATIENCE;
-    let selected = ListParams::default().labels(&format!("{NAME}={name}"));
     loop {
-        let list = pods.list(&selected).await;
-        let list = list.map_err(failed("list pods"))?.items;
-        let waiting = left(&list);
-        // The pods that clean come a moment after their DaemonSet.
-        let begun = name == AGENT || !list.is_empty();
-        if waiting.is_empty() && begun {
-            return Ok(list.len());
+        let (found, waiting) = look().await?;
+        if waiting.is_empty() {
+            return Ok(found);
         }
         if Instant::now() > until {
             let left = waiting.join(", ");

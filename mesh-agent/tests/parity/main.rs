@@ -6,7 +6,9 @@
 //! Prints how often each verdict and reason was met. Needs root.
 
 mod cost;
+mod held;
 mod switch;
+mod tables;
 mod world;
 
 use std::collections::BTreeMap;
@@ -14,7 +16,7 @@ use std::collections::BTreeMap;
 use aya::maps::RingBuf;
 use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, maps};
-use mesh_common::event::Event;
+use mesh_common::event::{self, Event};
 use mesh_common::path::{self, Origin, Outbound, Path};
 use mesh_common::pod::{GatePod, LocalAddr, PodIndex, PodState, PodView};
 use mesh_common::settings::TUNNEL_PORT;
@@ -96,6 +98,8 @@ impl Kernel {
         }
         match (result.return_value, last) {
             (TCX_NEXT, None) => Outcome::PASSED,
+            // A policy that is tried out would drop it.
+            (TCX_NEXT, Some(event)) if event.kind == event::kind::AUDIT => Outcome::PASSED,
             (TCX_DROP, Some(event)) => {
                 let reason = Reason::from_code(event.reason).expect("a known reason");
                 Outcome::dropped(reason, event.rule)
@@ -132,9 +136,9 @@ fn context(entered: u32) -> [u8; 192] {
 }
 
 /// What the gate makes of a decision about what the pod sends.
-fn sent(world: &World, view: &PodView, packet: &Packet) -> Outcome {
+fn sent(plan: &Plan, view: &PodView, packet: &Packet) -> Outcome {
     let to = packet.remote;
-    let peer = path::who(&world.plan, &to.addr);
+    let peer = path::who(plan, &to.addr);
     let enrolled = view.flags & PodState::ENROLLED != 0;
     let concerned = enrolled || view.set != mesh_common::policy::PolicySetId::NONE;
     let tunnel = packet.protocol == Protocol::TCP
@@ -157,7 +161,7 @@ fn sent(world: &World, view: &PodView, packet: &Packet) -> Outcome {
     }
     let Path {
         action, verdict, ..
-    } = path::outbound(&world.plan, view, to, packet.protocol);
+    } = path::outbound(plan, view, to, packet.protocol);
     match action {
         Outbound::Direct => Outcome::PASSED,
         Outbound::Refuse => Outcome::dropped(verdict.reason, verdict.rule.0),
@@ -166,7 +170,7 @@ fn sent(world: &World, view: &PodView, packet: &Packet) -> Outcome {
 }
 
 /// What the gate makes of a decision about what comes to the pod.
-fn received(world: &World, view: &PodView, packet: &Packet, entered: u32) -> Outcome {
+fn received(plan: &Plan, view: &PodView, packet: &Packet, entered: u32) -> Outcome {
     let enrolled = view.flags & PodState::ENROLLED != 0;
     let concerned = enrolled || view.set != mesh_common::policy::PolicySetId::NONE;
     let from = packet.remote.addr;
@@ -175,7 +179,7 @@ fn received(world: &World, view: &PodView, packet: &Packet, entered: u32) -> Out
     if !concerned || undecided {
         return Outcome::PASSED;
     }
-    let is_host = world.plan.peers.get(&from).is_some_and(|p| p.id.is_host());
+    let is_host = plan.peers.get(&from).is_some_and(|p| p.id.is_host());
     let origin = if entered != 0 && is_host {
         Origin::Translated
     } else {
@@ -184,7 +188,7 @@ fn received(world: &World, view: &PodView, packet: &Packet, entered: u32) -> Out
     let port = packet.local.port;
     let Path {
         action, verdict, ..
-    } = path::inbound(&world.plan, view, &from, origin, packet.protocol, port);
+    } = path::inbound(plan, view, &from, origin, packet.protocol, port);
     match action {
         Outbound::Refuse => Outcome::dropped(verdict.reason, verdict.rule.0),
         Outbound::Direct | Outbound::Tunnel => Outcome::PASSED,
@@ -262,13 +266,13 @@ fn the_kernel_decides_as_user_space_does() {
             // A source port of its own for each datagram: flows are not the subject here.
             let packet = world.packet(&mut random, number);
             let (name, entered, expected) = if random.one_in(2) {
-                ("gate_from_pod", 0, sent(&world, &views[0], &packet))
+                ("gate_from_pod", 0, sent(&world.plan, &views[0], &packet))
             } else {
                 let entered = if random.one_in(2) { 0 } else { LINK };
                 (
                     "gate_to_pod",
                     entered,
-                    received(&world, &views[0], &packet, entered),
+                    received(&world.plan, &views[0], &packet, entered),
                 )
             };
             let to_pod = name == "gate_to_pod";

@@ -196,6 +196,19 @@ impl Packet {
         }
     }
 
+    /// The first packet of something.
+    pub(crate) fn first(
+        local: Endpoint,
+        remote: Endpoint,
+        protocol: Protocol,
+        source: Port,
+    ) -> Self {
+        Self {
+            protocol,
+            ..Self::segment(local, remote, source, SYN)
+        }
+    }
+
     /// Whether it asks to open a connection.
     pub(crate) fn opens(&self) -> bool {
         self.flags & (SYN | ACK) == SYN

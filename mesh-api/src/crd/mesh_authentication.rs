@@ -75,7 +75,7 @@ pub enum MtlsMode {
 pub enum OutboundTraffic {
     /// TCP to pods that are not enrolled, counted.
     Opportunistic,
-    /// No TCP to pods.
+    /// No TCP to pods that are not enrolled, also of the same node.
     Required,
 }
 

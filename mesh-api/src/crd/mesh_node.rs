@@ -55,9 +55,13 @@ pub struct MeshNodeStatus {
     /// What is in force on the node, as it was accepted.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub in_force: Vec<ReportedObject>,
-    /// What the agent could not use. Of a kind that names no object: the kind alone.
+    /// What the agent could not use, at most 1,000. Of a kind that names no object: the kind alone.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub rejections: Vec<ReportedRejection>,
+    pub rejections: Vec<ReportedField>,
+    /// What is in force and says something that this version does not support, or that is probably
+    /// not meant so, at most 1,000. `domainNames` is among it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<ReportedField>,
     /// Enrolled pods of the node that are not protected.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub unprotected: Vec<UnprotectedPod>,
@@ -83,18 +87,18 @@ pub struct ReportedObject {
     pub generation: i64,
 }
 
-/// A field that an agent could not use.
+/// A field, and what an agent makes of it.
 #[derive(
     Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
 )]
 #[serde(rename_all = "camelCase", default)]
-pub struct ReportedRejection {
+pub struct ReportedField {
     /// Of which object.
     pub object: ReportedObject,
     /// The field's path; empty: the object as a whole.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub field: String,
-    /// What is wrong, and what holds instead.
+    /// What is wrong or not supported, and what holds instead.
     pub message: String,
 }
 

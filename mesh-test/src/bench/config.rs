@@ -50,7 +50,10 @@ impl Config {
             machine: Machine::this()?,
             congestion_control: congestion_control(testbed)?,
             agents: agents.collect::<Result<_>>()?,
-            agent_rss_idle_bytes: resident(testbed)?,
+            agent_rss_idle_bytes: {
+                std::thread::sleep(SETTLED);
+                resident(testbed)?
+            },
             agent_rss_end_bytes: Vec::new(),
             flow_records_lost: 0.0,
         })
@@ -146,6 +149,9 @@ fn congestion_control(testbed: &Testbed) -> Result<String> {
     let pod = testbed.mesh.lab().pod(super::testbed::CLIENT);
     pod.in_ns(|| read("/proc/sys/net/ipv4/tcp_congestion_control"))
 }
+
+/// After its start an agent lets go of what has run once, within 20 s: idle is what it is then.
+const SETTLED: std::time::Duration = std::time::Duration::from_secs(25);
 
 fn resident(testbed: &Testbed) -> Result<Vec<u64>> {
     let agents = testbed.mesh.agents().iter();

@@ -49,6 +49,10 @@ pub const CHANGES: &[Line] = &[
         check: agents_replaced,
     },
     Line {
+        title: "every right that was given was used, and none was missed",
+        check: super::rights::check,
+    },
+    Line {
         title: "uninstalled: pods talk as before, and nothing is left on the nodes",
         check: uninstalled,
     },
@@ -105,14 +109,30 @@ fn encrypted(on: &Installed) -> Result<Vec<String>> {
     ])
 }
 
+/// The shop's program that asks the database.
+const APP: (&str, &str) = ("shop", "app");
+/// Asks PostgreSQL whether it would talk TLS: it says yes or no in one byte.
+const POSTGRES: &str = "import socket
+s = socket.create_connection(('10.96.0.23', 5432), 5); s.settimeout(5)
+s.sendall(bytes([0, 0, 0, 8, 4, 210, 22, 47])); answer = s.recv(1); assert answer in (b'S', b'N'), answer
+print('it answers', answer)
+";
+
 fn policy(on: &Installed) -> Result<Vec<String>> {
     let denied = refused(on, INTRUDER, &format!("{WEB}/front"))?;
-    // Policy allows it; authentication does not.
-    let strict = refused(on, PLAIN, "telnet://10.96.0.23:5432")?;
+    // Policy allows it; authentication does not. Who has an identity is answered.
+    let answer = on.python(APP, POSTGRES)?;
+    ensure!(answer.status.success(), "app -> postgres: {answer}");
+    let strict = on.python(PLAIN, POSTGRES)?;
+    ensure!(
+        strict.to_string().contains("ConnectionRefusedError"),
+        "plain -> postgres: {strict}"
+    );
     let permissive = answered(on, PLAIN, &format!("{WEB}/front"))?;
     Ok(vec![
         format!("intruder -> web: {}", short(&denied)),
-        format!("plain -> postgres, which is Strict: {}", short(&strict)),
+        format!("app -> postgres, which is Strict: {}", answer.text().trim()),
+        "plain -> postgres: connection refused".to_owned(),
         format!("plain -> web, which is not: {}", permissive.trim()),
     ])
 }
@@ -150,7 +170,7 @@ fn probes(on: &Installed) -> Result<Vec<String>> {
 }
 
 /// The load's result as a sentence; an error if a request failed.
-fn lossless(load: super::Load, on: &Installed, what: &str) -> Result<String> {
+pub(super) fn lossless(load: super::Load, on: &Installed, what: &str) -> Result<String> {
     let (good, bad) = load.end(on)?;
     ensure!(bad.is_empty(), "{what}: {good} good, failed: {bad:?}");
     ensure!(good > 20, "{what}: only {good} requests");
@@ -186,15 +206,39 @@ fn pods_come_and_go(on: &Installed) -> Result<Vec<String>> {
     ])
 }
 
+/// Asks with a word that nobody has used before, until it is on the wire in clear, or is not.
+fn until_on_the_wire(on: &Installed, phase: &str, in_clear: bool) -> Result<String> {
+    let mut number = 0;
+    let seen = eventually(phase, IN_FORCE, || {
+        number += 1;
+        let word = format!("{phase}{number}word{}", std::process::id());
+        let url = format!("{WEB}/front?{word}");
+        let answer = on.curl(CLIENT, &url).ok()?;
+        let found = on.capture.so_far().ok()?.find(word.as_bytes()).ok()?;
+        (answer.status.success() && found.is_empty() != in_clear).then_some(word)
+    });
+    seen.with_context(|| format!("{phase}: in clear: {in_clear}"))
+}
+
 fn enrolment(on: &Installed) -> Result<Vec<String>> {
     let kube = on.cluster().kube();
     let load = on.load(CLIENT, &format!("{WEB}/front"))?;
+    let within = until_on_the_wire(on, "within", false)?;
     kube.kubectl(["label", "namespace", "clients", "mesh.rs/dataplane-"])?;
     // In clear now, and still allowed: web is Permissive.
-    std::thread::sleep(Duration::from_secs(3));
+    let outside = until_on_the_wire(on, "outside", true)?;
     kube.kubectl(["label", "namespace", "clients", "mesh.rs/dataplane=enabled"])?;
-    std::thread::sleep(Duration::from_secs(3));
-    lossless(load, on, "clients un-enrolled and enrolled again").map(|said| vec![said])
+    let again = until_on_the_wire(on, "again", false)?;
+    // What was asked in the mesh has not come late either.
+    let captured = on.capture.so_far()?;
+    for (word, in_clear) in [(&within, false), (&outside, true), (&again, false)] {
+        let found = captured.find(word.as_bytes())?;
+        ensure!(found.is_empty() != in_clear, "{word}: {found:?}");
+    }
+    Ok(vec![
+        lossless(load, on, "clients un-enrolled and enrolled again")?,
+        format!("on the wire in clear: {outside}; not: {within}, {again}"),
+    ])
 }
 
 fn agents_replaced(on: &Installed) -> Result<Vec<String>> {

@@ -66,6 +66,7 @@ const LOOKS: &[(&str, &str)] = &[
         // An agent is no process of the pod: its sockets are on loopback, and transparent.
         "for n in /run/netns/*; do nsenter --net=$n ss -Hltnp | grep mesh-agent || true; done",
     ),
+    ("files", "find /var/lib/mesh -type f 2>/dev/null || true"),
     (
         "sockets of the node",
         "ss -Hlntp | grep -E ':15020 ' || true; ls /run/mesh/agent.sock 2>/dev/null || true",

@@ -4,6 +4,8 @@
 
 #![expect(clippy::print_stdout, reason = "numbers are for people to read")]
 
+mod changes;
+mod invalid;
 mod rollout;
 mod stage;
 
@@ -180,18 +182,6 @@ fn is_reached(stage: &Stage, from: &Pod, to: &Pod) {
     assert!(does_reach(from, to), "{}", stage.logs());
 }
 
-/// Takes the schema of a kind away, as an older version of it may have been without one.
-fn without_schema(kube: &Kube, crd: &str) {
-    let patch = json!([{
-        "op": "replace",
-        "path": "/spec/versions/0/schema/openAPIV3Schema",
-        "value": {"type": "object", "x-kubernetes-preserve-unknown-fields": true},
-    }]);
-    let patch = patch.to_string();
-    kube.kubectl(["patch", "crd", crd, "--type=json", "-p", &patch])
-        .expect("patch");
-}
-
 fn policy(name: &str, rule: &str, app: &str) -> String {
     format!(
         "
@@ -201,75 +191,6 @@ metadata: {{name: {name}, namespace: default}}
 spec: {{podSelector: {{matchLabels: {{app: {app}}}}}, ingress: [{rule}]}}
 "
     )
-}
-
-#[test]
-fn what_is_invalid_opens_nothing_and_the_rest_goes_on() {
-    let stage = Stage::open();
-    let (a, near, b) = (
-        stage.mesh.pod("a"),
-        stage.mesh.pod("near"),
-        stage.mesh.pod("b"),
-    );
-    let _servers = [&near, &b].map(|pod| serve(pod));
-    is_tunnelled(&stage, &a, &b);
-    let good = r#"{from: [{ipBlocks: [{cidr: "192.0.2.0/24"}]}]}"#;
-    stage
-        .kube
-        .apply_text(&policy("good", good, "near"))
-        .expect("apply");
-    stage.until(&a, &near, false);
-    without_schema(&stage.kube, "meshpolicies.mesh.rs");
-    let bad = r#"{from: [{ipBlocks: [{cidr: "nonsense"}]}]}"#;
-    let mut last = None;
-    eventually("a schema that takes anything", SOON, || {
-        let applied = stage.kube.apply_text(&policy("good", bad, "near"));
-        applied.map_err(|error| last = Some(error)).ok()
-    })
-    .with_context(|| format!("{last:?}"))
-    .expect("written past the schema");
-    let says = |status: &Value| status["rejections"].to_string().contains("nonsense");
-    let now = stage.mesh_node(1, "the rejection", says);
-    let rejection = &now["status"]["rejections"][0];
-    assert_eq!(rejection["object"]["generation"], 2, "{rejection}");
-    assert_eq!(
-        rejection["field"],
-        "spec.ingress[0].from[0].ipBlocks[0].cidr"
-    );
-    let in_force = &now["status"]["inForce"];
-    let of_good = in_force
-        .as_array()
-        .expect("list")
-        .iter()
-        .find(|o| o["name"] == "good");
-    assert_eq!(
-        of_good.expect("in force")["generation"],
-        1,
-        "the last good one"
-    );
-    assert!(
-        !does_reach(&a, &near),
-        "the last good version stays in force"
-    );
-    is_reached(&stage, &a, &b);
-    // One that never was good isolates whom it selects, and nobody else.
-    stage
-        .kube
-        .apply_text(&policy("new", bad, "b"))
-        .expect("apply");
-    stage.until(&a, &b, false);
-    stage.until(&b, &near, false);
-    stage
-        .kube
-        .kubectl(["delete", "meshpolicy", "new"])
-        .expect("delete");
-    stage.until(&a, &b, true);
-    stage
-        .kube
-        .kubectl(["delete", "meshpolicy", "good"])
-        .expect("delete");
-    stage.until(&a, &near, true);
-    stage.mesh_node(1, "no rejections", |status| status["rejections"].is_null());
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use mesh_api::convert::Warning;
 use mesh_plan::cluster::{Namespace, ObjectName, Version};
 
 use super::*;
@@ -116,4 +117,35 @@ fn objects_are_reported_with_their_versions() {
         report.rejections[0].message,
         "is wrong; the last good version stays in force"
     );
+}
+
+#[test]
+fn what_is_not_supported_is_named_with_the_version_that_says_it() {
+    let mut status = status(&[], &[]);
+    let object = ObjectRef::new("ClusterNetworkPolicy", "", "names");
+    let version = Version {
+        uid: "uid-names".to_owned(),
+        generation: 3,
+        newest: 3,
+    };
+    let facts = Arc::make_mut(&mut status.facts);
+    facts.versions.insert(object.clone(), version);
+    let warning = |n: usize| Warning {
+        object: object.clone(),
+        field: format!("spec.egress[{n}].to[0].domainNames"),
+        what: "is not supported: it matches nothing".to_owned(),
+    };
+    let source = Report {
+        warnings: (0..MOST + 1).map(warning).collect(),
+        ..Report::default()
+    };
+    let (report, _) = Reporter::default().report(&status, &source, SystemTime::UNIX_EPOCH);
+    assert_eq!(report.warnings.len(), MOST);
+    let first = &report.warnings[0];
+    assert_eq!(
+        (&*first.object.uid, first.object.generation),
+        ("uid-names", 3)
+    );
+    assert_eq!(first.field, "spec.egress[0].to[0].domainNames");
+    assert_eq!(first.message, "is not supported: it matches nothing");
 }

@@ -61,13 +61,14 @@ use Becomes::{Ended, Kept, Old};
 
 fn first(plan: &Plan, pod: &PodView, sockets: &[Socket]) -> Becomes {
     let how = (true, pod.has(MEMBER));
-    becomes(&judge(plan, pod, sockets, how, no_tunnel), sockets)
+    becomes(&judge(plan, pod, sockets, how, NOTHING), sockets)
 }
 
-/// No socket is one of those tunnels that only the kernel knows.
-const fn no_tunnel(_: &Socket) -> bool {
-    false
-}
+/// The kernel knows nothing of any socket.
+const NOTHING: Ask<'_> = Ask {
+    is_tunnel: &|_| false,
+    is_the_node_s: &|_| false,
+};
 
 fn becomes(judgement: &Judgement, sockets: &[Socket]) -> Becomes {
     if judgement.denied.iter().any(|(s, _)| *s == sockets[0]) {
@@ -178,7 +179,7 @@ fn a_socket_whose_reverse_is_here_leads_to_the_agent() {
     assert_eq!(ends.len(), 1);
     assert_eq!(ends[0], app);
     assert_eq!(
-        of_the_agent(&pod(MEMBER, 0), &[app, agent], no_tunnel)[0],
+        of_the_agent(&pod(MEMBER, 0), &[app, agent], NOTHING.is_tunnel)[0],
         agent
     );
 }
@@ -221,8 +222,12 @@ fn the_agents_tunnels_are_never_judged() {
     ] {
         let tunnel = tcp(ESTABLISHED, ends, 0);
         let is_tunnel = |socket: &Socket| !told_by_port && *socket == tunnel;
+        let ask = Ask {
+            is_tunnel: &is_tunnel,
+            ..NOTHING
+        };
         let (ready, strict, how) = (plan(READY), pod(STRICT, 9), (true, true));
-        let enrolled = judge(&ready, &strict, &[tunnel, listener], how, is_tunnel);
+        let enrolled = judge(&ready, &strict, &[tunnel, listener], how, ask);
         assert_eq!(becomes(&enrolled, &[tunnel, listener]), Kept, "{ends:?}");
         // The control: an application's connection between the same ends.
         if !told_by_port {
@@ -234,7 +239,7 @@ fn the_agents_tunnels_are_never_judged() {
         let outside = pod(0, 9);
         let sockets = [tunnel, listener];
         for (carried, expected) in [(true, Kept), (false, Ended)] {
-            let judgement = judge(&ready, &outside, &sockets, (false, carried), is_tunnel);
+            let judgement = judge(&ready, &outside, &sockets, (false, carried), ask);
             let becomes = becomes(&judgement, &sockets);
             assert_eq!(becomes, expected, "{ends:?} {carried}");
         }
@@ -251,4 +256,66 @@ fn udp_ends_only_where_both_directions_are_denied() {
     let unconnected =
         Socket::imagined(Protocol::UDP, state::CLOSE, ["10.1.0.1:53", "0.0.0.0:0"], 0);
     assert_eq!(first(&plan, &pod(MEMBER, 9), &[unconnected]), Kept);
+}
+
+#[test]
+fn what_the_hooks_know_of_a_direction_counts_more_than_who_listens() {
+    // A set that isolates ingress, one that isolates egress; a port that is listened on, and not.
+    let mut plan = plan(Peer::POD);
+    for (set, flags) in [
+        (1, SetHead::ISOLATED_INGRESS),
+        (2, SetHead::ISOLATED_EGRESS),
+    ] {
+        let head = SetHead {
+            flags,
+            ..SetHead::default()
+        };
+        plan.sets.insert(PolicySetId(set), head);
+    }
+    let listener = tcp(state::LISTEN, ["0.0.0.0:80", "0.0.0.0:0"], 0);
+    let [ingress, egress] = [1, 2].map(|set| pod(0, set));
+    for (ends, listened) in [([SERVED, PEER], true), ([OWN, PEER], false)] {
+        for direction in [None, Some(Direction::Ingress), Some(Direction::Egress)] {
+            let mut socket = tcp(ESTABLISHED, ends, 0);
+            socket.direction = direction;
+            let arrived = match direction {
+                None => listened,
+                Some(direction) => direction == Direction::Ingress,
+            };
+            let (by_ingress, by_egress) = if arrived {
+                (Ended, Kept)
+            } else {
+                (Kept, Ended)
+            };
+            let all = [socket, listener];
+            assert_eq!(first(&plan, &ingress, &all), by_ingress, "{direction:?}");
+            assert_eq!(first(&plan, &egress, &all), by_egress, "{direction:?}");
+        }
+    }
+}
+
+#[test]
+fn a_node_s_address_is_the_node_s_only_on_its_own_sockets() {
+    let mut plan = plan(Peer::POD);
+    let node = Peer {
+        id: IdentityId::HOST,
+        ..Peer::default()
+    };
+    plan.peers.insert(addr("192.0.2.1"), node);
+    let listener = tcp(state::LISTEN, ["0.0.0.0:80", "0.0.0.0:0"], 0);
+    let arrived = tcp(ESTABLISHED, [SERVED, "192.0.2.1:4000"], 0);
+    for (gated, own, expected) in [
+        (true, true, Kept),
+        (true, false, Ended),
+        (false, true, Ended),
+    ] {
+        let ask = Ask {
+            is_the_node_s: &|socket| own && *socket == arrived,
+            ..NOTHING
+        };
+        let strict = pod(STRICT | if gated { PodState::GATED } else { 0 }, 0);
+        let sockets = [arrived, listener];
+        let judgement = judge(&plan, &strict, &sockets, (false, true), ask);
+        assert_eq!(becomes(&judgement, &sockets), expected, "{gated} {own}");
+    }
 }
