@@ -355,14 +355,21 @@ impl Drop for Agent {
     }
 }
 
-/// A GET request of HTTP/1.0, so that the end of the body is the end of the connection.
+/// How long an answer may take.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+
+/// [`http_get_on`] a new connection.
 pub(crate) fn http_get(to: SocketAddr, path: &str) -> Result<(u16, String)> {
-    let wait = Duration::from_secs(5);
-    let mut stream = TcpStream::connect_timeout(&to, wait)?;
-    stream.set_read_timeout(Some(wait))?;
+    let stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    http_get_on(stream, path)
+}
+
+/// A GET request of HTTP/1.0, so that the end of the body is the end of the connection.
+pub(crate) fn http_get_on(mut stream: impl Read + Write, path: &str) -> Result<(u16, String)> {
     write!(
         stream,
-        "GET {path} HTTP/1.0\r\nHost: {to}\r\nConnection: close\r\n\r\n"
+        "GET {path} HTTP/1.0\r\nHost: agent\r\nConnection: close\r\n\r\n"
     )?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;

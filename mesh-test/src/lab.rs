@@ -67,6 +67,13 @@ impl Builder {
         self
     }
 
+    /// Adds pods; of a pair, a name and a node's number, as [`PodSpec::new`] makes it.
+    #[must_use]
+    pub fn pods<S: Into<PodSpec>>(mut self, specs: impl IntoIterator<Item = S>) -> Self {
+        self.pods.extend(specs.into_iter().map(Into::into));
+        self
+    }
+
     /// Makes it all; the first lab of a process also sweeps after dead ones.
     ///
     /// # Errors

@@ -3,7 +3,6 @@
 //!
 //! Only starts, asks and waits; what is right is the tests' and the demo's to say.
 
-use std::io::{Read, Write};
 use std::ops::{Deref, DerefMut};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -12,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use crate::agent::{Agent, AgentConfig};
+use crate::agent::{Agent, AgentConfig, PATIENCE, http_get_on};
 use crate::lab::Lab;
 use crate::pod::Pod;
 use crate::wait::eventually;
@@ -129,6 +128,15 @@ impl Mesh {
         Ok(())
     }
 
+    /// Labels a namespace as part of the mesh. Does not wait.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn enrol(&self, namespace: &str) -> Result<()> {
+        let labels = [ENROLLED].map(|(key, value)| (key.to_owned(), value.to_owned()));
+        self.namespace(namespace, &labels.into())
+    }
+
     /// Puts objects in force on all nodes, in place of those of the last call. With them comes a
     /// service that is another each time: without it a node that the objects do not concern would
     /// have nothing to show.
@@ -230,20 +238,11 @@ impl Agent {
     /// # Errors
     /// It does not answer, or with an error.
     pub fn ask_text(&self, path: &str) -> Result<String> {
-        let wait = Duration::from_secs(5);
-        let mut stream = UnixStream::connect(self.admin())?;
-        stream.set_read_timeout(Some(wait))?;
-        write!(
-            stream,
-            "GET {path} HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n"
-        )?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        let (head, body) = answer
-            .split_once("\r\n\r\n")
-            .context("no end of the header")?;
-        ensure!(head.contains(" 200 "), "{path}: {head}");
-        Ok(body.to_owned())
+        let stream = UnixStream::connect(self.admin())?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let (code, body) = http_get_on(stream, path)?;
+        ensure!(code == 200, "{path}: {code}: {body}");
+        Ok(body)
     }
 }
 

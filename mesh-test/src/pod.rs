@@ -47,6 +47,12 @@ pub struct PodSpec {
     pub(crate) uid: Option<String>,
 }
 
+impl From<(&str, u8)> for PodSpec {
+    fn from((name, node): (&str, u8)) -> Self {
+        Self::new(name, node)
+    }
+}
+
 impl PodSpec {
     /// A dual-stack pod on node `node` (from 1), in namespace `default`, labelled `app: NAME`.
     #[must_use]

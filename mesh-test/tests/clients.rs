@@ -9,18 +9,13 @@ use mesh_test::capture::frame::{ACK, PSH, Transport, UDP};
 use mesh_test::capture::{Captured, Scope};
 use mesh_test::pod::probe_cmd;
 use mesh_test::reports::{Bulk, Held, RequestResponse, Served, Storm, Tcp, Udp};
-use mesh_test::{Capture, Cmd, Lab, Pod, PodSpec, Topology, eventually};
+use mesh_test::{Capture, Cmd, Lab, Pod, Topology, eventually};
 
 const SOON: Duration = Duration::from_secs(5);
 
 fn lab(topology: Topology) -> Lab {
-    let pods = [
-        PodSpec::new("a", 1),
-        PodSpec::new("b", 1),
-        PodSpec::new("c", 2),
-    ];
-    pods.into_iter()
-        .fold(Lab::builder(topology), |lab, pod| lab.pod(pod))
+    Lab::builder(topology)
+        .pods([("a", 1), ("b", 1), ("c", 2)])
         .build()
         .expect("lab")
 }

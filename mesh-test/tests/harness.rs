@@ -7,15 +7,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use mesh_test::sweep::remains;
-use mesh_test::{Cmd, Lab, LabId, PodSpec, Proc, Topology, cgroup, eventually, sweep};
+use mesh_test::{Cmd, Lab, LabId, Proc, Topology, cgroup, eventually, sweep};
 
 const MARKER: &str = "MARKER-in-clear-4711";
 
 fn lab(topology: Topology) -> Lab {
     Lab::builder(topology)
-        .pod(PodSpec::new("a", 1))
-        .pod(PodSpec::new("b", 1))
-        .pod(PodSpec::new("c", 2))
+        .pods([("a", 1), ("b", 1), ("c", 2)])
         .build()
         .expect("lab")
 }

@@ -32,12 +32,11 @@ fn lab(topology: Topology) -> Lab {
         PodSpec::new("u", 1).namespace("plain"),
         PodSpec::new("b", 2),
     ];
-    let builder = Lab::builder(topology)
+    Lab::builder(topology)
         .outside()
         .namespace("default", &[ENROLLED])
-        .namespace("plain", &[]);
-    pods.into_iter()
-        .fold(builder, |lab, pod| lab.pod(pod))
+        .namespace("plain", &[])
+        .pods(pods)
         .build()
         .expect("lab")
 }
@@ -238,15 +237,19 @@ fn an_agent_that_was_killed_leaves_its_pods_closed() {
     assert_eq!(seen.find(MARKER.as_bytes()).expect("search"), []);
 }
 
-#[test]
-fn a_connection_older_than_strict_enrolment_is_ended() {
-    let builder = Lab::builder(Topology::Routed).namespace("default", &[]);
-    let lab = [PodSpec::new("a", 1), PodSpec::new("b", 2)]
-        .into_iter()
-        .fold(builder, |lab, pod| lab.pod(pod))
+/// Agents on both nodes, and a pod on each whose namespace is not enrolled yet.
+fn not_enrolled() -> Mesh {
+    let lab = Lab::builder(Topology::Routed)
+        .namespace("default", &[])
+        .pods([("a", 1), ("b", 2)])
         .build()
         .expect("lab");
-    let mesh = Mesh::start(lab).expect("mesh");
+    Mesh::start(lab).expect("mesh")
+}
+
+#[test]
+fn a_connection_older_than_strict_enrolment_is_ended() {
+    let mesh = not_enrolled();
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let _server = b.serve("--tcp [::]:8080").expect("server");
     let to = at(b.v4().into(), 8080);
@@ -258,9 +261,7 @@ fn a_connection_older_than_strict_enrolment_is_ended() {
     let opened = client.line(SOON).expect("line").expect("open");
     assert!(opened.contains("open"), "{opened}");
     mesh.apply_text("strict", STRICT).expect("apply");
-    let enrolled =
-        std::collections::BTreeMap::from([ENROLLED].map(|(k, v)| (k.to_owned(), v.to_owned())));
-    mesh_test::manifests::Manifests::namespace(&mesh, "default", &enrolled).expect("enrol");
+    mesh.enrol("default").expect("enrol");
     let closed = client.line(SOON).expect("line").expect("closed");
     assert!(closed.contains("closed"), "{closed}");
 }
@@ -478,13 +479,7 @@ c.close(); print('closed')
 /// What was left in clear because it is older than the enrolment is left for nobody after it.
 #[test]
 fn nobody_goes_on_in_clear_where_an_old_connection_has_ended() {
-    let lab = Lab::builder(Topology::Routed)
-        .namespace("default", &[])
-        .pod(PodSpec::new("a", 1))
-        .pod(PodSpec::new("b", 2))
-        .build()
-        .expect("lab");
-    let mesh = Mesh::start(lab).expect("mesh");
+    let mesh = not_enrolled();
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let _server = b.serve("--tcp [::]:8080").expect("server");
     let end = mesh.dir().join("end").display().to_string();
@@ -493,8 +488,7 @@ fn nobody_goes_on_in_clear_where_an_old_connection_has_ended() {
     let client = Cmd::new("python3").args(["-uc", OLD]).args(args);
     let client = a.spawn_lines(client).expect("python3");
     let port = client.said(SOON).expect("a line").parse().expect("a port");
-    let labels = [(ENROLLED.0.to_owned(), ENROLLED.1.to_owned())].into();
-    mesh.namespace("default", &labels).expect("enrol");
+    mesh.enrol("default").expect("enrol");
     // A connection that is new is tunnelled by now, so that the old one is an exception.
     let tunnelled = || {
         let report = a

@@ -40,13 +40,11 @@ const SERVER: &str = "MeshPolicy default/server";
 const CLIENT: &str = "MeshPolicy default/client egress[0]";
 
 fn mesh() -> Mesh {
-    let builder = Lab::builder(Topology::Routed)
+    let pods = [("client", 1), ("neighbour", 1), ("near", 2), ("server", 2)];
+    let lab = Lab::builder(Topology::Routed)
         .namespace("default", &[ENROLLED])
-        .namespace("plain", &[]);
-    let lab = [("client", 1), ("neighbour", 1), ("near", 2), ("server", 2)]
-        .into_iter()
-        .map(|(name, node)| PodSpec::new(name, node).label("app", name))
-        .fold(builder, |lab, pod| lab.pod(pod))
+        .namespace("plain", &[])
+        .pods(pods.map(|(name, node)| PodSpec::new(name, node).label("app", name)))
         .pod(PodSpec::new("plain", 1).namespace("plain"))
         .build()
         .expect("lab");

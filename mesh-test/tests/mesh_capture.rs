@@ -18,7 +18,7 @@ use mesh_common::pod::{PodState, PodView};
 use mesh_plan::plan::{Entry, LocalPod, MapOp};
 use mesh_test::pod::probe_cmd;
 use mesh_test::reports::{Storm, Tcp};
-use mesh_test::{Lab, Pod, PodSpec, Topology, talk};
+use mesh_test::{Lab, Pod, Topology, talk};
 
 const LONG: Duration = Duration::from_secs(300);
 /// Peers in the hand-written plan: a /24 and a /120.
@@ -126,9 +126,8 @@ fn capture(lab: &Lab, pod: &Pod) -> Captured {
 }
 
 fn lab() -> Lab {
-    [PodSpec::new("a", 1), PodSpec::new("stranger", 1)]
-        .into_iter()
-        .fold(Lab::builder(Topology::Routed), |lab, pod| lab.pod(pod))
+    Lab::builder(Topology::Routed)
+        .pods([("a", 1), ("stranger", 1)])
         .build()
         .expect("lab")
 }

@@ -15,10 +15,9 @@ const SOON: Duration = Duration::from_secs(10);
 
 /// `a` on node 1, `b` on node 2.
 fn lab(topology: Topology) -> Lab {
-    let builder = Lab::builder(topology).namespace("default", &[ENROLLED]);
-    [PodSpec::new("a", 1), PodSpec::new("b", 2)]
-        .into_iter()
-        .fold(builder, |lab, pod| lab.pod(pod))
+    Lab::builder(topology)
+        .namespace("default", &[ENROLLED])
+        .pods([("a", 1), ("b", 2)])
         .build()
         .expect("lab")
 }

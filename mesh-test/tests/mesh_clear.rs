@@ -22,12 +22,10 @@ fn mesh() -> Mesh {
         PodSpec::new("far", 2),
         plain,
     ];
-    let builder = Lab::builder(Topology::Routed)
+    let lab = Lab::builder(Topology::Routed)
         .namespace("default", &[ENROLLED])
-        .namespace("plain", &[]);
-    let lab = specs
-        .into_iter()
-        .fold(builder, |lab, pod| lab.pod(pod))
+        .namespace("plain", &[])
+        .pods(specs)
         .build()
         .expect("lab");
     Mesh::start(lab).expect("mesh")
@@ -192,8 +190,7 @@ c.shutdown(socket.SHUT_WR); c.recv(1); print(5 + 12 + 100000)
 fn a_connection_that_is_older_than_the_enrolment_is_counted() {
     let lab = Lab::builder(Topology::Routed)
         .namespace("default", &[])
-        .pod(PodSpec::new("a", 1))
-        .pod(PodSpec::new("far", 2))
+        .pods([("a", 1), ("far", 2)])
         .build()
         .expect("lab");
     let mesh = Mesh::start(lab).expect("mesh");
@@ -211,8 +208,7 @@ fn a_connection_that_is_older_than_the_enrolment_is_counted() {
         &[to.ip().to_string(), to.port().to_string(), go.clone()],
     );
     assert_eq!(client.said(SOON).expect("a line in time"), "open");
-    let labels = [(ENROLLED.0.to_owned(), ENROLLED.1.to_owned())].into();
-    mesh.namespace("default", &labels).expect("enrol");
+    mesh.enrol("default").expect("enrol");
     eventually("both to be enrolled", SOON, || {
         let enrolled = mesh.metric("mesh_pods", &[("state", "enrolled")]).ok()?;
         (enrolled >= 2.0).then_some(())

@@ -72,11 +72,9 @@ fn mesh(deny: &str) -> Mesh {
         .namespace("green", &[("mesh.rs/deny", "reject")])
         .namespace("inside", &[ENROLLED, ("mesh.rs/deny", "drop")])
         .pod(PodSpec::new("open", 1).namespace("open"));
-    let lab = ["red", "blue", "green", "inside"]
-        .into_iter()
-        .fold(builder, |lab, name| {
-            lab.pod(PodSpec::new(name, 2).namespace(name).label("app", name))
-        })
+    let servers = ["red", "blue", "green", "inside"];
+    let lab = builder
+        .pods(servers.map(|name| PodSpec::new(name, 2).namespace(name).label("app", name)))
         .build()
         .expect("lab");
     let config = AgentConfig::new(&Mesh::own_ca(&lab)).flag("--deny", deny);

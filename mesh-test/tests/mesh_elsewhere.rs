@@ -55,12 +55,13 @@ fn service(mesh: &Mesh, name: &str, (address, port): (Ipv4Addr, u16)) -> String 
 
 /// A client on node 1, and the endpoints of both services on node 2.
 fn mesh() -> Mesh {
-    let builder = Lab::builder(Topology::Routed)
+    let lab = Lab::builder(Topology::Routed)
         .namespace("default", &[ENROLLED])
-        .pod(PodSpec::new("client", 1));
-    let pods = ENDPOINTS.map(|name| PodSpec::new(name, 2)).into_iter();
-    let lab = pods.fold(builder, |lab, pod| lab.pod(pod));
-    let mesh = Mesh::start(lab.build().expect("lab")).expect("mesh");
+        .pod(PodSpec::new("client", 1))
+        .pods(ENDPOINTS.map(|name| (name, 2)))
+        .build()
+        .expect("lab");
+    let mesh = Mesh::start(lab).expect("mesh");
     let services = [("open", OPEN), ("closed", CLOSED)];
     let services = services.map(|(name, of)| service(&mesh, name, of));
     mesh.enforce(&services.join("\n---\n")).expect("in force");

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use mesh_test::mesh::{ENROLLED, sum};
 use mesh_test::reports::{Bulk, RequestResponse};
-use mesh_test::{Lab, Mesh, Pod, PodSpec, Topology, eventually};
+use mesh_test::{Lab, Mesh, Pod, Topology, eventually};
 
 const SOON: Duration = Duration::from_secs(60);
 const PORT: u16 = 7000;
@@ -22,10 +22,7 @@ const MOST_US: f64 = 40_000.0;
 fn mesh() -> Mesh {
     let lab = Lab::builder(Topology::Routed)
         .namespace("default", &[ENROLLED])
-        .pod(PodSpec::new("many", 1))
-        .pod(PodSpec::new("one", 1))
-        .pod(PodSpec::new("to-many", 2))
-        .pod(PodSpec::new("to-one", 2))
+        .pods([("many", 1), ("one", 1), ("to-many", 2), ("to-one", 2)])
         .build()
         .expect("lab");
     Mesh::start(lab).expect("mesh")

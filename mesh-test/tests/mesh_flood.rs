@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use mesh_test::mesh::{ENROLLED, TUNNEL_PORT, sum};
 use mesh_test::reports::Storm;
-use mesh_test::{Agent, Cmd, Lab, Mesh, PodSpec, Proc, Topology, eventually};
+use mesh_test::{Agent, Cmd, Lab, Mesh, Proc, Topology, eventually};
 
 const SOON: Duration = Duration::from_secs(30);
 const PORT: u16 = 7000;
@@ -126,9 +126,7 @@ fn mesh() -> Mesh {
     let lab = Lab::builder(Topology::Routed)
         .outside()
         .namespace("default", &[ENROLLED])
-        .pod(PodSpec::new("a", 1))
-        .pod(PodSpec::new("victim", 2))
-        .pod(PodSpec::new("neighbour", 2))
+        .pods([("a", 1), ("victim", 2), ("neighbour", 2)])
         .build()
         .expect("lab");
     Mesh::start(lab).expect("mesh")

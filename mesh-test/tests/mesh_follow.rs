@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_test::mesh::ENROLLED;
-use mesh_test::{Lab, Mesh, PodSpec, Topology, eventually};
+use mesh_test::{Lab, Mesh, Topology, eventually};
 
 const SOON: Duration = Duration::from_secs(60);
 const PORT: u16 = 7000;
@@ -32,10 +32,9 @@ fn allowed(mesh: &Mesh, node: u8) -> Vec<String> {
 
 #[test]
 fn a_worker_goes_to_the_cpu_of_an_application_that_waits_for_answers() {
-    let builder = Lab::builder(Topology::Routed).namespace("default", &[ENROLLED]);
-    let lab = builder
-        .pod(PodSpec::new("near", 1))
-        .pod(PodSpec::new("far", 2))
+    let lab = Lab::builder(Topology::Routed)
+        .namespace("default", &[ENROLLED])
+        .pods([("near", 1), ("far", 2)])
         .build()
         .expect("lab");
     let mesh = Mesh::start(lab).expect("mesh");

@@ -11,7 +11,7 @@ use mesh_agent::identity::Refusal;
 use mesh_common::Reason;
 use mesh_test::authority::{authority, certificate, issue, revoke};
 use mesh_test::mesh::{ENROLLED, TUNNEL_PORT, sum};
-use mesh_test::{Agent, AgentConfig, Cmd, Lab, Pod, PodSpec, Proc, Topology, eventually};
+use mesh_test::{Agent, AgentConfig, Cmd, Lab, Pod, Proc, Topology, eventually};
 use serde_json::{Value, json};
 
 const PEER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/peer/hostile.py");
@@ -147,13 +147,12 @@ struct Stage {
 
 impl Stage {
     fn new() -> Self {
-        let builder = Lab::builder(Topology::Routed)
+        let lab = Lab::builder(Topology::Routed)
             .outside()
-            .namespace("default", &[ENROLLED]);
-        let pods = [("a", 1), ("c", 1), ("b", 2), ("d", 2)];
-        let pods = pods.map(|(name, node)| PodSpec::new(name, node));
-        let lab = pods.into_iter().fold(builder, |lab, pod| lab.pod(pod));
-        let lab = lab.build().expect("lab");
+            .namespace("default", &[ENROLLED])
+            .pods([("a", 1), ("c", 1), ("b", 2), ("d", 2)])
+            .build()
+            .expect("lab");
         let (own, certs) = (lab.dir().join("own"), lab.dir().join("certs"));
         write_certificates(&lab, &own, &certs);
         let list = lab.dir().join("revoked");

@@ -33,22 +33,20 @@ const CLIENTS: [(&str, &str, u8); 6] = [
 ];
 
 fn mesh(tunnel_port: &str) -> Mesh {
-    let builder = Lab::builder(Topology::Routed)
+    let clients = CLIENTS.map(|(name, namespace, node)| {
+        let who = if name.ends_with("good") {
+            "good"
+        } else {
+            "bad"
+        };
+        let spec = PodSpec::new(name, node).namespace(namespace);
+        spec.label("who", who)
+    });
+    let lab = Lab::builder(Topology::Routed)
         .namespace("default", &[ENROLLED])
         .namespace("plain", &[])
-        .pod(PodSpec::new("server", 2))
-        .pod(PodSpec::new("other", 2));
-    let lab = CLIENTS
-        .into_iter()
-        .fold(builder, |lab, (name, namespace, node)| {
-            let who = if name.ends_with("good") {
-                "good"
-            } else {
-                "bad"
-            };
-            let spec = PodSpec::new(name, node).namespace(namespace);
-            lab.pod(spec.label("who", who))
-        })
+        .pods([("server", 2), ("other", 2)])
+        .pods(clients)
         .build()
         .expect("lab");
     let config = AgentConfig::new(&Mesh::own_ca(&lab)).flag("--tunnel-port", tunnel_port);

@@ -20,12 +20,11 @@ const TOPOLOGIES: [Topology; 2] = [Topology::Routed, Topology::Bridged];
 
 fn lab_of(topology: Topology, families: Families) -> Lab {
     let pods = [PodSpec::new("a", 1), PodSpec::new("b", 2)];
-    let builder = Lab::builder(topology)
+    Lab::builder(topology)
         .outside()
         .namespace("default", &[ENROLLED])
-        .namespace("plain", &[]);
-    pods.into_iter()
-        .fold(builder, |lab, pod| lab.pod(pod.families(families)))
+        .namespace("plain", &[])
+        .pods(pods.map(|pod| pod.families(families)))
         .build()
         .expect("lab")
 }

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use mesh_test::mesh::ENROLLED;
-use mesh_test::{AgentConfig, Cmd, Lab, Mesh, Place, PodSpec, Topology, eventually};
+use mesh_test::{AgentConfig, Cmd, Lab, Mesh, Place, Topology, eventually};
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(20);
@@ -46,8 +46,7 @@ fn checked(node: &Place, cgroup: &str) -> String {
 fn a_program_of_others_at_the_sockets_is_named() {
     let lab = Lab::builder(Topology::Routed)
         .namespace("default", &[ENROLLED])
-        .pod(PodSpec::new("a", 1))
-        .pod(PodSpec::new("b", 2))
+        .pods([("a", 1), ("b", 2)])
         .build()
         .expect("lab");
     let node = lab.node(1);

@@ -42,12 +42,10 @@ spec:
 
 #[test]
 fn pods_whose_policy_does_not_fit_are_cut_off_and_others_are_not() {
-    let lab = ["client", "victim", "neighbour"]
-        .into_iter()
-        .fold(
-            Lab::builder(Topology::Routed).namespace("shop", &[]),
-            |lab, name| lab.pod(PodSpec::new(name, 1).namespace("shop").label("app", name)),
-        )
+    let pods = ["client", "victim", "neighbour"];
+    let lab = Lab::builder(Topology::Routed)
+        .namespace("shop", &[])
+        .pods(pods.map(|name| PodSpec::new(name, 1).namespace("shop").label("app", name)))
         .build()
         .expect("lab");
     let mesh = Mesh::start(lab).expect("mesh");

@@ -9,7 +9,7 @@ use std::time::Duration;
 use mesh_common::Reason;
 use mesh_test::authority::{authority, certificate};
 use mesh_test::mesh::{ENROLLED, sum};
-use mesh_test::{AgentConfig, Cmd, Lab, Pod, PodSpec, Proc, Topology, eventually};
+use mesh_test::{AgentConfig, Cmd, Lab, Pod, Proc, Topology, eventually};
 
 const PEER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/peer/mesh1.py");
 const SOON: Duration = Duration::from_secs(20);
@@ -20,8 +20,7 @@ const SOURCE_OF_A: &str = "spiffe://cluster.local/ns/default/sa/a";
 fn lab() -> (Lab, PathBuf) {
     let lab = Lab::builder(Topology::Routed)
         .namespace("default", &[ENROLLED])
-        .pod(PodSpec::new("a", 1))
-        .pod(PodSpec::new("b", 2))
+        .pods([("a", 1), ("b", 2)])
         .build()
         .expect("lab");
     let (ca, certs) = (lab.dir().join("authority"), lab.dir().join("certs"));

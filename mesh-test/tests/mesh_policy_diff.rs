@@ -38,11 +38,10 @@ fn once(from: &Pod, to: SocketAddr) {
 
 #[test]
 fn a_dry_run_names_what_would_change() {
-    let builder = Lab::builder(Topology::Routed).namespace("default", &[ENROLLED]);
-    let lab = [("client", 1), ("near", 2), ("server", 2), ("other", 1)]
-        .into_iter()
-        .map(|(name, node)| PodSpec::new(name, node).label("app", name))
-        .fold(builder, |lab, pod| lab.pod(pod))
+    let pods = [("client", 1), ("near", 2), ("server", 2), ("other", 1)];
+    let lab = Lab::builder(Topology::Routed)
+        .namespace("default", &[ENROLLED])
+        .pods(pods.map(|(name, node)| PodSpec::new(name, node).label("app", name)))
         .build()
         .expect("lab");
     let mesh = Mesh::start(lab).expect("mesh");

@@ -17,8 +17,7 @@ const PORT: u16 = 8080;
 fn lab(topology: Topology) -> Lab {
     Lab::builder(topology)
         .namespace("default", &[ENROLLED])
-        .pod(PodSpec::new("a", 1))
-        .pod(PodSpec::new("b", 2))
+        .pods([("a", 1), ("b", 2)])
         .build()
         .expect("lab")
 }
@@ -257,8 +256,7 @@ fn a_flood_of_marked_syns_keeps_nobody_out() {
     let lab = Lab::builder(Topology::Routed)
         .outside()
         .namespace("default", &[ENROLLED])
-        .pod(PodSpec::new("a", 1))
-        .pod(PodSpec::new("b", 2))
+        .pods([("a", 1), ("b", 2)])
         .build()
         .expect("lab");
     let mesh = start(lab, "real");

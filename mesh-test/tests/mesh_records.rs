@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use mesh_test::mesh::{ENROLLED, sum};
 use mesh_test::reports::Storm;
-use mesh_test::{Lab, Mesh, PodSpec, Topology, eventually};
+use mesh_test::{Lab, Mesh, Topology, eventually};
 use serde_json::Value;
 
 const PORT: u16 = 7000;
@@ -98,18 +98,11 @@ fn accepted_by_promtool(page: &str) {
 
 #[test]
 fn metrics_records_and_clients_count_the_same() {
-    let lab = [
-        PodSpec::new("client", 1),
-        PodSpec::new("near", 1),
-        PodSpec::new("far", 2),
-    ]
-    .into_iter()
-    .fold(
-        Lab::builder(Topology::Routed).namespace("default", &[ENROLLED]),
-        |lab, pod| lab.pod(pod),
-    )
-    .build()
-    .expect("lab");
+    let lab = Lab::builder(Topology::Routed)
+        .namespace("default", &[ENROLLED])
+        .pods([("client", 1), ("near", 1), ("far", 2)])
+        .build()
+        .expect("lab");
     let mesh = Mesh::start(lab).expect("mesh");
     let client = mesh.pod("client");
     let listen = format!("--tcp [::]:{PORT}");

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use mesh_test::mesh::ENROLLED;
 use mesh_test::reports::Tcp;
-use mesh_test::{Cmd, Lab, Mesh, PodSpec, Topology, eventually};
+use mesh_test::{Cmd, Lab, Mesh, Topology, eventually};
 use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(20);
@@ -23,8 +23,7 @@ const FILTER: &str = "table inet app { chain input { type filter hook input prio
 fn each_way_to_fail_is_a_reset_in_time_and_has_its_name_in_both_records() {
     let lab = Lab::builder(Topology::Routed)
         .namespace("default", &[ENROLLED])
-        .pod(PodSpec::new("a", 1))
-        .pod(PodSpec::new("b", 2))
+        .pods([("a", 1), ("b", 2)])
         .build()
         .expect("lab");
     let mut mesh = Mesh::start(lab).expect("mesh");

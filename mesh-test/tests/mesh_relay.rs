@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use mesh_test::mesh::ENROLLED;
 use mesh_test::reports::Storm;
-use mesh_test::{Agent, Cmd, Lab, Mesh, Pod, PodSpec, Proc, Topology, eventually};
+use mesh_test::{Agent, Cmd, Lab, Mesh, Pod, Proc, Topology, eventually};
 
 const SOON: Duration = Duration::from_secs(20);
 const LONG: Duration = Duration::from_secs(300);
@@ -17,8 +17,7 @@ const MIB: u64 = 1 << 20;
 fn mesh() -> Mesh {
     let lab = Lab::builder(Topology::Routed)
         .namespace("default", &[ENROLLED])
-        .pod(PodSpec::new("a", 1))
-        .pod(PodSpec::new("b", 2))
+        .pods([("a", 1), ("b", 2)])
         .build()
         .expect("lab");
     Mesh::start(lab).expect("mesh")

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use mesh_test::mesh::ENROLLED;
 use mesh_test::reports::{Storm, Tcp};
-use mesh_test::{Agent, AgentConfig, Lab, Mesh, Pod, PodSpec, Proc, Topology, eventually};
+use mesh_test::{Agent, AgentConfig, Lab, Mesh, Pod, Proc, Topology, eventually};
 
 const SOON: Duration = Duration::from_secs(20);
 const VIPS: [&str; 2] = ["10.96.7.7", "fd00:96::77"];
@@ -34,12 +34,12 @@ struct Scene {
 
 /// A server, one who may reach it and one who may not, all on one node.
 fn scene() -> Scene {
-    let pods = ["good", "bad", "server"].map(|name| PodSpec::new(name, 1));
-    let builder = Lab::builder(Topology::Routed)
+    let lab = Lab::builder(Topology::Routed)
         .nodes(1)
-        .namespace("default", &[ENROLLED]);
-    let lab = pods.into_iter().fold(builder, |lab, pod| lab.pod(pod));
-    let lab = lab.build().expect("lab");
+        .namespace("default", &[ENROLLED])
+        .pods(["good", "bad", "server"].map(|name| (name, 1)))
+        .build()
+        .expect("lab");
     lab.apply_text("only-good", ONLY_GOOD).expect("policy");
     let ips = VIPS.map(|ip| ip.parse().expect("address"));
     let (app, ports) = (("app", "server"), [(80, 7000, "TCP")]);

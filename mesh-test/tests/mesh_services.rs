@@ -138,10 +138,9 @@ fn mesh() -> Mesh {
         PodSpec::new("near", 1),
         PodSpec::new("far", 2),
     ];
-    let builder = Lab::builder(Topology::Routed).namespace("default", &[ENROLLED]);
-    let lab = pods
-        .into_iter()
-        .fold(builder, |lab, pod| lab.pod(pod))
+    let lab = Lab::builder(Topology::Routed)
+        .namespace("default", &[ENROLLED])
+        .pods(pods)
         .build()
         .expect("lab");
     let mesh = Mesh::start(lab).expect("mesh");

@@ -19,10 +19,9 @@ fn mesh() -> Mesh {
         PodSpec::new("stranger", 1).label("app", "stranger"),
         PodSpec::new("server", 2).label("app", "server"),
     ];
-    let builder = Lab::builder(Topology::Routed).namespace("default", &[ENROLLED]);
-    let lab = pods
-        .into_iter()
-        .fold(builder, |lab, pod| lab.pod(pod))
+    let lab = Lab::builder(Topology::Routed)
+        .namespace("default", &[ENROLLED])
+        .pods(pods)
         .build()
         .expect("lab");
     Mesh::start(lab).expect("mesh")

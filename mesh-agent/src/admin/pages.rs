@@ -15,6 +15,7 @@ use mesh_plan::cluster::{Cluster, PeerMatch};
 use serde_json::{Value, json};
 
 use super::{Door, Views};
+use crate::datapath::Handles;
 use crate::metrics::Form;
 use crate::pods::{PodHandle, open};
 use crate::source::Report;
@@ -248,11 +249,13 @@ async fn connections(views: &Views) -> Answer {
     let table = views.pods.borrow().clone();
     let datapath = views.datapath.clone();
     let lines = tokio::task::spawn_blocking(move || {
-        let is_tunnel = |socket: &_| datapath.as_ref().is_some_and(|d| d.is_tunnel(socket));
+        let datapath = datapath.as_ref();
+        let is_tunnel = |socket: &_| datapath.is_some_and(|d| d.is_tunnel(socket));
+        let decided = datapath.map(Handles::decided);
         let mut lines = String::new();
         for pod in table.values() {
             // A pod that is just going has nothing open that matters.
-            for one in open::open(pod, is_tunnel).unwrap_or_default() {
+            for one in open::open(pod, decided, is_tunnel).unwrap_or_default() {
                 let line = json!({
                     "pod": pod.local.name.to_string(),
                     "direction": one.direction.label(),

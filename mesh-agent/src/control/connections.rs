@@ -6,17 +6,15 @@
 //! where they have an application's, the ends that carry another's address by that address. What
 //! arrived through a tunnel is the proxy's to end, which knows the proven identity.
 
-use std::collections::BTreeSet;
-
 use mesh_common::identity::Peer;
 use mesh_common::path::{self, Origin, Outbound, Peers as _};
 use mesh_common::pod::{PodState, PodView};
 use mesh_common::service::{ServiceKey, Services as _};
 use mesh_common::settings::{MARK_CAPTURE, MARK_INBOUND, MARK_MASK};
-use mesh_common::{Direction, Endpoint, Port, Protocol, Reason, Verdict};
+use mesh_common::{Direction, Endpoint, Protocol, Reason, Verdict};
 use mesh_plan::Plan;
 
-use crate::sys::sock_diag::{Socket, state};
+use crate::sys::sock_diag::{Overview, Socket, state};
 
 /// What becomes of the open connections of one pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -70,15 +68,12 @@ pub fn judge(
 /// The pod's ends of connections that lead to the agent: captured ones, and hand-overs.
 #[must_use]
 pub fn with_the_agent(pod: &PodView, sockets: &[Socket]) -> Vec<Socket> {
-    let ends: BTreeSet<(Endpoint, Endpoint)> =
-        sockets.iter().map(|s| (s.local, s.remote)).collect();
-    sockets
-        .iter()
-        .filter(|s| s.protocol == Protocol::TCP && s.state != state::LISTEN)
+    let overview = Overview::of(sockets);
+    connected(sockets)
         .filter(|s| pod.owns(&s.local.addr) && !pod.owns(&s.remote.addr))
         .filter(|s| {
             let marked = [MARK_CAPTURE, MARK_INBOUND].contains(&(s.mark & MARK_MASK));
-            marked || ends.contains(&(s.remote, s.local))
+            marked || overview.has_other_end(s)
         })
         .copied()
         .collect()
@@ -120,9 +115,7 @@ struct Scene<'a> {
     pod: &'a PodView,
     carried: bool,
     ask: Ask<'a>,
-    listening: BTreeSet<Port>,
-    /// Both ends of every TCP socket: one whose reverse is here too leads to the agent.
-    ends: BTreeSet<(Endpoint, Endpoint)>,
+    overview: Overview,
 }
 
 impl<'a> Scene<'a> {
@@ -133,17 +126,12 @@ impl<'a> Scene<'a> {
         carried: bool,
         ask: Ask<'a>,
     ) -> Self {
-        let tcp = || sockets.iter().filter(|s| s.protocol == Protocol::TCP);
         Self {
             plan,
             pod,
             carried,
             ask,
-            listening: tcp()
-                .filter(|s| s.state == state::LISTEN)
-                .map(|s| s.local.port)
-                .collect(),
-            ends: tcp().map(|s| (s.local, s.remote)).collect(),
+            overview: Overview::of(sockets),
         }
     }
 
@@ -166,15 +154,7 @@ impl<'a> Scene<'a> {
         if socket.has_tunnel_port() && self.carried {
             return Fate::Keep;
         }
-        let direction = socket.direction.unwrap_or_else(|| {
-            // Older than the hooks: who listens now has most likely accepted it.
-            if self.listening.contains(&socket.local.port) {
-                Direction::Ingress
-            } else {
-                Direction::Egress
-            }
-        });
-        match direction {
+        match self.overview.direction(socket) {
             Direction::Ingress => self.accepted(socket),
             Direction::Egress => self.connected(socket),
         }
@@ -182,7 +162,8 @@ impl<'a> Scene<'a> {
 
     /// A connection that the pod accepted.
     fn accepted(&self, socket: &Socket) -> Fate {
-        if socket.mark & MARK_MASK == MARK_INBOUND || self.leads_to_the_agent(socket) {
+        // A connection whose other end is here too leads to the agent.
+        if socket.mark & MARK_MASK == MARK_INBOUND || self.overview.has_other_end(socket) {
             return Fate::Keep;
         }
         let path = path::inbound(
@@ -278,11 +259,7 @@ impl<'a> Scene<'a> {
     }
 
     fn is_captured(&self, socket: &Socket) -> bool {
-        socket.mark & MARK_MASK == MARK_CAPTURE || self.leads_to_the_agent(socket)
-    }
-
-    fn leads_to_the_agent(&self, socket: &Socket) -> bool {
-        self.ends.contains(&(socket.remote, socket.local))
+        socket.mark & MARK_MASK == MARK_CAPTURE || self.overview.has_other_end(socket)
     }
 
     /// Whether the pod's segments to this address have to go through a tunnel.

@@ -2,15 +2,15 @@
 //! The open connections of a pod, as its own sockets have them: for people, and for trying policy
 //! out. The agent's own sockets are left out.
 
-use std::collections::BTreeSet;
 use std::io;
+use std::os::fd::BorrowedFd;
 
 use mesh_common::pod::PodState;
 use mesh_common::settings::{MARK_CAPTURE, MARK_INBOUND, MARK_MASK};
-use mesh_common::{Direction, Endpoint, Port, Protocol};
+use mesh_common::{Direction, Endpoint, Protocol};
 
 use super::PodHandle;
-use crate::sys::sock_diag::{SockDiag, Socket, state};
+use crate::sys::sock_diag::{Overview, SockDiag, Socket, state};
 
 /// An end of an open connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,24 +27,24 @@ pub struct Open {
     pub tunnelled: bool,
 }
 
-/// What is open now; `is_tunnel` tells the agent's own sockets that have an application's port.
-/// Enters the pod's namespace: not for a thread that serves connections.
+/// What is open now; `decided` as for [`SockDiag::all`]; `is_tunnel` tells the agent's own sockets
+/// that have an application's port. Enters the pod's namespace: not for a thread that serves
+/// connections.
 ///
 /// # Errors
 /// The namespace cannot be entered, or the kernel does not tell.
-pub fn open(pod: &PodHandle, is_tunnel: impl Fn(&Socket) -> bool) -> io::Result<Vec<Open>> {
-    let sockets = pod.netns.run(|| SockDiag::open()?.all(None))??;
+pub fn open(
+    pod: &PodHandle,
+    decided: Option<BorrowedFd<'_>>,
+    is_tunnel: impl Fn(&Socket) -> bool,
+) -> io::Result<Vec<Open>> {
+    let sockets = pod.netns.run(|| SockDiag::open()?.all(decided))??;
     Ok(of(pod, &sockets, is_tunnel))
 }
 
 fn of(pod: &PodHandle, sockets: &[Socket], is_tunnel: impl Fn(&Socket) -> bool) -> Vec<Open> {
     let view = &pod.local.view;
-    let tcp = || sockets.iter().filter(|s| s.protocol == Protocol::TCP);
-    let listening: BTreeSet<Port> = tcp()
-        .filter(|s| s.state == state::LISTEN)
-        .map(|s| s.local.port)
-        .collect();
-    let ends: BTreeSet<(Endpoint, Endpoint)> = tcp().map(|s| (s.local, s.remote)).collect();
+    let overview = Overview::of(sockets);
     let enrolled = view.has(PodState::ENROLLED);
     let of_tunnel = |s: &Socket| enrolled && (s.has_tunnel_port() || is_tunnel(s));
     let one = |s: &Socket| {
@@ -55,18 +55,22 @@ fn of(pod: &PodHandle, sockets: &[Socket], is_tunnel: impl Fn(&Socket) -> bool) 
         }
         let mark = s.mark & MARK_MASK;
         let marked = mark == MARK_CAPTURE || mark == MARK_INBOUND;
-        let accepted = s.protocol == Protocol::TCP && listening.contains(&s.local.port);
-        let (direction, source, destination) = if accepted {
-            (Direction::Ingress, s.remote, s.local)
+        // Of a connected UDP socket: it is the client's.
+        let direction = if s.protocol == Protocol::TCP {
+            overview.direction(s)
         } else {
-            (Direction::Egress, s.local, s.remote)
+            Direction::Egress
+        };
+        let (source, destination) = match direction {
+            Direction::Ingress => (s.remote, s.local),
+            Direction::Egress => (s.local, s.remote),
         };
         Some(Open {
             direction,
             protocol: s.protocol,
             source,
             destination,
-            tunnelled: marked || ends.contains(&(s.remote, s.local)),
+            tunnelled: marked || overview.has_other_end(s),
         })
     };
     sockets.iter().filter_map(one).collect()

@@ -4,6 +4,7 @@
 //! Destroying needs CONFIG_INET_DIAG_DESTROY; a blocked read of the application then returns
 //! ECONNABORTED, and the other end gets a reset.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
@@ -117,6 +118,46 @@ impl Socket {
     pub fn cookie(&self) -> u64 {
         let at = |i: usize| u64::from(word(&self.id, i).unwrap_or(0));
         at(40) | at(44) << 32
+    }
+}
+
+/// What the TCP sockets of one namespace tell of each other.
+#[derive(Debug)]
+pub struct Overview {
+    listening: BTreeSet<Port>,
+    ends: BTreeSet<(Endpoint, Endpoint)>,
+}
+
+impl Overview {
+    /// Of all sockets of a namespace, listeners included.
+    #[must_use]
+    pub fn of(sockets: &[Socket]) -> Self {
+        let tcp = || sockets.iter().filter(|s| s.protocol == Protocol::TCP);
+        Self {
+            listening: tcp()
+                .filter(|s| s.state == state::LISTEN)
+                .map(|s| s.local.port)
+                .collect(),
+            ends: tcp().map(|s| (s.local, s.remote)).collect(),
+        }
+    }
+
+    /// Which way a connection was opened. Of one that is older than the hooks, it was most likely
+    /// accepted by who listens now.
+    #[must_use]
+    pub fn direction(&self, socket: &Socket) -> Direction {
+        let listened = self.listening.contains(&socket.local.port);
+        socket.direction.unwrap_or(if listened {
+            Direction::Ingress
+        } else {
+            Direction::Egress
+        })
+    }
+
+    /// Whether a connection's other end is here too.
+    #[must_use]
+    pub fn has_other_end(&self, socket: &Socket) -> bool {
+        self.ends.contains(&(socket.remote, socket.local))
     }
 }
 

@@ -50,10 +50,7 @@ impl Config {
             machine: Machine::this()?,
             congestion_control: congestion_control(testbed)?,
             agents: agents.collect::<Result<_>>()?,
-            agent_rss_idle_bytes: {
-                std::thread::sleep(SETTLED);
-                resident(testbed)?
-            },
+            agent_rss_idle_bytes: resident_idle(testbed)?,
             agent_rss_end_bytes: Vec::new(),
             flow_records_lost: 0.0,
         })
@@ -152,6 +149,12 @@ fn congestion_control(testbed: &Testbed) -> Result<String> {
 
 /// After its start an agent lets go of what has run once, within 20 s: idle is what it is then.
 const SETTLED: std::time::Duration = std::time::Duration::from_secs(25);
+
+/// What agents hold once they have let go of what only their start took.
+fn resident_idle(testbed: &Testbed) -> Result<Vec<u64>> {
+    std::thread::sleep(SETTLED);
+    resident(testbed)
+}
 
 fn resident(testbed: &Testbed) -> Result<Vec<u64>> {
     let agents = testbed.mesh.agents().iter();

@@ -144,12 +144,9 @@ fn lab(options: &Options) -> Result<Lab> {
         (Scenario::SameNode.server(), 1),
         (Scenario::CrossNode.server(), 2),
     ];
-    let lab = pods
-        .into_iter()
-        .fold(
-            Lab::builder(options.topology()).namespace(NAMESPACE, &[ENROLLED]),
-            |lab, (name, node)| lab.pod(PodSpec::new(name, node).namespace(NAMESPACE)),
-        )
+    let lab = Lab::builder(options.topology())
+        .namespace(NAMESPACE, &[ENROLLED])
+        .pods(pods.map(|pod| PodSpec::from(pod).namespace(NAMESPACE)))
         .build()?;
     for number in 0..options.policies {
         lab.apply(&format!("policy-{number}"), &policy(number))?;

@@ -10,7 +10,7 @@ use mesh_test::reports::Tcp;
 use mesh_test::{Cmd, Pod, eventually};
 use serde_json::{Value, json};
 
-use crate::stage::{PORT, SOON, Stage, add_pod_in, does_reach, serve, storm, unharmed};
+use crate::stage::{PORT, SOON, Stage, does_reach, serve, storm, unharmed};
 use crate::{DENY, is_tunnelled};
 
 const VIP: &str = "10.96.0.77";
@@ -58,9 +58,7 @@ fn answered_by(stage: &Stage, from: &Pod, pods: &[&Pod]) {
 fn services_and_modes_change_while_traffic_flows() {
     let mut stage = Stage::open();
     stage.kube.namespace("plain", &[]).expect("namespace");
-    let added = add_pod_in(&stage.kube, &mut stage.mesh, "plain", "plain", 1);
-    let (plain, sandbox) = added.expect("pod");
-    stage.sandboxes.push(sandbox);
+    let plain = stage.add_in("plain", "plain", 1);
     let [a, near, b] = ["a", "near", "b"].map(|name| stage.mesh.pod(name));
     let _servers = [&near, &b].map(|pod| {
         let line = format!("--tcp [::]:{PORT} --name {}", pod.name());

@@ -9,7 +9,7 @@ use mesh_test::{Kube, Pod, eventually};
 use serde_json::{Value, json};
 
 use crate::DENY;
-use crate::stage::{SOON, Stage, add_pod_in, does_reach, serve, storm, unharmed};
+use crate::stage::{SOON, Stage, does_reach, serve, storm, unharmed};
 
 /// A kind, and what is made invalid in an object of it.
 struct Row {
@@ -250,9 +250,7 @@ fn of(list: &Value, row: &Row, name: &str) -> Option<Value> {
 fn what_is_invalid_opens_nothing_and_the_rest_goes_on() {
     let mut stage = Stage::open();
     stage.kube.namespace("plain", &[]).expect("namespace");
-    let added = add_pod_in(&stage.kube, &mut stage.mesh, "plain", "plain", 1);
-    let (plain, sandbox) = added.expect("pod");
-    stage.sandboxes.push(sandbox);
+    let plain = stage.add_in("plain", "plain", 1);
     let [a, near, b] = ["a", "near", "b"].map(|name| stage.mesh.pod(name));
     let _servers = [&a, &near, &b].map(|pod| serve(pod));
     let scene = Scene {

@@ -5,7 +5,7 @@ use mesh_test::mesh::{ENROLLED, sum};
 use mesh_test::reports::{Storm, Tcp};
 use mesh_test::{Pod, eventually};
 
-use crate::stage::{PORT, SOON, Stage, add_pod_in, serve};
+use crate::stage::{PORT, SOON, Stage, serve};
 
 const METRIC: &str = "mesh_unencrypted_bytes_total";
 const VERDICTS: &str = "mesh_policy_verdicts_total";
@@ -59,8 +59,7 @@ fn until_its_node_has_reported_a_pod_is_reached_in_clear_and_counted_or_refused(
     // Nobody is there to adopt what comes now, and to report it.
     stage.mesh.agents[1].kill_9().expect("kill");
     stage.kube.namespace("late", &[ENROLLED]).expect("created");
-    let (late, sandbox) = add_pod_in(&stage.kube, &mut stage.mesh, "late", "late", 2).expect("pod");
-    stage.sandboxes.push(sandbox);
+    let late = stage.add_in("late", "late", 2);
     let _server = serve(&late);
     let address = late.v4().to_string();
     eventually("node 1 to know it", SOON, || {

@@ -139,7 +139,12 @@ impl Stage {
     }
 
     pub(crate) fn add(&mut self, name: &str, node: u8) -> Arc<Pod> {
-        let (pod, sandbox) = add_pod(&self.kube, &mut self.mesh, name, node).expect("pod");
+        self.add_in("default", name, node)
+    }
+
+    pub(crate) fn add_in(&mut self, namespace: &str, name: &str, node: u8) -> Arc<Pod> {
+        let added = add_pod_in(&self.kube, &mut self.mesh, namespace, name, node);
+        let (pod, sandbox) = added.expect("pod");
         self.sandboxes.push(sandbox);
         pod
     }

@@ -16,7 +16,7 @@ use mesh_test::kube::Bound;
 use mesh_test::kube::controller::{Controller, NAMESPACE};
 use mesh_test::mesh::{ENROLLED, sum};
 use mesh_test::reports::{Storm, Tcp};
-use mesh_test::{Agent, AgentConfig, Cmd, Kube, Lab, Place, PodSpec, Topology, eventually};
+use mesh_test::{Agent, AgentConfig, Cmd, Kube, Lab, Place, Topology, eventually};
 
 use rig::{AUDIENCE, SOON, pod};
 
@@ -67,10 +67,9 @@ struct Stage {
 impl Stage {
     /// Leaves live 60 s, as short as they may.
     fn start() -> Self {
-        let builder = Lab::builder(Topology::Routed).namespace("default", &[ENROLLED]);
-        let lab = builder
-            .pod(PodSpec::new("a", 1))
-            .pod(PodSpec::new("b", 2))
+        let lab = Lab::builder(Topology::Routed)
+            .namespace("default", &[ENROLLED])
+            .pods([("a", 1), ("b", 2)])
             .build()
             .expect("lab");
         let kube = Kube::builder().start_in(&lab).expect("servers");
