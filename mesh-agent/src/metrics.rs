@@ -52,7 +52,7 @@ impl Kernel for crate::datapath::Handles {
     }
 }
 
-/// Which end of a TLS handshake this agent was.
+/// Which end of a tunnel this agent was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// It opened the tunnel.
@@ -112,6 +112,7 @@ struct Inner {
     audit: audit::Audit,
     handshakes: [[AtomicU64; HANDSHAKES]; 2],
     retried: [AtomicU64; CODES],
+    violations: [AtomicU64; 2],
     marks_lost: AtomicU64,
     /// Refused in silence: held, and not held.
     silent: [AtomicU64; 2],
@@ -163,6 +164,7 @@ impl Metrics {
             audit: audit::Audit::default(),
             handshakes: std::array::from_fn(|_| zeros()),
             retried: zeros(),
+            violations: zeros(),
             marks_lost: AtomicU64::new(0),
             silent: zeros(),
             certificates: Mutex::new(BTreeMap::new()),
@@ -260,6 +262,11 @@ impl Metrics {
     #[must_use]
     pub fn usage(&self, namespace: &str, workload: &str) -> Arc<Usage> {
         self.0.usage.of(namespace, workload)
+    }
+
+    /// Counts a tunnel whose peer has broken its protocol.
+    pub(crate) fn violated(&self, role: Role) {
+        self.0.violations[role as usize].fetch_add(1, Relaxed);
     }
 
     /// Counts a peer that was not reached on an application's port, but on the tunnel port.

@@ -240,6 +240,7 @@ fn start_with(
                 if let Err(error) = follow::begin() {
                     tracing::debug!(%error, "a worker runs where the scheduler likes");
                 }
+                let pooled = doors.recorder.metrics().clone();
                 let worker = Rc::new(Worker {
                     number,
                     crew,
@@ -255,7 +256,7 @@ fn start_with(
                     buffers: Rc::default(),
                     turns: turns::Turns::default(),
                     fair: fair::Fair::new(std::time::Instant::now()),
-                    pool: pool::Pool::new(pool::Bounds::default()),
+                    pool: pool::Pool::new(pool::Bounds::default(), pooled),
                     live: Rc::default(),
                     draining: Cell::new(false),
                 });

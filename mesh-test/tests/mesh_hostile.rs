@@ -20,6 +20,7 @@ const PORT: u16 = 7000;
 const HANDSHAKES: &str = "mesh_tls_handshakes_total";
 const VERDICTS: &str = "mesh_policy_verdicts_total";
 const FAILURES: &str = "mesh_tcp_connections_failed_total";
+const VIOLATIONS: &str = "mesh_tunnel_violations_total";
 
 /// Seconds that an attempt may take: one that is judged as soon as it is known, ...
 const AT_ONCE: [f64; 2] = [0.0, 4.0];
@@ -37,7 +38,7 @@ type Counts = BTreeMap<String, f64>;
 /// What an agent counts of tunnels that come in.
 fn counts(agent: &Agent) -> Counts {
     let page = agent.metrics().expect("metrics");
-    let families = [HANDSHAKES, VERDICTS, FAILURES];
+    let families = [HANDSHAKES, VERDICTS, FAILURES, VIOLATIONS];
     let lines = page
         .lines()
         .filter(|line| families.iter().any(|name| line.starts_with(name)));
@@ -63,7 +64,9 @@ fn counts(agent: &Agent) -> Counts {
             (format!("failed {reason}"), sum(&page, FAILURES, &failed)),
         ]
     });
-    handshakes.chain(streams).collect()
+    let violations = sum(&page, VIOLATIONS, &[("role", "server")]);
+    let violations = [("violation".to_owned(), violations)];
+    handshakes.chain(streams).chain(violations).collect()
 }
 
 fn added(before: &Counts, now: &Counts) -> Counts {
@@ -120,12 +123,12 @@ impl Row {
     fn length(name: &'static str, how: Value) -> Self {
         if how["lie"][2] == json!(true) {
             let reset = format!("reset {}, ended", Reason::Protocol as u16);
-            let counted = ["handshake ok", "failed protocol"];
+            let counted = ["handshake ok", "failed protocol", "violation"];
             let row = Self::new(name, how, &reset, &counted);
             // The application was connected to before, and is told nothing.
             return row.got(&[""]);
         }
-        Self::new(name, how, "ended", &["handshake ok"])
+        Self::new(name, how, "ended", &["handshake ok", "violation"])
     }
 
     fn seconds(self, seconds: [f64; 2]) -> Self {

@@ -99,6 +99,8 @@ descriptions! {
         "Bytes of enrolled workloads that were not under mTLS, by reason";
     HANDSHAKES "mesh_tls_handshakes_total" Counter &["role", "result"],
         "TLS handshakes between agents: ok, or the reason of the failure";
+    VIOLATIONS "mesh_tunnel_violations_total" Counter &["role"],
+        "Tunnels that ended because the peer broke their protocol, in a stream or between two; at level debug the log names the peer";
     MARKS_LOST "mesh_tunnel_marks_lost_total" Counter &[],
         "Times a peer was not reached as a tunnel on an application's own port, but on 15008: the network takes the mark away, or the peer does not know it";
     WORKER_SECONDS "mesh_worker_seconds_total" Counter &["namespace", "workload"],

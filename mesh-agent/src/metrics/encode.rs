@@ -90,6 +90,11 @@ impl Collector for Page {
         self.verdicts(encoder)?;
         self.audit(encoder)?;
         self.handshakes(encoder)?;
+        let mut violations = family(encoder, describe::VIOLATIONS)?;
+        for role in Role::ALL {
+            let count = &self.0.0.violations[role as usize];
+            violations.counter(&[("role", role.label())], load(count))?;
+        }
         family(encoder, describe::MARKS_LOST)?.counter(&[], load(&self.0.0.marks_lost))?;
         self.usage(encoder)?;
         self.certificates(encoder)?;

@@ -53,6 +53,7 @@ fn full() -> Metrics {
     std::mem::forget(metrics.usage("shop", "web"));
     metrics.revocation_lists(BTreeMap::from([("/crl.pem".to_owned(), 1_800_000_000)]));
     metrics.silent(true);
+    metrics.violated(Role::Server);
     metrics.retried(&Close::Failed(Reason::ConnectFailed));
     let in_use = InUse {
         ends: 1_800_000_000,

@@ -87,6 +87,9 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
         Ok(()) | Err(TunnelError::Ended) => {}
         Err(error) => {
             tracing::debug!(%from, peer = %serving.peer, error = %error, "a tunnel ended");
+            if error.is_violation() {
+                worker.metrics().violated(Role::Server);
+            }
         }
     }
     drop(serving);
@@ -417,6 +420,7 @@ impl Serving<'_> {
             Ok(End::Tunnel { error, .. }) => {
                 tracing::debug!(from = %self.from, error = %error, "a tunnel failed");
                 if error.is_violation() {
+                    self.worker.metrics().violated(Role::Server);
                     tunnel.queue(stream, &Control::Reset(Why::new(Reason::Protocol)));
                     Close::Failed(Reason::Protocol)
                 } else {

@@ -19,6 +19,7 @@ use super::tunnel::frame::{Cause, Control, Open, StreamId, Why};
 use super::turns;
 use super::worker::{Job, Load, Place, Share, Worker};
 use crate::identity::SpiffeId;
+use crate::metrics::Role;
 use crate::pods::PodHandle;
 use crate::record::{Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security};
 
@@ -313,6 +314,7 @@ impl Endpoints<'_> {
             End::Tunnel { error, .. } => {
                 tracing::debug!(to = %self.target.key.to, error = %error, "a tunnel failed");
                 if error.is_violation() {
+                    self.worker.metrics().violated(Role::Client);
                     self.give_up(pooled.tunnel, stream, Why::new(Reason::Protocol));
                     Close::Failed(Reason::Protocol)
                 } else {

@@ -16,6 +16,7 @@ use mesh_common::{Endpoint, IdentityId};
 
 use super::tunnel::Tunnel;
 use crate::identity::{Epoch, Proof, SpiffeId};
+use crate::metrics::{Metrics, Role};
 
 /// What two connections must have in common to use the same tunnel.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -82,15 +83,17 @@ struct Idle {
 /// The idle tunnels of one worker.
 pub(crate) struct Pool {
     bounds: Bounds,
+    metrics: Metrics,
     count: Cell<usize>,
     idle: RefCell<BTreeMap<Key, Vec<Idle>>>,
 }
 
 impl Pool {
     /// An empty pool.
-    pub(crate) const fn new(bounds: Bounds) -> Self {
+    pub(crate) const fn new(bounds: Bounds, metrics: Metrics) -> Self {
         Self {
             bounds,
+            metrics,
             count: Cell::new(0),
             idle: RefCell::new(BTreeMap::new()),
         }
@@ -103,7 +106,7 @@ impl Pool {
         let mut found = None;
         while let Some(mut next) = tunnels.pop() {
             self.count.set(self.count.get() - 1);
-            if self.usable(&next, epoch, now) && next.pooled.tunnel.is_quiet() {
+            if self.usable(&next, epoch, now) && self.is_quiet(&mut next.pooled.tunnel) {
                 found = Some(next.pooled);
                 break;
             }
@@ -143,7 +146,7 @@ impl Pool {
                 let epoch = idle.pooled.epoch;
                 if keep(key, epoch)
                     && self.usable(&idle, epoch, now)
-                    && idle.pooled.tunnel.is_quiet()
+                    && self.is_quiet(&mut idle.pooled.tunnel)
                 {
                     tunnels.push(idle);
                 } else {
@@ -159,6 +162,16 @@ impl Pool {
     /// Takes out everything.
     pub(crate) fn drain(&self) -> Vec<Tunnel> {
         self.sweep(Instant::now(), |_, _| false)
+    }
+
+    fn is_quiet(&self, tunnel: &mut Tunnel) -> bool {
+        tunnel.is_quiet().unwrap_or_else(|error| {
+            if error.is_violation() {
+                tracing::debug!(%error, "a tunnel that waited is not used again");
+                self.metrics.violated(Role::Client);
+            }
+            false
+        })
     }
 
     fn usable(&self, idle: &Idle, epoch: Epoch, now: Instant) -> bool {

@@ -252,18 +252,20 @@ impl Tunnel {
         .await
     }
 
-    /// Whether the tunnel can carry another stream: open, and nothing under way.
-    pub(crate) fn is_quiet(&mut self) -> bool {
+    /// Whether the tunnel, which the peer may say nothing in, can carry another stream: nothing is
+    /// under way.
+    pub(crate) fn is_quiet(&mut self) -> Result<bool, TunnelError> {
         let mut cx = Context::from_waker(std::task::Waker::noop());
         loop {
-            match self.next() {
-                Ok(Arrival::Nothing) => {}
-                Ok(Arrival::Control(..) | Arrival::Data) | Err(_) => return false,
+            match self.next()? {
+                Arrival::Nothing => {}
+                Arrival::Control(..) | Arrival::Data => {
+                    return Err(TunnelError::Unexpected("a frame between streams"));
+                }
             }
-            match self.poll_fill(&mut cx) {
-                Poll::Pending => return self.inbox.at_boundary(),
-                Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(_)) => return false,
+            match self.poll_fill(&mut cx)? {
+                Poll::Pending => return Ok(self.inbox.at_boundary()),
+                Poll::Ready(()) => {}
             }
         }
     }
