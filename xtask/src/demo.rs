@@ -19,31 +19,36 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     if args.args.iter().any(|arg| arg == "--kubernetes") {
         return e2e::demo(&args.args);
     }
-    run::show(&mut hand_over("demo", &args.args)?)
+    // It shows what the mesh does, not how fast: to optimise would take most of the time.
+    run::show(&mut hand_over("demo", &args.args, false)?)
 }
 
-/// Makes the machine and the optimised programs ready, and returns the command that runs the
+/// Makes the machine and the programs ready, optimised or not, and returns the command that runs the
 /// binary `name` of mesh-test. It starts the agent and the small clients and servers of mesh-test
 /// as processes, so all are built, and together: for each set of packages cargo would build what
 /// they depend on with other features.
-pub(crate) fn hand_over(name: &str, args: &[String]) -> Result<Command> {
+pub(crate) fn hand_over(name: &str, args: &[String], optimised: bool) -> Result<Command> {
     if !run::is_root() {
         bail!("`{name}` makes network namespaces and loads kernel programs: run it as root");
     }
     setup::run(&setup::Args::default())?;
     let packages = ["mesh-agent", "mesh-cli", "mesh-test"];
-    let mut cargo = run::cargo(["build", "--release", "--bins"]);
+    let mut cargo = run::cargo(["build", "--bins"]);
+    if optimised {
+        cargo.arg("--release");
+    }
     cargo.args(packages.iter().flat_map(|package| ["--package", package]));
     run::timed("build", || run::show(&mut cargo))?;
-    let mut program = run::command(built(name)?);
+    let mut program = run::command(built(name, optimised)?);
     program.args(args);
     Ok(program)
 }
 
-/// Where cargo puts the optimised binary `name`: beside the profile that this program is of.
-fn built(name: &str) -> Result<PathBuf> {
+/// Where cargo puts the binary `name`: by its profile, beside that of this program.
+fn built(name: &str, optimised: bool) -> Result<PathBuf> {
     let this = std::env::current_exe().context("cannot tell where this program is")?;
     let target = this.ancestors().nth(2);
     let target = target.with_context(|| format!("{} is in no target directory", this.display()))?;
-    Ok(target.join("release").join(name))
+    let profile = if optimised { "release" } else { "debug" };
+    Ok(target.join(profile).join(name))
 }
