@@ -2,7 +2,7 @@
 //! Tunnels on the application's own port: what packet filters between two nodes see, and what
 //! happens where a network takes the mark of tunnels away.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use mesh_test::apps::{Content, Nginx};
@@ -95,13 +95,20 @@ fn entries(mesh: &Mesh, map: &str) -> String {
 
 /// Only the policy's port between the two pods, as a CNI that filters packets would have it.
 fn only_the_port(a: &Pod, b: &Pod) -> String {
-    let (a, b) = (a.v4(), b.v4());
+    let rules = |ip: &str, a: IpAddr, b: IpAddr| {
+        format!(
+            "{ip} saddr {a} {ip} daddr {b} tcp dport {PORT} accept
+             {ip} saddr {b} {ip} daddr {a} tcp sport {PORT} accept
+             {ip} saddr {a} drop
+             {ip} daddr {a} drop"
+        )
+    };
+    let four = rules("ip", a.v4().into(), b.v4().into());
+    let six = rules("ip6", a.v6().into(), b.v6().into());
     format!(
         "table inet cni {{ chain forward {{ type filter hook forward priority 0;
-           ip saddr {a} ip daddr {b} tcp dport {PORT} accept
-           ip saddr {b} ip daddr {a} tcp sport {PORT} accept
-           ip saddr {a} drop
-           ip daddr {a} drop
+           {four}
+           {six}
          }}
          }}"
     )
@@ -114,8 +121,10 @@ fn a_packet_filter_that_allows_the_applications_port_lets_the_mesh_pass() {
         let (a, b) = (mesh.pod("a"), mesh.pod("b"));
         let _server = nginx(&b);
         filter(&mesh, 2, &only_the_port(&a, &b));
-        let output = get(&a, SocketAddr::new(b.v4().into(), PORT));
-        assert_eq!(output.text().contains(MARKER), passes, "{port}");
+        for to in b.addresses() {
+            let output = get(&a, SocketAddr::new(*to, PORT));
+            assert_eq!(output.text().contains(MARKER), passes, "{port} {to}");
+        }
         if port == "15008" {
             assert_eq!(entries(&mesh, "TUNNELS"), "0");
         }
@@ -136,15 +145,17 @@ fn where_the_mark_is_taken_away_the_tunnel_port_is_used_and_that_is_counted() {
          }",
     );
     let capture = mesh.capture_wire().expect("capture");
-    let to = SocketAddr::new(b.v4().into(), PORT);
-    for _ in 0..3 {
-        assert!(get(&a, to).text().contains(MARKER));
+    for (to, families) in b.addresses().iter().zip([1.0, 2.0]) {
+        for _ in 0..3 {
+            let page = get(&a, SocketAddr::new(*to, PORT));
+            assert!(page.text().contains(MARKER), "{to}");
+        }
+        let lost = mesh.metric("mesh_tunnel_marks_lost_total", &[]);
+        assert!(lost.expect("metrics") >= families, "{to}");
     }
     let seen = capture.stop().expect("stop");
     assert_eq!(seen.find(MARKER.as_bytes()).expect("search"), []);
     assert!(seen.tcp_service_ports().contains(&TUNNEL_PORT));
-    let lost = mesh.metric("mesh_tunnel_marks_lost_total", &[]);
-    assert!(lost.expect("metrics") >= 1.0);
 }
 
 #[test]
