@@ -163,3 +163,104 @@ pub(super) static KINDS: [Kind; 12] = [
     ),
     installed("MeshNode", "/apis/mesh.rs/v1alpha1/meshnodes", &MESH_NODE),
 ];
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::fs;
+    use std::path::Path;
+
+    use mesh_api::manifests::{Format, objects};
+    use mesh_api::{LastGood, Object, Options, convert};
+    use serde_json::Value;
+
+    use super::super::lean;
+    use super::*;
+
+    /// Kinds of which those examples have none.
+    const REPORTS: &str = "
+apiVersion: v1
+kind: Namespace
+metadata: {name: shop, uid: shop-1, labels: {mesh.rs/dataplane: enabled}}
+---
+apiVersion: v1
+kind: Node
+metadata: {name: a, uid: a-1}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: web, namespace: shop, uid: web-1}
+spec: {nodeName: a, containers: [{name: web, image: none}]}
+status: {phase: Running, podIP: 10.1.0.1}
+---
+apiVersion: mesh.rs/v1alpha1
+kind: MeshNode
+metadata: {name: a, uid: a-2, managedFields: [{manager: mesh-agent}]}
+spec: {}
+status:
+  version: 0.1.0
+  observedAt: 2026-01-01T00:00:00Z
+  enrolledNamespaces: [shop-1]
+  enrolledPods: [web-1]
+  inForce: [{kind: MeshPolicy, namespace: shop, name: p, uid: p-1, generation: 1}]
+---
+apiVersion: mesh.rs/v1alpha1
+kind: MeshTrafficPolicy
+metadata: {name: web, namespace: shop, uid: t-1}
+spec: {targetRef: {name: web}}
+";
+
+    fn kind(object: &Value) -> Option<&'static Kind> {
+        let is =
+            |kind: &&Kind| object["apiVersion"] == kind.api_version && object["kind"] == kind.name;
+        KINDS.iter().find(is)
+    }
+
+    /// An object as the stream reads it.
+    fn read(object: &Value, kind: &Kind) -> Value {
+        let mut read = lean::read(&object.to_string(), *kind.keep).unwrap();
+        for field in ["apiVersion", "kind"] {
+            read[field] = object[field].clone();
+        }
+        read
+    }
+
+    /// What is kept of an object is all that anything is made of: the examples of mesh-api, good and
+    /// bad, say the same as a whole and as they are read.
+    #[test]
+    fn nothing_is_lost_of_what_an_object_says() {
+        let options = Options { standalone: false };
+        let facts = |values: Vec<Value>| {
+            let object = |value| Object {
+                origin: "API".to_owned(),
+                value,
+            };
+            let objects: Vec<_> = values.into_iter().map(object).collect();
+            convert(&objects, &LastGood::default(), options)
+        };
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../mesh-api/tests/golden");
+        let examples = fs::read_dir(root).unwrap().map(|example| {
+            let path = example.unwrap().path();
+            let text = fs::read_to_string(path.join("objects.yaml")).unwrap();
+            (path.display().to_string(), text)
+        });
+        let examples = examples.chain([("reports".to_owned(), REPORTS.to_owned())]);
+        let mut seen = BTreeSet::new();
+        for (example, text) in examples {
+            let mut whole = objects(&text, Format::Yaml).unwrap();
+            whole.retain(|object| kind(object).is_some());
+            let lean = whole.iter().map(|object| {
+                let kind = kind(object).expect("others are left out");
+                seen.insert(kind.name);
+                read(object, kind)
+            });
+            let lean = lean.collect();
+            assert_eq!(facts(whole), facts(lean), "{example}");
+        }
+        let missing: Vec<_> = KINDS
+            .iter()
+            .filter(|kind| !seen.contains(kind.name))
+            .collect();
+        assert!(missing.is_empty(), "{missing:?}");
+    }
+}
