@@ -4,10 +4,13 @@
 //! One file format for all who run them: `meshctl policy test` asks the compiler, `cargo xtask
 //! truth` asks real connections. Nothing here opens files or decides anything.
 
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
 use mesh_plan::cluster::Transport;
 use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::manifests::{self, Format, documents};
 
@@ -243,6 +246,54 @@ fn typed<T: DeserializeOwned>(value: Value) -> Result<T, Mistake> {
     serde_path_to_error::deserialize(value)
 }
 
+/// Networks that are set aside for measurements, where no cluster is: 198.18.0.0/15 (RFC 2544, C.2.2)
+/// and 2001:2::/48 (RFC 5180, 8).
+const SPARE: (Ipv4Addr, Ipv6Addr) = (
+    Ipv4Addr::new(198, 18, 0, 0),
+    Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0, 0),
+);
+/// Addresses of the smaller one, but for its first and last.
+const SPARE_COUNT: u32 = (1 << 17) - 2;
+
+/// Gives pods that say no address one of each family, so that a table can be written without them: of
+/// networks that are set aside for measurements, 131,070 at most. Those of the host's network stay
+/// without, as they have their node's.
+pub fn give_addresses<'a>(objects: impl IntoIterator<Item = &'a mut Value>) {
+    let mut taken = BTreeSet::new();
+    let mut without = Vec::new();
+    for object in objects.into_iter().filter(|o| o["kind"] == "Pod") {
+        let said = addresses(object);
+        let on_host = object["spec"]["hostNetwork"] == true;
+        // What is of another type is for who reads the object to reject.
+        let readable = object["status"].is_null() || object["status"].is_object();
+        if said.is_empty() && readable && !on_host {
+            without.push(object);
+        }
+        taken.extend(said);
+    }
+    let (four, six) = (u32::from(SPARE.0), u128::from(SPARE.1));
+    let spare = (1..=SPARE_COUNT).map(|n| {
+        let four = Ipv4Addr::from(four + n);
+        let six = Ipv6Addr::from(six + u128::from(n));
+        [IpAddr::from(four), IpAddr::from(six)].map(|ip| ip.to_string())
+    });
+    let spare = spare.filter(|both| both.iter().all(|one| !taken.contains(one)));
+    for (pod, [four, six]) in without.into_iter().zip(spare) {
+        pod["status"]["podIPs"] = json!([{ "ip": four }, { "ip": six }]);
+    }
+}
+
+/// What a pod's status says, whatever it is.
+fn addresses(pod: &Value) -> Vec<String> {
+    let status = &pod["status"];
+    let several = status["podIPs"].as_array().into_iter().flatten();
+    let several = several.map(|one| &one["ip"]);
+    let all = several.chain([&status["podIP"]]);
+    all.filter(|one| !one.is_null())
+        .map(|one| one.as_str().unwrap_or_default().to_owned())
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -288,6 +339,31 @@ mod tests {
         let said = mistake(json, Format::Json);
         let expected = "t: check 1: evidence: unknown variant `word`";
         assert!(said.starts_with(expected), "{said}");
+    }
+
+    #[test]
+    fn pods_without_an_address_get_one_that_nobody_has() {
+        let pod = |status: Value| json!({"kind": "Pod", "spec": {}, "status": status});
+        let said = [
+            pod(json!({"podIPs": [{"ip": "198.18.0.2"}]})),
+            pod(json!({"podIP": "10.0.0.1"})),
+            pod(json!("Running")),
+            json!({"kind": "Pod", "spec": {"hostNetwork": true}}),
+            json!({"kind": "Service"}),
+        ];
+        let silent = [
+            json!({"kind": "Pod"}),
+            pod(json!({"phase": "Pending", "podIPs": []})),
+            pod(Value::Null),
+        ];
+        let mut all: Vec<Value> = said.iter().chain(&silent).cloned().collect();
+        give_addresses(&mut all);
+        assert_eq!(all[..said.len()], said);
+        let given: Vec<_> = all[said.len()..].iter().map(addresses).collect();
+        assert_eq!(
+            given,
+            [1, 3, 4].map(|n| vec![format!("198.18.0.{n}"), format!("2001:2::{n}")])
+        );
     }
 
     #[test]

@@ -525,3 +525,44 @@ checks:
     let run = meshctl(&["policy", "test", &path(&dir, "t.yaml")]);
     assert_eq!((run.code, run.out.as_str()), (0, "4 checks, 0 wrong\n"));
 }
+
+#[test]
+fn pods_need_not_say_their_addresses_nor_their_nodes() {
+    let dir = TempDir::new().unwrap();
+    let pod = |name: &str| {
+        format!(
+            "{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, namespace: s, labels: {{app: {name}}}}}}}"
+        )
+    };
+    let policy = "{apiVersion: networking.k8s.io/v1, kind: NetworkPolicy, metadata: {name: n, namespace: s}, \
+                  spec: {podSelector: {matchLabels: {app: b}}, ingress: [{from: [{podSelector: {matchLabels: {app: a}}}]}]}}";
+    let table = format!(
+        "manifests:\n- {}\n- {}\n- {}\n- {policy}\nchecks:\n\
+         - {{from: s/a, to: s/b, port: 80, expect: allow}}\n\
+         - {{from: s/c, to: s/b, port: 80, expect: deny}}\n\
+         - {{from: s/b, to: s/c, port: 80, expect: allow}}\n",
+        pod("a"),
+        pod("b"),
+        pod("c"),
+    );
+    let file = path(&dir, "t.yaml");
+    fs::write(&file, &table).unwrap();
+    let run = meshctl(&["policy", "test", &file]);
+    assert_eq!(
+        (run.code, &*run.out, &*run.err),
+        (0, "3 checks, 0 wrong\n", "")
+    );
+    // A row that cannot be asked is told from those that hold.
+    fs::write(
+        &file,
+        table + "- {from: s/d, to: s/b, port: 80, expect: deny}\n",
+    )
+    .unwrap();
+    let run = meshctl(&["policy", "test", &file]);
+    assert_eq!(
+        (run.code, &*run.out),
+        (2, "4 checks, 0 wrong, 1 not asked\n"),
+        "{}",
+        run.err
+    );
+}

@@ -20,7 +20,7 @@ pub(crate) fn run(args: &Explain, out: &mut impl Write) -> Result<Outcome> {
     for path in &args.manifests.paths {
         input::manifests(path, &mut objects)?;
     }
-    let world = World::new(&objects);
+    let world = World::imagined(objects);
     for note in &world.notes {
         writeln!(io::stderr(), "{note}")?;
     }

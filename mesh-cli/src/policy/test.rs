@@ -38,7 +38,10 @@ pub(crate) fn run(args: &Test, out: &mut impl Write) -> Result<Outcome> {
             writeln!(out, "{}: {} more", file.display(), shown - args.show)?;
         }
     }
-    writeln!(out, "{checks} checks, {wrong} wrong")?;
+    match unasked {
+        0 => writeln!(out, "{checks} checks, {wrong} wrong")?,
+        _ => writeln!(out, "{checks} checks, {wrong} wrong, {unasked} not asked")?,
+    }
     ensure!(checks > 0, "there are no checks");
     ensure!(unasked == 0, "{unasked} checks cannot be asked");
     Ok(if wrong == 0 {
@@ -56,7 +59,8 @@ fn one(
     args: &Test,
     out: &mut impl Write,
 ) -> Result<(Vec<String>, usize)> {
-    let world = World::new(&table::objects(table, file).with_context(|| place.to_owned())?);
+    let objects = table::objects(table, file).with_context(|| place.to_owned())?;
+    let world = World::imagined(objects);
     if !args.quiet {
         for note in &world.notes {
             writeln!(io::stderr(), "{place}: {note}")?;

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use mesh_api::truth::give_addresses;
 use mesh_api::{LastGood, Object, Options, Outcome, convert};
 use mesh_common::identity::{Evidence, IdentityId};
 use mesh_common::pod::PodView;
@@ -119,6 +120,12 @@ pub(super) fn notes(outcome: &Outcome) -> Vec<String> {
 }
 
 impl World {
+    /// Of manifests that need not say what addresses pods have.
+    pub(crate) fn imagined(mut objects: Vec<Object>) -> Self {
+        give_addresses(objects.iter_mut().map(|object| &mut object.value));
+        Self::new(&objects)
+    }
+
     pub(crate) fn new(objects: &[Object]) -> Self {
         let outcome = convert(objects, &LastGood::default(), Options { standalone: true });
         let notes = notes(&outcome);

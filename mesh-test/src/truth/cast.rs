@@ -11,7 +11,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use mesh_api::manifests::{Format, flatten, objects};
-use mesh_api::truth::{Manifest, Table};
+use mesh_api::truth::{Manifest, Table, give_addresses};
 use mesh_api::{LastGood, Object, Options, convert};
 use mesh_plan::cluster::{Cluster, Pod};
 use serde_json::{Value, json};
@@ -73,6 +73,7 @@ impl Cast {
             }
         }
         let nodes = rename_nodes(&mut objects)?;
+        give_addresses(&mut objects);
         if !mtls {
             withdraw(&mut objects);
         } else if !objects.iter().any(speaks_of_enrolment) {
