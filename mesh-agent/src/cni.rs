@@ -45,8 +45,10 @@ struct Known {
     enforces: Enforces,
     /// Its pods have an interface on the host's side, where the gate goes.
     gate: bool,
-    note: &'static str,
 }
+
+/// What is to be known about those without a gate.
+const NO_GATE: &str = "its pods have no interface on the host's side: they cannot be protected";
 
 const fn known(
     name: &'static str,
@@ -60,7 +62,6 @@ const fn known(
         links,
         enforces,
         gate: true,
-        note: "",
     }
 }
 
@@ -94,7 +95,6 @@ const KNOWN: &[Known] = &[
     known("Flannel", &["flannel"], &["flannel"], Enforces::No),
     Known {
         gate: false,
-        note: "its pods have no interface on the host's side: they cannot be protected",
         ..known(
             "macvlan, ipvlan or SR-IOV",
             &["macvlan", "ipvlan", "sriov"],
@@ -178,7 +178,7 @@ pub fn find(dir: &Path, links: &[String]) -> Option<Cni> {
         config,
         enforces: found.enforces,
         gate: found.gate,
-        note: found.note,
+        note: if found.gate { "" } else { NO_GATE },
     })
 }
 

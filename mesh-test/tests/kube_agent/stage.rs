@@ -53,17 +53,7 @@ pub(crate) fn nodes(kube: &Kube, lab: &Lab) {
 }
 
 /// Makes the object, then the pod, its sandbox, and says where it is.
-pub(crate) fn add_pod(
-    kube: &Kube,
-    lab: &mut Lab,
-    name: &str,
-    node: u8,
-) -> Result<(Arc<Pod>, Proc)> {
-    add_pod_in(kube, lab, "default", name, node)
-}
-
-/// [`add_pod`], in a namespace of one's own.
-pub(crate) fn add_pod_in(
+fn add_pod(
     kube: &Kube,
     lab: &mut Lab,
     namespace: &str,
@@ -121,7 +111,7 @@ impl Stage {
         nodes(&kube, &lab);
         let mut sandboxes = Vec::new();
         for (name, node) in [("a", 1), ("near", 1), ("b", 2)] {
-            let (_, sandbox) = add_pod(&kube, &mut lab, name, node).expect("pod");
+            let (_, sandbox) = add_pod(&kube, &mut lab, "default", name, node).expect("pod");
             sandboxes.push(sandbox);
         }
         let config = config(&lab, kubeconfig);
@@ -143,7 +133,7 @@ impl Stage {
     }
 
     pub(crate) fn add_in(&mut self, namespace: &str, name: &str, node: u8) -> Arc<Pod> {
-        let added = add_pod_in(&self.kube, &mut self.mesh, namespace, name, node);
+        let added = add_pod(&self.kube, &mut self.mesh, namespace, name, node);
         let (pod, sandbox) = added.expect("pod");
         self.sandboxes.push(sandbox);
         pod
