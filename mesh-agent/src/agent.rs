@@ -7,7 +7,6 @@
 
 mod mirror;
 mod neighbour;
-#[cfg(feature = "kubernetes")]
 mod report;
 
 use std::io;
@@ -279,7 +278,6 @@ impl Rooms {
     }
 
     /// Writes what this node reports to where others read it.
-    #[cfg(feature = "kubernetes")]
     async fn report(&mut self, config: &Config) -> Result<(), Error> {
         if config.source != config::Source::Kubernetes {
             return Ok(());
@@ -301,12 +299,6 @@ impl Rooms {
             tokio::spawn(report::run(sources, to)),
             tokio::spawn(writer.run(reports)),
         ];
-        Ok(())
-    }
-
-    /// Without a cluster nobody reads it.
-    #[cfg(not(feature = "kubernetes"))]
-    async fn report(&mut self, _: &Config) -> Result<(), Error> {
         Ok(())
     }
 

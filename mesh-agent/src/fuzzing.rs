@@ -33,7 +33,6 @@ pub fn answer(data: &[u8]) -> Seen {
 }
 
 /// What the controller's CA is asked for.
-#[cfg(feature = "kubernetes")]
 pub fn csr(data: &[u8]) -> Seen {
     crate::controller::fuzz::csr(data)
 }

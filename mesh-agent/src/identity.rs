@@ -37,7 +37,6 @@ mod spiffe;
 mod tls;
 mod verify;
 
-#[cfg(feature = "kubernetes")]
 pub(crate) use self::issuer::wire;
 pub use self::{
     certificate::Certificate,

@@ -7,10 +7,8 @@
 
 mod dir;
 mod files;
-#[cfg(feature = "kubernetes")]
 pub(crate) mod kubernetes;
 pub(crate) mod state;
-#[cfg(feature = "kubernetes")]
 pub(crate) mod status;
 
 use std::collections::BTreeMap;
@@ -82,7 +80,6 @@ pub enum Error {
     #[error("cannot run the thread that reads the cluster's state")]
     Thread(#[source] io::Error),
     /// The kubeconfig cannot be used.
-    #[cfg(feature = "kubernetes")]
     #[error("cannot use the kubeconfig {path}")]
     Kubeconfig {
         /// The file.
@@ -91,17 +88,11 @@ pub enum Error {
         source: Box<kube::config::KubeconfigError>,
     },
     /// The agent is no pod of a cluster.
-    #[cfg(feature = "kubernetes")]
     #[error("not in a pod of a cluster; name a kubeconfig with --kubeconfig")]
     InCluster(#[source] Box<kube::config::InClusterError>),
     /// No client can be made of what is configured.
-    #[cfg(feature = "kubernetes")]
     #[error("cannot make a client of the Kubernetes API")]
     Client(#[source] Box<kube::Error>),
-    /// The source is not built in.
-    #[cfg(not(feature = "kubernetes"))]
-    #[error("this program has no source {0:?}; use dir:PATH")]
-    Unsupported(&'static str),
 }
 
 impl Error {
@@ -110,10 +101,7 @@ impl Error {
     pub fn is_configuration(&self) -> bool {
         match self {
             Self::Read { .. } | Self::Thread(_) => false,
-            #[cfg(feature = "kubernetes")]
             Self::Kubeconfig { .. } | Self::InCluster(_) | Self::Client(_) => true,
-            #[cfg(not(feature = "kubernetes"))]
-            Self::Unsupported(_) => true,
         }
     }
 }
@@ -125,10 +113,7 @@ impl Error {
 pub async fn watch(settings: Settings) -> Result<Watched, Error> {
     match settings.source.clone() {
         Source::Dir(path) => dir::watch(path, settings).await,
-        #[cfg(feature = "kubernetes")]
         Source::Kubernetes => kubernetes::watch(settings).await,
-        #[cfg(not(feature = "kubernetes"))]
-        Source::Kubernetes => Err(Error::Unsupported("kubernetes")),
     }
 }
 

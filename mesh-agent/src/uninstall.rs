@@ -6,7 +6,6 @@
 //! that is made of the same pods, waits until it is done everywhere, and deletes that too. Nodes
 //! that are away keep the mesh until `mesh-agent cleanup` is run there, and are named.
 
-#[cfg(feature = "kubernetes")]
 mod nodes;
 
 use std::path::Path;
@@ -15,9 +14,6 @@ use std::path::Path;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// This build knows no Kubernetes.
-    #[error("this build was made without the feature kubernetes")]
-    NotBuilt,
     /// The API server cannot be reached with the credentials at hand.
     #[error("cannot tell how to reach the Kubernetes API")]
     Connect(#[source] crate::source::Error),
@@ -51,16 +47,6 @@ pub enum Error {
 ///
 /// # Errors
 /// What could not be done; nodes that were cleaned stay clean.
-#[cfg(feature = "kubernetes")]
 pub fn run(namespace: &str, kubeconfig: Option<&Path>) -> Result<usize, Error> {
     nodes::run(namespace, kubeconfig)
-}
-
-/// Does it all; gives the number of nodes that were cleaned.
-///
-/// # Errors
-/// Always: without the feature there is no cluster.
-#[cfg(not(feature = "kubernetes"))]
-pub fn run(_namespace: &str, _kubeconfig: Option<&Path>) -> Result<usize, Error> {
-    Err(Error::NotBuilt)
 }

@@ -23,7 +23,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::run;
 
 /// Where the tables are.
-const TABLES: &str = "mesh-test/truth";
+const TABLES: &str = "crates/mesh-test/truth";
 
 /// What is known of a clause.
 #[derive(Default)]

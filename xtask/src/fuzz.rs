@@ -123,7 +123,7 @@ fn corpora(target: &str) -> Result<Vec<PathBuf>> {
     let mut all = vec![found, run::root().join("fuzz/corpus").join(target)];
     if target == "manifests" {
         // What each kind of object does, as examples.
-        all.push(run::root().join("mesh-api/tests/golden"));
+        all.push(run::root().join("crates/mesh-api/tests/golden"));
     }
     Ok(all)
 }

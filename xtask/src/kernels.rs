@@ -19,7 +19,7 @@ use crate::{build, run, setup};
 const SERIES: [&str; 2] = ["6.12", "7.3"];
 
 /// What SCTP is tried with: no kernel without the protocol can.
-const TABLE: &str = "mesh-test/kernels/sctp.yaml";
+const TABLE: &str = "crates/mesh-test/kernels/sctp.yaml";
 
 #[derive(clap::Args)]
 pub(crate) struct Args {

@@ -28,7 +28,6 @@ use crate::fuzzing::{Seen, pieces};
 pub(super) const NOW: u64 = 1_800_000_000;
 
 /// The identity that the leaf in a PEM text has, if it is one.
-#[cfg(feature = "kubernetes")]
 pub(crate) fn named(pem: &str) -> Option<SpiffeId> {
     let der = CertificateDer::from_pem_slice(pem.as_bytes()).ok()?;
     read_leaf(&der).ok().map(|leaf| leaf.id)

@@ -17,7 +17,6 @@ mod self_signed;
 pub use self::grpc::GrpcCa;
 #[cfg(any(test, fuzzing))]
 pub(super) use self::grpc::split;
-#[cfg(any(feature = "kubernetes", test, fuzzing))]
 pub(crate) use self::grpc::wire;
 pub(super) use self::{files::Files, grpc::Grpc, self_signed::SelfSigned};
 

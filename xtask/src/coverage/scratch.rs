@@ -98,7 +98,7 @@ fn copy(workspace: &Path, directory: &Path, switch: &str, edits: &Edits<'_>) -> 
         }
         match &*shown {
             "mesh-common/src/lib.rs" => text += SWITCH,
-            "mesh-plan/src/lib.rs" => text += "\npub use mesh_common::mutation;\n",
+            "crates/mesh-plan/src/lib.rs" => text += "\npub use mesh_common::mutation;\n",
             _ => {}
         }
         write(&workspace.join(&path), &text)?;

@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result};
 use super::Outcome;
 use crate::run;
 
-const SCRIPT: &str = "mesh-test/apiserver/build.sh";
+const SCRIPT: &str = "crates/mesh-test/apiserver/build.sh";
 
 /// As the script has it: what `go.mod` of the servers asks for.
 const GO: &str = "Go 1.24 or later";

@@ -238,7 +238,7 @@ spec: {targetRef: {name: web}}
             let objects: Vec<_> = values.into_iter().map(object).collect();
             convert(&objects, &LastGood::default(), options)
         };
-        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../mesh-api/tests/golden");
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/mesh-api/tests/golden");
         let examples = fs::read_dir(root).unwrap().map(|example| {
             let path = example.unwrap().path();
             let text = fs::read_to_string(path.join("objects.yaml")).unwrap();

@@ -12,7 +12,8 @@ const SOON: Duration = Duration::from_secs(60);
 
 fn deploy() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
+        .ancestors()
+        .nth(2)
         .expect("workspace");
     root.join("deploy")
 }

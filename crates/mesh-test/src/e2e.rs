@@ -57,7 +57,7 @@ pub struct Line {
 }
 
 fn deploy(what: &str) -> Result<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2);
     Ok(root.context("workspace")?.join("deploy").join(what))
 }
 

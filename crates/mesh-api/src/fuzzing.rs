@@ -57,7 +57,7 @@ mod tests {
         };
         let golden = in_dir("tests/golden").map(|case| case.join("objects.yaml"));
         let mut gone = BTreeSet::new();
-        for file in in_dir("../fuzz/corpus/manifests").chain(golden) {
+        for file in in_dir("../../fuzz/corpus/manifests").chain(golden) {
             gone.extend(manifests(&fs::read_to_string(file).expect("text")));
         }
         assert_eq!(

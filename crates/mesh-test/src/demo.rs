@@ -165,7 +165,8 @@ fn pods() -> [PodSpec; 9] {
 /// deploy/examples/shop.
 fn examples() -> Result<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
+        .ancestors()
+        .nth(2)
         .context("workspace")?;
     Ok(root.join("deploy/examples/shop"))
 }

@@ -7,14 +7,14 @@ use std::{env, fs};
 
 #[test]
 fn crds_are_up_to_date() {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/crds");
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/crds");
     let bless = env::var_os("MESH_BLESS").is_some();
     let mut expected = Vec::new();
     for (plural, definition) in mesh_api::crd::definitions().unwrap() {
         let name = format!("{plural}.yaml");
         let text = format!(
             "# SPDX-License-Identifier: Apache-2.0\n\
-             # Generated from mesh-api/src/crd by `cargo xtask generate`; do not edit.\n{}",
+             # Generated from crates/mesh-api/src/crd by `cargo xtask generate`; do not edit.\n{}",
             serde_saphyr::to_string(&definition).unwrap()
         );
         let path = dir.join(&name);

@@ -83,7 +83,7 @@ impl Stage {
     pub(super) fn open() -> Result<(Kube, Self)> {
         let lab = Lab::builder(Topology::Routed).nodes(1).build()?;
         let kube = Kube::builder().start_in(&lab)?;
-        let crds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/crds");
+        let crds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/crds");
         let crds = crds.to_str().context("the path of the CRDs")?;
         kube.kubectl(["apply", "--server-side", "-f", crds])?;
         kube.crds_established()?;

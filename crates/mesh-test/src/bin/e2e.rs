@@ -107,7 +107,7 @@ fn run(cli: &Cli) -> Result<usize> {
             let wire = on.cluster().wire().path().display();
             say(&format_args!(
                 "\nIt runs until Ctrl-C. In another terminal:\n  nsenter --net={wire} env KUBECONFIG={config} \
-                 $(mesh-test/apiserver/build.sh) kubectl get pods -A -o wide"
+                 $(crates/mesh-test/apiserver/build.sh) kubectl get pods -A -o wide"
             ));
             loop {
                 std::thread::park();

@@ -9,7 +9,7 @@ use std::hash::{Hash, Hasher};
 
 /// Changes when the meaning of hashed content changes, so that an agent never takes an older
 /// agent's entry for its own.
-const EPOCH: &str = "mesh-plan/1";
+const EPOCH: &str = "crates/mesh-plan/1";
 
 /// Makes ids. The mask is all ones; tests clear bits to meet collisions.
 #[derive(Clone, Copy, Debug)]

@@ -23,7 +23,7 @@ pub(crate) struct Stage {
 }
 
 pub(crate) fn crds() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/crds")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/crds")
 }
 
 pub(crate) fn install_crds(kube: &Kube) {

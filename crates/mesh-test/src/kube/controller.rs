@@ -38,7 +38,7 @@ impl Kube {
     /// # Errors
     /// The API server refuses one.
     pub fn prepare_controller(&self) -> Result<()> {
-        let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy");
+        let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy");
         self.namespace(NAMESPACE, &[])?;
         self.service_account(NAMESPACE, "mesh-agent")?;
         for part in [

@@ -334,7 +334,8 @@ impl Shop {
     /// It does not come to answer; the error carries the end of its log.
     pub fn start(pod: &Pod, port: u16, redis: &str, postgres: &str) -> Result<Self> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .parent()
+            .ancestors()
+            .nth(2)
             .context("workspace")?;
         let script = root.join("deploy/examples/shop/app.py");
         let listen = format!("[::]:{port}");
