@@ -20,15 +20,15 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 
-use crate::cni::Neighbour;
-use crate::config::AdminAddr;
 use crate::control::Status;
-use crate::datapath::Handles;
 use crate::flows::FlowSink;
-use crate::logging::{Level, warn_limited};
 use crate::metrics::Metrics;
-use crate::pods::PodTable;
 use crate::source::Report;
+use mesh_config::AdminAddr;
+use mesh_datapath::cni::Neighbour;
+use mesh_datapath::datapath::Handles;
+use mesh_datapath::pods::PodTable;
+use mesh_log::{Level, warn_limited};
 
 mod bind;
 mod pages;

@@ -20,21 +20,22 @@ use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
 use crate::admin::{self, Admin, Readiness};
-use crate::cni;
-use crate::config::{self, Config, Deny, TunnelPort};
-use crate::control;
-use crate::datapath::{self, Datapath, Handles};
 use crate::flows::{self, Flows};
-use crate::identity::{self, Ca, Clock, GrpcCa, Identities, TrustDomain};
-use crate::logging::Level;
 use crate::metrics::Metrics;
-use crate::pods::find::{ByAnnotation, ByCgroup, ByCri, Finder};
 use crate::proxy::{self, ProxyHandle};
 use crate::record::{self, Recorder};
-use crate::shutdown::{self, Requests, Successor};
+use crate::shutdown::{self, Successor};
 use crate::source;
-use crate::sys::route::Routing;
-use crate::sys::{limits, memory};
+use crate::{control, host};
+use mesh_config::{Config, Deny, TunnelPort};
+use mesh_datapath::cni;
+use mesh_datapath::datapath::{self, Datapath, Handles};
+use mesh_datapath::pods::find::{ByAnnotation, ByCgroup, ByCri, Finder};
+use mesh_identity::{Ca, Clock, GrpcCa, Identities, TrustDomain};
+use mesh_log::Level;
+use mesh_sys::route::Routing;
+use mesh_sys::signals::Termination;
+use mesh_sys::{limits, memory};
 
 /// Threads of the control runtime: one for what answers, one for what computes.
 const CONTROL_THREADS: usize = 2;
@@ -54,7 +55,7 @@ pub enum Error {
     Datapath(#[from] datapath::Error),
     /// Certificates.
     #[error(transparent)]
-    Identity(#[from] identity::Error),
+    Identity(#[from] mesh_identity::Error),
     /// The trust domain.
     #[error("{0:?} is no trust domain")]
     TrustDomain(String),
@@ -122,7 +123,7 @@ pub fn run(config: Config, level: Option<Level>) -> Result<(), Error> {
 }
 
 async fn serve(config: Config, level: Option<Level>) -> Result<(), Error> {
-    let mut requests = Requests::listen().map_err(tried("listen for signals"))?;
+    let mut requests = Termination::listen().map_err(tried("listen for signals"))?;
     let mut rooms = Rooms::build(&config).await?;
     rooms.report(&config).await?;
     rooms.answer(&config, level).await?;
@@ -279,18 +280,20 @@ impl Rooms {
 
     /// Writes what this node reports to where others read it.
     async fn report(&mut self, config: &Config) -> Result<(), Error> {
-        if config.source != config::Source::Kubernetes {
+        if config.source != mesh_config::Source::Kubernetes {
             return Ok(());
         }
         let writer = source::status::Writer {
-            client: source::kubernetes::client::connect(config.kubeconfig.as_deref()).await?,
+            client: mesh_kube::connect(config.kubeconfig.as_deref())
+                .await
+                .map_err(source::Error::from)?,
             node: config.node.clone(),
             now,
         };
         let sources = report::Sources {
             status: self.views.status.clone(),
             source: self.source.clone(),
-            host: config.host.clone(),
+            host: host(&config.host),
             quiet: self.quiet.subscribe(),
             now,
         };
@@ -334,7 +337,7 @@ impl Rooms {
     /// Waits for a signal, or for a room that ends although nobody wanted it to.
     async fn until_the_end(
         &mut self,
-        requests: &mut Requests,
+        requests: &mut Termination,
         successor: &Successor,
     ) -> Result<(), Error> {
         let replaced = async {
@@ -357,7 +360,7 @@ impl Rooms {
     }
 
     /// Ends in order: not ready, open connections, records.
-    async fn finish(self, requests: &mut Requests, successor: &Successor, drain: Duration) {
+    async fn finish(self, requests: &mut Termination, successor: &Successor, drain: Duration) {
         self.readiness.set("not shutting down", false);
         self.quiet.send_replace(true);
         tokio::select! {
@@ -417,8 +420,8 @@ fn watch_neighbour(
 
 fn finder(config: &Config) -> io::Result<Finder> {
     Ok(match config.source {
-        config::Source::Dir(_) => Finder::Annotation(ByAnnotation),
-        config::Source::Kubernetes => {
+        mesh_config::Source::Dir(_) => Finder::Annotation(ByAnnotation),
+        mesh_config::Source::Kubernetes => {
             let socket = config.cri_socket.as_ref();
             let runtime = socket.map(|socket| ByCri::new(&config.proc, socket));
             Finder::Kubelet(ByCgroup::new(&config.proc), runtime.transpose()?)
@@ -478,23 +481,27 @@ fn trust_domain(name: &str) -> Result<TrustDomain, Error> {
     TrustDomain::new(name).map_err(|_invalid| Error::TrustDomain(name.to_owned()))
 }
 
-fn identity_config(config: &Config, trust_domain: &TrustDomain) -> Result<identity::Config, Error> {
+fn identity_config(
+    config: &Config,
+    trust_domain: &TrustDomain,
+) -> Result<mesh_identity::Config, Error> {
     let aliases = config.trust_domain_aliases.iter();
     let aliases = aliases
         .map(|name| self::trust_domain(name))
         .collect::<Result<_, _>>()?;
     let ca = match &config.ca {
-        config::Ca::SelfSigned(path) => Ca::SelfSigned(path.clone()),
-        config::Ca::Files(path) => Ca::Files(path.clone()),
-        config::Ca::Grpc(ca) => Ca::Grpc(GrpcCa {
+        mesh_config::Ca::SelfSigned(path) => Ca::SelfSigned(path.clone()),
+        mesh_config::Ca::Files(path) => Ca::Files(path.clone()),
+        mesh_config::Ca::Grpc(ca) => Ca::Grpc(GrpcCa {
             url: ca.url.clone(),
             token: Some(ca.token.clone()),
             bundle: ca.bundle.clone(),
             cluster: ca.cluster.clone(),
         }),
     };
-    Ok(identity::Config {
+    Ok(mesh_identity::Config {
         ca,
+        alpn: proxy::ALPN,
         trust_domain: trust_domain.clone(),
         aliases,
         crls: config.crls.clone(),

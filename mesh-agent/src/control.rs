@@ -30,12 +30,12 @@ use mesh_plan::{Compiler, Plan};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::identity::{SpiffeId, TrustDomain};
-use crate::logging::Chain;
-use crate::pods::find::Find;
-use crate::pods::{PodTable, made};
 use crate::record::Ended;
 use adopted::{Adopted, Leaving, Retry};
+use mesh_datapath::pods::find::Find;
+use mesh_datapath::pods::{PodTable, made};
+use mesh_identity::{SpiffeId, TrustDomain};
+use mesh_log::Chain;
 
 pub use kernel::Kernel;
 pub use status::{PodStatus, Status};
@@ -61,7 +61,7 @@ pub enum Error {
     SourceEnded,
     /// The kernel refused.
     #[error(transparent)]
-    Datapath(#[from] crate::datapath::Error),
+    Datapath(#[from] mesh_datapath::datapath::Error),
     /// The agent's own interfaces cannot be read.
     #[error("cannot read this node's interfaces")]
     Links(#[source] io::Error),

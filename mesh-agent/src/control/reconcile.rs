@@ -24,11 +24,11 @@ use mesh_plan::{Plan, diff};
 use super::adopted::{Adopted, Enrolment, Retry, before_the_first_plan, in_force};
 use super::connections::Ask;
 use super::{Control, Error, Kernel, connections, describe, sockets};
-use crate::datapath::PodAttachment;
-use crate::pods::find::Find;
-use crate::pods::{self, Home, PodHandle, watch};
 use crate::record::Ended;
-use crate::sys::route::{Link, Routing};
+use mesh_datapath::datapath::PodAttachment;
+use mesh_datapath::pods::find::Find;
+use mesh_datapath::pods::{self, Home, PodHandle, watch};
+use mesh_sys::route::{Link, Routing};
 
 /// How long the open connections of a pod that leaves the mesh may go on as they are.
 const LEAVING: Duration = Duration::from_secs(30);

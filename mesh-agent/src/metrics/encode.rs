@@ -17,8 +17,8 @@ use prometheus_client::encoding::{
 use super::describe::{self, Description};
 use super::process::Usage;
 use super::{HANDSHAKES, Metrics, Role, Totals};
-use crate::identity::Refusal;
 use crate::record::{Close, ClosedBy, Reporter};
+use mesh_identity::Refusal;
 
 /// Writes every family.
 #[derive(Debug)]

@@ -193,8 +193,8 @@ fn the_form_is_negotiated() {
 
 #[test]
 fn the_references_are_up_to_date() {
-    crate::testing::golden("docs/metrics.md", &reference());
-    crate::testing::golden("docs/reasons.md", &crate::metrics::reasons());
+    mesh_fixtures::golden("docs/metrics.md", &reference());
+    mesh_fixtures::golden("docs/reasons.md", &crate::metrics::reasons());
 }
 
 /// Words of a text that look like the names of metrics of ours, without the suffixes of

@@ -25,10 +25,10 @@ use super::tunnel::frame::{Cause, Control, Open, StreamId, Why};
 use super::tunnel::{Tunnel, TunnelError};
 use super::turns::{self, Computing};
 use super::worker::{Job, Share, Worker};
-use crate::identity::{Proof, Refusal, SpiffeId};
 use crate::metrics::Role;
-use crate::pods::PodHandle;
 use crate::record::{Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security};
+use mesh_datapath::pods::PodHandle;
+use mesh_identity::{Proof, Refusal, SpiffeId};
 
 /// Serves a tunnel from its acceptance to its end.
 pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {

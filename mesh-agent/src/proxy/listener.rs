@@ -22,9 +22,9 @@ use super::admission::Admission;
 use super::dial::KEEPALIVE;
 use super::socket::Socket;
 use super::worker::{Job, JobKind, Place, Share, Worker};
-use crate::identity::Refusal;
 use crate::metrics::Role;
-use crate::pods::{Listeners, PodHandle, PodTable};
+use mesh_datapath::pods::{Listeners, PodHandle, PodTable};
+use mesh_identity::Refusal;
 
 /// Pause after accept() failed for want of descriptors or memory.
 const BREATH: Duration = Duration::from_millis(50);

@@ -13,8 +13,8 @@ use mesh_plan::Plan;
 use tokio::sync::Notify;
 
 use super::tunnel::frame::Why;
-use crate::identity::{Identities, Proof};
 use crate::record::Close;
+use mesh_identity::{Identities, Proof};
 
 /// What a connection was allowed for.
 #[derive(Clone, Copy, Debug)]

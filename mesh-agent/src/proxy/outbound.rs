@@ -18,10 +18,10 @@ use super::tunnel::Tunnel;
 use super::tunnel::frame::{Cause, Control, Open, StreamId, Why};
 use super::turns;
 use super::worker::{Job, Load, Place, Share, Worker};
-use crate::identity::SpiffeId;
 use crate::metrics::Role;
-use crate::pods::PodHandle;
 use crate::record::{Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security};
+use mesh_datapath::pods::PodHandle;
+use mesh_identity::SpiffeId;
 
 pub(crate) use self::reach::Failure;
 

@@ -26,10 +26,10 @@ use super::socket::Socket;
 use super::tunnel::Tunnel;
 use super::turns::{self, Turns};
 use super::{Phase, Timing};
-use crate::identity::{Epoch, Identities, SpiffeId};
 use crate::metrics::{Metrics, Usage};
-use crate::pods::{PodHandle, PodTable};
 use crate::record::Recorder;
+use mesh_datapath::pods::{PodHandle, PodTable};
+use mesh_identity::{Epoch, Identities, SpiffeId};
 
 /// How often idle tunnels are looked after.
 const SWEEP: Duration = Duration::from_secs(1);

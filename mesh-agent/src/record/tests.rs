@@ -14,8 +14,8 @@ use serde_json::Value;
 
 use super::bytes::COUNT_EVERY;
 use super::*;
-use crate::config::FlowLog;
 use crate::flows::Flows;
+use mesh_config::FlowLog;
 
 const RULE: RuleId = RuleId(77);
 

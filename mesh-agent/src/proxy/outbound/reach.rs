@@ -10,15 +10,15 @@ use mesh_common::Reason;
 use tokio::time::{Instant as Deadline, sleep, timeout_at};
 
 use super::target::Target;
-use crate::identity::{self, Epoch, Refusal, server_name};
 use crate::metrics::Role;
-use crate::pods::PodHandle;
 use crate::proxy::pool::Pooled;
 use crate::proxy::socket::Socket;
 use crate::proxy::tls::{self, HandshakeError};
 use crate::proxy::tunnel::Tunnel;
 use crate::proxy::turns::Computing;
 use crate::proxy::worker::{Share, Worker};
+use mesh_datapath::pods::PodHandle;
+use mesh_identity::{Epoch, Refusal, server_name};
 
 /// Makes a tunnel to the target's agent. With `elsewhere` another endpoint can be tried, and this
 /// one is given up sooner. An agent that is not found on the application's own port is asked for on
@@ -189,7 +189,7 @@ pub(crate) enum Failure {
     Refused(#[from] Refusal),
     /// There is no certificate to show.
     #[error(transparent)]
-    Identity(#[from] identity::Error),
+    Identity(#[from] mesh_identity::Error),
 }
 
 impl From<HandshakeError> for Failure {

@@ -22,13 +22,13 @@ use tokio::sync::watch;
 use super::super::dial::Dial;
 use super::super::socket::Socket;
 use super::super::*;
-use crate::config::FlowLog;
 use crate::flows::Flows;
-pub(super) use crate::identity::Config as IdentityConfig;
-use crate::identity::{Ca, Clock, SpiffeId, TrustDomain};
 use crate::metrics::Metrics;
-use crate::pods::{Listeners, PodHandle};
-use crate::sys::netns::NetNs;
+use mesh_config::FlowLog;
+use mesh_datapath::pods::{Listeners, PodHandle};
+pub(super) use mesh_identity::Config as IdentityConfig;
+use mesh_identity::{Ca, Clock, SpiffeId, TrustDomain};
+use mesh_sys::netns::NetNs;
 
 pub(super) const CLIENT: &str = "10.244.0.2";
 pub(super) const SERVER: &str = "10.244.1.3";
@@ -329,6 +329,7 @@ impl Rig {
             trust_domain: TrustDomain::new("cluster.local").unwrap(),
             aliases: Vec::new(),
             crls: Vec::new(),
+            alpn: super::super::ALPN,
             clock: Clock::new(now),
             seed: 1,
         };
