@@ -352,7 +352,7 @@ fn the_matrix() {
     let run = matrix(&["-n", "nobody"]);
     assert_eq!(run.code, 2);
     assert!(
-        run.err.contains("no pods in namespace nobody"),
+        run.err.contains("namespace nobody has no pods"),
         "{}",
         run.err
     );
