@@ -7,7 +7,7 @@
 
 use crate::addr::{Addr, Endpoint, Protocol};
 use crate::identity::{Evidence, IdentityId, Peer};
-use crate::pod::{ModeKey, PodState, PodView, port_mode};
+use crate::pod::{ListenerSlot, ModeKey, PodState, PodView, port_mode};
 use crate::policy::{Direction, Policies, Question};
 use crate::settings::TUNNEL_PORT;
 use crate::verdict::{Reason, Verdict};
@@ -142,6 +142,13 @@ pub fn who(peers: &impl Peers, addr: &Addr) -> Who {
     }
 }
 
+/// Whether TCP from a pod to a peer goes through a tunnel, if policy allows it.
+#[inline(always)]
+#[must_use]
+pub const fn tunnels(pod: &PodView, peer: &Who) -> bool {
+    pod.has(PodState::ENROLLED) && !peer.local && peer.has(Peer::ENROLLED | Peer::READY)
+}
+
 /// What to do with a connection or datagram that a pod sends. The destination is real: services are
 /// already resolved.
 #[inline(always)]
@@ -257,6 +264,41 @@ pub enum Origin {
     /// No gate holds addresses on the pod's interface: a local pod's address is no better than any,
     /// and a node's proves nothing.
     Ungated,
+}
+
+impl Origin {
+    /// The origin of a packet to a pod whose source address was not translated.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(pod: &PodView) -> Self {
+        if pod.has(PodState::GATED) {
+            Self::Address
+        } else {
+            Self::Ungated
+        }
+    }
+}
+
+/// The agent's listener for captured connections, by the address family on the wire.
+#[inline(always)]
+#[must_use]
+pub const fn outbound_listener(destination: &Addr) -> ListenerSlot {
+    if destination.is_v4() {
+        ListenerSlot::Outbound4
+    } else {
+        ListenerSlot::Outbound6
+    }
+}
+
+/// The agent's listener for tunnels, by the address family on the wire.
+#[inline(always)]
+#[must_use]
+pub const fn tunnel_listener(destination: &Addr) -> ListenerSlot {
+    if destination.is_v4() {
+        ListenerSlot::Tunnel4
+    } else {
+        ListenerSlot::Tunnel6
+    }
 }
 
 /// Whether a port of the pod accepts tunnels only.

@@ -92,6 +92,13 @@ pub enum Route {
     NoPort,
 }
 
+/// Whether an endpoint is a service's, so that packets to it need translation.
+#[inline(always)]
+pub fn is_virtual(services: &impl Services, at: &Endpoint, protocol: Protocol) -> bool {
+    services.service(&ServiceKey::marker(at.addr)).is_some()
+        || services.service(&ServiceKey::new(*at, protocol)).is_some()
+}
+
 /// How often a list may be looked up again when it is switched between the two look-ups.
 const ATTEMPTS: u32 = 2;
 

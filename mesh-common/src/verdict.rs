@@ -97,6 +97,24 @@ reasons! {
     47 ForeignDestination "foreign_destination" "A packet to an enrolled pod under an address that the cluster does not know as the pod's: no hook could decide it.";
 }
 
+impl Reason {
+    /// Whether a policy as it is written decided: by a rule, or by isolating the pod. The `deny`
+    /// setting and audit mode are about such refusals only.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_policy(self) -> bool {
+        matches!(self, Self::Policy | Self::DefaultDeny)
+    }
+
+    /// Whether the policy decision refused: by a policy as it is written, or because the pod's policy
+    /// is missing, which is a fault of the mesh or of the policy.
+    #[inline(always)]
+    #[must_use]
+    pub const fn is_policy_or_missing(self) -> bool {
+        self.is_policy() || matches!(self, Self::PolicyMissing)
+    }
+}
+
 /// What was decided, why, and by which rule.
 #[must_use = "a verdict that is thrown away is a hole"]
 #[repr(C)]
