@@ -71,7 +71,7 @@ pub(crate) fn from_pod(ctx: &TcContext) -> i32 {
         return icmpv6_from_pod(ctx, pod, state, ip);
     }
     if !state.view.owns(&ip.from.addr) {
-        // A pod gets no address by DHCP, and multicast listener reports are ICMPv6, handled above.
+        // This includes DHCP requests, which a pod sends before it has an address.
         return refuse(pod, Direction::Egress, ip, Reason::Spoofed);
     }
     if ip.protocol == Protocol::ICMP {
