@@ -6,7 +6,7 @@
 //! A pod's state is read in place. If the agent replaces it during a decision, the decision is made
 //! once more; if that happens again, the traffic is denied.
 
-use mesh_common::path::{self, Origin, Outbound, Path};
+use mesh_common::path::{self, Arrival, Origin, Outbound, Path};
 use mesh_common::pod::{PodIndex, PodState};
 use mesh_common::policy::{self, Question};
 use mesh_common::{Endpoint, IdentityId, Port, Protocol, Reason, Verdict};
@@ -48,6 +48,19 @@ pub(crate) struct Ask {
     pub(crate) protocol: Protocol,
     /// The provenance of the source address of incoming traffic.
     pub(crate) origin: Origin,
+}
+
+impl Ask {
+    /// Returns the part that decides plaintext traffic to the pod.
+    #[inline(always)]
+    pub(crate) const fn arrival(&self) -> Arrival<'_> {
+        Arrival {
+            from: &self.remote.addr,
+            origin: self.origin,
+            protocol: self.protocol,
+            port: self.local_port,
+        }
+    }
 }
 
 /// The decision about an [`Ask`].
@@ -113,7 +126,8 @@ extern "C" fn mesh_outbound(ask: *const Ask, answer: *mut Path) -> u64 {
         return UNANSWERED;
     };
     let revision = read!(state as *const PodState, revision_end);
-    *answer = path::outbound(&Tables, &state.view, ask.remote, ask.protocol);
+    let set = state.view.set;
+    *answer = path::outbound(&Tables, &state.view, set, ask.remote, ask.protocol);
     if read!(state as *const PodState, revision) == revision {
         ANSWERED
     } else {
@@ -133,9 +147,7 @@ extern "C" fn mesh_inbound(ask: *const Ask, answer: *mut Path) -> u64 {
         return UNANSWERED;
     };
     let revision = read!(state as *const PodState, revision_end);
-    let from = &ask.remote.addr;
-    let (protocol, port) = (ask.protocol, ask.local_port);
-    *answer = path::inbound(&Tables, &state.view, from, ask.origin, protocol, port);
+    *answer = path::inbound(&Tables, &state.view, state.view.set, ask.arrival());
     if read!(state as *const PodState, revision) == revision {
         ANSWERED
     } else {
