@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Compiles `mesh-ebpf` for the kernel and leaves the object as `$OUT_DIR/mesh-bpf`.
+//! Compiles `mesh-ebpf` for the BPF target and writes the object to `$OUT_DIR/mesh-bpf`.
 //!
-//! It runs under every kind of cargo build, an editor's too, so it owns what the kernel target
-//! needs and a plain `cargo build` does not give: build-std, bpf-linker, the right toolchain.
-//! It never downloads or installs: what is missing is named, with the command that brings it.
+//! The script runs in every cargo build, also an editor's. It sets up what the BPF target needs beyond a
+//! plain `cargo build`: build-std, bpf-linker and the right toolchain. It never downloads or installs:
+//! an error names what is missing and the command that installs it.
 
 use std::{
     env,
@@ -42,24 +42,25 @@ fn build() -> Result<()> {
     let out = required("OUT_DIR").map(PathBuf::from)?;
     let shared = shared_dir(&out, trace)?;
 
-    // Two builds of different profiles share `shared`; neither may copy what the other writes.
+    // Builds of several profiles share the directory. The lock keeps one from copying the object while
+    // another writes it.
     let lock = File::create(shared.join("lock")).context("cannot create the lock file")?;
     lock.lock()
         .context("cannot take the lock of the eBPF build")?;
 
     set_env("PATH", &path);
     set_env("OUT_DIR", shared.as_os_str());
-    // The kernel target has no precompiled core, and build-std is not stable. Only the nested
-    // cargo sees this: the rest of the workspace stays on stable features.
+    // The BPF target has no precompiled core, and build-std is not stable. Only the nested cargo sees
+    // this variable: the rest of the workspace uses stable features.
     set_env("RUSTC_BOOTSTRAP", "1".as_ref());
-    // The object is the same wherever it is built: its line info names sources without the
-    // directories of this machine.
+    // The object is the same on every machine: its line info has no local directories.
     set_env("CARGO_UNSTABLE_TRIM_PATHS", "true".as_ref());
     set_env("CARGO_PROFILE_RELEASE_TRIM_PATHS", "all".as_ref());
-    // Its status lines would come out as warnings of this build.
+    // Cargo's status lines would be shown as warnings of this build.
     set_env("CARGO_TERM_QUIET", "true".as_ref());
-    // Many small units, which the linker joins into functions with small stacks: in one piece the
-    // gate needs more than the 512 bytes that the kernel gives a chain of calls.
+    // Incremental builds have many small codegen units, from which the linker makes functions with
+    // small stack frames. In one unit, the gate needs more than the kernel's 512 bytes of stack for a
+    // chain of calls.
     set_env("CARGO_INCREMENTAL", "1".as_ref());
     let features: &[&str] = if trace { &["trace"] } else { &[] };
     aya_build::build_ebpf(
@@ -79,7 +80,7 @@ fn build() -> Result<()> {
         .with_context(|| format!("cannot copy {} to {}", built.display(), object.display()))
 }
 
-/// Names what the object is made of; `aya_build` itself adds the sources of mesh-ebpf.
+/// Tells cargo which files the object depends on; `aya_build` adds the sources of mesh-ebpf.
 fn watch() {
     for path in [
         "build.rs",
@@ -93,10 +94,10 @@ fn watch() {
     say("cargo:rerun-if-env-changed=RUSTUP_TOOLCHAIN");
 }
 
-/// One target directory for all profiles of the agent: the object is the same in each, and
-/// core is compiled once.
+/// Returns the target directory of the nested build, which all profiles of the agent share: the object is
+/// the same in each, and core is compiled once.
 fn shared_dir(out: &Path, trace: bool) -> Result<PathBuf> {
-    // Only the root of a target directory has this file, with and without `--target`.
+    // Only the root of a target directory has this file, also with `--target`.
     let target = out
         .ancestors()
         .filter(|dir| dir.join("CACHEDIR.TAG").is_file())
@@ -141,7 +142,7 @@ fn check_rust_src(sysroot: &Path) -> Result<()> {
     )
 }
 
-/// The search path, with cargo's own directory added when an editor's environment lacks it.
+/// Returns the search path, with cargo's own directory added if an editor's environment lacks it.
 fn path_with_linker() -> Result<OsString> {
     let path = env::var_os("PATH").unwrap_or_default();
     if env::split_paths(&path).any(|dir| dir.join(LINKER).is_file()) {
@@ -160,8 +161,8 @@ fn path_with_linker() -> Result<OsString> {
     env::join_paths(paths).context("PATH cannot take cargo's directory")
 }
 
-/// What `rustup run` takes: the name rustup works under, or the directory of the toolchain when
-/// cargo was started without rustup. Without rustup on the machine nobody reads it.
+/// Returns the toolchain argument of `rustup run`: the toolchain's name, or its directory if cargo was
+/// started without rustup. It is not used on a machine without rustup.
 fn toolchain(sysroot: &Path) -> String {
     env::var_os("RUSTUP_TOOLCHAIN")
         .and_then(|name| name.into_string().ok())
@@ -181,7 +182,7 @@ fn set_env(name: &str, value: &std::ffi::OsStr) {
     unsafe { env::set_var(name, value) };
 }
 
-/// Standard output is how a build script talks to cargo.
+/// Writes a line to standard output, which cargo reads.
 fn say(line: &str) {
     println!("{line}");
 }

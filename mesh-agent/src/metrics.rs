@@ -223,7 +223,11 @@ impl Metrics {
 
     /// Counts a decision that the agent made. The kernel's are counted by the kernel.
     pub fn verdict(&self, direction: Direction, verdict: &Verdict) {
-        let counter = Counter::Verdict(direction, verdict.allowed, verdict.reason);
+        let counter = Counter::Verdict {
+            direction,
+            allowed: verdict.allowed,
+            reason: verdict.reason,
+        };
         if let Some(count) = self.0.verdicts.get(counter.index() as usize) {
             count.fetch_add(1, Relaxed);
         }

@@ -1,27 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The object that the build embeds: the kernel's verifier takes every program, hooks attach, and a
-//! second start updates the links of the first in place.
+//! Loads the embedded object: the kernel's verifier accepts every program, hooks attach, and a second
+//! start takes over the maps and links of the first.
 //!
-//! Needs root, cgroup2, bpffs and a kernel with BTF; without them it fails, it does not skip.
+//! Needs root, cgroup2, bpffs and a kernel with BTF; without them the tests fail.
 
-#![expect(clippy::print_stderr, reason = "a test says what it leaves behind")]
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "numbers and leftovers are for people to read"
+)]
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process;
 
+use aya::maps::{Array, Map, MapData};
 use aya::programs::{Program, loaded_links};
 use aya::{Ebpf, EbpfLoader};
 use mesh_datapath::datapath::{Config, Datapath, MAP_NAMES, pin_directory};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-bpf"));
 
-/// Instructions the verifier may look at for one program, loops and branches counted each time: a
-/// third of the time budget that a start has, and far below the kernel's limit of a million.
+/// The most instructions that the verifier may process for one program, loops and branches counted each
+/// time: a third of the time budget of a start, and far below the kernel's limit of a million.
 const VERIFIER_BUDGET: u32 = 70_000;
 
-/// A cgroup without processes and a directory in bpffs, removed on drop.
+/// A cgroup without processes and a directory in bpffs, both removed on drop.
 struct Place {
     cgroup: PathBuf,
     bpffs: PathBuf,
@@ -75,7 +80,7 @@ fn mount_of(kind: &str) -> Option<PathBuf> {
         .map(|(path, _)| PathBuf::from(path))
 }
 
-/// Link id to program id of the links pinned in a directory.
+/// Returns the links pinned in a directory: link ID to program ID.
 fn pinned(directory: &Path) -> BTreeMap<u32, u32> {
     let pins: Vec<_> = fs::read_dir(directory)
         .expect("pins are readable")
@@ -117,6 +122,8 @@ fn every_program_verifies_within_its_budget() {
         };
         let info = info.unwrap_or_else(|err| panic!("{name} is refused: {err:?}"));
         let verified = info.verified_instruction_count().unwrap_or(0);
+        let bytes = info.size_translated().unwrap_or(0);
+        println!("{name}: {verified} instructions verified, {bytes} bytes");
         assert!(
             verified <= VERIFIER_BUDGET,
             "{name}: {verified} instructions to verify"
@@ -149,8 +156,34 @@ fn every_map_is_pinned_under_its_name() {
     }
 }
 
+/// An agent that takes over from one with the earlier name goes on with its map, and leaves the earlier
+/// pin to it.
 #[test]
-fn a_second_start_updates_the_links_in_place() {
+fn renamed_map_is_taken_over_with_its_value() {
+    let place = Place::create("renamed");
+    let pins = pin_directory(&place.bpffs);
+    let pin = |name: &str| {
+        let map = MapData::from_pin(pins.join(name)).expect("the map is pinned");
+        let id = map.info().expect("the map has info").id();
+        let array = Array::<_, u64>::try_from(Map::Array(map)).expect("an array");
+        (id, array)
+    };
+    drop(Datapath::load(&place.config()).expect("the datapath loads"));
+    let (id, mut array) = pin("CONFIG_GENERATION");
+    array.set(0, 4_711, 0).expect("the map takes the value");
+    let [earlier, present] = ["FACTS", "CONFIG_GENERATION"].map(|name| pins.join(name));
+    fs::rename(present, earlier).expect("bpffs renames pins");
+
+    let _loaded = Datapath::load(&place.config()).expect("the datapath loads again");
+    for name in ["CONFIG_GENERATION", "FACTS"] {
+        let (found, array) = pin(name);
+        assert_eq!(found, id, "{name} is the same map");
+        assert_eq!(array.get(&0, 0).expect("the map has the element"), 4_711);
+    }
+}
+
+#[test]
+fn second_start_updates_links_in_place() {
     let place = Place::create("restart");
     let pins = pin_directory(&place.bpffs);
     let first = {

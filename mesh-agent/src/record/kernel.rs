@@ -166,7 +166,7 @@ impl KernelRecords {
         };
         let protocol = Protocol(event.protocol);
         let service = Some(event.service).filter(|at| *at != Endpoint::NONE);
-        let clear = Reason::from_code(event.clear).unwrap_or(Reason::NoPolicy);
+        let clear = Reason::from_code(event.plaintext).unwrap_or(Reason::NoPolicy);
         let same_node = clear == Reason::SameNode;
         let closed_by = match kind {
             Kind::Audit => ClosedBy::Unknown,

@@ -125,7 +125,7 @@ fn event(kind: u8, direction: mesh_common::Direction) -> Event {
         direction: direction as u8,
         protocol: Protocol::TCP.0,
         reason: Reason::Policy as u8,
-        clear: Reason::SameNode as u8,
+        plaintext: Reason::SameNode as u8,
         closed_by: closed_by::LOCAL,
         spare: 0,
         spare_end: 0,
@@ -307,7 +307,7 @@ fn refusals_of_the_kernel_are_recorded_and_are_no_connections() {
     let mut denied = event(kind::DENIED, mesh_common::Direction::Egress);
     denied.reason = Reason::DefaultDeny as u8;
     denied.remote = at("192.0.2.1:443");
-    denied.clear = Reason::NotAWorkload as u8;
+    denied.plaintext = Reason::NotAWorkload as u8;
     records.report(&denied);
     records.report(&event(kind::AUDIT, mesh_common::Direction::Egress));
     records.report(&event(200, mesh_common::Direction::Egress));

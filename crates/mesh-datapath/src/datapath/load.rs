@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
@@ -32,7 +33,7 @@ pub const NAMES: &[&str] = &[
     "BACKENDS",
     "LISTENERS",
     "FLOWS",
-    "FACTS",
+    "CONFIG_GENERATION",
     "CAPTURED",
     "OLD_CONNECTIONS",
     "TUNNELS",
@@ -45,6 +46,9 @@ pub const NAMES: &[&str] = &[
     "SOCKETS",
     "VIPS",
 ];
+
+/// Maps with another name in an earlier version: the earlier and the present name of the pin.
+const RENAMED: [(&str, &str); 1] = [("FACTS", "CONFIG_GENERATION")];
 
 /// Programs of the cgroup, in the order in which they are updated: what refuses first, what
 /// captures last.
@@ -88,6 +92,10 @@ impl Datapath {
             path: config.bpffs.clone(),
             source,
         })?;
+        link_renamed(&pins).map_err(|source| Error::Bpffs {
+            path: config.bpffs.clone(),
+            source,
+        })?;
         let mut object = open(&pins, config.trace)?;
         load_programs(&mut object)?;
         let maps = tables::Maps::take(&mut object)?;
@@ -109,6 +117,22 @@ impl Datapath {
         attach_cgroup(&mut datapath.object, config, &pins)?;
         Ok((datapath, events))
     }
+}
+
+/// Pins maps of an earlier version under their present names as well, so that this version and the
+/// earlier one use the same map: programs of either keep the values of the other. Without this, UDP
+/// flows would have generations of another counter, and one that policy now denies could pass until it
+/// is idle.
+fn link_renamed(pins: &Path) -> std::io::Result<()> {
+    for (before, now) in RENAMED {
+        match fs::hard_link(pins.join(before), pins.join(now)) {
+            Ok(()) => {}
+            Err(error)
+                if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::AlreadyExists) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 fn open(pins: &Path, trace: bool) -> Result<Ebpf, Error> {

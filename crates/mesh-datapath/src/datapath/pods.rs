@@ -112,7 +112,7 @@ impl Datapath {
             index,
         )?;
         self.attach_inbound(pod, &directory)?;
-        self.facts_changed()?;
+        self.next_generation()?;
         Ok(PodFacts {
             index,
             taken_over,
@@ -127,7 +127,7 @@ impl Datapath {
     /// When the pod was not added, or the map refuses.
     pub fn set_pod(&mut self, index: PodIndex, view: &PodView) -> Result<(), Error> {
         let switched = self.switch_pod(index, view);
-        self.facts_changed()?;
+        self.next_generation()?;
         switched
     }
 
@@ -221,7 +221,7 @@ impl Datapath {
         self.forget_flows(|slot_pod, _| slot_pod == index)?;
         self.forget_old_connections(index)?;
         remove(&mut self.maps.pods, "PODS", index)?;
-        self.facts_changed()
+        self.next_generation()
     }
 
     /// Every pod in the maps, an older agent's too.

@@ -30,7 +30,7 @@ pub(crate) struct Maps {
     pub(super) by_link: HashMap<MapData, u32, GatePod>,
     pub(super) listeners: SockMap<MapData>,
     pub(super) flows: HashMap<MapData, FlowSlot, Flow>,
-    facts: Array<MapData, u64>,
+    config_generation: Array<MapData, u64>,
     pub(super) old_connections: HashMap<MapData, ConnectionKey, u32>,
     peers: HashMap<MapData, Addr, Peer>,
     pod_cidrs: LpmTrie<MapData, Addr, u32>,
@@ -71,7 +71,7 @@ impl Maps {
             by_link: take!(object, "PODS_BY_LINK"),
             listeners: take!(object, "LISTENERS"),
             flows: take!(object, "FLOWS"),
-            facts: take!(object, "FACTS"),
+            config_generation: take!(object, "CONFIG_GENERATION"),
             old_connections: take!(object, "OLD_CONNECTIONS"),
             peers: take!(object, "PEERS"),
             pod_cidrs: take!(object, "POD_CIDRS"),
@@ -186,18 +186,18 @@ impl Datapath {
         let applied = self.apply_each(ops);
         // What was done counts, also if not all was.
         if ops.iter().any(decides) {
-            self.facts_changed()?;
+            self.next_generation()?;
         }
         applied
     }
 
-    /// Makes the hooks decide again what they have kept, after a change of what they decide by.
-    pub(super) fn facts_changed(&mut self) -> Result<(), Error> {
-        let facts = &mut self.maps.facts;
-        facts
-            .get(&0, 0)
-            .and_then(|revision| facts.set(0, revision.wrapping_add(1), 0))
-            .map_err(|source| failed("count a change in", "FACTS", source))
+    /// Increments the config generation after a change of config, so that the hooks decide again the
+    /// flows that they keep.
+    pub(super) fn next_generation(&mut self) -> Result<(), Error> {
+        let map = &mut self.maps.config_generation;
+        map.get(&0, 0)
+            .and_then(|generation| map.set(0, generation.wrapping_add(1), 0))
+            .map_err(|source| failed("increment the generation in", "CONFIG_GENERATION", source))
     }
 
     fn apply_each(&mut self, ops: &[MapOp]) -> Result<(), Error> {

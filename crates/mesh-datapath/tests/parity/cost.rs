@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What a decision of the kernel costs, by the number of policies: the gate's program over maps that a
-//! compiled plan has filled, run many times by BPF_PROG_TEST_RUN.
+//! The time of a kernel decision by the number of policies. BPF_PROG_TEST_RUN runs the gate's program
+//! many times over maps with a compiled plan.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,9 +20,9 @@ use crate::world::{Packet, SYN};
 
 const SERVER: &str = "10.1.0.1";
 const POLICIES: [usize; 3] = [10, 1_000, 10_000];
-/// Runs of one measurement.
+/// The number of program runs of one measurement.
 const REPEAT: u32 = 20_000;
-/// Measurements of each size, in turns; the median counts.
+/// The number of measurements for each number of policies, taken in turns; the median counts.
 const ROUNDS: usize = 15;
 
 fn labelled(key: &str, value: &str) -> Selector {
@@ -49,9 +49,9 @@ fn pod(number: usize, role: &str, node: &str) -> Pod {
     }
 }
 
-/// Pod 1 serves; pod 2 may reach it by the last of its policies, pod 3 by none. A tenth of all policies
-/// is about the server, at most 100; the others are about others of the node, so that the maps are as
-/// full as they would be.
+/// Returns a cluster in which pod 1 is the server: the last of its policies allows pod 2, and none
+/// allows pod 3. A tenth of all policies selects the server, at most 100. The others select other pods
+/// of the node, so that the maps are as full as in a real cluster.
 fn cluster(policies: usize) -> Cluster {
     let mut cluster = Cluster::default();
     let mut add = |pod: Pod| drop(cluster.pods.insert(Arc::clone(&pod.uid), pod.into()));
@@ -114,14 +114,15 @@ fn cluster(policies: usize) -> Cluster {
     cluster
 }
 
-/// The plan of the node as the agent puts it in force: gated, and silent, so that the gate decides TCP.
+/// Returns the node's plan and the pods of its maps. Pods are gated, and silent, so that the gate decides
+/// TCP.
 fn in_force(policies: usize) -> (Plan, Vec<PodView>) {
     let (mut plan, rejections) = compile(&cluster(policies), "n1");
     assert_eq!(rejections, []);
     for pod in plan.pods.values_mut() {
         pod.view.flags |= PodState::GATED | PodState::SILENT;
     }
-    // The one on the test's interface first.
+    // The pod on the test's interface is first.
     let server = "uid-00001";
     let first = plan.pods[server].view;
     let others = plan.pods.iter().filter(|(uid, _)| *uid != server);
@@ -138,7 +139,7 @@ fn frame(client: &str) -> Vec<u8> {
 }
 
 #[test]
-fn a_decision_does_not_get_dearer_with_the_number_of_policies() {
+fn decision_time_does_not_grow_with_the_number_of_policies() {
     let mut kernels: Vec<(usize, Plan, Kernel)> = POLICIES
         .into_iter()
         .map(|policies| {
@@ -148,9 +149,9 @@ fn a_decision_does_not_get_dearer_with_the_number_of_policies() {
             (policies, plan, kernel)
         })
         .collect();
-    // What may come in. Who may not is counted and reported, which is no part of a decision.
+    // Measured is an allowed packet: a denied one is also counted and reported.
     let allowed = frame("10.1.0.2");
-    let refused = frame("10.1.0.3");
+    let denied = frame("10.1.0.3");
     let context = context(0);
     let mut took: BTreeMap<usize, Vec<Duration>> = BTreeMap::new();
     for round in 0..=ROUNDS {
@@ -165,10 +166,10 @@ fn a_decision_does_not_get_dearer_with_the_number_of_policies() {
                 let program = gate(&mut kernel.object, "gate_to_pod");
                 program.test_run(options).expect("the program runs")
             };
-            assert_eq!(run(&refused, 1).return_value, TCX_DROP, "{policies}");
+            assert_eq!(run(&denied, 1).return_value, TCX_DROP, "{policies}");
             let result = run(&allowed, REPEAT);
             assert_eq!(result.return_value, TCX_NEXT, "{policies}");
-            // The first warms up.
+            // The first round only warms up.
             if round > 0 {
                 took.entry(*policies).or_default().push(result.duration);
             }
@@ -193,6 +194,6 @@ fn a_decision_does_not_get_dearer_with_the_number_of_policies() {
             most.as_nanos(),
         );
     }
-    // A thousand times the policies: hashes of other sizes miss caches, and no more than that.
+    // With a thousand times the policies, only cache misses in larger maps may add up.
     assert!(medians[2] < medians[0] * 2, "{medians:?}");
 }

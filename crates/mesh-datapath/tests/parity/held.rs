@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A node's kernel that holds a plan: its maps are written once, read back by the kernel's word
-//! alone, asked by packets, and spoilt where a test is to show that it would notice.
+//! A kernel whose maps hold the plan of a node. The maps are written, read back, and queried with
+//! packets; a test can also damage them to show that it would notice.
 
 use std::collections::BTreeMap;
 
@@ -18,7 +18,7 @@ use mesh_plan::{Index, Plan};
 use super::world::Packet;
 use super::{Kernel, LINK, Outcome, fill, map, received, sent};
 
-/// The maps that decide, beside `PODS`.
+/// The maps that decisions read, except `PODS`.
 pub(super) const MAPS: [&str; 8] = [
     "POLICY_SETS",
     "POLICY_SELECT",
@@ -30,20 +30,20 @@ pub(super) const MAPS: [&str; 8] = [
     "PODS_BY_ADDR",
 ];
 
-/// A node's kernel, and what its maps hold.
+/// A loaded kernel object of one node, and the content of its maps.
 pub(super) struct Node {
     kernel: Kernel,
     plan: Plan,
-    /// The UIDs of the pods in slots 0, 1, and so on: no map knows them.
+    /// The UIDs of the pods by index; the maps do not have them.
     uids: Vec<String>,
-    /// The maps' content, as far as decisions go; a pod has the addresses by which it is found.
+    /// The content of the maps that decisions read. A pod has the addresses of `PODS_BY_ADDR`.
     pub(super) back: Index,
     packets: u16,
 }
 
 impl Node {
-    /// Writes a plan. Pods have gates, and refuse in silence, so that their gates decide TCP too;
-    /// of others sk_lookup asks the same function.
+    /// Loads the object and writes a plan. All pods have a gate and deny silently, so that their gate
+    /// also decides TCP; for other pods sk_lookup calls the same function.
     pub(super) fn new(mut plan: Plan) -> Self {
         for pod in plan.pods.values_mut() {
             pod.view.flags |= PodState::GATED | PodState::SILENT;
@@ -59,7 +59,7 @@ impl Node {
         node
     }
 
-    /// Writes the plan, or what of it was spoilt.
+    /// Writes the plan, also to repair damaged maps.
     pub(super) fn write(&mut self) {
         fill(&mut self.kernel, &self.plan, &[]);
         for (index, pod) in (0..).map(PodIndex).zip(self.plan.pods.values()) {
@@ -76,12 +76,12 @@ impl Node {
         self.back = Index::new(read_back(&mut self.kernel, &self.uids));
     }
 
-    /// The pods' UIDs.
+    /// Returns the UIDs of the pods by index.
     pub(super) fn uids(&self) -> &[String] {
         &self.uids
     }
 
-    /// What the map `PODS` says of a pod of this node.
+    /// Returns a pod's view in the map `PODS`.
     pub(super) fn view(&self, uid: &str) -> PodView {
         state(&self.kernel, self.index(uid)).view
     }
@@ -92,8 +92,8 @@ impl Node {
         PodIndex(u32::try_from(slot).expect("few pods"))
     }
 
-    /// What the gate of a pod makes of a first packet: what `mesh_common::path` makes of the maps'
-    /// content, with the same reason and rule.
+    /// Sends a first packet through a pod's gate and returns the outcome, which must be that of
+    /// `mesh_common::path` over the maps' content, with the same reason and rule.
     pub(super) fn gate(
         &mut self,
         uid: &str,
@@ -107,11 +107,11 @@ impl Node {
         let mut by_link: maps::HashMap<_, u32, GatePod> = map(object, "PODS_BY_LINK");
         let at_gate = GatePod::new(index, &state);
         by_link.insert(LINK, at_gate, 0).expect("room");
-        // A pod has a bound of events per second, which is not the subject here.
+        // The rate limit of events is not tested here.
         let mut rates: maps::HashMap<_, PodIndex, DropRate> = map(object, "DROP_RATE");
         let _absent = rates.remove(&index);
         self.packets += 1;
-        // A source port of its own for each: flows are not the subject either.
+        // Each packet has another source port: flows are not tested here.
         let source = Port::new(20_000 + self.packets);
         let to_pod = direction == Direction::Ingress;
         let packet = Packet::first(local, remote, protocol, source).directed(to_pod);
@@ -124,7 +124,7 @@ impl Node {
         outcome
     }
 
-    /// Gives each of two pods the other's policy.
+    /// Swaps the policy sets of two pods.
     pub(super) fn swap_policy(&mut self, [a, b]: [&str; 2]) {
         let [a, b] = [a, b].map(|uid| self.index(uid));
         let [mut first, mut second] = [a, b].map(|index| state(&self.kernel, index).view);
@@ -134,7 +134,7 @@ impl Node {
         self.back = Index::new(read_back(&mut self.kernel, &self.uids));
     }
 
-    /// Takes everything out of one of [`MAPS`].
+    /// Removes all entries of one of [`MAPS`].
     pub(super) fn empty(&mut self, name: &str) {
         let object = &mut self.kernel.object;
         macro_rules! empty {
@@ -179,7 +179,7 @@ fn write(kernel: &mut Kernel, index: PodIndex, view: PodView) {
     pods.insert(index, state, 0).expect("room");
 }
 
-/// What the maps hold, as a plan without names.
+/// Returns the content of the maps as a plan without names.
 fn read_back(kernel: &mut Kernel, uids: &[String]) -> Plan {
     macro_rules! hash {
         ($name:literal) => {{

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The kernel decides as user space does: random plans in real maps, random packets through the
-//! gate's two programs (BPF_PROG_TEST_RUN), and the same question asked of `mesh_common::path` over
-//! the plan.
+//! Compares decisions of the kernel with those of user space: random plans in real maps, random packets
+//! through the gate's two programs (BPF_PROG_TEST_RUN), and the same questions to `mesh_common::path`
+//! over the plan.
 //!
-//! Prints how often each verdict and reason was met. Needs root.
+//! Prints the number of packets by reason. Needs root.
 
 mod cost;
 mod held;
@@ -31,14 +31,14 @@ const PLANS: u32 = 200;
 const PACKETS_PER_PLAN: u32 = 150;
 const TCX_NEXT: u32 = u32::MAX;
 const TCX_DROP: u32 = 2;
-/// The loopback interface, on which test packets are.
+/// The index of the loopback interface, which test packets use.
 const LINK: u32 = 1;
 
-/// What the gate is expected to do, and what it did.
+/// The outcome of a packet at the gate, expected or found.
 #[derive(Debug, PartialEq, Eq)]
 struct Outcome {
     passed: bool,
-    /// Reason and rule of a drop.
+    /// The reason and rule of a drop.
     drop: Option<(Reason, u64)>,
 }
 
@@ -56,7 +56,7 @@ impl Outcome {
     }
 }
 
-/// The loaded object, its programs and its maps.
+/// The loaded object with its programs and maps.
 struct Kernel {
     object: Ebpf,
     events: RingBuf<maps::MapData>,
@@ -78,7 +78,7 @@ impl Kernel {
     }
 
     fn run(&mut self, name: &str, packet: &Packet, entered: u32) -> Outcome {
-        // A pod has a bound of events per second, which is not the subject here.
+        // The rate limit of events is not tested here.
         let mut rates: maps::HashMap<_, PodIndex, mesh_common::maps::DropRate> =
             map(&mut self.object, "DROP_RATE");
         let _absent = rates.remove(&PodIndex(0));
@@ -98,7 +98,7 @@ impl Kernel {
         }
         match (result.return_value, last) {
             (TCX_NEXT, None) => Outcome::PASSED,
-            // A policy that is tried out would drop it.
+            // A policy in audit mode would drop the packet.
             (TCX_NEXT, Some(event)) if event.kind == event::kind::AUDIT => Outcome::PASSED,
             (TCX_DROP, Some(event)) => {
                 let reason = Reason::from_code(event.reason).expect("a known reason");
@@ -125,7 +125,7 @@ fn map<'a, M: TryFrom<&'a mut maps::Map, Error = maps::MapError>>(
     M::try_from(map).expect("the map has its type")
 }
 
-/// `struct __sk_buff` (linux/bpf.h) with the interface that the packet entered by.
+/// Returns a `struct __sk_buff` (linux/bpf.h) with the interface by which the packet entered.
 fn context(entered: u32) -> [u8; 192] {
     const INGRESS_IFINDEX: usize = 36;
     const IFINDEX: usize = 40;
@@ -135,7 +135,7 @@ fn context(entered: u32) -> [u8; 192] {
     bytes
 }
 
-/// What the gate makes of a decision about what the pod sends.
+/// Returns the gate's expected outcome for a packet that the pod sends.
 fn sent(plan: &Index, view: &PodView, packet: &Packet) -> Outcome {
     let to = packet.remote;
     let peer = path::who(plan, &to.addr);
@@ -167,7 +167,7 @@ fn sent(plan: &Index, view: &PodView, packet: &Packet) -> Outcome {
     }
 }
 
-/// What the gate makes of a decision about what comes to the pod.
+/// Returns the gate's expected outcome for a packet to the pod.
 fn received(plan: &Index, view: &PodView, packet: &Packet, entered: u32) -> Outcome {
     let enrolled = view.flags & PodState::ENROLLED != 0;
     let concerned = enrolled || view.set != mesh_common::policy::PolicySetId::NONE;
@@ -198,7 +198,7 @@ fn received(plan: &Index, view: &PodView, packet: &Packet, entered: u32) -> Outc
     }
 }
 
-/// Fills a fresh object with a plan and its two pods.
+/// Writes a plan and its pods to the maps.
 fn fill(kernel: &mut Kernel, plan: &Plan, views: &[PodView]) {
     let object = &mut kernel.object;
     macro_rules! hash {
@@ -256,7 +256,7 @@ fn fill(kernel: &mut Kernel, plan: &Plan, views: &[PodView]) {
 }
 
 #[test]
-fn the_kernel_decides_as_user_space_does() {
+fn kernel_and_user_space_decide_alike() {
     let mut random = Random::new(0x6d65_7368);
     let mut reasons: BTreeMap<&str, u32> = BTreeMap::new();
     let (mut passed, mut total) = (0u32, 0u32);
@@ -267,7 +267,7 @@ fn the_kernel_decides_as_user_space_does() {
         fill(&mut kernel, &world.plan, &views);
         let index = Index::new(world.plan.clone());
         for number in 0..PACKETS_PER_PLAN {
-            // A source port of its own for each datagram: flows are not the subject here.
+            // Each datagram has another source port: flows are not tested here.
             let packet = world.packet(&mut random, number);
             let (name, entered, expected) = if random.one_in(2) {
                 ("gate_from_pod", 0, sent(&index, &views[0], &packet))

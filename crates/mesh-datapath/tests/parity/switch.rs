@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A reader in the kernel's place while policy changes: two revisions in which one client may always
-//! connect and another never, though by other rules, labels and identities. Any mixture of the two
-//! would let the wrong one in or keep the right one out.
+//! Decisions while policy changes. Two revisions of policy allow the same client and deny the same other
+//! client, but by other rules, labels and identities: any mixture of the two would allow the wrong
+//! client or deny the right one.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -27,10 +27,10 @@ use mesh_sys::clock::wait_for_programs;
 use super::{Kernel, LINK, TCX_DROP, TCX_NEXT, context, fill, gate};
 use crate::world::{Packet, SYN};
 
-/// Decisions that are read.
+/// The number of decisions.
 const READS: u64 = 1_000_000;
 const SERVER: &str = "10.1.0.1";
-/// Allowed in both revisions, and refused in both.
+/// The clients: the first is allowed in both revisions, the second denied in both.
 const CLIENTS: [&str; 2] = ["10.1.1.1", "10.1.1.2"];
 const PORT: u16 = 80;
 
@@ -47,7 +47,7 @@ fn role(value: &str) -> Selector {
     }
 }
 
-/// The first client has the role that may, whichever that is.
+/// Returns the cluster of a revision, which allows one of two roles: the first client always has it.
 fn cluster(revision: usize) -> Cluster {
     let mut cluster = Cluster::default();
     let roles = ["x", "y"];
@@ -77,7 +77,7 @@ fn cluster(revision: usize) -> Cluster {
         }]),
         ports: Some(vec![PortMatch {
             transport: Some(Transport::Tcp),
-            // Content of its own in every revision, so that old content is removed each time.
+            // Each revision has other ports, so that each update also removes entries.
             ports: PortRange::Range(
                 PORT,
                 PORT + 1 + u16::try_from(revision % 1000).expect("small"),
@@ -99,7 +99,7 @@ fn cluster(revision: usize) -> Cluster {
     cluster
 }
 
-/// As the agent does: gated, and silent, so that the gate decides TCP.
+/// Returns the plan of a revision. Pods are gated, and silent, so that the gate decides TCP.
 fn in_force(revision: usize) -> Plan {
     let (mut plan, rejections) = compile(&cluster(revision), "n1");
     assert_eq!(rejections, []);
@@ -111,7 +111,7 @@ fn in_force(revision: usize) -> Plan {
 
 type Lpm<K, V> = LpmTrie<MapData, K, V>;
 
-/// The writer's end of the maps.
+/// The maps as the writer uses them.
 struct Tables {
     pods: HashMap<MapData, PodIndex, PodState>,
     peers: HashMap<MapData, Addr, Peer>,
@@ -136,7 +136,7 @@ impl Tables {
         }
     }
 
-    /// The operations in their order, as the agent does them.
+    /// Applies operations in their order, as the agent does.
     fn apply(&mut self, ops: &[MapOp]) {
         let mut put = false;
         for op in ops {
@@ -188,7 +188,7 @@ impl Tables {
         self.pods.insert(PodIndex(0), state, 0)
     }
 
-    /// What is absent already needs no removing.
+    /// Removes a key; a missing key is no error.
     fn remove(&mut self, key: &Key) {
         let _absent = match key {
             Key::Peer(key) => self.peers.remove(key),
@@ -210,7 +210,7 @@ fn packet(client: &str, number: u64) -> Packet {
 }
 
 #[test]
-fn a_reader_sees_the_old_or_the_new_and_nothing_between() {
+fn policy_update_is_atomic_for_decisions() {
     let mut kernel = Kernel::load();
     let mut now = in_force(0);
     let views: Vec<PodView> = now.pods.values().map(|pod| pod.view).collect();
@@ -260,7 +260,7 @@ fn a_reader_sees_the_old_or_the_new_and_nothing_between() {
 }
 
 #[test]
-fn a_wrong_order_is_found() {
+fn operations_in_reverse_order_are_noticed() {
     let mut kernel = Kernel::load();
     let (old, new) = (in_force(0), in_force(1));
     let views: Vec<PodView> = old.pods.values().map(|pod| pod.view).collect();

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The committed truth tables against the kernel's maps: the plan of each node is written to real
-//! maps, and each row is asked of them, in every family that both ends have. `meshctl policy test`
-//! asks the compiler, `cargo xtask truth` real connections.
+//! The committed truth tables, tested against the kernel's maps: the plan of each node is written to
+//! real maps, and each row is tested in each address family that both endpoints have. `meshctl policy
+//! test` tests the same rows against the compiler, `cargo xtask truth` with real connections.
 //!
-//! A row is asked of the gate's programs, by its first packet at either end, where they know the
-//! peer as the row assumes. What they cannot be asked is decided over the maps' content, read back
-//! from the kernel, and counted by the reason.
+//! A row is tested with its first packet at the gate of each endpoint, if the gate knows the peer as
+//! the row assumes. Otherwise it is decided over the maps' content, read back from the kernel, and
+//! counted by the cause.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -26,7 +26,7 @@ use serde_json::json;
 
 use super::held::{MAPS, Node};
 
-/// Why one end of a row is asked of the maps' content, not of a packet.
+/// The causes why an endpoint of a row is tested with the maps' content instead of a packet.
 mod why {
     pub(super) const TUNNEL: &str =
         "arrives through a tunnel: the agent decides it, by certificate";
@@ -34,39 +34,39 @@ mod why {
     pub(super) const ITSELF: &str = "to itself: no gate is passed";
 }
 
-/// How an end was asked.
+/// The test of an endpoint with a packet.
 const AT_THE_GATE: &str = "by a packet at the gate";
-/// How TCP to a pod was asked; of pods whose refusals are told at once sk_lookup asks the same.
+/// The test of TCP to a pod. For pods that do not deny silently, sk_lookup calls the same function.
 const AS_SILENT: &str = "by a SYN at the gate of a pod that refuses in silence";
 
-/// How many pairs of pods of a node swap their policies, one after the other.
+/// The most pairs of pods of a node that swap their policies, one after the other.
 const SWAPS: usize = 4;
 
 const LABEL: &str = "mesh.rs/dataplane";
 
-/// Where rows were asked, and which hold no more.
+/// The numbers of rows by test, and the rows that failed.
 #[derive(Default)]
 struct Tally {
-    /// Rows, each once for a family.
+    /// The number of rows, each counted once for each address family.
     rows: u32,
-    /// Of these, the ones that both their ends' gates were asked about.
+    /// The number of rows tested with packets only.
     by_gates: u32,
-    /// Ends, by how they were asked.
+    /// The number of endpoints by test.
     ways: BTreeMap<&'static str, u32>,
-    /// Rows whose other family's policy is another: blocks of addresses.
+    /// The number of rows with another policy in the other address family, by IP blocks.
     other_by_family: u32,
-    /// What differs, with the UIDs of its ends.
+    /// The rows that failed, with the UIDs of their pods.
     wrong: Vec<(String, Vec<String>)>,
 }
 
-/// The cluster of a table, and the kernels of its nodes.
+/// The cluster of a table, and a kernel for each of its nodes.
 struct World {
     cluster: Cluster,
     evaluator: Evaluator,
     nodes: BTreeMap<String, Node>,
 }
 
-/// A row in one family; an end without a pod is an address that nobody known has.
+/// A row in one address family. An endpoint without a pod is an address that no known pod has.
 struct Row<'a> {
     from: Option<&'a Pod>,
     to: Option<&'a Pod>,
@@ -77,16 +77,16 @@ struct Row<'a> {
     known: Known,
 }
 
-/// What became of a row at one end.
+/// The outcome of a row at one endpoint.
 struct End {
-    /// Whether it passes, or may by a tunnel.
+    /// Whether the traffic is allowed, as plaintext or by a tunnel.
     passes: bool,
-    /// Whether policy alone lets it pass.
+    /// Whether policy alone allows the traffic.
     policy: bool,
     way: &'static str,
 }
 
-/// The objects of a table; `enrol`: with every namespace in the mesh.
+/// Returns the objects of a table; with `enrol`, every namespace is enrolled.
 fn objects(table: &Table, enrol: bool) -> Vec<Object> {
     let mut objects = Vec::new();
     for manifest in &table.manifests {
@@ -112,7 +112,7 @@ fn objects(table: &Table, enrol: bool) -> Vec<Object> {
     objects
 }
 
-/// Whether a table says itself who is in the mesh.
+/// Returns whether a table itself sets the enrollment of its namespaces or pods.
 fn enrols(table: &Table) -> bool {
     let labelled = |object: &Object| object.value["metadata"]["labels"][LABEL].is_string();
     objects(table, false).iter().any(labelled)
@@ -134,7 +134,7 @@ impl World {
         }
     }
 
-    /// The pod that a text names, and the addresses that it stands for.
+    /// Returns the pod that a text names, and its addresses.
     fn party<'a>(cluster: &'a Cluster, text: &str) -> (Option<&'a Pod>, Vec<IpAddr>) {
         let pods = || cluster.pods.values().map(|pod| &**pod);
         if let Ok(address) = text.parse() {
@@ -150,7 +150,7 @@ impl World {
         (Some(pod), addresses)
     }
 
-    /// A row over each family that both ends have, IPv4 first, as tables are read.
+    /// Returns a row for each address family that both endpoints have, IPv4 first.
     fn rows<'a>(cluster: &'a Cluster, check: &Check) -> Vec<Row<'a>> {
         let (from, sources) = Self::party(cluster, &check.from);
         let (to, destinations) = Self::party(cluster, &check.to);
@@ -179,7 +179,7 @@ impl World {
         rows
     }
 
-    /// Asks every row of a table.
+    /// Tests every row of a table.
     fn ask(&mut self, checks: &[Check], tally: &mut Tally) {
         let Self {
             cluster,
@@ -200,7 +200,7 @@ impl World {
 }
 
 impl<'a> Row<'a> {
-    /// What the compiler says of policy.
+    /// Returns whether policy allows the row, by the compiler.
     fn compiled(&self, evaluator: &Evaluator) -> bool {
         let ends = [self.source, self.destination];
         let connection = evaluator.connection(ends, self.protocol, self.port.get());
@@ -211,7 +211,7 @@ impl<'a> Row<'a> {
         evaluator.verdicts(&connection, evidence).policy_allows()
     }
 
-    /// The pod of an end that policy is asked about, and the other end's address.
+    /// Returns the pod of an endpoint with policy in a direction, and the peer's address.
     fn side(&self, direction: Direction) -> Option<(&'a Pod, IpAddr)> {
         let (pod, other) = match direction {
             Direction::Ingress => (self.to?, self.source),
@@ -220,7 +220,7 @@ impl<'a> Row<'a> {
         (!pod.host_network).then_some((pod, other))
     }
 
-    /// What policy alone says at one end, over the maps' content.
+    /// Returns whether policy alone allows the row at one endpoint, over the maps' content.
     fn policy(&self, node: &Node, uid: &str, direction: Direction, known: Known) -> bool {
         let (_, addr) = self.side(direction).expect("the pod is of this row");
         if self.source == self.destination {
@@ -244,7 +244,7 @@ impl<'a> Row<'a> {
         decide(&node.back, &question).allowed
     }
 
-    /// Whether the source's node would tunnel it.
+    /// Returns whether the source's node would tunnel the row.
     fn is_tunnelled(&self, nodes: &BTreeMap<String, Node>) -> bool {
         let Some((pod, _)) = self.side(Direction::Egress) else {
             return false;
@@ -254,7 +254,7 @@ impl<'a> Row<'a> {
         self.protocol == Protocol::TCP && path::tunnels(&node.view(&pod.uid), &peer)
     }
 
-    /// How the kernel knows the peer at an end.
+    /// Returns the evidence for the peer that the kernel has at an endpoint.
     fn known_to_the_gate(&self, nodes: &BTreeMap<String, Node>, direction: Direction) -> Known {
         let ends = self.from.zip(self.to);
         let on_one_node = ends.is_some_and(|(from, to)| from.node == to.node);
@@ -262,7 +262,7 @@ impl<'a> Row<'a> {
         if proven { Known::Tls } else { Known::Address }
     }
 
-    /// Why the gate of an end cannot be asked; `None` = it can.
+    /// Returns why an endpoint cannot be tested with a packet; `None` = it can.
     fn not_at_the_gate(
         &self,
         nodes: &BTreeMap<String, Node>,
@@ -278,12 +278,12 @@ impl<'a> Row<'a> {
         }
         let known = self.known_to_the_gate(nodes, direction);
         let by = |known| self.policy(&nodes[&pod.node], &pod.uid, direction, known);
-        // In clear a mode may refuse what has no proof, whatever policy says of it.
+        // A mode can deny plaintext without proof of identity, whatever policy says.
         let matters = by(Known::Address) != by(Known::Tls) || (arrives && self.known == Known::Tls);
         (self.known != known && matters).then_some(why::EVIDENCE)
     }
 
-    /// What becomes of it at one end; `None` = nothing is asked there.
+    /// Returns the outcome of the row at one endpoint; `None` = nothing is tested there.
     fn end(&self, nodes: &mut BTreeMap<String, Node>, direction: Direction) -> Option<End> {
         let (pod, _) = self.side(direction)?;
         let ends = match direction {
@@ -296,7 +296,7 @@ impl<'a> Row<'a> {
         let policy = self.policy(node, &pod.uid, direction, self.known);
         let Some(way) = why else {
             let outcome = node.gate(&pod.uid, direction, ends, self.protocol);
-            // What should have gone through the tunnel may go there.
+            // A bypass means that the row would go through a tunnel, which is allowed.
             let refusal = outcome.drop.map(|(reason, _)| reason);
             let silent = direction == Direction::Ingress && self.protocol == Protocol::TCP;
             return Some(End {
@@ -304,7 +304,7 @@ impl<'a> Row<'a> {
                 policy: match refusal {
                     None | Some(Reason::Bypass) => true,
                     Some(reason) if reason.is_policy_or_missing() => false,
-                    // A mode, which is asked first or last.
+                    // A mode denies, before or after policy.
                     Some(_) => policy,
                 },
                 way: if silent { AS_SILENT } else { AT_THE_GATE },
@@ -313,7 +313,7 @@ impl<'a> Row<'a> {
         let (back, view) = (&node.back, &node.view(&pod.uid));
         let by_mode = match direction {
             Direction::Egress => modes::outbound(back, view, ends[1], self.protocol).is_ok(),
-            // A tunnel is what modes ask for.
+            // Modes allow tunnels.
             Direction::Ingress if way == why::TUNNEL || self.known == Known::Tls => true,
             Direction::Ingress => {
                 let from = &ends[1].addr;
@@ -392,7 +392,7 @@ fn holds(what: &str, tally: &Tally) {
 }
 
 #[test]
-fn the_truth_tables_hold_in_the_kernel_s_maps() {
+fn truth_tables_hold_in_the_kernel() {
     let (mut plain, mut enrolled) = (Tally::default(), Tally::default());
     for (_, table) in committed() {
         World::new(&table, false).ask(&table.checks, &mut plain);
@@ -404,9 +404,9 @@ fn the_truth_tables_hold_in_the_kernel_s_maps() {
     holds("with every namespace in the mesh", &enrolled);
 }
 
-/// The test above would notice: without any one of the maps, rows differ.
+/// The tables depend on each of the maps: rows fail without it.
 #[test]
-fn without_any_one_map_rows_of_the_truth_tables_differ() {
+fn truth_tables_fail_without_any_one_map() {
     let mut noticed: BTreeMap<&str, usize> = BTreeMap::new();
     for (_, table) in committed() {
         let mut world = World::new(&table, false);
@@ -425,9 +425,9 @@ fn without_any_one_map_rows_of_the_truth_tables_differ() {
     assert!(noticed.values().all(|rows| *rows > 0), "{noticed:?}");
 }
 
-/// Nor is it enough that the maps hold the right things: each pod has its own.
+/// The tables depend on each pod's own policy set: rows fail with another pod's.
 #[test]
-fn rows_of_two_pods_with_each_other_s_policy_differ_and_no_others() {
+fn truth_tables_fail_only_for_pods_with_swapped_policies() {
     // By file: how many swaps, and how many of them made rows differ.
     let mut swaps: BTreeMap<String, [u32; 2]> = BTreeMap::new();
     for (name, table) in committed() {

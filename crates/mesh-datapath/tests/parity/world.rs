@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Random plans and packets for the parity test: a small world, so that look-ups hit.
+//! Random plans and packets for the parity test, with few addresses and identities so that look-ups
+//! succeed.
 
 use mesh_common::identity::{IdentityId, Peer};
 use mesh_common::pod::{ModeKey, PodState, PodView, port_mode};
@@ -40,24 +41,24 @@ impl Random {
     }
 }
 
-/// A plan, and whom its packets are about.
+/// A random plan, and the peers of its packets.
 pub(crate) struct World {
     pub(crate) plan: Plan,
     remotes: Vec<Addr>,
 }
 
-/// TCP's flags.
+/// The TCP flag SYN.
 pub(crate) const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
 const ACK: u8 = 0x10;
 
-/// A TCP segment without data or a datagram between the first pod and somebody.
+/// A TCP segment without payload or a datagram between the first pod and a peer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Packet {
     pub(crate) local: Endpoint,
     pub(crate) remote: Endpoint,
     pub(crate) protocol: Protocol,
-    /// Of TCP.
+    /// The flags of TCP.
     pub(crate) flags: u8,
     pub(crate) source: Port,
     to_pod: bool,
@@ -158,7 +159,7 @@ impl World {
         Self { plan, remotes }
     }
 
-    /// The two pods of this node; packets are about the first.
+    /// Returns the views of the node's two pods; packets are from or to the first.
     pub(crate) fn views(&self) -> Vec<PodView> {
         self.plan.pods.values().map(|pod| pod.view).collect()
     }
@@ -171,7 +172,7 @@ impl World {
         let service = Port::new(*random.pick(&PORTS));
         let source = Port::new(20_000 + u16::try_from(number).expect("few packets"));
         let later = *random.pick(&[ACK, SYN | ACK, RST, RST | ACK]);
-        // Either end may be the server: which, is settled with the direction.
+        // The direction decides later which endpoint is the server.
         Packet {
             local: Endpoint::new(own, service),
             remote: Endpoint::new(addr, service),
@@ -184,7 +185,7 @@ impl World {
 }
 
 impl Packet {
-    /// A TCP segment.
+    /// Makes a TCP segment.
     pub(crate) fn segment(local: Endpoint, remote: Endpoint, source: Port, flags: u8) -> Self {
         Self {
             local,
@@ -196,7 +197,7 @@ impl Packet {
         }
     }
 
-    /// The first packet of something.
+    /// Makes the first packet of a connection or flow.
     pub(crate) fn first(
         local: Endpoint,
         remote: Endpoint,
@@ -209,22 +210,22 @@ impl Packet {
         }
     }
 
-    /// Whether it asks to open a connection.
+    /// Returns whether this is a SYN that opens a connection.
     pub(crate) fn opens(&self) -> bool {
         self.flags & (SYN | ACK) == SYN
     }
 
-    /// Whether it is a bare reset.
+    /// Returns whether this is a reset without payload.
     pub(crate) fn resets(&self) -> bool {
         self.flags & RST != 0
     }
 
-    /// The packet as it goes one way.
+    /// Returns the packet in a direction.
     pub(crate) fn directed(self, to_pod: bool) -> Self {
         Self { to_pod, ..self }
     }
 
-    /// The frame: Ethernet, IP, and the first bytes of TCP or UDP.
+    /// Returns the frame: Ethernet, IP, and the first bytes of the transport header.
     pub(crate) fn frame(&self) -> Vec<u8> {
         let (mut from, to) = if self.to_pod {
             (self.remote, self.local)
@@ -255,7 +256,7 @@ impl Packet {
                 0,
             ]);
         } else {
-            // UDP's length; of SCTP's tag (RFC 9260, 3.1) the gate asks nothing.
+            // The length of UDP. The gate ignores SCTP's verification tag (RFC 9260, 3.1).
             transport.extend_from_slice(&[0, 8, 0, 0]);
         }
         let length = u16::try_from(transport.len()).expect("a short packet");
@@ -305,8 +306,8 @@ fn view(number: u8, random: &mut Random) -> PodView {
     }
 }
 
-/// Every protocol of a list has an answer for all ports, and some for single ones; now and then a
-/// protocol is missing, as if it did not fit.
+/// Adds a list's answers: each protocol has one for all ports, and some for single ports. Some protocols
+/// are missing, as if they did not fit.
 fn answers(plan: &mut Plan, list: ListId, random: &mut Random) {
     for protocol in PROTOCOLS {
         if random.one_in(40) {

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! sock_ops: one event per end of a direct connection, and the service of a captured one.
+//! The sock_ops hook: one event from each local endpoint of a direct connection when it closes, the
+//! service of a captured connection, and the TCP option of tunnels to applications' own ports.
 //!
-//! Connections that the agent carries are recorded by the agent; here only its side of the
-//! bargain: which service the application had asked for.
+//! The agent itself records the connections that it relays. For those, this hook only stores the
+//! service that the application used.
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
@@ -25,20 +26,20 @@ use mesh_common::settings::{MARK_INBOUND, MARK_MASK, TUNNEL_PORT};
 use mesh_common::socket::{Exempt, SocketState, TUNNEL_OPTION};
 use mesh_common::{Addr, Direction, Endpoint, Port, Protocol, Reason};
 
-use crate::context::{read, storage};
-use crate::decision::{self, Ask, UNDECIDED};
+use crate::decision::{self, Ask, Decision};
 use crate::report::{Hook, add, now, trace};
 use crate::tables::{
-    self, CAPTURED, EVENTS, EXEMPT, MARKED, OLD_CONNECTIONS, SOCKETS, TUNNELS, Tables,
+    self, CAPTURED, EVENTS, EXEMPT, MARKED, OLD_CONNECTIONS, SOCKETS, TUNNELS, Tables, storage,
 };
+use crate::volatile::read;
 
-/// The value sock_ops programs return; it means nothing for these callbacks.
+/// The return value, which these callbacks ignore.
 const DONE: u32 = 1;
 const AF_INET: u32 = 2;
 const FIN: u32 = 1;
 const SYN: u32 = 2;
 
-/// TCP states (include/net/tcp_states.h).
+/// TCP states (Linux, include/net/tcp_states.h).
 mod state {
     pub(super) const SYN_SENT: u32 = 2;
     pub(super) const SYN_RECV: u32 = 3;
@@ -50,9 +51,9 @@ mod state {
     pub(super) const CLOSING: u32 = 11;
 }
 
-/// The hook.
+/// Handles the callbacks of the hook.
 #[inline(always)]
-pub(crate) fn established(ctx: &SockOpsContext) -> u32 {
+pub(crate) fn sock_ops(ctx: &SockOpsContext) -> u32 {
     match read!(ctx.ops, op) {
         BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(ctx),
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => {
@@ -64,13 +65,13 @@ pub(crate) fn established(ctx: &SockOpsContext) -> u32 {
             }
         }
         BPF_SOCK_OPS_HDR_OPT_LEN_CB if read!(ctx.ops, skb_tcp_flags) & SYN != 0 => {
-            // SAFETY: a helper of this callback. Without room the SYN goes unmarked, and the peer's
-            // agent is reached on its own port.
+            // SAFETY: a helper of this callback. If there is no room, the SYN has no option, and the
+            // agent connects to the tunnel port instead.
             let _ = unsafe { bpf_reserve_hdr_opt(ctx.ops, TUNNEL_OPTION.len() as u32, 0) };
         }
         BPF_SOCK_OPS_WRITE_HDR_OPT_CB if read!(ctx.ops, skb_tcp_flags) & SYN != 0 => {
             let option = TUNNEL_OPTION;
-            // SAFETY: a helper of this callback; it reads as many bytes as there are.
+            // SAFETY: a helper of this callback, which reads the option's bytes only.
             let _ = unsafe {
                 bpf_store_hdr_opt(ctx.ops, option.as_ptr().cast(), option.len() as u32, 0)
             };
@@ -89,7 +90,8 @@ pub(crate) fn established(ctx: &SockOpsContext) -> u32 {
     DONE
 }
 
-/// The other end's FIN came while this end had closed: the last state alone does not tell.
+/// The flag of a socket that received the peer's FIN after it had sent its own: the last TCP state alone
+/// does not tell this.
 const FIN_SEEN: u8 = 1 << 7;
 
 #[inline(always)]
@@ -104,7 +106,7 @@ fn netns(ctx: &SockOpsContext) -> u64 {
     unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
 }
 
-/// What is kept with the socket, if it is a pod's.
+/// Returns the hooks' decision about a pod's socket.
 #[inline(always)]
 fn known(ctx: &SockOpsContext) -> Option<&'static mut SocketState> {
     let sk = socket(ctx);
@@ -116,7 +118,7 @@ fn known(ctx: &SockOpsContext) -> Option<&'static mut SocketState> {
     unsafe { state.as_mut() }
 }
 
-/// Asks for the callbacks that come later.
+/// Enables more callbacks of this socket.
 #[inline(always)]
 fn watch(ctx: &SockOpsContext, flags: u32) {
     let _ = ctx.set_cb_flags((ctx.cb_flags() | flags) as i32);
@@ -153,8 +155,8 @@ fn remote(ctx: &SockOpsContext) -> Endpoint {
     Endpoint::new(by_family(ctx, v4, v6), port)
 }
 
-/// Both families are read before one is chosen: reads behind a branch would become one read
-/// through a computed pointer, which the verifier refuses for contexts.
+/// Returns the address of the socket's family. Callers read both before: reads in branches would become
+/// one read through a computed pointer, which the verifier refuses for contexts.
 #[inline(always)]
 fn by_family(ctx: &SockOpsContext, v4: u32, v6: [u32; 4]) -> Addr {
     if read!(ctx.ops, family) == AF_INET {
@@ -164,11 +166,11 @@ fn by_family(ctx: &SockOpsContext, v4: u32, v6: [u32; 4]) -> Addr {
     }
 }
 
-/// A pod's socket sends its SYN.
+/// Handles a socket that sends its SYN.
 #[inline(always)]
 fn connecting(ctx: &SockOpsContext) {
     let Some(state) = known(ctx) else {
-        tunnelling(ctx);
+        connecting_tunnel(ctx);
         return;
     };
     if state.flags & SocketState::CAPTURED == 0 {
@@ -187,10 +189,10 @@ fn connecting(ctx: &SockOpsContext) {
     let _ = CAPTURED.insert(key, state.service, 0);
 }
 
-/// The agent's socket sends its SYN, perhaps to an application's port: the gate is to let it pass,
-/// and the other node to know it.
+/// Handles an agent's socket that sends its SYN. If the destination is an application's own port, the
+/// gate is told to pass the tunnel, and the SYN carries the option for the peer's node.
 #[inline(always)]
-fn tunnelling(ctx: &SockOpsContext) {
+fn connecting_tunnel(ctx: &SockOpsContext) {
     let sk = socket(ctx);
     if sk.is_null() {
         return;
@@ -198,13 +200,13 @@ fn tunnelling(ctx: &SockOpsContext) {
     let exempt = storage::<_, Exempt>(&EXEMPT, sk, false);
     // SAFETY: null or of this type.
     if unsafe { exempt.as_ref() }.is_some_and(|exempt| exempt.exempt == Exempt::MARKED) {
-        hold(ctx, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+        add_tunnel(ctx, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
     }
 }
 
-/// Holds a tunnel until its socket closes.
+/// Adds a tunnel to `TUNNELS` until its socket closes.
 #[inline(always)]
-fn hold(ctx: &SockOpsContext, flags: u32) {
+fn add_tunnel(ctx: &SockOpsContext, flags: u32) {
     let _ = TUNNELS.insert(tuple(ctx), 1, 0);
     watch(ctx, BPF_SOCK_OPS_STATE_CB_FLAG | flags);
 }
@@ -217,7 +219,7 @@ fn tuple(ctx: &SockOpsContext) -> ConnectionKey {
     }
 }
 
-/// A pod's socket accepted a connection.
+/// Handles a connection that a socket accepted.
 #[inline(always)]
 fn accepted(ctx: &SockOpsContext) {
     let sk = socket(ctx);
@@ -235,32 +237,28 @@ fn accepted(ctx: &SockOpsContext) {
         return;
     };
     let (here, there) = (local(ctx), remote(ctx));
-    // A captured connection, a tunnel, or the pod with itself.
+    // Captured connections, tunnels and connections of the pod with itself.
     if !view.owns(&here.addr) || here.port == TUNNEL_PORT || here.addr == there.addr {
         return;
     }
     if tables::is_steered(&here, &there) {
-        // In this order: whoever looks meanwhile finds it in one of the two.
-        hold(ctx, 0);
+        // In this order, a reader always finds the tunnel in one of the two maps.
+        add_tunnel(ctx, 0);
         let _ = MARKED.remove(tuple(ctx));
         return;
     }
-    let origin = if view.has(PodState::GATED) {
-        Origin::Address
-    } else {
-        Origin::Ungated
-    };
     let ask = Ask {
         remote: there,
         pod,
         local_port: here.port,
         protocol: Protocol::TCP,
-        origin,
+        origin: Origin::of(view),
     };
-    // sk_lookup has allowed it and cannot leave a word with the socket.
-    let mut path = UNDECIDED;
-    let _ = decision::inbound(&ask, &mut path);
-    trace(Hook::Accepted, pod, &there, &path);
+    // The sk_lookup hook allowed the connection, but cannot store its decision with the socket.
+    let mut decision = Decision::UNDECIDED;
+    decision::inbound(&ask, &mut decision);
+    let path = &decision.path;
+    trace(Hook::Accepted, &ask, path);
     let state = storage::<_, SocketState>(&SOCKETS, sk, true);
     // SAFETY: null or of this type.
     let Some(state) = (unsafe { state.as_mut() }) else {
@@ -271,14 +269,14 @@ fn accepted(ctx: &SockOpsContext) {
     state.start_ns = now();
     state.backend = here;
     state.direction = Direction::Ingress as u8;
-    state.clear = path.clear as u8;
+    state.plaintext = path.clear as u8;
     state.reason = path.verdict.reason as u8;
     state.flags = SocketState::DECIDED | SocketState::ESTABLISHED;
     state.pod = pod.0;
     watch(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
-/// The state of a pod's socket changes.
+/// Handles a change of a socket's TCP state.
 #[inline(always)]
 fn changed(ctx: &SockOpsContext) {
     // SAFETY: the arguments of this callback.
@@ -301,27 +299,27 @@ fn changed(ctx: &SockOpsContext) {
     let state = storage::<_, SocketState>(&SOCKETS, sk, false);
     // SAFETY: null or of this type.
     let Some(state) = (unsafe { state.as_ref() }) else {
-        // No application's: a tunnel that was held.
+        // The agent's own socket: a tunnel.
         let _ = TUNNELS.remove(tuple(ctx));
         return;
     };
-    // SAFETY: a full socket; the verifier knows the result may be null.
+    // SAFETY: a full socket; the result can be null.
     let tcp = unsafe { tcp_sock(sk) };
     if tcp.is_null() {
         return;
     }
     let (sent, received) = application_bytes(tcp, state, old);
     let there = remote(ctx);
-    let clear = why_in_clear(state);
-    // What was left in clear for this connection is left for nobody after it; but its last
-    // acknowledgement is still on its way, and may have to be said again.
+    let plaintext = plaintext_reason(state);
+    // Another connection with these endpoints must not be plaintext, but the last acknowledgment of
+    // this one is still to be sent, perhaps more than once.
     if let Some(old) = OLD_CONNECTIONS.get_ptr_mut(tuple(ctx)) {
         // SAFETY: the element lives until the program ends.
         unsafe { *old |= OLD_ENDED };
     }
-    add(Counter::UnencryptedBytes(clear), sent);
+    add(Counter::UnencryptedBytes(plaintext), sent);
     if Tables.local(&there.addr).is_none() {
-        add(Counter::UnencryptedBytes(clear), received);
+        add(Counter::UnencryptedBytes(plaintext), received);
     }
     let Some(mut event) = EVENTS.reserve::<Event>(0) else {
         add(Counter::LostEvents, 1);
@@ -343,35 +341,36 @@ fn changed(ctx: &SockOpsContext) {
         direction: state.direction,
         protocol: Protocol::TCP.0,
         reason: state.reason,
-        clear: clear as u8,
-        closed_by: who_closed(old, state),
+        plaintext: plaintext as u8,
+        closed_by: first_to_close(old, state),
         spare: 0,
         spare_end: 0,
     });
     event.submit(BPF_RB_NO_WAKEUP.into());
 }
 
-/// Why a connection was in clear. Its pod may have joined the mesh since it was decided.
+/// Returns the reason why a connection is plaintext. The pod may have been enrolled after the decision.
 #[inline(always)]
-fn why_in_clear(state: &SocketState) -> Reason {
-    let clear = Reason::from_code(state.clear).unwrap_or(Reason::NoPolicy);
+fn plaintext_reason(state: &SocketState) -> Reason {
+    let reason = Reason::from_code(state.plaintext).unwrap_or(Reason::NoPolicy);
     let enrolled = || {
         let pod = tables::pod(PodIndex(state.pod));
         pod.is_some_and(|pod| pod.view.has(PodState::ENROLLED))
     };
-    if clear == Reason::OptedOut && enrolled() {
+    if reason == Reason::OptedOut && enrolled() {
         Reason::PreEnrolment
     } else {
-        clear
+        reason
     }
 }
 
-/// Bytes of the application: the kernel's sums count SYN and FIN as one byte each (RFC 9293, 3.4).
+/// Returns the application bytes sent and received. The kernel's counters include SYN and FIN as one
+/// byte each (RFC 9293, 3.4); `old` is the last TCP state.
 #[inline(always)]
 fn application_bytes(tcp: *mut bpf_tcp_sock, state: &SocketState, old: u32) -> (u64, u64) {
     let mut sent = read!(tcp, bytes_acked);
     let mut received = read!(tcp, bytes_received);
-    // The SYN of an accepted connection was acknowledged before this sum began.
+    // The SYN of an accepted connection was acknowledged before the counter started.
     let active = state.direction == Direction::Egress as u8;
     if active && state.flags & SocketState::ESTABLISHED != 0 && sent > 0 {
         sent -= 1;
@@ -393,8 +392,9 @@ fn application_bytes(tcp: *mut bpf_tcp_sock, state: &SocketState, old: u32) -> (
     (sent, received)
 }
 
+/// Returns the endpoint that closed first, by the last TCP state `old`.
 #[inline(always)]
-fn who_closed(old: u32, known: &SocketState) -> u8 {
+fn first_to_close(old: u32, known: &SocketState) -> u8 {
     match old {
         state::SYN_SENT | state::SYN_RECV => closed_by::FAILED,
         state::FIN_WAIT1 | state::FIN_WAIT2 | state::CLOSING => closed_by::LOCAL,

@@ -1,23 +1,25 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! sendmsg() and recvmsg() of unconnected UDP sockets: services, policy, and flows for replies.
+//! The sendmsg() and recvmsg() hooks of UDP sockets: service translation, policy, and flows for the
+//! replies.
 
 use aya_ebpf::programs::SockAddrContext;
-use mesh_common::path::{Origin, Outbound};
+use mesh_common::path::Origin;
 use mesh_common::pod::PodState;
 use mesh_common::socket::{SocketState, Translation, Translations, VIPS_PER_SOCKET};
 use mesh_common::{Direction, Endpoint, Port, Protocol};
 
 use crate::audit;
-use crate::connect::{deny, local_port, resolve, silent};
-use crate::context::{
-    Family, PASS, endpoint, exempt, netns_cookie, protocol, refuse, set_endpoint, socket, storage,
-};
-use crate::decision::{self, Ask, UNDECIDED};
+use crate::connect::{deny, is_silent, resolve, service};
+use crate::decision::{self, Ask, Decision};
 use crate::report::{self, Hook, trace};
-use crate::tables::{self, SOCKETS, VIPS};
-use crate::udp::{self, Way};
+use crate::sock_addr::{
+    Family, PASS, endpoint, exempt, local_port, netns_cookie, protocol, refuse, set_endpoint,
+    socket,
+};
+use crate::tables::{self, SOCKETS, VIPS, storage};
+use crate::udp_flows::{self, Seen};
 
-/// The hooks sendmsg4 and sendmsg6.
+/// Handles the hooks sendmsg4 and sendmsg6.
 #[inline(always)]
 pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
     if protocol(ctx) != Protocol::UDP || exempt(ctx) {
@@ -27,52 +29,50 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
         return PASS;
     };
     let asked = endpoint::<F>(ctx);
-    let mut to = asked;
-    if !resolve(pod, &asked, Protocol::UDP, &mut to) {
-        return refuse();
-    }
-    let local = local_port(ctx);
-    // The gate sees the datagram too and counts its bytes.
-    let mut path = UNDECIDED;
     let mut ask = Ask {
+        remote: asked,
         pod,
+        local_port: local_port(ctx),
         protocol: Protocol::UDP,
         origin: Origin::Address,
-        remote: to,
-        local_port: Port(0),
     };
-    let room = (&mut ask, &mut path);
-    if local == Port(0) || !udp::refresh(local, Way::FromPod, 0, room) {
-        let facts = decision::outbound(&ask, &mut path);
-        trace(Hook::Sendmsg, pod, &to, &path);
-        if matches!(path.action, Outbound::Refuse) {
-            deny(pod, Protocol::UDP, &asked, &to, &path.verdict);
-            if silent(pod, &path) {
-                if to != asked {
-                    set_endpoint::<F>(ctx, &to);
+    if !resolve(&mut ask) {
+        return refuse();
+    }
+    let bound = ask.local_port != Port(0);
+    let mut decision = Decision::UNDECIDED;
+    // The gate sees the datagram as well and counts its bytes.
+    if !bound || !udp_flows::refresh(&mut ask, &mut decision, Seen::FromPod, 0) {
+        decision::outbound(&ask, &mut decision);
+        trace(Hook::Sendmsg, &ask, &decision.path);
+        if decision.refuses() {
+            deny(&ask, &asked, &decision.path.verdict);
+            if is_silent(pod, &decision.path) {
+                if ask.remote != asked {
+                    set_endpoint::<F>(ctx, &ask.remote);
                 }
                 return PASS;
             }
             return refuse();
         }
-        report::count(Direction::Egress, &path.verdict);
+        report::count(Direction::Egress, &decision.path.verdict);
         if let Some(audited) = audit::audited(pod)
-            && (local != Port(0) || !audited.view.has(PodState::GATED))
+            && (bound || !audited.view.has(PodState::GATED))
         {
-            audit::outbound(audited, &ask, if to == asked { None } else { Some(&asked) });
+            audit::outbound(audited, &ask, service(&ask, &asked));
         }
-        if local != Port(0) {
-            udp::open(&ask, local, Way::FromPod, (&path, facts));
+        if bound {
+            udp_flows::open(&ask, &decision, Seen::FromPod);
         }
     }
-    if to != asked {
-        remember(ctx, &to, &asked);
-        set_endpoint::<F>(ctx, &to);
+    if ask.remote != asked {
+        remember(ctx, &ask.remote, &asked);
+        set_endpoint::<F>(ctx, &ask.remote);
     }
     PASS
 }
 
-/// Keeps a translation with the socket, so that replies can be shown as the service's.
+/// Stores a translation with the socket, so that replies are shown as the service's.
 #[inline(always)]
 fn remember(ctx: &SockAddrContext, backend: &Endpoint, service: &Endpoint) {
     let known = storage::<_, Translations>(&VIPS, socket(ctx), true);
@@ -95,7 +95,7 @@ fn remember(ctx: &SockAddrContext, backend: &Endpoint, service: &Endpoint) {
     known.next = known.next.wrapping_add(1);
 }
 
-/// The hooks recvmsg4 and recvmsg6: the sender of a reply is the service that was asked.
+/// Handles the hooks recvmsg4 and recvmsg6: the application sees the service as the sender of a reply.
 #[inline(always)]
 pub(crate) fn recvmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
     if protocol(ctx) != Protocol::UDP {
@@ -113,13 +113,13 @@ pub(crate) fn recvmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
             }
         }
     }
-    connected::<F>(ctx, &from);
+    show_service::<F>(ctx, &from);
     PASS
 }
 
-/// Shows the service of a connected socket in place of its backend.
+/// Replaces the backend of a connected socket by its service in the result of the system call.
 #[inline(always)]
-pub(crate) fn connected<F: Family>(ctx: &SockAddrContext, from: &Endpoint) {
+pub(crate) fn show_service<F: Family>(ctx: &SockAddrContext, from: &Endpoint) {
     let state = storage::<_, SocketState>(&SOCKETS, socket(ctx), false);
     if state.is_null() {
         return;

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! The gate: tcx on the host's side of every local pod, both ways, before the CNI's own programs.
+//! The gate: tcx programs on the host-side interface of each managed pod, in both directions, before
+//! the CNI plugin's programs.
 //!
-//! It holds what sockets' hooks do not see: addresses that are not the sender's, raw and packet
-//! sockets, namespaces nested in a pod, what was translated on its way. It never opens a connection
-//! to something that [`mesh_common::path`] refuses, and remembers nothing but UDP flows and
-//! fragments.
+//! The gate enforces what the socket hooks do not see: spoofed addresses, raw and packet sockets, network
+//! namespaces nested in a pod, and packets with translated addresses. It passes no packet that opens
+//! traffic which [`mesh_common::path`] denies. Its only state are UDP flows, fragments and marked
+//! SYNs.
 
 use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::programs::TcContext;
@@ -14,27 +15,30 @@ use mesh_common::path::{Origin, Outbound, Peers as _, tunnels, who};
 use mesh_common::pod::{GatePod, PodIndex, PodState};
 use mesh_common::policy::PolicySetId;
 use mesh_common::settings::{FRAGMENT_NS, TUNNEL_PORT};
-use mesh_common::{Addr, Direction, Endpoint, Peer, Port, Protocol, Reason, Verdict};
+use mesh_common::{Addr, Direction, Peer, Protocol, Reason, Verdict};
 
 use crate::audit;
-use crate::context::read;
-use crate::decision::{self, Ask, UNDECIDED};
+use crate::decision::{self, Ask, Decision};
 use crate::packet::{self, ACK, Fragment, Kind, Packet, RST, SYN};
-use crate::report::{self, DROPPED, Hook, Refused, count, now, refused, trace};
+use crate::report::{self, DROPPED, Hook, Subject, count, now, refused, trace};
 use crate::tables::{self, FRAGMENTS, MARKED, OLD_CONNECTIONS, Tables};
-use crate::udp::{self, Way};
+use crate::udp_flows::{self, Seen};
+use crate::volatile::read;
 
+/// The return value TCX_NEXT: the packet goes on to the next program.
 const NEXT: i32 = -1;
+/// The return value TCX_DROP: the packet is dropped.
 const DROP: i32 = 2;
 
-const NEIGHBOUR_SOLICITATION: u8 = 135;
-const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
+// Types of ICMPv6 (RFC 4443, RFC 4861) and ICMP (RFC 792).
 const ROUTER_ADVERTISEMENT: u8 = 134;
+const NEIGHBOR_SOLICITATION: u8 = 135;
+const NEIGHBOR_ADVERTISEMENT: u8 = 136;
 const REDIRECT: u8 = 137;
 const ECHO_REQUEST: u8 = 8;
 const ECHO_REQUEST_V6: u8 = 128;
 
-/// A frame from a pod.
+/// Handles a frame that a pod sends.
 #[inline(always)]
 pub(crate) fn from_pod(ctx: &TcContext) -> i32 {
     let Some(gate) = tables::gate(read!(ctx.skb.skb, ifindex)) else {
@@ -51,7 +55,7 @@ pub(crate) fn from_pod(ctx: &TcContext) -> i32 {
         return DROP;
     };
     let mac = &state.mac;
-    if known(mac) && !same(&ethernet.from, mac) {
+    if is_known(mac) && !is_same(&ethernet.from, mac) {
         return drop_frame(pod, Direction::Egress, Reason::Spoofed);
     }
     let mut packet = Packet::EMPTY;
@@ -67,24 +71,23 @@ pub(crate) fn from_pod(ctx: &TcContext) -> i32 {
         return icmpv6_from_pod(ctx, pod, state, ip);
     }
     if !state.view.owns(&ip.from.addr) {
-        // A multicast listener report or a DHCP request may come before the address; both are
-        // link-local affairs of no other protocol than these.
+        // This includes DHCP requests, which a pod sends before it has an address.
         return refuse(pod, Direction::Egress, ip, Reason::Spoofed);
     }
     if ip.protocol == Protocol::ICMP {
-        return icmp(Direction::Egress, ip.icmp_type == ECHO_REQUEST);
+        return icmp(Direction::Egress, ip);
     }
-    if !concerned(state) {
+    if !is_checked(state) {
         return NEXT;
     }
     send(pod, state, ip)
 }
 
-/// A frame to a pod.
+/// Handles a frame that is sent to a pod.
 #[inline(always)]
 pub(crate) fn to_pod(ctx: &TcContext) -> i32 {
-    // The interface is in the map before the program is attached, and until it is detached: one
-    // without a pod is in between, and closed.
+    // The agent adds the interface to the map before it attaches the program, and removes it after
+    // detaching: an interface without a pod is being changed, and passes nothing.
     let Some(gate) = tables::gate(read!(ctx.skb.skb, ifindex)) else {
         return DROP;
     };
@@ -110,15 +113,14 @@ pub(crate) fn to_pod(ctx: &TcContext) -> i32 {
         Kind::Malformed => return drop_frame(pod, Direction::Ingress, Reason::Malformed),
     }
     let entered = read!(ctx.skb.skb, ingress_ifindex);
-    if state.view.owns(&ip.from.addr) || foreign(&ip.from.addr, entered) {
+    if state.view.owns(&ip.from.addr) || is_foreign(&ip.from.addr, entered) {
         return refuse(pod, Direction::Ingress, ip, Reason::Spoofed);
     }
     match ip.protocol {
-        Protocol::ICMPV6 => return icmp(Direction::Ingress, ip.icmp_type == ECHO_REQUEST_V6),
-        Protocol::ICMP => return icmp(Direction::Ingress, ip.icmp_type == ECHO_REQUEST),
+        Protocol::ICMP | Protocol::ICMPV6 => return icmp(Direction::Ingress, ip),
         _ => {}
     }
-    if !concerned(state) {
+    if !is_checked(state) {
         return NEXT;
     }
     if ip.flags & (SYN | ACK) == SYN && is_tunnel_to(ctx, state, ip) {
@@ -127,9 +129,9 @@ pub(crate) fn to_pod(ctx: &TcContext) -> i32 {
     receive(pod, state, ip, entered)
 }
 
-/// Whether a segment of a pod passes because everything that the whole check would ask of it is
-/// known to hold: its source is true, it opens nothing, and it is no plaintext towards a pod that
-/// is tunnelled to. Most packets end here; whatever does not is checked as a whole.
+/// Returns whether a TCP segment of a pod passes without the whole check: its source address is the
+/// pod's, it opens no connection, and it is no plaintext to a peer that needs a tunnel. This is the
+/// fast path of most packets; all others are checked as a whole.
 #[inline(never)]
 fn continues_from_pod(ctx: &TcContext, gate: &GatePod) -> bool {
     let Some(segment) = packet::segment(ctx) else {
@@ -149,13 +151,14 @@ fn continues_from_pod(ctx: &TcContext, gate: &GatePod) -> bool {
     if continues || !enrolled {
         return continues;
     }
-    // The agent's own: sock_ops has written it before the first segment was made, or, of a tunnel
-    // to this pod, when it was established; until then its mark is remembered.
+    // The agent's own tunnels. sock_ops adds an outgoing one before its SYN, and an incoming one when it
+    // is established; until then it is in `MARKED`.
     tables::is_tunnel(&segment.from, &segment.to)
         || (!opens && tables::is_steered(&segment.from, &segment.to))
 }
 
-/// As [`continues_from_pod`], towards a pod: the destination is its own, and the source can be.
+/// Returns whether a TCP segment to a pod passes without the whole check: its destination is the pod's
+/// address, its source address can be valid, and it opens no connection.
 #[inline(never)]
 fn continues_to_pod(ctx: &TcContext, gate: &GatePod) -> bool {
     let Some(segment) = packet::segment(ctx) else {
@@ -165,12 +168,12 @@ fn continues_to_pod(ctx: &TcContext, gate: &GatePod) -> bool {
     segment.flags & (SYN | ACK) != SYN
         && gate.owns(&segment.to.addr)
         && !gate.owns(&segment.from.addr)
-        && !foreign(&segment.from.addr, entered)
+        && !is_foreign(&segment.from.addr, entered)
 }
 
-/// Whether a segment opens a tunnel to a port of an application; sk_lookup, which sees the same
-/// segment next, then gives it to the agent. Who forges the mark meets the agent, and proves
-/// nothing.
+/// Returns whether a SYN opens a tunnel to an application's own port, and remembers it. The sk_lookup
+/// hook, which sees the SYN next, then gives it to the agent. A sender who forges the TCP option only
+/// reaches the agent, which demands a certificate.
 #[inline(always)]
 fn is_tunnel_to(ctx: &TcContext, state: &PodState, ip: &Packet) -> bool {
     let tunnel = ip.protocol == Protocol::TCP
@@ -184,59 +187,61 @@ fn is_tunnel_to(ctx: &TcContext, state: &PodState, ip: &Packet) -> bool {
     tunnel
 }
 
+/// Adds the connection of a marked SYN to `MARKED`.
 #[inline(never)]
 fn remember_mark(ip: &Packet) {
     let key = ConnectionKey {
         local: ip.to,
         remote: ip.from,
     };
-    // A SYN that is sent again must not undo what became of the first.
+    // A retransmitted SYN must not reset the entry.
     let _ = MARKED.insert(key, MARK_SEEN, BPF_NOEXIST.into());
 }
 
-/// Whether more than addresses is to be checked: the pod is enrolled, or policy selects it.
+/// Returns whether the gate checks more than addresses: the pod is enrolled or has a policy.
 #[inline(always)]
-fn concerned(state: &PodState) -> bool {
+fn is_checked(state: &PodState) -> bool {
     state.view.has(PodState::ENROLLED) || state.view.set != PolicySetId::NONE
 }
 
-/// Whether the pod's MAC address is known.
+/// Returns whether a pod's MAC address is known.
 #[inline(always)]
-fn known(mac: &[u8; 8]) -> bool {
+fn is_known(mac: &[u8; 8]) -> bool {
     u64::from_ne_bytes(*mac) != 0
 }
 
+/// Returns whether a frame's MAC address is the pod's.
 #[inline(always)]
-fn same(claimed: &[u8; 6], own: &[u8; 8]) -> bool {
+fn is_same(claimed: &[u8; 6], own: &[u8; 8]) -> bool {
     let [a, b, c, d, e, f] = *claimed;
     u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]) == u64::from_ne_bytes(*own)
 }
 
+/// Returns whether an address is this node's own.
 #[inline(always)]
 fn is_host(addr: &Addr) -> bool {
     Tables.peer(addr).is_some_and(|peer| peer.id.is_host())
 }
 
-/// Whether an address is another local pod's on a packet that did not enter by that pod's
-/// interface.
+/// Returns whether a source address is a local pod's, but the packet entered by another interface.
 #[inline(always)]
-fn foreign(from: &Addr, entered: u32) -> bool {
+fn is_foreign(from: &Addr, entered: u32) -> bool {
     tables::local(from).is_some_and(|sender| sender.link != 0 && sender.link != entered)
 }
 
-/// ARP passes with the pod's own sender address.
+/// Handles ARP of a pod: it passes with the pod's own sender addresses.
 #[inline(always)]
 fn arp_from_pod(pod: PodIndex, state: &PodState, arp: &Packet) -> i32 {
-    // 0.0.0.0 is a probe for a duplicate address (RFC 5227).
-    let true_address = arp.from.addr == state.view.v4 || arp.from.addr.is_unspecified();
-    let true_mac = !known(&state.mac) || same(&arp.mac, &state.mac);
-    if !true_address || !true_mac {
+    // A probe for a duplicate address has the sender 0.0.0.0 (RFC 5227).
+    let own_address = arp.from.addr == state.view.v4 || arp.from.addr.is_unspecified();
+    let own_mac = !is_known(&state.mac) || is_same(&arp.mac, &state.mac);
+    if !own_address || !own_mac {
         return drop_frame(pod, Direction::Egress, Reason::Spoofed);
     }
     NEXT
 }
 
-/// Neighbour discovery and other ICMPv6 pass with a true source; a pod is no router.
+/// Handles ICMPv6 of a pod: it passes with the pod's own addresses. A pod is no router.
 #[inline(never)]
 fn icmpv6_from_pod(ctx: &TcContext, pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
     let from = &ip.from.addr;
@@ -248,58 +253,62 @@ fn icmpv6_from_pod(ctx: &TcContext, pod: PodIndex, state: &PodState, ip: &Packet
         ROUTER_ADVERTISEMENT | REDIRECT => {
             return drop_frame(pod, Direction::Egress, Reason::Spoofed);
         }
-        NEIGHBOUR_SOLICITATION | NEIGHBOUR_ADVERTISEMENT => {}
-        kind => return icmp(Direction::Egress, kind == ECHO_REQUEST_V6),
+        NEIGHBOR_SOLICITATION | NEIGHBOR_ADVERTISEMENT => {}
+        _ => return icmp(Direction::Egress, ip),
     }
-    let Some(said) = packet::neighbour(ctx, ip) else {
+    let Some(message) = packet::neighbor(ctx, ip) else {
         return drop_frame(pod, Direction::Egress, Reason::Malformed);
     };
-    let target = said.target();
-    let advertises = ip.icmp_type == NEIGHBOUR_ADVERTISEMENT;
+    let target = message.target();
+    let advertises = ip.icmp_type == NEIGHBOR_ADVERTISEMENT;
     let foreign = advertises && !state.view.owns(&target) && !target.is_v6_link_local();
-    if foreign || (known(&state.mac) && said.claims_other_than(&state.mac)) {
+    if foreign || (is_known(&state.mac) && message.claims_other_than(&state.mac)) {
         return drop_frame(pod, Direction::Egress, Reason::Spoofed);
     }
     NEXT
 }
 
-/// ICMP passes; echo is counted.
+/// Passes an ICMP or ICMPv6 packet, and counts it if it is an echo request.
 #[inline(always)]
-fn icmp(direction: Direction, echo: bool) -> i32 {
-    if echo {
+fn icmp(direction: Direction, ip: &Packet) -> i32 {
+    let echo_request = match ip.protocol {
+        Protocol::ICMPV6 => ECHO_REQUEST_V6,
+        _ => ECHO_REQUEST,
+    };
+    if ip.icmp_type == echo_request {
         count(direction, &Verdict::pass(Reason::Echo));
     }
     NEXT
 }
 
-/// Drops a frame without addresses that could be reported.
+/// Drops a frame that has no addresses to report.
 #[inline(always)]
 fn drop_frame(pod: PodIndex, direction: Direction, reason: Reason) -> i32 {
-    let who = Refused::new(pod, direction, Protocol::OTHER, DROPPED);
-    refused(who, None, None, None, &Verdict::refuse(reason));
+    let subject = Subject::new(pod, direction, Protocol::OTHER, DROPPED);
+    refused(&subject, None, None, None, &Verdict::refuse(reason));
     DROP
 }
 
-/// Drops a packet for a reason that no rule of a policy gave. On a stack of its own: the caller's
-/// is full.
+/// Drops a packet without a policy rule. The function has a stack frame of its own, because the callers'
+/// stacks are full.
 #[inline(never)]
 fn refuse(pod: PodIndex, direction: Direction, ip: &Packet, reason: Reason) -> i32 {
     drop_packet(pod, direction, ip, &Verdict::refuse(reason))
 }
 
-/// Drops a packet.
+/// Drops and reports a packet.
 #[inline(always)]
 fn drop_packet(pod: PodIndex, direction: Direction, ip: &Packet, verdict: &Verdict) -> i32 {
     let (local, remote) = match direction {
         Direction::Egress => (&ip.from, &ip.to),
         Direction::Ingress => (&ip.to, &ip.from),
     };
-    let who = Refused::new(pod, direction, ip.protocol, DROPPED);
-    refused(who, Some(local), Some(remote), None, verdict);
+    let subject = Subject::new(pod, direction, ip.protocol, DROPPED);
+    refused(&subject, Some(local), Some(remote), None, verdict);
     DROP
 }
 
-/// A packet of a pod, its source true.
+/// Handles a packet of a pod with the pod's own source address.
 #[inline(always)]
 fn send(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
     if ip.protocol == Protocol::TCP {
@@ -309,33 +318,32 @@ fn send(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
         return later_fragment(pod, Direction::Egress, ip);
     }
     let udp = ip.protocol == Protocol::UDP;
-    let mut question = ask(pod, ip.protocol, Origin::Address, &ip.to, ip.from.port);
-    let mut path = UNDECIDED;
-    let room = (&mut question, &mut path);
-    let passes = udp && udp::refresh(ip.from.port, Way::FromPod, ip.payload.into(), room);
-    if !passes {
+    let bytes = ip.payload.into();
+    let mut ask = sent(pod, ip);
+    let mut decision = Decision::UNDECIDED;
+    if !udp || !udp_flows::refresh(&mut ask, &mut decision, Seen::FromPod, bytes) {
         if state.view.has(PodState::ENROLLED) && tables::is_virtual(&ip.to, ip.protocol) {
             return refuse(pod, Direction::Egress, ip, Reason::Untranslated);
         }
-        let facts = decision::outbound(&question, &mut path);
-        trace(Hook::GateFromPod, pod, &ip.to, &path);
-        if matches!(path.action, Outbound::Refuse) {
-            return drop_packet(pod, Direction::Egress, ip, &path.verdict);
+        decision::outbound(&ask, &mut decision);
+        trace(Hook::GateFromPod, &ask, &decision.path);
+        if decision.refuses() {
+            return drop_packet(pod, Direction::Egress, ip, &decision.path.verdict);
         }
-        count(Direction::Egress, &path.verdict);
+        count(Direction::Egress, &decision.path.verdict);
         if let Some(audited) = audit::audited(pod) {
-            audit::outbound(audited, &question, None);
+            audit::outbound(audited, &ask, None);
         }
         if udp {
-            udp::open(&question, ip.from.port, Way::FromPod, (&path, facts));
-            report::add(Counter::UnencryptedBytes(path.clear), ip.payload.into());
+            udp_flows::open(&ask, &decision, Seen::FromPod);
+            report::add(Counter::UnencryptedBytes(decision.path.clear), bytes);
         }
     }
     first_fragment(ip);
     NEXT
 }
 
-/// A TCP segment of a pod.
+/// Handles a TCP segment of a pod with the pod's own source address.
 #[inline(always)]
 fn send_tcp(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
     if !matches!(ip.fragment, Fragment::Whole) {
@@ -343,21 +351,20 @@ fn send_tcp(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
     }
     let enrolled = state.view.has(PodState::ENROLLED);
     let peer = who(&Tables, &ip.to.addr);
-    let tunnelled = tunnels(&state.view, &peer);
     if ip.flags & (SYN | ACK) != SYN {
         let tunnel = ip.to.port == TUNNEL_PORT || ip.from.port == TUNNEL_PORT;
-        // A bare reset carries no byte of the application; without it the other end would wait.
+        // A reset without payload carries no application bytes. Without it the peer would wait.
         let reset = ip.flags & RST != 0 && ip.payload == 0;
-        if !tunnelled || tunnel || reset {
+        if !tunnels(&state.view, &peer) || tunnel || reset {
             return NEXT;
         }
-        return match old_connection(ip) {
+        return match is_old_connection(ip) {
             true => NEXT,
             false => refuse(pod, Direction::Egress, ip, Reason::Bypass),
         };
     }
-    // Sent before the pod or its peer joined the mesh, and unanswered: no hook will see it again.
-    if enrolled && ip.payload == 0 && old_connection(ip) {
+    // A retransmitted SYN of a connection that is older than the enrollment: no hook will see it again.
+    if enrolled && ip.payload == 0 && is_old_connection(ip) {
         return NEXT;
     }
     if enrolled && !peer.local && peer.has(Peer::ENROLLED) && ip.to.port == TUNNEL_PORT {
@@ -370,12 +377,11 @@ fn send_tcp(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
     if enrolled && tables::is_virtual(&ip.to, Protocol::TCP) {
         return refuse(pod, Direction::Egress, ip, Reason::Untranslated);
     }
-    let mut path = UNDECIDED;
-    let _ = decision::outbound(
-        &ask(pod, ip.protocol, Origin::Address, &ip.to, Port(0)),
-        &mut path,
-    );
-    trace(Hook::GateFromPod, pod, &ip.to, &path);
+    let ask = sent(pod, ip);
+    let mut decision = Decision::UNDECIDED;
+    decision::outbound(&ask, &mut decision);
+    let path = &decision.path;
+    trace(Hook::GateFromPod, &ask, path);
     match path.action {
         Outbound::Direct => NEXT,
         Outbound::Refuse => drop_packet(pod, Direction::Egress, ip, &path.verdict),
@@ -383,10 +389,10 @@ fn send_tcp(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
     }
 }
 
-/// Whether a segment is of a connection that is older than the enrolment, and left alone: of one that
-/// has ended, what carries nothing.
+/// Returns whether a segment belongs to a connection that is older than the enrollment and stays
+/// plaintext. After the connection closed, only segments without payload do.
 #[inline(never)]
-fn old_connection(ip: &Packet) -> bool {
+fn is_old_connection(ip: &Packet) -> bool {
     let key = ConnectionKey {
         local: ip.from,
         remote: ip.to,
@@ -398,7 +404,7 @@ fn old_connection(ip: &Packet) -> bool {
     }
 }
 
-/// A packet to a pod, its source as true as can be told.
+/// Handles a packet to a pod, after the check of its source address.
 #[inline(always)]
 fn receive(pod: PodIndex, state: &PodState, ip: &Packet, entered: u32) -> i32 {
     let has_ports = ip.protocol == Protocol::TCP || ip.protocol == Protocol::UDP;
@@ -410,7 +416,7 @@ fn receive(pod: PodIndex, state: &PodState, ip: &Packet, entered: u32) -> i32 {
     if tcp && (ip.flags & (SYN | ACK) != SYN || ip.to.port == TUNNEL_PORT) {
         return NEXT;
     }
-    // The node's own address on a packet that this node did not make: translated on its way.
+    // A packet with this node's address that entered by an interface has a translated address.
     let translated = entered != 0 && is_host(&ip.from.addr);
     let origin = if translated {
         Origin::Translated
@@ -418,7 +424,7 @@ fn receive(pod: PodIndex, state: &PodState, ip: &Packet, entered: u32) -> i32 {
         Origin::Address
     };
     if tcp {
-        // sk_lookup decides connections, but cannot see a translation, and cannot be silent.
+        // The sk_lookup hook decides connections, but it cannot see a translation or drop silently.
         if !translated && !state.view.has(PodState::SILENT) {
             return NEXT;
         }
@@ -430,8 +436,8 @@ fn receive(pod: PodIndex, state: &PodState, ip: &Packet, entered: u32) -> i32 {
     decide_arrival(pod, ip, origin)
 }
 
-/// Bytes of a datagram that count at the pod which it is for: what a pod of this node sent counts at
-/// its own gate.
+/// Returns the payload bytes to count for a datagram to a pod. The gate of the sender counts those of a
+/// local pod.
 #[inline(always)]
 fn arriving_bytes(ip: &Packet) -> u64 {
     match tables::pod_by_addr(&ip.from.addr) {
@@ -440,47 +446,54 @@ fn arriving_bytes(ip: &Packet) -> u64 {
     }
 }
 
-/// Decides a packet that opens something towards a pod, or goes on with a flow.
+/// Decides a SYN or datagram to a pod.
 #[inline(always)]
 fn decide_arrival(pod: PodIndex, ip: &Packet, origin: Origin) -> i32 {
-    let mut question = ask(pod, ip.protocol, origin, &ip.from, ip.to.port);
-    let mut path = UNDECIDED;
+    let mut ask = Ask {
+        remote: ip.from,
+        pod,
+        local_port: ip.to.port,
+        protocol: ip.protocol,
+        origin,
+    };
+    let mut decision = Decision::UNDECIDED;
     let udp = ip.protocol == Protocol::UDP;
     let bytes = if udp { arriving_bytes(ip) } else { 0 };
-    let room = (&mut question, &mut path);
-    if udp && udp::refresh(ip.to.port, Way::ToPod, bytes, room) {
+    if udp && udp_flows::refresh(&mut ask, &mut decision, Seen::ToPod, bytes) {
         first_fragment(ip);
         return NEXT;
     }
-    let facts = decision::inbound(&question, &mut path);
-    trace(Hook::GateToPod, pod, &ip.from, &path);
-    if matches!(path.action, Outbound::Refuse) {
-        return drop_packet(pod, Direction::Ingress, ip, &path.verdict);
+    decision::inbound(&ask, &mut decision);
+    trace(Hook::GateToPod, &ask, &decision.path);
+    if decision.refuses() {
+        return drop_packet(pod, Direction::Ingress, ip, &decision.path.verdict);
     }
-    // What sk_lookup sees as it is, it asks about.
-    let asked_again = ip.protocol == Protocol::TCP && !matches!(origin, Origin::Translated);
-    if !asked_again && audit::audited(pod).is_some() {
-        audit::inbound(&question, &ip.to);
+    // The sk_lookup hook audits TCP whose address is not translated.
+    let audited_later = ip.protocol == Protocol::TCP && !matches!(origin, Origin::Translated);
+    if !audited_later && audit::audited(pod).is_some() {
+        audit::inbound(&ask, &ip.to);
     }
     if udp {
-        udp::open(&question, ip.to.port, Way::ToPod, (&path, facts));
-        report::add(Counter::UnencryptedBytes(path.clear), bytes);
+        udp_flows::open(&ask, &decision, Seen::ToPod);
+        report::add(Counter::UnencryptedBytes(decision.path.clear), bytes);
     }
     first_fragment(ip);
     NEXT
 }
 
+/// Returns the ask about a packet that a pod sends.
 #[inline(always)]
-fn ask(pod: PodIndex, protocol: Protocol, origin: Origin, remote: &Endpoint, port: Port) -> Ask {
+fn sent(pod: PodIndex, ip: &Packet) -> Ask {
     Ask {
+        remote: ip.to,
         pod,
-        protocol,
-        origin,
-        remote: *remote,
-        local_port: port,
+        local_port: ip.from.port,
+        protocol: ip.protocol,
+        origin: Origin::Address,
     }
 }
 
+/// Returns the key of a fragment's datagram.
 #[inline(always)]
 fn fragment_key(ip: &Packet) -> FragmentKey {
     FragmentKey {
@@ -491,7 +504,8 @@ fn fragment_key(ip: &Packet) -> FragmentKey {
     }
 }
 
-/// Remembers that the first part of a datagram passed. On a stack of its own: the caller's is full.
+/// Remembers that a first fragment passed; does nothing for other packets. The function has a stack frame
+/// of its own, because the callers' stacks are full.
 #[inline(never)]
 fn first_fragment(ip: &Packet) {
     if let Fragment::First = ip.fragment {
@@ -503,7 +517,7 @@ fn first_fragment(ip: &Packet) {
     }
 }
 
-/// A later part passes only if the first one did, and not long ago.
+/// Handles a later fragment: it passes if the first one passed within [`FRAGMENT_NS`].
 #[inline(always)]
 fn later_fragment(pod: PodIndex, direction: Direction, ip: &Packet) -> i32 {
     // SAFETY: read at once.

@@ -1,33 +1,34 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! sk_lookup in a pod's namespace: captured connections and tunnels to the agent, the agent's
-//! hand-over and what policy allows to the application, everything else refused.
+//! The sk_lookup hook in a pod's network namespace. It gives captured connections and tunnels to the
+//! agent, passes the agent's own connections and allowed traffic to the application, and denies
+//! everything else.
 //!
-//! Runs for every new TCP connection and for every datagram to an unconnected UDP socket. Attached
-//! to adopted pods only. Where the agent is to take a connection and is not there, it is dropped:
-//! the sender gets a reset, never a plaintext connection.
+//! It is attached to managed pods and runs for each new TCP connection and for each datagram to an
+//! unconnected UDP socket. A connection for an agent that does not listen is dropped: the sender gets a
+//! reset, never a plaintext connection.
 
 use aya_ebpf::programs::SkLookupContext;
-use mesh_common::path::{Origin, Outbound};
+use mesh_common::path::{Origin, outbound_listener, tunnel_listener};
 use mesh_common::pod::{ListenerSlot, PodIndex, PodState};
 use mesh_common::settings::TUNNEL_PORT;
 use mesh_common::{Addr, Direction, Endpoint, Port, Protocol, Reason, Verdict};
 
 use crate::audit;
-use crate::context::read;
-use crate::decision::{self, Ask, UNDECIDED};
-use crate::report::{self, DENIED, Hook, Refused, refused, trace};
+use crate::decision::{self, Ask, Decision};
+use crate::report::{self, DENIED, Hook, Subject, refused, trace};
 use crate::tables::{self, LISTENERS};
-use crate::udp::{self, Way};
+use crate::udp_flows::{self, Seen};
+use crate::volatile::read;
 
 const SK_DROP: u32 = 0;
 const SK_PASS: u32 = 1;
 const AF_INET: u32 = 2;
-/// The loopback interface has this index in every namespace.
+/// The index of the loopback interface in every network namespace.
 const LOOPBACK: u32 = 1;
 
-/// The hook.
+/// Handles the hook.
 #[inline(always)]
-pub(crate) fn inbound(ctx: &SkLookupContext) -> u32 {
+pub(crate) fn sk_lookup(ctx: &SkLookupContext) -> u32 {
     let c = ctx.lookup;
     let v4 = read!(c, family) == AF_INET;
     // Both families are read before one is chosen: reads behind a branch would become one read
@@ -58,13 +59,14 @@ pub(crate) fn inbound(ctx: &SkLookupContext) -> u32 {
     let there = Endpoint::new(remote, Port(read!(c, remote_port)));
     match tables::pod_by_addr(&local) {
         Some(pod) => arriving(ctx, pod, &here, &there, protocol),
-        None => captured(ctx, &remote, v4, protocol),
+        None => captured(ctx, &remote, protocol),
     }
 }
 
-/// The destination is none of the pod's addresses: only the capture mark's route leads here.
+/// Handles a destination that is not the pod's own address: only the route of the capture mark leads
+/// here. `remote` is the pod's address.
 #[inline(always)]
-fn captured(ctx: &SkLookupContext, remote: &Addr, v4: bool, protocol: Protocol) -> u32 {
+fn captured(ctx: &SkLookupContext, remote: &Addr, protocol: Protocol) -> u32 {
     let Some(pod) = tables::pod_by_addr(remote) else {
         return SK_PASS;
     };
@@ -72,20 +74,16 @@ fn captured(ctx: &SkLookupContext, remote: &Addr, v4: bool, protocol: Protocol) 
     if protocol != Protocol::TCP {
         return SK_PASS;
     }
-    let slot = if v4 {
-        ListenerSlot::Outbound4
-    } else {
-        ListenerSlot::Outbound6
-    };
+    let slot = outbound_listener(remote);
     if enrolled {
         return steer(ctx, pod, slot, Direction::Egress);
     }
-    // Captured right before the pod left the mesh: its listener stays a while.
+    // Captured right before the pod left the mesh. Its listener stays for a while.
     let _ = LISTENERS.redirect_sk_lookup(ctx, pod.listener(slot), 0);
     SK_PASS
 }
 
-/// Gives the connection to the agent.
+/// Gives a connection to the agent, or denies it if the agent does not listen.
 #[inline(always)]
 fn steer(ctx: &SkLookupContext, pod: PodIndex, slot: ListenerSlot, direction: Direction) -> u32 {
     match LISTENERS.redirect_sk_lookup(ctx, pod.listener(slot), 0) {
@@ -97,21 +95,17 @@ fn steer(ctx: &SkLookupContext, pod: PodIndex, slot: ListenerSlot, direction: Di
     }
 }
 
-/// Whether a tunnel to a pod that has just left the mesh was given to its listener, which stays a
-/// while: others learn of it later.
+/// Gives a tunnel to the listener of a pod that just left the mesh. The listener stays for a while,
+/// because other nodes learn later that the pod left. Returns whether there is one.
 #[inline(always)]
-fn left(ctx: &SkLookupContext, pod: PodIndex, here: &Endpoint) -> bool {
-    let slot = if here.addr.is_v4() {
-        ListenerSlot::Tunnel4
-    } else {
-        ListenerSlot::Tunnel6
-    };
+fn steer_after_leaving(ctx: &SkLookupContext, pod: PodIndex, here: &Endpoint) -> bool {
+    let slot = tunnel_listener(&here.addr);
     LISTENERS
         .redirect_sk_lookup(ctx, pod.listener(slot), 0)
         .is_ok()
 }
 
-/// The destination is the pod's own address.
+/// Handles a destination that is the pod's own address.
 #[inline(always)]
 fn arriving(
     ctx: &SkLookupContext,
@@ -120,8 +114,8 @@ fn arriving(
     there: &Endpoint,
     protocol: Protocol,
 ) -> u32 {
-    // Nothing from outside, and nothing that the pod sends to its own address, comes in by lo but
-    // the agent's hand-over: its sockets are bound to it.
+    // Two kinds of traffic arrive on the loopback interface: the pod's own, and connections of the
+    // agent to the application, whose sockets are bound to it.
     if here.addr == there.addr || read!(ctx.lookup, ingress_ifindex) == LOOPBACK {
         return SK_PASS;
     }
@@ -131,51 +125,42 @@ fn arriving(
     let tcp = protocol == Protocol::TCP;
     let enrolled = state.view.has(PodState::ENROLLED);
     if tcp && enrolled && (here.port == TUNNEL_PORT || tables::steer_marked(here, there)) {
-        let slot = if here.addr.is_v4() {
-            ListenerSlot::Tunnel4
-        } else {
-            ListenerSlot::Tunnel6
-        };
-        return steer(ctx, pod, slot, Direction::Ingress);
+        return steer(ctx, pod, tunnel_listener(&here.addr), Direction::Ingress);
     }
-    if tcp && here.port == TUNNEL_PORT && left(ctx, pod, here) {
+    if tcp && here.port == TUNNEL_PORT && steer_after_leaving(ctx, pod, here) {
         return SK_PASS;
     }
-    // Where there is a gate it has counted the datagram already.
-    let way = if state.view.has(PodState::GATED) {
-        Way::LookUp
+    // A gate has already recorded the datagram.
+    let seen = if state.view.has(PodState::GATED) {
+        Seen::LookUp
     } else {
-        Way::ToPod
-    };
-    let origin = if state.view.has(PodState::GATED) {
-        Origin::Address
-    } else {
-        Origin::Ungated
+        Seen::ToPod
     };
     let mut ask = Ask {
-        pod,
-        protocol,
-        origin,
         remote: *there,
+        pod,
         local_port: here.port,
+        protocol,
+        origin: Origin::of(&state.view),
     };
-    let mut path = UNDECIDED;
-    if !tcp && udp::refresh(here.port, way, 0, (&mut ask, &mut path)) {
+    let mut decision = Decision::UNDECIDED;
+    if !tcp && udp_flows::refresh(&mut ask, &mut decision, seen, 0) {
         return SK_PASS;
     }
-    let facts = decision::inbound(&ask, &mut path);
-    trace(Hook::Inbound, pod, there, &path);
-    if matches!(path.action, Outbound::Refuse) {
-        let who = Refused::new(pod, Direction::Ingress, protocol, DENIED);
-        refused(who, Some(here), Some(there), None, &path.verdict);
+    decision::inbound(&ask, &mut decision);
+    trace(Hook::Inbound, &ask, &decision.path);
+    let verdict = &decision.path.verdict;
+    if decision.refuses() {
+        let subject = Subject::new(pod, Direction::Ingress, protocol, DENIED);
+        refused(&subject, Some(here), Some(there), None, verdict);
         return SK_DROP;
     }
-    report::count(Direction::Ingress, &path.verdict);
+    report::count(Direction::Ingress, verdict);
     if audit::audited(pod).is_some() {
         audit::inbound(&ask, here);
     }
     if !tcp {
-        udp::open(&ask, here.port, Way::ToPod, (&path, facts));
+        udp_flows::open(&ask, &decision, Seen::ToPod);
     }
     SK_PASS
 }

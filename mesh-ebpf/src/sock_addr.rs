@@ -1,48 +1,41 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! Reads and writes of `bpf_sock_addr`, one type for each family: a program may touch only the
-//! fields of its own attach type.
+//! Access to `bpf_sock_addr`, the context of the socket address hooks (connect, sendmsg, recvmsg,
+//! getpeername). Each family has a type, because a program may access only the fields of its own attach
+//! type.
 
-use core::ffi::c_void;
 use core::ptr;
 
-use aya_ebpf::bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_addr};
-use aya_ebpf::helpers::generated::{
-    bpf_get_netns_cookie, bpf_set_retval, bpf_setsockopt, bpf_sk_storage_get,
-};
+use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr};
+use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_set_retval, bpf_setsockopt};
 use aya_ebpf::programs::SockAddrContext;
 use mesh_common::settings::MARK_MASK;
 use mesh_common::{Addr, Endpoint, Port, Protocol};
 
 use crate::tables::EXEMPT;
+use crate::volatile::read;
 
 const SOL_SOCKET: i32 = 1;
 const SO_MARK: i32 = 36;
 const ECONNREFUSED: i32 = 111;
 
-/// What the kernel does with the call.
+/// The return value by which the system call goes on.
 pub(crate) const PASS: i32 = 1;
-/// The call fails.
-pub(crate) const REFUSE: i32 = 0;
+/// The return value by which the system call fails.
+const REFUSE: i32 = 0;
 
-/// Reads a field exactly once and at its own width, as the verifier demands of contexts.
-macro_rules! read {
-    ($from:expr, $($field:tt)+) => {
-        // SAFETY: a field of a context that the kernel handed to this program.
-        unsafe { core::ptr::read_volatile(&raw const (*$from).$($field)+) }
-    };
-}
-pub(crate) use read;
-
-/// The family of an attach type.
+/// The address family of an attach type.
 pub(crate) trait Family {
+    /// Reads the address of the system call.
     fn address(ctx: *mut bpf_sock_addr) -> Addr;
+    /// Replaces the address of the system call.
     fn set_address(ctx: *mut bpf_sock_addr, addr: &Addr);
 }
 
-/// connect4, sendmsg4, recvmsg4, getpeername4.
+/// The family of connect4, sendmsg4, recvmsg4 and getpeername4.
 pub(crate) struct V4;
 
-/// connect6, sendmsg6, recvmsg6, getpeername6: sockets of AF_INET6, v4-mapped addresses included.
+/// The family of connect6, sendmsg6, recvmsg6 and getpeername6: AF_INET6 sockets, which can also use
+/// IPv4-mapped addresses.
 pub(crate) struct V6;
 
 impl Family for V4 {
@@ -84,7 +77,7 @@ impl Family for V6 {
     }
 }
 
-/// The address and port of the call.
+/// Returns the address and port of the system call.
 #[inline(always)]
 pub(crate) fn endpoint<F: Family>(ctx: &SockAddrContext) -> Endpoint {
     // The field holds the port in network order in its first two bytes.
@@ -92,7 +85,7 @@ pub(crate) fn endpoint<F: Family>(ctx: &SockAddrContext) -> Endpoint {
     Endpoint::new(F::address(ctx.sock_addr), Port(port))
 }
 
-/// Rewrites the address and port of the call.
+/// Replaces the address and port of the system call.
 #[inline(always)]
 pub(crate) fn set_endpoint<F: Family>(ctx: &SockAddrContext, to: &Endpoint) {
     F::set_address(ctx.sock_addr, &to.addr);
@@ -100,7 +93,7 @@ pub(crate) fn set_endpoint<F: Family>(ctx: &SockAddrContext, to: &Endpoint) {
     unsafe { ptr::write_volatile(&raw mut (*ctx.sock_addr).user_port, to.port.0.into()) };
 }
 
-/// The protocol of the socket. MPTCP (262) does not fit a byte: its subflows are TCP.
+/// Returns the socket's protocol. MPTCP (262), which does not fit a byte, is TCP: its subflows are.
 #[inline(always)]
 pub(crate) fn protocol(ctx: &SockAddrContext) -> Protocol {
     match read!(ctx.sock_addr, protocol) {
@@ -111,21 +104,21 @@ pub(crate) fn protocol(ctx: &SockAddrContext) -> Protocol {
     }
 }
 
-/// The cookie of the socket's network namespace.
+/// Returns the cookie of the socket's network namespace.
 #[inline(always)]
 pub(crate) fn netns_cookie(ctx: &SockAddrContext) -> u64 {
     // SAFETY: a helper of this program type.
     unsafe { bpf_get_netns_cookie(ctx.sock_addr.cast()) }
 }
 
-/// The socket.
+/// Returns the socket, which can be null.
 #[inline(always)]
 pub(crate) fn socket(ctx: &SockAddrContext) -> *mut bpf_sock {
     // SAFETY: a field of the context.
     unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk }
 }
 
-/// Whether this is a socket of the agent itself.
+/// Returns whether the socket is the agent's own.
 #[inline(always)]
 pub(crate) fn exempt(ctx: &SockAddrContext) -> bool {
     // SAFETY: the context's own socket.
@@ -133,21 +126,8 @@ pub(crate) fn exempt(ctx: &SockAddrContext) -> bool {
     !value.is_null()
 }
 
-/// The value of a socket storage, made if asked for.
-#[inline(always)]
-pub(crate) fn storage<S, T>(map: &'static S, sk: *mut bpf_sock, create: bool) -> *mut T {
-    let flags = if create {
-        u64::from(BPF_SK_STORAGE_GET_F_CREATE)
-    } else {
-        0
-    };
-    let map: *mut c_void = ptr::from_ref(map).cast_mut().cast();
-    // SAFETY: `map` is a socket storage of `T`; `sk` was checked or comes from the context.
-    unsafe { bpf_sk_storage_get(map, sk.cast(), ptr::null_mut(), flags) }.cast()
-}
-
-/// Sets the mesh's bits of the socket's mark, keeping the application's own. Returns whether the
-/// socket has them now.
+/// Sets the mesh's bits of the socket's mark and keeps the application's. Returns whether the socket now
+/// has these bits.
 #[inline(always)]
 pub(crate) fn set_mark(ctx: &SockAddrContext, bits: u32) -> bool {
     let sk = socket(ctx);
@@ -164,10 +144,21 @@ pub(crate) fn set_mark(ctx: &SockAddrContext, bits: u32) -> bool {
     unsafe { bpf_setsockopt(ctx.sock_addr.cast(), SOL_SOCKET, SO_MARK, value, 4) == 0 }
 }
 
-/// Lets the call fail with ECONNREFUSED.
+/// Makes the system call fail with ECONNREFUSED.
 #[inline(always)]
 pub(crate) fn refuse() -> i32 {
-    // SAFETY: a helper of this program type; where it fails the call fails with EPERM.
+    // SAFETY: a helper of this program type. If it fails, the system call fails with EPERM.
     let _ = unsafe { bpf_set_retval(-ECONNREFUSED) };
     REFUSE
+}
+
+/// Returns the socket's own port; 0 = not chosen yet.
+#[inline(always)]
+pub(crate) fn local_port(ctx: &SockAddrContext) -> Port {
+    let sk = socket(ctx);
+    if sk.is_null() {
+        return Port(0);
+    }
+    // Host order, 4 bytes wide.
+    Port::new(read!(sk, src_port) as u16)
 }
