@@ -21,7 +21,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     {
         return policy(rest);
     }
-    run::show(&mut demo::hand_over("bench", &args.args, true)?)
+    run::show(demo::hand_over("bench", true)?.args(&args.args))
 }
 
 /// What policy costs, in three parts: compiling, comparing and deciding in user space at 100 to 10,000
@@ -56,7 +56,7 @@ fn policy(args: &[String]) -> Result<()> {
             .into_iter()
             .chain(["--policies", policies, "--json", &connect]);
         let args: Vec<String> = args.map(str::to_owned).collect();
-        run::show(&mut demo::hand_over("bench", &args, true)?)?;
+        run::show(demo::hand_over("bench", true)?.args(&args))?;
         rows.push(format!(
             "\"connect_{policies}_policies\":{}",
             read(&connect)?

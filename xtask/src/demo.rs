@@ -6,7 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{e2e, run, setup};
+use crate::{build, e2e, run, setup};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -20,28 +20,26 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         return e2e::demo(&args.args);
     }
     // It shows what the mesh does, not how fast: to optimise would take most of the time.
-    run::show(&mut hand_over("demo", &args.args, false)?)
+    run::show(hand_over("demo", false)?.args(&args.args))
 }
 
-/// Makes the machine and the programs ready, optimised or not, and returns the command that runs the
-/// binary `name` of mesh-test. It starts the agent and the small clients and servers of mesh-test
-/// as processes, so all are built, and together: for each set of packages cargo would build what
-/// they depend on with other features.
-pub(crate) fn hand_over(name: &str, args: &[String], optimised: bool) -> Result<Command> {
+/// Prepares the machine, builds all programs, optimised or not, and returns the command that runs
+/// the binary `name` of mesh-test. That binary starts the agent and the small clients and servers of
+/// mesh-test as processes.
+pub(crate) fn hand_over(name: &str, optimised: bool) -> Result<Command> {
     if !run::is_root() {
-        bail!("`{name}` makes network namespaces and loads kernel programs: run it as root");
+        bail!("`{name}` creates network namespaces and loads kernel programs: run it as root");
     }
     setup::run(&setup::Args::default())?;
-    let packages = ["mesh-agent", "mesh-cli", "mesh-test"];
-    let mut cargo = run::cargo(["build", "--bins"]);
     if optimised {
-        cargo.arg("--release");
+        let packages = ["mesh-agent", "mesh-cli", "mesh-test"];
+        let mut cargo = run::cargo(["build", "--release", "--bins"]);
+        cargo.args(packages.iter().flat_map(|package| ["--package", package]));
+        run::timed("build", || run::show(&mut cargo))?;
+    } else {
+        build::bins()?;
     }
-    cargo.args(packages.iter().flat_map(|package| ["--package", package]));
-    run::timed("build", || run::show(&mut cargo))?;
-    let mut program = run::command(built(name, optimised)?);
-    program.args(args);
-    Ok(program)
+    Ok(run::command(built(name, optimised)?))
 }
 
 /// Where cargo puts the binary `name`: by its profile, beside that of this program.

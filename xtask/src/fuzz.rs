@@ -191,6 +191,7 @@ fn summary(said: &str, seconds: u64) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tidy;
 
     #[test]
     fn every_target_has_a_program_and_a_corpus() {
@@ -204,6 +205,26 @@ mod tests {
             let corpus = run::root().join("fuzz/corpus").join(&target);
             let has_files = |dir| fs::read_dir(dir).is_ok_and(|mut all| all.next().is_some());
             assert!(has_files(corpus), "{target}");
+        }
+    }
+
+    /// Instrumented targets are built on request only: plain tests replay what they have found.
+    #[test]
+    fn plain_tests_replay_every_corpus() {
+        let sources: Vec<_> = tidy::files()
+            .expect("git lists the tree")
+            .into_iter()
+            .filter(|file| file.path.ends_with(".rs") && !file.path.starts_with("xtask/"))
+            .collect();
+        for target in targets().expect("they can be listed") {
+            let [named, listed] = [
+                format!("replay(\"{target}\""),
+                format!("fuzz/corpus/{target}\""),
+            ];
+            let replays = sources
+                .iter()
+                .any(|file| file.text.contains(&named) || file.text.contains(&listed));
+            assert!(replays, "no test replays fuzz/corpus/{target}");
         }
     }
 

@@ -8,7 +8,7 @@ use std::{fs, path::Path};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{chart, run};
+use crate::{build, chart, run};
 
 #[derive(clap::Args, Default)]
 pub(crate) struct Args {
@@ -37,7 +37,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 /// Has the test of mesh-api, which knows the types, write or compare the CRDs.
 fn crds(write: bool) -> Result<()> {
-    let mut test = run::cargo(["test", "--quiet", "--package", "mesh-api", "--test", "crds"]);
+    let mut test = build::workspace("test");
+    test.args(["--quiet", "--test", "crds"]);
     if write {
         test.env("MESH_BLESS", "1");
     }

@@ -17,7 +17,7 @@ use std::{fs, path::PathBuf};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::run;
+use crate::{build, run};
 use archive::{Blob, Tar};
 use paths::Dirs;
 
@@ -103,6 +103,8 @@ fn build(dev: bool) -> Result<PathBuf> {
         if let Some(dirs) = &dirs {
             cargo.arg("--release");
             dirs.leave_out(&mut cargo);
+        } else if package == "mesh-agent" {
+            cargo.args(build::TEST_FEATURES);
         }
         cargo.args(["--", "-C", "target-feature=+crt-static"]);
         // The linker's id is a hash of more than what ends up in the program.

@@ -42,7 +42,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         bail!("`kernels` installs qemu and gives the machine this one's files: run it as root");
     }
     setup::run(&setup::Args::default())?;
-    build::build(false)?;
+    build::bins()?;
     let programs: Vec<Program> = programs()?
         .into_iter()
         .filter(|program| {
@@ -88,18 +88,9 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 
 /// What is run, already built.
 fn programs() -> Result<Vec<Program>> {
-    run::show(run::cargo(["build", "--quiet", "--package", "mesh-test"]).arg("--bins"))?;
-    let tests = [
-        "test",
-        "--no-run",
-        "--package",
-        "mesh-agent",
-        "--test",
-        "load",
-        "--test",
-        "parity",
-    ];
-    let built = run::output(&mut run::cargo(tests))?;
+    let mut tests = build::workspace("test");
+    tests.args(["--no-run", "--test", "load", "--test", "parity"]);
+    let built = run::output(&mut tests)?;
     let said = String::from_utf8_lossy(&built.stderr).into_owned();
     ensure!(built.status.success(), "the tests cannot be built: {said}");
     // `Executable tests/load.rs (target/debug/deps/load-0123456789abcdef)`

@@ -38,8 +38,10 @@ pub(crate) fn run() -> Result<()> {
             )
         }),
         ("format", || cargo(&["fmt", "--all", "--check"], false)),
-        ("clippy", || clippy(&[])),
-        ("clippy, all features", || clippy(&["--all-features"])),
+        ("clippy", || clippy(&["--workspace"])),
+        ("clippy, trace", || {
+            clippy(&["--package", "mesh-agent", "--all-features"])
+        }),
         ("clippy, kernel target", || kernel_clippy(&[])),
         ("clippy, kernel target, trace", || {
             kernel_clippy(&["--features", "trace"])
@@ -72,7 +74,7 @@ fn cargo(args: &[&str], quiet: bool) -> Result<()> {
 }
 
 fn clippy(more: &[&str]) -> Result<()> {
-    let mut cargo = run::cargo(["clippy", "--quiet", "--workspace", "--all-targets"]);
+    let mut cargo = run::cargo(["clippy", "--quiet", "--all-targets"]);
     cargo.args(more).args(["--", "-D", "warnings"]);
     run::show(&mut cargo)
 }

@@ -5,9 +5,9 @@
 
 use std::{ffi::OsString, process::ExitCode};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 
-use crate::{build, run, setup};
+use crate::{demo, run};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -18,15 +18,8 @@ pub(crate) struct Args {
 
 /// Exits as the program does: 1 if a row differs, 2 if a table cannot be run.
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    if !run::is_root() {
-        bail!("`truth` makes network namespaces and loads kernel programs: run it as root");
-    }
-    setup::run(&setup::Args::default())?;
-    build::build(false)?;
-    // The clients and servers in the pods are a program of their own beside it.
-    run::show(run::cargo(["build", "--quiet", "--package", "mesh-test"]).arg("--bins"))?;
-    let mut truth = run::cargo(["run", "--quiet", "--package", "mesh-test"]);
-    truth.args(["--bin", "truth", "--"]).args(&args.args);
+    let mut truth = demo::hand_over("truth", false)?;
+    truth.args(&args.args);
     // Files are named from where the user is.
     truth.current_dir(std::env::current_dir().context("there is no working directory")?);
     let status = truth

@@ -77,6 +77,11 @@ pub(super) fn check(file: &File) -> Vec<String> {
             format!("{lines} lines, more than {MAX_LINES}: split it"),
         );
     }
+    if file.has_extension("rs") {
+        for line in doc_code(&file.text) {
+            find(line, "code in a doc comment, which no test runs".to_owned());
+        }
+    }
     for (index, line) in file.text.split('\n').enumerate() {
         let number = index + 1;
         if line.contains('\r') {
@@ -96,6 +101,26 @@ pub(super) fn check(file: &File) -> Vec<String> {
         }
     }
     findings
+}
+
+/// The lines that begin a code block which rustdoc would compile and run. Each such block is a
+/// program of its own to link, and `cargo xtask test` does not run them.
+fn doc_code(text: &str) -> Vec<usize> {
+    let mut open = false;
+    let mut found = Vec::new();
+    for (index, line) in text.lines().map(str::trim).enumerate() {
+        let comment = line
+            .strip_prefix("///")
+            .or_else(|| line.strip_prefix("//!"));
+        let Some(language) = comment.and_then(|text| text.trim().strip_prefix("```")) else {
+            continue;
+        };
+        if !open && (language.is_empty() || language.starts_with("rust")) {
+            found.push(index + 1);
+        }
+        open = !open;
+    }
+    found
 }
 
 fn licence(file: &File) -> Option<String> {
@@ -182,6 +207,13 @@ mod tests {
                 "{word}"
             );
         }
+    }
+
+    #[test]
+    fn code_in_doc_comments_is_found() {
+        let text =
+            "/// ```text\n/// a -> b\n/// ```\n//! ```\n//! f();\n//! ```\n// ```\n/// ```rust\n";
+        assert_eq!(doc_code(text), [4, 8]);
     }
 
     #[test]

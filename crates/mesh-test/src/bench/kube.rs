@@ -61,7 +61,7 @@ pub(super) fn run(options: &Options, say: &mut dyn FnMut(&str)) -> Result<Report
     };
     let agent = run.start()?;
     say("in force; idle");
-    run.idle(&agent)?;
+    run.idle(&agent, options.idle(QUIET))?;
     say("pod changes, without connections");
     let time = Duration::from_secs_f64(options.seconds.unwrap_or(CHURN));
     let rounds = run.changes(&agent, time)?;
@@ -110,11 +110,11 @@ impl Run<'_> {
         Ok(agent)
     }
 
-    fn idle(&mut self, agent: &Agent) -> Result<()> {
-        std::thread::sleep(QUIET);
+    fn idle(&mut self, agent: &Agent, quiet: Duration) -> Result<()> {
+        std::thread::sleep(quiet);
         let before = used(agent)?;
-        std::thread::sleep(QUIET);
-        let idle = (used(agent)? - before).total() / QUIET.as_secs_f64();
+        std::thread::sleep(quiet);
+        let idle = (used(agent)? - before).total() / quiet.as_secs_f64();
         self.report.add("idle_cpu", "cores", idle);
         self.resident("rss_idle", agent.process().resident_bytes()?);
         Ok(())

@@ -102,7 +102,7 @@ fn a_killed_run_leaves_nothing_to_the_next() {
     let mut child = std::process::Command::new(child)
         .args([
             "--exact",
-            "child_that_is_killed",
+            "lab::child_that_is_killed",
             "--ignored",
             "--nocapture",
         ])

@@ -236,7 +236,7 @@ fn a_killed_test_leaves_nothing() {
     let this = std::env::current_exe().expect("this program");
     let mut child = Command::new(this)
         .args(["--ignored", "--exact", "--nocapture"])
-        .arg("servers_that_are_left_behind")
+        .arg("servers::servers_that_are_left_behind")
         .stdout(Stdio::piped())
         .spawn()
         .expect("child");

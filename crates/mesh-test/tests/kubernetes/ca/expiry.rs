@@ -11,8 +11,8 @@ use mesh_test::kube::Bound;
 use rcgen::{KeyPair, SigningKey as _};
 use serde_json::Value;
 
-use crate::clock;
-use crate::rig::{AUDIENCE, Rig, web};
+use super::clock;
+use super::rig::{AUDIENCE, Rig, web};
 
 /// Both numbers of a signature one after the other, 32 bytes each (RFC 7518, section 3.4), from
 /// their DER.

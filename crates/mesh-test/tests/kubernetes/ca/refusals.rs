@@ -7,7 +7,7 @@ use mesh_test::kube::Bound;
 use mesh_test::kube::controller::NAMESPACE;
 use mesh_test::{Cmd, eventually};
 
-use crate::rig::{AUDIENCE, Asked, Rig, SOON, WEB, web};
+use super::rig::{AUDIENCE, Asked, Rig, SOON, WEB, web};
 
 #[test]
 fn openssls_requests_are_served_by_the_letter_and_only_to_the_pods_own_node() {

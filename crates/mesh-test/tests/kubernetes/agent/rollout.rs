@@ -5,7 +5,7 @@ use mesh_test::mesh::{ENROLLED, sum};
 use mesh_test::reports::{Storm, Tcp};
 use mesh_test::{Pod, eventually};
 
-use crate::stage::{PORT, SOON, Stage, serve};
+use super::stage::{PORT, SOON, Stage, serve};
 
 const METRIC: &str = "mesh_unencrypted_bytes_total";
 const VERDICTS: &str = "mesh_policy_verdicts_total";

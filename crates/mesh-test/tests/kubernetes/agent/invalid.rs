@@ -8,8 +8,8 @@ use anyhow::Context as _;
 use mesh_test::{Kube, Pod, eventually};
 use serde_json::{Value, json};
 
-use crate::DENY;
-use crate::stage::{SOON, Stage, does_reach, serve, storm, unharmed};
+use super::DENY;
+use super::stage::{SOON, Stage, does_reach, serve, storm, unharmed};
 
 /// A kind, and what is made invalid in an object of it.
 struct Row {

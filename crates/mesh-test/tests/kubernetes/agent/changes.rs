@@ -10,8 +10,8 @@ use mesh_test::reports::Tcp;
 use mesh_test::{Cmd, Pod, eventually};
 use serde_json::{Value, json};
 
-use crate::stage::{PORT, SOON, Stage, does_reach, serve, storm, unharmed};
-use crate::{DENY, is_tunnelled};
+use super::stage::{PORT, SOON, Stage, does_reach, serve, storm, unharmed};
+use super::{DENY, is_tunnelled};
 
 const VIP: &str = "10.96.0.77";
 

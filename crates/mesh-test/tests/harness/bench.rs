@@ -10,7 +10,7 @@ use mesh_test::bench::{Row, Scenario};
 fn bench(json: &Path, args: &[&str]) -> serde_json::Value {
     let output = Command::new(env!("CARGO_BIN_EXE_bench"))
         .args(args)
-        .args(["--rounds", "1", "--seconds", "0.2", "--json"])
+        .args(["--rounds", "1", "--seconds", "0.2", "--idle", "0.5", "--json"])
         .arg(json)
         .output()
         .expect("run");
