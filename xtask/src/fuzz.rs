@@ -194,7 +194,7 @@ mod tests {
     use crate::tidy;
 
     #[test]
-    fn every_target_has_a_program_and_a_corpus() {
+    fn every_fuzz_target_has_program_and_corpus() {
         let manifest =
             fs::read_to_string(run::root().join("fuzz/Cargo.toml")).expect("it is there");
         let all = targets().expect("they can be listed");
@@ -210,7 +210,7 @@ mod tests {
 
     /// Instrumented targets are built on request only: plain tests replay what they have found.
     #[test]
-    fn plain_tests_replay_every_corpus() {
+    fn plain_tests_replay_every_fuzz_corpus() {
         let sources: Vec<_> = tidy::files()
             .expect("git lists the tree")
             .into_iter()
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_summary_is_of_the_corpus_and_of_the_end() {
+    fn fuzz_summary_has_coverage_of_corpus_and_of_end() {
         let said = "INFO: Running with entropic power schedule (0xFF, 100).\n\
             #22\tINITED cov: 310 ft: 512 corp: 20/4Kb exec/s: 0 rss: 40Mb\n\
             #900\tNEW    cov: 311 ft: 530 corp: 21/4Kb lim: 4096 exec/s: 450 rss: 41Mb L: 3/9\n\

@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn check_fails_until_the_file_is_written_and_after_it_was_edited() {
+    fn generate_check_fails_for_missing_and_edited_files() {
         let dir = std::env::temp_dir().join(format!("xtask-generate-{}", std::process::id()));
         let all = [("a/b.txt".to_owned(), "text\n".to_owned())];
         let err = write_all(&dir, &all, true).expect_err("it is not there");

@@ -100,12 +100,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_consistent() {
+    fn command_line_is_consistent() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn demo_and_bench_get_their_arguments_as_they_are() {
+    fn demo_and_bench_arguments_are_passed_unchanged() {
         let cli = Cli::try_parse_from(["x", "demo", "--keep"]).expect("it parses");
         assert!(matches!(cli.command, Command::Demo(args) if args.args == ["--keep"]));
         let line = ["x", "bench", "bulk", "--rounds", "3", "--json", "out.json"];

@@ -116,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failure_carries_the_last_words_of_the_program() {
+    fn failure_carries_end_of_program_output() {
         let err = capture(command("sh").args(["-c", "echo why it broke >&2; exit 3"]))
             .expect_err("it exits with 3");
         let text = format!("{err:#}");
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn last_lines_are_at_most_four_and_not_empty() {
+    fn last_lines_are_at_most_four_nonempty() {
         assert_eq!(last_lines("a\nb\n\nc\nd\ne\n"), "b | c | d | e");
         assert_eq!(last_lines(""), "");
     }

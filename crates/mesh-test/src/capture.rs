@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn a_marker_is_found_across_segments() {
+    fn marker_is_found_across_segments() {
         type Parts<'a> = &'a [(u32, &'a [u8])];
         let rows: &[(&str, Parts<'_>, &[usize])] = &[
             ("in two", &[(10, b"xxMAR"), (15, b"KERyy")], &[0]),

@@ -251,7 +251,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn samples_are_summed_by_labels() {
+    fn metric_samples_are_summed_by_labels() {
         let page = "# HELP x y\nx_total{a=\"1\",b=\"2\"} 3\nx_total{a=\"1\",b=\"3\"} 4.0 17\nx_total{a=\"2\"} 5\nx 9\n";
         assert_eq!(sum(page, "x_total", &[("a", "1")]).to_string(), "7");
         assert_eq!(sum(page, "x_total", &[]).to_string(), "12");

@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_of_ss() {
+    fn ss_lines_are_parsed() {
         let socket = parse("ESTAB 0      0      10.244.1.10%eth0:52 [fd00::1]:80 ").expect("line");
         assert_eq!(socket.state, "ESTAB");
         assert_eq!(socket.local, "10.244.1.10:52".parse().ok());

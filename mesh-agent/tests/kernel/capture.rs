@@ -133,7 +133,7 @@ fn lab() -> Lab {
 }
 
 #[test]
-fn a_hundred_thousand_short_connections_at_stock_sysctls() {
+fn hundred_thousand_short_connections_at_default_sysctls() {
     let lab = lab();
     let a = lab.pod("a");
     let _captured = capture(&lab, &a);
@@ -187,7 +187,7 @@ fn every_kind_of_client_socket_is_captured() {
 }
 
 #[test]
-fn strangers_get_nothing() {
+fn strangers_reach_no_listener() {
     let lab = lab();
     let (a, stranger) = (lab.pod("a"), lab.pod("stranger"));
     let captured = capture(&lab, &a);

@@ -13,7 +13,7 @@ use mesh_test::{Cluster, eventually, sweep::remains};
 use serde_json::Value;
 
 #[test]
-fn real_pods_talk_and_nothing_is_left() {
+fn cluster_pods_communicate_and_leave_nothing_behind() {
     let cluster = Cluster::start(2, |_| {}).expect("cluster");
     let kube = cluster.kube();
     let id = kube.id();

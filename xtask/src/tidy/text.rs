@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn the_licence_line_is_first_and_the_crates_own() {
+    fn license_line_is_first_and_of_the_crate() {
         assert!(findings("a/src/x.rs", "// SPDX-License-Identifier: Apache-2.0\n").is_empty());
         assert_eq!(findings("a/src/x.rs", "//! x\n").len(), 1);
         assert_eq!(findings("a/x.toml", "[a]\n").len(), 1);
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn long_files_windows_line_ends_and_words_are_found() {
+    fn long_files_windows_line_endings_and_words_are_found() {
         let long = format!(
             "// SPDX-License-Identifier: Apache-2.0\n{}",
             "\n".repeat(MAX_LINES)
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn only_listed_and_made_up_servers_may_be_named() {
+    fn only_listed_and_reserved_hosts_may_be_named() {
         let bad = format!("get it from https{}cdn.somewhere.org/x or here", "://");
         assert_eq!(findings("a/x.md", &bad).len(), 1);
         let good = "http://10.0.0.1:80/ https://github.com/a/b http://shop.default.svc:80 \

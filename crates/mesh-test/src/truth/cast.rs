@@ -341,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn nodes_get_the_labs_names_and_pods_without_one_are_spread() {
+    fn nodes_are_renamed_and_unassigned_pods_are_spread() {
         let node = json!({
             "apiVersion": "v1", "kind": "Node", "metadata": {"name": "worker-b"},
             "status": {"addresses": [{"type": "InternalIP", "address": "172.18.0.3"}]},
@@ -371,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn namespaces_are_enrolled_unless_the_table_says_who_is() {
+    fn namespaces_are_enrolled_unless_table_has_enrollment_labels() {
         let says = json!({
             "apiVersion": "v1", "kind": "Namespace",
             "metadata": {"name": "y", "labels": {"mesh.rs/dataplane": "enabled"}},

@@ -88,7 +88,7 @@ fn drops(mesh: &Mesh, reason: &str) -> f64 {
 }
 
 #[test]
-fn raw_and_packet_sockets_do_not_get_round_the_tunnel() {
+fn raw_and_packet_sockets_cannot_bypass_tunnel() {
     for topology in [Topology::Routed, Topology::Bridged] {
         let plain = lab(topology);
         let lines = bypasses(&plain.pod("a"), &plain.pod("b"));
@@ -148,7 +148,7 @@ fn nested(a: &Pod, b: &Pod) -> bool {
 }
 
 #[test]
-fn a_namespace_nested_in_a_pod_does_not_get_round_the_tunnel() {
+fn nested_network_namespace_cannot_bypass_tunnel() {
     let plain = lab(Topology::Routed);
     let _server = nginx(&plain.pod("b"));
     let capture = plain.capture_wire().expect("capture");
@@ -172,7 +172,7 @@ fn nginx(pod: &Pod) -> mesh_test::apps::Nginx {
 }
 
 #[test]
-fn rules_flushed_inside_a_pod_do_not_open_it() {
+fn flushing_rules_in_pod_fails_closed() {
     let mesh = Mesh::start(lab(Topology::Routed)).expect("mesh");
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let _server = nginx(&b);
@@ -200,7 +200,7 @@ fn rules_flushed_inside_a_pod_do_not_open_it() {
 }
 
 #[test]
-fn an_agent_that_was_killed_leaves_its_pods_closed() {
+fn killed_agent_fails_closed() {
     let mut mesh = Mesh::start(lab(Topology::Routed)).expect("mesh");
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let _server = nginx(&b);
@@ -248,7 +248,7 @@ fn not_enrolled() -> Mesh {
 }
 
 #[test]
-fn a_connection_older_than_strict_enrolment_is_ended() {
+fn strict_enrollment_closes_older_plaintext_connections() {
     let mesh = not_enrolled();
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let _server = b.serve("--tcp [::]:8080").expect("server");
@@ -301,7 +301,7 @@ fn spoofs(lab: &Lab) -> Vec<(String, String)> {
 }
 
 #[test]
-fn nobody_sends_with_a_pods_address() {
+fn spoofed_pod_addresses_are_dropped() {
     for topology in [Topology::Routed, Topology::Bridged] {
         let arrived = |lab: &Lab| {
             let a = lab.pod("a");
@@ -339,7 +339,7 @@ fn nobody_sends_with_a_pods_address() {
 }
 
 #[test]
-fn nobody_claims_a_neighbours_address() {
+fn spoofed_neighbor_announcements_are_dropped() {
     let claims = |lab: &Lab| {
         let (a, n, u) = (lab.pod("a"), lab.pod("n"), lab.pod("u"));
         let capture = Capture::start(&a, &Scope::Interface("eth0".to_owned())).expect("capture");
@@ -394,7 +394,7 @@ fn mac_bytes(text: &str) -> Vec<u8> {
 }
 
 #[test]
-fn what_was_translated_to_the_nodes_address_is_world_and_probes_pass() {
+fn masqueraded_traffic_is_world_and_kubelet_probes_pass() {
     let mesh = Mesh::start(lab(Topology::Routed)).expect("mesh");
     let a = mesh.pod("a");
     let _server = nginx(&a);
@@ -438,7 +438,7 @@ fn what_was_translated_to_the_nodes_address_is_world_and_probes_pass() {
 }
 
 #[test]
-fn who_takes_the_agents_ports_gets_nothing() {
+fn listener_on_agent_ports_receives_nothing() {
     let mesh = Mesh::start(lab(Topology::Routed)).expect("mesh");
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let _server = nginx(&b);
@@ -478,7 +478,7 @@ c.close(); print('closed')
 
 /// What was left in clear because it is older than the enrolment is left for nobody after it.
 #[test]
-fn nobody_goes_on_in_clear_where_an_old_connection_has_ended() {
+fn reused_four_tuple_of_closed_connection_is_not_plaintext() {
     let mesh = not_enrolled();
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let _server = b.serve("--tcp [::]:8080").expect("server");

@@ -61,7 +61,7 @@ spec: {mtls: Strict, outbound: Required}
 ";
 
 #[test]
-fn pods_come_and_go_while_traffic_flows() {
+fn pods_are_added_and_deleted_under_traffic() {
     for topology in [Topology::Routed, Topology::Bridged] {
         let lab = lab(topology);
         lab.apply_text("required", REQUIRED).expect("apply");
@@ -130,7 +130,7 @@ spec:
 ";
 
 #[test]
-fn an_address_that_is_used_again_has_no_rights_of_its_old_owner() {
+fn reused_address_does_not_inherit_identity() {
     for node in [1, 2] {
         let mut mesh = Mesh::start(lab(Topology::Routed)).expect("mesh");
         let b = mesh.pod("b");
@@ -210,7 +210,7 @@ fn rejected(mesh: &Mesh, name: &str, field: &str) {
 }
 
 #[test]
-fn a_broken_object_is_named_and_opens_nothing_and_the_others_stay_in_force() {
+fn invalid_object_is_rejected_and_others_stay_enforced() {
     let mut lab = lab(Topology::Routed);
     lab.add_pod(PodSpec::new("good", 1)).expect("pod");
     let mesh = Mesh::start(lab).expect("mesh");

@@ -43,7 +43,7 @@ fn checked(node: &Place, cgroup: &str) -> String {
 }
 
 #[test]
-fn a_program_of_others_at_the_sockets_is_named() {
+fn foreign_socket_programs_are_reported() {
     let lab = Lab::builder(Topology::Routed)
         .namespace("default", &[ENROLLED])
         .pods([("a", 1), ("b", 2)])

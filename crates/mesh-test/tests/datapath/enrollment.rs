@@ -60,7 +60,7 @@ fn tcp(from: &Pod, to: SocketAddr) -> Tcp {
 }
 
 #[test]
-fn a_connection_that_was_connecting_when_its_pod_was_enrolled_is_made() {
+fn connection_in_progress_survives_enrollment() {
     let lab = lab();
     let (a, b) = (lab.pod("a"), lab.pod("b"));
     let to = SocketAddr::new(b.v4().into(), PORT);
@@ -88,7 +88,7 @@ fn a_connection_that_was_connecting_when_its_pod_was_enrolled_is_made() {
 }
 
 #[test]
-fn what_is_open_when_its_pod_leaves_goes_on_as_it_was() {
+fn open_connections_survive_unenrollment() {
     let lab = lab();
     let (a, b) = (lab.pod("a"), lab.pod("b"));
     let to = SocketAddr::new(b.v4().into(), PORT);

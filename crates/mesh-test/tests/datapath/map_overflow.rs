@@ -41,7 +41,7 @@ spec:
 }
 
 #[test]
-fn pods_whose_policy_does_not_fit_are_cut_off_and_others_are_not() {
+fn policy_map_overflow_isolates_only_affected_pods() {
     let pods = ["client", "victim", "neighbour"];
     let lab = Lab::builder(Topology::Routed)
         .namespace("shop", &[])

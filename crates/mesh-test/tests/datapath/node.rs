@@ -105,7 +105,7 @@ fn apply(lab: &Lab, pod: &Pod, labels: &[(&str, &str)]) {
 }
 
 #[test]
-fn enrolment_can_be_taken_back_to_the_last_rule() {
+fn unenrollment_removes_every_rule() {
     let mesh = Mesh::new();
     let (a, b) = (mesh.lab.pod("a"), mesh.lab.pod("b"));
     let _server = b.serve("--tcp [::]:7000").expect("server");
@@ -141,7 +141,7 @@ fn enrolment_can_be_taken_back_to_the_last_rule() {
 }
 
 #[test]
-fn a_deleted_pods_namespace_goes_within_a_second_although_it_has_tunnels() {
+fn deleted_pod_with_tunnels_releases_netns_within_a_second() {
     let mut mesh = Mesh::new();
     let (a, b) = (mesh.lab.pod("a"), mesh.lab.pod("b"));
     let _server = b.serve("--tcp [::]:7000").expect("server");
@@ -167,7 +167,7 @@ fn a_deleted_pods_namespace_goes_within_a_second_although_it_has_tunnels() {
 }
 
 #[test]
-fn a_flush_in_the_pod_is_repaired() {
+fn flushed_pod_rules_are_restored() {
     let mesh = Mesh::new();
     let (a, b) = (mesh.lab.pod("a"), mesh.lab.pod("b"));
     let _server = b.serve("--tcp [::]:7000").expect("server");
@@ -190,7 +190,7 @@ fn a_flush_in_the_pod_is_repaired() {
 }
 
 #[test]
-fn without_its_agent_a_pod_is_refused_at_once_and_sends_nothing_in_clear() {
+fn pod_without_agent_is_refused_and_sends_no_plaintext() {
     let mut mesh = Mesh::new();
     let (a, b) = (mesh.lab.pod("a"), mesh.lab.pod("b"));
     let _server = b.serve("--tcp [::]:7000").expect("server");
@@ -218,7 +218,7 @@ fn without_its_agent_a_pod_is_refused_at_once_and_sends_nothing_in_clear() {
 }
 
 #[test]
-fn cleanup_leaves_a_node_without_a_trace() {
+fn cleanup_removes_everything_from_node() {
     let mut mesh = Mesh::new();
     let pods: Vec<Arc<Pod>> = ["a", "b"].map(|name| mesh.lab.pod(name)).into();
     for agent in &mut mesh.agents {
@@ -253,7 +253,7 @@ fn cleanup_leaves_a_node_without_a_trace() {
 }
 
 #[test]
-fn a_pod_that_has_the_tunnel_port_is_named_and_not_half_captured() {
+fn pod_listening_on_tunnel_port_is_reported_and_not_attached() {
     let mut mesh = Mesh::new();
     let spec = PodSpec::new("odd", 1).namespace("other");
     let odd = mesh.lab.add_pod(spec).expect("pod");
@@ -272,7 +272,7 @@ fn a_pod_that_has_the_tunnel_port_is_named_and_not_half_captured() {
 }
 
 #[test]
-fn an_open_connection_ends_when_policy_denies_it() {
+fn open_connection_is_closed_when_policy_denies_it() {
     let mesh = Mesh::new();
     let (a, b) = (mesh.lab.pod("a"), mesh.lab.pod("b"));
     let _server = b.serve("--tcp [::]:7000").expect("server");
@@ -301,7 +301,7 @@ fn an_open_connection_ends_when_policy_denies_it() {
 }
 
 #[test]
-fn three_restarts_under_load_lose_nothing() {
+fn agent_restarts_under_load_lose_no_connection() {
     let mut mesh = Mesh::new();
     let c = mesh
         .lab

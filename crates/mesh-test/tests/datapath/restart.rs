@@ -106,7 +106,7 @@ fn finished(storms: &[Proc; 3]) -> [Storm; 3] {
 }
 
 #[test]
-fn no_restart_is_noticed_on_the_node_and_nobody_denied_slips_through() {
+fn agent_restart_is_unnoticed_and_enforces_denials() {
     let mut scene = scene();
     let storms = scene.storms(15);
     let agent = scene.agent();
@@ -128,7 +128,7 @@ fn no_restart_is_noticed_on_the_node_and_nobody_denied_slips_through() {
 }
 
 #[test]
-fn each_connection_is_recorded_once_by_two_agents_that_overlap() {
+fn overlapping_agents_record_each_connection_once() {
     let mut scene = scene();
     let storms = scene.storms(6);
     let agent = scene.agent();
@@ -156,7 +156,7 @@ fn recorded(agent: &Agent) -> usize {
 }
 
 #[test]
-fn the_same_load_notices_programs_that_were_detached() {
+fn load_detects_detached_programs() {
     let mut scene = scene();
     let storms = scene.storms(8);
     let config = AgentConfig::new(&Mesh::own_ca(&scene.mesh));

@@ -166,7 +166,7 @@ fn tcp(client: &Pod, to: SocketAddr, options: &str) -> Tcp {
 const REFUSED: i32 = libc::ECONNREFUSED;
 
 #[test]
-fn a_table_of_services() {
+fn service_cases_reach_expected_backends() {
     let mesh = mesh();
     let client = mesh.pod("client");
     let _servers: Vec<_> = ["client", "near", "far"]
@@ -266,7 +266,7 @@ fn sorted<'a>(names: &[&'a str]) -> BTreeSet<&'a str> {
 }
 
 #[test]
-fn a_headless_service_has_its_name_in_records() {
+fn headless_service_is_named_in_records() {
     let mesh = mesh();
     let (client, far) = (mesh.pod("client"), mesh.pod("far"));
     let _server = far.serve("--tcp [::]:8080").expect("server");

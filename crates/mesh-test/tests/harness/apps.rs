@@ -8,7 +8,7 @@ use mesh_test::{Families, Lab, PodSpec, Topology, eventually};
 use serde_json::Value;
 
 #[test]
-fn the_shop_sells_through_all_its_parts() {
+fn shop_order_passes_through_all_services() {
     let lab = Lab::builder(Topology::Routed)
         .pod(PodSpec::new("client", 1))
         .pod(PodSpec::new("front", 2))

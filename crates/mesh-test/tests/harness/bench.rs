@@ -10,7 +10,15 @@ use mesh_test::bench::{Row, Scenario};
 fn bench(json: &Path, args: &[&str]) -> serde_json::Value {
     let output = Command::new(env!("CARGO_BIN_EXE_bench"))
         .args(args)
-        .args(["--rounds", "1", "--seconds", "0.2", "--idle", "0.5", "--json"])
+        .args([
+            "--rounds",
+            "1",
+            "--seconds",
+            "0.2",
+            "--idle",
+            "0.5",
+            "--json",
+        ])
         .arg(json)
         .output()
         .expect("run");
@@ -27,7 +35,7 @@ fn rows(report: &serde_json::Value) -> Vec<Row> {
 }
 
 #[test]
-fn every_row_is_measured_plain_and_meshed() {
+fn bench_measures_every_row_plain_and_meshed() {
     let json = std::env::temp_dir().join(format!("bench-{}-mesh.json", std::process::id()));
     let report = bench(&json, &[]);
     let rows = rows(&report);
@@ -57,7 +65,7 @@ fn every_row_is_measured_plain_and_meshed() {
 }
 
 #[test]
-fn a_control_has_no_agents_and_a_part_has_its_rows_only() {
+fn bench_control_has_no_agents_and_metric_selects_rows() {
     let json = std::env::temp_dir().join(format!("bench-{}-control.json", std::process::id()));
     let report = bench(&json, &["crr", "--control", "--metric", "crr_16"]);
     let rows = rows(&report);
@@ -68,7 +76,7 @@ fn a_control_has_no_agents_and_a_part_has_its_rows_only() {
 }
 
 #[test]
-fn one_agent_of_a_cluster_is_measured() {
+fn bench_measures_one_agent_of_a_cluster() {
     let json = std::env::temp_dir().join(format!("bench-{}-kube.json", std::process::id()));
     let report = bench(&json, &["kube", "--pods", "100"]);
     let value = |metric: &str| {

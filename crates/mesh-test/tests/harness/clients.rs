@@ -25,7 +25,7 @@ fn ends(pod: &Pod, port: u16) -> [SocketAddr; 2] {
 }
 
 #[test]
-fn a_tcp_connection_with_every_option() {
+fn tcp_client_supports_every_option() {
     let lab = lab(Topology::Routed);
     let (a, c) = (lab.pod("a"), lab.pod("c"));
     let _server = c.serve("--tcp [::]:7000 --name c").expect("server");
@@ -73,7 +73,7 @@ fn a_tcp_connection_with_every_option() {
 }
 
 #[test]
-fn a_storm_checks_every_answer() {
+fn storm_verifies_every_answer() {
     let lab = lab(Topology::Bridged);
     let (a, b, c) = (lab.pod("a"), lab.pod("b"), lab.pod("c"));
     let _b = b
@@ -131,7 +131,7 @@ fn a_storm_checks_every_answer() {
 }
 
 #[test]
-fn a_storm_to_random_destinations() {
+fn storm_connects_to_random_destinations() {
     let lab = lab(Topology::Routed);
     let a = lab.pod("a");
     let _server = a.serve("--tcp [::]:0 --ports 7000-7031").expect("server");
@@ -154,7 +154,7 @@ fn a_storm_to_random_destinations() {
 }
 
 #[test]
-fn bytes_are_counted_at_both_ends() {
+fn transfer_counts_bytes_at_both_endpoints() {
     let lab = lab(Topology::Routed);
     let (a, c) = (lab.pod("a"), lab.pod("c"));
     let _server = c.serve("--tcp [::]:7000").expect("server");
@@ -192,7 +192,7 @@ fn bytes_are_counted_at_both_ends() {
 }
 
 #[test]
-fn held_connections_tell_how_they_end() {
+fn held_connection_reports_how_it_closes() {
     let lab = lab(Topology::Bridged);
     let (a, c) = (lab.pod("a"), lab.pod("c"));
     let next = |client: &mesh_test::Proc| -> Held {
@@ -236,7 +236,7 @@ fn held_connections_tell_how_they_end() {
 }
 
 #[test]
-fn datagrams_are_answered() {
+fn udp_client_receives_answers() {
     let lab = lab(Topology::Routed);
     let (a, c) = (lab.pod("a"), lab.pod("c"));
     let server = c
@@ -287,7 +287,7 @@ fn datagrams_are_answered() {
 }
 
 #[test]
-fn forged_packets_arrive_as_forged() {
+fn forged_packets_arrive_unchanged() {
     for topology in [Topology::Routed, Topology::Bridged] {
         let lab = lab(topology);
         let (a, c) = (lab.pod("a"), lab.pod("c"));
@@ -330,7 +330,7 @@ fn forged_packets_arrive_as_forged() {
 }
 
 #[test]
-fn a_neighbour_believes_forged_arp_and_advertisements() {
+fn forged_arp_and_neighbor_advertisements_are_accepted() {
     let lab = lab(Topology::Bridged);
     let (a, b) = (lab.pod("a"), lab.pod("b"));
     // Only known neighbours are changed by an unasked reply, and not within a second of the last
@@ -371,7 +371,7 @@ fn a_neighbour_believes_forged_arp_and_advertisements() {
 }
 
 #[test]
-fn rights_are_what_was_asked_for() {
+fn process_capabilities_are_as_requested() {
     let lab = lab(Topology::Routed);
     let a = lab.pod("a");
     let of = |cmd: Cmd| {

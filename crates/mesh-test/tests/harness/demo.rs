@@ -4,7 +4,7 @@
 use mesh_test::demo::{Demo, LINES};
 
 #[test]
-fn every_line_of_the_demo_holds() {
+fn every_demo_line_passes() {
     let demo = Demo::start(true, |_| {}).expect("demo");
     for line in LINES {
         let evidence = (line.check)(&demo).expect(line.title);
@@ -13,7 +13,7 @@ fn every_line_of_the_demo_holds() {
 }
 
 #[test]
-fn without_enrolment_no_line_of_the_demo_holds() {
+fn every_demo_line_fails_without_enrollment() {
     let demo = Demo::start(false, |_| {}).expect("demo");
     let reasons = [
         "ss in client shows no tunnel to web",

@@ -55,12 +55,12 @@ fn plain_curl_is_seen(topology: Topology) {
 }
 
 #[test]
-fn plain_curl_is_seen_in_clear_routed() {
+fn capture_sees_plaintext_on_routed_lab() {
     plain_curl_is_seen(Topology::Routed);
 }
 
 #[test]
-fn plain_curl_is_seen_in_clear_bridged() {
+fn capture_sees_plaintext_on_bridged_lab() {
     plain_curl_is_seen(Topology::Bridged);
 }
 
@@ -69,8 +69,8 @@ const MADE: &str = "lab-made:";
 
 /// Waits to be killed.
 #[test]
-#[ignore = "started by a_killed_run_leaves_nothing_to_the_next"]
-fn child_that_is_killed() {
+#[ignore = "started by killed_run_is_swept_by_the_next"]
+fn killed_child() {
     let lab = lab(Topology::Bridged);
     let sleeper = "sleep 1000 & setsid sleep 1000 & exec sleep 1000";
     let _in_pod = lab.pod("a").spawn(Cmd::shell(sleeper)).expect("sleepers");
@@ -90,7 +90,7 @@ fn lives(pid: u32) -> bool {
 }
 
 #[test]
-fn a_killed_run_leaves_nothing_to_the_next() {
+fn killed_run_is_swept_by_the_next() {
     let living = lab(Topology::Routed);
     let _program = living
         .pod("a")
@@ -100,12 +100,7 @@ fn a_killed_run_leaves_nothing_to_the_next() {
 
     let child = std::env::current_exe().expect("test binary");
     let mut child = std::process::Command::new(child)
-        .args([
-            "--exact",
-            "lab::child_that_is_killed",
-            "--ignored",
-            "--nocapture",
-        ])
+        .args(["--exact", "lab::killed_child", "--ignored", "--nocapture"])
         .stdin(std::process::Stdio::piped())
         .stdout(std::process::Stdio::piped())
         .spawn()
@@ -176,7 +171,7 @@ fn a_killed_run_leaves_nothing_to_the_next() {
 }
 
 #[test]
-fn a_terminated_program_removes_its_labs_itself() {
+fn terminated_program_removes_its_labs() {
     let probe = mesh_test::programs::probe().expect("probe");
     for signal in [libc::SIGTERM, libc::SIGINT] {
         let mut child = std::process::Command::new(&probe)

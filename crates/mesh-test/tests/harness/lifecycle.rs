@@ -26,7 +26,7 @@ fn connect(from: &Place, to: IpAddr) -> Tcp {
 }
 
 #[test]
-fn pods_come_and_go() {
+fn lab_adds_and_deletes_pods() {
     for topology in [Topology::Routed, Topology::Bridged] {
         let mut lab = Lab::builder(topology)
             .pod(PodSpec::new("a", 1))
@@ -69,7 +69,7 @@ fn pods_come_and_go() {
 }
 
 #[test]
-fn families_and_other_hosts() {
+fn lab_supports_single_stack_pods_and_outside_hosts() {
     for topology in [Topology::Routed, Topology::Bridged] {
         let lab = Lab::builder(topology)
             .outside()
@@ -168,7 +168,7 @@ fn stand_in(lab: &Lab) -> PathBuf {
 }
 
 #[test]
-fn an_agent_is_started_replaced_killed_and_ended() {
+fn agent_process_is_started_replaced_killed_and_stopped() {
     let lab = Lab::builder(Topology::Routed).build().expect("lab");
     let config = AgentConfig::new("self:/nowhere").binary(stand_in(&lab));
     // Two at a time, each in its own node.

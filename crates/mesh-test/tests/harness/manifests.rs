@@ -12,7 +12,7 @@ use mesh_test::{Families, Lab, PodSpec, Topology};
 
 #[test]
 #[expect(clippy::too_many_lines, reason = "one object after the other")]
-fn manifests_are_read_as_what_the_lab_is() {
+fn manifests_describe_the_lab() {
     let lab = Lab::builder(Topology::Routed)
         .namespace("shop", &[("mesh.rs/dataplane", "enabled")])
         .pod(

@@ -41,7 +41,7 @@ fn is_tunnelled(stage: &Stage, from: &Pod, to: &Pod) {
 }
 
 #[test]
-fn objects_change_while_traffic_flows() {
+fn object_changes_are_enforced_under_traffic() {
     let mut stage = Stage::open();
     let (a, near, b) = (
         stage.mesh.pod("a"),
@@ -120,7 +120,7 @@ fn objects_change_while_traffic_flows() {
 }
 
 #[test]
-fn an_api_server_that_goes_leaves_everything_in_force() {
+fn api_server_outage_keeps_policy_enforced() {
     let mut stage = Stage::open();
     let (a, near, b) = (
         stage.mesh.pod("a"),
@@ -194,7 +194,7 @@ spec: {{podSelector: {{matchLabels: {{app: {app}}}}}, ingress: [{rule}]}}
 }
 
 #[test]
-fn a_pod_that_is_not_found_is_reported_and_not_protected() {
+fn pod_without_netns_is_reported_as_unprotected() {
     let mut stage = Stage::open();
     let lost = stage.add("lost", 1);
     stage.mesh.settled().expect("adopted");
@@ -249,7 +249,7 @@ fn a_pod_that_is_not_found_is_reported_and_not_protected() {
 }
 
 #[test]
-fn kinds_are_picked_up_when_they_are_installed() {
+fn crds_installed_later_are_watched() {
     let lab = Lab::builder(Topology::Routed).build().expect("lab");
     let kube = Kube::builder().start_in(&lab).expect("API server");
     let kubeconfig = kube.kubeconfig().to_owned();
@@ -298,7 +298,7 @@ subjects: [{kind: ServiceAccount, namespace: mesh-system, name: agent}]
 "#;
 
 #[test]
-fn a_token_that_was_replaced_is_used() {
+fn replaced_service_account_token_is_used() {
     let lab = Lab::builder(Topology::Routed).build().expect("lab");
     let kube = Kube::builder().start_in(&lab).expect("API server");
     install_crds(&kube);
@@ -343,7 +343,7 @@ fn a_token_that_was_replaced_is_used() {
 
 /// Half a second of changes that come faster than reports may be written.
 #[test]
-fn reports_are_folded() {
+fn status_reports_are_aggregated() {
     let stage = Stage::open();
     let reports = |stage: &Stage| {
         let now = stage.mesh_node(1, "a report", |status| status["version"].is_string());

@@ -141,7 +141,7 @@ fn clock() -> f64 {
 }
 
 #[test]
-fn a_ca_that_is_away_is_missed_loudly_and_only_by_who_has_nothing_left() {
+fn ca_outage_is_reported_and_affects_only_expired_certificates() {
     let mut stage = Stage::start();
     let server = stage.lab.pod("b").serve("--tcp [::]:7000").expect("server");
     stage.until_they_talk(SOON);
@@ -198,7 +198,7 @@ fn a_ca_that_is_away_is_missed_loudly_and_only_by_who_has_nothing_left() {
 }
 
 #[test]
-fn agents_get_their_certificates_and_a_new_root_costs_no_connection() {
+fn root_rotation_loses_no_connection() {
     let stage = Stage::start();
     let Stage {
         controller,

@@ -86,7 +86,7 @@ fn says(kube: &Kube, nodes: &str, accepted: &str, in_force: &str) {
 }
 
 #[test]
-fn conditions_follow_nodes_that_join_lag_reject_and_leave() {
+fn policy_conditions_follow_node_reports() {
     let kube = kube();
     let policy = |priority: &str| {
         let spec = json!({"podSelector": {"matchLabels": {"v": priority}}, "ingress": []});
@@ -208,7 +208,7 @@ fn agents_pods(kube: &Kube) {
 }
 
 #[test]
-fn an_agents_token_writes_the_report_of_its_node_and_nothing_else() {
+fn agent_token_may_write_only_its_own_node_status() {
     let kube = kube();
     kube.apply_text(TOO_MUCH).expect("role");
     agents_pods(&kube);
@@ -290,7 +290,7 @@ fn an_agents_token_writes_the_report_of_its_node_and_nothing_else() {
 }
 
 #[test]
-fn one_replica_leads_and_another_takes_over() {
+fn standby_replica_takes_over_leadership() {
     let kube = kube();
     let flags = ["--lease", "3s"];
     let mut a = kube.controller("a", HERE, &flags).expect("a");

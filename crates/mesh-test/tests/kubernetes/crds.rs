@@ -176,7 +176,7 @@ fn object(kind: &str, spec: &str) -> String {
 }
 
 #[test]
-fn what_cannot_be_meant_is_refused_with_a_sentence() {
+fn crd_schema_rejects_invalid_objects_with_a_message() {
     let kube = Kube::builder().start().expect("servers");
     kube.prepare_controller().expect("the CRDs are accepted");
     kube.namespace("shop", &[]).expect("namespace");

@@ -79,7 +79,7 @@ spec:
 ];
 
 #[test]
-fn a_kind_that_others_have_installed_is_left_alone_by_installing_and_uninstalling() {
+fn foreign_crd_survives_install_and_uninstall() {
     let kube = Kube::builder().start().expect("servers");
     for text in FOREIGN {
         kube.apply_text(text).expect("another's");
@@ -109,7 +109,7 @@ fn a_kind_that_others_have_installed_is_left_alone_by_installing_and_uninstallin
 }
 
 #[test]
-fn the_kustomize_base_is_accepted_and_roles_are_what_is_used() {
+fn kustomize_base_is_accepted_and_roles_are_minimal() {
     let kube = installed();
     let agent = "system:serviceaccount:mesh-system:mesh-agent";
     let controller = "system:serviceaccount:mesh-system:mesh-controller";
@@ -174,7 +174,7 @@ fn the_kustomize_base_is_accepted_and_roles_are_what_is_used() {
 }
 
 #[test]
-fn the_chart_renders_what_the_base_says_and_refuses_wrong_values() {
+fn helm_chart_equals_base_and_rejects_invalid_values() {
     let kube = installed();
     let helm = helm().expect("helm");
     let chart = deploy().join("helm");

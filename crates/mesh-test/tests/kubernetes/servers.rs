@@ -135,7 +135,7 @@ fn access_is_refused_without_a_role(kube: &Kube) {
 }
 
 #[test]
-fn it_is_real_and_outlives_its_api_server() {
+fn control_plane_survives_api_server_restart() {
     let mut kube = Kube::builder().start().expect("servers");
     let id: LabId = kube.id();
     let stored = objects_with_status(&kube);
@@ -161,7 +161,7 @@ fn it_is_real_and_outlives_its_api_server() {
 }
 
 #[test]
-fn controllers_make_slices_and_end_namespaces() {
+fn controller_manager_creates_slices_and_deletes_namespaces() {
     let kube = Kube::builder().controllers().start().expect("servers");
     kube.kubectl(["create", "namespace", "shop"])
         .expect("namespace");
@@ -225,18 +225,18 @@ status:
 /// Runs in a child that is killed, and says what it made.
 #[test]
 #[ignore = "started by the test below"]
-fn servers_that_are_left_behind() {
+fn killed_child() {
     let kube = Kube::builder().start().expect("servers");
     println!("made {}", kube.id());
     std::thread::sleep(Duration::from_secs(600));
 }
 
 #[test]
-fn a_killed_test_leaves_nothing() {
+fn killed_test_leaves_no_servers() {
     let this = std::env::current_exe().expect("this program");
     let mut child = Command::new(this)
         .args(["--ignored", "--exact", "--nocapture"])
-        .arg("servers::servers_that_are_left_behind")
+        .arg("servers::killed_child")
         .stdout(Stdio::piped())
         .spawn()
         .expect("child");

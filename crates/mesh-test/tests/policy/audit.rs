@@ -136,7 +136,7 @@ fn talk(mesh: &Mesh) -> BTreeMap<&'static str, bool> {
 }
 
 #[test]
-fn audit_names_what_enforcing_refuses_and_lets_it_pass() {
+fn audit_reports_and_allows_what_enforcement_denies() {
     let mesh = mesh();
     let line = format!("--tcp [::]:{PORT} --udp [::]:{PORT}");
     let _servers = ["server", "neighbour"].map(|name| mesh.pod(name).serve(&line).expect("server"));
@@ -183,7 +183,7 @@ fn audit_names_what_enforcing_refuses_and_lets_it_pass() {
 }
 
 #[test]
-fn an_unconnected_socket_is_audited_once_for_each_flow() {
+fn unconnected_udp_socket_is_audited_once_per_flow() {
     let mesh = mesh();
     let (client, neighbour) = (mesh.pod("client"), mesh.pod("neighbour"));
     let _server = neighbour

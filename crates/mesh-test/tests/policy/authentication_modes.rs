@@ -81,7 +81,7 @@ fn refused(mesh: &Mesh) -> f64 {
 }
 
 #[test]
-fn a_port_accepts_what_it_says_whatever_the_others_do() {
+fn port_mode_is_independent_of_other_ports() {
     for tunnels in ["15008", "real"] {
         let mesh = mesh(tunnels);
         let [a, plain, b, beside] = ["a", "plain", "b", "beside"].map(|name| mesh.pod(name));
@@ -136,7 +136,7 @@ fn a_port_accepts_what_it_says_whatever_the_others_do() {
 
 /// A pod that must not send in clear reaches what is in the mesh, and what is no pod; nothing else.
 #[test]
-fn a_pod_that_must_not_send_in_clear_is_refused_at_once_where_it_would() {
+fn outbound_plaintext_is_refused_in_strict_mode() {
     let mesh = mesh("15008");
     let [a, plain, b, beside] = ["a", "plain", "b", "beside"].map(|name| mesh.pod(name));
     let _servers = [&plain, &b, &beside].map(|pod| serve(pod));

@@ -350,7 +350,7 @@ fn enforce(mesh: &Mesh, row: &Row) {
 }
 
 #[test]
-fn truth_tables_of_every_clause() {
+fn policy_clauses_decide_real_connections() {
     let mesh = Mesh::start(lab(Topology::Routed)).expect("mesh");
     let server = mesh.pod("server");
     let ports = format!("{}-{}", PORTS[0], PORTS[1]);

@@ -108,7 +108,7 @@ fn look(mesh: &Mesh, name: &str) -> [Look; 3] {
 }
 
 #[test]
-fn a_refusal_is_told_at_once_or_not_at_all() {
+fn denial_is_reset_or_dropped() {
     let all = [
         ("reject", [("red", Look::AtOnce), ("blue", Look::Silence)]),
         ("drop", [("red", Look::Silence), ("green", Look::AtOnce)]),
@@ -176,7 +176,7 @@ fn through_a_tunnel(from: &Place, to: SocketAddr) -> Look {
 }
 
 #[test]
-fn a_refusal_through_a_tunnel_is_told_at_once_or_not_at_all() {
+fn denial_through_tunnel_is_reset_or_dropped() {
     let lab = Lab::builder(Topology::Routed)
         .namespace("callers", &[ENROLLED])
         .namespace("quiet", &[ENROLLED, ("mesh.rs/deny", "drop")])

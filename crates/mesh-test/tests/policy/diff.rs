@@ -37,7 +37,7 @@ fn once(from: &Pod, to: SocketAddr) {
 }
 
 #[test]
-fn a_dry_run_names_what_would_change() {
+fn policy_diff_reports_affected_connections() {
     let pods = [("client", 1), ("near", 2), ("server", 2), ("other", 1)];
     let lab = Lab::builder(Topology::Routed)
         .namespace("default", &[ENROLLED])

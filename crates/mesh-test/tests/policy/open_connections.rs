@@ -225,7 +225,7 @@ fn records(who: &str, by: &str) -> Vec<[String; 3]> {
 }
 
 #[test]
-fn a_change_ends_what_it_denies_and_nothing_else() {
+fn policy_change_closes_only_denied_connections() {
     for tunnel_port in ["15008", "real"] {
         let mesh = mesh(tunnel_port);
         let server = mesh.pod("server");
@@ -258,7 +258,7 @@ fn own(pod: &Pod) -> [IpAddr; 2] {
     [pod.v4().into(), pod.v6().into()]
 }
 
-/// The server's service, by which it is reached in [`changes_at_the_client_s_end_end_what_is_open`].
+/// The server's service, by which it is reached in [`egress_change_closes_open_connections`].
 const VIPS: [&str; 2] = ["10.96.9.9", "fd96::9:9"];
 
 fn service(mesh: &Mesh, server: &Pod) -> [IpAddr; 2] {
@@ -303,7 +303,7 @@ fn isolated(namespace: &str, app: &str) -> String {
 }
 
 #[test]
-fn changes_at_the_client_s_end_end_what_is_open() {
+fn egress_change_closes_open_connections() {
     let mesh = mesh("15008");
     let server = mesh.pod("server");
     let vips = service(&mesh, &server);
@@ -373,7 +373,7 @@ fn changes_at_the_client_s_end_end_what_is_open() {
 }
 
 #[test]
-fn a_client_that_has_to_be_encrypted_loses_what_is_in_clear() {
+fn strict_mode_closes_plaintext_connections_of_client() {
     let mesh = mesh("15008");
     let outside = mesh.pod("clear-good");
     let line = format!("--tcp [::]:{PORT}");
@@ -431,7 +431,7 @@ except OSError as e: print('ended', e)
 ";
 
 #[test]
-fn a_server_that_listens_no_more_is_a_server_still() {
+fn closed_listener_keeps_server_direction() {
     let mesh = mesh("15008");
     let server = mesh.pod("other");
     let python = |pod: &Pod, script: &str, args: &[String]| {

@@ -184,7 +184,7 @@ const ROUNDS: [(Option<&str>, bool); 3] =
     [(None, true), (Some("[]"), false), (Some(ALLOWED), true)];
 
 #[test]
-fn what_a_pod_may_not_send_it_cannot_send_by_raw_and_packet_sockets() {
+fn egress_policy_applies_to_raw_and_packet_sockets() {
     for topology in [Topology::Routed, Topology::Bridged] {
         let mesh = mesh(topology);
         let a = mesh.pod("a");
@@ -213,7 +213,7 @@ fn what_a_pod_may_not_send_it_cannot_send_by_raw_and_packet_sockets() {
 
 /// A SYN enters a pod that refuses at once, where sk_lookup gives it no socket: it is reset.
 #[test]
-fn what_a_pod_may_not_hear_does_not_enter_it_or_is_reset() {
+fn ingress_policy_drops_or_resets_raw_packets() {
     for topology in [Topology::Routed, Topology::Bridged] {
         let mesh = mesh(topology);
         let a = mesh.pod("a");

@@ -34,7 +34,7 @@ fn network_policy_over_mutual_tls() {
 }
 
 #[test]
-fn network_policy_between_pods_that_are_not_enrolled() {
+fn network_policy_between_unenrolled_pods() {
     holds("network_policy", false, 2);
 }
 
@@ -44,7 +44,7 @@ fn mesh_policy_over_mutual_tls() {
 }
 
 #[test]
-fn mesh_policy_between_pods_that_are_not_enrolled() {
+fn mesh_policy_between_unenrolled_pods() {
     holds("mesh_policy", false, 8);
 }
 
@@ -59,13 +59,13 @@ fn cluster_network_policy_over_mutual_tls() {
 }
 
 #[test]
-fn cluster_network_policy_between_pods_that_are_not_enrolled() {
+fn cluster_network_policy_between_unenrolled_pods() {
     holds("cluster_network_policy", false, 2);
 }
 
 #[test]
-fn mesh_authentication() {
-    holds("mesh_authentication", true, 0);
+fn mesh_authentication_over_mutual_tls() {
+    holds("mesh_authentication_over_mutual_tls", true, 0);
 }
 
 /// Two clauses of each protocol, small enough to be run twice.
@@ -109,7 +109,7 @@ fn run_small(table: &Table) -> Report {
 }
 
 #[test]
-fn rows_that_do_not_hold_are_told() {
+fn wrong_rows_are_reported() {
     let mut table = small();
     let right = run_small(&table);
     assert_eq!((right.right, right.differ.len()), (8, 0), "{right:?}");
@@ -130,7 +130,7 @@ fn rows_that_do_not_hold_are_told() {
 }
 
 #[test]
-fn rows_that_cannot_be_run_are_named_and_not_counted() {
+fn unrunnable_rows_are_reported_and_not_counted() {
     let mut table = small();
     let row = |row| serde_json::from_value::<Check>(row).expect("a row");
     table.checks = vec![
@@ -152,7 +152,7 @@ fn rows_that_cannot_be_run_are_named_and_not_counted() {
 }
 
 #[test]
-fn every_clause_has_rows_that_must_come_about_and_rows_that_must_not() {
+fn every_clause_has_allowed_and_denied_rows() {
     let dir = file("x");
     let dir = dir.parent().expect("a directory");
     let mut clauses: BTreeMap<String, [usize; 2]> = BTreeMap::new();

@@ -56,7 +56,7 @@ fn until(from: &Pod, to: SocketAddr, possible: bool) {
 }
 
 #[test]
-fn a_client_isolated_for_ingress_gets_its_replies_and_nobody_else_gets_in() {
+fn ingress_isolated_client_receives_only_replies() {
     let mesh = mesh();
     let (client, server, stranger) = (mesh.pod("client"), mesh.pod("server"), mesh.pod("stranger"));
     let _server = server.serve("--udp [::]:7000").expect("server");
@@ -83,7 +83,7 @@ fn a_client_isolated_for_ingress_gets_its_replies_and_nobody_else_gets_in() {
 }
 
 #[test]
-fn a_server_isolated_for_egress_can_answer_and_nothing_more() {
+fn egress_isolated_server_sends_only_replies() {
     let mesh = mesh();
     let (client, server) = (mesh.pod("client"), mesh.pod("server"));
     let _server = server.serve("--udp [::]:7000").expect("server");
@@ -103,7 +103,7 @@ fn a_server_isolated_for_egress_can_answer_and_nothing_more() {
 }
 
 #[test]
-fn a_busy_connected_flow_outlives_the_idle_time_and_an_idle_one_expires() {
+fn only_idle_flows_expire() {
     let mesh = mesh();
     let (client, server, stranger) = (mesh.pod("client"), mesh.pod("server"), mesh.pod("stranger"));
     let _server = server.serve("--udp [::]:7000 --report").expect("server");
@@ -140,7 +140,7 @@ fn a_busy_connected_flow_outlives_the_idle_time_and_an_idle_one_expires() {
 }
 
 #[test]
-fn a_policy_that_denies_a_flow_ends_it() {
+fn denying_policy_ends_flow() {
     let mesh = mesh();
     let (client, server) = (mesh.pod("client"), mesh.pod("server"));
     let _server = server.serve("--udp [::]:7000").expect("server");
@@ -210,7 +210,7 @@ impl Lasting<'_> {
 }
 
 #[test]
-fn a_flow_is_decided_again_as_what_it_was_opened_as_when_labels_change() {
+fn label_change_reevaluates_flow_in_its_direction() {
     let mesh = mesh();
     let (client, server, stranger) = (mesh.pod("client"), mesh.pod("server"), mesh.pod("stranger"));
     mesh.enforce(ONLY_CLIENT).expect("in force");
@@ -248,7 +248,7 @@ fn a_flow_is_decided_again_as_what_it_was_opened_as_when_labels_change() {
 }
 
 #[test]
-fn a_flow_does_not_outlive_the_pod_that_was_allowed_it_with_its_address() {
+fn flow_ends_with_the_pod_that_owned_its_address() {
     let mut mesh = mesh();
     mesh.enforce(ONLY_CLIENT).expect("in force");
     let (client, server) = (mesh.pod("client"), mesh.pod("server"));
@@ -290,7 +290,7 @@ fn a_flow_does_not_outlive_the_pod_that_was_allowed_it_with_its_address() {
 }
 
 #[test]
-fn a_mode_that_refuses_udp_ends_flows() {
+fn strict_mode_ends_udp_flows() {
     let mesh = mesh();
     let (client, server) = (mesh.pod("client"), mesh.pod("server"));
     let flows = [0, 1].map(|family| Lasting {

@@ -56,7 +56,7 @@ fn filter(mesh: &Mesh, node: u8, rules: &str) {
 }
 
 #[test]
-fn the_wire_shows_the_applications_port_and_no_byte_of_it() {
+fn wire_shows_application_port_and_no_plaintext() {
     for topology in [Topology::Routed, Topology::Bridged] {
         let mesh = mesh(topology, "real");
         let (a, b) = (mesh.pod("a"), mesh.pod("b"));
@@ -115,7 +115,7 @@ fn only_the_port(a: &Pod, b: &Pod) -> String {
 }
 
 #[test]
-fn a_packet_filter_that_allows_the_applications_port_lets_the_mesh_pass() {
+fn packet_filter_for_application_port_passes_tunnels() {
     for (port, passes) in [("real", true), ("15008", false)] {
         let mesh = mesh(Topology::Routed, port);
         let (a, b) = (mesh.pod("a"), mesh.pod("b"));
@@ -132,7 +132,7 @@ fn a_packet_filter_that_allows_the_applications_port_lets_the_mesh_pass() {
 }
 
 #[test]
-fn where_the_mark_is_taken_away_the_tunnel_port_is_used_and_that_is_counted() {
+fn stripped_mark_falls_back_to_tunnel_port_and_is_counted() {
     let mesh = mesh(Topology::Routed, "real");
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let _server = nginx(&b);
@@ -159,7 +159,7 @@ fn where_the_mark_is_taken_away_the_tunnel_port_is_used_and_that_is_counted() {
 }
 
 #[test]
-fn agents_of_both_kinds_reach_each_other() {
+fn agents_with_and_without_application_port_interoperate() {
     let lab = lab(Topology::Routed);
     let config = AgentConfig::new(&Mesh::own_ca(&lab));
     let mut mesh = Mesh::start_with(lab, &config).expect("mesh");
@@ -204,7 +204,7 @@ fn storm_unseen(mesh: &Mesh, count: u64, what: &str) {
 }
 
 #[test]
-fn cookies_and_lost_syns_are_the_tunnels_too() {
+fn syn_cookies_and_lost_syns_keep_tunnels() {
     let mesh = mesh(Topology::Routed, "real");
     let b = mesh.pod("b");
     let _server = b.serve(&format!("--tcp [::]:{PORT}")).expect("server");
@@ -263,7 +263,7 @@ print(sent)
 "#;
 
 #[test]
-fn a_flood_of_marked_syns_keeps_nobody_out() {
+fn marked_syn_flood_does_not_block_connections() {
     let lab = Lab::builder(Topology::Routed)
         .outside()
         .namespace("default", &[ENROLLED])
@@ -340,7 +340,7 @@ while True:
 "#;
 
 #[test]
-fn a_mark_that_comes_after_a_connection_has_begun_makes_no_tunnel_of_it() {
+fn mark_after_syn_does_not_turn_connection_into_tunnel() {
     let lab = Lab::builder(Topology::Routed)
         .namespace("default", &[ENROLLED])
         .namespace("plain", &[])

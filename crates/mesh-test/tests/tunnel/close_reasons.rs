@@ -20,7 +20,7 @@ const FILTER: &str = "table inet app { chain input { type filter hook input prio
  }";
 
 #[test]
-fn each_way_to_fail_is_a_reset_in_time_and_has_its_name_in_both_records() {
+fn every_failure_resets_client_and_is_recorded_at_both_endpoints() {
     let lab = Lab::builder(Topology::Routed)
         .namespace("default", &[ENROLLED])
         .pods([("a", 1), ("b", 2)])

@@ -31,7 +31,7 @@ fn allowed(mesh: &Mesh, node: u8) -> Vec<String> {
 }
 
 #[test]
-fn a_worker_goes_to_the_cpu_of_an_application_that_waits_for_answers() {
+fn worker_follows_request_response_application_cpu() {
     let lab = Lab::builder(Topology::Routed)
         .namespace("default", &[ENROLLED])
         .pods([("near", 1), ("far", 2)])

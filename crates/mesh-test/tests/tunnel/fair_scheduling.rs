@@ -69,7 +69,7 @@ impl Part {
 }
 
 #[test]
-fn a_pod_with_many_streams_does_not_hold_up_anothers_requests() {
+fn pod_with_many_streams_does_not_delay_others() {
     let mesh = mesh();
     let [many, one, to_many, to_one] = ["many", "one", "to-many", "to-one"].map(|n| mesh.pod(n));
     let listen = format!("--tcp [::]:{PORT}");

@@ -97,7 +97,7 @@ fn accepted_by_promtool(page: &str) {
 }
 
 #[test]
-fn metrics_records_and_clients_count_the_same() {
+fn metrics_and_records_match_client_counts() {
     let lab = Lab::builder(Topology::Routed)
         .namespace("default", &[ENROLLED])
         .pods([("client", 1), ("near", 1), ("far", 2)])

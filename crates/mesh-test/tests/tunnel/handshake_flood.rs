@@ -160,7 +160,7 @@ fn flood(mesh: &Mesh) -> Proc {
 }
 
 #[test]
-fn half_open_handshakes_by_the_thousand_leave_a_neighbours_connections_alone() {
+fn half_open_handshakes_do_not_affect_other_pods() {
     let mesh = mesh();
     let neighbour = mesh.pod("neighbour");
     let _server = neighbour

@@ -388,7 +388,7 @@ fn tickets(stage: &Stage) -> Vec<Row> {
 }
 
 #[test]
-fn each_hostile_peer_is_sent_away_for_its_own_reason_and_reaches_no_application() {
+fn hostile_peer_is_refused_with_its_reason() {
     let stage = Stage::new();
     stage.control("the first");
     let rows = [handshakes(), streams(&stage), lengths(), tickets(&stage)];
@@ -432,7 +432,7 @@ fn each_hostile_peer_is_sent_away_for_its_own_reason_and_reaches_no_application(
 }
 
 #[test]
-fn a_certificate_that_is_revoked_loses_its_open_connection_and_no_other_does() {
+fn revocation_closes_only_connections_of_that_certificate() {
     let stage = Stage::new();
     let _second = application(&stage.lab.pod("b"), PORT + 1);
     stage.control("the first");

@@ -45,7 +45,7 @@ fn refused(reason: Reason, cause: u16) -> String {
 }
 
 #[test]
-fn another_implementation_opens_streams_through_our_agent() {
+fn python_peer_opens_streams() {
     let (lab, certs) = lab();
     // Node 1 has no agent: the peer is one.
     let agent = lab.node(2).start_agent(config(&certs)).expect("agent");
@@ -88,7 +88,7 @@ fn another_implementation_opens_streams_through_our_agent() {
 /// The port that the SYN has reached is the one that packet filters between the nodes have allowed:
 /// no other may be asked for behind their backs.
 #[test]
-fn a_tunnel_on_one_port_of_the_application_leads_to_no_other() {
+fn tunnel_on_application_port_reaches_only_that_port() {
     let (lab, certs) = lab();
     let real = config(&certs).flag("--tunnel-port", "real");
     let agent = lab.node(2).start_agent(real).expect("agent");
@@ -138,7 +138,7 @@ fn a_tunnel_on_one_port_of_the_application_leads_to_no_other() {
 }
 
 #[test]
-fn another_implementation_accepts_streams_from_our_agent() {
+fn python_peer_accepts_streams() {
     let (lab, certs) = lab();
     let (a, b) = (lab.pod("a"), lab.pod("b"));
     let own = certs.join("default/b").display().to_string();

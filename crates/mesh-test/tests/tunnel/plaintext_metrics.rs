@@ -101,7 +101,7 @@ fn storm(from: &Pod, to: &Pod) -> u64 {
 /// Each end counts both directions of what leaves its node; on one node each end counts what it
 /// sends.
 #[test]
-fn connections_in_clear_are_counted_at_either_end_by_why_they_are() {
+fn plaintext_connections_are_counted_at_both_endpoints_by_reason() {
     let mesh = mesh();
     let [a, near, far, plain] = ["a", "near", "far", "plain"].map(|name| mesh.pod(name));
     let listen = format!("--tcp [::]:{PORT}");
@@ -160,7 +160,7 @@ fn python(pod: &Pod, script: &str, args: &[String]) -> Proc {
 }
 
 #[test]
-fn datagrams_are_counted_at_either_end() {
+fn plaintext_datagrams_are_counted_at_both_endpoints() {
     let mesh = mesh();
     let (a, far) = (mesh.pod("a"), mesh.pod("far"));
     let server = python(&far, MIRROR, &[PORT.to_string()]);
@@ -187,7 +187,7 @@ c.shutdown(socket.SHUT_WR); c.recv(1); print(5 + 12 + 100000)
 ";
 
 #[test]
-fn a_connection_that_is_older_than_the_enrolment_is_counted() {
+fn connection_older_than_enrollment_is_counted_as_plaintext() {
     let lab = Lab::builder(Topology::Routed)
         .namespace("default", &[])
         .pods([("a", 1), ("far", 2)])

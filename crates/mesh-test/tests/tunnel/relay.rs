@@ -67,7 +67,7 @@ for count, digest in (sent, seen):
 "#;
 
 #[test]
-fn a_gibibyte_each_way_at_once_arrives_byte_for_byte() {
+fn bidirectional_gibibyte_arrives_intact() {
     let mesh = mesh();
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let (host, port) = (b.v4().to_string(), PORT.to_string());
@@ -124,7 +124,7 @@ else:
 "#;
 
 #[test]
-fn a_reset_at_either_end_is_a_reset_at_the_other() {
+fn reset_is_relayed_in_both_directions() {
     let mesh = mesh();
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     for (port, serving, asking) in [("7001", "reset", "wait"), ("7002", "wait", "reset")] {
@@ -179,7 +179,7 @@ fn resident(agents: &[Agent]) -> Vec<u64> {
 }
 
 #[test]
-fn readers_that_do_not_read_cost_the_agents_their_buffers_and_no_more() {
+fn stalled_readers_cost_only_their_buffers() {
     let mesh = mesh();
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let (host, port) = (b.v4().to_string(), PORT.to_string());
@@ -213,7 +213,7 @@ fn readers_that_do_not_read_cost_the_agents_their_buffers_and_no_more() {
 }
 
 #[test]
-fn a_thousand_connections_at_once_all_answer() {
+fn thousand_concurrent_connections_are_answered() {
     let mesh = mesh();
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let _server = b.serve(&format!("--tcp [::]:{PORT}")).expect("server");
@@ -254,7 +254,7 @@ print(sum(b"\n" in c.recv(4096) for c in conns))
 }
 
 #[test]
-fn a_hundred_thousand_short_connections_of_one_pod_across_nodes_at_stock_sysctls() {
+fn hundred_thousand_short_connections_across_nodes_at_default_sysctls() {
     let mesh = mesh();
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     // The client closes first, and its port is taken for 60 s: with one destination TCP itself has

@@ -84,7 +84,7 @@ fn curl_all(a: &Pod, b: &Pod, what: &str) {
 }
 
 #[test]
-fn curl_across_nodes_is_tunnelled_and_transparent() {
+fn curl_across_nodes_is_tunneled_and_transparent() {
     for topology in TOPOLOGIES {
         let lab = lab(topology);
         let capture = lab.capture_wire().expect("capture");
@@ -102,7 +102,7 @@ fn curl_across_nodes_is_tunnelled_and_transparent() {
 }
 
 #[test]
-fn pods_of_one_family_are_as_good_as_others() {
+fn single_stack_pods_are_tunneled() {
     for families in [Families::V6, Families::V4] {
         let what = format!("{families:?}");
         let mesh = Mesh::start(lab_of(Topology::Routed, families)).expect("mesh");
@@ -113,7 +113,7 @@ fn pods_of_one_family_are_as_good_as_others() {
 }
 
 #[test]
-fn every_kind_of_client_socket_is_tunnelled_and_sees_no_difference() {
+fn every_kind_of_client_socket_is_tunneled() {
     let options = [
         "",
         "--nonblocking",
@@ -153,7 +153,7 @@ fn every_kind_of_client_socket_is_tunnelled_and_sees_no_difference() {
 }
 
 #[test]
-fn short_connections_from_two_threads_all_reach_whom_they_asked_for() {
+fn concurrent_short_connections_reach_their_destinations() {
     let mut lab = lab(Topology::Routed);
     let c = lab.add_pod(PodSpec::new("c", 2)).expect("pod");
     let mesh = Mesh::start(lab).expect("mesh");
@@ -183,7 +183,7 @@ fn short_connections_from_two_threads_all_reach_whom_they_asked_for() {
 }
 
 #[test]
-fn bulk_arrives_whole_in_both_directions() {
+fn bulk_transfer_arrives_intact_in_both_directions() {
     let mesh = Mesh::start(lab(Topology::Bridged)).expect("mesh");
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let _server = b.serve("--tcp [::]:7000").expect("server");
@@ -210,7 +210,7 @@ const GONE: [i32; 4] = [
 ];
 
 #[test]
-fn a_refused_port_and_a_half_close_are_what_they_are_without_a_mesh() {
+fn refused_port_and_half_close_behave_as_without_mesh() {
     let mesh = Mesh::start(lab(Topology::Routed)).expect("mesh");
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     for to in ends(&b, 7001) {
@@ -280,7 +280,7 @@ fn impostor(b: &Pod, certs: &Path, account: &str) -> mesh_test::Proc {
 }
 
 #[test]
-fn only_whom_the_cluster_names_is_spoken_to() {
+fn server_identity_must_match_the_cluster() {
     let lab = lab(Topology::Routed);
     let (ca, other, certs) = (
         lab.dir().join("authority"),
@@ -333,7 +333,7 @@ fn contains(bytes: &[u8], part: &[u8]) -> bool {
 }
 
 #[test]
-fn certificates_in_files_carry_the_main_job() {
+fn certificates_from_files_carry_tunnels() {
     let lab = lab(Topology::Bridged);
     let (ca, certs) = (lab.dir().join("authority"), lab.dir().join("certs"));
     authority(&ca);
@@ -348,7 +348,7 @@ fn certificates_in_files_carry_the_main_job() {
 }
 
 #[test]
-fn a_stranger_gets_nothing_from_the_tunnels_port() {
+fn tunnel_port_refuses_strangers() {
     let mut lab = lab(Topology::Routed);
     let plain = lab
         .add_pod(PodSpec::new("plain", 1).namespace("plain"))

@@ -108,7 +108,7 @@ fn with<'a>(records: &'a [Value], close: &str) -> Vec<&'a Value> {
 }
 
 #[test]
-fn a_service_with_one_endpoint_left_serves_every_connection() {
+fn service_with_one_reachable_endpoint_serves_every_connection() {
     let mesh = mesh();
     let listen = format!("--tcp [::]:{} --name two", OPEN.1);
     let _server = mesh.pod("two").serve(&listen).expect("server");
@@ -145,7 +145,7 @@ fn a_service_with_one_endpoint_left_serves_every_connection() {
 }
 
 #[test]
-fn a_service_without_an_endpoint_left_is_an_error_after_two_others() {
+fn service_without_reachable_endpoint_fails_after_two_retries() {
     let mesh = mesh();
     let (report, others) = connect(&mesh, SocketAddr::from((CLOSED.0, PORT)));
     assert!(was_reset(&report), "{report:?}");

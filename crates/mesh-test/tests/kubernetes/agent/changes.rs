@@ -55,7 +55,7 @@ fn answered_by(stage: &Stage, from: &Pod, pods: &[&Pod]) {
 }
 
 #[test]
-fn services_and_modes_change_while_traffic_flows() {
+fn service_and_mode_changes_are_enforced_under_traffic() {
     let mut stage = Stage::open();
     stage.kube.namespace("plain", &[]).expect("namespace");
     let plain = stage.add_in("plain", "plain", 1);
@@ -109,7 +109,7 @@ fn services_and_modes_change_while_traffic_flows() {
 }
 
 #[test]
-fn a_watch_that_is_cut_is_taken_up_again() {
+fn interrupted_watch_is_resumed() {
     let stage = Stage::open();
     let [a, near, b] = ["a", "near", "b"].map(|name| stage.mesh.pod(name));
     let _servers = [&near, &b].map(|pod| serve(pod));

@@ -247,7 +247,7 @@ fn of(list: &Value, row: &Row, name: &str) -> Option<Value> {
 }
 
 #[test]
-fn what_is_invalid_opens_nothing_and_the_rest_goes_on() {
+fn invalid_objects_fail_closed_and_others_stay_enforced() {
     let mut stage = Stage::open();
     stage.kube.namespace("plain", &[]).expect("namespace");
     let plain = stage.add_in("plain", "plain", 1);
@@ -274,7 +274,7 @@ spec: SPEC
 ";
 
 #[test]
-fn what_is_invalid_of_a_kind_that_nobody_acts_on_changes_nothing() {
+fn invalid_objects_of_unused_kinds_are_ignored() {
     let stage = Stage::open();
     let [a, near, b] = ["a", "near", "b"].map(|name| stage.mesh.pod(name));
     let _servers = [&near, &b].map(|pod| serve(pod));
@@ -332,7 +332,7 @@ spec:
 ";
 
 #[test]
-fn names_of_domains_are_named_in_the_node_s_report() {
+fn domain_name_rules_are_reported_in_node_status() {
     let stage = Stage::open();
     stage.kube.apply_text(NAMES).expect("apply");
     let field = "spec.egress[0].to[0].domainNames";

@@ -53,7 +53,7 @@ fn grown_by(stage: &Stage, expected: f64, before: [f64; 2]) {
 }
 
 #[test]
-fn until_its_node_has_reported_a_pod_is_reached_in_clear_and_counted_or_refused() {
+fn pod_on_unreported_node_gets_counted_plaintext_or_refusal() {
     let mut stage = Stage::open();
     let a = stage.mesh.pod("a");
     // Nobody is there to adopt what comes now, and to report it.

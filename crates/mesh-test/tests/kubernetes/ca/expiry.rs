@@ -64,7 +64,7 @@ fn reviewed(rig: &Rig, token: &str) -> Value {
 }
 
 #[test]
-fn a_token_whose_time_is_over_is_refused_and_counted() {
+fn expired_token_is_refused_and_counted() {
     let rig = Rig::start();
     let token = rig.token(AUDIENCE, Some(Bound::Pod("agent-n1")));
     let (good, over) = (until(&rig, &token, 600), until(&rig, &token, -120));

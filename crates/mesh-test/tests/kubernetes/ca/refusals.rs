@@ -10,7 +10,7 @@ use mesh_test::{Cmd, eventually};
 use super::rig::{AUDIENCE, Asked, Rig, SOON, WEB, web};
 
 #[test]
-fn openssls_requests_are_served_by_the_letter_and_only_to_the_pods_own_node() {
+fn certificate_is_issued_only_to_agent_of_the_pods_node() {
     let rig = Rig::start();
     let n1 = rig.token(AUDIENCE, Some(Bound::Pod("agent-n1")));
     let good = rig.csr(
@@ -204,7 +204,7 @@ fn with_a_byte_more(rig: &Rig) -> String {
 
 /// What a request asks for beyond a key is not given.
 #[test]
-fn names_usages_and_lives_of_a_request_are_not_taken_over() {
+fn csr_names_usages_and_lifetime_are_ignored() {
     let rig = Rig::start();
     let n1 = rig.token(AUDIENCE, Some(Bound::Pod("agent-n1")));
     let uris = "URI:spiffe://cluster.local/ns/shop/sa/web,URI:spiffe://cluster.local/ns/shop/sa/db,\
@@ -261,7 +261,7 @@ fn names_usages_and_lives_of_a_request_are_not_taken_over() {
 /// Who asks too often from one address waits, before anybody is asked about its token; others do
 /// not.
 #[test]
-fn who_asks_too_often_is_held_off_and_others_are_not() {
+fn rate_limit_is_per_caller() {
     let rig = Rig::start();
     let n1 = rig.token(AUDIENCE, Some(Bound::Pod("agent-n1")));
     let csr = rig.p256();
