@@ -2,7 +2,8 @@
 //! A pod: a namespace on a node, a cgroup below the node's pods, and the facts of its manifest.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ffi::OsStr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +15,7 @@ use crate::netns::Netns;
 use crate::node::Node;
 use crate::process::{Cmd, Output, Place, Proc};
 use crate::programs;
+use crate::reports::Tcp;
 use crate::topology::{self, PodLink, Topology};
 
 /// Longest name of a link (IFNAMSIZ without its NUL).
@@ -288,6 +290,19 @@ impl Pod {
         topology::gateway_mac(self.topology, self.node.number())
     }
 
+    /// Both of its addresses by its node and number, IPv4 first, with a port.
+    #[must_use]
+    pub fn at(&self, port: u16) -> [SocketAddr; 2] {
+        [(self.v4(), port).into(), (self.v6(), port).into()]
+    }
+
+    /// The addresses that it has, IPv4 first, with a port.
+    #[must_use]
+    pub fn all_at(&self, port: u16) -> Vec<SocketAddr> {
+        let at = |ip: &IpAddr| SocketAddr::new(*ip, port);
+        self.addresses.iter().map(at).collect()
+    }
+
     /// Fetches a URL with curl: a process of the pod.
     ///
     /// # Errors
@@ -305,6 +320,32 @@ impl Place {
     /// It cannot be started or has not ended within 30 s. What it reports is in the output.
     pub fn probe(&self, line: &str) -> Result<Output> {
         self.run(probe_cmd(line)?, Duration::from_secs(30))
+    }
+
+    /// Runs `probe tcp` with a command line (without `tcp`): one connection.
+    ///
+    /// # Errors
+    /// As [`Place::probe`], or it prints no report. A connection that fails is in the report.
+    pub fn tcp(&self, line: &str) -> Result<Tcp> {
+        self.probe(&format!("tcp {line}"))?.json()
+    }
+
+    /// Runs a command line without quoting and returns its standard output.
+    ///
+    /// # Errors
+    /// It fails or has not ended within 15 s.
+    pub fn output(&self, line: &str) -> Result<String> {
+        let output = self.run(Cmd::line(line), Duration::from_secs(15))?;
+        Ok(output.ok().with_context(|| line.to_owned())?.text())
+    }
+
+    /// Starts a Python script, whose output is read line by line.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn python<A: AsRef<OsStr>>(&self, script: &str, args: &[A]) -> Result<Proc> {
+        let cmd = Cmd::new("python3").args(["-uc", script]).args(args);
+        self.spawn_lines(cmd)
     }
 
     /// Starts the `probe` program with a command line and reads what it prints line by line.
@@ -326,6 +367,20 @@ impl Place {
         Ok(server)
     }
 }
+
+/// Options of `probe tcp` for every kind of client socket. The last wants the client's own address
+/// behind it.
+pub const SOCKETS: [&str; 9] = [
+    "",
+    "--nonblocking",
+    "--fastopen",
+    "--device eth0",
+    "--mark 0x10",
+    "--mptcp",
+    "--mapped",
+    "--mapped --nonblocking",
+    "--reset --from",
+];
 
 /// The `probe` program with a command line; for rights or input of one's own.
 ///

@@ -4,9 +4,16 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
+use std::time::Duration;
+
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::process::Proc;
 use crate::talk::Identity;
+
+/// How long a storm may take for its report.
+const REPORT: Duration = Duration::from_secs(120);
 
 /// Result of `probe tcp`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +71,26 @@ pub struct Storm {
     pub bytes_sent: u64,
     /// Bytes that the client read.
     pub bytes_received: u64,
+}
+
+impl Storm {
+    /// Ends a running `probe storm` and returns its report. Does nothing to one that has ended.
+    ///
+    /// # Errors
+    /// It prints no report.
+    pub fn stop(storm: &Proc) -> Result<Self> {
+        storm.signal(libc::SIGTERM)?;
+        Self::of(storm)
+    }
+
+    /// Waits for the report of a `probe storm` that ends by itself.
+    ///
+    /// # Errors
+    /// It prints no report within two minutes.
+    pub fn of(storm: &Proc) -> Result<Self> {
+        let line = storm.said(REPORT)?;
+        serde_json::from_str(&line).with_context(|| format!("not the report of a storm: {line}"))
+    }
 }
 
 /// Result of `probe bulk`.

@@ -22,22 +22,12 @@ fn lab(topology: Topology) -> Lab {
         .expect("lab")
 }
 
-fn ends(pod: &Pod, port: u16) -> Vec<SocketAddr> {
-    let at = |ip: &IpAddr| SocketAddr::new(*ip, port);
-    pod.addresses().iter().map(at).collect()
-}
-
-fn tcp(from: &Pod, line: &str) -> Tcp {
-    let output = from.probe(&format!("tcp {line}")).expect("run");
-    output.json().expect("report")
-}
-
 /// Waits until `from` reaches `to` at every address; what is refused meanwhile must be refused
 /// within the time that an agent waits for a starting peer.
 fn reached(mesh: &Mesh, from: &Pod, to: &Pod, port: u16) {
-    for to in ends(to, port) {
+    for to in to.all_at(port) {
         let answer = eventually("an answer", SOON, || {
-            let report = tcp(from, &format!("--to {to}"));
+            let report = from.tcp(&format!("--to {to}")).expect("report");
             (report.ok && report.ends_agree()).then_some(())
         });
         let logs = || [1, 2].map(|node| mesh.agent(node).log_tail()).join("\n");
@@ -45,11 +35,6 @@ fn reached(mesh: &Mesh, from: &Pod, to: &Pod, port: u16) {
             .with_context(|| format!("{to}: {}", logs()))
             .expect("reached");
     }
-}
-
-fn finished(storm: &Proc) -> Storm {
-    let line = storm.line(Duration::from_secs(60)).expect("line");
-    serde_json::from_str(&line.expect("report")).expect("json")
 }
 
 /// Nothing in clear from the first moment, also not to addresses that nobody knows yet.
@@ -73,7 +58,8 @@ fn pods_are_added_and_deleted_under_traffic() {
         reached(&mesh, &a, &near, 7000);
         let capture = mesh.capture_wire().expect("capture");
         let storms = [&b, &near].map(|pod| {
-            let to: Vec<String> = ends(pod, 7000)
+            let to: Vec<String> = pod
+                .all_at(7000)
                 .iter()
                 .map(|to| format!("--to {to}"))
                 .collect();
@@ -91,7 +77,9 @@ fn pods_are_added_and_deleted_under_traffic() {
                 let server = pod.serve(&line).expect("server");
                 reached(&mesh, &a, &pod, 7000);
                 reached(&mesh, &b, &pod, 7000);
-                let report = tcp(&a, &format!("--to {}", ends(&pod, 7000)[0]));
+                let report = a
+                    .tcp(&format!("--to {}", pod.all_at(7000)[0]))
+                    .expect("report");
                 let identity = report.identity.expect("identity");
                 assert_eq!(identity.name, format!("round{round}"));
                 names.push((name, server));
@@ -106,7 +94,7 @@ fn pods_are_added_and_deleted_under_traffic() {
             }
         }
         for (storm, what) in storms.iter().zip(["across", "same node"]) {
-            let report = finished(storm);
+            let report = Storm::of(storm).expect("report");
             let what = format!("{topology:?} {what}: {report:?}");
             assert!(report.ok > 1000, "{what}");
             assert_eq!((report.wrong, report.failed), (0, 0), "{what}");
@@ -139,8 +127,12 @@ fn reused_address_does_not_inherit_identity() {
         // Who was never good is refused: the policy is in force before the first good one comes.
         let a = mesh.pod("a");
         eventually("the policy to be in force", SOON, || {
-            let refused = |to: &SocketAddr| !tcp(&a, &format!("--to {to} --timeout-ms 1000")).ok;
-            ends(&b, 7000).iter().all(refused).then_some(())
+            let refused = |to: &SocketAddr| {
+                !a.tcp(&format!("--to {to} --timeout-ms 1000"))
+                    .expect("report")
+                    .ok
+            };
+            b.all_at(7000).iter().all(refused).then_some(())
         })
         .expect("in force");
         for _round in 0..2 {
@@ -148,7 +140,7 @@ fn reused_address_does_not_inherit_identity() {
             let good = mesh.add_pod(good).expect("pod");
             reached(&mesh, &good, &b, 7000);
             // One connection stays open while its pod is deleted.
-            let line = format!("hold --to {} --count 1 --pulse-ms 20", ends(&b, 7000)[0]);
+            let line = format!("hold --to {} --count 1 --pulse-ms 20", b.all_at(7000)[0]);
             let client = good.start_probe(&line).expect("client");
             let opened = client.line(SOON).expect("line").expect("open");
             assert!(opened.contains("open"), "{opened}");
@@ -161,8 +153,10 @@ fn reused_address_does_not_inherit_identity() {
             server.kill().expect("kill");
             server = b.serve("--tcp [::]:7000 --report").expect("server");
             for _attempt in 0..20 {
-                for to in ends(&b, 7000) {
-                    let report = tcp(&bad, &format!("--to {to} --timeout-ms 1000"));
+                for to in b.all_at(7000) {
+                    let report = bad
+                        .tcp(&format!("--to {to} --timeout-ms 1000"))
+                        .expect("report");
                     assert!(!report.ok && report.identity.is_none(), "{report:?}");
                 }
             }
@@ -217,9 +211,12 @@ fn invalid_object_is_rejected_and_others_stay_enforced() {
     let [a, b, good] = ["a", "b", "good"].map(|name| mesh.pod(name));
     let _servers = [&a, &b].map(|pod| pod.serve("--tcp [::]:7000").expect("server"));
     let is_refused = |from: &Pod, to: &Pod| {
-        ends(to, 7000)
-            .iter()
-            .all(|to| !tcp(from, &format!("--to {to} --timeout-ms 1000")).ok)
+        to.all_at(7000).iter().all(|to| {
+            !from
+                .tcp(&format!("--to {to} --timeout-ms 1000"))
+                .expect("report")
+                .ok
+        })
     };
     let refused = |from: &Pod, to: &Pod, what: &str| {
         eventually(what, SOON, || is_refused(from, to).then_some(())).expect(what);

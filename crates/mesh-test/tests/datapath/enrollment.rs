@@ -48,11 +48,6 @@ fn label(lab: &Lab, pod: &Pod, agent: Option<&Agent>, value: &str) {
         .expect("labelled");
 }
 
-fn run(place: &Place, line: &str) -> String {
-    let output = place.run(Cmd::line(line), SOON).expect("run");
-    output.ok().expect(line).text()
-}
-
 fn tcp(from: &Pod, to: SocketAddr) -> Tcp {
     let line = format!("tcp --timeout-ms 2000 --to {to}");
     let output = from.probe(&line).expect("probe");
@@ -68,18 +63,20 @@ fn connection_in_progress_survives_enrollment() {
     // The other node has no agent: whoever is captured finds nobody there.
     let agent = agent(&lab, 1);
     label(&lab, &b, None, "enabled");
-    let way = run(&b, "ip -4 route show default");
-    run(&b, "ip -4 route del default");
+    let way = b.output("ip -4 route show default").expect("output");
+    b.output("ip -4 route del default").expect("output");
     let line = format!("hold --to {to} --timeout-ms 14000 --seconds 1");
     let client = a.start_probe(&line).expect("client");
     eventually("a SYN without an answer", SOON, || {
-        run(&a, "ss -Htn state syn-sent")
+        a.output("ss -Htn state syn-sent")
+            .expect("output")
             .contains(&to.to_string())
             .then_some(())
     })
     .expect("connecting");
     label(&lab, &a, Some(&agent), "enabled");
-    run(&b, &format!("ip -4 route add {}", way.trim()));
+    b.output(&format!("ip -4 route add {}", way.trim()))
+        .expect("output");
     let said = client.line(SOON).expect("line").expect("no end");
     assert!(said.contains("open"), "{said}\n{}", agent.log_tail());
     // It has the right that it began with; nothing that begins now has it.
@@ -119,7 +116,7 @@ fn open_connections_survive_unenrollment() {
     open.signal(libc::SIGKILL).expect("ended");
     for pod in [&a, &b] {
         eventually("the rules to go", SOON, || {
-            (!run(pod, "ip rule").contains("1978")).then_some(())
+            (!pod.output("ip rule").expect("output").contains("1978")).then_some(())
         })
         .expect("nothing of ours is left");
     }

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mesh_test::reports::Tcp;
+use mesh_test::reports::{Storm, Tcp};
 use mesh_test::{Agent, AgentConfig, Cmd, Lab, Place, Pod, PodSpec, Topology, eventually};
 
 const SOON: Duration = Duration::from_secs(10);
@@ -62,22 +62,6 @@ fn tcp(from: &Place, to: SocketAddr) -> Option<Tcp> {
     output.json().ok()
 }
 
-fn at(pod: &Pod, port: u16) -> Vec<SocketAddr> {
-    pod.addresses()
-        .iter()
-        .map(|ip| SocketAddr::new(*ip, port))
-        .collect()
-}
-
-fn run(place: &Place, line: &str) -> String {
-    let output = place
-        .run(Cmd::line(line), SOON)
-        .expect("run")
-        .ok()
-        .expect(line);
-    output.text()
-}
-
 /// Rules, routes and the sysctl of a pod.
 fn routing(pod: &Pod) -> String {
     [
@@ -87,7 +71,7 @@ fn routing(pod: &Pod) -> String {
         "ip -6 route show table all",
         "cat /proc/sys/net/ipv4/tcp_fwmark_accept",
     ]
-    .map(|line| run(pod, line))
+    .map(|line| pod.output(line).expect("output"))
     .concat()
 }
 
@@ -111,7 +95,7 @@ fn unenrollment_removes_every_rule() {
     let _server = b.serve("--tcp [::]:7000").expect("server");
     let enrolled = routing(&a);
     assert!(enrolled.contains("19781"), "{enrolled}");
-    for to in at(&b, 7000) {
+    for to in b.all_at(7000) {
         assert!(mesh.reach(&a, to).ends_agree());
     }
     apply(&mesh.lab, &a, &[("mesh.rs/dataplane", "disabled")]);
@@ -122,7 +106,7 @@ fn unenrollment_removes_every_rule() {
     .unwrap_or_else(|e| panic!("{}", mesh.explain(&format!("{e:#}"))));
     assert!(routing(&a).ends_with("0\n"));
     let capture = mesh.lab.capture_wire().expect("capture");
-    for to in at(&b, 7000) {
+    for to in b.all_at(7000) {
         assert!(mesh.reach(&a, to).ends_agree());
     }
     let ports = capture.stop().expect("capture").tcp_service_ports();
@@ -145,7 +129,7 @@ fn deleted_pod_with_tunnels_releases_netns_within_a_second() {
     let mut mesh = Mesh::new();
     let (a, b) = (mesh.lab.pod("a"), mesh.lab.pod("b"));
     let _server = b.serve("--tcp [::]:7000").expect("server");
-    for to in at(&b, 7000) {
+    for to in b.all_at(7000) {
         mesh.reach(&a, to);
     }
     let hold = b.addresses().iter().map(|ip| {
@@ -171,20 +155,22 @@ fn flushed_pod_rules_are_restored() {
     let mesh = Mesh::new();
     let (a, b) = (mesh.lab.pod("a"), mesh.lab.pod("b"));
     let _server = b.serve("--tcp [::]:7000").expect("server");
-    for to in at(&b, 7000) {
+    for to in b.all_at(7000) {
         mesh.reach(&a, to);
     }
     let whole = routing(&a);
     for family in ["-4", "-6"] {
-        run(&a, &format!("ip {family} rule del table 19781"));
-        run(&a, &format!("ip {family} route flush table 19782"));
+        a.output(&format!("ip {family} rule del table 19781"))
+            .expect("output");
+        a.output(&format!("ip {family} route flush table 19782"))
+            .expect("output");
     }
     eventually("the repair", Duration::from_secs(2), || {
         (routing(&a).len() == whole.len()).then_some(())
     })
     .unwrap_or_else(|e| panic!("{}", mesh.explain(&format!("{e:#}"))));
     assert!(mesh.agents[0].log_tail().contains("tampered"));
-    for to in at(&b, 7000) {
+    for to in b.all_at(7000) {
         mesh.reach(&a, to);
     }
 }
@@ -194,12 +180,12 @@ fn pod_without_agent_is_refused_and_sends_no_plaintext() {
     let mut mesh = Mesh::new();
     let (a, b) = (mesh.lab.pod("a"), mesh.lab.pod("b"));
     let _server = b.serve("--tcp [::]:7000").expect("server");
-    for to in at(&b, 7000) {
+    for to in b.all_at(7000) {
         mesh.reach(&a, to);
     }
     mesh.agents[0].kill_9().expect("killed");
     let capture = mesh.lab.capture_wire().expect("capture");
-    for to in at(&b, 7000) {
+    for to in b.all_at(7000) {
         let began = Instant::now();
         let report = tcp(&a, to).expect("report");
         assert!(!report.ok, "{report:?}");
@@ -212,7 +198,7 @@ fn pod_without_agent_is_refused_and_sends_no_plaintext() {
     let ports = capture.stop().expect("capture").tcp_service_ports();
     assert!(ports.iter().all(|port| *port == 15008), "{ports:?}");
     mesh.agents[0].start_again().expect("started");
-    for to in at(&b, 7000) {
+    for to in b.all_at(7000) {
         assert!(mesh.reach(&a, to).ends_agree());
     }
 }
@@ -245,7 +231,7 @@ fn cleanup_removes_everything_from_node() {
     }
     let _server = pods[1].serve("--tcp [::]:7000").expect("server");
     let capture = mesh.lab.capture_wire().expect("capture");
-    for to in at(&pods[1], 7000) {
+    for to in pods[1].all_at(7000) {
         let report = tcp(&pods[0], to).expect("report");
         assert!(report.ok && report.ends_agree(), "{report:?}");
     }
@@ -332,11 +318,7 @@ fn agent_restarts_under_load_lose_no_connection() {
         assert!(old.wait(SOON).expect("ended").success());
     }
     for (name, storm) in ["same node", "across"].into_iter().zip(storms) {
-        let line = storm
-            .line(Duration::from_secs(30))
-            .expect("read")
-            .expect("report");
-        let report: mesh_test::reports::Storm = serde_json::from_str(&line).expect("json");
+        let report = Storm::of(&storm).expect("report");
         assert!(report.ok > 2000, "{name}: {report:?}");
         assert_eq!((report.failed, report.wrong), (0, 0), "{name}: {report:?}");
     }

@@ -99,10 +99,9 @@ impl Scene {
 }
 
 fn finished(storms: &[Proc; 3]) -> [Storm; 3] {
-    storms.each_ref().map(|storm| {
-        let line = storm.line(Duration::from_secs(60)).expect("line");
-        serde_json::from_str(&line.expect("report")).expect("json")
-    })
+    storms
+        .each_ref()
+        .map(|storm| Storm::of(storm).expect("report"))
 }
 
 #[test]

@@ -20,32 +20,14 @@ fn lab(topology: Topology) -> Lab {
         .expect("lab")
 }
 
-fn ends(pod: &Pod, port: u16) -> [SocketAddr; 2] {
-    [(pod.v4(), port).into(), (pod.v6(), port).into()]
-}
-
 #[test]
 fn tcp_client_supports_every_option() {
     let lab = lab(Topology::Routed);
     let (a, c) = (lab.pod("a"), lab.pod("c"));
     let _server = c.serve("--tcp [::]:7000 --name c").expect("server");
-    let own = [
-        SocketAddr::from((a.v4(), 4711)),
-        SocketAddr::from((a.v6(), 4711)),
-    ];
-    let options = [
-        "",
-        "--nonblocking",
-        "--fastopen",
-        "--device eth0",
-        "--mark 0x10",
-        "--mptcp",
-        "--mapped",
-        "--mapped --nonblocking",
-        "--reset --from",
-    ];
-    for (to, own) in ends(&c, 7000).into_iter().zip(own) {
-        for option in options {
+    let own = a.at(4711);
+    for (to, own) in c.at(7000).into_iter().zip(own) {
+        for option in SOCKETS {
             let from = if option.ends_with("--from") {
                 own.to_string()
             } else {
@@ -82,8 +64,8 @@ fn storm_verifies_every_answer() {
     let _c = c
         .serve("--tcp [::]:0 --ports 7000-7015 --name c")
         .expect("server");
-    let [b4, b6] = ends(&b, 0);
-    let [c4, c6] = ends(&c, 0);
+    let [b4, b6] = b.at(0);
+    let [c4, c6] = c.at(0);
     let to = format!("--to {b4} --to {b6} --to {c4} --to {c6} --ports 7000-7015");
     let output = a
         .probe(&format!("storm {to} --threads 2 --count 2000"))
@@ -158,7 +140,7 @@ fn transfer_counts_bytes_at_both_endpoints() {
     let lab = lab(Topology::Routed);
     let (a, c) = (lab.pod("a"), lab.pod("c"));
     let _server = c.serve("--tcp [::]:7000").expect("server");
-    let [to, to6] = ends(&c, 7000);
+    let [to, to6] = c.at(7000);
     let capture = lab.capture_wire().expect("capture");
     for reverse in ["", "--reverse"] {
         let line = format!("bulk --to {to} --streams 2 --bytes 1000001 {reverse}");
@@ -204,7 +186,7 @@ fn held_connection_reports_how_it_closes() {
     };
     for (stop, expected) in [(libc::SIGKILL, "reset"), (libc::SIGSTOP, "timeout")] {
         let mut server = c.serve("--tcp [::]:7000").expect("server");
-        let to = ends(&c, 7000)[1];
+        let to = c.at(7000)[1];
         let line = format!("hold --to {to} --count 2 --pulse-ms 5 --timeout-ms 300");
         let client = a.start_probe(&line).expect("client");
         let Held::Open(local) = next(&client) else {
@@ -295,7 +277,7 @@ fn forged_packets_arrive_unchanged() {
             SocketAddr::from(([10, 244, 1, 99], 5)),
             "[fd00:244:1::99]:5".parse().unwrap(),
         ];
-        for (src, dst) in strangers.into_iter().zip(ends(&c, 7000)) {
+        for (src, dst) in strangers.into_iter().zip(c.at(7000)) {
             let capture =
                 Capture::start(&c, &Scope::Interface("eth0".to_owned())).expect("capture");
             let raw = format!("raw --src {src} --dst {dst} --flags PA --payload raw-{topology:?}");

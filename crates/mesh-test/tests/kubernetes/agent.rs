@@ -65,7 +65,7 @@ fn object_changes_are_enforced_under_traffic() {
     is_tunnelled(&stage, &a, &b);
     stage.until(&a, &near, true);
 
-    let storm = storm(&a, &b, 12);
+    let storm = storm(&a, &b);
     // A policy comes, changes, goes, and comes again under the same name.
     for _ in 0..2 {
         let before = Instant::now();
@@ -131,7 +131,7 @@ fn api_server_outage_keeps_policy_enforced() {
     is_tunnelled(&stage, &a, &b);
     stage.kube.apply_text(DENY).expect("apply");
     stage.until(&a, &near, false);
-    let storm = storm(&a, &b, 45);
+    let storm = storm(&a, &b);
 
     stage.kube.kill_api_server().expect("kill");
     stage.until_stale(true);

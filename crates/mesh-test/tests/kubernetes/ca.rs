@@ -219,11 +219,18 @@ fn root_rotation_loses_no_connection() {
 
     let to = SocketAddr::new(b.addresses()[0], 7000);
     let chain = || chain_shown_to(lab.node(1), to.ip());
-    let storm = format!("storm --to {to} --seconds 75 --pause-us 2000");
+    let storm = format!("storm --to {to} --seconds 600 --pause-us 2000");
     let storm = a.start_probe(&storm).expect("storm");
-    intermediate_replaced(kube, &chain);
-    let said = storm.said(Duration::from_secs(120)).expect("a report");
-    let storm: Storm = serde_json::from_str(&said).expect("json");
+    let intermediate = intermediate_replaced(kube, &chain);
+    // The leaf of the client is renewed too, within half of its life.
+    let shown = || chain_shown_to(lab.node(2), a.addresses()[0]);
+    eventually(
+        "the client's leaf of the new intermediate",
+        2 * SOON,
+        || (shown().get(1) == Some(&intermediate)).then_some(()),
+    )
+    .expect("renewed");
+    let storm = Storm::stop(&storm).expect("a report");
     println!(
         "{} connections while the intermediate was replaced",
         storm.ok
@@ -246,8 +253,8 @@ fn chain_shown_to(from: &Place, pod: IpAddr) -> Vec<String> {
 }
 
 /// Takes the intermediate away from the CA, which makes another, and waits until an agent shows a
-/// leaf of that one.
-fn intermediate_replaced(kube: &Kube, chain: &dyn Fn() -> Vec<String>) {
+/// leaf of that one; returns the new intermediate.
+fn intermediate_replaced(kube: &Kube, chain: &dyn Fn() -> Vec<String>) -> String {
     let before = chain();
     assert_eq!(before.len(), 2, "leaf and intermediate: {before:?}");
     let without = r#"[{"op": "remove", "path": "/data/intermediate.crt"},
@@ -256,12 +263,13 @@ fn intermediate_replaced(kube: &Kube, chain: &dyn Fn() -> Vec<String>) {
     kube.kubectl([&patch[..], &["-p", without]].concat())
         .expect("patched");
     // By the next renewal, half a leaf's life from the last one.
-    let after = eventually("a leaf of the new intermediate", 2 * SOON, || {
+    let mut after = eventually("a leaf of the new intermediate", 2 * SOON, || {
         let now = chain();
         (now.len() == 2 && now[1] != before[1]).then_some(now)
     })
     .expect("renewed");
     assert_ne!(after[0], before[0], "the leaf is another one, too");
+    after.remove(1)
 }
 
 /// Asks for a new root, and connects until the old one is gone.

@@ -61,10 +61,6 @@ fn udp(from: &Pod, to: SocketAddr, connected: &str) -> Udp {
     from.probe(&line).expect("run").json().expect("report")
 }
 
-fn at(pod: &Pod, port: u16) -> [SocketAddr; 2] {
-    [(pod.v4(), port).into(), (pod.v6(), port).into()]
-}
-
 /// Who was audited with whom, by which protocol and rule, and how often.
 type Audits = BTreeMap<(String, String, String, String), usize>;
 
@@ -111,13 +107,14 @@ fn talk(mesh: &Mesh) -> BTreeMap<&'static str, bool> {
         );
         results[0]
     };
-    let tcp_to = |from: &Pod, to: &Pod| all(at(to, PORT).map(|to| tcp(from, to).ok).to_vec());
+    let tcp_to = |from: &Pod, to: &Pod| all(to.at(PORT).map(|to| tcp(from, to).ok).to_vec());
     let udp_to = |from: &Pod, to: &Pod, how: &str| {
-        all(at(to, PORT)
+        all(to
+            .at(PORT)
             .map(|to| udp(from, to, how).received == 3)
             .to_vec())
     };
-    for to in at(&server, CLOSED) {
+    for to in server.at(CLOSED) {
         assert!(!tcp(&plain, to).ok, "nothing listens");
     }
     BTreeMap::from([
@@ -191,7 +188,7 @@ fn unconnected_udp_socket_is_audited_once_per_flow() {
         .expect("server");
     mesh.enforce(&POLICIES.replace("MODE", "Audit"))
         .expect("in force");
-    let to = at(&neighbour, PORT)[0];
+    let to = neighbour.at(PORT)[0];
     let line = format!("udp --to {to} --count 50 --timeout-ms 500");
     let report: Udp = client.probe(&line).expect("run").json().expect("report");
     assert_eq!(report.received, 50, "{report:?}");

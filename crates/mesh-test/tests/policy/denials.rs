@@ -35,10 +35,6 @@ fn tcp(from: &Place, to: SocketAddr) -> Look {
     }
 }
 
-fn at(pod: &Pod) -> [SocketAddr; 2] {
-    [(pod.v4(), PORT).into(), (pod.v6(), PORT).into()]
-}
-
 /// Every namespace the same: the pod takes nothing and may send nothing but to `open`.
 fn isolate(namespace: &str) -> String {
     format!(
@@ -95,7 +91,11 @@ fn look(mesh: &Mesh, name: &str) -> [Look; 3] {
     // Not to `open`, which it may reach: to another pod of its own node.
     let other = mesh.pod(if name == "red" { "blue" } else { "red" });
     let open = mesh.pod("open");
-    let pairs: [(&Place, _); 3] = [(&open, at(&pod)), (outside, at(&pod)), (&pod, at(&other))];
+    let pairs: [(&Place, _); 3] = [
+        (&open, pod.at(PORT)),
+        (outside, pod.at(PORT)),
+        (&pod, other.at(PORT)),
+    ];
     std::thread::scope(|scope| {
         pairs
             .map(|(from, to)| to.map(|to| scope.spawn(move || tcp(from, to))))
@@ -126,7 +126,7 @@ fn denial_is_reset_or_dropped() {
         for (name, look_of) in expected.into_iter().chain([("inside", Look::Silence)]) {
             assert_eq!(look(&mesh, name), [look_of; 3], "{name}, --deny {deny}");
             // What is allowed is so in either case.
-            let open = at(&mesh.pod("open"))[0];
+            let open = mesh.pod("open").at(PORT)[0];
             assert_eq!(tcp(&mesh.pod(name), open), Look::Passes, "{name}");
         }
         // Through a service: translated, or its packets would go past what was decided.
@@ -148,7 +148,7 @@ fn denial_is_reset_or_dropped() {
 
 /// A datagram that policy refuses: the call fails, or seems to succeed.
 fn datagrams(mesh: &Mesh, client: &Pod, look: Look) {
-    let to = at(&mesh.pod("red"))[0];
+    let to = mesh.pod("red").at(PORT)[0];
     for connected in ["", "--connected"] {
         let line = format!("udp --to {to} {connected} --timeout-ms 500");
         let report: Udp = client.probe(&line).expect("run").json().expect("report");
@@ -190,7 +190,11 @@ fn denial_through_tunnel_is_reset_or_dropped() {
     let line = format!("--tcp [::]:{PORT}");
     let _servers = ["quiet", "loud"].map(|name| mesh.pod(name).serve(&line).expect("server"));
     let caller = mesh.pod("caller");
-    let look = |name: &str| at(&mesh.pod(name)).map(|to| through_a_tunnel(&caller, to));
+    let look = |name: &str| {
+        mesh.pod(name)
+            .at(PORT)
+            .map(|to| through_a_tunnel(&caller, to))
+    };
     for name in ["quiet", "loud"] {
         assert_eq!(look(name), [Look::Passes; 2], "{name}, no policy");
     }

@@ -42,10 +42,6 @@ fn udp(pod: &Pod, line: &str) -> Udp {
     pod.probe(line).expect("run").json().expect("report")
 }
 
-fn at(pod: &Pod, port: u16) -> [SocketAddr; 2] {
-    [(pod.v4(), port).into(), (pod.v6(), port).into()]
-}
-
 /// Waits until a datagram from `from` to `to` has become impossible, or possible.
 fn until(from: &Pod, to: SocketAddr, possible: bool) {
     eventually("the policy to be in force", SOON, || {
@@ -61,11 +57,11 @@ fn ingress_isolated_client_receives_only_replies() {
     let (client, server, stranger) = (mesh.pod("client"), mesh.pod("server"), mesh.pod("stranger"));
     let _server = server.serve("--udp [::]:7000").expect("server");
     let _listener = client.serve("--udp [::]:7001").expect("listener");
-    until(&stranger, at(&client, 7001)[0], true);
+    until(&stranger, client.at(7001)[0], true);
     mesh.apply_text("isolate", &isolate("client", "Ingress"))
         .expect("apply");
-    until(&stranger, at(&client, 7001)[0], false);
-    for to in at(&server, 7000) {
+    until(&stranger, client.at(7001)[0], false);
+    for to in server.at(7000) {
         for connected in ["", "--connected"] {
             let report = udp(&client, &format!("udp --to {to} {connected} --count 3"));
             assert_eq!(
@@ -76,7 +72,7 @@ fn ingress_isolated_client_receives_only_replies() {
         }
     }
     for (from, to) in [(&stranger, 0), (&server, 0), (&stranger, 1), (&server, 1)] {
-        let to = at(&client, 7001)[to];
+        let to = client.at(7001)[to];
         let report = udp(from, &format!("udp --to {to} --timeout-ms 300"));
         assert_eq!(report.received, 0, "{} gets in", from.name());
     }
@@ -88,15 +84,15 @@ fn egress_isolated_server_sends_only_replies() {
     let (client, server) = (mesh.pod("client"), mesh.pod("server"));
     let _server = server.serve("--udp [::]:7000").expect("server");
     let _listener = client.serve("--udp [::]:7001").expect("listener");
-    until(&server, at(&client, 7001)[0], true);
+    until(&server, client.at(7001)[0], true);
     mesh.apply_text("isolate", &isolate("server", "Egress"))
         .expect("apply");
-    until(&server, at(&client, 7001)[0], false);
-    for to in at(&server, 7000) {
+    until(&server, client.at(7001)[0], false);
+    for to in server.at(7000) {
         let report = udp(&client, &format!("udp --to {to} --count 3"));
         assert_eq!((report.sent, report.received), (3, 3), "{to}: {report:?}");
     }
-    for to in at(&client, 7001) {
+    for to in client.at(7001) {
         let report = udp(&server, &format!("udp --to {to} --timeout-ms 300"));
         assert_eq!(report.sent, 0, "{to}: refused at once: {report:?}");
     }
@@ -110,11 +106,11 @@ fn only_idle_flows_expire() {
     let _listener = client.serve("--udp [::]:7001").expect("listener");
     mesh.apply_text("isolate", &isolate("client", "Ingress"))
         .expect("apply");
-    until(&stranger, at(&client, 7001)[0], false);
-    let to = at(&server, 7000)[0];
+    until(&stranger, client.at(7001)[0], false);
+    let to = server.at(7000)[0];
     // One flow with a datagram a second for longer than 30 s; another that was only ever sent to,
     // and is tried from the other end after it must have expired.
-    let silent = at(&server, 7999)[0];
+    let silent = server.at(7999)[0];
     let once = format!("udp --to {silent} --from {}:7777 --no-answer", client.v4());
     let report = udp(&client, &once);
     assert_eq!(report.sent, 1, "{report:?}");
@@ -144,7 +140,7 @@ fn denying_policy_ends_flow() {
     let mesh = mesh();
     let (client, server) = (mesh.pod("client"), mesh.pod("server"));
     let _server = server.serve("--udp [::]:7000").expect("server");
-    let to = at(&server, 7000)[0];
+    let to = server.at(7000)[0];
     until(&client, to, true);
     let busy = client
         .start_probe(&format!(
@@ -186,8 +182,8 @@ struct Lasting<'a> {
 impl Lasting<'_> {
     fn ends(&self) -> (SocketAddr, SocketAddr) {
         (
-            at(self.client, 7777)[self.family],
-            at(self.server, 7000)[self.family],
+            self.client.at(7777)[self.family],
+            self.server.at(7000)[self.family],
         )
     }
 
@@ -202,7 +198,7 @@ impl Lasting<'_> {
     /// Whether the server can answer, from one of its ports, a question that was asked before.
     fn answers_from(&self, port: u16) -> bool {
         let (client, _) = self.ends();
-        let server = at(self.server, port)[self.family];
+        let server = self.server.at(port)[self.family];
         let _client = self.client.serve("--udp [::]:7777").expect("client");
         let line = format!("udp --to {client} --from {server} --timeout-ms 300");
         udp(self.server, &line).sent == 1

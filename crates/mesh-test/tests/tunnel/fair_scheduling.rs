@@ -28,10 +28,6 @@ fn mesh() -> Mesh {
     Mesh::start(lab).expect("mesh")
 }
 
-fn at(pod: &Pod) -> SocketAddr {
-    SocketAddr::new(pod.v4().into(), PORT)
-}
-
 /// What the rounds of one kind have shown.
 #[derive(Debug)]
 struct Part {
@@ -75,7 +71,7 @@ fn pod_with_many_streams_does_not_delay_others() {
     let listen = format!("--tcp [::]:{PORT}");
     let _servers = [&to_many, &to_one].map(|pod| pod.serve(&listen).expect("server"));
     let requests = || {
-        let line = format!("rr --to {} --size 64 --seconds 2", at(&to_one));
+        let line = format!("rr --to {} --size 64 --seconds 2", to_one.at(PORT)[0]);
         let output = one.probe(&line).expect("run");
         output.json::<RequestResponse>().expect("a report")
     };
@@ -86,7 +82,10 @@ fn pod_with_many_streams_does_not_delay_others() {
     for _ in 0..ROUNDS {
         expected += f64::from(MANY);
         alone.round(worked, requests);
-        let line = format!("bulk --to {} --streams {MANY} --seconds 4", at(&to_many));
+        let line = format!(
+            "bulk --to {} --streams {MANY} --seconds 4",
+            to_many.at(PORT)[0]
+        );
         let busy = many.start_probe(&line).expect("client");
         let labels = [("reporter", "source"), ("destination_workload", "to-many")];
         eventually("the streams to be carried", SOON, || {

@@ -31,10 +31,6 @@ fn mesh() -> Mesh {
     Mesh::start(lab).expect("mesh")
 }
 
-fn at(pod: &Pod) -> SocketAddr {
-    SocketAddr::new(pod.v4().into(), PORT)
-}
-
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
@@ -88,7 +84,7 @@ fn grows(mesh: &Mesh, what: &str, by: &[(u8, &str, u64)], traffic: impl FnOnce()
 
 /// Bytes that a client wrote and read in 200 short connections.
 fn storm(from: &Pod, to: &Pod) -> u64 {
-    let line = format!("storm --to {} --count 200 --threads 2", at(to));
+    let line = format!("storm --to {} --count 200 --threads 2", to.at(PORT)[0]);
     let storm: Storm = from.probe(&line).expect("run").json().expect("a report");
     assert_eq!(
         (storm.ok, storm.wrong, storm.failed),
@@ -154,19 +150,16 @@ while True:
     data, who = s.recvfrom(2000); s.sendto(data, who)
 ";
 
-fn python(pod: &Pod, script: &str, args: &[String]) -> Proc {
-    let cmd = Cmd::new("python3").args(["-uc", script]).args(args);
-    pod.spawn_lines(cmd).expect("python3")
-}
-
 #[test]
 fn plaintext_datagrams_are_counted_at_both_endpoints() {
     let mesh = mesh();
     let (a, far) = (mesh.pod("a"), mesh.pod("far"));
-    let server = python(&far, MIRROR, &[PORT.to_string()]);
+    let server = far.python(MIRROR, &[PORT.to_string()]).expect("python3");
     assert_eq!(server.said(SOON).expect("a line in time"), "up");
     grows(&mesh, "udp", &[(1, "udp", 1), (2, "udp", 1)], || {
-        let client = python(&a, DATAGRAMS, &[far.v4().to_string(), PORT.to_string()]);
+        let client = a
+            .python(DATAGRAMS, &[far.v4().to_string(), PORT.to_string()])
+            .expect("python3");
         client
             .said(SOON)
             .expect("a line in time")
@@ -196,17 +189,18 @@ fn connection_older_than_enrollment_is_counted_as_plaintext() {
     let mesh = Mesh::start(lab).expect("mesh");
     let (a, far) = (mesh.pod("a"), mesh.pod("far"));
     let _server = far.serve(&format!("--tcp [::]:{PORT}")).expect("server");
-    let to = at(&far);
+    let to = far.at(PORT)[0];
     let script = PATIENT.replace(
         "sys.stdin.readline()",
         "import time, os\nwhile not os.path.exists(sys.argv[3]): time.sleep(0.05)",
     );
     let go = mesh.dir().join("go").display().to_string();
-    let client = python(
-        &a,
-        &script,
-        &[to.ip().to_string(), to.port().to_string(), go.clone()],
-    );
+    let client = a
+        .python(
+            &script,
+            &[to.ip().to_string(), to.port().to_string(), go.clone()],
+        )
+        .expect("python3");
     assert_eq!(client.said(SOON).expect("a line in time"), "open");
     mesh.enrol("default").expect("enrol");
     eventually("both to be enrolled", SOON, || {

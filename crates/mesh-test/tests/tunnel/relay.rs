@@ -23,16 +23,6 @@ fn mesh() -> Mesh {
     Mesh::start(lab).expect("mesh")
 }
 
-fn at(pod: &Pod) -> SocketAddr {
-    SocketAddr::new(pod.v4().into(), PORT)
-}
-
-/// A Python program; its first line of output says that it is up.
-fn python(pod: &Pod, script: &str, args: &[&str]) -> Proc {
-    let cmd = Cmd::new("python3").args([&["-uc", script], args].concat());
-    pod.spawn_lines(cmd).expect("python3")
-}
-
 /// Sends so many bytes by chance while it receives until the end, and then says what went each way:
 /// length and SHA-256. The server accepts one connection.
 const BOTH_WAYS: &str = r#"
@@ -72,10 +62,14 @@ fn bidirectional_gibibyte_arrives_intact() {
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let (host, port) = (b.v4().to_string(), PORT.to_string());
     let count = (1_u64 << 30).to_string();
-    let server = python(&b, BOTH_WAYS, &["server", &host, &port, &count]);
+    let server = b
+        .python(BOTH_WAYS, &["server", &host, &port, &count])
+        .expect("python3");
     assert_eq!(server.said(SOON).expect("a line in time"), "up");
     let begun = std::time::Instant::now();
-    let client = python(&a, BOTH_WAYS, &["client", &host, &port, &count]);
+    let client = a
+        .python(BOTH_WAYS, &["client", &host, &port, &count])
+        .expect("python3");
     let [sent, received] = [
         client.said(LONG).expect("a line in time"),
         client.said(SOON).expect("a line in time"),
@@ -129,9 +123,13 @@ fn reset_is_relayed_in_both_directions() {
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     for (port, serving, asking) in [("7001", "reset", "wait"), ("7002", "wait", "reset")] {
         let host = b.v4().to_string();
-        let server = python(&b, ENDS, &["server", &host, port, serving]);
+        let server = b
+            .python(ENDS, &["server", &host, port, serving])
+            .expect("python3");
         assert_eq!(server.said(SOON).expect("a line in time"), "up");
-        let client = python(&a, ENDS, &["client", &host, port, asking]);
+        let client = a
+            .python(ENDS, &["client", &host, port, asking])
+            .expect("python3");
         let mut ends = [
             server.said(SOON).expect("a line in time"),
             client.said(SOON).expect("a line in time"),
@@ -183,17 +181,17 @@ fn stalled_readers_cost_only_their_buffers() {
     let mesh = mesh();
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let (host, port) = (b.v4().to_string(), PORT.to_string());
-    let server = python(&b, DEAF, &[&host, &port]);
+    let server = b.python(DEAF, &[&host, &port]).expect("python3");
     assert_eq!(server.said(SOON).expect("a line in time"), "up");
     // What is loaded once is loaded.
-    let one = python(&a, WRITERS, &[&host, &port, "1"]);
+    let one = a.python(WRITERS, &[&host, &port, "1"]).expect("python3");
     let first: u64 = one
         .said(SOON)
         .expect("a line in time")
         .parse()
         .expect("bytes");
     let before = resident(&mesh.agents);
-    let many = python(&a, WRITERS, &[&host, &port, "40"]);
+    let many = a.python(WRITERS, &[&host, &port, "40"]).expect("python3");
     let taken: u64 = many
         .said(LONG)
         .expect("a line in time")
@@ -229,14 +227,14 @@ for c in conns:
 # Every one of them is open now, and none has been read from.
 print(sum(b"\n" in c.recv(4096) for c in conns))
 "#;
-    let to = at(&b);
+    let to = b.at(PORT)[0];
     let args = [
         to.ip().to_string(),
         to.port().to_string(),
         "1000".to_owned(),
     ];
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
-    let client = python(&a, script, &args);
+    let client = a.python(script, &args).expect("python3");
     assert_eq!(
         client
             .said(Duration::from_secs(120))
@@ -261,7 +259,10 @@ fn hundred_thousand_short_connections_across_nodes_at_default_sysctls() {
     // no port left after 28,000.
     let ports = "--ports 7000-7015";
     let _server = b.serve(&format!("--tcp [::]:0 {ports}")).expect("server");
-    let text = format!("storm --to {} {ports} --threads 16 --count 100000", at(&b));
+    let text = format!(
+        "storm --to {} {ports} --threads 16 --count 100000",
+        b.at(PORT)[0]
+    );
     let storm = a.start_probe(&text).expect("storm");
     let report: Storm = serde_json::from_str(
         &storm

@@ -33,16 +33,6 @@ fn lab(topology: Topology) -> Lab {
     lab_of(topology, Families::Dual)
 }
 
-fn ends(pod: &Pod, port: u16) -> Vec<SocketAddr> {
-    let at = |ip: &IpAddr| SocketAddr::new(*ip, port);
-    pod.addresses().iter().map(at).collect()
-}
-
-fn tcp(from: &mesh_test::Place, line: &str) -> Tcp {
-    let output = from.probe(&format!("tcp {line}")).expect("run");
-    output.json().expect("report")
-}
-
 /// Nothing readable, and nothing but tunnels.
 fn assert_tunnelled(seen: &Captured, what: &str) {
     seen.complete().expect("no frame lost");
@@ -55,7 +45,7 @@ fn curl_all(a: &Pod, b: &Pod, what: &str) {
     let page = format!("{MARKER}\n");
     let content = Content::Files(&[("index.html", page.as_bytes())]);
     let nginx = Nginx::start(b, 80, content).expect("nginx");
-    for to in ends(b, 80) {
+    for to in b.all_at(80) {
         let url = format!("http://{to}/");
         let curl =
             Cmd::new("curl").args(["-sSg", "--max-time", "5", "-w", "%{local_ip} %{local_port}"]);
@@ -114,31 +104,20 @@ fn single_stack_pods_are_tunneled() {
 
 #[test]
 fn every_kind_of_client_socket_is_tunneled() {
-    let options = [
-        "",
-        "--nonblocking",
-        "--fastopen",
-        "--device eth0",
-        "--mark 0x10",
-        "--mptcp",
-        "--mapped",
-        "--mapped --nonblocking",
-        "--reset --from",
-    ];
     for topology in TOPOLOGIES {
         let mesh = Mesh::start(lab(topology)).expect("mesh");
         let (a, b) = (mesh.pod("a"), mesh.pod("b"));
         let _server = b.serve("--tcp [::]:7000 --name b").expect("server");
         let capture = mesh.capture_wire().expect("capture");
-        for (to, own) in ends(&b, 7000).into_iter().zip(ends(&a, 4711)) {
-            for option in options {
+        for (to, own) in b.all_at(7000).into_iter().zip(a.all_at(4711)) {
+            for option in SOCKETS {
                 let from = if option.ends_with("--from") {
                     own.to_string()
                 } else {
                     String::new()
                 };
                 let line = format!("--to {to} --say {MARKER} {option} {from}");
-                let report = tcp(&a, &line);
+                let report = a.tcp(&line).expect("report");
                 assert!(report.ok && report.ends_agree(), "{line}: {report:?}");
                 assert_eq!(report.peer, Some(to), "{line}");
                 assert_eq!(report.received.as_deref(), Some(MARKER), "{line}");
@@ -164,15 +143,14 @@ fn concurrent_short_connections_reach_their_destinations() {
         pod.serve(&line).expect("server")
     });
     let capture = mesh.capture_wire().expect("capture");
-    let to: String = [ends(&b, 0), ends(&c, 0)]
+    let to: String = [b.all_at(0), c.all_at(0)]
         .concat()
         .iter()
         .map(|to| format!("--to {to} "))
         .collect();
     let line = format!("storm {to} --ports {ports} --threads 2 --count 10000");
     let storm = a.start_probe(&line).expect("storm");
-    let report = storm.line(Duration::from_secs(120)).expect("line");
-    let report: Storm = serde_json::from_str(&report.expect("report")).expect("json");
+    let report = Storm::of(&storm).expect("report");
     assert_eq!(
         (report.ok, report.wrong, report.failed),
         (10_000, 0, 0),
@@ -187,7 +165,7 @@ fn bulk_transfer_arrives_intact_in_both_directions() {
     let mesh = Mesh::start(lab(Topology::Bridged)).expect("mesh");
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let _server = b.serve("--tcp [::]:7000").expect("server");
-    for to in ends(&b, 7000) {
+    for to in b.all_at(7000) {
         for reverse in ["", "--reverse"] {
             let line = format!("bulk --to {to} --streams 4 --bytes 20000003 {reverse}");
             let output = a.probe(&line).expect("run").ok().expect(&line);
@@ -213,10 +191,10 @@ const GONE: [i32; 4] = [
 fn refused_port_and_half_close_behave_as_without_mesh() {
     let mesh = Mesh::start(lab(Topology::Routed)).expect("mesh");
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
-    for to in ends(&b, 7001) {
+    for to in b.all_at(7001) {
         // A captured connect() succeeds before the peer is asked; then it is reset.
         let begun = std::time::Instant::now();
-        let report = tcp(&a, &format!("--to {to}"));
+        let report = a.tcp(&format!("--to {to}")).expect("report");
         assert!(
             report.errno.is_some_and(|errno| GONE.contains(&errno)),
             "{report:?}"
@@ -225,7 +203,7 @@ fn refused_port_and_half_close_behave_as_without_mesh() {
         assert!(took < Duration::from_secs(1), "{took:?}: {report:?}");
     }
     // The server answers only after it has seen the client's end.
-    for to in ends(&b, 7002) {
+    for to in b.all_at(7002) {
         let serve = format!(
             "import socket; s = socket.create_server(('::', {}), family=socket.AF_INET6, \
              dualstack_ipv6=True); print('up', flush=True); c, _ = s.accept(); n = 0\n\
@@ -297,11 +275,13 @@ fn server_identity_must_match_the_cluster() {
     let (a, b) = (lab.pod("a"), lab.pod("b"));
     // Node 2 has no agent: what answers on the tunnel's port is whoever listens there.
     let agent = lab.node(1).start_agent(config).expect("agent");
-    for to in ends(&b, 7000) {
+    for to in b.all_at(7000) {
         for (account, right) in [("b", true), ("c", false), ("stranger", false)] {
             let mut server = impostor(&b, &certs, account);
             let capture = lab.capture_wire().expect("capture");
-            let report = tcp(&a, &format!("--to {to} --say {MARKER} --timeout-ms 2000"));
+            let report = a
+                .tcp(&format!("--to {to} --say {MARKER} --timeout-ms 2000"))
+                .expect("report");
             assert!(!report.ok, "{account}: {report:?}");
             let said = || std::fs::read(server.log()).is_ok_and(|log| contains(&log, b"ID\n"));
             if right {
@@ -356,7 +336,9 @@ fn tunnel_port_refuses_strangers() {
     let mesh = Mesh::start(lab).expect("mesh");
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let _server = b.serve("--tcp [::]:7000").expect("server");
-    let report = tcp(&a, &format!("--to {} --say x", ends(&b, 7000)[0]));
+    let report = a
+        .tcp(&format!("--to {} --say x", b.all_at(7000)[0]))
+        .expect("report");
     assert!(report.ok, "{report:?}");
 
     let certs = mesh.dir().join("stranger");
@@ -364,7 +346,7 @@ fn tunnel_port_refuses_strangers() {
     certificate(&certs, &mesh.dir().join("other"), "a", "a");
     let own = certs.join("default/a").display().to_string();
     let outside = mesh.outside().expect("outside");
-    for to in ends(&b, TUNNEL_PORT) {
+    for to in b.all_at(TUNNEL_PORT) {
         for chain in ["", "-cert DIR/tls.crt -key DIR/tls.key"] {
             let line = format!("openssl s_client -connect {to} -alpn mesh/1 -ign_eof {chain}");
             let cmd = Cmd::line(&line.replace("DIR", &own)).input("ID\n".repeat(1000));
@@ -374,12 +356,14 @@ fn tunnel_port_refuses_strangers() {
             assert!(said.contains("alert"), "{chain}: {said}");
         }
         // Without TLS: whatever is said, no answer of the application comes back.
-        let report = tcp(outside, &format!("--to {to} --no-id --say {MARKER}"));
+        let report = outside
+            .tcp(&format!("--to {to} --no-id --say {MARKER}"))
+            .expect("report");
         let answer = report.received.unwrap_or_default();
         assert!(!answer.contains(MARKER), "{to}: {answer}");
         // A process of a pod, enrolled or not, is not the agent.
         for pod in [&a, &plain] {
-            let report = tcp(pod, &format!("--to {to} --no-id"));
+            let report = pod.tcp(&format!("--to {to} --no-id")).expect("report");
             assert_eq!(report.errno, Some(libc::ECONNREFUSED), "{report:?}");
         }
     }
@@ -395,9 +379,9 @@ fn tunnel_port_refuses_strangers() {
     assert_eq!(listeners.len(), 4, "{listeners:?}");
     for listener in listeners {
         assert!(listener.ip().is_loopback(), "{listener}");
-        let to = ends(&b, listener.port());
+        let to = b.all_at(listener.port());
         for to in to {
-            let report = tcp(outside, &format!("--to {to} --no-id"));
+            let report = outside.tcp(&format!("--to {to} --no-id")).expect("report");
             assert_eq!(report.errno, Some(libc::ECONNREFUSED), "{report:?}");
         }
     }

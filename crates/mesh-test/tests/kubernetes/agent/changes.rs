@@ -65,7 +65,7 @@ fn service_and_mode_changes_are_enforced_under_traffic() {
         pod.serve(&line).expect("server")
     });
     is_tunnelled(&stage, &a, &b);
-    let storm = storm(&a, &b, 15);
+    let storm = storm(&a, &b);
     let apply = |object: &Value| {
         let applied = stage.kube.apply_text(&object.to_string());
         applied.expect("applied")
@@ -114,7 +114,7 @@ fn interrupted_watch_is_resumed() {
     let [a, near, b] = ["a", "near", "b"].map(|name| stage.mesh.pod(name));
     let _servers = [&near, &b].map(|pod| serve(pod));
     is_tunnelled(&stage, &a, &b);
-    let storm = storm(&a, &b, 15);
+    let storm = storm(&a, &b);
     let view = [
         "config",
         "view",

@@ -281,7 +281,7 @@ fn invalid_objects_of_unused_kinds_are_ignored() {
     stage.until(&a, &b, true);
     stage.kube.apply_text(DENY).expect("apply");
     stage.until(&a, &near, false);
-    let storm = storm(&a, &b, 10);
+    let storm = storm(&a, &b);
 
     let crd = "meshtrafficpolicies.mesh.rs";
     let specs = ["{targetRef: [b], retry: {attempts: many}}", "nonsense"];

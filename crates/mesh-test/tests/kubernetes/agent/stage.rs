@@ -204,17 +204,18 @@ pub(crate) fn serve(pod: &Pod) -> Proc {
     pod.serve(&format!("--tcp [::]:{PORT}")).expect("server")
 }
 
-pub(crate) fn storm(from: &Pod, to: &Pod, seconds: u32) -> Proc {
+/// Starts connections that go on until [`unharmed`] ends them.
+pub(crate) fn storm(from: &Pod, to: &Pod) -> Proc {
     let line = format!(
-        "storm --to {}:{PORT} --seconds {seconds} --pause-us 2000",
+        "storm --to {}:{PORT} --seconds 600 --pause-us 2000",
         to.v4()
     );
     from.start_probe(&line).expect("storm")
 }
 
+/// Ends a storm, of which no connection may have failed.
 pub(crate) fn unharmed(storm: &Proc) {
-    let line = storm.line(Duration::from_secs(90)).expect("line");
-    let report: Storm = serde_json::from_str(&line.expect("report")).expect("json");
+    let report = Storm::stop(storm).expect("report");
     println!("storm: {report:?}");
     assert!(report.ok > 0, "{report:?}");
     assert_eq!(report.failed, 0, "{report:?}");
