@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cargo xtask build`: the agent and `meshctl`, optimised with `--release`.
+//! `cargo xtask build`: the agent and `meshctl`, optimized with `--release`.
 
 use std::process::Command;
 
@@ -9,7 +9,7 @@ use crate::run;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Optimised, as shipped
+    /// Optimized, as shipped
     #[arg(long)]
     release: bool,
 }
@@ -18,7 +18,7 @@ pub(crate) struct Args {
 ///
 /// Cargo unifies features over the packages and kinds of targets that one command selects, and
 /// builds a dependency again for each other set of features. Tests need tokio's test clock; with it
-/// in every unoptimised build there is one set, so that each dependency is built once.
+/// in every unoptimized build there is one set, so that each dependency is built once.
 /// `--workspace` belongs to it.
 pub(crate) const TEST_FEATURES: [&str; 2] = ["--features", "tokio/test-util"];
 
@@ -31,7 +31,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     bins()
 }
 
-/// Builds every program of the workspace but its tests, not optimised.
+/// Builds every program of the workspace but its tests, not optimized.
 pub(crate) fn bins() -> Result<()> {
     run::timed("build", || run::show(&mut workspace("build").arg("--bins")))
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cargo xtask e2e`: makes the image and hands over to the `e2e` program of mesh-test.
+//! `cargo xtask e2e`: builds the image and runs the `e2e` program of mesh-test.
 
 use anyhow::Result;
 
@@ -7,15 +7,15 @@ use crate::{demo, image, run};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Programs that are not optimised: quicker to build
+    /// Build programs without optimization: quicker
     #[arg(long)]
     dev: bool,
-    /// Passed on as they are: `[--only helm|kustomize] [--keep]`
+    /// Arguments of the program: `[--only helm|kustomize] [--keep]`
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     args: Vec<String>,
 }
 
-/// `cargo xtask demo --kubernetes`.
+/// Runs `cargo xtask demo --kubernetes`.
 pub(crate) fn demo(args: &[String]) -> Result<()> {
     let args = args.iter().filter(|arg| *arg != "--kubernetes");
     let args = ["--demo".to_owned()].into_iter().chain(args.cloned());

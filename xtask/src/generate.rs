@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cargo xtask generate [--check]`: every file of the tree that a program writes.
+//! `cargo xtask generate [--check]`: writes or checks every generated file of the tree.
 //!
-//! [`generated`] gives each with its path; tests write what only other crates know. `--check`
-//! writes nothing and fails on the first difference; lint runs it.
+//! [`generated`] returns the files that xtask generates; tests of other crates write the rest.
+//! `--check` writes nothing and fails if a file differs; lint runs it.
 
 use std::{fs, path::Path};
 
@@ -17,7 +17,7 @@ pub(crate) struct Args {
     pub(crate) check: bool,
 }
 
-/// Every generated file that this program makes itself: path below the root, and whole text.
+/// Path below the root and text of each file that xtask generates itself.
 fn generated() -> Result<Vec<(String, String)>> {
     chart::files()
 }
@@ -35,7 +35,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Has the test of mesh-api, which knows the types, write or compare the CRDs.
+/// Runs the test of mesh-api that writes or compares the CRDs.
 fn crds(write: bool) -> Result<()> {
     let mut test = build::workspace("test");
     test.args(["--quiet", "--test", "crds"]);
@@ -45,8 +45,8 @@ fn crds(write: bool) -> Result<()> {
     run::show(&mut test)
 }
 
-/// Has the agent's tests write what only the agent knows: settings, metrics, reasons. They compare
-/// it whenever tests run, so `--check` leaves it to them.
+/// Runs the agent's tests that write the references of settings, metrics and reasons. The same tests
+/// compare them whenever tests run, so `--check` does not.
 fn bless() -> Result<()> {
     let mut tests = run::cargo([
         "test",
@@ -78,7 +78,7 @@ fn write_all(root: &Path, all: &[(String, String)], check: bool) -> Result<()> {
     }
     if !stale.is_empty() {
         bail!(
-            "not as generated: {}; run `cargo xtask generate`",
+            "generated files are out of date: {}; run `cargo xtask generate`",
             stale.join(", ")
         );
     }

@@ -4,7 +4,7 @@
 //! One cargo command builds all test programs. Unit tests run first, each program with as many
 //! threads as there are processors. Kernel tests, which share the machine's kernel and measure time,
 //! run one at a time. A failure stops nothing. The last line is the sum over all test programs. With
-//! `policy --coverage`: what the truth tables prove instead.
+//! `policy --coverage`, it reports what the truth tables prove instead.
 
 mod programs;
 mod tally;
@@ -32,7 +32,7 @@ pub(crate) struct Args {
     coverage: bool,
 }
 
-/// Whether every test passed; the counts are the last line that it prints.
+/// Runs all tests; exits with 1 if one fails. The last line has the counts.
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if args.coverage {
         return match args.filter.as_deref() {
@@ -106,7 +106,7 @@ fn run_program(program: &Program, filter: Option<&str>) -> Result<Tally> {
     }
     let status = child.wait().context("cannot wait for the test program")?;
     if !status.success() && tally.failed == 0 {
-        // It died before it could report.
+        // The program died before it could report.
         tally.fail(format!("{}: {status}", program.name()));
     }
     let seconds = start.elapsed().as_secs_f64();

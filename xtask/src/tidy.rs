@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cargo xtask tidy`: what neither rustfmt nor clippy sees.
+//! `cargo xtask tidy`: checks that rustfmt and clippy do not make.
 //!
 //! Source files that no `mod` reaches, crates that differ from ARCHITECTURE.md, missing license
 //! lines, files that are too long, words and servers that do not belong in the tree, code in doc

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::process::{Cmd, Place};
+use crate::process::{Cmd, Host};
 
 /// One TCP socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub struct TcpSocket {
     pub remote: Option<SocketAddr>,
 }
 
-impl Place {
+impl Host {
     /// All TCP sockets of the namespace.
     ///
     /// # Errors

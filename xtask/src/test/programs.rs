@@ -35,7 +35,7 @@ pub(super) struct Program {
 }
 
 impl Program {
-    /// Whether its tests run one at a time: they share the machine's kernel and measure time.
+    /// Whether the tests run one at a time, because they share the machine's kernel and measure time.
     pub(super) fn is_kernel(&self) -> bool {
         self.package() == KERNEL_CRATE || (self.kind == "test" && self.target == KERNEL_TARGET)
     }

@@ -38,7 +38,7 @@ pub(super) fn orphans(files: &[File]) -> Vec<String> {
         .collect()
 }
 
-/// What cargo compiles by itself.
+/// Whether cargo compiles this file as a crate root.
 fn is_root(path: &str, dir: &str) -> bool {
     let Some(inside) = path
         .strip_prefix(dir)

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Rules about single files: licence line, length, words, servers, line ends.
+//! Rules about single files: license line, code in doc comments, length, words, servers, line ends.
 
 use super::File;
 
-/// Longer files hide more than one thing.
+/// Longest source file.
 const MAX_LINES: usize = 600;
 
-/// Files that may be longer, each with the reason.
+/// Longer files, each with the reason.
 const LONG: &[(&str, &str)] = &[];
 
-/// Linked into a kernel object that must be compatible with the GPL.
+/// Crates that are linked into a kernel object, which must be compatible with the GPL.
 const KERNEL_CRATES: &[&str] = &["mesh-common/", "mesh-ebpf/"];
-const KERNEL_LICENCE: &str = "MIT OR GPL-2.0-only OR Apache-2.0";
-const LICENCE: &str = "Apache-2.0";
+const KERNEL_LICENSE: &str = "MIT OR GPL-2.0-only OR Apache-2.0";
+const LICENSE: &str = "Apache-2.0";
 
 /// Written in two halves, so that this file does not contain them. Matched without case.
 const WORDS: &[(&str, &str)] = &[
@@ -64,7 +64,7 @@ pub(super) fn check(file: &File) -> Vec<String> {
     let mut find = |line: usize, what: String| {
         findings.push(format!("{}:{line}: {what}", file.path));
     };
-    if let Some(what) = licence(file) {
+    if let Some(what) = license(file) {
         find(1, what);
     }
     let lines = file.text.lines().count();
@@ -123,7 +123,7 @@ fn doc_code(text: &str) -> Vec<usize> {
     found
 }
 
-fn licence(file: &File) -> Option<String> {
+fn license(file: &File) -> Option<String> {
     let comment = if file.has_extension("rs") {
         "//"
     } else if file.has_extension("toml") {
@@ -132,12 +132,12 @@ fn licence(file: &File) -> Option<String> {
         return None;
     };
     let kernel = KERNEL_CRATES.iter().any(|dir| file.path.starts_with(dir));
-    let licence = if kernel && file.has_extension("rs") {
-        KERNEL_LICENCE
+    let license = if kernel && file.has_extension("rs") {
+        KERNEL_LICENSE
     } else {
-        LICENCE
+        LICENSE
     };
-    let wanted = format!("{comment} SPDX-License-Identifier: {licence}");
+    let wanted = format!("{comment} SPDX-License-Identifier: {license}");
     (file.text.lines().next() != Some(&wanted)).then(|| format!("the first line is not `{wanted}`"))
 }
 
@@ -186,7 +186,7 @@ mod tests {
         assert!(findings("a/src/x.rs", "// SPDX-License-Identifier: Apache-2.0\n").is_empty());
         assert_eq!(findings("a/src/x.rs", "//! x\n").len(), 1);
         assert_eq!(findings("a/x.toml", "[a]\n").len(), 1);
-        let both = format!("// SPDX-License-Identifier: {KERNEL_LICENCE}\n");
+        let both = format!("// SPDX-License-Identifier: {KERNEL_LICENSE}\n");
         assert!(findings("mesh-ebpf/src/x.rs", &both).is_empty());
         assert_eq!(findings("xtask/src/x.rs", &both).len(), 1);
     }

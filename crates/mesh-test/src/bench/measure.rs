@@ -73,7 +73,7 @@ impl Orders {
         let lab = side.lab();
         let agents = || -> Result<Cpu> {
             let nodes = side.agents().iter().map(|agent| agent.node());
-            nodes.map(|node| Cpu::of(node.agent_place().cgroup())).sum()
+            nodes.map(|node| Cpu::of(node.agent_host().cgroup())).sum()
         };
         let tunnelled = side.tunnelled()?;
         let before = (Cpu::of(lab.cgroup())?, agents()?, busy()?, Instant::now());

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Fail closed as packets, not as sockets: what a hostile or careless pod can do, and what then is
-//! on the wire.
+//! Attempts of hostile or careless pods to bypass the mesh, judged by the packets on the wire.
 //!
-//! Every attack is tried with the mesh and, as a control, without: there it must work, or the test
-//! would prove nothing.
+//! Every attempt is also made without the mesh, as a control: there it must succeed.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -309,7 +307,7 @@ fn spoofed_pod_addresses_are_dropped() {
                 Capture::start(&a, &Scope::Interface("eth0".to_owned())).expect("capture");
             for (sender, line) in spoofs(lab) {
                 let cmd = probe_cmd(&line).expect("probe").cap_net_raw_only();
-                let place: &mesh_test::Place = match sender.as_str() {
+                let place: &mesh_test::Host = match sender.as_str() {
                     "outside" => lab.outside().expect("outside"),
                     name => &lab.pod(name),
                 };
@@ -487,7 +485,11 @@ fn reused_four_tuple_of_closed_connection_is_not_plaintext() {
     let args = [to.ip().to_string(), to.port().to_string(), end.clone()];
     let client = Cmd::new("python3").args(["-uc", OLD]).args(args);
     let client = a.spawn_lines(client).expect("python3");
-    let port = client.said(SOON).expect("a line").parse().expect("a port");
+    let port = client
+        .next_line(SOON)
+        .expect("a line")
+        .parse()
+        .expect("a port");
     mesh.enrol("default").expect("enrol");
     // A connection that is new is tunnelled by now, so that the old one is an exception.
     let tunnelled = || {
@@ -516,7 +518,7 @@ fn reused_four_tuple_of_closed_connection_is_not_plaintext() {
     // By then nothing is looked at any more because of the enrolment: that would end it, too.
     std::thread::sleep(Duration::from_secs(2));
     std::fs::write(&end, "").expect("end");
-    assert_eq!(client.said(SOON).expect("a line"), "closed");
+    assert_eq!(client.next_line(SOON).expect("a line"), "closed");
     let before = drops(&mesh, "bypass");
     let dropped = || {
         forged("AFTERWARDS");

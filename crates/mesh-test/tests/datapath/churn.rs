@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What changes while traffic flows: pods that come and go, addresses that are used again, and
-//! objects that are broken.
+//! Changes under traffic: pods that are added and deleted, reused addresses, and invalid objects.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use mesh_test::mesh::{ENROLLED, TUNNEL_PORT};
-use mesh_test::reports::{Storm, Tcp};
-use mesh_test::{Agent, Lab, Mesh, Pod, PodSpec, Proc, Topology, eventually};
+use mesh_test::reports::Storm;
+use mesh_test::{Agent, Lab, Mesh, Pod, PodSpec, Topology, eventually};
 use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(10);

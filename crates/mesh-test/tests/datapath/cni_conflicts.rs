@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Who else works where the mesh does: a program of somebody else's at the hooks of the sockets is
-//! named by the check before installing, in the agent's status and in its log.
+//! Foreign programs at the socket hooks are reported by the check before installing, in the agent's
+//! status and in its log.
 
 use std::time::Duration;
 
 use mesh_test::mesh::ENROLLED;
-use mesh_test::{AgentConfig, Cmd, Lab, Mesh, Place, Topology, eventually};
+use mesh_test::{AgentConfig, Cmd, Host, Lab, Mesh, Topology, eventually};
 use serde_json::{Value, json};
 
 const SOON: Duration = Duration::from_secs(20);
@@ -34,7 +34,7 @@ fn balancers(status: &Value) -> Value {
 }
 
 /// What `mesh-agent check` says of other programs, about the agent's cgroup.
-fn checked(node: &Place, cgroup: &str) -> String {
+fn checked(node: &Host, cgroup: &str) -> String {
     let agent = mesh_test::programs::agent().expect("agent");
     let cmd = Cmd::new(agent).args(["check", "--cgroup", cgroup]);
     let text = node.run(cmd, SOON).expect("check").text();
@@ -54,7 +54,7 @@ fn foreign_socket_programs_are_reported() {
     assert!(checked(node, &cgroup).starts_with("ok"));
     let foreign = Cmd::new("python3").args(["-uc", FOREIGN, &cgroup]);
     let foreign = node.spawn_lines(foreign).expect("python3");
-    assert_eq!(foreign.said(SOON).expect("a line"), "attached");
+    assert_eq!(foreign.next_line(SOON).expect("a line"), "attached");
     let said = checked(node, &cgroup);
     assert!(said.starts_with("absent"), "{said}");
     assert!(said.contains("connect4: balancer4"), "{said}");

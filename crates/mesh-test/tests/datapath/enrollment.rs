@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A pod joins and leaves the mesh with connections under way: none of them is lost.
+//! Enrolling and unenrolling a pod keeps its open connections.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_test::manifests::Manifests;
 use mesh_test::reports::Tcp;
-use mesh_test::{Agent, AgentConfig, Cmd, Lab, Place, Pod, PodSpec, Topology, eventually};
+use mesh_test::{Agent, AgentConfig, Lab, Pod, PodSpec, Topology, eventually};
 
 const SOON: Duration = Duration::from_secs(15);
 const WORD: &str = "samovar";

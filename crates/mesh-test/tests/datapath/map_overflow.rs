@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A policy that does not fit into the kernel's maps: the pods that it is about are cut off, loudly, and
-//! nobody else notices; when it is gone, all is as before.
+//! A policy that does not fit into the kernel's maps isolates the pods that it selects, is reported, and
+//! affects no other pod.
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use mesh_common::maps::MAX_POLICY_CIDRS;
 use mesh_test::reports::Tcp;
-use mesh_test::{Lab, Mesh, Place, PodSpec, Topology, eventually};
+use mesh_test::{Host, Lab, Mesh, PodSpec, Topology, eventually};
 
 const SOON: Duration = Duration::from_secs(60);
 const PORT: u16 = 7000;
 
-fn reaches(from: &Place, to: SocketAddr) -> bool {
+fn reaches(from: &Host, to: SocketAddr) -> bool {
     let line = format!("tcp --to {to} --timeout-ms 2000");
     let report: Tcp = from.probe(&line).expect("run").json().expect("report");
     report.ok

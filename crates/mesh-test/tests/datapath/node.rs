@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The agent's life on its node: what it makes in pods, takes over, lets go of and removes.
+//! The agent on its node: what it creates in pods, hands over, releases and removes.
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::MetadataExt as _;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mesh_test::reports::{Storm, Tcp};
-use mesh_test::{Agent, AgentConfig, Cmd, Lab, Place, Pod, PodSpec, Topology, eventually};
+use mesh_test::{Agent, AgentConfig, Host, Lab, Pod, PodSpec, Topology, eventually};
 
 const SOON: Duration = Duration::from_secs(10);
 const MESH: (&str, &str) = ("mesh.rs/dataplane", "enabled");
@@ -55,7 +55,7 @@ fn config(lab: &Lab) -> AgentConfig {
     AgentConfig::new(&format!("self:{}", lab.dir().join("ca").display())).flag("--drain", "1s")
 }
 
-fn tcp(from: &Place, to: SocketAddr) -> Option<Tcp> {
+fn tcp(from: &Host, to: SocketAddr) -> Option<Tcp> {
     let output = from
         .probe(&format!("tcp --timeout-ms 2000 --to {to}"))
         .ok()?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Agents that end and start again under load: the kernel goes on translating, allowing and
-//! denying. The same load notices what a detached program lets through.
+//! Agents restart under load while the kernel goes on translating, allowing and denying. The same load
+//! detects detached programs.
 
 use std::net::SocketAddr;
 use std::time::Duration;

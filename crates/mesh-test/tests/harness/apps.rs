@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The applications without a mesh, and the shop that is made of them.
+//! The applications without a mesh, and the shop that is built of them.
 
 use std::time::Duration;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The bench in its shortest form: it starts, measures what it says, and writes rows that programs
-//! can read. What the figures are is nothing that a test on a busy machine can judge.
+//! The bench in its shortest form: it starts, measures every row, and writes its results. A busy machine
+//! cannot judge the figures themselves.
 
 use std::path::Path;
 use std::process::Command;

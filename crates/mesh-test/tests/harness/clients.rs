@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The small clients and servers without a mesh: what they report when nothing is in their way,
-//! and that they notice what is wrong.
+//! The small clients and servers without a mesh: their reports, and the errors that they detect.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_test::capture::frame::{ACK, PSH, Transport, UDP};
 use mesh_test::capture::{Captured, Scope};
+use mesh_test::pod::SOCKETS;
 use mesh_test::pod::probe_cmd;
 use mesh_test::reports::{Bulk, Held, RequestResponse, Served, Storm, Tcp, Udp};
-use mesh_test::{Capture, Cmd, Lab, Pod, Topology, eventually};
+use mesh_test::{Capture, Cmd, Lab, Topology, eventually};
 
 const SOON: Duration = Duration::from_secs(5);
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The demo's lines, and their control: without enrolment not one of them holds.
+//! The lines of the demo, and the control: without enrollment every line fails.
 
 use mesh_test::demo::{Demo, LINES};
 

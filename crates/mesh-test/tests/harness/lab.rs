@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The harness itself: without a mesh, traffic flows in clear and the capture sees it; and nothing
-//! is left behind, not even by a run that was killed.
+//! The lab without a mesh: traffic is plaintext and captured; nothing is left behind, not even by a
+//! killed run.
 
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;

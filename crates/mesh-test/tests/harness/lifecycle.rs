@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Pods that come and go, the other hosts of a lab, and the handle of an agent.
+//! Pods that are added and deleted, outside hosts, and the handle of an agent.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use mesh_test::reports::Tcp;
 use mesh_test::{
-    Agent, AgentConfig, Cmd, Families, Lab, Place, Pod, PodSpec, Topology, cgroup, eventually,
+    Agent, AgentConfig, Cmd, Families, Host, Lab, Pod, PodSpec, Topology, cgroup, eventually,
 };
 
 const SOON: Duration = Duration::from_secs(5);
 
 /// Connects and gives what the client reports; the ends must agree.
-fn connect(from: &Place, to: IpAddr) -> Tcp {
+fn connect(from: &Host, to: IpAddr) -> Tcp {
     let to = SocketAddr::new(to, 7000);
     let output = from
         .probe(&format!("tcp --to {to}"))
@@ -84,7 +84,7 @@ fn lab_supports_single_stack_pods_and_outside_hosts() {
         assert_eq!(six.addresses(), [IpAddr::from(six.v6())]);
         let servers = [&four, &six, &both].map(|pod| pod.serve("--tcp [::]:7000").expect("server"));
         let outside = lab.outside().expect("outside");
-        let local = |place: &Place, to: IpAddr| connect(place, to).local.expect("local").ip();
+        let local = |place: &Host, to: IpAddr| connect(place, to).local.expect("local").ip();
         for pod in [&four, &six, &both] {
             for to in pod.addresses() {
                 let (node, peer) = (pod.node(), lab.node(1));
@@ -193,7 +193,7 @@ fn agent_process_is_started_replaced_killed_and_stopped() {
             assert!(log.contains(&flag), "{flag} in {log}");
         }
         assert!(agent.process().resident_bytes().expect("running") > 1 << 20);
-        let spent = cgroup::cpu_time(node.agent_place().cgroup()).expect("cgroup");
+        let spent = cgroup::cpu_time(node.agent_host().cgroup()).expect("cgroup");
         assert!(
             spent > Duration::from_millis(1),
             "{spent:?} for starting Python"

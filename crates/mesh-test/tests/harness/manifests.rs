@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The manifests that a lab writes say what the lab is, to those who read them.
+//! The manifests of a lab describe its nodes and pods.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The controller as CA: by the letter of Istio's API, asked by openssl and curl, and by agents; and
-//! who gets nothing.
+//! The controller as CA by Istio's API, asked by openssl, curl and agents, and the requests that it
+//! refuses.
 
 mod expiry;
+mod fixture;
 mod refusals;
-mod rig;
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
@@ -16,9 +16,9 @@ use mesh_test::kube::Bound;
 use mesh_test::kube::controller::{Controller, NAMESPACE};
 use mesh_test::mesh::{ENROLLED, sum};
 use mesh_test::reports::{Storm, Tcp};
-use mesh_test::{Agent, AgentConfig, Cmd, Kube, Lab, Place, Topology, eventually};
+use mesh_test::{Agent, AgentConfig, Cmd, Host, Kube, Lab, Topology, eventually};
 
-use rig::{AUDIENCE, SOON, pod};
+use fixture::{AUDIENCE, SOON, pod};
 
 /// A pod that the API server knows, where the lab has it.
 fn known(kube: &Kube, lab: &Lab) {
@@ -57,14 +57,14 @@ fn tokens(kube: &Kube, dir: &Path, lab: &Lab) {
 }
 
 /// Pods `a` and `b` on nodes of their own, whose agents have a controller as CA.
-struct Stage {
+struct Fixture {
     agents: Vec<Agent>,
     controller: Controller,
     kube: Kube,
     lab: Lab,
 }
 
-impl Stage {
+impl Fixture {
     /// Leaves live 60 s, as short as they may.
     fn start() -> Self {
         let lab = Lab::builder(Topology::Routed)
@@ -87,7 +87,7 @@ impl Stage {
         let controller = kube
             .controller("a", IpAddr::V4(Lab::gateway()), &flags)
             .expect("controller");
-        let files = kube.place().dir().to_owned();
+        let files = kube.host().dir().to_owned();
         tokens(&kube, &files, &lab);
         let bundle = kube.ca_bundle().expect("roots");
         // What the kubelet does for an agent: its own token, and the roots as a file that changes.
@@ -142,10 +142,14 @@ fn clock() -> f64 {
 
 #[test]
 fn ca_outage_is_reported_and_affects_only_expired_certificates() {
-    let mut stage = Stage::start();
-    let server = stage.lab.pod("b").serve("--tcp [::]:7000").expect("server");
-    stage.until_they_talk(SOON);
-    let stopped = stage.controller.process().signal(libc::SIGSTOP);
+    let mut fixture = Fixture::start();
+    let server = fixture
+        .lab
+        .pod("b")
+        .serve("--tcp [::]:7000")
+        .expect("server");
+    fixture.until_they_talk(SOON);
+    let stopped = fixture.controller.process().signal(libc::SIGSTOP);
     stopped.expect("stopped");
     let ends = |agent: &Agent| {
         let name = "mesh_certificate_expiry_timestamp_seconds";
@@ -156,40 +160,40 @@ fn ca_outage_is_reported_and_affects_only_expired_certificates() {
         )
     };
     // Whichever of the two is renewed no more first.
-    let end = stage.agents.iter().map(ends).fold(f64::MAX, f64::min);
+    let end = fixture.agents.iter().map(ends).fold(f64::MAX, f64::min);
     let left = end - clock();
     assert!((30.0..61.0).contains(&left), "{left} s of life are left");
-    let capture = stage.lab.capture_wire().expect("capture");
+    let capture = fixture.lab.capture_wire().expect("capture");
 
     // Half of the life is over, and more: nothing is missed, but somebody is told.
     let mut count = 0;
     while clock() < end - 2.0 {
         assert!(
-            stage.talk(),
+            fixture.talk(),
             "{} s before the end: {}",
             end - clock(),
-            stage.agents[0].log_tail()
+            fixture.agents[0].log_tail()
         );
         count += 1;
     }
-    for agent in &stage.agents {
+    for agent in &fixture.agents {
         let log = agent.log_tail();
         assert!(log.contains("no new certificate"), "{log}");
     }
     // The end: nothing goes through, and nothing goes in clear instead.
     eventually("nobody to talk any more", SOON, || {
-        (!stage.talk()).then_some(())
+        (!fixture.talk()).then_some(())
     })
     .expect("closed");
     assert!(clock() >= end, "{} s before the end", end - clock());
-    assert!(!stage.talk());
+    assert!(!fixture.talk());
     let seen = capture.stop().expect("stop");
     assert!(!seen.tcp_service_ports().contains(&7000));
     // It comes back, and so do they, by themselves.
-    let goes_on = stage.controller.process().signal(libc::SIGCONT);
+    let goes_on = fixture.controller.process().signal(libc::SIGCONT);
     goes_on.expect("goes on");
     let begun = Instant::now();
-    stage.until_they_talk(6 * SOON);
+    fixture.until_they_talk(6 * SOON);
     println!(
         "{count} connections without a CA; they talked again {:.1?} after it was back",
         begun.elapsed()
@@ -199,13 +203,13 @@ fn ca_outage_is_reported_and_affects_only_expired_certificates() {
 
 #[test]
 fn root_rotation_loses_no_connection() {
-    let stage = Stage::start();
-    let Stage {
+    let fixture = Fixture::start();
+    let Fixture {
         controller,
         kube,
         lab,
         ..
-    } = &stage;
+    } = &fixture;
     let issued = || {
         let labels = [("result", "issued")];
         let metric = controller.metric(kube, "mesh_ca_requests_total", &labels);
@@ -213,8 +217,8 @@ fn root_rotation_loses_no_connection() {
     };
     let (a, b) = (lab.pod("a"), lab.pod("b"));
     let server = b.serve("--tcp [::]:7000").expect("server");
-    let talk = || stage.talk();
-    stage.until_they_talk(SOON);
+    let talk = || fixture.talk();
+    fixture.until_they_talk(SOON);
     assert!(issued() > 1.5);
 
     let to = SocketAddr::new(b.addresses()[0], 7000);
@@ -242,7 +246,7 @@ fn root_rotation_loses_no_connection() {
 }
 
 /// The certificates that an agent shows to anybody who asks a pod's tunnel port.
-fn chain_shown_to(from: &Place, pod: IpAddr) -> Vec<String> {
+fn chain_shown_to(from: &Host, pod: IpAddr) -> Vec<String> {
     let ask = format!(
         "openssl s_client -connect {pod}:15008 -tls1_3 -alpn mesh/1 -showcerts </dev/null 2>/dev/null"
     );
@@ -283,7 +287,7 @@ fn rotated_without_a_loss(kube: &Kube, controller: &Controller, talk: &dyn Fn() 
         .args(["rotate-root", "--replica", "cli", "--kubeconfig"])
         .args([kube.kubeconfig()]);
     let said = kube
-        .place()
+        .host()
         .run(rotate, SOON)
         .expect("run")
         .ok()

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The controller against a real API server: whose status says what, who may write what, and who
-//! leads.
+//! The controller on a real API server: status of policies, write permissions, and leader election.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
@@ -234,7 +233,7 @@ fn agent_token_may_write_only_its_own_node_status() {
             command = command.args(["--subresource=status"]);
         }
         let output = kube
-            .place()
+            .host()
             .run(command.input(object.to_string()), SOON)
             .expect("it ends");
         (output.status.success(), output.to_string())
@@ -285,7 +284,7 @@ fn agent_token_may_write_only_its_own_node_status() {
     let delete = kube
         .kubectl_as(&n1, ["delete", "meshnode", "n2"])
         .expect("kubectl");
-    let output = kube.place().run(delete, SOON).expect("it ends");
+    let output = kube.host().run(delete, SOON).expect("it ends");
     assert!(!output.status.success(), "{output}");
 }
 

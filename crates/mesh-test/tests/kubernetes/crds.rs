@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The CRDs on a real API server: they are within its budget, refuse what cannot be meant with a
-//! sentence about it, and take what can.
+//! The CRDs on a real API server: they stay within its cost budget, reject invalid objects with a message,
+//! and accept valid ones.
 
 use mesh_test::Kube;
 use serde_json::{Value, json};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What is installed, against a real API server: every object is accepted, by both ways to install,
-//! and the service accounts may do what the programs do and nothing else.
+//! Installation on a real API server: every object is accepted by both ways to install, and the service
+//! accounts have exactly the permissions that the programs use.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -182,8 +182,8 @@ fn helm_chart_equals_base_and_rejects_invalid_values() {
         let cmd = Cmd::new(&helm).args(args).args([&chart]);
         let cmd = cmd
             .args(["--namespace", "mesh-system"])
-            .env("HOME", kube.place().dir());
-        kube.place().run(cmd, SOON).expect("helm ends")
+            .env("HOME", kube.host().dir());
+        kube.host().run(cmd, SOON).expect("helm ends")
     };
     let rendered = run(&["template", "mesh"]).ok().expect("rendered").text();
     assert!(
@@ -202,7 +202,7 @@ fn helm_chart_equals_base_and_rejects_invalid_values() {
         .kubectl_cmd(apply)
         .expect("kubectl")
         .input(rendered.clone());
-    kube.place()
+    kube.host()
         .run(apply, SOON)
         .expect("it ends")
         .ok()
@@ -214,7 +214,7 @@ fn helm_chart_equals_base_and_rejects_invalid_values() {
         .filter(|object| !object.contains("helm.sh/hook"))
         .collect();
     let diff = diff.expect("kubectl").input(without_hook.join("\n---\n"));
-    let said = kube.place().run(diff, SOON).expect("it ends");
+    let said = kube.host().run(diff, SOON).expect("it ends");
     assert!(
         said.status.success(),
         "chart and base differ: {}",

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The control plane that other tests stand on: it is real, it refuses, it survives what tests do
-//! to it, and nothing of it is left.
+//! The control plane of the other tests is real, refuses what it must, survives restarts, and leaves
+//! nothing behind.
 
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
@@ -81,7 +81,7 @@ fn access_is_refused_without_a_role(kube: &Kube) {
         .expect("kubeconfig");
     let as_account = |args: [&str; 4]| {
         let cmd = kube.kubectl_as(&config, args).expect("kubectl");
-        kube.place().run(cmd, SOON).expect("it ends")
+        kube.host().run(cmd, SOON).expect("it ends")
     };
     let refused = as_account(["get", "pods", "-n", "shop"]);
     assert!(
@@ -128,7 +128,7 @@ fn access_is_refused_without_a_role(kube: &Kube) {
         .expect("node's kubeconfig");
     let steal = ["label", "node", "n1", "a=b"];
     let refused = kube
-        .place()
+        .host()
         .run(kube.kubectl_as(&node, steal).expect("kubectl"), SOON)
         .expect("it ends");
     assert!(refused.to_string().contains("forbidden"), "{refused}");

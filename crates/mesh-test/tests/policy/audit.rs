@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Policies in audit mode: what they would refuse passes and is named once, at the kernel's hooks,
-//! at the gate and behind a tunnel; enforced, the same policies refuse exactly that.
+//! Policies in audit mode: each denial passes and is reported once, at the kernel's hooks and behind a
+//! tunnel; enforced, the same policies deny exactly these connections.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

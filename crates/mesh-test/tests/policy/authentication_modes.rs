@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The modes of MeshAuthentication by real connections: what single ports accept, in clear and
-//! through tunnels of either kind, and what a pod that must not send in clear may reach.
+//! The modes of MeshAuthentication over real connections: what single ports accept, as plaintext and
+//! through tunnels, and what a pod reaches that must not send plaintext.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_test::mesh::{ENROLLED, TUNNEL_PORT, sum};
 use mesh_test::reports::Tcp;
-use mesh_test::{AgentConfig, Cmd, Lab, Mesh, Place, Pod, PodSpec, Topology};
+use mesh_test::{AgentConfig, Cmd, Host, Lab, Mesh, Pod, PodSpec, Topology};
 
 const SOON: Duration = Duration::from_secs(20);
 const PORTS: [u16; 2] = [7000, 7001];
@@ -42,14 +42,14 @@ fn enforce(mesh: &Mesh, spec: &str) {
 }
 
 /// A connection to one port that says [`MARKER`] and hears it again.
-fn reach(from: &Place, to: SocketAddr) -> Tcp {
+fn reach(from: &Host, to: SocketAddr) -> Tcp {
     let line = format!("tcp --to {to} --say {MARKER} --timeout-ms 3000");
     let output = from.probe(&line).expect("run");
     output.json().expect("a report")
 }
 
 /// `+` or `-` for each port.
-fn reaches(from: &Place, to: &Pod) -> String {
+fn reaches(from: &Host, to: &Pod) -> String {
     let sign = |port: &u16| {
         let report = reach(from, SocketAddr::new(to.v4().into(), *port));
         assert_eq!(report.ok, report.received.is_some(), "{report:?}");
@@ -106,7 +106,7 @@ fn port_mode_is_independent_of_other_ports() {
             let what = format!("{tunnels}: {spec}");
             // In clear, from another node, the same node and outside.
             let before = turned_away(&mesh);
-            for from in [&plain as &Place, &beside, outside] {
+            for from in [&plain as &Host, &beside, outside] {
                 assert_eq!(reaches(from, &b), clear, "{what}: {from:?}");
             }
             let refused = turned_away(&mesh) - before;

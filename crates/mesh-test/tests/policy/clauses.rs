@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Policy, clause by clause, as truth tables over real connections: from the same node and the
-//! other one, from the mesh and from outside it, by IPv4 and IPv6.
+//! Policy clauses as truth tables over real connections: from the same and the other node, from inside
+//! and outside the mesh, by IPv4 and IPv6.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use mesh_test::mesh::ENROLLED;
 use mesh_test::reports::Tcp;
-use mesh_test::{Lab, Mesh, Place, PodSpec, Topology};
+use mesh_test::{Host, Lab, Mesh, PodSpec, Topology};
 
 /// Refused means at once, not after a time-out.
 const AT_ONCE: Duration = Duration::from_secs(2);
@@ -312,7 +312,7 @@ fn lab(topology: Topology) -> Lab {
 }
 
 /// `+` or `-` for each port; both families must agree.
-fn reaches(client: &Place, server: &[IpAddr]) -> String {
+fn reaches(client: &Host, server: &[IpAddr]) -> String {
     let sign = |port: &u16| {
         let outcomes: Vec<bool> = server
             .iter()
@@ -358,7 +358,7 @@ fn policy_clauses_decide_real_connections() {
     let _server = server.serve(&line).expect("server");
     let pods = ["far", "near", "blue", "plain"].map(|name| mesh.pod(name));
     let outside = mesh.outside().expect("outside");
-    let clients: [&Place; 7] = [
+    let clients: [&Host; 7] = [
         &pods[0],
         &pods[1],
         &pods[2],

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What a refusal looks like: at once, or silence; by the agent's setting and by the namespace's
-//! label, to clients from elsewhere and to a pod's own calls.
+//! Denials as clients see them: reset or dropped, by the agent's setting and the namespace's label, for
+//! incoming and outgoing connections.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use mesh_test::mesh::ENROLLED;
 use mesh_test::reports::{Tcp, Udp};
-use mesh_test::{AgentConfig, Lab, Mesh, Place, Pod, PodSpec, Topology, eventually};
+use mesh_test::{AgentConfig, Host, Lab, Mesh, Pod, PodSpec, Topology, eventually};
 
 const SOON: Duration = Duration::from_secs(10);
 const ECONNREFUSED: i32 = 111;
@@ -22,7 +22,7 @@ enum Look {
     Silence,
 }
 
-fn tcp(from: &Place, to: SocketAddr) -> Look {
+fn tcp(from: &Host, to: SocketAddr) -> Look {
     let begun = Instant::now();
     let line = format!("tcp --to {to} --timeout-ms {PATIENCE_MS}");
     let report: Tcp = from.probe(&line).expect("run").json().expect("report");
@@ -91,7 +91,7 @@ fn look(mesh: &Mesh, name: &str) -> [Look; 3] {
     // Not to `open`, which it may reach: to another pod of its own node.
     let other = mesh.pod(if name == "red" { "blue" } else { "red" });
     let open = mesh.pod("open");
-    let pairs: [(&Place, _); 3] = [
+    let pairs: [(&Host, _); 3] = [
         (&open, pod.at(PORT)),
         (outside, pod.at(PORT)),
         (&pod, other.at(PORT)),
@@ -159,7 +159,7 @@ fn datagrams(mesh: &Mesh, client: &Pod, look: Look) {
 }
 
 /// A connection through a tunnel to a pod that refuses it: what the client sees after connect().
-fn through_a_tunnel(from: &Place, to: SocketAddr) -> Look {
+fn through_a_tunnel(from: &Host, to: SocketAddr) -> Look {
     let begun = Instant::now();
     let line = format!("tcp --to {to} --timeout-ms {PATIENCE_MS}");
     let report: Tcp = from.probe(&line).expect("run").json().expect("report");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `meshctl policy diff` against agents that carry connections: it names exactly those that the new
-//! manifests then end or refuse.
+//! `meshctl policy diff` against running agents: it reports exactly the connections that the new
+//! manifests then close or refuse.
 
 use std::fs;
 use std::net::SocketAddr;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Connections that are open while policy changes: who is denied is ended at once, at both ends and
-//! by name; whom a change does not concern notices nothing.
+//! Open connections under policy changes: denied ones are closed at both endpoints and recorded; all
+//! others stay.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -441,10 +441,10 @@ fn closed_listener_keeps_server_direction() {
     let clients = ["near-good", "clear-good"].map(|name| mesh.pod(name));
     let talks = [(0, 7100), (1, 7101)].map(|(client, port): (usize, u16)| {
         let listener = python(&server, ONCE, &[port.to_string()]);
-        assert_eq!(listener.said(SOON).expect("a line"), "up");
+        assert_eq!(listener.next_line(SOON).expect("a line"), "up");
         let args = [server.v4().to_string(), port.to_string()];
         let talk = python(&clients[client], TALK, &args);
-        assert_eq!(talk.said(SOON).expect("a line"), "open");
+        assert_eq!(talk.next_line(SOON).expect("a line"), "open");
         (listener, talk)
     });
     // It is no client: what it may send of its own does not matter.
@@ -457,7 +457,7 @@ fn closed_listener_keeps_server_direction() {
     let closed = quiet.replace("[Egress]", "[Ingress]");
     mesh.enforce(&closed).expect("in force");
     for (_, talk) in &talks {
-        let line = talk.said(AT_ONCE).expect("ended at once");
+        let line = talk.next_line(AT_ONCE).expect("ended at once");
         assert!(line.starts_with("ended"), "{line}");
     }
 }

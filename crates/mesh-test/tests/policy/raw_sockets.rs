@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Policy for what no socket hook sees: segments and datagrams from raw and packet sockets, and
-//! protocols without sockets here (SCTP, by its IP header), decided at the gate of pods that are not
-//! in the mesh.
+//! Policy for packets without a socket hook: raw and packet sockets, and SCTP by its IP header, decided
+//! by the tc programs of pods that are not in the mesh.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};

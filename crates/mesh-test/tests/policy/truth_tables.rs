@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The truth tables over real connections: what the compiler says of each clause, pods meet.
+//! The truth tables over real connections: pods get the verdict that the compiler gives each clause.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

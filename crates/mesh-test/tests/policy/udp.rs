@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! UDP under policy: replies pass, strangers do not, flows live and expire, and end with what allowed
-//! them: a policy, a label, an address's pod, a mode.
+//! UDP under policy: replies pass, other datagrams do not; flows expire when idle and end with the
+//! policy, label, pod or mode that allowed them.
 
 use std::net::SocketAddr;
 use std::time::Duration;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Tunnels on the application's own port: what packet filters between two nodes see, and what
-//! happens where a network takes the mark of tunnels away.
+//! Tunnels on the application's own port: packet filters between nodes, and networks that strip the mark
+//! of tunnels.
 
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;

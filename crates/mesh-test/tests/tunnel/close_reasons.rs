@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What a client's application sees of a connection that its node has accepted and the other end
-//! did not make, and what the records of both ends call it: the table of docs/tunnel.md.
+//! Connections that the client's node has accepted and the other endpoint has not made: the error of the
+//! application, and the reason in both records, as in the table of docs/tunnel.md.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Where the agents' workers run: with an application that asks and waits, on its CPU; with one that
-//! sends all it can, or none, wherever the scheduler likes.
+//! CPU affinity of the agents' workers: they follow a request-response application, and no bulk sender.
 
 use std::fs;
 use std::net::SocketAddr;

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Two pods of one node that want more than its agent can carry: how long one waits does not follow
-//! from how many connections the other opens.
+//! Two pods of one node that want more than its agent can carry: the latency of one does not depend on
+//! the number of the other's connections.
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_test::mesh::{ENROLLED, sum};
 use mesh_test::reports::{Bulk, RequestResponse};
-use mesh_test::{Lab, Mesh, Pod, Topology, eventually};
+use mesh_test::{Lab, Mesh, Topology, eventually};
 
 const SOON: Duration = Duration::from_secs(60);
 const PORT: u16 = 7000;
@@ -95,7 +94,8 @@ fn pod_with_many_streams_does_not_delay_others() {
         })
         .expect("carried");
         beside.round(worked, requests);
-        let bulk: Bulk = serde_json::from_str(&busy.said(SOON).expect("a report")).expect("json");
+        let bulk: Bulk =
+            serde_json::from_str(&busy.next_line(SOON).expect("a report")).expect("json");
         assert_eq!(bulk.bytes, bulk.confirmed, "{bulk:?}");
         #[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
         rates.push(bulk.bytes as f64 / bulk.seconds / 1e9);

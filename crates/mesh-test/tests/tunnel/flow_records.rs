@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Records and metrics against what the clients themselves counted, to the connection and byte.
+//! Records and metrics equal what the clients count, to the connection and byte.
 
 use std::io::Write as _;
 use std::net::SocketAddr;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Handshakes that are begun and left, by the thousand, at one pod's tunnel port: what a neighbour
-//! of that pod notices, and what is left behind.
+//! Thousands of abandoned handshakes at one pod's tunnel port: their effect on a neighboring pod, and
+//! what they leave behind.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -155,7 +155,7 @@ fn flood(mesh: &Mesh) -> Proc {
     let cmd = Cmd::line("nice -n 19 python3 -uc").args([FLOOD]).args(args);
     let outside = mesh.outside().expect("outside");
     let flood = outside.spawn_lines(cmd).expect("python3");
-    assert_eq!(flood.said(SOON).expect("a line in time"), "up");
+    assert_eq!(flood.next_line(SOON).expect("a line in time"), "up");
     flood
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Who may not have a tunnel to an agent, one by one: each connection ends in time, is counted once
-//! and for its own reason, and no byte of it reaches an application. The agent is asked from outside
-//! only; its peer is another implementation of `mesh/1` with bad intentions.
+//! Peers that may not have a tunnel, one by one: each connection is closed in time, is counted once
+//! with its own reason, and no byte of it reaches an application. The peer is another implementation of
+//! `mesh/1` with bad intentions.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -150,14 +150,14 @@ impl Row {
 }
 
 /// Pods `a` and `c` on node 1, which has no agent; `b` and `d` on node 2, each with an application.
-struct Stage {
+struct Fixture {
     lab: Lab,
     certs: PathBuf,
     agent: Agent,
     applications: [Proc; 2],
 }
 
-impl Stage {
+impl Fixture {
     fn new() -> Self {
         let lab = Lab::builder(Topology::Routed)
             .outside()
@@ -224,7 +224,9 @@ impl Stage {
 
     /// The next connection that the application of `b` says to have had.
     fn got(&self, text: &str) {
-        let said = self.applications[0].said(SOON).expect("a line in time");
+        let said = self.applications[0]
+            .next_line(SOON)
+            .expect("a line in time");
         assert_eq!(said, format!("got '{text}'"));
     }
 }
@@ -232,7 +234,7 @@ impl Stage {
 fn application(pod: &Pod, port: u16) -> Proc {
     let cmd = Cmd::new("python3").args(["-B", PEER, "serve", &port.to_string()]);
     let server = pod.spawn_lines(cmd).expect("python3");
-    assert_eq!(server.said(SOON).expect("a line in time"), "up");
+    assert_eq!(server.next_line(SOON).expect("a line in time"), "up");
     server
 }
 
@@ -296,8 +298,8 @@ fn handshakes() -> Vec<Row> {
 }
 
 /// Who has a certificate and asks for what is not to be had with it.
-fn streams(stage: &Stage) -> Vec<Row> {
-    let lab = &stage.lab;
+fn streams(fixture: &Fixture) -> Vec<Row> {
+    let lab = &fixture.lab;
     let [b, c, d] = ["b", "c", "d"].map(|name| lab.pod(name).v4().to_string());
     let node = lab.node(2).v4().to_string();
     let ask = |certs: &str| json!({"how": "ask", "certs": certs});
@@ -353,7 +355,7 @@ fn lengths() -> Vec<Row> {
 }
 
 /// What a session ticket is worth to others.
-fn tickets(stage: &Stage) -> Vec<Row> {
+fn tickets(fixture: &Fixture) -> Vec<Row> {
     let refused = format!("refused {} 0", Reason::IdentityRefused as u16);
     let twice = format!("{refused}, resumed True, {refused}");
     let counted = [
@@ -361,7 +363,7 @@ fn tickets(stage: &Stage) -> Vec<Row> {
         "denied identity_refused",
         "failed identity_refused",
     ];
-    let d = stage.lab.pod("d").v4().to_string();
+    let d = fixture.lab.pod("d").v4().to_string();
     vec![
         Row::new(
             "a ticket of another identity",
@@ -389,14 +391,19 @@ fn tickets(stage: &Stage) -> Vec<Row> {
 
 #[test]
 fn hostile_peer_is_refused_with_its_reason() {
-    let stage = Stage::new();
-    stage.control("the first");
-    let rows = [handshakes(), streams(&stage), lengths(), tickets(&stage)];
+    let fixture = Fixture::new();
+    fixture.control("the first");
+    let rows = [
+        handshakes(),
+        streams(&fixture),
+        lengths(),
+        tickets(&fixture),
+    ];
     for (number, row) in rows.into_iter().flatten().enumerate() {
-        let before = counts(&stage.agent);
-        let (came, seconds) = stage.attempt(row.from, &row.how);
+        let before = counts(&fixture.agent);
+        let (came, seconds) = fixture.attempt(row.from, &row.how);
         println!("{}: {came}, after {seconds} s", row.name);
-        let log = || stage.agent.log_tail();
+        let log = || fixture.agent.log_tail();
         assert_eq!(came, row.came, "{}\n{}", row.name, log());
         let [least, most] = row.seconds;
         assert!(
@@ -406,11 +413,11 @@ fn hostile_peer_is_refused_with_its_reason() {
         );
         // Behind it a connection as it should be: whatever an application was to get of the row came
         // before, and so did what is counted.
-        row.got.iter().for_each(|text| stage.got(text));
-        stage.control(&format!("after row {number}"));
+        row.got.iter().for_each(|text| fixture.got(text));
+        fixture.control(&format!("after row {number}"));
         let mut expected = row.counted;
         *expected.entry("handshake ok".to_owned()).or_default() += 1.0;
-        let now = || added(&before, &counts(&stage.agent));
+        let now = || added(&before, &counts(&fixture.agent));
         let counted = eventually("the row to be counted", SOON, || {
             (now() == expected).then_some(())
         });
@@ -425,49 +432,51 @@ fn hostile_peer_is_refused_with_its_reason() {
     let script =
         format!("import socket; socket.create_connection(('127.0.0.1', {PORT})).sendall(b'last')");
     let cmd = Cmd::new("python3").args(["-c", &script]);
-    let asked = stage.lab.pod("d").run(cmd, SOON);
+    let asked = fixture.lab.pod("d").run(cmd, SOON);
     asked.expect("run").ok().expect("python3");
-    let said = stage.applications[1].said(SOON).expect("a line in time");
+    let said = fixture.applications[1]
+        .next_line(SOON)
+        .expect("a line in time");
     assert_eq!(said, "got 'last'");
 }
 
 #[test]
 fn revocation_closes_only_connections_of_that_certificate() {
-    let stage = Stage::new();
-    let _second = application(&stage.lab.pod("b"), PORT + 1);
-    stage.control("the first");
+    let fixture = Fixture::new();
+    let _second = application(&fixture.lab.pod("b"), PORT + 1);
+    fixture.control("the first");
     let hold = |name: &str, how: &str, port: u16| {
-        let mut given = stage.given(&json!({"how": how, "certs": name}));
+        let mut given = fixture.given(&json!({"how": how, "certs": name}));
         given["port"] = port.into();
         let cmd = Cmd::new("python3").args(["-B", PEER, "hold", &given.to_string()]);
-        let held = stage.lab.pod(name).spawn_lines(cmd).expect("python3");
-        assert_eq!(held.said(SOON).expect("a line in time"), "held");
+        let held = fixture.lab.pod(name).spawn_lines(cmd).expect("python3");
+        assert_eq!(held.next_line(SOON).expect("a line in time"), "held");
         held
     };
     let (a, c) = (hold("a", "until", PORT), hold("c", "on", PORT + 1));
     let goes_on = || {
         c.signal(libc::SIGUSR1).expect("signal");
-        assert_eq!(c.said(SOON).expect("a line in time"), "still");
+        assert_eq!(c.next_line(SOON).expect("a line in time"), "still");
     };
     goes_on();
-    let before = counts(&stage.agent);
+    let before = counts(&fixture.agent);
     let begun = Instant::now();
-    let [ca, list] = ["authority", "revoked"].map(|name| stage.lab.dir().join(name));
-    revoke(&ca, &[&stage.certs.join("a")], &list);
+    let [ca, list] = ["authority", "revoked"].map(|name| fixture.lab.dir().join(name));
+    revoke(&ca, &[&fixture.certs.join("a")], &list);
     let reset = format!("reset {}, ended", Reason::IdentityRefused as u16);
-    assert_eq!(a.said(SOON).expect("a line in time"), reset);
+    assert_eq!(a.next_line(SOON).expect("a line in time"), reset);
     let took = begun.elapsed();
     println!("closed after {took:.1?}");
     assert!(took < REVOKED, "{took:?}");
     goes_on();
     // Its ticket does not bring it back, nor does it begin anew.
-    assert_eq!(a.said(SOON).expect("a line in time"), "ended");
-    let (came, _) = stage.attempt("a", &json!({"how": "ask", "certs": "a"}));
+    assert_eq!(a.next_line(SOON).expect("a line in time"), "ended");
+    let (came, _) = fixture.attempt("a", &json!({"how": "ask", "certs": "a"}));
     assert_eq!(came, "ended");
-    stage.got("");
+    fixture.got("");
     // Another identity, and another certificate of the same one, are served as before.
-    stage.talks("c", "c", "another");
-    stage.talks("a", "renewed", "the same");
+    fixture.talks("c", "c", "another");
+    fixture.talks("a", "renewed", "the same");
     goes_on();
     let counted = [
         ("failed identity_refused", 1.0),
@@ -475,7 +484,7 @@ fn revocation_closes_only_connections_of_that_certificate() {
         ("handshake ok", 2.0),
     ];
     let expected: Counts = counted.map(|(name, count)| (name.to_owned(), count)).into();
-    let now = || added(&before, &counts(&stage.agent));
+    let now = || added(&before, &counts(&fixture.agent));
     let counted = eventually("it to be counted", SOON, || {
         (now() == expected).then_some(())
     });

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The agent against another implementation of `mesh/1`, which was written from `docs/tunnel.md`
-//! alone: in Python, on OpenSSL's TLS. Once as the one that opens, once as the one that accepts.
+//! The agent against another implementation of `mesh/1`, written from `docs/tunnel.md` alone, in Python on
+//! OpenSSL: once as the opening peer, once as the accepting one.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -76,7 +76,7 @@ fn python_peer_opens_streams() {
     ];
     for expected in expected {
         assert_eq!(
-            peer.said(SOON).expect("a line in time"),
+            peer.next_line(SOON).expect("a line in time"),
             expected,
             "{}\n{}",
             peer.log_tail(),
@@ -115,7 +115,7 @@ fn tunnel_on_application_port_reaches_only_that_port() {
     ];
     for expected in expected {
         assert_eq!(
-            client.said(SOON).expect("a line"),
+            client.next_line(SOON).expect("a line"),
             expected,
             "{}\n{}",
             client.log_tail(),
@@ -145,7 +145,7 @@ fn python_peer_accepts_streams() {
     let failed = (Reason::ConnectFailed as u16).to_string();
     let args = ["accept", &own, &b.v4().to_string(), &failed];
     let peer = python(&b, &args.map(str::to_owned));
-    assert_eq!(peer.said(SOON).expect("a line in time"), "up");
+    assert_eq!(peer.next_line(SOON).expect("a line in time"), "up");
     // Node 2 has no agent: the peer is one.
     let agent = lab.node(1).start_agent(config(&certs)).expect("agent");
     let ask = |port: u16, bytes: usize| {
@@ -173,16 +173,16 @@ fn python_peer_accepts_streams() {
         assert_eq!(said, "True", "{}\n{}", peer.log_tail(), agent.log_tail());
         if stream == 1 {
             assert_eq!(
-                peer.said(SOON).expect("a line in time"),
+                peer.next_line(SOON).expect("a line in time"),
                 format!("peer {SOURCE_OF_A}")
             );
         }
         assert_eq!(
-            peer.said(SOON).expect("a line in time"),
+            peer.next_line(SOON).expect("a line in time"),
             opened(stream, 7000, &client)
         );
         assert_eq!(
-            peer.said(SOON).expect("a line in time"),
+            peer.next_line(SOON).expect("a line in time"),
             format!("served {stream} {bytes}")
         );
     }
@@ -193,7 +193,7 @@ fn python_peer_accepts_streams() {
             "{said}"
         );
         assert_eq!(
-            peer.said(SOON).expect("a line in time"),
+            peer.next_line(SOON).expect("a line in time"),
             opened(stream, port, &client)
         );
     }

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `mesh_unencrypted_bytes_total` against what the applications themselves counted, to the byte:
-//! what was not under mTLS, at each end, by why.
+//! `mesh_unencrypted_bytes_total` equals what the applications count, to the byte: all traffic without
+//! mTLS, at each endpoint, by reason.
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_test::mesh::{ENROLLED, sum};
 use mesh_test::reports::Storm;
-use mesh_test::{Cmd, Lab, Mesh, Pod, PodSpec, Proc, Topology, eventually};
+use mesh_test::{Lab, Mesh, Pod, PodSpec, Topology, eventually};
 
 const SOON: Duration = Duration::from_secs(20);
 const PORT: u16 = 7000;
@@ -154,14 +153,14 @@ while True:
 fn plaintext_datagrams_are_counted_at_both_endpoints() {
     let mesh = mesh();
     let (a, far) = (mesh.pod("a"), mesh.pod("far"));
-    let server = far.python(MIRROR, &[PORT.to_string()]).expect("python3");
-    assert_eq!(server.said(SOON).expect("a line in time"), "up");
+    let server = far.python(MIRROR, &[&PORT.to_string()]).expect("python3");
+    assert_eq!(server.next_line(SOON).expect("a line in time"), "up");
     grows(&mesh, "udp", &[(1, "udp", 1), (2, "udp", 1)], || {
         let client = a
-            .python(DATAGRAMS, &[far.v4().to_string(), PORT.to_string()])
+            .python(DATAGRAMS, &[&far.v4().to_string(), &PORT.to_string()])
             .expect("python3");
         client
-            .said(SOON)
+            .next_line(SOON)
             .expect("a line in time")
             .parse()
             .expect("bytes")
@@ -198,10 +197,10 @@ fn connection_older_than_enrollment_is_counted_as_plaintext() {
     let client = a
         .python(
             &script,
-            &[to.ip().to_string(), to.port().to_string(), go.clone()],
+            &[&to.ip().to_string(), &to.port().to_string(), &go],
         )
         .expect("python3");
-    assert_eq!(client.said(SOON).expect("a line in time"), "open");
+    assert_eq!(client.next_line(SOON).expect("a line in time"), "open");
     mesh.enrol("default").expect("enrol");
     eventually("both to be enrolled", SOON, || {
         let enrolled = mesh.metric("mesh_pods", &[("state", "enrolled")]).ok()?;
@@ -210,7 +209,7 @@ fn connection_older_than_enrollment_is_counted_as_plaintext() {
     .expect("enrolled");
     std::fs::write(&go, "").expect("go");
     let bytes: u64 = client
-        .said(SOON)
+        .next_line(SOON)
         .expect("a line in time")
         .parse()
         .expect("bytes");

@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the tunnel does to a stream of bytes, as both applications see it: nothing. And what many
-//! of them cost the agents.
+//! Tunnels do not change the stream of bytes that both applications see; and the cost of many of them.
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use mesh_test::mesh::ENROLLED;
 use mesh_test::reports::Storm;
-use mesh_test::{Agent, Cmd, Lab, Mesh, Pod, Proc, Topology, eventually};
+use mesh_test::{Agent, Lab, Mesh, Topology, eventually};
 
 const SOON: Duration = Duration::from_secs(20);
 const LONG: Duration = Duration::from_secs(300);
@@ -65,20 +63,20 @@ fn bidirectional_gibibyte_arrives_intact() {
     let server = b
         .python(BOTH_WAYS, &["server", &host, &port, &count])
         .expect("python3");
-    assert_eq!(server.said(SOON).expect("a line in time"), "up");
+    assert_eq!(server.next_line(SOON).expect("a line in time"), "up");
     let begun = std::time::Instant::now();
     let client = a
         .python(BOTH_WAYS, &["client", &host, &port, &count])
         .expect("python3");
     let [sent, received] = [
-        client.said(LONG).expect("a line in time"),
-        client.said(SOON).expect("a line in time"),
+        client.next_line(LONG).expect("a line in time"),
+        client.next_line(SOON).expect("a line in time"),
     ];
     let took = begun.elapsed();
     assert_eq!(
         [
-            server.said(SOON).expect("a line in time"),
-            server.said(SOON).expect("a line in time")
+            server.next_line(SOON).expect("a line in time"),
+            server.next_line(SOON).expect("a line in time")
         ],
         [received.clone(), sent.clone()]
     );
@@ -126,13 +124,13 @@ fn reset_is_relayed_in_both_directions() {
         let server = b
             .python(ENDS, &["server", &host, port, serving])
             .expect("python3");
-        assert_eq!(server.said(SOON).expect("a line in time"), "up");
+        assert_eq!(server.next_line(SOON).expect("a line in time"), "up");
         let client = a
             .python(ENDS, &["client", &host, port, asking])
             .expect("python3");
         let mut ends = [
-            server.said(SOON).expect("a line in time"),
-            client.said(SOON).expect("a line in time"),
+            server.next_line(SOON).expect("a line in time"),
+            client.next_line(SOON).expect("a line in time"),
         ];
         ends.sort();
         assert_eq!(
@@ -182,18 +180,18 @@ fn stalled_readers_cost_only_their_buffers() {
     let (a, b) = (mesh.pod("a"), mesh.pod("b"));
     let (host, port) = (b.v4().to_string(), PORT.to_string());
     let server = b.python(DEAF, &[&host, &port]).expect("python3");
-    assert_eq!(server.said(SOON).expect("a line in time"), "up");
+    assert_eq!(server.next_line(SOON).expect("a line in time"), "up");
     // What is loaded once is loaded.
     let one = a.python(WRITERS, &[&host, &port, "1"]).expect("python3");
     let first: u64 = one
-        .said(SOON)
+        .next_line(SOON)
         .expect("a line in time")
         .parse()
         .expect("bytes");
     let before = resident(&mesh.agents);
     let many = a.python(WRITERS, &[&host, &port, "40"]).expect("python3");
     let taken: u64 = many
-        .said(LONG)
+        .next_line(LONG)
         .expect("a line in time")
         .parse()
         .expect("bytes");
@@ -237,7 +235,7 @@ print(sum(b"\n" in c.recv(4096) for c in conns))
     let client = a.python(script, &args).expect("python3");
     assert_eq!(
         client
-            .said(Duration::from_secs(120))
+            .next_line(Duration::from_secs(120))
             .expect("a line in time"),
         "1000"
     );
@@ -266,7 +264,7 @@ fn hundred_thousand_short_connections_across_nodes_at_default_sysctls() {
     let storm = a.start_probe(&text).expect("storm");
     let report: Storm = serde_json::from_str(
         &storm
-            .said(Duration::from_secs(600))
+            .next_line(Duration::from_secs(600))
             .expect("a line in time"),
     )
     .expect("a report");

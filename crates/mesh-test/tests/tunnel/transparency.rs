@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The main job: a connection from pod to pod across nodes, as both applications and the wire see
-//! it, and who is kept out of it.
+//! A connection from pod to pod across nodes, as both applications and the wire see it, and peers that
+//! are refused.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -11,7 +11,8 @@ use mesh_test::apps::{Content, Nginx};
 use mesh_test::authority::{authority, certificate};
 use mesh_test::capture::Captured;
 use mesh_test::mesh::{ENROLLED, TUNNEL_PORT};
-use mesh_test::reports::{Bulk, Storm, Tcp};
+use mesh_test::pod::SOCKETS;
+use mesh_test::reports::{Bulk, Storm};
 use mesh_test::{AgentConfig, Cmd, Families, Lab, Mesh, Pod, PodSpec, Topology, eventually};
 
 const MARKER: &str = "the-marker-that-must-not-be-seen";

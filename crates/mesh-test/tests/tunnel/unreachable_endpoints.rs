@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A service some of whose endpoints cannot be connected to: its clients do not notice, as long as
-//! there is one that can, and as often as docs/tunnel.md says.
+//! A service with unreachable endpoints: clients do not notice as long as one endpoint is reachable,
+//! within the number of retries in docs/tunnel.md.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;

@@ -37,10 +37,10 @@ pub(crate) struct Args {
     /// Threads, each with one connection at a time
     #[arg(long, default_value_t = 1)]
     threads: u64,
-    /// Connections altogether
+    /// Total number of connections
     #[arg(long)]
     count: Option<u64>,
-    /// Go on for so many seconds (if no count is given: 1)
+    /// Duration in seconds (default without --count: 1)
     #[arg(long)]
     seconds: Option<f64>,
     /// The server's own address is another than the destination (behind a service)

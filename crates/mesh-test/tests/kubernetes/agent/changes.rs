@@ -10,7 +10,7 @@ use mesh_test::reports::Tcp;
 use mesh_test::{Cmd, Pod, eventually};
 use serde_json::{Value, json};
 
-use super::stage::{PORT, SOON, Stage, does_reach, serve, storm, unharmed};
+use super::fixture::{Fixture, PORT, SOON, does_reach, serve, storm, unharmed};
 use super::{DENY, is_tunnelled};
 
 const VIP: &str = "10.96.0.77";
@@ -38,7 +38,7 @@ fn slice(pods: &[&Pod]) -> Value {
 }
 
 /// Waits until the service is answered by these pods and no others.
-fn answered_by(stage: &Stage, from: &Pod, pods: &[&Pod]) {
+fn answered_by(fixture: &Fixture, from: &Pod, pods: &[&Pod]) {
     let to = SocketAddr::new(VIP.parse().expect("an address"), PORT);
     let line = format!("tcp --to {to} --timeout-ms 1500");
     let expected: BTreeSet<String> = pods.iter().map(|pod| pod.name().to_owned()).collect();
@@ -50,40 +50,40 @@ fn answered_by(stage: &Stage, from: &Pod, pods: &[&Pod]) {
         let names: BTreeSet<String> = (0..8).filter_map(|_| answer()).collect();
         (names == expected).then_some(())
     })
-    .with_context(|| format!("{expected:?}: {:?}\n{}", answer(), stage.logs()))
+    .with_context(|| format!("{expected:?}: {:?}\n{}", answer(), fixture.logs()))
     .expect("answered");
 }
 
 #[test]
 fn service_and_mode_changes_are_enforced_under_traffic() {
-    let mut stage = Stage::open();
-    stage.kube.namespace("plain", &[]).expect("namespace");
-    let plain = stage.add_in("plain", "plain", 1);
-    let [a, near, b] = ["a", "near", "b"].map(|name| stage.mesh.pod(name));
+    let mut fixture = Fixture::open();
+    fixture.kube.namespace("plain", &[]).expect("namespace");
+    let plain = fixture.add_in("plain", "plain", 1);
+    let [a, near, b] = ["a", "near", "b"].map(|name| fixture.mesh.pod(name));
     let _servers = [&near, &b].map(|pod| {
         let line = format!("--tcp [::]:{PORT} --name {}", pod.name());
         pod.serve(&line).expect("server")
     });
-    is_tunnelled(&stage, &a, &b);
+    is_tunnelled(&fixture, &a, &b);
     let storm = storm(&a, &b);
     let apply = |object: &Value| {
-        let applied = stage.kube.apply_text(&object.to_string());
+        let applied = fixture.kube.apply_text(&object.to_string());
         applied.expect("applied")
     };
     // Deleted, and made again under the same name.
     for _ in 0..2 {
         apply(&service());
         apply(&slice(&[&b]));
-        answered_by(&stage, &a, &[&b]);
+        answered_by(&fixture, &a, &[&b]);
         apply(&slice(&[&near]));
-        answered_by(&stage, &a, &[&near]);
+        answered_by(&fixture, &a, &[&near]);
         apply(&slice(&[&near, &b]));
-        answered_by(&stage, &a, &[&near, &b]);
+        answered_by(&fixture, &a, &[&near, &b]);
         for kind in ["endpointslice", "service"] {
             let name = if kind == "service" { "shop" } else { "shop-1" };
             let delete = ["delete", kind, name];
-            stage.kube.kubectl(delete).expect("delete");
-            answered_by(&stage, &a, &[]);
+            fixture.kube.kubectl(delete).expect("delete");
+            answered_by(&fixture, &a, &[]);
         }
     }
     let strict = |mtls: &str| {
@@ -94,46 +94,46 @@ fn service_and_mode_changes_are_enforced_under_traffic() {
         })
     };
     for _ in 0..2 {
-        stage.until(&plain, &b, true);
+        fixture.until(&plain, &b, true);
         apply(&strict("Strict"));
-        stage.until(&plain, &b, false);
+        fixture.until(&plain, &b, false);
         apply(&strict("Permissive"));
-        stage.until(&plain, &b, true);
+        fixture.until(&plain, &b, true);
         apply(&strict("Strict"));
-        stage.until(&plain, &b, false);
+        fixture.until(&plain, &b, false);
         let delete = ["delete", "meshauthentication", "mode"];
-        stage.kube.kubectl(delete).expect("delete");
+        fixture.kube.kubectl(delete).expect("delete");
     }
-    stage.until(&plain, &b, true);
+    fixture.until(&plain, &b, true);
     unharmed(&storm);
 }
 
 #[test]
 fn interrupted_watch_is_resumed() {
-    let stage = Stage::open();
-    let [a, near, b] = ["a", "near", "b"].map(|name| stage.mesh.pod(name));
+    let fixture = Fixture::open();
+    let [a, near, b] = ["a", "near", "b"].map(|name| fixture.mesh.pod(name));
     let _servers = [&near, &b].map(|pod| serve(pod));
-    is_tunnelled(&stage, &a, &b);
+    is_tunnelled(&fixture, &a, &b);
     let storm = storm(&a, &b);
     let view = [
         "config",
         "view",
         "--output=jsonpath={.clusters[0].cluster.server}",
     ];
-    let server = stage.kube.kubectl(view).expect("kubeconfig");
+    let server = fixture.kube.kubectl(view).expect("kubeconfig");
     let (_, port) = server.trim().rsplit_once(':').expect("a port");
     for _ in 0..5 {
         for node in [1, 2] {
             let cut = format!("ss -HKtn state established dport = :{port}");
-            let cut = stage.mesh.node(node).run(Cmd::line(&cut), SOON);
+            let cut = fixture.mesh.node(node).run(Cmd::line(&cut), SOON);
             let cut = cut.expect("run").ok().expect("ss").text();
             assert!(!cut.trim().is_empty(), "node {node} watches nothing");
         }
-        stage.kube.apply_text(DENY).expect("apply");
-        stage.until(&a, &near, false);
+        fixture.kube.apply_text(DENY).expect("apply");
+        fixture.until(&a, &near, false);
         let delete = ["delete", "networkpolicy", "lock"];
-        stage.kube.kubectl(delete).expect("delete");
-        stage.until(&a, &near, true);
+        fixture.kube.kubectl(delete).expect("delete");
+        fixture.until(&a, &near, true);
         assert!(does_reach(&a, &b));
     }
     unharmed(&storm);

@@ -9,7 +9,7 @@ use mesh_test::{Kube, Pod, eventually};
 use serde_json::{Value, json};
 
 use super::DENY;
-use super::stage::{SOON, Stage, does_reach, serve, storm, unharmed};
+use super::fixture::{Fixture, SOON, does_reach, serve, storm, unharmed};
 
 /// A kind, and what is made invalid in an object of it.
 struct Row {
@@ -127,7 +127,7 @@ fn write_past_schema(kube: &Kube, crd: &str, object: &str) {
 
 /// The pods, and who is kept out by the kind.
 struct Scene {
-    stage: Stage,
+    fixture: Fixture,
     a: Arc<Pod>,
     near: Arc<Pod>,
     b: Arc<Pod>,
@@ -152,32 +152,34 @@ impl Scene {
                 "{}: {}\n{}",
                 row.kind,
                 from.name(),
-                self.stage.logs()
+                self.fixture.logs()
             );
         }
     }
 
     fn delete(&self, row: &Row, name: &str) {
         let delete = ["delete", row.crd, name, "--ignore-not-found"];
-        let kube = &self.stage.kube;
+        let kube = &self.fixture.kube;
         kube.kubectl(delete).expect("delete");
     }
 
     fn check(&self, row: &Row) {
-        let Self { stage, near, b, .. } = self;
+        let Self {
+            fixture, near, b, ..
+        } = self;
         let out = self.kept_out(row);
-        stage.until(out, near, true);
-        stage.until(out, b, true);
-        let apply = |text: String| stage.kube.apply_text(&text);
+        fixture.until(out, near, true);
+        fixture.until(out, b, true);
+        let apply = |text: String| fixture.kube.apply_text(&text);
         apply(row.object("good", "near")).expect("apply");
-        stage.until(out, near, false);
+        fixture.until(out, near, false);
 
         // An update that is invalid: the last good version stays.
-        write_past_schema(&stage.kube, row.crd, &row.invalid("good", "near"));
+        write_past_schema(&fixture.kube, row.crd, &row.invalid("good", "near"));
         let stays = "the last good version stays in force";
         self.is_told(row, ("good", 2), stays, 1);
         let says = |status: &Value| of(&status["inForce"], row, "good").is_some();
-        let status = &stage.mesh_node(1, row.kind, says)["status"];
+        let status = &fixture.mesh_node(1, row.kind, says)["status"];
         let in_force = of(&status["inForce"], row, "good").expect("in force");
         assert_eq!(in_force["generation"], 1, "the last good one: {in_force}");
         assert!(!does_reach(out, near), "{}: it opened", row.kind);
@@ -185,16 +187,16 @@ impl Scene {
 
         // One that never was good closes whom it selects, and nobody else.
         apply(row.invalid("new", "b")).expect("apply");
-        stage.until(out, b, false);
+        fixture.until(out, b, false);
         self.is_told(row, ("new", 1), row.instead, 2);
         assert!(!does_reach(out, near), "{}: it opened", row.kind);
         self.rest_goes_on(row);
         self.delete(row, "new");
-        stage.until(out, b, true);
+        fixture.until(out, b, true);
         self.delete(row, "good");
-        stage.until(out, near, true);
+        fixture.until(out, near, true);
         for node in [1, 2] {
-            stage.mesh_node(node, "no rejections", |status| {
+            fixture.mesh_node(node, "no rejections", |status| {
                 status["rejections"].is_null()
             });
             self.counted(node, 0, row);
@@ -205,7 +207,7 @@ impl Scene {
     fn is_told(&self, row: &Row, (name, generation): (&str, u64), instead: &str, all: u32) {
         for node in [1, 2] {
             let says = |status: &Value| of(&status["rejections"], row, name).is_some();
-            let status = &self.stage.mesh_node(node, row.kind, says)["status"];
+            let status = &self.fixture.mesh_node(node, row.kind, says)["status"];
             let rejection = of(&status["rejections"], row, name).expect("a rejection");
             assert_eq!(rejection["object"]["generation"], generation, "{rejection}");
             assert_eq!(rejection["field"], row.field, "{rejection}");
@@ -214,7 +216,12 @@ impl Scene {
             assert!(wrong.contains(row.bad), "{message}");
             assert_eq!(then, instead, "{rejection}");
             self.counted(node, all, row);
-            let page = self.stage.mesh.agent(node).ask("/status").expect("status");
+            let page = self
+                .fixture
+                .mesh
+                .agent(node)
+                .ask("/status")
+                .expect("status");
             let listed = page["rejections"].as_array().expect("a list");
             let is_it = |one: &Value| one["field"] == row.field && one["consequence"] == instead;
             assert!(listed.iter().any(is_it), "{page}");
@@ -223,7 +230,7 @@ impl Scene {
 
     /// A node's metric says how much is rejected: what an alert is raised by.
     fn counted(&self, node: u8, fields: u32, row: &Row) {
-        let agent = self.stage.mesh.agent(node);
+        let agent = self.fixture.mesh.agent(node);
         let metric = || {
             let page = agent.metrics().expect("metrics");
             mesh_test::mesh::sum(&page, "mesh_rejected_fields", &[])
@@ -248,13 +255,13 @@ fn of(list: &Value, row: &Row, name: &str) -> Option<Value> {
 
 #[test]
 fn invalid_objects_fail_closed_and_others_stay_enforced() {
-    let mut stage = Stage::open();
-    stage.kube.namespace("plain", &[]).expect("namespace");
-    let plain = stage.add_in("plain", "plain", 1);
-    let [a, near, b] = ["a", "near", "b"].map(|name| stage.mesh.pod(name));
+    let mut fixture = Fixture::open();
+    fixture.kube.namespace("plain", &[]).expect("namespace");
+    let plain = fixture.add_in("plain", "plain", 1);
+    let [a, near, b] = ["a", "near", "b"].map(|name| fixture.mesh.pod(name));
     let _servers = [&a, &near, &b].map(|pod| serve(pod));
     let scene = Scene {
-        stage,
+        fixture,
         a,
         near,
         b,
@@ -275,29 +282,29 @@ spec: SPEC
 
 #[test]
 fn invalid_objects_of_unused_kinds_are_ignored() {
-    let stage = Stage::open();
-    let [a, near, b] = ["a", "near", "b"].map(|name| stage.mesh.pod(name));
+    let fixture = Fixture::open();
+    let [a, near, b] = ["a", "near", "b"].map(|name| fixture.mesh.pod(name));
     let _servers = [&near, &b].map(|pod| serve(pod));
-    stage.until(&a, &b, true);
-    stage.kube.apply_text(DENY).expect("apply");
-    stage.until(&a, &near, false);
+    fixture.until(&a, &b, true);
+    fixture.kube.apply_text(DENY).expect("apply");
+    fixture.until(&a, &near, false);
     let storm = storm(&a, &b);
 
     let crd = "meshtrafficpolicies.mesh.rs";
     let specs = ["{targetRef: [b], retry: {attempts: many}}", "nonsense"];
-    write_past_schema(&stage.kube, crd, &TRAFFIC.replace("SPEC", specs[0]));
-    stage
+    write_past_schema(&fixture.kube, crd, &TRAFFIC.replace("SPEC", specs[0]));
+    fixture
         .kube
         .apply_text(&TRAFFIC.replace("SPEC", specs[1]))
         .expect("an update");
     for node in [1, 2] {
         let named = eventually("the object to be named", SOON, || {
-            let page = stage.mesh.agent(node).ask("/status").ok()?;
+            let page = fixture.mesh.agent(node).ask("/status").ok()?;
             let warnings = page["warnings"].as_array()?.iter();
             let mut named = warnings.filter(|one| one["object"].to_string().contains("broken"));
             named.next().cloned().map(|one| (one, page.clone()))
         });
-        let (warning, page) = named.with_context(|| stage.logs()).expect("named");
+        let (warning, page) = named.with_context(|| fixture.logs()).expect("named");
         let kind = warning["object"].to_string();
         assert!(kind.contains("MeshTrafficPolicy"), "{warning}");
         assert_eq!(warning["what"], "this version does not act on this kind");
@@ -306,11 +313,11 @@ fn invalid_objects_of_unused_kinds_are_ignored() {
     assert!(!does_reach(&a, &near), "it opened");
     // The other kinds are followed as before.
     let open = DENY.replace("policyTypes: [Ingress]", "ingress: [{}]");
-    stage.kube.apply_text(&open).expect("apply");
-    stage.until(&a, &near, true);
-    stage.kube.apply_text(DENY).expect("apply");
-    stage.until(&a, &near, false);
-    stage
+    fixture.kube.apply_text(&open).expect("apply");
+    fixture.until(&a, &near, true);
+    fixture.kube.apply_text(DENY).expect("apply");
+    fixture.until(&a, &near, false);
+    fixture
         .kube
         .kubectl(["delete", crd, "broken"])
         .expect("delete");
@@ -333,12 +340,12 @@ spec:
 
 #[test]
 fn domain_name_rules_are_reported_in_node_status() {
-    let stage = Stage::open();
-    stage.kube.apply_text(NAMES).expect("apply");
+    let fixture = Fixture::open();
+    fixture.kube.apply_text(NAMES).expect("apply");
     let field = "spec.egress[0].to[0].domainNames";
     for node in [1, 2] {
         let names = |status: &Value| status["warnings"][0]["field"] == field;
-        let now = stage.mesh_node(node, "the warning", names);
+        let now = fixture.mesh_node(node, "the warning", names);
         let warning = &now["status"]["warnings"][0];
         assert_eq!(warning["object"]["kind"], "ClusterNetworkPolicy", "{now}");
         assert_eq!(warning["object"]["name"], "names", "{now}");
@@ -346,6 +353,6 @@ fn domain_name_rules_are_reported_in_node_status() {
         assert!(message.contains("matches nothing"), "{message}");
     }
     let delete = ["delete", "clusternetworkpolicy", "names"];
-    stage.kube.kubectl(delete).expect("delete");
-    stage.mesh_node(1, "no warnings", |status| status["warnings"].is_null());
+    fixture.kube.kubectl(delete).expect("delete");
+    fixture.mesh_node(1, "no warnings", |status| status["warnings"].is_null());
 }

@@ -5,7 +5,7 @@ use mesh_test::mesh::{ENROLLED, sum};
 use mesh_test::reports::{Storm, Tcp};
 use mesh_test::{Pod, eventually};
 
-use super::stage::{PORT, SOON, Stage, serve};
+use super::fixture::{Fixture, PORT, SOON, serve};
 
 const METRIC: &str = "mesh_unencrypted_bytes_total";
 const VERDICTS: &str = "mesh_policy_verdicts_total";
@@ -19,9 +19,9 @@ spec: {podSelector: {matchLabels: {app: a}}, outbound: Required}
 ";
 
 /// Of node 1.
-fn counted(stage: &Stage, metric: &str, labels: &[(&str, &str)]) -> f64 {
+fn counted(fixture: &Fixture, metric: &str, labels: &[(&str, &str)]) -> f64 {
     sum(
-        &stage.mesh.agent(1).metrics().expect("metrics"),
+        &fixture.mesh.agent(1).metrics().expect("metrics"),
         metric,
         labels,
     )
@@ -37,9 +37,9 @@ fn storm(from: &Pod, to: &Pod) -> f64 {
     (storm.bytes_sent + storm.bytes_received) as f64
 }
 
-fn grown_by(stage: &Stage, expected: f64, before: [f64; 2]) {
+fn grown_by(fixture: &Fixture, expected: f64, before: [f64; 2]) {
     let grown = || {
-        let now = [&[REASON][..], &[]].map(|labels| counted(stage, METRIC, labels));
+        let now = [&[REASON][..], &[]].map(|labels| counted(fixture, METRIC, labels));
         [now[0] - before[0], now[1] - before[1]]
     };
     // The last connection ends a moment after its client has.
@@ -54,53 +54,58 @@ fn grown_by(stage: &Stage, expected: f64, before: [f64; 2]) {
 
 #[test]
 fn pod_on_unreported_node_gets_counted_plaintext_or_refusal() {
-    let mut stage = Stage::open();
-    let a = stage.mesh.pod("a");
+    let mut fixture = Fixture::open();
+    let a = fixture.mesh.pod("a");
     // Nobody is there to adopt what comes now, and to report it.
-    stage.mesh.agents[1].kill_9().expect("kill");
-    stage.kube.namespace("late", &[ENROLLED]).expect("created");
-    let late = stage.add_in("late", "late", 2);
+    fixture.mesh.agents[1].kill_9().expect("kill");
+    fixture
+        .kube
+        .namespace("late", &[ENROLLED])
+        .expect("created");
+    let late = fixture.add_in("late", "late", 2);
     let _server = serve(&late);
     let address = late.v4().to_string();
     eventually("node 1 to know it", SOON, || {
-        let plan = stage.mesh.agent(1).ask_text("/plan").ok()?;
+        let plan = fixture.mesh.agent(1).ask_text("/plan").ok()?;
         plan.contains(&address).then_some(())
     })
     .expect("known");
 
-    let both = |stage: &Stage| [&[REASON][..], &[]].map(|labels| counted(stage, METRIC, labels));
-    let before = both(&stage);
+    let both =
+        |fixture: &Fixture| [&[REASON][..], &[]].map(|labels| counted(fixture, METRIC, labels));
+    let before = both(&fixture);
     let bytes = storm(&a, &late);
-    grown_by(&stage, bytes, before);
+    grown_by(&fixture, bytes, before);
 
     // Who must not send in clear does not.
-    let refused = |stage: &Stage| counted(stage, VERDICTS, &[REASON, ("direction", "egress")]);
-    assert_eq!(refused(&stage).to_string(), "0");
-    stage.kube.apply_text(REQUIRED).expect("apply");
-    stage.until(&a, &late, false);
-    let before = both(&stage);
+    let refused =
+        |fixture: &Fixture| counted(fixture, VERDICTS, &[REASON, ("direction", "egress")]);
+    assert_eq!(refused(&fixture).to_string(), "0");
+    fixture.kube.apply_text(REQUIRED).expect("apply");
+    fixture.until(&a, &late, false);
+    let before = both(&fixture);
     let line = format!("tcp --to {address}:{PORT} --timeout-ms 1500");
     let report: Tcp = a.probe(&line).expect("run").json().expect("a report");
     assert_eq!(report.errno, Some(libc::ECONNREFUSED), "{report:?}");
-    assert!(refused(&stage) >= 2.0);
+    assert!(refused(&fixture) >= 2.0);
     assert_eq!(
-        both(&stage).map(|n| n.to_string()),
+        both(&fixture).map(|n| n.to_string()),
         before.map(|n| n.to_string())
     );
 
     // The control: once its node has reported it, it is reached, and by nothing that is counted.
-    stage.mesh.agents[1].start_again().expect("a successor");
-    stage.until(&a, &late, true);
-    let before = both(&stage);
+    fixture.mesh.agents[1].start_again().expect("a successor");
+    fixture.until(&a, &late, true);
+    let before = both(&fixture);
     storm(&a, &late);
     eventually("the records of all", SOON, || {
         let labels = [("security", "mutual_tls"), ("reporter", "source")];
-        let closed = counted(&stage, "mesh_tcp_connections_closed_total", &labels);
+        let closed = counted(&fixture, "mesh_tcp_connections_closed_total", &labels);
         (closed >= 200.0).then_some(())
     })
     .expect("through tunnels");
     assert_eq!(
-        both(&stage).map(|n| n.to_string()),
+        both(&fixture).map(|n| n.to_string()),
         before.map(|n| n.to_string())
     );
 }

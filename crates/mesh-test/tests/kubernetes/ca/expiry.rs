@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Tokens that end. The API server gives none for less than ten minutes, so they are signed here,
-//! with its own key.
+//! Tokens that expire. The API server issues none for less than ten minutes, so the test signs them with
+//! the API server's key.
 
 use std::fs;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use rcgen::{KeyPair, SigningKey as _};
 use serde_json::Value;
 
 use super::clock;
-use super::rig::{AUDIENCE, Rig, web};
+use super::fixture::{AUDIENCE, CaFixture, web};
 
 /// Both numbers of a signature one after the other, 32 bytes each (RFC 7518, section 3.4), from
 /// their DER.
@@ -30,7 +30,7 @@ fn plain(der: &[u8]) -> Vec<u8> {
 }
 
 /// The same token, but valid from two hours ago to `seconds` from now.
-fn until(rig: &Rig, token: &str, seconds: i64) -> String {
+fn until(fixture: &CaFixture, token: &str, seconds: i64) -> String {
     let mut parts = token.split('.');
     let (head, claims) = (parts.next().expect("head"), parts.next().expect("claims"));
     let mut claims: Value =
@@ -41,22 +41,22 @@ fn until(rig: &Rig, token: &str, seconds: i64) -> String {
         claims[claim] = Value::from(now.saturating_add_signed(after));
     }
     let text = format!("{head}.{}", BASE64.encode(claims.to_string()));
-    let key = rig.kube.place().dir().join("pki/sa.key");
+    let key = fixture.kube.host().dir().join("pki/sa.key");
     let key = KeyPair::from_pem(&fs::read_to_string(key).expect("key")).expect("key");
     let signature = key.sign(text.as_bytes()).expect("signed");
     format!("{text}.{}", BASE64.encode(plain(&signature)))
 }
 
 /// What the API server itself says of a token.
-fn reviewed(rig: &Rig, token: &str) -> Value {
+fn reviewed(fixture: &CaFixture, token: &str) -> Value {
     let review = serde_json::json!({
         "apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview",
         "spec": { "token": token, "audiences": [AUDIENCE] },
     });
-    let file = rig.dir.join("review.json");
+    let file = fixture.dir.join("review.json");
     fs::write(&file, review.to_string()).expect("write");
     let path = "/apis/authentication.k8s.io/v1/tokenreviews";
-    let said = rig
+    let said = fixture
         .kube
         .kubectl(["create", "--raw", path, "-f", file.to_str().expect("text")])
         .expect("review");
@@ -65,18 +65,18 @@ fn reviewed(rig: &Rig, token: &str) -> Value {
 
 #[test]
 fn expired_token_is_refused_and_counted() {
-    let rig = Rig::start();
-    let token = rig.token(AUDIENCE, Some(Bound::Pod("agent-n1")));
-    let (good, over) = (until(&rig, &token, 600), until(&rig, &token, -120));
+    let fixture = CaFixture::start();
+    let token = fixture.token(AUDIENCE, Some(Bound::Pod("agent-n1")));
+    let (good, over) = (until(&fixture, &token, 600), until(&fixture, &token, -120));
     // The control: but for its end it is as good as any.
-    assert_eq!(reviewed(&rig, &good)["authenticated"], true);
-    rig.ask(&web(&good, &rig.p256())).expect("issued");
-    let review = reviewed(&rig, &over);
+    assert_eq!(reviewed(&fixture, &good)["authenticated"], true);
+    fixture.ask(&web(&good, &fixture.p256())).expect("issued");
+    let review = reviewed(&fixture, &over);
     assert!(
         review["error"]
             .as_str()
             .is_some_and(|why| why.contains("expired")),
         "{review}"
     );
-    rig.refused(&web(&over, &rig.p256()), 16, "unauthenticated");
+    fixture.refused(&web(&over, &fixture.p256()), 16, "unauthenticated");
 }

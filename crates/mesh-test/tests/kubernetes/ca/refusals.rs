@@ -7,27 +7,27 @@ use mesh_test::kube::Bound;
 use mesh_test::kube::controller::NAMESPACE;
 use mesh_test::{Cmd, eventually};
 
-use super::rig::{AUDIENCE, Asked, Rig, SOON, WEB, web};
+use super::fixture::{AUDIENCE, Asked, CaFixture, SOON, WEB, web};
 
 #[test]
 fn certificate_is_issued_only_to_agent_of_the_pods_node() {
-    let rig = Rig::start();
-    let n1 = rig.token(AUDIENCE, Some(Bound::Pod("agent-n1")));
-    let good = rig.csr(
+    let fixture = CaFixture::start();
+    let n1 = fixture.token(AUDIENCE, Some(Bound::Pod("agent-n1")));
+    let good = fixture.csr(
         &["ec", "-pkeyopt", "ec_paramgen_curve:P-256"],
         &[
             "-addext",
             "subjectAltName=URI:spiffe://cluster.local/ns/shop/sa/db,DNS:evil.test",
         ],
     );
-    let chain = rig.ask(&web(&n1, &good)).expect("issued");
+    let chain = fixture.ask(&web(&n1, &good)).expect("issued");
     assert_eq!(chain.len(), 3, "leaf, intermediate, root");
     let names = ["leaf", "intermediate", "root"];
     for (name, pem) in names.iter().zip(&chain) {
-        fs::write(rig.dir.join(name), pem).expect("write");
+        fs::write(fixture.dir.join(name), pem).expect("write");
     }
-    let path = |name: &str| rig.dir.join(name).to_str().expect("text").to_owned();
-    let verified = rig.run(Cmd::new("openssl").args([
+    let path = |name: &str| fixture.dir.join(name).to_str().expect("text").to_owned();
+    let verified = fixture.run(Cmd::new("openssl").args([
         "verify",
         "-CAfile",
         &path("root"),
@@ -36,7 +36,7 @@ fn certificate_is_issued_only_to_agent_of_the_pods_node() {
         &path("leaf"),
     ]));
     assert!(verified.contains(": OK"), "{verified}");
-    let shown = rig.run(Cmd::new("openssl").args([
+    let shown = fixture.run(Cmd::new("openssl").args([
         "x509",
         "-in",
         &path("leaf"),
@@ -54,7 +54,7 @@ fn certificate_is_issued_only_to_agent_of_the_pods_node() {
     );
     assert_eq!(shown.matches("URI:").count(), 1, "{shown}");
     assert!(!shown.contains("somebody"), "{shown}");
-    let hour = rig.kube.place().run(
+    let hour = fixture.kube.host().run(
         Cmd::new("openssl").args(["x509", "-in", &path("leaf"), "-noout", "-checkend", "3700"]),
         SOON,
     );
@@ -62,60 +62,60 @@ fn certificate_is_issued_only_to_agent_of_the_pods_node() {
         !hour.expect("run").status.success(),
         "it lasts as long as was asked for"
     );
-    let rsa = rig.csr(&["rsa:2048"], &[]);
-    assert_eq!(rig.ask(&web(&n1, &rsa)).map(|chain| chain.len()), Ok(3));
+    let rsa = fixture.csr(&["rsa:2048"], &[]);
+    assert_eq!(fixture.ask(&web(&n1, &rsa)).map(|chain| chain.len()), Ok(3));
 
-    rig.refused(&web(&n1, &good), 6, "replayed");
-    not_issued_to(&rig, &n1);
-    nor_for(&rig, &n1);
+    fixture.refused(&web(&n1, &good), 6, "replayed");
+    not_issued_to(&fixture, &n1);
+    nor_for(&fixture, &n1);
     // All of which did not hurt.
-    assert!(rig.ask(&web(&n1, &rig.p256())).is_ok());
+    assert!(fixture.ask(&web(&n1, &fixture.p256())).is_ok());
 }
 
 /// Those who ask, and may not.
-fn not_issued_to(rig: &Rig, n1: &str) {
-    let csr = rig.p256();
+fn not_issued_to(fixture: &CaFixture, n1: &str) {
+    let csr = fixture.p256();
     let of = |token, whose| Asked {
         token,
         csr: &csr,
         whose: Some(whose),
         seconds: 3600,
     };
-    rig.refused(&of("", WEB), 16, "unauthenticated");
-    rig.refused(&of("garbage", WEB), 16, "unauthenticated");
+    fixture.refused(&of("", WEB), 16, "unauthenticated");
+    fixture.refused(&of("garbage", WEB), 16, "unauthenticated");
     let forged = format!("{}x", n1.rsplit_once('.').expect("a JWT").0);
-    rig.refused(&of(&forged, WEB), 16, "unauthenticated");
-    let wrong = rig.token(Some("somebody-else"), Some(Bound::Pod("agent-n1")));
-    rig.refused(&of(&wrong, WEB), 16, "wrong_audience");
-    let api = rig.token(None, Some(Bound::Pod("agent-n1")));
-    rig.refused(&of(&api, WEB), 16, "wrong_audience");
-    let unbound = rig.token(AUDIENCE, None);
-    rig.refused(&of(&unbound, WEB), 7, "not_bound");
-    let pod = rig
+    fixture.refused(&of(&forged, WEB), 16, "unauthenticated");
+    let wrong = fixture.token(Some("somebody-else"), Some(Bound::Pod("agent-n1")));
+    fixture.refused(&of(&wrong, WEB), 16, "wrong_audience");
+    let api = fixture.token(None, Some(Bound::Pod("agent-n1")));
+    fixture.refused(&of(&api, WEB), 16, "wrong_audience");
+    let unbound = fixture.token(AUDIENCE, None);
+    fixture.refused(&of(&unbound, WEB), 7, "not_bound");
+    let pod = fixture
         .kube
         .token(("shop", "web"), AUDIENCE, Some(Bound::Pod("web")))
         .expect("token");
-    rig.refused(&of(&pod, WEB), 7, "not_an_agent");
+    fixture.refused(&of(&pod, WEB), 7, "not_an_agent");
     // A stolen token is good for its own node's pods only.
-    let n2 = rig.token(AUDIENCE, Some(Bound::Pod("agent-n2")));
-    rig.refused(&of(&n2, WEB), 7, "not_on_node");
-    rig.refused(
+    let n2 = fixture.token(AUDIENCE, Some(Bound::Pod("agent-n2")));
+    fixture.refused(&of(&n2, WEB), 7, "not_on_node");
+    fixture.refused(
         &of(n1, "spiffe://cluster.local/ns/shop/sa/db"),
         7,
         "not_on_node",
     );
-    rig.refused(
+    fixture.refused(
         &of(n1, "spiffe://cluster.local/ns/shop/sa/nobody"),
         7,
         "not_on_node",
     );
-    rig.refused(
+    fixture.refused(
         &of(n1, "spiffe://other.test/ns/shop/sa/web"),
         7,
         "foreign_identity",
     );
-    rig.refused(&of(n1, "spiffe://cluster.local/shop/web"), 3, "no_identity");
-    rig.refused(
+    fixture.refused(&of(n1, "spiffe://cluster.local/shop/web"), 3, "no_identity");
+    fixture.refused(
         &Asked {
             token: n1,
             csr: &csr,
@@ -125,7 +125,8 @@ fn not_issued_to(rig: &Rig, n1: &str) {
         3,
         "no_identity",
     );
-    rig.kube
+    fixture
+        .kube
         .kubectl([
             "delete",
             "pod",
@@ -138,7 +139,7 @@ fn not_issued_to(rig: &Rig, n1: &str) {
         .expect("delete");
     // The API server remembers for some seconds that a token was good.
     eventually("the token to die with its pod", SOON, || {
-        let csr = rig.p256();
+        let csr = fixture.p256();
         let whose = Some("spiffe://cluster.local/ns/shop/sa/db");
         let asked = Asked {
             token: &n2,
@@ -146,17 +147,17 @@ fn not_issued_to(rig: &Rig, n1: &str) {
             whose,
             seconds: 3600,
         };
-        rig.ask(&asked).err()
+        fixture.ask(&asked).err()
     })
     .map(|why| assert!(why.starts_with("16 unauthenticated"), "{why}"))
     .expect("refused");
 }
 
 /// What is asked, and is no request.
-fn nor_for(rig: &Rig, n1: &str) {
-    rig.refused(&web(n1, ""), 3, "malformed");
-    rig.refused(&web(n1, &rig.p256().repeat(2)), 3, "malformed");
-    rig.refused(
+fn nor_for(fixture: &CaFixture, n1: &str) {
+    fixture.refused(&web(n1, ""), 3, "malformed");
+    fixture.refused(&web(n1, &fixture.p256().repeat(2)), 3, "malformed");
+    fixture.refused(
         &web(
             n1,
             "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n",
@@ -164,7 +165,7 @@ fn nor_for(rig: &Rig, n1: &str) {
         3,
         "malformed",
     );
-    let csr = rig.p256();
+    let csr = fixture.p256();
     // A signature that is not the key's: the last characters of the body are its.
     let end = csr.find("\n-----END").expect("PEM");
     let mut broken = csr.clone().into_bytes();
@@ -172,32 +173,32 @@ fn nor_for(rig: &Rig, n1: &str) {
         *byte = if *byte == b'A' { b'B' } else { b'A' };
     }
     let broken = String::from_utf8(broken).expect("text");
-    rig.refused(&web(n1, &broken), 3, "malformed");
-    rig.refused(&web(n1, &rig.csr(&["rsa:1024"], &[])), 3, "weak_key");
-    rig.refused(&web(n1, &rig.csr(&["ed25519"], &[])), 3, "weak_key");
+    fixture.refused(&web(n1, &broken), 3, "malformed");
+    fixture.refused(&web(n1, &fixture.csr(&["rsa:1024"], &[])), 3, "weak_key");
+    fixture.refused(&web(n1, &fixture.csr(&["ed25519"], &[])), 3, "weak_key");
     // Curves that not every peer can verify: another of 256 bits, and one that is larger.
     for (curve, why) in [("secp256k1", "malformed"), ("secp521r1", "weak_key")] {
         let curve = format!("ec_paramgen_curve:{curve}");
-        let csr = rig.csr(&["ec", "-pkeyopt", &curve], &[]);
-        rig.refused(&web(n1, &csr), 3, why);
+        let csr = fixture.csr(&["ec", "-pkeyopt", &curve], &[]);
+        fixture.refused(&web(n1, &csr), 3, why);
     }
     // A byte behind the request's end, inside its PEM.
-    rig.refused(&web(n1, &with_a_byte_more(rig)), 3, "malformed");
-    rig.refused(&web(n1, &csr.repeat(40)), 3, "oversized");
+    fixture.refused(&web(n1, &with_a_byte_more(fixture)), 3, "malformed");
+    fixture.refused(&web(n1, &csr.repeat(40)), 3, "oversized");
     // Beyond what a message may be nothing is even read.
-    let huge = rig.ask(&web(n1, &"A".repeat(100_000)));
+    let huge = fixture.ask(&web(n1, &"A".repeat(100_000)));
     assert!(huge.is_err(), "{huge:?}");
 }
 
 /// A good request whose DER goes on behind its end.
-fn with_a_byte_more(rig: &Rig) -> String {
-    let good = rig.dir.join("good.pem");
-    fs::write(&good, rig.p256()).expect("write");
+fn with_a_byte_more(fixture: &CaFixture) -> String {
+    let good = fixture.dir.join("good.pem");
+    fs::write(&good, fixture.p256()).expect("write");
     let script = format!(
         "(openssl req -in {} -outform DER; printf x) | openssl base64",
         good.display()
     );
-    let body = rig.run(Cmd::shell(&script));
+    let body = fixture.run(Cmd::shell(&script));
     let name = "CERTIFICATE REQUEST";
     format!("-----BEGIN {name}-----\n{body}-----END {name}-----\n")
 }
@@ -205,11 +206,11 @@ fn with_a_byte_more(rig: &Rig) -> String {
 /// What a request asks for beyond a key is not given.
 #[test]
 fn csr_names_usages_and_lifetime_are_ignored() {
-    let rig = Rig::start();
-    let n1 = rig.token(AUDIENCE, Some(Bound::Pod("agent-n1")));
+    let fixture = CaFixture::start();
+    let n1 = fixture.token(AUDIENCE, Some(Bound::Pod("agent-n1")));
     let uris = "URI:spiffe://cluster.local/ns/shop/sa/web,URI:spiffe://cluster.local/ns/shop/sa/db,\
                 IP:10.0.0.1,email:a@evil.test";
-    let csr = rig.csr(
+    let csr = fixture.csr(
         &["ec", "-pkeyopt", "ec_paramgen_curve:P-384"],
         &[
             "-addext",
@@ -227,10 +228,10 @@ fn csr_names_usages_and_lifetime_are_ignored() {
         seconds: 315_360_000,
         ..web(&n1, &csr)
     };
-    let chain = rig.ask(&asked).expect("issued");
-    let leaf = rig.dir.join("leaf");
+    let chain = fixture.ask(&asked).expect("issued");
+    let leaf = fixture.dir.join("leaf");
     fs::write(&leaf, &chain[0]).expect("write");
-    let shown = rig.run(
+    let shown = fixture.run(
         Cmd::new("openssl")
             .args(["x509", "-noout", "-text", "-in"])
             .args([leaf.as_os_str()]),
@@ -253,7 +254,10 @@ fn csr_names_usages_and_lifetime_are_ignored() {
     for (seconds, lives) in [(23 * 3600, true), (24 * 3600 + 60, false)] {
         let check =
             Cmd::new("openssl").args(["x509", "-noout", "-checkend", &seconds.to_string(), "-in"]);
-        let checked = rig.kube.place().run(check.args([leaf.as_os_str()]), SOON);
+        let checked = fixture
+            .kube
+            .host()
+            .run(check.args([leaf.as_os_str()]), SOON);
         assert_eq!(checked.expect("run").status.success(), lives, "{seconds}");
     }
 }
@@ -262,14 +266,14 @@ fn csr_names_usages_and_lifetime_are_ignored() {
 /// not.
 #[test]
 fn rate_limit_is_per_caller() {
-    let rig = Rig::start();
-    let n1 = rig.token(AUDIENCE, Some(Bound::Pod("agent-n1")));
-    let csr = rig.p256();
+    let fixture = CaFixture::start();
+    let n1 = fixture.token(AUDIENCE, Some(Bound::Pod("agent-n1")));
+    let csr = fixture.p256();
     // By one curl, over one connection: faster than what follows a burst.
-    let many = rig
+    let many = fixture
         .curl(&web("garbage", &csr), "?[1-600]")
         .args(["-o", "/dev/null"]);
-    let heads = rig.run(many);
+    let heads = fixture.run(many);
     let of = |status: &str| {
         let line = format!("grpc-status: {status}");
         heads.lines().filter(|head| head.trim() == line).count()
@@ -279,19 +283,20 @@ fn rate_limit_is_per_caller() {
     // A burst of 256, and 16 a second for as long as that took.
     assert!((256..500).contains(&judged), "{judged} were judged");
     let labels = [("result", "rate_limited")];
-    let counted = rig
+    let counted = fixture
         .controller
-        .metric(&rig.kube, "mesh_ca_requests_total", &labels);
+        .metric(&fixture.kube, "mesh_ca_requests_total", &labels);
     assert_eq!(counted.expect("metric").to_string(), held_off.to_string());
     // The control: from another address the same moment, with a good token.
-    let other = rig
-        .curl(&web(&n1, &csr), "")
-        .args(["--interface", "127.0.0.2", "-o", "/dev/null"]);
-    let head = rig.run(other);
+    let other =
+        fixture
+            .curl(&web(&n1, &csr), "")
+            .args(["--interface", "127.0.0.2", "-o", "/dev/null"]);
+    let head = fixture.run(other);
     assert!(head.contains("grpc-status: 0"), "{head}");
     // And from the first one, a moment later.
     eventually("the first to be served again", SOON, || {
-        rig.ask(&web(&n1, &rig.p256())).ok()
+        fixture.ask(&web(&n1, &fixture.p256())).ok()
     })
     .expect("served");
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A controller, and requests to it that nothing of our own code is in.
+//! A controller, and requests to it without code of the mesh.
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
@@ -92,13 +92,13 @@ pub(crate) fn message(asked: &Asked<'_>) -> Vec<u8> {
     framed
 }
 
-pub(crate) struct Rig {
+pub(crate) struct CaFixture {
     pub(crate) kube: Kube,
     pub(crate) controller: Controller,
     pub(crate) dir: PathBuf,
 }
 
-impl Rig {
+impl CaFixture {
     /// Nodes n1 and n2 with an agent's pod each; pods of shop/web on n1 and shop/db on n2.
     pub(crate) fn start() -> Self {
         let kube = Kube::builder().start().expect("servers");
@@ -119,7 +119,7 @@ impl Rig {
             pod(&kube, ("shop", account), node, account);
         }
         let controller = kube.controller("a", HERE, &[]).expect("controller");
-        let dir = kube.place().dir().join("requests");
+        let dir = kube.host().dir().join("requests");
         fs::create_dir_all(&dir).expect("directory");
         Self {
             kube,
@@ -136,7 +136,7 @@ impl Rig {
 
     pub(crate) fn run(&self, cmd: Cmd) -> String {
         self.kube
-            .place()
+            .host()
             .run(cmd, SOON)
             .expect("run")
             .ok()
@@ -184,7 +184,7 @@ impl Rig {
         let file = |name: &str| self.dir.join(name).to_str().expect("text").to_owned();
         fs::write(file("answer"), "").expect("write");
         let curl = self.curl(asked, "").args(["-o", &file("answer")]);
-        let output = self.kube.place().run(curl, SOON).expect("run");
+        let output = self.kube.host().run(curl, SOON).expect("run");
         let head = match output.ok() {
             Ok(done) => done.text(),
             Err(error) => return Err(format!("{error:#}")),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A lab whose pods are objects of a real API server, put there as a kubelet would.
+//! A lab whose pods are objects of a real API server, created as by a kubelet.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ pub(crate) const SOON: Duration = Duration::from_secs(20);
 pub(crate) const PORT: u16 = 7000;
 
 /// A lab whose pods are in a real API server, as a kubelet would put them there.
-pub(crate) struct Stage {
+pub(crate) struct Fixture {
     /// What keeps a pod's cgroup alive, as its sandbox does.
     pub(crate) sandboxes: Vec<Proc>,
     pub(crate) mesh: Mesh,
@@ -96,7 +96,7 @@ pub(crate) fn config(lab: &Lab, kubeconfig: &Path) -> AgentConfig {
         .flag("--kubeconfig", kubeconfig)
 }
 
-impl Stage {
+impl Fixture {
     /// Pods `a` and `near` on node 1, `b` on node 2, in the mesh.
     pub(crate) fn open() -> Self {
         let lab = Lab::builder(Topology::Routed).build().expect("lab");

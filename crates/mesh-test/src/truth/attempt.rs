@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What `probe checks` is told to try, and what it says came of it.
+//! Input and output of `probe checks`: connections to try, and their outcomes.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -10,35 +10,35 @@ use crate::talk::Identity;
 
 /// One connection or datagram to try.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Errand {
-    /// Its number, which the result carries.
+pub struct Attempt {
+    /// Number of the attempt, repeated in its outcome.
     pub id: usize,
     /// A datagram (UDP) or a connection.
     pub transport: Transport,
-    /// Bind to this address; else the kernel chooses.
+    /// Source address (default: the kernel's choice).
     pub from: Option<IpAddr>,
-    /// Where to.
+    /// Destination.
     pub to: SocketAddr,
 }
 
-/// What came of it.
+/// Outcome of an attempt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Tried {
-    /// Of which errand.
+pub struct Outcome {
+    /// Number of the attempt.
     pub id: usize,
     /// What the server saw, if it answered.
     pub answer: Option<Identity>,
-    /// Which call failed, and how.
+    /// The call that failed, with its error.
     pub error: Option<String>,
     /// Its `errno`.
     pub errno: Option<i32>,
 }
 
-impl Tried {
-    /// Whether it came about; what fails otherwise than a refusal does is neither.
+impl Outcome {
+    /// Whether the connection was allowed (true) or refused (false).
     ///
     /// # Errors
-    /// It failed for another reason than that it is refused.
+    /// The attempt failed in another way than a refusal.
     pub fn allowed(&self) -> Result<bool, String> {
         const REFUSED: [i32; 8] = [
             libc::ECONNREFUSED,

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Who is who in a table: its objects as the lab's agents are to read them, and behind which
-//! address there is a pod, a node or somebody outside.
+//! The cluster of a table: its objects as the lab's agents read them, and the pod, node or outside
+//! host behind each address.
 //!
-//! Nodes get the lab's names, in order; pods without a node are spread over two. Nothing else of the
-//! objects is changed but who is enrolled.
+//! Nodes get the lab's names, in order; pods without a node are spread over two. Of the objects only
+//! this and the enrollment is changed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -18,30 +18,30 @@ use serde_json::{Value, json};
 
 use crate::mesh::ENROLLED;
 
-/// The mesh's own namespace and the system's, which no label enrols.
+/// The mesh's own namespace and the system's, which no label enrolls.
 const NEVER: [&str; 2] = ["mesh-system", "kube-system"];
 /// Most nodes of a lab.
 const MOST_NODES: usize = 99;
 
 /// A table's cluster.
 #[derive(Debug)]
-pub(crate) struct Cast {
-    /// Everything that agents are to read.
+pub(crate) struct TableCluster {
+    /// Objects for the agents.
     pub(crate) objects: Vec<Value>,
     /// The same as facts.
     pub(crate) cluster: Cluster,
     /// How many nodes there are.
     pub(crate) nodes: u8,
-    /// What is odd or rejected in the manifests.
+    /// Warnings and rejections of the manifests.
     pub(crate) notes: Vec<String>,
     by_name: BTreeMap<String, String>,
-    by_address: BTreeMap<IpAddr, Place>,
+    by_address: BTreeMap<IpAddr, Endpoint>,
     services: BTreeSet<IpAddr>,
 }
 
-/// Where somebody is.
+/// Location of an address.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Place {
+pub(crate) enum Endpoint {
     /// In a pod, by its UID.
     Pod(String),
     /// On a node, by its number.
@@ -53,13 +53,13 @@ pub(crate) enum Place {
 /// One end of a check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct End {
-    pub(crate) place: Place,
+    pub(crate) endpoint: Endpoint,
     pub(crate) addresses: Vec<IpAddr>,
     /// The pod it is, by its UID; those of the host's network are in no place of their own.
     pub(crate) pod: Option<String>,
 }
 
-impl Cast {
+impl TableCluster {
     /// Reads the manifests of a table of `file`.
     pub(crate) fn of(table: &Table, file: &Path, mtls: bool) -> Result<Self> {
         let mut objects = Vec::new();
@@ -89,7 +89,7 @@ impl Cast {
         let outcome = convert(&as_read, &LastGood::default(), Options { standalone: true });
         let rejections = outcome.rejections.iter().map(|r| format!("rejected: {r}"));
         let warnings = outcome.warnings.iter().map(|w| format!("warning: {w}"));
-        let mut cast = Self {
+        let mut cluster = Self {
             objects,
             nodes,
             notes: rejections.chain(warnings).collect(),
@@ -98,20 +98,20 @@ impl Cast {
             by_address: BTreeMap::new(),
             services: BTreeSet::new(),
         };
-        cast.index()?;
-        Ok(cast)
+        cluster.index()?;
+        Ok(cluster)
     }
 
     fn index(&mut self) -> Result<()> {
         for (name, node) in &self.cluster.nodes {
-            let place = Place::Node(number(name)?);
-            let of_node = node.addresses.iter().map(|at| (*at, place.clone()));
+            let endpoint = Endpoint::Node(number(name)?);
+            let of_node = node.addresses.iter().map(|at| (*at, endpoint.clone()));
             self.by_address.extend(of_node);
         }
         for (uid, pod) in &self.cluster.pods {
             self.by_name.insert(pod.name.to_string(), uid.to_string());
-            let place = Place::Pod(uid.to_string());
-            let of_pod = pod.addresses.iter().map(|at| (*at, place.clone()));
+            let endpoint = Endpoint::Pod(uid.to_string());
+            let of_pod = pod.addresses.iter().map(|at| (*at, endpoint.clone()));
             self.by_address.extend(of_pod);
         }
         let services = self.cluster.services.values();
@@ -122,7 +122,7 @@ impl Cast {
         Ok(())
     }
 
-    /// The pods that are to be made.
+    /// Pods to create.
     pub(crate) fn pods(&self) -> impl Iterator<Item = (&str, &Pod)> {
         let made = |(_, pod): &(&str, &Pod)| !pod.host_network && !pod.addresses.is_empty();
         let pods = self.cluster.pods.iter().map(|(uid, pod)| (&**uid, &**pod));
@@ -149,32 +149,32 @@ impl Cast {
             bail!("there is no pod {text}");
         };
         let address = address.to_canonical();
-        let place = self.by_address.get(&address);
-        let place = place.cloned().unwrap_or(Place::Outside);
+        let endpoint = self.by_address.get(&address);
+        let endpoint = endpoint.cloned().unwrap_or(Endpoint::Outside);
         Ok(End {
-            pod: match &place {
-                Place::Pod(uid) => Some(uid.clone()),
-                Place::Node(_) | Place::Outside => None,
+            pod: match &endpoint {
+                Endpoint::Pod(uid) => Some(uid.clone()),
+                Endpoint::Node(_) | Endpoint::Outside => None,
             },
-            place,
+            endpoint,
             addresses: vec![address],
         })
     }
 
     fn pod_end(&self, uid: &str) -> Result<End> {
         let pod = &self.cluster.pods[uid];
-        let (place, addresses) = if pod.host_network {
+        let (endpoint, addresses) = if pod.host_network {
             let node = self.cluster.nodes.get(&pod.node);
             (
-                Place::Node(number(&pod.node)?),
+                Endpoint::Node(number(&pod.node)?),
                 node.map(|node| node.addresses.iter().copied().collect())
                     .unwrap_or_default(),
             )
         } else {
-            (Place::Pod(uid.to_owned()), pod.addresses.clone())
+            (Endpoint::Pod(uid.to_owned()), pod.addresses.clone())
         };
         Ok(End {
-            place,
+            endpoint,
             addresses: addresses.into_iter().collect(),
             pod: Some(uid.to_owned()),
         })
@@ -281,7 +281,7 @@ fn speaks_of_enrolment(object: &Value) -> bool {
     matches!(kind(object), "Namespace" | "Pod") && !label.is_null()
 }
 
-/// Enrols nobody.
+/// Removes every enrollment label.
 fn withdraw(objects: &mut [Value]) {
     for object in objects.iter_mut().filter(|o| speaks_of_enrolment(o)) {
         if let Some(labels) = object["metadata"]["labels"].as_object_mut() {
@@ -290,7 +290,7 @@ fn withdraw(objects: &mut [Value]) {
     }
 }
 
-/// Enrols every namespace, those without an object too.
+/// Enrolls every namespace, also those without an object.
 fn enrol(objects: &mut Vec<Value>) {
     let (label, enabled) = ENROLLED;
     let mut known = BTreeSet::from(NEVER.map(str::to_owned));
@@ -325,10 +325,10 @@ fn enrol(objects: &mut Vec<Value>) {
 mod tests {
     use super::*;
 
-    fn cast(manifests: Value, mtls: bool) -> Cast {
+    fn cluster(manifests: Value, mtls: bool) -> TableCluster {
         let table = json!({"manifests": manifests, "checks": []});
         let table: Table = serde_json::from_value(table).expect("a table");
-        Cast::of(&table, Path::new("x.yaml"), mtls).expect("a cast")
+        TableCluster::of(&table, Path::new("x.yaml"), mtls).expect("a cluster")
     }
 
     fn pod(name: &str, node: Option<&str>, ip: &str) -> Value {
@@ -352,11 +352,11 @@ mod tests {
             pod("c", None, "10.0.0.3"),
             pod("d", Some("worker-a"), "10.0.0.4"),
         ];
-        let cast = cast(json!([pods[0], pods[1], pods[2], pods[3], node]), true);
-        assert_eq!(cast.nodes, 2);
+        let cluster = cluster(json!([pods[0], pods[1], pods[2], pods[3], node]), true);
+        assert_eq!(cluster.nodes, 2);
         let on = |name: &str| {
-            let end = cast.end(&format!("x/{name}")).expect("a pod");
-            cast.cluster.pods[end.pod.expect("a pod").as_str()]
+            let end = cluster.end(&format!("x/{name}")).expect("a pod");
+            cluster.cluster.pods[end.pod.expect("a pod").as_str()]
                 .node
                 .clone()
         };
@@ -364,9 +364,9 @@ mod tests {
             ["a", "b", "c", "d"].map(on),
             ["node2", "node1", "node2", "node1"]
         );
-        let end = |text: &str| cast.end(text).expect("an end").place;
-        assert_eq!(end("172.18.0.3"), Place::Node(2));
-        assert_eq!(end("192.0.2.1"), Place::Outside);
+        let end = |text: &str| cluster.end(text).expect("an end").endpoint;
+        assert_eq!(end("172.18.0.3"), Endpoint::Node(2));
+        assert_eq!(end("192.0.2.1"), Endpoint::Outside);
         assert_eq!(end("10.0.0.4"), end("x/d"));
     }
 
@@ -377,16 +377,16 @@ mod tests {
             "metadata": {"name": "y", "labels": {"mesh.rs/dataplane": "enabled"}},
         });
         let a = pod("a", None, "10.0.0.1");
-        let label = |cast: &Cast, of: &str| {
-            let labels = &cast.cluster.namespaces[of].labels;
+        let label = |cluster: &TableCluster, of: &str| {
+            let labels = &cluster.cluster.namespaces[of].labels;
             labels.get("mesh.rs/dataplane").cloned()
         };
-        let silent = cast(json!([a]), true);
+        let silent = cluster(json!([a]), true);
         assert_eq!(label(&silent, "x").as_deref(), Some("enabled"));
-        let on = cast(json!([a, says]), true);
+        let on = cluster(json!([a, says]), true);
         assert_eq!(label(&on, "x"), None);
         assert_eq!(label(&on, "y").as_deref(), Some("enabled"));
-        let off = cast(json!([a, says]), false);
+        let off = cluster(json!([a, says]), false);
         assert_eq!((label(&off, "x"), label(&off, "y")), (None, None));
     }
 }

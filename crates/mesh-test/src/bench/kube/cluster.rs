@@ -11,8 +11,8 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::api::{Proxy, Request};
-use super::crowd::{Crowd, policy, running};
 use super::label;
+use super::objects::{ObjectCounts, policy, running};
 use crate::agent::{Agent, AgentConfig};
 use crate::kube::Kube;
 use crate::lab::Lab;
@@ -35,7 +35,7 @@ const READY: Duration = Duration::from_secs(120);
 
 /// The real part.
 #[derive(Debug)]
-pub(super) struct Stage {
+pub(super) struct BenchCluster {
     /// Ends before its place goes.
     servers: Vec<Proc>,
     pub(super) pods: Names,
@@ -78,7 +78,7 @@ fn spec(everybody: bool) -> Value {
     })
 }
 
-impl Stage {
+impl BenchCluster {
     /// A node without pods, and an API server with the mesh's kinds.
     pub(super) fn open() -> Result<(Kube, Self)> {
         let lab = Lab::builder(Topology::Routed).nodes(1).build()?;
@@ -88,7 +88,7 @@ impl Stage {
         kube.kubectl(["apply", "--server-side", "-f", crds])?;
         kube.crds_established()?;
         let pods = Names {
-            namespace: Crowd::namespace(0),
+            namespace: ObjectCounts::namespace(0),
         };
         let servers = Vec::new();
         Ok((kube, Self { servers, pods, lab }))

@@ -11,15 +11,15 @@ use anyhow::{Context, Result, ensure};
 use mesh_plan::cluster::Transport;
 use serde_json::{Value, json};
 
-use super::cast::{Cast, Place};
-use super::errand::{Errand, Tried};
+use super::attempt::{Attempt, Outcome};
+use super::cluster::{Endpoint, TableCluster};
 use super::rows::Run;
 use crate::agent::AgentConfig;
 use crate::lab::Lab;
 use crate::manifests::Manifests;
 use crate::mesh::Mesh;
 use crate::pod::{PodSpec, probe_cmd};
-use crate::process::{self, Proc};
+use crate::process::{Host, Proc};
 use crate::topology::Topology;
 
 /// How long all rows of one client may take together.
@@ -30,32 +30,32 @@ const BATCH: Duration = Duration::from_secs(120);
 const ALL_PODS: Duration = Duration::from_secs(90);
 
 /// A table's cluster, with servers.
-pub(crate) struct Stage<L> {
+pub(crate) struct Testbed<L> {
     lab: L,
     /// The lab's pods by UID.
     pods: BTreeMap<String, String>,
-    /// What the clients are to hear.
-    names: BTreeMap<Place, String>,
+    /// Names of the servers, which their answers carry.
+    names: BTreeMap<Endpoint, String>,
     servers: Vec<Proc>,
 }
 
-impl Stage<Lab> {
-    /// Makes it, with everything that agents are to read, and starts the servers.
-    pub(crate) fn build(cast: &Cast, runs: &[&Run]) -> Result<Self> {
+impl Testbed<Lab> {
+    /// Creates the lab and the manifests, and starts the servers.
+    pub(crate) fn build(cluster: &TableCluster, runs: &[&Run]) -> Result<Self> {
         let mut lab = Lab::builder(Topology::Routed)
-            .nodes(cast.nodes)
+            .nodes(cluster.nodes)
             .outside()
             .build()?;
         for node in lab.nodes() {
             lab.withdraw(&format!("node-{}", node.name()))?;
         }
-        for (node, addresses) in cast.node_addresses()? {
+        for (node, addresses) in cluster.node_addresses()? {
             lab.add_addresses(Some(node), &addresses)?;
         }
         let outsiders: BTreeSet<IpAddr> = runs.iter().flat_map(|run| outsiders(run)).collect();
         lab.add_addresses(None, &Vec::from_iter(outsiders))?;
         let mut pods = BTreeMap::new();
-        for (uid, pod) in cast.pods() {
+        for (uid, pod) in cluster.pods() {
             let addresses: Vec<IpAddr> = pod.addresses.to_vec();
             let node = pod.node.strip_prefix("node").context("a node of the lab")?;
             let name = format!("{}.{}", pod.name.namespace, pod.name.name);
@@ -68,19 +68,19 @@ impl Stage<Lab> {
             lab.withdraw(&format!("namespace-{}", made.namespace()))?;
             pods.insert(uid.to_owned(), name);
         }
-        let mut stage = Self {
+        let mut testbed = Self {
             lab,
             pods,
             names: BTreeMap::new(),
             servers: Vec::new(),
         };
-        stage.write_manifests(cast)?;
-        stage.serve(runs)?;
-        Ok(stage)
+        testbed.write_manifests(cluster)?;
+        testbed.serve(runs)?;
+        Ok(testbed)
     }
 
-    fn write_manifests(&self, cast: &Cast) -> Result<()> {
-        for (number, object) in cast.objects.iter().enumerate() {
+    fn write_manifests(&self, cluster: &TableCluster) -> Result<()> {
+        for (number, object) in cluster.objects.iter().enumerate() {
             let mut object = object.clone();
             if object["kind"] == "Pod" {
                 self.name_netns(&mut object)?;
@@ -107,40 +107,40 @@ impl Stage<Lab> {
         Ok(())
     }
 
-    /// Before the agents, so that no port is theirs already.
+    /// Starts the servers, before the agents, so that every port is free.
     fn serve(&mut self, runs: &[&Run]) -> Result<()> {
-        let mut lines: BTreeMap<Place, BTreeSet<String>> = BTreeMap::new();
+        let mut lines: BTreeMap<Endpoint, BTreeSet<String>> = BTreeMap::new();
         for run in runs {
-            let to = run.errand.to;
-            let flag = match run.errand.transport {
+            let to = run.attempt.to;
+            let flag = match run.attempt.transport {
                 Transport::Tcp => "--tcp",
                 Transport::Udp => "--udp",
                 Transport::Sctp => "--sctp",
             };
             let lines = lines.entry(run.to.clone()).or_default();
             match run.to {
-                Place::Pod(_) => lines.insert(format!("{flag} [::]:{}", to.port())),
+                Endpoint::Pod(_) => lines.insert(format!("{flag} [::]:{}", to.port())),
                 // Answers must come from the address that was asked.
-                Place::Node(_) | Place::Outside => lines.insert(format!("{flag} {to}")),
+                Endpoint::Node(_) | Endpoint::Outside => lines.insert(format!("{flag} {to}")),
             };
         }
-        for (place, flags) in lines {
+        for (endpoint, flags) in lines {
             let name = format!("server-{}", self.names.len());
             let mut line = format!("--name {name}");
             for flag in flags {
                 write!(line, " {flag}")?;
             }
-            let server = at(&self.lab, &self.pods, &place, |it| it.serve(&line))?;
+            let server = at(&self.lab, &self.pods, &endpoint, |it| it.serve(&line))?;
             self.servers.push(server);
-            self.names.insert(place, name);
+            self.names.insert(endpoint, name);
         }
         Ok(())
     }
 
     /// Starts the agents.
-    pub(crate) fn start(self) -> Result<Stage<Mesh>> {
+    pub(crate) fn start(self) -> Result<Testbed<Mesh>> {
         let config = AgentConfig::new(&Mesh::own_ca(&self.lab)).ready_within(ALL_PODS);
-        Ok(Stage {
+        Ok(Testbed {
             lab: Mesh::start_with(self.lab, &config)?,
             pods: self.pods,
             names: self.names,
@@ -151,48 +151,48 @@ impl Stage<Lab> {
 
 /// The addresses of a run that nobody in the cluster has.
 fn outsiders(run: &Run) -> impl Iterator<Item = IpAddr> {
-    let from = (run.from == Place::Outside).then_some(run.errand.from);
-    let to = (run.to == Place::Outside).then_some(run.errand.to.ip());
+    let from = (run.from == Endpoint::Outside).then_some(run.attempt.from);
+    let to = (run.to == Endpoint::Outside).then_some(run.attempt.to.ip());
     from.flatten().into_iter().chain(to)
 }
 
-/// Does something in a place.
+/// Runs `f` with the host of an endpoint.
 fn at<T>(
     lab: &Lab,
     pods: &BTreeMap<String, String>,
-    place: &Place,
-    f: impl FnOnce(&process::Place) -> Result<T>,
+    endpoint: &Endpoint,
+    f: impl FnOnce(&Host) -> Result<T>,
 ) -> Result<T> {
-    match place {
-        Place::Pod(uid) => {
+    match endpoint {
+        Endpoint::Pod(uid) => {
             let name = pods.get(uid);
             f(&lab.pod(name.context("a pod that was made")?))
         }
-        Place::Node(number) => f(lab.node(*number)),
-        Place::Outside => f(lab.outside()?),
+        Endpoint::Node(number) => f(lab.node(*number)),
+        Endpoint::Outside => f(lab.outside()?),
     }
 }
 
-impl<L: AsRef<Lab>> Stage<L> {
-    /// Tries all of them, each from its place; what came of each, by its number.
-    pub(crate) fn try_all(&self, runs: &[&Run]) -> Result<BTreeMap<usize, Tried>> {
-        let mut batches: BTreeMap<&Place, Vec<&Errand>> = BTreeMap::new();
+impl<L: AsRef<Lab>> Testbed<L> {
+    /// Makes all attempts, each from its endpoint; returns the outcomes by their numbers.
+    pub(crate) fn try_all(&self, runs: &[&Run]) -> Result<BTreeMap<usize, Outcome>> {
+        let mut batches: BTreeMap<&Endpoint, Vec<&Attempt>> = BTreeMap::new();
         for run in runs {
-            batches.entry(&run.from).or_default().push(&run.errand);
+            batches.entry(&run.from).or_default().push(&run.attempt);
         }
         let (lab, pods) = (self.lab.as_ref(), &self.pods);
-        let batch = |(place, errands): (&Place, Vec<&Errand>)| -> Result<Vec<Tried>> {
-            let input = serde_json::to_vec(&errands)?;
-            let output = at(lab, pods, place, |it| {
+        let batch = |(endpoint, attempts): (&Endpoint, Vec<&Attempt>)| -> Result<Vec<Outcome>> {
+            let input = serde_json::to_vec(&attempts)?;
+            let output = at(lab, pods, endpoint, |it| {
                 it.run(probe_cmd("checks")?.input(input), BATCH)
             })?;
-            let tried: Vec<Tried> = output
+            let tried: Vec<Outcome> = output
                 .ok()?
                 .text()
                 .lines()
                 .map(|line| Ok(serde_json::from_str(line)?))
                 .collect::<Result<_>>()?;
-            ensure!(tried.len() == errands.len(), "a client lost rows");
+            ensure!(tried.len() == attempts.len(), "a client lost rows");
             Ok(tried)
         };
         let batch = &batch;
@@ -201,7 +201,7 @@ impl<L: AsRef<Lab>> Stage<L> {
                 .into_iter()
                 .map(|of_place| scope.spawn(move || batch(of_place)))
                 .collect();
-            let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Vec<Tried>>>| {
+            let join = |thread: std::thread::ScopedJoinHandle<'_, Result<Vec<Outcome>>>| {
                 thread
                     .join()
                     .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -213,9 +213,9 @@ impl<L: AsRef<Lab>> Stage<L> {
     }
 
     /// Whether an answer is the one that a run asks for: from its server, which saw the right client.
-    pub(crate) fn is_right(&self, run: &Run, tried: &Tried) -> bool {
+    pub(crate) fn is_right(&self, run: &Run, tried: &Outcome) -> bool {
         tried.answer.as_ref().is_none_or(|seen| {
-            let own_source = run.errand.from.is_none_or(|from| seen.client.ip() == from);
+            let own_source = run.attempt.from.is_none_or(|from| seen.client.ip() == from);
             self.names.get(&run.to) == Some(&seen.name) && own_source
         })
     }

@@ -17,7 +17,7 @@ const APPS: usize = 10;
 
 /// How much there is of everything.
 #[derive(Clone, Copy, Debug, serde::Serialize)]
-pub(super) struct Crowd {
+pub(super) struct ObjectCounts {
     pub(super) nodes: usize,
     pub(super) namespaces: usize,
     /// The real ones not counted.
@@ -26,7 +26,7 @@ pub(super) struct Crowd {
     pub(super) policies: usize,
 }
 
-impl Crowd {
+impl ObjectCounts {
     /// In the proportions of 10,000 pods on 200 nodes with 1,000 services and 500 policies.
     pub(super) fn of(pods: usize) -> Self {
         let share = |each: usize| pods.div_ceil(each).max(1);
@@ -256,8 +256,8 @@ pub(super) fn node_name(index: usize) -> String {
 }
 
 /// A pod has two addresses, in turns, and never that of another.
-fn address(node: usize, place: usize, turn: usize) -> String {
-    let host = 2 + place * 2 + turn % 2;
+fn address(node: usize, host: usize, turn: usize) -> String {
+    let host = 2 + host * 2 + turn % 2;
     format!("10.{}.{}.{host}", 64 + node / 250, node % 250)
 }
 
