@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Rows of a table: which connection each is in the lab, what must become of it there, or why it
+//! Rows of a table: the connection of each in the lab with its expected result, or the reason why it
 //! cannot be run.
 
 use std::net::{IpAddr, SocketAddr};
@@ -12,17 +12,17 @@ use mesh_plan::cluster::{Pod, Transport};
 use mesh_plan::evaluate::{Connection, Evaluator, Verdicts};
 use mesh_plan::text;
 
-use super::cast::{Cast, End, Place};
-use super::errand::Errand;
+use super::attempt::Attempt;
+use super::cluster::{End, Endpoint, TableCluster};
 use crate::agent::METRICS_PORT;
 use crate::mesh::TUNNEL_PORT;
 
 /// A row.
 #[derive(Debug)]
 pub(crate) struct Row {
-    /// What it is, for people.
+    /// Title of the row.
     pub(crate) title: String,
-    /// What the compiler says, for people.
+    /// Verdict of the compiler, as text.
     pub(crate) compiler: String,
     pub(crate) what: What,
 }
@@ -37,7 +37,7 @@ impl Row {
     }
 }
 
-/// What is to be done about a row.
+/// Whether a row can be run.
 #[derive(Debug)]
 pub(crate) enum What {
     /// It is run.
@@ -49,17 +49,17 @@ pub(crate) enum What {
 /// A connection of a row.
 #[derive(Debug)]
 pub(crate) struct Run {
-    pub(crate) from: Place,
-    pub(crate) to: Place,
-    pub(crate) errand: Errand,
+    pub(crate) from: Endpoint,
+    pub(crate) to: Endpoint,
+    pub(crate) attempt: Attempt,
     pub(crate) expected: Expected,
 }
 
 /// Plans the rows of a table.
-pub(crate) fn rows(cast: &Cast, checks: &[Check]) -> Result<Vec<Row>> {
-    let evaluator = Evaluator::new(cast.cluster.clone());
+pub(crate) fn rows(cluster: &TableCluster, checks: &[Check]) -> Result<Vec<Row>> {
+    let evaluator = Evaluator::new(cluster.cluster.clone());
     let planner = Planner {
-        cast,
+        cluster,
         evaluator: &evaluator,
         sctp: has_sctp(),
     };
@@ -77,7 +77,7 @@ fn has_sctp() -> bool {
 }
 
 struct Planner<'a> {
-    cast: &'a Cast,
+    cluster: &'a TableCluster,
     evaluator: &'a Evaluator,
     sctp: bool,
 }
@@ -118,18 +118,18 @@ impl Planner<'_> {
             None => match expected(check, &real) {
                 Err(why) => What::Leave(why.to_owned()),
                 Ok(expected) => What::Run(Run {
-                    errand: Errand {
+                    attempt: Attempt {
                         id,
                         transport: check.protocol,
-                        from: match ends.from.place {
+                        from: match ends.from.endpoint {
                             // The kernel's choice is part of what is tried.
-                            Place::Pod(_) => None,
-                            Place::Node(_) | Place::Outside => Some(ends.source),
+                            Endpoint::Pod(_) => None,
+                            Endpoint::Node(_) | Endpoint::Outside => Some(ends.source),
                         },
                         to: SocketAddr::new(ends.destination, ends.port),
                     },
-                    from: ends.from.place,
-                    to: ends.to.place,
+                    from: ends.from.endpoint,
+                    to: ends.to.endpoint,
                     expected,
                 }),
             },
@@ -142,7 +142,7 @@ impl Planner<'_> {
     }
 
     fn ends(&self, check: &Check) -> Result<Ends> {
-        let (from, to) = (self.cast.end(&check.from)?, self.cast.end(&check.to)?);
+        let (from, to) = (self.cluster.end(&check.from)?, self.cluster.end(&check.to)?);
         let pick = |is: fn(&IpAddr) -> bool| {
             let source = from.addresses.iter().copied().find(is)?;
             Some((source, to.addresses.iter().copied().find(is)?))
@@ -156,7 +156,7 @@ impl Planner<'_> {
                 let pod = to
                     .pod
                     .as_ref()
-                    .map(|uid| &self.cast.cluster.pods[uid.as_str()]);
+                    .map(|uid| &self.cluster.cluster.pods[uid.as_str()]);
                 let named = pod.and_then(|pod| {
                     let key = (check.port.clone(), check.protocol);
                     pod.named_ports.get(&key).copied()
@@ -195,7 +195,7 @@ impl Planner<'_> {
 
     /// Why a row cannot be run, if so.
     fn cannot(&self, check: &Check, ends: &Ends, real: &Verdicts) -> Option<String> {
-        let in_pod = |end: &End| matches!(end.place, Place::Pod(_));
+        let in_pod = |end: &End| matches!(end.endpoint, Endpoint::Pod(_));
         let why = match check.protocol {
             Transport::Sctp if !self.sctp => Some("this kernel has no SCTP"),
             Transport::Tcp if ends.port == TUNNEL_PORT && in_pod(&ends.to) => {
@@ -206,7 +206,7 @@ impl Planner<'_> {
             }
             _ if ends.port == 0 => Some("there is no port 0 on the wire"),
             _ if !in_pod(&ends.from) && !in_pod(&ends.to) => Some("no pod takes part in it"),
-            _ if self.cast.is_service(&ends.destination) => {
+            _ if self.cluster.is_service(&ends.destination) => {
                 Some("a service's address stands for one of its endpoints")
             }
             _ if [ends.source, ends.destination].iter().any(is_special) => {
