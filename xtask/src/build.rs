@@ -33,7 +33,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 
 /// Builds every program of the workspace but its tests, not optimized.
 pub(crate) fn bins() -> Result<()> {
-    run::timed("build", || run::show(&mut workspace("build").arg("--bins")))
+    run::timed("build", || run::show(workspace("build").arg("--bins")))
 }
 
 /// A cargo command for the whole workspace that shares its dependencies with the tests.

@@ -78,8 +78,10 @@ fn results(page: &str) -> BTreeSet<&str> {
 
 /// The counters that have grown, and by how much. A counter appears on the page with its first event.
 fn added(before: &Counts, now: &Counts) -> Counts {
-    let before = |name: &str| before.get(name).copied().unwrap_or_default();
-    let more = |(name, now): (&String, &f64)| (name.clone(), now - before(name));
+    let more = |(name, now): (&String, &f64)| {
+        let before = before.get(name).copied().unwrap_or_default();
+        (name.clone(), now - before)
+    };
     let all = now.iter().map(more);
     all.filter(|(_, more)| *more > 0.0).collect()
 }
