@@ -46,6 +46,8 @@ pub mod shutdown;
 
 pub mod sys;
 
+mod backoff;
+
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 

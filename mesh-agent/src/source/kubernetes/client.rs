@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A client of the API server, with the credentials of a kubeconfig or of the agent's own pod.
+//! Creates the client of the API server, from a kubeconfig or from the service account of the agent's pod.
 //!
-//! Tokens and CA certificates that are files are read again by the client while it runs.
+//! The client reloads tokens and CA certificates from their files while it runs.
 
 use std::path::Path;
 use std::time::Duration;
@@ -11,22 +11,22 @@ use kube::{Client, Config};
 
 use super::super::Error;
 
-/// An address that does not answer is given up after this time.
+/// The timeout of a connection attempt.
 const CONNECT: Duration = Duration::from_secs(5);
 
-/// Builds a client; it connects when it is used. Must be called in a runtime.
+/// Creates a client, which connects at its first use. Must be called in a tokio runtime.
 pub(crate) async fn connect(kubeconfig: Option<&Path>) -> Result<Client, Error> {
     let mut config = match kubeconfig {
         Some(path) => {
-            let wrong = |source| Error::Kubeconfig {
+            let invalid = |source| Error::Kubeconfig {
                 path: path.to_owned(),
                 source: Box::new(source),
             };
-            let read = Kubeconfig::read_from(path).map_err(wrong)?;
+            let read = Kubeconfig::read_from(path).map_err(invalid)?;
             let options = KubeConfigOptions::default();
             Config::from_custom_kubeconfig(read, &options)
                 .await
-                .map_err(wrong)?
+                .map_err(invalid)?
         }
         None => Config::incluster().map_err(|source| Error::InCluster(Box::new(source)))?,
     };
