@@ -122,7 +122,7 @@ impl Directions {
 pub(super) fn isolation(object: &RawObject<'_>, directions: Directions) -> Fallback {
     let namespace = object.namespace().to_owned();
     let selector = salvaged(object.raw(&["spec", "podSelector"]));
-    let whom = match &selector {
+    let pods = match &selector {
         Some(_) => "the pods that spec.podSelector selects".to_owned(),
         None => format!("every pod in namespace {namespace}"),
     };
@@ -142,7 +142,7 @@ pub(super) fn isolation(object: &RawObject<'_>, directions: Directions) -> Fallb
             egress: egress.then(Vec::new),
             audit: false,
         }))),
-        consequence: format!("the policy isolates {whom} for {which}"),
+        consequence: format!("the policy isolates {pods} for {which}"),
     }
 }
 
