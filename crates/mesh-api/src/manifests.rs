@@ -58,7 +58,7 @@ impl Format {
 ///
 /// # Errors
 /// The text is not valid in the format, or exceeds the bounds.
-pub fn documents(text: &str, format: Format) -> Result<Vec<Value>, Error> {
+pub(crate) fn documents(text: &str, format: Format) -> Result<Vec<Value>, Error> {
     match format {
         Format::Yaml => yaml::documents(text),
         Format::Json => Ok(serde_json::Deserializer::from_str(text)

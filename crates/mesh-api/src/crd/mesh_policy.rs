@@ -309,8 +309,7 @@ pub enum PortProtocol {
 
 impl PortProtocol {
     /// The protocol name as in manifests.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Tcp => "TCP",
             Self::Udp => "UDP",
