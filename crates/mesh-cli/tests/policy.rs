@@ -170,7 +170,7 @@ fn what_cannot_be_read_is_a_mistake_of_the_user() {
         ),
         (
             "- {from: shop/app, to: shop/web, port: 70000, expect: deny}",
-            "70000 is none from 1 to 65535",
+            "invalid port 70000: must be between 1 and 65535",
         ),
         (
             "- {from: shop/app, to: shop/web, port: 0, expect: deny}",
@@ -178,7 +178,7 @@ fn what_cannot_be_read_is_a_mistake_of_the_user() {
         ),
         (
             "- {from: shop/app, to: shop/web, port: [80], expect: deny}",
-            "[80] is neither a number nor a name",
+            "invalid port [80]: must be a number or a name",
         ),
         (
             "- {from: 10.0.0.2, to: 'fd00::6', port: 1, expect: deny}",
@@ -236,7 +236,7 @@ checks:
     assert_eq!(run.code, 0, "{}", run.out);
     assert!(
         run.err
-            .contains("NetworkPolicy x/p: spec.ingress[0].ports[0].port: 0 is no port"),
+            .contains("NetworkPolicy x/p: spec.ingress[0].ports[0].port: invalid port 0"),
         "{}",
         run.err
     );

@@ -53,7 +53,7 @@ pub(super) struct Spread(pub(super) u64);
 
 impl Spread {
     /// A number in 0..1.
-    fn fraction(self, subject: &impl Hash, round: u32) -> f64 {
+    pub(super) fn fraction(self, subject: &impl Hash, round: u32) -> f64 {
         let mut hasher = DefaultHasher::new();
         (self.0, subject, round).hash(&mut hasher);
         // 32 bits are exact in a double.

@@ -26,12 +26,16 @@ use super::{
     tls,
     verify::Rules,
 };
+use mesh_backoff::Backoff;
 
 /// An issuer that has not answered by then is asked again.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// Between the first failure and the second attempt; doubled for each further one.
-const RETRY_FIRST: Duration = Duration::from_millis(250);
-const RETRY_LAST: Duration = Duration::from_secs(60);
+/// The delay between a failed request for a certificate and the next one.
+const RETRY: Backoff = Backoff {
+    first: Duration::from_millis(250),
+    longest: Duration::from_secs(60),
+    jitter: 0.9..=1.1,
+};
 /// Timers are monotonic and stand still while a machine sleeps: the wall clock is asked this
 /// often whether it is time.
 const GLANCE: Duration = Duration::from_secs(300);
@@ -269,8 +273,7 @@ impl Keeper {
     }
 
     fn pause(&self, id: &SpiffeId, failures: u32) -> Duration {
-        let doubled = RETRY_FIRST.saturating_mul(2_u32.saturating_pow(failures));
-        self.spread.around(doubled.min(RETRY_LAST), id, failures)
+        RETRY.delay(failures, self.spread.fraction(id, failures))
     }
 
     /// Half way between now and the end, a tenth earlier or later.

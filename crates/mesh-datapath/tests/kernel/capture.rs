@@ -9,12 +9,12 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
-use mesh_datapath::datapath::{Config, Datapath, PodAttachment};
-use mesh_datapath::pods::find::ByAnnotation;
-use mesh_datapath::pods::{self, Home};
 use mesh_common::Addr;
 use mesh_common::identity::{IdentityId, Peer};
 use mesh_common::pod::{PodState, PodView};
+use mesh_datapath::datapath::{Config, Datapath, PodAttachment};
+use mesh_datapath::pods::find::ByAnnotation;
+use mesh_datapath::pods::{self, Home};
 use mesh_plan::plan::{Entry, LocalPod, MapOp};
 use mesh_test::pod::probe_cmd;
 use mesh_test::reports::{Storm, Tcp};

@@ -15,27 +15,27 @@ const BAD: &[(&str, &str, &str)] = &[
     (
         P,
         r#"{"ingress": [{"from": [{"ipBlocks": [{"cidr": "10.0.0.0/33"}]}]}]}"#,
-        "is no CIDR, such as 10.0.0.0/8",
+        "must be a CIDR such as 10.0.0.0/8",
     ),
     (
         P,
         r#"{"ingress": [{"from": [{"ipBlocks": [{"cidr": "10.0.0.0/0"}]}]}]}"#,
-        "would match more than it says",
+        "must not have address bits after the prefix",
     ),
     (
         P,
         r#"{"ingress": [{"from": [{"ipBlocks": [{"cidr": "10.0.0.0/8", "except": ["11.0.0.0/9"]}]}]}]}"#,
-        "must be a true part of cidr",
+        "except must contain only strict subsets of cidr",
     ),
     (
         P,
         r#"{"ingress": [{"from": [{}]}]}"#,
-        "needs one of: selectors and serviceAccounts, or ipBlocks, or entities",
+        "must set exactly one of: selectors and serviceAccounts, ipBlocks, entities",
     ),
     (
         P,
         r#"{"ingress": [{"from": [{"entities": ["world"], "podSelector": {}}]}]}"#,
-        "needs one of",
+        "must set exactly one of",
     ),
     (
         P,
@@ -50,48 +50,48 @@ const BAD: &[(&str, &str, &str)] = &[
     (
         P,
         r#"{"ingress": [{"from": [{"podSelector": {"matchLabels": {}}}]}]}"#,
-        "matchLabels is empty and would match everything",
+        "matchLabels must not be empty",
     ),
     (
         P,
         r#"{"podSelector": {"matchExpressions": [{"key": "a", "operator": "In"}]}, "ingress": []}"#,
-        "In and NotIn need at least one value",
+        "values must not be empty for In and NotIn",
     ),
     (
         P,
         r#"{"ingress": [{"from": []}]}"#,
-        "leave it out to match everything",
+        "remove the field to match everything",
     ),
     (
         P,
         r#"{"ingress": [{"ports": [{"port": 80, "endPort": 79}]}]}"#,
-        "the range is upside down",
+        "endPort must be greater than or equal to port",
     ),
     (
         P,
         r#"{"ingress": [{"ports": [{"port": 65536}]}]}"#,
-        "port must be from 1 to 65535",
+        "port must be between 1 and 65535",
     ),
     (
         P,
         r#"{"ingress": [{"ports": [{"port": "http", "endPort": 80}]}]}"#,
-        "needs a port that is a number",
+        "endPort must not be set without a numeric port",
     ),
-    (P, "{}", "needs ingress or egress rules"),
+    (P, "{}", "must set ingress or egress"),
     (
         P,
         r#"{"action": "Deny", "ingress": []}"#,
-        "says nothing in a Deny policy",
+        "must not be empty in a Deny policy",
     ),
     (
         P,
         r#"{"ingress": [{"action": "Deny"}]}"#,
-        "is for ClusterMeshPolicy",
+        "action must not be set in a rule of a MeshPolicy",
     ),
     (
         P,
         r#"{"ingress": [{"name": "a"}, {"name": "a"}]}"#,
-        "two rules have the same name",
+        "rule names must be unique",
     ),
     (
         P,
@@ -101,7 +101,7 @@ const BAD: &[(&str, &str, &str)] = &[
     (
         C,
         r#"{"tier": "Baseline", "priority": 1, "action": "Pass", "ingress": [{}]}"#,
-        "Pass is for the Admin tier",
+        "Pass is valid in the Admin tier only",
     ),
     (
         C,
@@ -111,9 +111,9 @@ const BAD: &[(&str, &str, &str)] = &[
     (
         C,
         r#"{"tier": "Admin", "priority": 1, "ingress": []}"#,
-        "is empty and says nothing",
+        "must not be empty: remove the field, or add a rule",
     ),
-    (A, "{}", "says nothing: needs mtls, ports, outbound or udp"),
+    (A, "{}", "must set mtls, ports, outbound or udp"),
     (
         A,
         r#"{"ports": [{"port": 1, "mtls": "Strict"}, {"port": 1, "mtls": "Strict"}]}"#,
@@ -123,7 +123,7 @@ const BAD: &[(&str, &str, &str)] = &[
         N,
         r#"{"tier": "Admin", "priority": 1, "subject": {"namespaces": {}},
             "egress": [{"action": "Deny", "to": [{"networks": ["10.0.0.0"]}]}]}"#,
-        "is no CIDR",
+        "must be a CIDR",
     ),
     (
         N,
@@ -197,7 +197,9 @@ fn crd_schema_rejects_invalid_objects_with_a_message() {
         .expect("explain");
     let words: Vec<_> = explained.split_whitespace().collect();
     assert!(
-        words.join(" ").contains("An Allow needs proof of it"),
+        words
+            .join(" ")
+            .contains("An Allow rule requires a proven identity"),
         "{explained}"
     );
 }

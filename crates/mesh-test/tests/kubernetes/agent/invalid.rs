@@ -38,7 +38,7 @@ const ROWS: [Row; 4] = [
         good: "192.0.2.0/24",
         bad: "nonsense",
         field: "spec.ingress[0].from[0].ipBlocks[0].cidr",
-        instead: "it isolates the pods that spec.podSelector selects for ingress",
+        instead: "the policy isolates the pods that spec.podSelector selects for ingress",
     },
     Row {
         kind: "ClusterMeshPolicy",
@@ -49,7 +49,7 @@ const ROWS: [Row; 4] = [
         good: "7000",
         bad: "70000",
         field: "spec.ingress[0].ports[0].port",
-        instead: "it denies ingress of the pods that its subject selects",
+        instead: "the policy denies all ingress of the pods that its subject selects",
     },
     Row {
         kind: "ClusterNetworkPolicy",
@@ -61,7 +61,7 @@ const ROWS: [Row; 4] = [
         good: "7000",
         bad: "70000",
         field: "spec.ingress[0].protocols[0].tcp.destinationPort.number",
-        instead: "it denies ingress of the pods that its subject selects",
+        instead: "the policy denies all ingress of the pods that its subject selects",
     },
     Row {
         kind: AUTHENTICATION,
@@ -71,7 +71,7 @@ const ROWS: [Row; 4] = [
         good: "Strict",
         bad: "Sometimes",
         field: "spec.mtls",
-        instead: "it is in force, its broken fields at their strictest",
+        instead: "the object is in force with the strictest value in each invalid field",
     },
 ];
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! One by one is as all at once.
+//! Tests that incremental conversion equals conversion of all objects at once.
 
 use std::collections::BTreeSet;
 
@@ -10,10 +10,18 @@ mod random;
 
 use random::Random;
 
-use super::Facts;
-use crate::{LastGood, Object, Options, convert};
+use super::IncrementalConverter;
+use crate::{Kind, LastGood, Object, Options, convert};
 
 const CLUSTER: Options = Options { standalone: false };
+
+impl IncrementalConverter {
+    fn take(&mut self, object: &Object) -> mesh_plan::cluster::ObjectRef {
+        let name = object.value["kind"].as_str().expect("a kind");
+        let kind = Kind::ALL.iter().find(|kind| kind.name() == name);
+        self.apply(*kind.expect("a kind that is read"), &object.value)
+    }
+}
 
 fn object(value: Value) -> Object {
     Object {
@@ -40,18 +48,18 @@ fn policy(generation: i64, kind: &str) -> Object {
 }
 
 #[test]
-fn one_by_one_is_as_all_at_once() {
+fn incremental_conversion_equals_conversion_at_once() {
     let all = [
         pod("a", "10.0.0.1"),
         policy(3, "Ingress"),
         pod("b", "10.0.0.2"),
     ];
-    let mut facts = Facts::new(LastGood::default(), CLUSTER);
+    let mut converter = IncrementalConverter::new(LastGood::default(), CLUSTER);
     for object in &all {
-        facts.apply(object).expect("a kind that is read");
+        converter.take(object);
     }
     let at_once = convert(&all, &LastGood::default(), CLUSTER);
-    let mut outcome = facts.outcome();
+    let mut outcome = converter.outcome();
     assert_eq!(outcome.cluster.versions.len(), 1);
     outcome.cluster.versions.clear();
     assert_eq!(outcome.cluster, at_once.cluster);
@@ -59,83 +67,83 @@ fn one_by_one_is_as_all_at_once() {
 }
 
 #[test]
-fn only_what_is_read_counts_as_a_change() {
-    let mut facts = Facts::new(LastGood::default(), CLUSTER);
-    let name = facts.apply(&pod("a", "10.0.0.1")).unwrap();
-    let known = facts.changes();
+fn change_of_an_unused_field_is_not_a_change() {
+    let mut converter = IncrementalConverter::new(LastGood::default(), CLUSTER);
+    let name = converter.take(&pod("a", "10.0.0.1"));
+    let known = converter.changes();
     let mut later = pod("a", "10.0.0.1");
     later.value["metadata"]["resourceVersion"] = json!("77");
     later.value["status"]["conditions"] = json!([{"type": "Beat", "status": "True"}]);
-    facts.apply(&later);
-    assert_eq!(facts.changes(), known);
-    facts.apply(&pod("a", "10.0.0.9"));
-    assert!(facts.changes() > known);
-    let known = facts.changes();
-    facts.apply(&policy(3, "Sideways"));
-    assert!(facts.changes() > known, "a rejection is one");
-    let known = facts.changes();
-    facts.apply(&policy(3, "Sideways"));
-    assert_eq!(facts.changes(), known);
-    facts.remove(&name);
-    assert!(facts.changes() > known);
+    converter.take(&later);
+    assert_eq!(converter.changes(), known);
+    converter.take(&pod("a", "10.0.0.9"));
+    assert!(converter.changes() > known);
+    let known = converter.changes();
+    converter.take(&policy(3, "Sideways"));
+    assert!(converter.changes() > known, "a rejection is a change");
+    let known = converter.changes();
+    converter.take(&policy(3, "Sideways"));
+    assert_eq!(converter.changes(), known);
+    converter.remove(&name);
+    assert!(converter.changes() > known);
 }
 
 #[test]
-fn a_bad_version_leaves_the_last_good_one_with_its_generation() {
-    let mut facts = Facts::new(LastGood::default(), CLUSTER);
-    let name = facts.apply(&policy(3, "Ingress")).unwrap();
-    let good = facts.outcome();
-    let last_good = facts.last_good();
+fn rejected_update_keeps_last_good_version_and_its_generation() {
+    let mut converter = IncrementalConverter::new(LastGood::default(), CLUSTER);
+    let name = converter.take(&policy(3, "Ingress"));
+    let good = converter.outcome();
+    let last_good = converter.last_good();
     assert_eq!(good.cluster.versions[&name].generation, 3);
-    facts.apply(&policy(4, "Sideways"));
-    let mut bad = facts.outcome();
+    converter.take(&policy(4, "Sideways"));
+    let mut bad = converter.outcome();
     let version = bad.cluster.versions.get_mut(&name).unwrap();
     assert_eq!((version.generation, version.newest), (3, 4));
     version.newest = 3;
     assert_eq!(bad.cluster, good.cluster);
     assert_eq!(bad.rejections.len(), 1);
 
-    // After a restart the generation is not known any more, the policy is.
-    let mut restarted = Facts::new(last_good, CLUSTER);
-    restarted.apply(&policy(4, "Sideways"));
+    // After a restart the policy is known, but not its generation.
+    let mut restarted = IncrementalConverter::new(last_good, CLUSTER);
+    restarted.take(&policy(4, "Sideways"));
     let after = restarted.outcome();
     assert_eq!(after.cluster.policies, good.cluster.policies);
     assert_eq!(after.cluster.versions[&name].generation, 0);
 
-    // Another object of that name is another object.
+    // An object with the same name and another UID is a new object.
     let mut other = policy(1, "Sideways");
     other.value["metadata"]["uid"] = json!("another");
-    restarted.apply(&other);
+    restarted.take(&other);
     assert_ne!(restarted.outcome().cluster.policies, good.cluster.policies);
 }
 
 #[test]
-fn what_a_list_does_not_have_is_forgotten() {
-    let mut facts = Facts::new(LastGood::default(), CLUSTER);
-    let a = facts.apply(&pod("a", "10.0.0.1")).unwrap();
-    let b = facts.apply(&pod("b", "10.0.0.2")).unwrap();
-    facts.apply(&policy(1, "Ingress"));
-    facts.retain("Pod", &BTreeSet::from([b.clone()]));
-    assert_eq!(facts.len(), 2);
-    facts.remove(&b);
-    facts.remove(&a);
-    assert!(facts.outcome().cluster.pods.is_empty());
-    assert_eq!(facts.outcome().cluster.policies.len(), 1);
+fn objects_absent_from_a_list_are_removed() {
+    let mut converter = IncrementalConverter::new(LastGood::default(), CLUSTER);
+    let a = converter.take(&pod("a", "10.0.0.1"));
+    let b = converter.take(&pod("b", "10.0.0.2"));
+    converter.take(&policy(1, "Ingress"));
+    converter.retain(Kind::Pod, &BTreeSet::from([b.clone()]));
+    assert_eq!(converter.len(), 2);
+    converter.remove(&b);
+    converter.remove(&a);
+    assert!(converter.outcome().cluster.pods.is_empty());
+    assert_eq!(converter.outcome().cluster.policies.len(), 1);
 }
 
 #[test]
-fn a_pod_that_ended_is_gone() {
-    let mut facts = Facts::new(LastGood::default(), CLUSTER);
-    facts.apply(&pod("a", "10.0.0.1"));
+fn completed_pod_is_removed() {
+    let mut converter = IncrementalConverter::new(LastGood::default(), CLUSTER);
+    converter.take(&pod("a", "10.0.0.1"));
     let mut ended = pod("a", "10.0.0.1");
     ended.value["status"]["phase"] = json!("Succeeded");
-    facts.apply(&ended);
-    assert!(facts.outcome().cluster.pods.is_empty());
+    converter.take(&ended);
+    assert!(converter.outcome().cluster.pods.is_empty());
 }
 
 #[test]
-fn a_pod_that_was_ready_once_stays_so_while_it_is_enrolled() {
-    let mut facts = Facts::new(LastGood::default(), CLUSTER);
+fn ready_pod_stays_ready_while_it_is_enrolled() {
+    let mut converter = IncrementalConverter::new(LastGood::default(), CLUSTER);
     let report = |pods: Value| {
         object(json!({
             "apiVersion": "mesh.rs/v1alpha1", "kind": "MeshNode",
@@ -148,21 +156,21 @@ fn a_pod_that_was_ready_once_stays_so_while_it_is_enrolled() {
         pod.value["metadata"]["labels"] = json!({"mesh.rs/dataplane": value});
         pod
     };
-    let name = facts.apply(&labelled("enabled")).unwrap();
-    facts.apply(&report(json!([])));
-    assert!(facts.outcome().cluster.ready.unwrap().is_empty());
-    facts.apply(&report(json!(["uid-a"])));
-    assert_eq!(facts.outcome().cluster.ready.unwrap().len(), 1);
-    facts.apply(&report(json!([])));
-    assert_eq!(facts.outcome().cluster.ready.unwrap().len(), 1);
-    facts.apply(&labelled("disabled"));
-    assert!(facts.outcome().cluster.ready.unwrap().is_empty());
-    facts.apply(&labelled("enabled"));
-    assert!(facts.outcome().cluster.ready.unwrap().is_empty());
-    facts.apply(&report(json!(["uid-a"])));
-    assert_eq!(facts.outcome().cluster.ready.unwrap().len(), 1);
-    facts.remove(&name);
-    assert!(facts.outcome().cluster.ready.unwrap().is_empty());
+    let name = converter.take(&labelled("enabled"));
+    converter.take(&report(json!([])));
+    assert!(converter.outcome().cluster.ready.unwrap().is_empty());
+    converter.take(&report(json!(["uid-a"])));
+    assert_eq!(converter.outcome().cluster.ready.unwrap().len(), 1);
+    converter.take(&report(json!([])));
+    assert_eq!(converter.outcome().cluster.ready.unwrap().len(), 1);
+    converter.take(&labelled("disabled"));
+    assert!(converter.outcome().cluster.ready.unwrap().is_empty());
+    converter.take(&labelled("enabled"));
+    assert!(converter.outcome().cluster.ready.unwrap().is_empty());
+    converter.take(&report(json!(["uid-a"])));
+    assert_eq!(converter.outcome().cluster.ready.unwrap().len(), 1);
+    converter.remove(&name);
+    assert!(converter.outcome().cluster.ready.unwrap().is_empty());
 }
 
 impl Random {
@@ -171,7 +179,7 @@ impl Random {
     }
 }
 
-/// Some version of some object of a small world in which everything has to do with everything.
+/// A random version of a random object of a small cluster in which all objects are related.
 fn any(random: &mut Random) -> Object {
     let space = random.one(&["default", "shop"]);
     let mesh = random.one(&["enabled", "disabled", "odd"]);
@@ -244,27 +252,33 @@ fn any(random: &mut Random) -> Object {
 }
 
 #[test]
-fn what_is_put_together_in_parts_is_as_the_whole() {
+fn assembling_stale_parts_equals_assembling_everything() {
     let mut in_parts = 0;
     for seed in 0..300 {
         let mut random = Random(seed);
-        let mut parts = Facts::new(LastGood::default(), CLUSTER);
-        let mut whole = Facts::new(LastGood::default(), CLUSTER);
+        let mut parts = IncrementalConverter::new(LastGood::default(), CLUSTER);
+        let mut whole = IncrementalConverter::new(LastGood::default(), CLUSTER);
         let mut names = Vec::new();
         for _ in 0..60 {
             let object = any(&mut random);
             let is_gone = random.below(4) == 0;
-            for facts in [&mut parts, &mut whole] {
-                let name = facts.apply(&object).expect("a kind that is read");
+            for converter in [&mut parts, &mut whole] {
+                let name = converter.take(&object);
                 if is_gone {
-                    facts.remove(&name);
+                    converter.remove(&name);
                 }
                 names.push(name);
             }
             if random.below(10) == 0 {
                 let listed: BTreeSet<_> = names.iter().filter(|_| random.below(2) == 0).collect();
                 let listed: BTreeSet<_> = listed.into_iter().cloned().collect();
-                let kind = random.one(&["Pod", "Namespace", "EndpointSlice", "MeshNode"]);
+                let kinds = [
+                    Kind::Pod,
+                    Kind::Namespace,
+                    Kind::EndpointSlice,
+                    Kind::MeshNode,
+                ];
+                let kind = kinds[random.below(kinds.len())];
                 parts.retain(kind, &listed);
                 whole.retain(kind, &listed);
             }
@@ -275,5 +289,8 @@ fn what_is_put_together_in_parts_is_as_the_whole() {
             }
         }
     }
-    assert!(in_parts > 3000, "only {in_parts} times were parts enough");
+    assert!(
+        in_parts > 3000,
+        "parts were assembled only {in_parts} times"
+    );
 }

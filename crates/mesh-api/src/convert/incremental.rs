@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Objects that come one by one: each is read once, and only what it says is kept.
+//! Converts objects one by one, for sources that report changes.
 //!
-//! For sources that tell of changes. Reading is as in [`super::convert()`], and so is everything
-//! that is rejected; [`Facts::outcome`] says what holds now without reading anything again, and puts
-//! together only what an object that has changed is part of.
+//! Each object is parsed once, and only its parsed content is kept. Parsing and rejection are the same
+//! as in [`super::convert()`]. [`IncrementalConverter::outcome`] assembles only the parts of the
+//! snapshot that a changed object belongs to.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -17,54 +17,53 @@ use mesh_plan::shared::Shared;
 use serde_json::Value;
 
 use super::assemble;
-use super::kinds::kind_of;
-use super::object::{Subject, head};
-use super::{Fact, Kept, LastGood, Object, Options, Outcome, Warning, lasts, one};
+use super::object::{RawObject, head};
+use super::{Kept, Kind, LastGood, Options, Outcome, ParsedObject, Warning, read};
 
-/// What every known object says.
+/// The parsed content of every known object, and the snapshot assembled from it.
 #[derive(Debug)]
-pub struct Facts {
+pub struct IncrementalConverter {
     options: Options,
-    /// From an earlier run, for objects that are bad when they are first met.
+    /// The last good versions of an earlier run, for objects that are invalid when first seen.
     before: LastGood,
     entries: BTreeMap<ObjectRef, Entry>,
-    /// Objects of which something is wrong or odd.
-    said: BTreeSet<ObjectRef>,
-    /// What holds, but for what is stale.
+    /// The objects that have rejections or warnings.
+    diagnosed: BTreeSet<ObjectRef>,
+    /// The snapshot, valid except for the stale parts.
     cluster: Cluster,
     stale: Stale,
-    common: Common,
+    interned: Interned,
     changes: u64,
 }
 
-/// What of the facts is to be put together again.
+/// The parts of the snapshot that must be assembled again.
 #[derive(Debug, Default)]
 struct Stale {
-    /// All: at first, and while anything is out of the ordinary.
+    /// The whole snapshot: at the start, and while objects depend on each other in unusual ways.
     all: bool,
-    /// Whether these pods are ready, by UID.
+    /// The readiness of these pods, by UID.
     pods: BTreeSet<Arc<str>>,
-    /// The same of all pods of a namespace.
+    /// The readiness of all pods in these namespaces.
     namespaces: BTreeSet<String>,
-    /// The same of all pods of a node.
+    /// The readiness of all pods on these nodes.
     nodes: BTreeSet<String>,
-    /// Services, with their endpoints.
+    /// These services and their endpoints.
     services: BTreeSet<ObjectName>,
 }
 
-/// What pods of one workload have in common is kept once.
+/// Values that the pods of one workload share, stored once.
 #[derive(Debug, Default)]
-struct Common {
+struct Interned {
     labels: BTreeSet<Arc<Labels>>,
     ports: BTreeSet<Arc<BTreeMap<(String, Transport), u16>>>,
-    /// When to look what nobody has any more.
+    /// The number of values at which unused ones are removed.
     full: usize,
 }
 
-impl Common {
+impl Interned {
     fn share(&mut self, pod: &mut Pod) {
-        one_of(&mut self.labels, &mut pod.labels);
-        one_of(&mut self.ports, &mut pod.named_ports);
+        intern(&mut self.labels, &mut pod.labels);
+        intern(&mut self.ports, &mut pod.named_ports);
         if self.labels.len() + self.ports.len() > self.full {
             self.labels.retain(|known| Arc::strong_count(known) > 1);
             self.ports.retain(|known| Arc::strong_count(known) > 1);
@@ -73,7 +72,7 @@ impl Common {
     }
 }
 
-fn one_of<T: Ord>(known: &mut BTreeSet<Arc<T>>, value: &mut Arc<T>) {
+fn intern<T: Ord>(known: &mut BTreeSet<Arc<T>>, value: &mut Arc<T>) {
     match known.get(value) {
         Some(same) => *value = Arc::clone(same),
         None => drop(known.insert(Arc::clone(value))),
@@ -83,27 +82,27 @@ fn one_of<T: Ord>(known: &mut BTreeSet<Arc<T>>, value: &mut Arc<T>) {
 #[derive(Debug, PartialEq)]
 struct Entry {
     uid: String,
-    fact: Option<Fact>,
-    /// The generation that `fact` is of; 0 = not known, or of none.
+    parsed: Option<ParsedObject>,
+    /// The generation of `parsed`; 0 if it is unknown or `parsed` is a fallback.
     generation: i64,
-    /// That of the newest version.
+    /// The generation of the newest version of the object.
     newest: i64,
-    /// The fact is what the object says, or said when it was last good.
+    /// True if `parsed` is the current or the last good version, false for a fallback.
     good: bool,
-    said: Option<Box<Said>>,
+    diagnostics: Option<Box<Diagnostics>>,
 }
 
-/// What is wrong with an object, and what is odd.
+/// The rejections and warnings of one object.
 #[derive(Debug, PartialEq)]
-struct Said {
+struct Diagnostics {
     rejections: Vec<Rejection>,
     warnings: Vec<Warning>,
 }
 
-impl Said {
+impl Diagnostics {
     fn of(outcome: Outcome) -> Option<Box<Self>> {
-        let is_silent = outcome.rejections.is_empty() && outcome.warnings.is_empty();
-        (!is_silent).then(|| {
+        let is_empty = outcome.rejections.is_empty() && outcome.warnings.is_empty();
+        (!is_empty).then(|| {
             Box::new(Self {
                 rejections: outcome.rejections,
                 warnings: outcome.warnings,
@@ -113,19 +112,19 @@ impl Said {
 }
 
 impl Entry {
-    /// For status: of policies and the like, and of what something is said about.
+    /// The version for status reports: of policies, and of objects with rejections or warnings.
     fn version(&self) -> Option<Version> {
-        let is_reported = match self.fact {
-            Some(Fact::Policy(_) | Fact::Authentication(_)) => true,
+        let is_reported = match self.parsed {
+            Some(ParsedObject::Policy(_) | ParsedObject::Authentication(_)) => true,
             Some(
-                Fact::Namespace(_)
-                | Fact::Node(_)
-                | Fact::Pod(_)
-                | Fact::Service(_)
-                | Fact::Slice(_)
-                | Fact::Report(_),
+                ParsedObject::Namespace(_)
+                | ParsedObject::Node(_)
+                | ParsedObject::Pod(_)
+                | ParsedObject::Service(_)
+                | ParsedObject::Slice(_)
+                | ParsedObject::Report(_),
             )
-            | None => self.said.is_some(),
+            | None => self.diagnostics.is_some(),
         };
         is_reported.then(|| Version {
             uid: self.uid.clone(),
@@ -135,55 +134,52 @@ impl Entry {
     }
 }
 
-impl Facts {
-    /// Nothing is known yet but what was good in an earlier run.
+impl IncrementalConverter {
+    /// Creates a converter that knows no objects, only the last good versions of an earlier run.
     #[must_use]
     pub fn new(before: LastGood, options: Options) -> Self {
         Self {
             options,
             before,
             entries: BTreeMap::new(),
-            said: BTreeSet::new(),
+            diagnosed: BTreeSet::new(),
             cluster: Cluster::default(),
             stale: Stale {
                 all: true,
                 ..Stale::default()
             },
-            common: Common::default(),
+            interned: Interned::default(),
             changes: 0,
         }
     }
 
-    /// Takes a new or changed object. Returns its name; `None` = it is of no kind that is read.
-    pub fn apply(&mut self, object: &Object) -> Option<ObjectRef> {
+    /// Applies a new or changed object of a kind, and returns its name. The object's own `apiVersion`
+    /// and `kind` are not needed.
+    pub fn apply(&mut self, kind: Kind, value: &Value) -> ObjectRef {
         let mut outcome = Outcome::default();
-        let kind = match kind_of(&object.value) {
-            Ok(kind) => kind?,
-            Err(wrong) => return Some(self.reject(wrong.of(object))),
-        };
-        let head = match head(kind, object) {
+        let head = match head(kind, value) {
             Ok(head) => head,
-            Err(bad) => return Some(self.reject(bad.of(kind, object))),
+            Err(bad) => return self.reject(bad.of(kind, "")),
         };
         let known = self.entries.remove(&head.object);
         let good = |entry: &&Entry| entry.uid == head.uid && entry.good;
         let old = known.as_ref().filter(good);
         let before = match old {
-            Some(entry) => entry.fact.as_ref(),
+            Some(entry) => entry.parsed.as_ref(),
             None => self.before.get(&head.object, &head.uid),
         };
-        let subject = Subject {
+        let raw = RawObject {
             head: &head,
-            value: &object.value,
+            value,
             standalone: self.options.standalone,
         };
-        let mut read = one(kind, &subject, before, &mut outcome);
-        if let Some(Fact::Pod(fact)) = &mut read.fact
-            && let Some(pod) = Arc::get_mut(&mut fact.pod)
+        let mut read = read(kind, &raw, before, &mut outcome);
+        if let Some(ParsedObject::Pod(parsed)) = &mut read.parsed
+            && let Some(pod) = Arc::get_mut(&mut parsed.pod)
         {
-            self.common.share(pod);
+            self.interned.share(pod);
         }
-        let newest = generation(&object.value);
+        let newest = generation(value);
         let generation = match (outcome.rejections.is_empty(), old) {
             (true, _) => newest,
             (false, Some(entry)) => entry.generation,
@@ -191,67 +187,67 @@ impl Facts {
         };
         let entry = Entry {
             uid: head.uid,
-            fact: read.fact,
+            parsed: read.parsed,
             generation,
             newest,
             good: read.good,
-            said: Said::of(outcome),
+            diagnostics: Diagnostics::of(outcome),
         };
         let object = head.object;
-        // Most writes of a cluster are heartbeats and counts that nobody here reads.
-        let is_news = known.as_ref() != Some(&entry);
+        // Most writes in a cluster are heartbeats and counters, which do not change the snapshot.
+        let is_changed = known.as_ref() != Some(&entry);
         self.entries.insert(object.clone(), entry);
-        if is_news {
-            self.turn(&object, known);
+        if is_changed {
+            self.note_change(&object, known);
         }
-        Some(object)
+        object
     }
 
-    /// Forgets an object.
+    /// Removes an object.
     pub fn remove(&mut self, object: &ObjectRef) {
         if let Some(entry) = self.entries.remove(object) {
-            self.turn(object, Some(entry));
+            self.note_change(object, Some(entry));
         }
     }
 
-    /// Forgets the objects of a kind that are not among these: for after a list.
-    pub fn retain(&mut self, kind: &str, listed: &BTreeSet<ObjectRef>) {
-        let gone = |object: &ObjectRef| object.kind == kind && !listed.contains(object);
+    /// Removes the objects of a kind that a completed list does not contain.
+    pub fn retain(&mut self, kind: Kind, listed: &BTreeSet<ObjectRef>) {
+        let gone = |object: &ObjectRef| object.kind == kind.name() && !listed.contains(object);
         let gone: Vec<(ObjectRef, Entry)> = (self.entries)
             .extract_if(.., |object, _| gone(object))
             .collect();
         for (object, entry) in gone {
-            self.turn(&object, Some(entry));
+            self.note_change(&object, Some(entry));
         }
     }
 
-    /// Grows whenever [`Facts::outcome`] may have become another.
+    /// A counter that increases whenever [`Self::outcome`] may have changed.
     #[must_use]
     pub const fn changes(&self) -> u64 {
         self.changes
     }
 
-    /// How many objects are known.
+    /// The number of known objects.
     #[must_use]
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// Whether nothing is known.
+    /// Whether no objects are known.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// What is good now, of what is to survive a restart.
+    /// The last good versions that must survive a restart.
     #[must_use]
     pub fn last_good(&self) -> LastGood {
         let kept = |(object, entry): (&ObjectRef, &Entry)| {
-            let fact = entry.fact.as_ref();
-            let fact = fact.filter(|fact| entry.good && lasts(fact))?;
+            let parsed = entry.parsed.as_ref();
+            let parsed = parsed.filter(|parsed| entry.good && parsed.is_persistent())?;
             let kept = Kept {
                 uid: entry.uid.clone(),
-                fact: fact.clone(),
+                parsed: parsed.clone(),
             };
             Some((object.clone(), kept))
         };
@@ -260,17 +256,21 @@ impl Facts {
         }
     }
 
-    /// What holds now, but for [`Outcome::last_good`], which is empty.
+    /// The current outcome. [`Outcome::last_good`] is empty; use [`Self::last_good`].
     #[must_use]
     pub fn outcome(&mut self) -> Outcome {
         let mut outcome = Outcome::default();
-        let said = self.said.iter().filter_map(|object| {
+        let diagnosed = self.diagnosed.iter().filter_map(|object| {
             let entry = self.entries.get(object)?;
-            entry.said.as_deref()
+            entry.diagnostics.as_deref()
         });
-        for said in said {
-            outcome.rejections.extend(said.rejections.iter().cloned());
-            outcome.warnings.extend(said.warnings.iter().cloned());
+        for Diagnostics {
+            rejections,
+            warnings,
+        } in diagnosed
+        {
+            outcome.rejections.extend(rejections.iter().cloned());
+            outcome.warnings.extend(warnings.iter().cloned());
         }
         if self.stale.all || self.stale.lost_namespace(&self.cluster) {
             self.assemble(&mut outcome);
@@ -278,21 +278,18 @@ impl Facts {
             self.assemble_parts();
         }
         outcome.cluster = self.cluster.clone();
-        outcome.rejections.sort();
-        outcome.rejections.dedup();
-        outcome.warnings.sort();
-        outcome.warnings.dedup();
+        outcome.sort_messages();
         outcome
     }
 
-    /// Puts everything together.
+    /// Assembles the whole snapshot.
     fn assemble(&mut self, outcome: &mut Outcome) {
-        let facts = self
+        let objects = self
             .entries
             .iter()
-            .filter_map(|(object, entry)| Some((object, entry.fact.as_ref()?)));
-        let said = outcome.rejections.len();
-        assemble::assemble(facts, self.options, outcome);
+            .filter_map(|(object, entry)| Some((object, entry.parsed.as_ref()?)));
+        let rejected = outcome.rejections.len();
+        assemble::assemble(objects, self.options, outcome);
         let before = self.cluster.ready.take().unwrap_or_default();
         let mut cluster = std::mem::take(&mut outcome.cluster);
         if let Some(reported) = cluster.ready.take() {
@@ -301,14 +298,14 @@ impl Facts {
         cluster.versions = self.versions();
         self.cluster = cluster;
         self.stale = Stale {
-            // Without a control plane every pod may be an endpoint of every service; and which of two
-            // pods with one UID is known depends on both.
-            all: self.options.standalone || outcome.rejections.len() > said,
+            // Without a control plane every pod may be an endpoint of every service, and of two pods
+            // with one UID only the first is used, which depends on both.
+            all: self.options.standalone || outcome.rejections.len() > rejected,
             ..Stale::default()
         };
     }
 
-    /// Puts together what is stale.
+    /// Assembles the stale parts.
     fn assemble_parts(&mut self) {
         let stale = std::mem::take(&mut self.stale);
         for name in stale.services {
@@ -356,30 +353,32 @@ impl Facts {
         self.cluster.ready = Some(ready);
     }
 
-    /// A service with its endpoints.
+    /// A service with the endpoints of its EndpointSlices.
     fn service(&self, name: &ObjectName) -> Option<Service> {
-        let object = ObjectRef::new("Service", &*name.namespace, &*name.name);
-        let Some(Fact::Service(fact)) = &self.entries.get(&object)?.fact else {
+        let object = ObjectRef::new(Kind::Service.name(), &*name.namespace, &*name.name);
+        let Some(ParsedObject::Service(parsed)) = &self.entries.get(&object)?.parsed else {
             return None;
         };
-        let first = ObjectRef::new("EndpointSlice", &*name.namespace, "");
+        let first = ObjectRef::new(Kind::EndpointSlice.name(), &*name.namespace, "");
         let slices = self.entries.range(&first..).take_while(|(object, _)| {
             object.kind == first.kind && object.namespace == first.namespace
         });
-        let slices = slices.filter_map(|(_, entry)| match &entry.fact {
-            Some(Fact::Slice(slice)) if slice.service == *name => Some(slice.endpoints.as_slice()),
+        let slices = slices.filter_map(|(_, entry)| match &entry.parsed {
+            Some(ParsedObject::Slice(slice)) if slice.service == *name => {
+                Some(slice.endpoints.as_slice())
+            }
             _ => None,
         });
-        Some(assemble::with(fact, slices.collect::<Vec<_>>().concat()))
+        Some(assemble::with(parsed, slices.collect::<Vec<_>>().concat()))
     }
 
-    /// Whether a pod's own node says that it accepts tunnels for it.
+    /// Whether the MeshNode of a pod's node reports that the node accepts tunnels for the pod.
     fn is_reported(&self, pod: &Pod) -> bool {
         let report = self
             .entries
-            .get(&ObjectRef::new("MeshNode", "", &*pod.node));
-        match report.and_then(|entry| entry.fact.as_ref()) {
-            Some(Fact::Report(report)) => {
+            .get(&ObjectRef::new(Kind::MeshNode.name(), "", &*pod.node));
+        match report.and_then(|entry| entry.parsed.as_ref()) {
+            Some(ParsedObject::Report(report)) => {
                 let namespace = self.cluster.namespaces.get(&pod.name.namespace);
                 assemble::accepts_all(report, namespace) || report.pods.contains(&*pod.uid)
             }
@@ -395,13 +394,13 @@ impl Facts {
         self.entries.iter().filter_map(version).collect()
     }
 
-    /// Takes note of an object that is not what it was.
-    fn turn(&mut self, object: &ObjectRef, was: Option<Entry>) {
+    /// Records that an object changed: updates the snapshot, or marks the affected parts as stale.
+    fn note_change(&mut self, object: &ObjectRef, was: Option<Entry>) {
         self.changes += 1;
         let now = self.entries.get(object);
-        match now.and_then(|entry| entry.said.as_ref()) {
-            Some(_) => drop(self.said.insert(object.clone())),
-            None => drop(self.said.remove(object)),
+        match now.and_then(|entry| entry.diagnostics.as_ref()) {
+            Some(_) => drop(self.diagnosed.insert(object.clone())),
+            None => drop(self.diagnosed.remove(object)),
         }
         if self.stale.all {
             return;
@@ -413,45 +412,45 @@ impl Facts {
                 None => drop(self.cluster.versions.remove(object)),
             }
         }
-        let was = was.and_then(|entry| entry.fact);
-        let now = now.and_then(|entry| entry.fact.as_ref());
+        let was = was.and_then(|entry| entry.parsed);
+        let now = now.and_then(|entry| entry.parsed.as_ref());
         if was.as_ref() != now {
             let cluster = &mut self.cluster;
-            if let Some(fact) = &was {
-                self.stale.leaves(cluster, object, fact);
+            if let Some(parsed) = &was {
+                self.stale.removed(cluster, object, parsed);
             }
-            if let Some(fact) = now {
-                self.stale.comes(cluster, object, fact);
+            if let Some(parsed) = now {
+                self.stale.added(cluster, object, parsed);
             }
         }
     }
 
     fn reject(&mut self, rejection: Rejection) -> ObjectRef {
         let object = rejection.object.clone();
-        let said = Said {
+        let diagnostics = Diagnostics {
             rejections: vec![rejection],
             warnings: Vec::new(),
         };
         let entry = Entry {
             uid: String::new(),
-            fact: None,
+            parsed: None,
             generation: 0,
             newest: 0,
             good: false,
-            said: Some(Box::new(said)),
+            diagnostics: Some(Box::new(diagnostics)),
         };
         if self.entries.get(&object) != Some(&entry) {
             let known = self.entries.insert(object.clone(), entry);
-            self.turn(&object, known);
+            self.note_change(&object, known);
         }
         object
     }
 }
 
-/// The pods that are reported as ready, and those that were and are still in the mesh: a report that
-/// shrinks, as that of an agent that starts again, must not send their traffic in clear. Whoever joins
-/// it again is ready when its node says so again: before that, answers to what it sends in clear
-/// would be dropped.
+/// The pods that are ready for tunnels: those that are reported, and those that were ready before and
+/// are still enrolled. A report becomes smaller when an agent restarts, and that must not make traffic
+/// to these pods plaintext. A pod that is enrolled again is not ready until its node reports it: before
+/// that, the replies to its plaintext traffic would be dropped.
 fn still_ready(
     cluster: &Cluster,
     reported: &BTreeSet<Arc<str>>,
@@ -469,66 +468,66 @@ fn still_ready(
 }
 
 impl Stale {
-    /// Whether an object is gone that pods may still name.
+    /// Whether a namespace was deleted that pods may still be in.
     fn lost_namespace(&self, cluster: &Cluster) -> bool {
         let mut names = self.namespaces.iter();
         names.any(|name| !cluster.namespaces.contains_key(name))
     }
 
-    /// What an object says holds no more.
-    fn leaves(&mut self, cluster: &mut Cluster, object: &ObjectRef, fact: &Fact) {
+    /// Removes the content of an object from the snapshot.
+    fn removed(&mut self, cluster: &mut Cluster, object: &ObjectRef, parsed: &ParsedObject) {
         let name = || ObjectName::new(&*object.namespace, &*object.name);
-        match fact {
-            Fact::Namespace(_) => {
+        match parsed {
+            ParsedObject::Namespace(_) => {
                 cluster.namespaces.remove(&object.name);
                 self.namespaces.insert(object.name.clone());
             }
-            Fact::Node(_) => drop(cluster.nodes.remove(&object.name)),
-            Fact::Pod(fact) => {
-                cluster.pods.remove(&fact.pod.uid);
-                self.pods.insert(Arc::clone(&fact.pod.uid));
-                let namespace = cluster.namespaces.get(&fact.pod.name.namespace);
-                // It may have been the last that names a namespace that nothing describes.
+            ParsedObject::Node(_) => drop(cluster.nodes.remove(&object.name)),
+            ParsedObject::Pod(parsed) => {
+                cluster.pods.remove(&parsed.pod.uid);
+                self.pods.insert(Arc::clone(&parsed.pod.uid));
+                let namespace = cluster.namespaces.get(&parsed.pod.name.namespace);
+                // It may be the last pod in a namespace that has no Namespace object.
                 self.all |= namespace.is_none_or(|namespace| namespace.uid.is_empty());
             }
-            Fact::Service(_) => drop(self.services.insert(name())),
-            Fact::Slice(slice) => drop(self.services.insert(slice.service.clone())),
-            Fact::Policy(_) => drop(cluster.policies.remove(object)),
-            Fact::Authentication(_) => drop(cluster.authentications.remove(&name())),
-            Fact::Report(_) => drop(self.nodes.insert(object.name.clone())),
+            ParsedObject::Service(_) => drop(self.services.insert(name())),
+            ParsedObject::Slice(slice) => drop(self.services.insert(slice.service.clone())),
+            ParsedObject::Policy(_) => drop(cluster.policies.remove(object)),
+            ParsedObject::Authentication(_) => drop(cluster.authentications.remove(&name())),
+            ParsedObject::Report(_) => drop(self.nodes.insert(object.name.clone())),
         }
     }
 
-    /// What an object says holds.
-    fn comes(&mut self, cluster: &mut Cluster, object: &ObjectRef, fact: &Fact) {
+    /// Adds the content of an object to the snapshot.
+    fn added(&mut self, cluster: &mut Cluster, object: &ObjectRef, parsed: &ParsedObject) {
         let name = || ObjectName::new(&*object.namespace, &*object.name);
-        match fact {
-            Fact::Namespace(namespace) => {
+        match parsed {
+            ParsedObject::Namespace(namespace) => {
                 let name = object.name.clone();
                 self.namespaces.insert(name.clone());
                 cluster.namespaces.insert(name, Namespace::clone(namespace));
             }
-            Fact::Node(node) => {
+            ParsedObject::Node(node) => {
                 let node = Node::clone(node);
                 cluster.nodes.insert(object.name.clone(), node);
             }
-            Fact::Pod(fact) => {
-                let pod = &fact.pod;
+            ParsedObject::Pod(parsed) => {
+                let pod = &parsed.pod;
                 self.pods.insert(Arc::clone(&pod.uid));
                 let is_named = cluster.namespaces.contains_key(&pod.name.namespace);
                 let other = cluster.pods.insert(Arc::clone(&pod.uid), Arc::clone(pod));
                 self.all |= !is_named || other.is_some();
             }
-            Fact::Service(_) => drop(self.services.insert(name())),
-            Fact::Slice(slice) => drop(self.services.insert(slice.service.clone())),
-            Fact::Policy(policy) => {
+            ParsedObject::Service(_) => drop(self.services.insert(name())),
+            ParsedObject::Slice(slice) => drop(self.services.insert(slice.service.clone())),
+            ParsedObject::Policy(policy) => {
                 cluster.policies.insert(object.clone(), Arc::clone(policy));
             }
-            Fact::Authentication(authentication) => {
+            ParsedObject::Authentication(authentication) => {
                 let authentication = Authentication::clone(authentication);
                 cluster.authentications.insert(name(), authentication);
             }
-            Fact::Report(_) => drop(self.nodes.insert(object.name.clone())),
+            ParsedObject::Report(_) => drop(self.nodes.insert(object.name.clone())),
         }
     }
 }
