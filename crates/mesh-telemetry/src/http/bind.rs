@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Listeners that a predecessor may still hold.
+//! Sockets that a predecessor may still hold.
 
 use std::fs;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -12,11 +12,20 @@ use tokio::net::{TcpListener, UnixListener};
 
 const BACKLOG: i32 = 128;
 
-/// Listens on an address that an agent which is about to end may still use.
-pub(super) fn tcp(addr: SocketAddr) -> io::Result<TcpListener> {
+/// Listens on an address; an unspecified IPv6 address becomes IPv4 on a host without IPv6.
+pub(super) fn tcp_or_ipv4(addr: SocketAddr) -> io::Result<TcpListener> {
+    tcp(addr).or_else(|error| match addr.ip() {
+        IpAddr::V6(ip) if ip.is_unspecified() && no_ipv6(&error) => {
+            tcp(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), addr.port()))
+        }
+        IpAddr::V6(_) | IpAddr::V4(_) => Err(error),
+    })
+}
+
+fn tcp(addr: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
-    // The predecessor serves until we do. Only ever in the host's namespace: a pod's root could
+    // The predecessor serves until we do. Safe in the host's namespace only: in a pod, its root could
     // join the group.
     socket.set_reuse_port(true)?;
     if addr.is_ipv6() && addr.ip().is_unspecified() {
@@ -28,21 +37,20 @@ pub(super) fn tcp(addr: SocketAddr) -> io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-/// Whether the host has no IPv6 at all.
-pub(super) fn no_ipv6(error: &io::Error) -> bool {
+/// Tells whether the host has no IPv6 at all.
+fn no_ipv6(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
         Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)
     )
 }
 
-/// Listens on a Unix socket that only root may connect to, and puts it in the place of an older
-/// one in one step.
+/// Listens on a Unix socket that only root may connect to, and replaces an older one in one step.
 pub(super) fn unix(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     if let Some(directory) = path.parent() {
         fs::create_dir_all(directory)?;
     }
-    let new = super::beside(path);
+    let new = beside(path);
     match fs::remove_file(&new) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         Ok(()) | Err(_) => {}
@@ -50,7 +58,7 @@ pub(super) fn unix(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
     socket.bind(&SockAddr::unix(&new)?)?;
-    // Before it listens nobody can connect, whatever the umask is.
+    // Before it listens nobody can connect, whatever the umask.
     let finished = fs::set_permissions(&new, fs::Permissions::from_mode(0o600))
         .and_then(|()| socket.listen(BACKLOG))
         .and_then(|()| SocketFile::of(&new, path))
@@ -64,7 +72,14 @@ pub(super) fn unix(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     }
 }
 
-/// The socket's file, removed on drop while it is still ours.
+/// The path under which a socket is created before it replaces an older one.
+fn beside(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{}", std::process::id()));
+    name.into()
+}
+
+/// The file of a Unix socket. It is removed on drop unless another socket has replaced it.
 #[derive(Debug)]
 pub(super) struct SocketFile {
     path: PathBuf,
@@ -90,7 +105,7 @@ impl Drop for SocketFile {
         if id(&self.path).is_ok_and(|id| id == self.id)
             && let Err(error) = fs::remove_file(&self.path)
         {
-            tracing::warn!(%error, path = %self.path.display(), "the admin socket is left behind");
+            tracing::warn!(%error, path = %self.path.display(), "cannot remove the Unix socket");
         }
     }
 }

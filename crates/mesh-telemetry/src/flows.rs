@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! From records to the flow log. Whoever finishes a connection never waits: records go through a
-//! bounded queue to a thread of their own, and what does not fit is counted.
+//! The flow log. Records go through a bounded queue to a writer thread, so that closing a connection
+//! never waits; records that do not fit are counted as lost.
 //!
-//! Also drains the kernel's ring of events ([`drain`]).
+//! [`drain`] turns the events in the kernel's ring into records.
 
 use std::io;
 use std::path::PathBuf;
@@ -12,33 +12,43 @@ use std::time::{Duration, Instant};
 use mesh_common::event::Event;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::config::FlowLog;
 use crate::metrics::Metrics;
-use crate::record::{Endings, FlowRecord, KernelRecords, Recorder};
+use crate::record::{CloseReasons, FlowRecord, KernelRecords, Recorder};
 
 mod writer;
 
-/// Records on their way to the log.
+/// Records that wait to be written.
 const QUEUE: usize = 4096;
-/// Lines kept for `/flows`.
+/// Records kept for `/flows`.
 const RECENT: usize = 256;
-/// How often the kernel's ring is drained: at the ring's size, room for some million events a
+/// Interval of reading the kernel's ring. With the size of the ring it allows some million events a
 /// second.
 const DRAIN_EVERY: Duration = Duration::from_millis(10);
 
-/// Why there is no flow log.
+/// The target of the flow log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Standard output.
+    Stdout,
+    /// No log; recent records are still kept.
+    Off,
+    /// A file, reopened when it is rotated.
+    File(PathBuf),
+}
+
+/// A failure to start the flow log.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file cannot be opened.
     #[error("cannot open the flow log {path}", path = path.display())]
     Open {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         source: io::Error,
     },
-    /// The writer's thread cannot be started.
-    #[error("cannot start the thread of the flow log")]
+    /// The writer thread cannot be started.
+    #[error("cannot start the writer thread of the flow log")]
     Thread(#[source] io::Error),
 }
 
@@ -48,11 +58,11 @@ enum Message {
     Recent(oneshot::Sender<Vec<Arc<str>>>),
 }
 
-/// Where records go. Clones share the queue.
+/// The queue of the flow log. Clones share it.
 #[derive(Clone, Debug)]
 pub struct FlowSink(mpsc::Sender<Message>);
 
-/// The flow log's writer.
+/// The running flow log.
 #[derive(Debug)]
 pub struct Flows {
     sink: FlowSink,
@@ -60,13 +70,13 @@ pub struct Flows {
 }
 
 impl Flows {
-    /// Opens the log and starts its thread.
+    /// Opens the log and starts its writer thread.
     ///
     /// # Errors
-    /// If the file cannot be opened.
-    pub fn start(log: &FlowLog, metrics: &Metrics) -> Result<Self, Error> {
+    /// When the file cannot be opened.
+    pub fn start(target: &Target, metrics: &Metrics) -> Result<Self, Error> {
         let (sender, queue) = mpsc::channel(QUEUE);
-        let writer = writer::Writer::open(log, RECENT, metrics.clone())?;
+        let writer = writer::Writer::open(target, RECENT, metrics.clone())?;
         let thread = std::thread::Builder::new()
             .name("flow-log".to_owned())
             .spawn(move || writer.run(queue))
@@ -77,21 +87,21 @@ impl Flows {
         })
     }
 
-    /// Where records are to be sent.
+    /// Returns the queue.
     #[must_use]
     pub fn sink(&self) -> FlowSink {
         self.sink.clone()
     }
 
-    /// Waits until everything is written; every other sink must be gone, or `longest` passes.
-    pub fn finish(self, longest: Duration) {
+    /// Waits until every record is written. All other sinks must be dropped; otherwise `timeout` passes.
+    pub fn finish(self, timeout: Duration) {
         drop(self.sink);
-        let until = Instant::now() + longest;
+        let until = Instant::now() + timeout;
         while !self.thread.is_finished() && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(5));
         }
         if !self.thread.is_finished() {
-            tracing::warn!("the flow log was not written to its end");
+            tracing::warn!("flow log writer did not finish in time; the last records may be missing");
         }
     }
 }
@@ -104,13 +114,13 @@ impl FlowSink {
         }
     }
 
-    /// Has the file opened again: it was renamed.
+    /// Reopens the file after it was renamed.
     pub async fn reopen(&self) {
-        // A writer that is gone has nothing to open.
+        // Fails only if the writer is gone.
         drop(self.0.send(Message::Reopen).await);
     }
 
-    /// The last records, as JSON lines, oldest first.
+    /// Returns the last records as JSON, oldest first.
     pub async fn recent(&self) -> Vec<Arc<str>> {
         let (answer, lines) = oneshot::channel();
         if self.0.send(Message::Recent(answer)).await.is_err() {
@@ -120,52 +130,34 @@ impl FlowSink {
     }
 }
 
-/// Where events of the kernel come from.
+/// A source of kernel events. One agent of a node reads them at a time.
 pub trait EventSource: Send + 'static {
-    /// Takes the turn to read; `false` = another agent of this node has it.
+    /// Acquires the right to read; `false` = another agent of this node has it.
     ///
     /// # Errors
-    /// Why it cannot be told.
-    fn take_turn(&mut self) -> io::Result<bool>;
-    /// Lets another agent read.
+    /// When the lock cannot be read.
+    fn acquire(&mut self) -> io::Result<bool>;
+    /// Releases the right to read.
     ///
     /// # Errors
-    /// Why it cannot.
-    fn give_turn(&mut self) -> io::Result<()>;
-    /// Hands over the events that wait now.
+    /// When the lock cannot be written.
+    fn release(&mut self) -> io::Result<()>;
+    /// Passes the waiting events to `each`.
     fn drain(&mut self, each: &mut dyn FnMut(&Event));
 }
 
-/// Events taken at once: about what the ring holds, so that one turn has an end even if the kernel
-/// writes as fast as this reads.
-const BATCH: usize = 20_000;
-
-impl EventSource for crate::datapath::Events {
-    fn take_turn(&mut self) -> io::Result<bool> {
-        Self::take_turn(self)
-    }
-
-    fn give_turn(&mut self) -> io::Result<()> {
-        Self::give_turn(self)
-    }
-
-    fn drain(&mut self, each: &mut dyn FnMut(&Event)) {
-        Self::drain(self, BATCH, |event| each(&event));
-    }
-}
-
-/// An agent that was replaced looks after so long whether its successor is still there.
+/// Time after which a replaced agent reads again if its successor does not.
 const RETURN: Duration = Duration::from_secs(1);
 
-/// Makes records of the kernel's events until `stop` turns true, and once more then. From when
-/// `replaced` is true they are left to the successor.
+/// Makes records of kernel events until `stop` turns true, and of the events that wait then. Once
+/// `replaced` is true, the successor reads them.
 pub async fn drain(
     mut events: impl EventSource,
-    (recorder, endings): (Recorder, Endings),
+    (recorder, reasons): (Recorder, CloseReasons),
     replaced: watch::Receiver<bool>,
     mut stop: watch::Receiver<bool>,
 ) {
-    let mut records = KernelRecords::new(recorder, endings);
+    let mut records = KernelRecords::new(recorder, reasons);
     let mut left = None;
     let mut tick = tokio::time::interval(DRAIN_EVERY);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -178,10 +170,10 @@ pub async fn drain(
         let now = Instant::now();
         if *replaced.borrow() && left.is_none() {
             left = Some(now);
-            turned(events.give_turn());
+            reported(events.release());
         }
         let leaves = left.is_some_and(|since| now.saturating_duration_since(since) < RETURN);
-        if (last || !leaves) && turned(events.take_turn()) == Some(true) {
+        if (last || !leaves) && reported(events.acquire()) == Some(true) {
             records.refresh(now);
             events.drain(&mut |event| records.report(event));
         }
@@ -191,25 +183,25 @@ pub async fn drain(
     }
 }
 
-/// Says what went wrong with the turn to read.
-fn turned<T>(result: io::Result<T>) -> Option<T> {
+/// Logs a failure.
+fn reported<T>(result: io::Result<T>) -> Option<T> {
     match result {
         Ok(turn) => Some(turn),
         Err(error) => {
-            crate::logging::warn_limited!(
+            mesh_log::warn_limited!(
                 "events",
                 &error as &dyn std::error::Error,
-                "cannot tell whose turn it is to read the kernel's events"
+                "cannot lock the kernel's event ring"
             );
             None
         }
     }
 }
 
-/// Opens the log again at every SIGHUP, for ever.
+/// Reopens the log at every SIGHUP. Never returns while signals can be received.
 ///
 /// # Errors
-/// If the signal cannot be listened to.
+/// When signals cannot be received.
 pub async fn reopen_on_hangup(sink: FlowSink) -> io::Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut hangup = signal(SignalKind::hangup())?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! From numbers and addresses to names, by the latest plan.
+//! Translates numbers and addresses to names, by a plan.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -15,16 +15,16 @@ use serde::ser::SerializeMap as _;
 
 use crate::metrics::Group;
 
-/// An end of a connection, as records name it.
+/// An endpoint of a connection, as records name it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Party {
     /// The address.
     pub address: IpAddr,
     /// The port.
     pub port: u16,
-    /// The pod's name; empty if the end is no pod.
+    /// The pod's name; empty if the endpoint is not a pod.
     pub pod: Arc<str>,
-    /// Namespace, workload and service account; for an end that is no pod, its entity.
+    /// Namespace, workload and service account; for an endpoint that is not a pod, its entity.
     pub group: Arc<Group>,
 }
 
@@ -90,8 +90,8 @@ impl Party {
     }
 }
 
-/// The service that an application used: by its virtual endpoint, or, for headless services, by
-/// the endpoint itself.
+/// Returns the service that an application used: by its virtual endpoint, or by the destination itself
+/// if the service is headless.
 pub(super) fn service(
     plan: &Plan,
     virtual_endpoint: Option<Endpoint>,
@@ -102,7 +102,7 @@ pub(super) fn service(
     plan.names.services.get(&key).map(ToString::to_string)
 }
 
-/// A rule's name; its number if the plan no longer knows it.
+/// Returns a rule's name, or its number if the plan no longer has it.
 pub(super) fn rule(plan: &Plan, rule: RuleId) -> Option<String> {
     match plan.names.rules.get(&rule) {
         _ if rule == RuleId::NONE => None,

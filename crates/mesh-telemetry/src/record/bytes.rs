@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Bytes of a connection that the proxy carries.
+//! Byte counters of a connection that the proxy carries.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use crate::metrics::Open;
 
-/// Bytes of one direction.
+/// The byte counter of one direction.
 #[derive(Debug, Default)]
 struct Direction {
     total: AtomicU64,
     counted: AtomicU64,
 }
 
-/// Metrics of an open connection are behind by less than this.
+/// Bytes by which the metrics of an open connection may lag.
 pub(super) const COUNT_EVERY: u64 = 1 << 20;
 
-/// The bytes of an open connection; both directions may add at once.
+/// The byte counters of an open connection. Both directions may add at once.
 #[derive(Debug)]
 pub struct Bytes {
     sent: Direction,
@@ -49,7 +49,7 @@ impl Bytes {
         }
     }
 
-    /// Counts the rest; sent and received.
+    /// Counts the remainder in the metrics; returns the totals sent and received.
     pub(super) fn finish(&self) -> (u64, u64) {
         self.counted.add(self.sent.take(), self.received.take());
         (
@@ -60,7 +60,7 @@ impl Bytes {
 }
 
 impl Direction {
-    /// Adds, and returns what is to be counted now.
+    /// Adds bytes; returns the bytes to count in the metrics now.
     fn add(&self, bytes: u64) -> u64 {
         let before = self.total.fetch_add(bytes, Relaxed);
         if before / COUNT_EVERY == before.wrapping_add(bytes) / COUNT_EVERY {
@@ -69,7 +69,7 @@ impl Direction {
         self.take()
     }
 
-    /// What is not counted yet. Only the task that adds may ask.
+    /// Takes the bytes that are not in the metrics yet. Only the task that adds may call it.
     fn take(&self) -> u64 {
         let total = self.total.load(Relaxed);
         total.saturating_sub(self.counted.swap(total, Relaxed))

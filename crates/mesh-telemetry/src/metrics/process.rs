@@ -1,26 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the kernel knows of this process, from /proc. What cannot be read is left out.
+//! The `process_*` metrics, from /proc. Values that cannot be read are left out.
 
-use std::fs;
+use std::{fmt, fs};
 
-/// Ticks of `/proc/self/stat` in a second: `USER_HZ`, 100 on every architecture Rust knows of.
+use prometheus_client::encoding::DescriptorEncoder;
+
+use super::describe;
+use super::exposition::family;
+
+/// Ticks per second of `/proc/self/stat`: `USER_HZ`, 100 on every architecture that Rust supports.
 const TICKS: f64 = 100.0;
 
-/// Facts about this process.
+/// Resource usage of this process.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Usage {
-    pub(super) cpu_seconds: Option<f64>,
-    pub(super) resident_bytes: Option<u64>,
-    pub(super) open_fds: Option<u64>,
-    pub(super) max_fds: Option<u64>,
-    pub(super) start_seconds: Option<f64>,
+struct Usage {
+    cpu_seconds: Option<f64>,
+    resident_bytes: Option<u64>,
+    open_fds: Option<u64>,
+    max_fds: Option<u64>,
+    start_seconds: Option<f64>,
 }
 
 impl Usage {
-    pub(super) fn read() -> Self {
+    fn read() -> Self {
         let text = |path: &str| fs::read_to_string(path).ok();
         let stat = text("/proc/self/stat").unwrap_or_default();
-        // The second field is the program's name in parentheses, and may hold blanks.
+        // The second field is the program's name in parentheses, and may contain blanks.
         let fields: Vec<&str> = stat
             .rsplit_once(") ")
             .map(|(_, rest)| rest.split(' ').collect())
@@ -44,7 +49,31 @@ impl Usage {
     }
 }
 
-/// The number that follows a word at the beginning of a line.
+/// Writes the `process_*` families.
+///
+/// # Errors
+/// When the page cannot be written.
+pub fn process(encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+    let usage = Usage::read();
+    if let Some(seconds) = usage.cpu_seconds {
+        family(encoder, describe::CPU)?.counter(&[], seconds)?;
+    }
+    for (description, value) in [
+        (describe::RSS, usage.resident_bytes),
+        (describe::FDS, usage.open_fds),
+        (describe::MAX_FDS, usage.max_fds),
+    ] {
+        if let Some(value) = value {
+            family(encoder, description)?.gauge(&[], value)?;
+        }
+    }
+    match usage.start_seconds {
+        Some(seconds) => family(encoder, describe::START)?.gauge(&[], seconds),
+        None => Ok(()),
+    }
+}
+
+/// Finds the number after a word at the beginning of a line.
 fn find_number(text: &str, word: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(word))?;
     line.split_whitespace().next()?.parse().ok()
@@ -55,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn this_process_is_known() {
+    fn usage_of_this_process_is_read() {
         let usage = Usage::read();
         assert!(usage.cpu_seconds.is_some_and(|seconds| seconds >= 0.0));
         assert!(usage.resident_bytes.is_some_and(|bytes| bytes > 1 << 16));

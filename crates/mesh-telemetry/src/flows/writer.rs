@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The thread that writes the flow log. It may wait for a slow disk or a full pipe; nobody waits
+//! The writer thread of the flow log. It may block on a slow disk or a full pipe; no other thread waits
 //! for it.
 
 use std::collections::VecDeque;
@@ -11,33 +11,32 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
-use super::{Error, Message};
-use crate::config::FlowLog;
+use super::{Error, Message, Target};
 use crate::metrics::Metrics;
 use crate::record::FlowRecord;
 
-/// How often it is looked whether the file was renamed or removed.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Interval of checking whether the file was renamed or removed.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
 
-/// How long the first record of a batch waits for others: who sends a record pays for a wake-up of
-/// this thread only if it waits for one.
+/// Time that the first record of a batch waits for others: a sender pays for a wake-up of this thread
+/// only if the thread waits.
 const GATHER: Duration = Duration::from_millis(5);
 
-enum Target {
+enum Output {
     Stdout(BufWriter<io::Stdout>),
     File {
         path: PathBuf,
         file: BufWriter<File>,
-        looked: Instant,
+        checked: Instant,
     },
     Off,
 }
 
 pub(super) struct Writer {
-    target: Target,
-    /// The last lines; the oldest one's memory takes the next.
+    output: Output,
+    /// The last records; the memory of the oldest is reused for the next.
     recent: VecDeque<String>,
-    most_recent: usize,
+    max_recent: usize,
     metrics: Metrics,
 }
 
@@ -45,41 +44,41 @@ fn open(path: &Path) -> io::Result<BufWriter<File>> {
     OpenOptions::new()
         .append(true)
         .create(true)
-        // Addresses and names of workloads are not for everybody.
+        // Addresses and workload names are confidential.
         .mode(0o640)
         .open(path)
         .map(BufWriter::new)
 }
 
 impl Writer {
-    pub(super) fn open(log: &FlowLog, most_recent: usize, metrics: Metrics) -> Result<Self, Error> {
-        let target = match log {
-            FlowLog::Stdout => Target::Stdout(BufWriter::new(io::stdout())),
-            FlowLog::Off => Target::Off,
-            FlowLog::File(path) => Target::File {
+    pub(super) fn open(target: &Target, max_recent: usize, metrics: Metrics) -> Result<Self, Error> {
+        let output = match target {
+            Target::Stdout => Output::Stdout(BufWriter::new(io::stdout())),
+            Target::Off => Output::Off,
+            Target::File(path) => Output::File {
                 file: open(path).map_err(|source| Error::Open {
                     path: path.clone(),
                     source,
                 })?,
                 path: path.clone(),
-                looked: Instant::now(),
+                checked: Instant::now(),
             },
         };
         Ok(Self {
-            target,
-            recent: VecDeque::with_capacity(most_recent),
-            most_recent,
+            output,
+            recent: VecDeque::with_capacity(max_recent),
+            max_recent,
             metrics,
         })
     }
 
-    /// Writes until every sink is gone.
+    /// Writes until every sink is dropped.
     pub(super) fn run(mut self, mut queue: mpsc::Receiver<Message>) {
         while let Some(first) = queue.blocking_recv() {
             std::thread::sleep(GATHER);
-            self.look();
+            self.check_file();
             let mut written = self.take(first);
-            // Whatever waits is written together.
+            // All waiting records are written together.
             while let Ok(next) = queue.try_recv() {
                 written += self.take(next);
             }
@@ -87,13 +86,13 @@ impl Writer {
         }
     }
 
-    /// Handles a message; 1 if it put a record into the buffer.
+    /// Handles a message; returns 1 if it put a record into the buffer.
     fn take(&mut self, message: Message) -> u64 {
         match message {
             Message::Record(record) => return self.record(&record),
             Message::Reopen => self.reopen(),
             Message::Recent(answer) => {
-                // Who asked may have given up.
+                // The request may have been canceled.
                 drop(
                     answer.send(
                         self.recent
@@ -109,7 +108,7 @@ impl Writer {
 
     fn record(&mut self, record: &FlowRecord) -> u64 {
         let mut line = match self.recent.len() {
-            full if full == self.most_recent => self.recent.pop_front().unwrap_or_default(),
+            full if full == self.max_recent => self.recent.pop_front().unwrap_or_default(),
             _ => String::new(),
         }
         .into_bytes();
@@ -119,10 +118,10 @@ impl Writer {
             return 0;
         }
         line.push(b'\n');
-        let written = match &mut self.target {
-            Target::Stdout(out) => out.write_all(&line),
-            Target::File { file, .. } => file.write_all(&line),
-            Target::Off => Ok(()),
+        let written = match &mut self.output {
+            Output::Stdout(out) => out.write_all(&line),
+            Output::File { file, .. } => file.write_all(&line),
+            Output::Off => Ok(()),
         };
         line.pop();
         self.recent
@@ -137,32 +136,32 @@ impl Writer {
     }
 
     fn flush(&mut self, written: u64) {
-        let flushed = match &mut self.target {
-            Target::Stdout(out) => out.flush(),
-            Target::File { file, .. } => file.flush(),
-            Target::Off => Ok(()),
+        let flushed = match &mut self.output {
+            Output::Stdout(out) => out.flush(),
+            Output::File { file, .. } => file.flush(),
+            Output::Off => Ok(()),
         };
         if let Err(error) = flushed {
             self.lost(written, &error);
-            // What the buffer holds would be tried again for ever, and block what comes after it.
+            // The buffer would be retried forever and block all later records.
             self.reopen();
         }
     }
 
     fn lost(&self, records: u64, error: &dyn std::error::Error) {
         self.metrics.lost(records);
-        crate::logging::warn_limited!("flow_log", error, "records of the flow log are lost");
+        mesh_log::warn_limited!("flow_log", error, "cannot write to the flow log; records are lost");
     }
 
-    /// Opens the file again if another program renamed or removed it.
-    fn look(&mut self) {
-        let Target::File { path, file, looked } = &mut self.target else {
+    /// Reopens the file if it was renamed or removed.
+    fn check_file(&mut self) {
+        let Output::File { path, file, checked } = &mut self.output else {
             return;
         };
-        if looked.elapsed() < LOOK_EVERY {
+        if checked.elapsed() < CHECK_EVERY {
             return;
         }
-        *looked = Instant::now();
+        *checked = Instant::now();
         let id = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
         let there = std::fs::metadata(&*path).map(id).ok();
         let ours = file.get_ref().metadata().map(id).ok();
@@ -172,15 +171,15 @@ impl Writer {
     }
 
     fn reopen(&mut self) {
-        let Target::File { path, file, .. } = &mut self.target else {
+        let Output::File { path, file, .. } = &mut self.output else {
             return;
         };
         match open(path) {
-            // The old one writes what it holds when it is dropped.
+            // Dropping the old file flushes it.
             Ok(new) => *file = new,
             Err(error) => {
                 let error = &error as &dyn std::error::Error;
-                crate::logging::warn_limited!("flow_log_open", error, "cannot open the flow log");
+                mesh_log::warn_limited!("flow_log_open", error, "cannot reopen the flow log");
             }
         }
     }

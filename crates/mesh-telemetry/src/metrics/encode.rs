@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! From the numbers to a page. Counters that are 0 and belong to a large fixed set are left out.
+//! Encoding of the agent's metrics. Counters that are 0 and belong to a large fixed set are left out.
 
 use std::fmt;
 use std::sync::PoisonError;
@@ -9,64 +9,21 @@ use std::time::Instant;
 use mesh_common::counter::Counter;
 use mesh_common::{Direction, Reason};
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{
-    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, EncodeMetric as _, MetricEncoder,
-    NoLabelSet,
-};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric as _};
 
 use super::describe::{self, Description};
-use super::process::Usage;
-use super::{HANDSHAKES, Metrics, Role, Totals};
-use crate::identity::Refusal;
+use super::exposition;
+use super::exposition::family;
+use super::process::process;
+use super::{Metrics, Role, Totals};
 use crate::record::{Close, ClosedBy, Reporter};
 
-/// Writes every family.
+/// The page of the agent.
 #[derive(Debug)]
 pub(super) struct Page(pub(super) Metrics);
 
-/// One family that is being written.
-struct Family<'a>(MetricEncoder<'a>);
-
-/// One number of a row.
+/// A counter of a row.
 type Column = fn(&Totals) -> u64;
-type Pairs<'a> = &'a [(&'a str, &'a str)];
-
-impl Family<'_> {
-    fn counter(&mut self, labels: Pairs<'_>, value: impl EncodeCounterValue) -> fmt::Result {
-        if labels.is_empty() {
-            return self.0.encode_counter::<NoLabelSet, _, u64>(&value, None);
-        }
-        self.0
-            .encode_family(&labels)?
-            .encode_counter::<NoLabelSet, _, u64>(&value, None)
-    }
-
-    fn counter_unless_0(&mut self, labels: Pairs<'_>, value: u64) -> fmt::Result {
-        if value == 0 {
-            return Ok(());
-        }
-        self.counter(labels, value)
-    }
-
-    fn gauge(&mut self, labels: Pairs<'_>, value: impl EncodeGaugeValue) -> fmt::Result {
-        if labels.is_empty() {
-            return self.0.encode_gauge(&value);
-        }
-        self.0.encode_family(&labels)?.encode_gauge(&value)
-    }
-}
-
-/// Opens a family. The library itself appends `_total` to the names of counters.
-fn family<'s>(
-    encoder: &'s mut DescriptorEncoder<'_>,
-    description: &'s Description,
-) -> Result<Family<'s>, fmt::Error> {
-    let name = description.name.trim_end_matches("_total");
-    let kind = description.kind.metric_type();
-    encoder
-        .encode_descriptor(name, description.help, None, kind)
-        .map(Family)
-}
 
 /// The labels of a service account.
 fn account((namespace, name): &(String, String)) -> [(&'static str, &str); 2] {
@@ -192,14 +149,17 @@ impl Page {
     }
 
     fn handshakes(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let failures = self.0.0.handshake_failures.lock();
+        let failures = failures.unwrap_or_else(PoisonError::into_inner).clone();
         let mut family = family(encoder, describe::HANDSHAKES)?;
         for role in Role::ALL {
-            let counts = &self.0.0.handshakes[role as usize];
             let ok = [("role", role.label()), ("result", "ok")];
-            family.counter(&ok, load(&counts[HANDSHAKES - 1]))?;
-            for (label, count) in Refusal::LABELS.into_iter().zip(counts) {
-                let labels = [("role", role.label()), ("result", label)];
-                family.counter_unless_0(&labels, load(count))?;
+            family.counter(&ok, load(&self.0.0.handshakes[role as usize]))?;
+            for ((of, failure), count) in &failures {
+                if *of == role {
+                    let labels = [("role", role.label()), ("result", *failure)];
+                    family.counter(&labels, *count)?;
+                }
             }
         }
         Ok(())
@@ -235,20 +195,20 @@ impl Page {
         let all = all.unwrap_or_else(PoisonError::into_inner).clone();
         let mut family = family(encoder, describe::EXPIRY)?;
         for (whose, in_use) in &all {
-            family.gauge(&account(whose), in_use.ends)?;
+            family.gauge(&account(whose), in_use.expires)?;
         }
-        let mut family = self::family(encoder, describe::REVOKED)?;
+        let mut family = exposition::family(encoder, describe::REVOKED)?;
         for (whose, in_use) in &all {
             family.gauge(&account(whose), u64::from(in_use.revoked))?;
         }
         let lists = self.0.0.crls.lock();
         let lists = lists.unwrap_or_else(PoisonError::into_inner).clone();
-        let mut family = self::family(encoder, describe::CRL_NEXT_UPDATE)?;
+        let mut family = exposition::family(encoder, describe::CRL_NEXT_UPDATE)?;
         for (file, at) in &lists {
             family.gauge(&[("file", file)], *at)?;
         }
         let behind = load(&self.0.0.clock_skew);
-        self::family(encoder, describe::CLOCK_SKEW)?.gauge(&[], behind)
+        exposition::family(encoder, describe::CLOCK_SKEW)?.gauge(&[], behind)
     }
 
     fn maps(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
@@ -282,13 +242,8 @@ impl Page {
         ] {
             family_of_pods.gauge(&[("state", state)], count)?;
         }
-        let ready = inner
-            .ready
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
         let mut conditions = family(encoder, describe::READY)?;
-        for (condition, holds) in ready {
+        for (condition, holds) in inner.readiness.conditions() {
             conditions.gauge(&[("condition", condition)], u64::from(holds))?;
         }
         Ok(())
@@ -302,56 +257,4 @@ impl Page {
         family(encoder, describe::SUPPRESSED)?.counter(&[], kernel(Counter::SuppressedEvents))?;
         family(encoder, describe::PANICS)?.counter(&[], load(&self.0.0.panics))
     }
-}
-
-fn process(encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
-    let usage = Usage::read();
-    if let Some(seconds) = usage.cpu_seconds {
-        family(encoder, describe::CPU)?.counter(&[], seconds)?;
-    }
-    for (description, value) in [
-        (describe::RSS, usage.resident_bytes),
-        (describe::FDS, usage.open_fds),
-        (describe::MAX_FDS, usage.max_fds),
-    ] {
-        if let Some(value) = value {
-            family(encoder, description)?.gauge(&[], value)?;
-        }
-    }
-    match usage.start_seconds {
-        Some(seconds) => family(encoder, describe::START)?.gauge(&[], seconds),
-        None => Ok(()),
-    }
-}
-
-/// The page in the older form: there the descriptions of a counter name it as its samples do, and
-/// nothing marks the end.
-pub(super) fn prometheus(open_metrics: &str) -> String {
-    let mut counters = std::collections::BTreeSet::new();
-    for line in open_metrics.lines() {
-        if let Some(name) = line
-            .strip_prefix("# TYPE ")
-            .and_then(|l| l.strip_suffix(" counter"))
-        {
-            counters.insert(name);
-        }
-    }
-    let mut text = String::with_capacity(open_metrics.len() + 4096);
-    for line in open_metrics.lines() {
-        if line == "# EOF" {
-            continue;
-        }
-        let described = line
-            .strip_prefix("# HELP ")
-            .map(|rest| ("# HELP ", rest))
-            .or_else(|| line.strip_prefix("# TYPE ").map(|rest| ("# TYPE ", rest)))
-            .and_then(|(word, rest)| rest.split_once(' ').map(|(name, rest)| (word, name, rest)))
-            .filter(|(_, name, _)| counters.contains(name));
-        match described {
-            Some((word, name, rest)) => text.extend([word, name, "_total ", rest]),
-            None => text.push_str(line),
-        }
-        text.push('\n');
-    }
-    text
 }
