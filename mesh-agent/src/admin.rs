@@ -15,7 +15,7 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use mesh_plan::{Cluster, Plan, Rejection};
+use mesh_plan::{Cluster, Index, Plan, Rejection};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
@@ -91,7 +91,7 @@ pub struct Views {
     /// The cluster as it was read last.
     pub facts: watch::Receiver<Arc<Cluster>>,
     /// The plan in force.
-    pub plan: watch::Receiver<Arc<Plan>>,
+    pub plan: watch::Receiver<Arc<Index>>,
     /// How a plan is shown.
     pub plan_text: fn(&Plan) -> String,
     /// What is rejected now.

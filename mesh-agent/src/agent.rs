@@ -246,6 +246,7 @@ impl Rooms {
             trust_domain,
             silent: config.deny == Deny::Drop,
             ended,
+            own_addresses: control::own_addresses::read,
         };
         let known = facts.cluster.clone();
         let report = facts.report.clone();

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use aya::programs::loaded_programs;
-use mesh_plan::authentication::{DATAPLANE_LABEL, enrols};
+use mesh_plan::authentication::is_enrolled;
 use mesh_plan::cluster::{
     Cluster, ObjectRef, Pod, PortMatch, PortRange, Rule, Subject, Tier, Transport,
 };
@@ -294,14 +294,9 @@ pub fn balancers(cgroup: &Path) -> io::Result<Vec<String>> {
 #[must_use]
 pub fn blocked(cluster: &Cluster, port: u16) -> Vec<Blocked> {
     let mut enrolled: BTreeMap<&str, Vec<&Pod>> = BTreeMap::new();
-    for pod in cluster.pods.values().filter(|pod| !pod.host_network) {
-        let namespace = pod.name.namespace.as_str();
-        let is_enrolled = match pod.labels.get(DATAPLANE_LABEL).map(String::as_str) {
-            Some("enabled") => true,
-            Some("disabled") => false,
-            _ => enrols(cluster, namespace),
-        };
-        if is_enrolled {
+    for pod in cluster.pods.values() {
+        if is_enrolled(cluster, pod) {
+            let namespace = pod.name.namespace.as_str();
             enrolled.entry(namespace).or_default().push(pod);
         }
     }

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use mesh_common::Port;
 use mesh_common::settings::TUNNEL_PORT;
-use mesh_plan::Plan;
+use mesh_plan::Index;
 use tokio::sync::{mpsc, watch};
 use tokio::task::LocalSet;
 
@@ -144,7 +144,7 @@ pub struct Doors {
     /// The pods of this node.
     pub pods: watch::Receiver<Arc<PodTable>>,
     /// What is in force.
-    pub plan: watch::Receiver<Arc<Plan>>,
+    pub plan: watch::Receiver<Arc<Index>>,
     /// Certificates.
     pub identities: Identities,
     /// Records and metrics.

@@ -5,12 +5,10 @@
 //! Each is asked about once, where it is decided first: connections at the socket hooks, datagrams
 //! where their flow is opened. Pods without such policies pay for a flag.
 
-use mesh_common::path::{self, Outbound, Path, Peers};
-use mesh_common::pod::{ModeKey, PodIndex, PodState, PodView};
-use mesh_common::policy::{
-    Answer, CidrKey, ListId, Lists, Policies, PolicySetId, PortKey, Question, SelectKey, SetHead,
-};
-use mesh_common::{Addr, Direction, Endpoint, Peer, Reason, Verdict};
+use mesh_common::path::{self, Outbound, Path};
+use mesh_common::pod::{PodIndex, PodState};
+use mesh_common::policy::{Policies as _, PolicySetId};
+use mesh_common::{Direction, Endpoint};
 
 use crate::decision::{ANSWERED, Ask, UNANSWERED};
 use crate::report::{AUDIT, Refused, refused};
@@ -56,7 +54,7 @@ extern "C" fn mesh_audit_outbound(
     let Some((state, shadow)) = shadow(ask.pod) else {
         return UNANSWERED;
     };
-    let path = path::outbound(&shadow, &state.view, ask.remote, ask.protocol);
+    let path = path::outbound(&Tables, &state.view, shadow, ask.remote, ask.protocol);
     if refuses(&path) {
         let who = Refused::new(ask.pod, Direction::Egress, ask.protocol, AUDIT);
         // SAFETY: null, or of this type.
@@ -77,86 +75,27 @@ extern "C" fn mesh_audit_inbound(ask: *const Ask, local: *const Endpoint) -> u64
     let Some((state, shadow)) = shadow(ask.pod) else {
         return UNANSWERED;
     };
-    let (from, origin, protocol) = (&ask.remote.addr, ask.origin, ask.protocol);
-    let path = path::inbound(&shadow, &state.view, from, origin, protocol, ask.local_port);
+    let path = path::inbound(&Tables, &state.view, shadow, ask.arrival());
     if refuses(&path) {
-        let who = Refused::new(ask.pod, Direction::Ingress, protocol, AUDIT);
+        let who = Refused::new(ask.pod, Direction::Ingress, ask.protocol, AUDIT);
         refused(who, Some(local), Some(&ask.remote), None, &path.verdict);
     }
     ANSWERED
 }
 
-/// A pod, and what would hold for it.
+/// A pod, and its policy set with the policies in audit mode enforced.
 #[inline(always)]
-fn shadow(pod: PodIndex) -> Option<(&'static PodState, Shadow)> {
+fn shadow(pod: PodIndex) -> Option<(&'static PodState, PolicySetId)> {
     let state = tables::pod(pod)?;
     let shadow = Tables.head(state.view.set)?.shadow;
     if shadow == PolicySetId::NONE {
         return None;
     }
-    Some((state, Shadow(shadow)))
+    Some((state, shadow))
 }
 
-/// Whether policy is why it would be refused. A shadow that is not there says nothing.
+/// Whether a policy would refuse it. A missing set refuses nothing in audit mode.
 #[inline(always)]
 fn refuses(path: &Path) -> bool {
-    matches!(path.action, Outbound::Refuse)
-        && matches!(path.verdict.reason, Reason::Policy | Reason::DefaultDeny)
-}
-
-/// The maps, with every question put to the shadow.
-struct Shadow(PolicySetId);
-
-impl Policies for Shadow {
-    #[inline(always)]
-    fn head(&self, set: PolicySetId) -> Option<SetHead> {
-        Tables.head(set)
-    }
-
-    #[inline(always)]
-    fn select(&self, key: &SelectKey) -> Option<Lists> {
-        Tables.select(key)
-    }
-
-    #[inline(always)]
-    fn cidr(&self, key: &CidrKey) -> Option<ListId> {
-        Tables.cidr(key)
-    }
-
-    #[inline(always)]
-    fn answer(&self, key: &PortKey) -> Option<&Answer> {
-        Tables.answer(key)
-    }
-
-    #[inline(always)]
-    fn set_of(&self, _pod: &PodView) -> PolicySetId {
-        self.0
-    }
-
-    #[inline(always)]
-    fn decide(&self, q: &Question) -> Verdict {
-        Tables.decide(q)
-    }
-}
-
-impl Peers for Shadow {
-    #[inline(always)]
-    fn peer(&self, addr: &Addr) -> Option<Peer> {
-        Tables.peer(addr)
-    }
-
-    #[inline(always)]
-    fn local(&self, addr: &Addr) -> Option<PodView> {
-        Tables.local(addr)
-    }
-
-    #[inline(always)]
-    fn in_pod_cidr(&self, addr: &Addr) -> bool {
-        Tables.in_pod_cidr(addr)
-    }
-
-    #[inline(always)]
-    fn port_mode(&self, key: &ModeKey) -> Option<u8> {
-        Tables.port_mode(key)
-    }
+    matches!(path.action, Outbound::Refuse) && path.verdict.reason.is_policy()
 }

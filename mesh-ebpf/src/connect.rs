@@ -132,8 +132,7 @@ fn remember(
 /// they were decided for, and the gate decides again.
 #[inline(always)]
 pub(crate) fn silent(pod: PodIndex, path: &Path) -> bool {
-    let by_policy = matches!(path.verdict.reason, Reason::Policy | Reason::DefaultDeny);
-    by_policy
+    path.verdict.reason.is_policy()
         && tables::pod(pod).is_some_and(|state| {
             state.view.has(PodState::SILENT) && state.view.has(PodState::GATED)
         })

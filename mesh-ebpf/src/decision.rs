@@ -6,7 +6,7 @@
 //! A pod's state is read in place. If it is replaced while a decision reads it, the decision is
 //! made again; a state that is replaced each time is refused.
 
-use mesh_common::path::{self, Origin, Outbound, Path};
+use mesh_common::path::{self, Arrival, Origin, Outbound, Path};
 use mesh_common::pod::{PodIndex, PodState};
 use mesh_common::policy::{self, Question};
 use mesh_common::{Endpoint, IdentityId, Port, Protocol, Reason, Verdict};
@@ -47,6 +47,19 @@ pub(crate) struct Ask {
     pub(crate) protocol: Protocol,
     /// Of an incoming packet.
     pub(crate) origin: Origin,
+}
+
+impl Ask {
+    /// The question about a connection or datagram that arrives at the pod as plaintext.
+    #[inline(always)]
+    pub(crate) const fn arrival(&self) -> Arrival<'_> {
+        Arrival {
+            from: &self.remote.addr,
+            origin: self.origin,
+            protocol: self.protocol,
+            port: self.local_port,
+        }
+    }
 }
 
 /// What holds before anything is decided, and when nothing could be.
@@ -90,7 +103,8 @@ extern "C" fn mesh_outbound(ask: *const Ask, answer: *mut Path) -> u64 {
         return UNANSWERED;
     };
     let revision = read!(state as *const PodState, revision_end);
-    *answer = path::outbound(&Tables, &state.view, ask.remote, ask.protocol);
+    let set = state.view.set;
+    *answer = path::outbound(&Tables, &state.view, set, ask.remote, ask.protocol);
     if read!(state as *const PodState, revision) == revision {
         ANSWERED
     } else {
@@ -110,9 +124,7 @@ extern "C" fn mesh_inbound(ask: *const Ask, answer: *mut Path) -> u64 {
         return UNANSWERED;
     };
     let revision = read!(state as *const PodState, revision_end);
-    let from = &ask.remote.addr;
-    let (protocol, port) = (ask.protocol, ask.local_port);
-    *answer = path::inbound(&Tables, &state.view, from, ask.origin, protocol, port);
+    *answer = path::inbound(&Tables, &state.view, state.view.set, ask.arrival());
     if read!(state as *const PodState, revision) == revision {
         ANSWERED
     } else {

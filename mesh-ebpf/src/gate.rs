@@ -10,7 +10,7 @@ use aya_ebpf::bindings::BPF_NOEXIST;
 use aya_ebpf::programs::TcContext;
 use mesh_common::counter::Counter;
 use mesh_common::maps::{ConnectionKey, FragmentKey, FragmentVerdict, MARK_SEEN, OLD_ENDED};
-use mesh_common::path::{Origin, Outbound, Peers as _, who};
+use mesh_common::path::{Origin, Outbound, Peers as _, tunnels, who};
 use mesh_common::pod::{GatePod, PodIndex, PodState};
 use mesh_common::policy::PolicySetId;
 use mesh_common::settings::{FRAGMENT_NS, TUNNEL_PORT};
@@ -343,7 +343,7 @@ fn send_tcp(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
     }
     let enrolled = state.view.has(PodState::ENROLLED);
     let peer = who(&Tables, &ip.to.addr);
-    let tunnelled = enrolled && !peer.local && peer.has(Peer::ENROLLED | Peer::READY);
+    let tunnelled = tunnels(&state.view, &peer);
     if ip.flags & (SYN | ACK) != SYN {
         let tunnel = ip.to.port == TUNNEL_PORT || ip.from.port == TUNNEL_PORT;
         // A bare reset carries no byte of the application; without it the other end would wait.

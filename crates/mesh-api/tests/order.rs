@@ -178,7 +178,9 @@ impl Follower {
     /// Compiles what is known now, and does to the maps what is to be done.
     fn pass(&mut self) {
         let outcome = self.facts.outcome();
-        let (plan, rejections) = self.compiler.compile(&outcome.cluster.into());
+        let (plan, rejections) = self
+            .compiler
+            .compile(&outcome.cluster.into(), &Default::default());
         let ops = diff(&self.plan, &plan);
         self.operations += ops.len();
         ops.iter().for_each(|op| apply(&mut self.maps, op));

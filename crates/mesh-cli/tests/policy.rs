@@ -149,7 +149,7 @@ fn what_cannot_be_read_is_a_mistake_of_the_user() {
         ),
         (
             "- {from: web, to: shop/web, port: 1, expect: deny}",
-            "neither NAMESPACE/POD nor an address",
+            "neither NAMESPACE/POD nor an IP address",
         ),
         ("- {from: shop/app, to: shop/web, port: 1}", "needs expect"),
         (
@@ -158,7 +158,7 @@ fn what_cannot_be_read_is_a_mistake_of_the_user() {
         ),
         (
             "- {from: shop/six, to: shop/web, port: 1, expect: deny}",
-            "shop/six and shop/web have no addresses of one family",
+            "shop/six and shop/web have no address family in common",
         ),
         (
             "- {from: shop/app, to: shop/web, port: 1, expects: deny}",
@@ -182,11 +182,11 @@ fn what_cannot_be_read_is_a_mistake_of_the_user() {
         ),
         (
             "- {from: 10.0.0.2, to: 'fd00::6', port: 1, expect: deny}",
-            "no addresses of one family",
+            "no address family in common",
         ),
         (
             "- {from: shop/app, to: 10.96.0.1, port: 80, expect: allow}",
-            "10.96.0.1 is Service shop/web",
+            "10.96.0.1 is the address of Service shop/web",
         ),
         (
             "- {from: shop/app, to: shop/web, port: 1, protocol: UDP, evidence: tls, expect: deny}",
@@ -201,12 +201,12 @@ fn what_cannot_be_read_is_a_mistake_of_the_user() {
 - {from: shop/app, to: shop/web, port: 1, expect: none}",
             "t.yaml: t: check 2: expect: unknown variant `none`",
         ),
-        (" []", "there are no checks"),
+        (" []", "no checks found"),
         // The others are asked all the same.
         (
             "- {from: shop/none, to: shop/web, port: 1, expect: deny}
 - {from: shop/app, to: shop/web, port: 1, expect: allow}",
-            "1 checks cannot be asked",
+            "1 invalid checks",
         ),
     ];
     for (row, expected) in rows {
@@ -273,7 +273,7 @@ fn explain_names_the_rule_and_the_way() {
             "NetworkPolicy shop/web ingress[0] (allow) is about other peers",
             "MeshPolicy shop/web ingress[0] (allow) needs a proven identity",
             "denied by default",
-            "directly, in clear",
+            "directly, as plaintext",
         ]
         .iter()
         .all(|words| run.out.contains(words)),
@@ -324,22 +324,26 @@ fn the_matrix() {
     );
     let run = matrix(&["--port", "8080", "--evidence", "tls"]);
     assert!(run.out.contains("shop/app  - + +\n"), "{}", run.out);
-    assert!(
-        run.out.ends_with("+ reaches, . is refused\n"),
-        "{}",
-        run.out
-    );
+    assert!(run.out.ends_with("+ allowed, . refused\n"), "{}", run.out);
     let run = matrix(&["--port", "http", "--evidence", "tls"]);
     assert_eq!(run.code, 0, "{}", run.err);
     assert!(run.out.contains("shop/app  - ? +\n"), "{}", run.out);
     assert!(run.out.contains("shop/web  ? ? -\n"), "{}", run.out);
-    let legend = "+ reaches, . is refused, ? has no port of that name\n";
+    let legend = "+ allowed, . refused, ? no port of that name\n";
     assert!(run.out.ends_with(legend), "{}", run.out);
     for (port, protocol, words) in [
         ("https", "TCP", "no pod has a TCP port named \"https\""),
         ("http", "UDP", "no pod has a UDP port named \"http\""),
-        ("0", "TCP", "port \"0\" is none from 1 to 65535"),
-        ("65536", "TCP", "port \"65536\" is none from 1 to 65535"),
+        (
+            "0",
+            "TCP",
+            "invalid port \"0\": must be between 1 and 65535",
+        ),
+        (
+            "65536",
+            "TCP",
+            "invalid port \"65536\": must be between 1 and 65535",
+        ),
     ] {
         let run = matrix(&["--port", port, "--protocol", protocol]);
         assert_eq!(run.code, 2, "{}", run.out);
@@ -356,7 +360,8 @@ fn the_matrix() {
 
 #[test]
 fn the_shop_of_the_examples() {
-    let table = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/examples/shop.checks.yaml");
+    let table =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/examples/shop.checks.yaml");
     let run = meshctl(&["policy", "test", &table.display().to_string()]);
     assert_eq!((run.code, run.err.as_str()), (0, ""), "{}", run.out);
 }
@@ -561,7 +566,7 @@ fn pods_need_not_say_their_addresses_nor_their_nodes() {
     let run = meshctl(&["policy", "test", &file]);
     assert_eq!(
         (run.code, &*run.out),
-        (2, "4 checks, 0 wrong, 1 not asked\n"),
+        (2, "4 checks, 0 wrong, 1 invalid\n"),
         "{}",
         run.err
     );

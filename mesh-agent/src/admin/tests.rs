@@ -51,7 +51,7 @@ fn views(flows: &Flows) -> Views {
         readiness: Readiness::new(metrics.clone()),
         metrics,
         facts: watch::channel(Arc::new(odd_facts())).1,
-        plan: watch::channel(Arc::new(Plan::default())).1,
+        plan: watch::channel(Arc::new(mesh_plan::Index::default())).1,
         plan_text: |plan| format!("{} services\n", plan.services.len()),
         rejections: watch::channel(Arc::new(vec![Rejection {
             object: mesh_plan::cluster::ObjectRef::new("NetworkPolicy", "shop", "web"),

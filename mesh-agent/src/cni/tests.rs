@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 use mesh_api::{LastGood, Object, Options, convert};
+use mesh_plan::authentication::DATAPLANE_LABEL;
 use serde_json::json;
 
 use super::*;
@@ -130,4 +131,59 @@ fn rules_that_would_drop_tunnels_are_named() {
              {protocol: TCP, port: 15008}"
         ]
     );
+}
+
+/// A rule matters if the mesh enrolls a pod that its policy selects, by the rules of enrollment
+/// themselves: a namespace that requires enrollment overrides the pod's label, and the mesh's own
+/// namespace enrolls nothing.
+#[test]
+fn blocking_rules_are_those_of_enrolled_pods() {
+    let object = |value| Object {
+        origin: String::new(),
+        value,
+    };
+    let labels = |value: Option<&str>| match value {
+        Some(value) => json!({DATAPLANE_LABEL: value}),
+        None => json!({}),
+    };
+    let is_named = |namespace: &str, of_namespace: Option<&str>, of_pod: Option<&str>| {
+        let objects = [
+            object(json!({
+                "apiVersion": "v1", "kind": "Namespace",
+                "metadata": {"name": namespace, "labels": labels(of_namespace)},
+            })),
+            object(json!({
+                "apiVersion": "v1", "kind": "Pod",
+                "metadata": {
+                    "name": "web", "namespace": namespace, "uid": "web", "labels": labels(of_pod),
+                },
+                "spec": {"nodeName": "n1", "containers": []}, "status": {"phase": "Running"},
+            })),
+            object(json!({
+                "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+                "metadata": {"name": "port", "namespace": namespace},
+                "spec": {"podSelector": {}, "ingress": [{"ports": [{"port": 80}]}]},
+            })),
+        ];
+        let options = Options { standalone: false };
+        let cluster = convert(&objects, &LastGood::default(), options).cluster;
+        !blocked(&cluster, 15008).is_empty()
+    };
+    for (namespace, of_namespace, of_pod, expected) in [
+        ("shop", None, None, false),
+        ("shop", Some("enabled"), None, true),
+        ("shop", Some("enabled"), Some("disabled"), false),
+        ("shop", Some("required"), Some("disabled"), true),
+        ("shop", None, Some("enabled"), true),
+        ("kube-system", Some("enabled"), None, false),
+        ("kube-system", None, Some("enabled"), true),
+        ("mesh-system", None, Some("enabled"), false),
+        ("mesh-system", Some("required"), Some("enabled"), false),
+    ] {
+        assert_eq!(
+            is_named(namespace, of_namespace, of_pod),
+            expected,
+            "{namespace} {of_namespace:?}, pod {of_pod:?}"
+        );
+    }
 }

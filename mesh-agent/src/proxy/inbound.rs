@@ -12,12 +12,12 @@ use mesh_common::path::tunnelled;
 use mesh_common::{
     Addr, Direction, Endpoint, Evidence, IdentityId, PodState, Port, Reason, Verdict,
 };
-use mesh_plan::Plan;
+use mesh_plan::Index;
 use tokio::time::{Instant as Deadline, timeout, timeout_at};
 
 use super::Counted;
 use super::live::{Entry, Subject};
-use super::outbound::{Failure, is_by_policy, reset, text};
+use super::outbound::{Failure, reset, text};
 use super::relay::{End, Relay, cause};
 use super::socket::Socket;
 use super::tls::{self, HandshakeError};
@@ -262,7 +262,7 @@ impl Serving<'_> {
             .map_err(|reason| Refused::decided(Verdict::refuse(reason)))?;
         if !allowed.verdict.allowed {
             let mut refused = Refused::decided(allowed.verdict);
-            if allowed.silent && is_by_policy(allowed.verdict.reason) {
+            if allowed.silent && allowed.verdict.reason.is_policy() {
                 refused.why.cause = Cause::Silent;
             }
             return Err(refused);
@@ -293,7 +293,7 @@ impl Serving<'_> {
     }
 
     /// The decision, or why there cannot be one.
-    fn decide(&self, plan: &Plan, pod: &PodHandle, open: &Open) -> Result<Allowed, Reason> {
+    fn decide(&self, plan: &Index, pod: &PodHandle, open: &Open) -> Result<Allowed, Reason> {
         let view = plan.pods.get(self.uid).unwrap_or(&pod.local).view;
         if open.source.addr != self.from {
             return Err(Reason::Spoofed);
@@ -320,10 +320,10 @@ impl Serving<'_> {
             return Err(Reason::IdentityRefused);
         }
         let port = open.destination.port;
-        let audit = plan.audited(&view);
-        let audit = audit.map(|shadow| tunnelled(plan, &shadow, peer.id, &self.from, port));
+        let decide = |set| tunnelled(plan, set, peer.id, &self.from, port);
+        let audit = plan.audit_set(&view).map(decide);
         Ok(Allowed {
-            verdict: tunnelled(plan, &view, peer.id, &self.from, port),
+            verdict: decide(view.set),
             audit: audit.filter(|verdict| !verdict.allowed),
             silent: view.has(PodState::SILENT),
             id: peer.id,

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use mesh_common::path::{Outbound, outbound, tunnelled};
 use mesh_common::{Endpoint, IdentityId, Protocol, Reason, Verdict};
-use mesh_plan::Plan;
+use mesh_plan::Index;
 use tokio::sync::Notify;
 
 use super::tunnel::frame::Why;
@@ -38,16 +38,16 @@ pub(crate) enum Subject {
 impl Subject {
     /// What refuses it to this pod by now, if anything does. A pod that the plan does not know is
     /// none of the plan's business: its end is noticed elsewhere.
-    fn refused(&self, plan: &Plan, uid: &str) -> Option<Verdict> {
+    fn refused(&self, plan: &Index, uid: &str) -> Option<Verdict> {
         let pod = plan.pods.get(uid)?;
         match self {
             Self::Outbound { to } => {
-                let path = outbound(plan, &pod.view, *to, Protocol::TCP);
+                let path = outbound(plan, &pod.view, pod.view.set, *to, Protocol::TCP);
                 (path.action == Outbound::Refuse).then_some(path.verdict)
             }
             Self::Inbound { from, peer, to } => {
                 let peer = plan.peers.get(&from.addr).map_or(*peer, |now| now.id);
-                let verdict = tunnelled(plan, &pod.view, peer, &from.addr, to.port);
+                let verdict = tunnelled(plan, pod.view.set, peer, &from.addr, to.port);
                 (!verdict.allowed).then_some(verdict)
             }
         }
@@ -119,7 +119,7 @@ impl Entry {
     }
 
     /// Why it is to end by this plan, if it is.
-    pub(crate) fn refused(&self, plan: &Plan) -> Option<Ending> {
+    pub(crate) fn refused(&self, plan: &Index) -> Option<Ending> {
         let verdict = self.subject.get()?.refused(plan, &self.uid)?;
         Some(Ending::Refused(verdict))
     }
@@ -180,7 +180,7 @@ impl Live {
     }
 
     /// Decides all of them again.
-    pub(crate) fn decide_again(&self, plan: &Plan) {
+    pub(crate) fn decide_again(&self, plan: &Index) {
         for entry in self.entries.borrow().values() {
             if let Some(why) = entry.refused(plan) {
                 entry.end(why);

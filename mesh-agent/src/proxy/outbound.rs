@@ -350,19 +350,11 @@ impl Endpoints<'_> {
 /// How a connection ended that the other end refused.
 pub(crate) fn refused(why: Why) -> Close {
     let reason = why.reason.unwrap_or(Reason::Protocol);
-    if is_by_policy(reason) {
+    if reason.is_policy_or_missing() {
         Close::Refused(Verdict::deny(reason, why.rule))
     } else {
         Close::Failed(reason)
     }
-}
-
-/// Whether it is policy that refuses, not the mesh.
-pub(crate) const fn is_by_policy(reason: Reason) -> bool {
-    matches!(
-        reason,
-        Reason::Policy | Reason::DefaultDeny | Reason::PolicyMissing
-    )
 }
 
 /// Whether a refusal says nothing about who asks: another endpoint may answer otherwise.

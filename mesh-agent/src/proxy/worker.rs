@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use mesh_common::{Addr, Endpoint, Port, Reason};
-use mesh_plan::Plan;
+use mesh_plan::Index;
 use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_local;
 use tokio::time::MissedTickBehavior;
@@ -169,7 +169,7 @@ pub(crate) struct Worker {
     /// The pods of this node.
     pub(crate) pods: watch::Receiver<Arc<PodTable>>,
     /// What is in force.
-    pub(crate) plan: watch::Receiver<Arc<Plan>>,
+    pub(crate) plan: watch::Receiver<Arc<Index>>,
     /// Certificates.
     pub(crate) identities: Identities,
     /// Records.
@@ -200,7 +200,7 @@ pub(crate) struct Worker {
 
 impl Worker {
     /// The plan in force.
-    pub(crate) fn plan(&self) -> Arc<Plan> {
+    pub(crate) fn plan(&self) -> Arc<Index> {
         Arc::clone(&self.plan.borrow())
     }
 

@@ -12,7 +12,6 @@ mod lean;
 pub(super) mod stream;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -29,8 +28,6 @@ use super::state::{Keeper, State, Written};
 use super::{Error, Report, Settings, Watched, announce, replace};
 use kinds::{KINDS, Kind};
 use stream::News;
-
-use crate::sys::route::Routing;
 
 /// From a change to its publication: what belongs together often comes together.
 const TOGETHER: Duration = Duration::from_millis(3);
@@ -236,7 +233,6 @@ impl Room {
         let mut outcome = self.facts.outcome();
         let extra = self.settings.pod_cidrs.iter().copied();
         outcome.cluster.pod_cidrs.extend(extra);
-        add_gateways(&mut outcome.cluster);
         let versions = &outcome.cluster.versions;
         let objects = outcome.rejections.iter().map(|rejection| &rejection.object);
         let rejected =
@@ -346,55 +342,4 @@ fn name_of(kind: &Kind, value: &Value) -> ObjectRef {
         text.and_then(Value::as_str).unwrap_or_default()
     };
     ObjectRef::new(kind.name, text("namespace"), text("name"))
-}
-
-/// This node's own addresses among its pods', the pods' gateway on a bridge above all: the kubelet's
-/// probes come from there, and the Node object does not name it. Addresses outside the node's pod
-/// CIDRs are left alone: an interface may carry those of all services.
-fn add_gateways(cluster: &mut Cluster) {
-    let own = Routing::open().and_then(|mut routing| routing.addresses());
-    match own {
-        Ok(own) => extend(cluster, own.into_iter().map(|(_, address)| address)),
-        Err(error) => tracing::warn!(
-            error = %error,
-            "this node's own addresses cannot be read: probes of the kubelet may count as unknown"
-        ),
-    }
-}
-
-fn extend(cluster: &mut Cluster, own: impl Iterator<Item = IpAddr>) {
-    for address in own {
-        let mut nodes = cluster.nodes.values_mut();
-        let node = nodes.find(|node| node.pod_cidrs.iter().any(|cidr| cidr.contains(&address)));
-        if let Some(node) = node {
-            node.addresses.insert(address);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use mesh_plan::cluster::Node;
-
-    use super::*;
-
-    #[test]
-    fn the_gateway_of_the_pods_is_the_nodes_and_addresses_of_services_are_nobodys() {
-        let mut cluster = Cluster::default();
-        for (name, cidr) in [("n1", "10.1.1.0/24"), ("n2", "10.1.2.0/24")] {
-            let node = Node {
-                pod_cidrs: BTreeSet::from([cidr.parse().expect("a CIDR")]),
-                ..Node::default()
-            };
-            cluster.nodes.insert(name.to_owned(), node);
-        }
-        let address = |text: &str| text.parse::<IpAddr>().expect("an address");
-        let own = ["127.0.0.1", "10.96.0.1", "10.1.2.1"].map(address);
-        extend(&mut cluster, own.into_iter());
-        assert_eq!(
-            cluster.nodes["n2"].addresses,
-            BTreeSet::from([address("10.1.2.1")])
-        );
-        assert!(cluster.nodes["n1"].addresses.is_empty());
-    }
 }

@@ -12,8 +12,8 @@ use mesh_common::policy::{
     Answer, CidrKey, Direction, ListId, Lists, PolicySetId, PortKey, SelectKey, SetHead,
 };
 use mesh_common::{Addr, Endpoint, Port, Protocol};
-use mesh_plan::Plan;
 use mesh_plan::plan::{LocalPod, Prefix};
+use mesh_plan::{Index, Plan};
 
 use super::world::Packet;
 use super::{Kernel, LINK, Outcome, fill, map, received, sent};
@@ -37,7 +37,7 @@ pub(super) struct Node {
     /// The UIDs of the pods in slots 0, 1, and so on: no map knows them.
     uids: Vec<String>,
     /// The maps' content, as far as decisions go; a pod has the addresses by which it is found.
-    pub(super) back: Plan,
+    pub(super) back: Index,
     packets: u16,
 }
 
@@ -52,7 +52,7 @@ impl Node {
             kernel: Kernel::load(),
             uids: plan.pods.keys().cloned().collect(),
             plan,
-            back: Plan::default(),
+            back: Index::default(),
             packets: 0,
         };
         node.write();
@@ -73,7 +73,7 @@ impl Node {
                 }
             }
         }
-        self.back = read_back(&mut self.kernel, &self.uids);
+        self.back = Index::new(read_back(&mut self.kernel, &self.uids));
     }
 
     /// The pods' UIDs.
@@ -131,7 +131,7 @@ impl Node {
         std::mem::swap(&mut first.set, &mut second.set);
         write(&mut self.kernel, a, first);
         write(&mut self.kernel, b, second);
-        self.back = read_back(&mut self.kernel, &self.uids);
+        self.back = Index::new(read_back(&mut self.kernel, &self.uids));
     }
 
     /// Takes everything out of one of [`MAPS`].
@@ -158,7 +158,7 @@ impl Node {
             "PODS_BY_ADDR" => empty!(HashMap, Addr, LocalAddr),
             other => unreachable!("{other} is none of the maps that decide"),
         }
-        self.back = read_back(&mut self.kernel, &self.uids);
+        self.back = Index::new(read_back(&mut self.kernel, &self.uids));
     }
 }
 

@@ -17,11 +17,11 @@ use aya::maps::RingBuf;
 use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
 use aya::{Ebpf, maps};
 use mesh_common::event::{self, Event};
-use mesh_common::path::{self, Origin, Outbound, Path};
+use mesh_common::path::{self, Arrival, Origin, Outbound, Path};
 use mesh_common::pod::{GatePod, LocalAddr, PodIndex, PodState, PodView};
 use mesh_common::settings::TUNNEL_PORT;
 use mesh_common::{Protocol, Reason};
-use mesh_plan::Plan;
+use mesh_plan::{Index, Plan};
 use world::{Packet, Random, World};
 use zerocopy::FromBytes as _;
 
@@ -136,7 +136,7 @@ fn context(entered: u32) -> [u8; 192] {
 }
 
 /// What the gate makes of a decision about what the pod sends.
-fn sent(plan: &Plan, view: &PodView, packet: &Packet) -> Outcome {
+fn sent(plan: &Index, view: &PodView, packet: &Packet) -> Outcome {
     let to = packet.remote;
     let peer = path::who(plan, &to.addr);
     let enrolled = view.flags & PodState::ENROLLED != 0;
@@ -150,9 +150,7 @@ fn sent(plan: &Plan, view: &PodView, packet: &Packet) -> Outcome {
         return Outcome::PASSED;
     }
     if packet.protocol == Protocol::TCP && !packet.opens() {
-        let tunnelled = enrolled
-            && !peer.local
-            && peer.has(mesh_common::Peer::ENROLLED | mesh_common::Peer::READY);
+        let tunnelled = path::tunnels(view, &peer);
         return if tunnelled && packet.source != TUNNEL_PORT && !packet.resets() {
             Outcome::dropped(Reason::Bypass, 0)
         } else {
@@ -161,7 +159,7 @@ fn sent(plan: &Plan, view: &PodView, packet: &Packet) -> Outcome {
     }
     let Path {
         action, verdict, ..
-    } = path::outbound(plan, view, to, packet.protocol);
+    } = path::outbound(plan, view, view.set, to, packet.protocol);
     match action {
         Outbound::Direct => Outcome::PASSED,
         Outbound::Refuse => Outcome::dropped(verdict.reason, verdict.rule.0),
@@ -170,7 +168,7 @@ fn sent(plan: &Plan, view: &PodView, packet: &Packet) -> Outcome {
 }
 
 /// What the gate makes of a decision about what comes to the pod.
-fn received(plan: &Plan, view: &PodView, packet: &Packet, entered: u32) -> Outcome {
+fn received(plan: &Index, view: &PodView, packet: &Packet, entered: u32) -> Outcome {
     let enrolled = view.flags & PodState::ENROLLED != 0;
     let concerned = enrolled || view.set != mesh_common::policy::PolicySetId::NONE;
     let from = packet.remote.addr;
@@ -185,10 +183,15 @@ fn received(plan: &Plan, view: &PodView, packet: &Packet, entered: u32) -> Outco
     } else {
         Origin::Address
     };
-    let port = packet.local.port;
+    let arrival = Arrival {
+        from: &from,
+        origin,
+        protocol: packet.protocol,
+        port: packet.local.port,
+    };
     let Path {
         action, verdict, ..
-    } = path::inbound(plan, view, &from, origin, packet.protocol, port);
+    } = path::inbound(plan, view, view.set, arrival);
     match action {
         Outbound::Refuse => Outcome::dropped(verdict.reason, verdict.rule.0),
         Outbound::Direct | Outbound::Tunnel => Outcome::PASSED,
@@ -262,17 +265,18 @@ fn the_kernel_decides_as_user_space_does() {
         let views = world.views();
         let mut kernel = Kernel::load();
         fill(&mut kernel, &world.plan, &views);
+        let index = Index::new(world.plan.clone());
         for number in 0..PACKETS_PER_PLAN {
             // A source port of its own for each datagram: flows are not the subject here.
             let packet = world.packet(&mut random, number);
             let (name, entered, expected) = if random.one_in(2) {
-                ("gate_from_pod", 0, sent(&world.plan, &views[0], &packet))
+                ("gate_from_pod", 0, sent(&index, &views[0], &packet))
             } else {
                 let entered = if random.one_in(2) { 0 } else { LINK };
                 (
                     "gate_to_pod",
                     entered,
-                    received(&world.plan, &views[0], &packet, entered),
+                    received(&index, &views[0], &packet, entered),
                 )
             };
             let to_pod = name == "gate_to_pod";

@@ -17,11 +17,10 @@ use mesh_api::truth::{Check, Expected, Known, Manifest, Table, tables};
 use mesh_api::{LastGood, Object, Options, convert};
 use mesh_common::identity::Evidence;
 use mesh_common::path;
-use mesh_common::pod::PodState;
-use mesh_common::policy::{Direction, Policies as _, Question, decide};
-use mesh_common::{Endpoint, Peer, Port, Protocol, Reason};
+use mesh_common::policy::{Direction, Question, decide};
+use mesh_common::{Endpoint, Port, Protocol, Reason};
 use mesh_plan::cluster::{Cluster, Pod, Transport};
-use mesh_plan::evaluate::{self, Compiled, compile_policies};
+use mesh_plan::evaluate::Evaluator;
 use mesh_plan::{compile, modes};
 use serde_json::json;
 
@@ -63,7 +62,7 @@ struct Tally {
 /// The cluster of a table, and the kernels of its nodes.
 struct World {
     cluster: Cluster,
-    compiled: Compiled,
+    evaluator: Evaluator,
     nodes: BTreeMap<String, Node>,
 }
 
@@ -130,7 +129,7 @@ impl World {
         };
         Self {
             nodes: names.into_iter().map(node).collect(),
-            compiled: compile_policies(&cluster).0,
+            evaluator: Evaluator::new(cluster.clone()),
             cluster,
         }
     }
@@ -184,15 +183,15 @@ impl World {
     fn ask(&mut self, checks: &[Check], tally: &mut Tally) {
         let Self {
             cluster,
-            compiled,
+            evaluator,
             nodes,
         } = self;
         for check in checks {
             let rows = Self::rows(cluster, check);
-            let first = rows[0].compiled(compiled);
+            let first = rows[0].compiled(evaluator);
             for row in &rows {
                 // The row itself is about the first family: blocks may have only that.
-                let differs = row.compiled(compiled) != first;
+                let differs = row.compiled(evaluator) != first;
                 tally.other_by_family += u32::from(differs);
                 row.ask(check, differs, nodes, tally);
             }
@@ -202,19 +201,14 @@ impl World {
 
 impl<'a> Row<'a> {
     /// What the compiler says of policy.
-    fn compiled(&self, compiled: &Compiled) -> bool {
-        let end = |ip: IpAddr| compiled.find(&ip.to_string()).expect("an address");
-        let check = evaluate::Check {
-            from: end(self.source),
-            to: end(self.destination),
-            protocol: self.protocol,
-            port: self.port.get(),
-            evidence: Some(match self.known {
-                Known::Address => Evidence::Address,
-                Known::Tls => Evidence::Tls,
-            }),
+    fn compiled(&self, evaluator: &Evaluator) -> bool {
+        let ends = [self.source, self.destination];
+        let connection = evaluator.connection(ends, self.protocol, self.port.get());
+        let evidence = match self.known {
+            Known::Address => Evidence::Address,
+            Known::Tls => Evidence::Tls,
         };
-        compiled.evaluate(&check).allowed()
+        evaluator.verdicts(&connection, evidence).policy_allows()
     }
 
     /// The pod of an end that policy is asked about, and the other end's address.
@@ -239,7 +233,7 @@ impl<'a> Row<'a> {
             Known::Tls => Evidence::Tls,
         };
         let question = Question {
-            set: node.back.set_of(&node.view(uid)),
+            set: node.view(uid).set,
             direction,
             peer,
             addr: addr.into(),
@@ -257,9 +251,7 @@ impl<'a> Row<'a> {
         };
         let node = &nodes[&pod.node];
         let peer = path::who(&node.back, &self.destination.into());
-        let enrolled = node.view(&pod.uid).has(PodState::ENROLLED);
-        let both = enrolled && !peer.local && peer.has(Peer::ENROLLED | Peer::READY);
-        self.protocol == Protocol::TCP && both
+        self.protocol == Protocol::TCP && path::tunnels(&node.view(&pod.uid), &peer)
     }
 
     /// How the kernel knows the peer at an end.
@@ -311,7 +303,7 @@ impl<'a> Row<'a> {
                 passes: matches!(refusal, None | Some(Reason::Bypass)),
                 policy: match refusal {
                     None | Some(Reason::Bypass) => true,
-                    Some(Reason::Policy | Reason::DefaultDeny | Reason::PolicyMissing) => false,
+                    Some(reason) if reason.is_policy_or_missing() => false,
                     // A mode, which is asked first or last.
                     Some(_) => policy,
                 },

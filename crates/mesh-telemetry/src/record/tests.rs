@@ -61,7 +61,7 @@ fn plan() -> Plan {
 struct Rig {
     metrics: Metrics,
     recorder: Recorder,
-    plan: watch::Sender<Arc<Plan>>,
+    plan: watch::Sender<Arc<Index>>,
     flows: Flows,
     file: tempfile::NamedTempFile,
 }
@@ -72,7 +72,7 @@ impl Rig {
         let file = tempfile::NamedTempFile::new().unwrap();
         let log = FlowLog::File(file.path().to_owned());
         let flows = Flows::start(&log, &metrics).unwrap();
-        let (plan, latest) = watch::channel(Arc::new(plan()));
+        let (plan, latest) = watch::channel(Arc::new(Index::new(plan())));
         let recorder = Recorder::new("n1", latest, metrics.clone(), flows.sink(), noon);
         Self {
             metrics,
@@ -312,7 +312,7 @@ fn refusals_of_the_kernel_are_recorded_and_are_no_connections() {
     records.report(&event(kind::AUDIT, mesh_common::Direction::Egress));
     records.report(&event(200, mesh_common::Direction::Egress));
     // The pod is gone when its last event arrives.
-    rig.plan.send_replace(Arc::new(Plan::default()));
+    rig.plan.send_replace(Arc::new(Index::default()));
     records.refresh(Instant::now());
     records.report(&event(kind::DROPPED, mesh_common::Direction::Egress));
     records.refresh(Instant::now());

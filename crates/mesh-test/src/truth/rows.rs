@@ -8,8 +8,8 @@ use anyhow::{Context, Result};
 use mesh_api::truth::{Check, Expected, Known};
 use mesh_common::identity::Evidence;
 use mesh_common::{Protocol, Verdict};
-use mesh_plan::cluster::Transport;
-use mesh_plan::evaluate::{self, Compiled, Outcome};
+use mesh_plan::cluster::{Pod, Transport};
+use mesh_plan::evaluate::{Connection, Evaluator, Verdicts};
 use mesh_plan::text;
 
 use super::cast::{Cast, End, Place};
@@ -57,10 +57,10 @@ pub(crate) struct Run {
 
 /// Plans the rows of a table.
 pub(crate) fn rows(cast: &Cast, checks: &[Check]) -> Result<Vec<Row>> {
-    let (compiled, _rejections) = evaluate::compile_policies(&cast.cluster);
+    let evaluator = Evaluator::new(cast.cluster.clone());
     let planner = Planner {
         cast,
-        compiled: &compiled,
+        evaluator: &evaluator,
         sctp: has_sctp(),
     };
     let row = |(id, check): (usize, &Check)| {
@@ -78,7 +78,7 @@ fn has_sctp() -> bool {
 
 struct Planner<'a> {
     cast: &'a Cast,
-    compiled: &'a Compiled,
+    evaluator: &'a Evaluator,
     sctp: bool,
 }
 
@@ -105,13 +105,15 @@ impl Planner<'_> {
             check.evidence.word()
         );
         let ends = self.ends(check)?;
-        let real = self.evaluate(check, &ends, None)?;
+        let connection = self.connection(check, &ends);
+        let evidence = self.evaluator.evidence(&connection);
+        let real = self.evaluator.verdicts(&connection, evidence);
         let compiler = format!(
             "egress: {}; ingress: {}",
-            self.words(real.egress),
-            self.words(real.ingress)
+            self.words(connection.from, real.egress),
+            self.words(connection.to, real.ingress)
         );
-        let what = match self.cannot(check, &ends, &real)? {
+        let what = match self.cannot(check, &ends, &real) {
             Some(why) => What::Leave(why),
             None => match expected(check, &real) {
                 Err(why) => What::Leave(why.to_owned()),
@@ -171,36 +173,28 @@ impl Planner<'_> {
         })
     }
 
-    /// What the compiler says, with some evidence or with the real one.
-    fn evaluate(&self, check: &Check, ends: &Ends, evidence: Option<Evidence>) -> Result<Outcome> {
-        let find = |address: IpAddr| {
-            let end = self.compiled.find(&address.to_string());
-            end.context("an address is an end")
+    fn connection(&self, check: &Check, ends: &Ends) -> Connection<'_> {
+        let protocol = match check.protocol {
+            Transport::Tcp => Protocol::TCP,
+            Transport::Udp => Protocol::UDP,
+            Transport::Sctp => Protocol::SCTP,
         };
-        Ok(self.compiled.evaluate(&evaluate::Check {
-            from: find(ends.source)?,
-            to: find(ends.destination)?,
-            protocol: match check.protocol {
-                Transport::Tcp => Protocol::TCP,
-                Transport::Udp => Protocol::UDP,
-                Transport::Sctp => Protocol::SCTP,
-            },
-            port: ends.port,
-            evidence,
-        }))
+        let addresses = [ends.source, ends.destination];
+        self.evaluator.connection(addresses, protocol, ends.port)
     }
 
-    fn words(&self, verdict: Option<Verdict>) -> String {
-        let Some(verdict) = verdict else {
-            return "nothing is decided there".to_owned();
+    fn words(&self, pod: Option<&Pod>, verdict: Option<Verdict>) -> String {
+        let (Some(verdict), Some(index)) = (verdict, pod.and_then(|p| self.evaluator.index(p)))
+        else {
+            return "no policy is evaluated there".to_owned();
         };
         let verb = if verdict.allowed { "allow" } else { "deny" };
-        let rule = text::rule(&self.compiled.plan, verdict.rule);
+        let rule = text::rule(index, verdict.rule);
         format!("{verb} ({}, {rule})", verdict.reason.label())
     }
 
     /// Why a row cannot be run, if so.
-    fn cannot(&self, check: &Check, ends: &Ends, real: &Outcome) -> Result<Option<String>> {
+    fn cannot(&self, check: &Check, ends: &Ends, real: &Verdicts) -> Option<String> {
         let in_pod = |end: &End| matches!(end.place, Place::Pod(_));
         let why = match check.protocol {
             Transport::Sctp if !self.sctp => Some("this kernel has no SCTP"),
@@ -221,24 +215,26 @@ impl Planner<'_> {
             Transport::Tcp | Transport::Udp | Transport::Sctp => None,
         };
         if let Some(why) = why {
-            return Ok(Some(why.to_owned()));
+            return Some(why.to_owned());
         }
         let (claimed, proof) = match check.evidence {
             Known::Address => (Evidence::Address, false),
             Known::Tls => (Evidence::Tls, true),
         };
-        if self.evaluate(check, ends, Some(claimed))?.allowed() == real.allowed() {
-            return Ok(None);
+        let connection = self.connection(check, ends);
+        let assumed = self.evaluator.verdicts(&connection, claimed);
+        if assumed.policy_allows() == real.policy_allows() {
+            return None;
         }
         let instead = if proof {
             "its address is all that is known"
         } else {
             "its identity is proven"
         };
-        Ok(Some(format!(
+        Some(format!(
             "the row is about evidence {}, and here {instead}",
             check.evidence.word()
-        )))
+        ))
     }
 }
 
@@ -251,7 +247,7 @@ fn is_special(address: &IpAddr) -> bool {
 }
 
 /// What must become of the connection as a whole.
-fn expected(check: &Check, compiler: &Outcome) -> Result<Expected, &'static str> {
+fn expected(check: &Check, compiler: &Verdicts) -> Result<Expected, &'static str> {
     if let Some(expected) = check.expect {
         return Ok(expected);
     }

@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use mesh_common::path::{Outbound, Path, outbound};
 use mesh_common::pod::PodState;
-use mesh_common::service::{BackendKey, ServiceKey, Services as _};
+use mesh_common::service::{ServiceKey, Services as _};
 use mesh_common::{Endpoint, Protocol, Reason, Verdict};
-use mesh_plan::Plan;
+use mesh_plan::Index;
 
 use crate::pods::PodHandle;
 use crate::proxy::pool::Key;
@@ -36,7 +36,7 @@ pub(super) struct Target {
 /// Decides: the mark that brought a connection here is no proof of anything.
 pub(super) fn decide(
     worker: &Worker,
-    plan: &Plan,
+    plan: &Index,
     pod: &PodHandle,
     open: Open,
 ) -> Result<Target, Verdict> {
@@ -52,7 +52,7 @@ pub(super) fn decide(
         verdict,
         peer: id,
         ..
-    } = outbound(plan, &view, open.destination, Protocol::TCP);
+    } = outbound(plan, &view, view.set, open.destination, Protocol::TCP);
     match action {
         Outbound::Tunnel => {}
         Outbound::Refuse => return Err(verdict),
@@ -101,11 +101,7 @@ pub(super) fn another(
     // Clients that lose the same endpoint do not all turn to the same other one.
     let first = u32::from(open.source.port.get()) % service.count.max(1);
     (0..service.count.min(LOOKS)).find_map(|step| {
-        let destination = plan.backend(&BackendKey {
-            list: service.backends,
-            index: (first + step) % service.count,
-            pad: 0,
-        })?;
+        let destination = plan.backend(&service.choose(first + step)?)?;
         if tried.contains(&destination) {
             return None;
         }

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use mesh_common::pod::{PodIndex, PodView};
 use mesh_common::{Addr, Endpoint, IdentityId, Peer, PodState, Port};
-use mesh_plan::Plan;
 use mesh_plan::cluster::{ObjectName, Pod};
 use mesh_plan::plan::LocalPod;
+use mesh_plan::{Index, Plan};
 use serde_json::Value;
 use socket2::{Domain, Socket as RawSocket, Type};
 use tokio::io::AsyncReadExt as _;
@@ -154,7 +154,7 @@ pub(super) fn addr(text: &str) -> Addr {
 /// One node.
 pub(super) struct Node {
     pub(super) proxy: ProxyHandle,
-    pub(super) plan: watch::Sender<Arc<Plan>>,
+    pub(super) plan: watch::Sender<Arc<Index>>,
     pub(super) pods: watch::Sender<Arc<PodTable>>,
     pub(super) metrics: Metrics,
     flows: Flows,
@@ -182,7 +182,11 @@ impl Node {
     }
 
     pub(super) fn change(&self, change: impl FnOnce(&mut Plan)) {
-        self.plan.send_modify(|plan| change(Arc::make_mut(plan)));
+        self.plan.send_modify(|index| {
+            let mut plan = index.plan().clone();
+            change(&mut plan);
+            *index = Arc::new(Index::new(plan));
+        });
     }
 
     /// The records so far, once there are `count`.
@@ -418,7 +422,7 @@ fn node(
 ) -> Node {
     let metrics = Metrics::new();
     let flows = Flows::start(&FlowLog::Off, &metrics).unwrap();
-    let (plan_sender, plan_receiver) = watch::channel(Arc::new(plan(name)));
+    let (plan_sender, plan_receiver) = watch::channel(Arc::new(Index::new(plan(name))));
     let pods = table(&plan_receiver.borrow(), listeners);
     let (pods_sender, pods) = watch::channel(pods);
     let recorder = Recorder::new(

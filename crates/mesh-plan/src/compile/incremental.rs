@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Compiling again after a small change: what is about all pods of the cluster is carried over
-//! when only pods (their readiness for tunnels, too), services and policies changed; what is about this
-//! node's pods is always made anew. A policy that asks about a label that no other asks about, or did
-//! so before, changes the identities of the pods that have it.
+//! Incremental compilation. The parts of a plan that concern all pods of the cluster are reused
+//! when only pods (or their readiness for tunnels), services and policies changed; the parts that
+//! concern this node's pods are always compiled again. A policy that starts or stops using a label
+//! that no other policy uses changes the identities of the pods with that label.
 //!
-//! Anything out of the ordinary (a disputed address, a collision, an unknown label value, more
-//! than fits) goes the long way, so the short way has nothing to say about it.
+//! Unusual clusters (with a disputed address, a hash collision, an unknown label value, or more
+//! entries than fit) are compiled in full, so that incremental compilation never makes rejections
+//! about them.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_common::Addr;
 use mesh_common::identity::Peer;
 
-use super::{Options, Scope, addresses, bound_addresses, local, put_services};
+use super::{Options, addresses, bound_addresses, is_local, local, local_pods, put_services};
 use crate::authentication;
 use crate::cluster::{Cluster, Pod, Rejection, Service};
 use crate::identities::{Identifier, Identities, Relevant};
@@ -23,8 +25,8 @@ use crate::policies::{self, Digests, Places};
 use crate::services::{self, Services};
 use crate::shared::Shared;
 
-/// Compiles one plan after the other and keeps what the next can use again. Each plan is exactly
-/// that of [`super::compile()`].
+/// Compiles successive plans, and reuses parts of the previous one. Each plan equals that of
+/// [`super::compile()`].
 #[derive(Debug)]
 pub struct Compiler {
     node: String,
@@ -32,31 +34,32 @@ pub struct Compiler {
     previous: Option<Previous>,
 }
 
-/// What is kept of a compilation.
+/// The reusable parts of a compilation.
 #[derive(Debug)]
 struct Previous {
     cluster: Arc<Cluster>,
-    /// As [`addresses`] makes it.
+    /// The result of [`addresses`].
     plan: Plan,
     /// The pods of this node, by UID.
     local: BTreeMap<Arc<str>, Arc<Pod>>,
     identities: Identities,
-    /// Of the policies.
+    /// The labels and ports that policies use.
     relevant: Relevant,
     digests: Digests,
-    /// The services, and what was rejected of them.
+    /// The services and their rejections.
     services: Option<(Services, Vec<Rejection>)>,
-    /// Only of policies, if it is ordinary.
+    /// The rejections; of policies only, if the cluster is ordinary.
     rejections: Vec<Rejection>,
-    /// Every address has one claimant, every identity one content, every label a meaning.
+    /// Whether every address has one claimant, every identity one content, and every label a known
+    /// value.
     ordinary: bool,
 }
 
-/// A pod before and after.
+/// A pod before and after a change.
 type Change<'c> = (Option<&'c Arc<Pod>>, Option<&'c Arc<Pod>>);
 
 impl Compiler {
-    /// For the node with this name.
+    /// Creates the compiler of a node.
     #[must_use]
     pub fn new(node: impl Into<String>) -> Self {
         Self {
@@ -66,13 +69,18 @@ impl Compiler {
         }
     }
 
-    /// The plan of this cluster.
-    pub fn compile(&mut self, cluster: &Arc<Cluster>) -> (Plan, Vec<Rejection>) {
-        let scope = Scope::Node(&self.node);
+    /// Compiles the plan of a cluster. `own_addresses` are those of this node's interfaces: the ones
+    /// inside the node's pod CIDRs count as the node's, like those of its Node object.
+    pub fn compile(
+        &mut self,
+        cluster: &Arc<Cluster>,
+        own_addresses: &BTreeSet<IpAddr>,
+    ) -> (Plan, Vec<Rejection>) {
+        let cluster = &self.with_own_addresses(cluster, own_addresses);
         let carried = self
             .previous
             .take()
-            .and_then(|before| before.carry(cluster, scope, &self.options));
+            .and_then(|before| before.carry(cluster, &self.node, &self.options));
         let mut next = match carried {
             Some(next) => next,
             None => self.start(cluster),
@@ -82,17 +90,13 @@ impl Compiler {
         let mut rejections = next.rejections.clone();
         let options = &self.options;
         let places = match next.ordinary {
-            true => Places::among(cluster, scope.node(), &plan.names.workloads),
-            false => Places::of(cluster, scope.node()),
+            true => Places::among(cluster, Some(&self.node), &plan.names.workloads),
+            false => Places::of(cluster, Some(&self.node)),
         };
         local::pods(
             &mut plan,
             cluster,
-            (
-                scope,
-                next.local.values().map(|pod| &**pod).collect(),
-                &places,
-            ),
+            (next.local.values().map(|pod| &**pod).collect(), &places),
             (&next.identities, &identifier, &mut next.digests),
             options,
             &mut rejections,
@@ -104,22 +108,55 @@ impl Compiler {
         });
         put_services(&mut plan, services);
         rejections.extend(refused.iter().cloned());
-        bound_addresses(&mut plan, cluster, scope, &options.limits, &mut rejections);
+        bound_addresses(
+            &mut plan,
+            cluster,
+            &self.node,
+            &options.limits,
+            &mut rejections,
+        );
         rejections.sort();
         rejections.dedup();
         self.previous = Some(next);
         (plan, rejections)
     }
 
+    /// The cluster with this node's own addresses. An interface may also carry addresses that are not
+    /// the node's, for example those of all services: only addresses of the pod CIDRs count.
+    fn with_own_addresses(
+        &self,
+        cluster: &Arc<Cluster>,
+        own_addresses: &BTreeSet<IpAddr>,
+    ) -> Arc<Cluster> {
+        let Some(node) = cluster.nodes.get(&self.node) else {
+            return Arc::clone(cluster);
+        };
+        let is_missing = |address: &&IpAddr| {
+            let mut blocks = node.pod_cidrs.iter();
+            !node.addresses.contains(*address) && blocks.any(|block| block.contains(*address))
+        };
+        let mut missing = own_addresses.iter().filter(is_missing).peekable();
+        if missing.peek().is_none() {
+            return Arc::clone(cluster);
+        }
+        let mut extended = Cluster::clone(cluster);
+        if let Some(node) = extended.nodes.get_mut(&self.node) {
+            node.addresses.extend(missing);
+        }
+        if let Some(previous) = &self.previous {
+            extended.nodes.unite(&previous.cluster.nodes);
+        }
+        extended.into()
+    }
+
     fn start(&self, cluster: &Arc<Cluster>) -> Previous {
         let relevant = Relevant::of(cluster.policies.values());
         let identifier = Identifier::of(cluster, &relevant, &self.options);
         let mut rejections = Vec::new();
-        let scope = Scope::Node(&self.node);
-        let (plan, identities) = addresses(cluster, scope, &identifier, &mut rejections);
+        let (plan, identities) = addresses(cluster, &self.node, &identifier, &mut rejections);
         let mut of_policies = Vec::new();
         policies::check(cluster, &mut of_policies);
-        // A pod that ends and yields its address makes no rejection, but it claims it.
+        // A terminating pod that yields its address causes no rejection, but claims the address.
         let pods = cluster.pods.values().filter(|pod| !pod.host_network);
         let claims: usize = pods.map(|pod| pod.addresses.len()).sum();
         Previous {
@@ -128,8 +165,7 @@ impl Compiler {
                 && claims == plan.names.workloads.len(),
             cluster: Arc::clone(cluster),
             plan,
-            local: scope
-                .pods(cluster)
+            local: local_pods(cluster, &self.node)
                 .map(|pod| (Arc::clone(&pod.uid), Arc::clone(pod)))
                 .collect(),
             identities,
@@ -142,13 +178,8 @@ impl Compiler {
 }
 
 impl Previous {
-    /// The same for the next cluster; `None` = it takes the long way.
-    fn carry(
-        mut self,
-        cluster: &Arc<Cluster>,
-        scope: Scope<'_>,
-        options: &Options,
-    ) -> Option<Self> {
+    /// Updates the parts for the next cluster; `None` = it must be compiled in full.
+    fn carry(mut self, cluster: &Arc<Cluster>, node: &str, options: &Options) -> Option<Self> {
         if !self.ordinary || !same_world(&self.cluster, cluster) {
             return None;
         }
@@ -185,7 +216,7 @@ impl Previous {
         }
         let identifier = Identifier::of(cluster, &new, options);
         for new in changes.iter().filter_map(|(_, new)| *new) {
-            if scope.holds(new) {
+            if is_local(new, node) {
                 self.local.insert(Arc::clone(&new.uid), Arc::clone(new));
             }
             self.add(cluster, &identifier, new)?;
@@ -196,7 +227,7 @@ impl Previous {
                 .identities
                 .clone_from(&self.identities.names);
         }
-        // Whether an external address is a pod's depends on more than services.
+        // Whether a pod has an external address depends on more than services.
         let is_external = |service: &Arc<Service>| !service.external_ips.is_empty();
         if before.services != cluster.services || cluster.services.values().any(is_external) {
             self.services = None;
@@ -206,7 +237,8 @@ impl Previous {
         Some(self)
     }
 
-    /// What is of policies alone; what they ask about pods now.
+    /// Updates the parts that depend on policies alone, and returns the labels and ports that
+    /// policies use now.
     fn change_policies(&mut self, cluster: &Cluster) -> Relevant {
         self.digests = (self.digests).carried(&self.cluster.policies, &cluster.policies);
         self.rejections.clear();
@@ -221,7 +253,7 @@ impl Previous {
         self.identities.remove(identifier, pod);
         for address in &pod.addresses {
             let addr = Addr::from(*address);
-            // An address without a workload, or with another, was disputed.
+            // An address without a workload, or with another one, was disputed.
             let workload = self.plan.names.workloads.remove(&addr)?;
             if workload.uid != pod.uid || self.cluster.api_servers.contains(address) {
                 return None;
@@ -260,11 +292,11 @@ impl Previous {
     }
 }
 
-/// What policies have begun to ask about pods, or have ceased to.
+/// The labels and ports that policies start or stop using.
 struct Asked<'a> {
     labels: Vec<&'a str>,
     ports: Vec<&'a str>,
-    /// Those that have such labels themselves.
+    /// Namespaces with such labels.
     namespaces: HashSet<&'a str>,
 }
 
@@ -288,7 +320,7 @@ impl<'a> Asked<'a> {
         self.labels.is_empty() && self.ports.is_empty() && self.namespaces.is_empty()
     }
 
-    /// Whether the identity of a pod is another by that.
+    /// Whether they change the identity of a pod.
     fn about(&self, pod: &Pod) -> bool {
         self.namespaces.contains(pod.name.namespace.as_str())
             || self
@@ -302,8 +334,8 @@ impl<'a> Asked<'a> {
     }
 }
 
-/// The workloads whose readiness changed: UIDs of pods and namespaces. `None` = a cluster began or
-/// ceased to say which are ready.
+/// The workloads whose readiness changed: UIDs of pods and namespaces. `None` = the cluster started
+/// or stopped to have readiness.
 fn readied<'c>(
     before: &'c Option<Shared<BTreeSet<Arc<str>>>>,
     after: &'c Option<Shared<BTreeSet<Arc<str>>>>,
@@ -319,7 +351,7 @@ fn readied<'c>(
     }
 }
 
-/// What was not looked at is not the same.
+/// Whether everything that incremental compilation does not handle is unchanged.
 fn same_world(a: &Cluster, b: &Cluster) -> bool {
     let Cluster {
         namespaces,
@@ -340,7 +372,7 @@ fn same_world(a: &Cluster, b: &Cluster) -> bool {
         && *pod_cidrs == b.pod_cidrs
 }
 
-/// The pods that are not the same.
+/// The pods that changed.
 fn changes<'c>(
     before: &'c BTreeMap<Arc<str>, Arc<Pod>>,
     after: &'c BTreeMap<Arc<str>, Arc<Pod>>,
