@@ -184,8 +184,10 @@ mod tests {
 
     #[test]
     fn a_chain_names_every_cause() {
-        let source = std::io::Error::other("disk on fire");
-        let error = crate::flows::Error::Thread(source);
+        #[derive(Debug, thiserror::Error)]
+        #[error("cannot start the thread of the flow log")]
+        struct Outer(#[source] std::io::Error);
+        let error = Outer(std::io::Error::other("disk on fire"));
         let text = Chain(&error).to_string();
         assert_eq!(
             text,

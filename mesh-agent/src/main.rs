@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `mesh-agent`: does what it was asked to do, and says by its exit code how it went (sysexits.h):
-//! 0 done, 1 failed, 2 usage, 69 a feature is missing, 70 internal, 78 configuration.
+//! `mesh-agent`: runs a command. The exit code is one of sysexits.h: 0 success, 1 failure, 2 usage, 69 a
+//! kernel feature is missing, 70 internal error, 78 configuration error.
 
 use std::error::Error;
 use std::io::Write as _;
@@ -24,7 +24,7 @@ fn run(command: Command) -> u8 {
         command,
         Command::Run(_) | Command::Check(_) | Command::Cleanup(_)
     ) {
-        // What cannot be set then is reported where it is needed.
+        // A sysctl that cannot be set then is reported where it is needed.
         drop(sysctls::make_writable());
     }
     match command {
@@ -35,7 +35,7 @@ fn run(command: Command) -> u8 {
         },
         Command::Check(host) => {
             let report = check::run(&host);
-            // What was asked for, not a message: a closed pipe is no reason to fail.
+            // A closed pipe is no failure.
             drop(write!(std::io::stdout(), "{report}"));
             report.exit_code()
         }
@@ -54,7 +54,7 @@ fn run(command: Command) -> u8 {
         Command::Uninstall(config) => {
             match uninstall::run(&config.namespace, config.kubeconfig.as_deref()) {
                 Ok(nodes) => {
-                    say(&format_args!("the mesh was taken off {nodes} nodes"));
+                    say(&format_args!("mesh removed from {nodes} nodes"));
                     0
                 }
                 Err(error) => fail(&error, 1),
@@ -75,7 +75,7 @@ fn fail(error: &(dyn Error + 'static), code: u8) -> u8 {
     code
 }
 
-/// To people; a closed standard error is no reason to fail.
+/// Writes to standard error; a closed one is no failure.
 fn say(text: &dyn std::fmt::Display) {
     drop(writeln!(std::io::stderr(), "{text}"));
 }

@@ -44,14 +44,16 @@ fn crds(write: bool) -> Result<()> {
     run::show(&mut test)
 }
 
-/// Has the agent's tests write what only the agent knows: settings, metrics, reasons. They compare
-/// it whenever tests run, so `--check` leaves it to them.
+/// Runs the tests that write the references of settings, metrics and reasons. They compare them whenever
+/// tests run, so `--check` leaves it to them.
 fn bless() -> Result<()> {
     let mut tests = run::cargo([
         "test",
         "--quiet",
         "--package",
         "mesh-agent",
+        "--package",
+        "mesh-telemetry",
         "--lib",
         "--",
         "up_to_date",

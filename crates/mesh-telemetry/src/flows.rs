@@ -101,7 +101,9 @@ impl Flows {
             std::thread::sleep(Duration::from_millis(5));
         }
         if !self.thread.is_finished() {
-            tracing::warn!("flow log writer did not finish in time; the last records may be missing");
+            tracing::warn!(
+                "flow log writer did not finish in time; the last records may be missing"
+            );
         }
     }
 }

@@ -241,7 +241,12 @@ impl Metrics {
     }
 
     /// Sets the certificate in use of a service account; `None` = no longer any.
-    pub fn certificate(&self, namespace: &str, service_account: &str, in_use: Option<CertificateInUse>) {
+    pub fn certificate(
+        &self,
+        namespace: &str,
+        service_account: &str,
+        in_use: Option<CertificateInUse>,
+    ) {
         let key = (namespace.to_owned(), service_account.to_owned());
         let mut all = self
             .0

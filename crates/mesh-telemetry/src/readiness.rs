@@ -36,7 +36,8 @@ impl Readiness {
 
     /// Sets whether a condition holds.
     pub fn set(&self, condition: &'static str, holds: bool) {
-        self.0.send_if_modified(|all| all.insert(condition, holds) != Some(holds));
+        self.0
+            .send_if_modified(|all| all.insert(condition, holds) != Some(holds));
     }
 
     /// Tells whether all conditions hold.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use mesh_common::{Direction, Endpoint, Evidence, Protocol, Reason, Verdict};
-use mesh_plan::Plan;
+use mesh_plan::Index;
 
 use crate::flows::FlowSink;
 use crate::metrics::{Labels, Metrics};
@@ -37,7 +37,7 @@ pub struct Policy {
     /// Revision of the plan; 0 = no plan yet.
     pub revision: u64,
     /// The plan.
-    pub plan: Arc<Plan>,
+    pub plan: Arc<Index>,
 }
 
 /// The endpoint whose node reports.
@@ -109,7 +109,7 @@ pub struct ConnectionOpen {
 
 impl ConnectionOpen {
     /// Names the endpoints and the service.
-    fn named(&self, plan: &Plan) -> Opened {
+    fn named(&self, plan: &Index) -> Opened {
         Opened {
             reporter: self.reporter,
             protocol: Protocol::TCP,

@@ -14,7 +14,7 @@ use tokio::sync::Notify;
 
 use super::tunnel::frame::Why;
 use crate::identity::{Identities, Proof};
-use crate::record::Close;
+use mesh_telemetry::record::Close;
 
 /// What a connection was allowed for.
 #[derive(Clone, Copy, Debug)]

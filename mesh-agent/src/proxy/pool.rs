@@ -16,7 +16,7 @@ use mesh_common::{Endpoint, IdentityId};
 
 use super::tunnel::Tunnel;
 use crate::identity::{Epoch, Proof, SpiffeId};
-use crate::metrics::{Metrics, Role};
+use mesh_telemetry::metrics::{Metrics, Role};
 
 /// What two connections must have in common to use the same tunnel.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

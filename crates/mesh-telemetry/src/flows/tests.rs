@@ -1,18 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The flow log never holds anybody up, loses nothing without counting it, and follows its file.
+//! The flow log never blocks a sender, counts each record that it loses, and follows its file.
 
 use mesh_common::Endpoint;
 use mesh_common::{Evidence, Verdict};
-use mesh_plan::Index;
 
 use super::*;
-use crate::metrics::Form;
-use crate::record::{Close, ClosedBy, ConnectionOpen, Reporter, Security, endings};
+use crate::metrics::Format;
+use crate::record::{Close, ClosedBy, ConnectionOpen, Policy, Reporter, Security, close_reasons};
 
 fn recorder(metrics: &Metrics, sink: FlowSink) -> Recorder {
-    let (_, plan) = watch::channel(Arc::new(Index::default()));
     let clock = || std::time::SystemTime::UNIX_EPOCH;
-    Recorder::new("n1", plan, metrics.clone(), sink, clock)
+    Recorder::new("n1", Policy::default, metrics.clone(), sink, clock)
 }
 
 fn connection(recorder: &Recorder) {
@@ -30,7 +28,7 @@ fn connection(recorder: &Recorder) {
 }
 
 fn lost(metrics: &Metrics) -> u64 {
-    let page = metrics.page(Form::Prometheus);
+    let page = metrics.page(Format::Prometheus);
     let line = page
         .lines()
         .find_map(|line| line.strip_prefix("mesh_flow_events_lost_total{at=\"flow_log\"} "));
@@ -51,9 +49,9 @@ fn a_full_queue_counts_what_it_loses() {
 }
 
 #[tokio::test]
-async fn the_last_records_can_be_asked_for_even_without_a_log() {
+async fn recent_records_are_kept_without_a_log() {
     let metrics = Metrics::new();
-    let flows = Flows::start(&FlowLog::Off, &metrics).unwrap();
+    let flows = Flows::start(&Target::Off, &metrics).unwrap();
     let recorder = recorder(&metrics, flows.sink());
     for _ in 0..RECENT + 5 {
         connection(&recorder);
@@ -65,11 +63,11 @@ async fn the_last_records_can_be_asked_for_even_without_a_log() {
 }
 
 #[tokio::test]
-async fn a_renamed_file_is_opened_again() {
+async fn a_renamed_file_is_reopened() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("flows.json");
     let metrics = Metrics::new();
-    let flows = Flows::start(&FlowLog::File(path.clone()), &metrics).unwrap();
+    let flows = Flows::start(&Target::File(path.clone()), &metrics).unwrap();
     let recorder = recorder(&metrics, flows.sink());
     let sink = flows.sink();
     connection(&recorder);
@@ -88,8 +86,8 @@ async fn a_renamed_file_is_opened_again() {
 }
 
 #[test]
-fn a_file_that_cannot_be_opened_is_named() {
-    let log = FlowLog::File("/does/not/exist".into());
+fn an_open_error_names_the_file() {
+    let log = Target::File("/does/not/exist".into());
     let error = Flows::start(&log, &Metrics::new()).unwrap_err();
     assert!(error.to_string().contains("/does/not/exist"), "{error}");
 }
@@ -97,11 +95,11 @@ fn a_file_that_cannot_be_opened_is_named() {
 struct Fake(Vec<Event>);
 
 impl EventSource for Fake {
-    fn take_turn(&mut self) -> std::io::Result<bool> {
+    fn acquire(&mut self) -> std::io::Result<bool> {
         Ok(true)
     }
 
-    fn give_turn(&mut self) -> std::io::Result<()> {
+    fn release(&mut self) -> std::io::Result<()> {
         Ok(())
     }
 
@@ -111,9 +109,9 @@ impl EventSource for Fake {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_waits_at_the_end_is_still_recorded() {
+async fn events_that_wait_at_the_stop_are_recorded() {
     let metrics = Metrics::new();
-    let flows = Flows::start(&FlowLog::Off, &metrics).unwrap();
+    let flows = Flows::start(&Target::Off, &metrics).unwrap();
     let recorder = recorder(&metrics, flows.sink());
     let (stop, stopped) = watch::channel(true);
     let event = Event {
@@ -123,7 +121,7 @@ async fn what_waits_at_the_end_is_still_recorded() {
     let (_here, replaced) = watch::channel(false);
     drain(
         Fake(vec![event; 3]),
-        (recorder, endings().1),
+        (recorder, close_reasons().1),
         replaced,
         stopped,
     )

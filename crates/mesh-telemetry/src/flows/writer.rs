@@ -51,7 +51,11 @@ fn open(path: &Path) -> io::Result<BufWriter<File>> {
 }
 
 impl Writer {
-    pub(super) fn open(target: &Target, max_recent: usize, metrics: Metrics) -> Result<Self, Error> {
+    pub(super) fn open(
+        target: &Target,
+        max_recent: usize,
+        metrics: Metrics,
+    ) -> Result<Self, Error> {
         let output = match target {
             Target::Stdout => Output::Stdout(BufWriter::new(io::stdout())),
             Target::Off => Output::Off,
@@ -150,12 +154,21 @@ impl Writer {
 
     fn lost(&self, records: u64, error: &dyn std::error::Error) {
         self.metrics.lost(records);
-        mesh_log::warn_limited!("flow_log", error, "cannot write to the flow log; records are lost");
+        mesh_log::warn_limited!(
+            "flow_log",
+            error,
+            "cannot write to the flow log; records are lost"
+        );
     }
 
     /// Reopens the file if it was renamed or removed.
     fn check_file(&mut self) {
-        let Output::File { path, file, checked } = &mut self.output else {
+        let Output::File {
+            path,
+            file,
+            checked,
+        } = &mut self.output
+        else {
             return;
         };
         if checked.elapsed() < CHECK_EVERY {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What policies in audit mode would have refused, by rule: few series, and bounded.
+//! Traffic that policies in audit mode would have refused, by rule: a bounded number of series.
 
 use std::collections::BTreeMap;
 #[expect(
@@ -11,7 +11,7 @@ use std::sync::PoisonError;
 
 use mesh_common::{Direction, Reason};
 
-/// Rules told apart; what others would have refused counts as `other`.
+/// Maximum number of rules; further ones count as `other`.
 const MOST_RULES: usize = 1024;
 
 type Key = (Direction, String, Reason);
@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn too_many_rules_count_as_other_and_lose_nothing() {
+    fn rules_beyond_the_bound_count_as_other() {
         let audit = Audit::default();
         let count = |rule: &str| audit.count(Direction::Egress, rule, Reason::Policy);
         for rule in 0..MOST_RULES + 10 {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The bounded table of connection metrics: one row for each label set, shared counters in it.
+//! The bounded table of connection metrics: one row of shared counters for each label set.
 //!
-//! A row lives as long as it has an open connection, and [`IDLE`] longer. When the table is full,
-//! connections count under the labels `other`: nothing is lost, only less is told apart.
+//! A row lives while it has an open connection, and [`IDLE`] longer. When the table is full, connections
+//! count under the labels `other`: no count is lost, only detail.
 
 use std::collections::BTreeMap;
 #[expect(
@@ -18,34 +18,34 @@ use std::time::{Duration, Instant};
 use super::describe;
 use crate::record::{Reporter, Security};
 
-/// Label sets kept, beside those of the overflow.
+/// Maximum number of label sets, without those of the overflow.
 pub const MOST_SERIES: usize = 2048;
-/// How long a label set without an open connection is kept.
+/// Time that a label set without an open connection is kept.
 pub(super) const IDLE: Duration = Duration::from_secs(15 * 60);
 
-/// Who an end of a connection is, as metrics tell ends apart.
+/// An endpoint of a connection, as metrics distinguish endpoints.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Group {
-    /// The namespace; empty if the end is no pod.
+    /// The namespace; empty if the endpoint is not a pod.
     pub namespace: String,
-    /// The owner that people know the pod by, or the name of an entity.
+    /// The owner of the pod, such as its Deployment, or the name of an entity.
     pub workload: String,
-    /// The service account; empty if the end is no pod.
+    /// The service account; empty if the endpoint is not a pod.
     pub service_account: String,
 }
 
 /// The labels of a connection.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Labels {
-    /// Whose node counts.
+    /// Endpoint whose node counts.
     pub reporter: Reporter,
-    /// Who opened it.
+    /// Endpoint that opened the connection.
     pub source: Arc<Group>,
-    /// Who was reached.
+    /// Endpoint that was reached.
     pub destination: Arc<Group>,
     /// `namespace/name` of the service; empty = none.
     pub service: String,
-    /// How it was protected.
+    /// Protection of the connection.
     pub security: Security,
 }
 
@@ -67,7 +67,7 @@ impl Labels {
         }
     }
 
-    /// Name and value of each label, in the order of [`describe::WORKLOAD`].
+    /// Returns the name and value of each label, in the order of [`describe::WORKLOAD`].
     pub(super) fn pairs(&self) -> Vec<(&'static str, &str)> {
         let values = [
             self.reporter.label(),
@@ -91,7 +91,7 @@ pub(super) struct Row {
     closed: AtomicU64,
     sent: AtomicU64,
     received: AtomicU64,
-    /// Milliseconds since the table was made, when the row was last used.
+    /// Time of the last use, in milliseconds since the table was created.
     used: AtomicU64,
 }
 
@@ -100,7 +100,7 @@ pub(super) struct Row {
 pub struct Totals {
     /// Connections opened.
     pub opened: u64,
-    /// Connections ended.
+    /// Connections closed.
     pub closed: u64,
     /// Bytes from source to destination.
     pub sent: u64,
@@ -110,7 +110,7 @@ pub struct Totals {
 
 impl Row {
     fn totals(&self) -> Totals {
-        // Closed before opened, so that a page never shows more ended than begun.
+        // Closed is read before opened, so that a page never shows more closed than opened.
         let closed = self.closed.load(Relaxed);
         Totals {
             opened: self.opened.load(Relaxed),
@@ -126,7 +126,7 @@ impl Row {
     }
 }
 
-/// One open connection in the metrics; counts as closed when dropped.
+/// An open connection in the metrics; dropping it counts it as closed.
 #[derive(Debug)]
 pub struct Open {
     table: Arc<Table>,
@@ -154,12 +154,12 @@ pub(super) struct Table {
     rows: RwLock<BTreeMap<Labels, Arc<Row>>>,
     overflowed: AtomicU64,
     began: Instant,
-    /// When the table last looked for idle rows because it was full.
+    /// Time of the last sweep of a full table, in milliseconds since the table was created.
     swept: AtomicU64,
     most: usize,
 }
 
-/// A full table looks for idle rows at most this often, in milliseconds.
+/// The shortest time between two sweeps of a full table, in milliseconds.
 const SWEEP_EVERY: u64 = 1000;
 
 impl Table {
@@ -217,7 +217,7 @@ impl Table {
         take(rows.entry(labels).or_default())
     }
 
-    /// Every row, after those that are idle at `now` were forgotten.
+    /// Removes the rows that are idle at `now`; returns the others.
     pub(super) fn snapshot(&self, now: Instant) -> Vec<(Labels, Totals)> {
         let mut rows = self.rows.write().unwrap_or_else(PoisonError::into_inner);
         sweep(&mut rows, self.at(now));
@@ -226,7 +226,7 @@ impl Table {
             .collect()
     }
 
-    /// Connections that counted under `other`.
+    /// Returns the number of connections that counted under `other`.
     pub(super) fn overflowed(&self) -> u64 {
         self.overflowed.load(Relaxed)
     }
@@ -237,7 +237,7 @@ fn sweep(rows: &mut BTreeMap<Labels, Arc<Row>>, now: u64) {
     let Some(before) = now.checked_sub(idle) else {
         return;
     };
-    // An overflow row is kept: there are few, and which connections it counted is not known.
+    // Overflow rows are kept: there are few, and their connections are unknown.
     rows.retain(|labels, row| labels.service == OTHER || !row.idle_since(before));
 }
 
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn too_many_label_sets_count_as_other_and_lose_nothing() {
+    fn label_sets_beyond_the_bound_count_as_other() {
         let table = Arc::new(Table::new(3));
         for workload in 0..10 {
             table.open(labels(workload)).add(1, 2);
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn idle_label_sets_are_forgotten_and_open_ones_are_not() {
+    fn idle_label_sets_are_removed_and_open_ones_are_kept() {
         let table = Arc::new(Table::new(3));
         let open = table.open(labels(0));
         drop(table.open(labels(1)));

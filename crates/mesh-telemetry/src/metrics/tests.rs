@@ -48,19 +48,19 @@ fn full() -> Metrics {
     let rule = "MeshPolicy shop/db ingress[0]";
     metrics.audited(Direction::Ingress, rule, Reason::Policy);
     metrics.handshake(Role::Client, Ok(()));
-    metrics.handshake(Role::Server, Err(Refusal::WrongIdentity));
+    metrics.handshake(Role::Server, Err("wrong_identity"));
     // It is shown for as long as somebody counts.
     std::mem::forget(metrics.usage("shop", "web"));
     metrics.revocation_lists(BTreeMap::from([("/crl.pem".to_owned(), 1_800_000_000)]));
     metrics.silent(true);
     metrics.violated(Role::Server);
     metrics.retried(&Close::Failed(Reason::ConnectFailed));
-    let in_use = InUse {
-        ends: 1_800_000_000,
+    let in_use = CertificateInUse {
+        expires: 1_800_000_000,
         revoked: true,
     };
     metrics.certificate("shop", "web", Some(in_use));
-    assert_eq!(metrics.plan_applied(Duration::from_millis(3)), 1);
+    metrics.plan_applied(1, Duration::from_millis(3));
     metrics.rejected_fields(1);
     metrics.pods(PodCounts {
         enrolled: 2,
@@ -68,7 +68,7 @@ fn full() -> Metrics {
         not_protected: 0,
         isolated: 0,
     });
-    metrics.ready("plan", true);
+    metrics.readiness().set("plan", true);
     metrics.lost(4);
     metrics
 }
@@ -90,7 +90,7 @@ fn families(page: &str) -> (BTreeSet<String>, BTreeSet<String>) {
 
 #[test]
 fn promtool_accepts_the_page() {
-    let page = full().page(Form::Prometheus);
+    let page = full().page(Format::Prometheus);
     let mut promtool = Command::new("promtool")
         .args(["check", "metrics"])
         .stdin(Stdio::piped())
@@ -110,8 +110,8 @@ fn promtool_accepts_the_page() {
 }
 
 #[test]
-fn the_page_holds_what_is_described_and_nothing_else() {
-    let page = full().page(Form::Prometheus);
+fn the_page_has_exactly_the_described_families() {
+    let page = full().page(Format::Prometheus);
     let expected: BTreeSet<_> = DESCRIPTIONS.iter().map(|one| one.name.to_owned()).collect();
     let (described, sampled) = families(&page);
     assert_eq!(described, expected);
@@ -144,8 +144,8 @@ fn the_page_holds_what_is_described_and_nothing_else() {
 }
 
 #[test]
-fn values_are_those_that_were_counted() {
-    let page = full().page(Form::OpenMetrics);
+fn the_page_shows_the_counted_values() {
+    let page = full().page(Format::OpenMetrics);
     let deny = Verdict::deny(Reason::DefaultDeny, RuleId::NONE);
     let by_kernel = Fake.counter(Counter::Verdict(
         Direction::Ingress,
@@ -179,22 +179,22 @@ fn values_are_those_that_were_counted() {
 fn a_certificate_that_is_no_longer_used_disappears() {
     let metrics = full();
     metrics.certificate("shop", "web", None);
-    let page = metrics.page(Form::Prometheus);
+    let page = metrics.page(Format::Prometheus);
     assert!(!page.contains("mesh_certificate_expiry_timestamp_seconds{"));
 }
 
 #[test]
-fn the_form_is_negotiated() {
+fn the_format_is_negotiated() {
     let prometheus = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4";
-    assert_eq!(Form::accepted(prometheus), Form::OpenMetrics);
-    assert_eq!(Form::accepted("*/*"), Form::Prometheus);
-    assert!(Form::Prometheus.content_type().contains("0.0.4"));
+    assert_eq!(Format::negotiate(prometheus), Format::OpenMetrics);
+    assert_eq!(Format::negotiate("*/*"), Format::Prometheus);
+    assert!(Format::Prometheus.content_type().contains("0.0.4"));
 }
 
 #[test]
 fn the_references_are_up_to_date() {
-    crate::testing::golden("docs/metrics.md", &reference());
-    crate::testing::golden("docs/reasons.md", &crate::metrics::reasons());
+    mesh_fixtures::golden("docs/metrics.md", &reference());
+    mesh_fixtures::golden("docs/reasons.md", &crate::metrics::reasons());
 }
 
 /// Words of a text that look like the names of metrics of ours, without the suffixes of
@@ -208,7 +208,7 @@ fn names(text: &str) -> BTreeSet<&str> {
 
 #[test]
 fn alerts_and_dashboard_use_metrics_that_exist() {
-    let deploy = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy");
+    let deploy = concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy");
     let known: BTreeSet<_> = DESCRIPTIONS.iter().map(|one| one.name).collect();
     for file in ["alerts/mesh.yaml", "grafana/mesh.json"] {
         let text = std::fs::read_to_string(format!("{deploy}/{file}")).unwrap();

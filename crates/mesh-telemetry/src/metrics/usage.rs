@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the pods of each workload use of the agent: the time of its workers, and buffers.
+//! Resource usage of each workload in the agent: time of its workers, and buffers.
 
 use std::collections::BTreeMap;
 #[expect(
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::Duration;
 
-/// What one workload uses.
+/// The resource usage of one workload.
 #[derive(Debug, Default)]
 pub struct Usage {
     nanoseconds: AtomicU64,
@@ -19,37 +19,37 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// A worker was at work for it.
+    /// Adds worker time.
     pub fn worked(&self, time: Duration) {
         let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         self.nanoseconds.fetch_add(nanoseconds, Relaxed);
     }
 
-    /// Buffers were lent to it; returns how much it has now, in bytes.
+    /// Adds buffers; returns the bytes that the workload holds now.
     pub fn lent(&self, bytes: usize) -> u64 {
         let bytes = bytes as u64;
         self.buffers.fetch_add(bytes, Relaxed) + bytes
     }
 
-    /// Buffers were given back.
+    /// Subtracts buffers.
     pub fn gave_back(&self, bytes: usize) {
         self.buffers.fetch_sub(bytes as u64, Relaxed);
     }
 
-    /// Time of workers, in seconds.
+    /// Returns the worker time in seconds.
     #[must_use]
     pub fn seconds(&self) -> f64 {
         Duration::from_nanos(self.nanoseconds.load(Relaxed)).as_secs_f64()
     }
 
-    /// Bytes of buffers it has.
+    /// Returns the bytes of buffers.
     #[must_use]
     pub fn buffers(&self) -> u64 {
         self.buffers.load(Relaxed)
     }
 }
 
-/// All workloads of this node that somebody counts for.
+/// The workloads of this node whose usage is kept by someone.
 #[derive(Debug, Default)]
 #[expect(clippy::disallowed_types, reason = "see the import")]
 pub(super) struct Table(Mutex<BTreeMap<(String, String), Weak<Usage>>>);
@@ -67,7 +67,7 @@ impl Table {
         })
     }
 
-    /// Namespace, workload and what it uses, in their order.
+    /// Returns the usage by namespace and workload.
     pub(super) fn all(&self) -> Vec<((String, String), Arc<Usage>)> {
         let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let all = all.iter();

@@ -94,8 +94,7 @@ impl CloseReasons {
         while let Ok(note) = self.news.try_recv() {
             if self.order.len() < MAX_WAITING {
                 self.order.push_back((note.at, note.endpoints));
-                self.waiting
-                    .insert(note.endpoints, (note.at, note.verdict));
+                self.waiting.insert(note.endpoints, (note.at, note.verdict));
             }
         }
     }

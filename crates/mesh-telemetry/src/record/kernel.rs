@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use mesh_common::event::{Event, kind};
 use mesh_common::policy::RuleId;
 use mesh_common::{Addr, Direction, Endpoint, Evidence, Protocol, Reason, Verdict};
-use mesh_plan::Plan;
+use mesh_plan::Index;
 use mesh_plan::cluster::Pod;
 
 use super::flow_record::{Closed, Opened};
@@ -50,7 +50,7 @@ impl KernelRecords {
         }
     }
 
-    fn plan(&self) -> &Plan {
+    fn plan(&self) -> &Index {
         &self.policy.plan
     }
 

@@ -11,11 +11,11 @@ use mesh_common::{Addr, Port};
 use mesh_plan::cluster::{ObjectName, ObjectRef, Pod};
 use mesh_plan::plan::{LocalPod, RuleName};
 use serde_json::Value;
+use tokio::sync::watch;
 
 use super::bytes::COUNT_EVERY;
 use super::*;
-use crate::config::FlowLog;
-use crate::flows::Flows;
+use crate::flows::{Flows, Target};
 
 const RULE: RuleId = RuleId(77);
 
@@ -61,7 +61,7 @@ fn plan() -> Plan {
 struct Rig {
     metrics: Metrics,
     recorder: Recorder,
-    plan: watch::Sender<Arc<Index>>,
+    policy: watch::Sender<Policy>,
     flows: Flows,
     file: tempfile::NamedTempFile,
 }
@@ -70,14 +70,19 @@ impl Rig {
     fn new() -> Self {
         let metrics = Metrics::new();
         let file = tempfile::NamedTempFile::new().unwrap();
-        let log = FlowLog::File(file.path().to_owned());
+        let log = Target::File(file.path().to_owned());
         let flows = Flows::start(&log, &metrics).unwrap();
-        let (plan, latest) = watch::channel(Arc::new(Index::new(plan())));
+        let first = Policy {
+            revision: 7,
+            plan: Arc::new(Index::new(plan())),
+        };
+        let (policy, latest) = watch::channel(first);
+        let latest = move || latest.borrow().clone();
         let recorder = Recorder::new("n1", latest, metrics.clone(), flows.sink(), noon);
         Self {
             metrics,
             recorder,
-            plan,
+            policy,
             flows,
             file,
         }
@@ -169,7 +174,7 @@ fn a_tunnelled_connection_names_everything() {
         "retransmits": 2,
         "close": "finished",
         "closed_by": "local",
-        "policy_revision": 0,
+        "policy_revision": 7,
     });
     assert_eq!(line, expected);
 }
@@ -231,7 +236,7 @@ fn however_it_ends_there_is_one_record() {
 #[test]
 fn both_reporters_of_a_direct_connection_say_the_same() {
     let rig = Rig::new();
-    let mut records = KernelRecords::new(rig.recorder.clone(), endings().1);
+    let mut records = KernelRecords::new(rig.recorder.clone(), close_reasons().1);
     records.report(&event(kind::CLOSED, mesh_common::Direction::Egress));
     let mut other = event(kind::CLOSED, mesh_common::Direction::Ingress);
     std::mem::swap(&mut other.local, &mut other.remote);
@@ -255,27 +260,27 @@ fn both_reporters_of_a_direct_connection_say_the_same() {
 }
 
 #[test]
-fn what_the_agent_ended_at_the_socket_says_by_what() {
+fn a_connection_closed_at_the_socket_names_its_reason() {
     let rig = Rig::new();
-    let (ended, endings) = endings();
-    let mut records = KernelRecords::new(rig.recorder.clone(), endings);
+    let (closing, reasons) = close_reasons();
+    let mut records = KernelRecords::new(rig.recorder.clone(), reasons);
     let mut reset = event(kind::CLOSED, mesh_common::Direction::Egress);
     reset.closed_by = closed_by::RESET;
     let by_rule = Verdict::deny(Reason::Policy, RuleId(77));
     let by_none = Verdict::refuse(Reason::DefaultDeny);
     let now = Instant::now();
     records.report(&reset);
-    ended.note(reset.local, reset.remote, by_rule, now);
+    closing.closing(reset.local, reset.remote, by_rule, now);
     records.report(&reset);
     // The other end of it, and a connection between the same ends afterwards.
     let mut other = reset;
     std::mem::swap(&mut other.local, &mut other.remote);
     records.report(&other);
     records.report(&reset);
-    ended.note(reset.local, reset.remote, by_none, now);
+    closing.closing(reset.local, reset.remote, by_none, now);
     records.report(&reset);
     // Its application was quicker, and nobody asks any more.
-    ended.note(reset.local, reset.remote, by_none, now);
+    closing.closing(reset.local, reset.remote, by_none, now);
     records.report(&event(kind::CLOSED, mesh_common::Direction::Egress));
     records.refresh(now + Duration::from_secs(60));
     records.report(&reset);
@@ -301,9 +306,9 @@ fn what_the_agent_ended_at_the_socket_says_by_what() {
 }
 
 #[test]
-fn refusals_of_the_kernel_are_recorded_and_are_no_connections() {
+fn kernel_refusals_are_recorded_and_not_counted_as_connections() {
     let rig = Rig::new();
-    let mut records = KernelRecords::new(rig.recorder.clone(), endings().1);
+    let mut records = KernelRecords::new(rig.recorder.clone(), close_reasons().1);
     let mut denied = event(kind::DENIED, mesh_common::Direction::Egress);
     denied.reason = Reason::DefaultDeny as u8;
     denied.remote = at("192.0.2.1:443");
@@ -312,7 +317,10 @@ fn refusals_of_the_kernel_are_recorded_and_are_no_connections() {
     records.report(&event(kind::AUDIT, mesh_common::Direction::Egress));
     records.report(&event(200, mesh_common::Direction::Egress));
     // The pod is gone when its last event arrives.
-    rig.plan.send_replace(Arc::new(Index::default()));
+    rig.policy.send_replace(Policy {
+        revision: 8,
+        plan: Arc::default(),
+    });
     records.refresh(Instant::now());
     records.report(&event(kind::DROPPED, mesh_common::Direction::Egress));
     records.refresh(Instant::now());
@@ -338,6 +346,12 @@ fn refusals_of_the_kernel_are_recorded_and_are_no_connections() {
         lines[2]["rule"], "000000000000004d",
         "a rule that is gone has its number"
     );
+    let revisions: Vec<_> = lines.iter().map(|line| &line["policy_revision"]).collect();
+    assert_eq!(
+        revisions,
+        [7, 7, 8],
+        "the revision of the plan that has the names"
+    );
     assert!(metrics.connections(Instant::now()).is_empty());
 }
 
@@ -359,7 +373,7 @@ impl Numbers {
 /// mixed, and keeps the queue from overflowing.
 fn play(rig: &Rig, seed: u64) {
     let mut numbers = Numbers(seed);
-    let mut records = KernelRecords::new(rig.recorder.clone(), endings().1);
+    let mut records = KernelRecords::new(rig.recorder.clone(), close_reasons().1);
     let mut open: Vec<ConnectionRecord> = Vec::new();
     for _ in 0..500 {
         match numbers.below::<u8>(6) {
@@ -431,7 +445,7 @@ fn metrics_are_the_sum_of_the_records() {
             .iter()
             .filter(|line| line["close"] != "finished")
             .count() as u64;
-        let page = metrics.page(crate::metrics::Form::Prometheus);
+        let page = metrics.page(crate::metrics::Format::Prometheus);
         let shown: u64 = page
             .lines()
             .filter(|line| line.starts_with("mesh_tcp_connections_failed_total{"))

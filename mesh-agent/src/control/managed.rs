@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! One adopted pod: what was found, what was made for it, and what is in force for it.
+//! One managed pod: its namespace, the network configuration in it, and the policy in force for it.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,10 +13,10 @@ use crate::pods::made::Made;
 use crate::pods::watch::Watch;
 use crate::pods::{Home, Listeners, PodHandle};
 
-/// When something that failed is tried again: a quarter of a second, doubling up to 4 s.
+/// The next attempt at an operation that failed: after a quarter of a second, doubling up to 4 s.
 #[derive(Clone, Debug)]
 pub(super) struct Retry {
-    /// What failed.
+    /// Error of the last attempt.
     pub(super) why: String,
     at: Instant,
     delay: Duration,
@@ -26,7 +26,7 @@ impl Retry {
     const FIRST: Duration = Duration::from_millis(250);
     const LONGEST: Duration = Duration::from_secs(4);
 
-    /// After a failure; `before` is the one before it, if there was one.
+    /// Schedules the attempt after a failure; `before` is the previous failure, if there was one.
     pub(super) fn after(before: Option<&Self>, why: String, now: Instant) -> Self {
         let delay = before.map_or(Self::FIRST, |b| (b.delay * 2).min(Self::LONGEST));
         Self {
@@ -36,63 +36,66 @@ impl Retry {
         }
     }
 
-    /// Whether it is time.
+    /// Tells whether it is time.
     pub(super) fn is_due(&self, now: Instant) -> bool {
         now >= self.at
     }
 }
 
-/// What was made for an enrolled pod.
+/// The network configuration of an enrolled pod.
 #[derive(Debug)]
-pub(super) struct Enrolment {
+pub(super) struct Enrollment {
     /// The agent's listeners.
     pub(super) listeners: Arc<Listeners>,
-    /// What is in its namespace.
+    /// Rules, routes and sysctls in the pod's namespace.
     pub(super) list: Vec<Made>,
-    /// Tells of changes; ends with this value.
+    /// Reports changes in the namespace until it is dropped.
     pub(super) _watch: Option<Watch>,
 }
 
-/// A pod that the kernel programs know.
+/// A pod that the datapath has.
 #[derive(Debug)]
-pub(super) struct Adopted {
-    /// Its namespace and interface.
+pub(super) struct ManagedPod {
+    /// Namespace and interface of the pod.
     pub(super) home: Home,
-    /// Its slot.
+    /// Slot of the pod in the kernel's maps.
     pub(super) index: PodIndex,
-    /// Why it has no gate.
+    /// The pod as the plan in force has it; the requested one before its first plan.
+    pub(super) local: LocalPod,
+    /// Reason why the pod has no tc gate.
     pub(super) ungated: Option<String>,
-    /// What was made for it, while it is enrolled, and while its connections with the agent go on.
-    pub(super) enrolment: Option<Enrolment>,
-    /// Since when it is not enrolled any more, while they go on.
-    pub(super) leaving: Option<Instant>,
-    /// It was enrolled at the last pass: what was connecting then shows a moment later.
-    pub(super) fresh: bool,
-    /// Why it could not be enrolled.
+    /// Network configuration, while the pod is enrolled, and until its connections with the agent have
+    /// closed.
+    pub(super) enrollment: Option<Enrollment>,
+    /// Time at which the pod was unenrolled, while such connections are open.
+    pub(super) unenrolling: Option<Instant>,
+    /// The pod was enrolled in the last pass: a connection that was being opened then shows a moment
+    /// later.
+    pub(super) is_fresh: bool,
+    /// Error of the last attempt to enroll the pod.
     pub(super) refused: Option<Retry>,
-    /// What is wrong with what was made for it.
+    /// Problem with the pod's network configuration.
     pub(super) trouble: Option<String>,
-    /// Its connections that are older than the mesh, as the kernel was told; `None` = not known.
+    /// Connections older than the enrollment, as the kernel was told; `None` = unknown.
     pub(super) old: Option<Vec<(Endpoint, Endpoint, Reason)>>,
-    /// What other rooms see of it.
+    /// The pod as other modules see it.
     pub(super) handle: Arc<PodHandle>,
 }
 
-impl Adopted {
-    /// Builds the handle anew if the pod or its listeners changed.
-    pub(super) fn refresh(&mut self, local: &LocalPod) {
-        let listeners = self.enrolment.as_ref().map(|e| Arc::clone(&e.listeners));
+impl ManagedPod {
+    /// Takes the pod's listeners into its handle, if they changed.
+    pub(super) fn refresh_handle(&mut self) {
+        let listeners = self.enrollment.as_ref().map(|e| Arc::clone(&e.listeners));
         let same = match (&self.handle.listeners, &listeners) {
             (Some(a), Some(b)) => Arc::ptr_eq(a, b),
             (None, None) => true,
             (Some(_), None) | (None, Some(_)) => false,
         };
-        if same && self.handle.local == *local {
+        if same {
             return;
         }
         self.handle = Arc::new(PodHandle {
             uid: self.handle.uid.clone(),
-            local: local.clone(),
             index: self.index,
             netns: Arc::clone(&self.home.netns),
             netns_cookie: self.home.cookie,
@@ -102,45 +105,39 @@ impl Adopted {
         });
     }
 
-    /// What is wrong, for people.
-    pub(super) fn complaint(&self) -> Option<String> {
-        self.refused
-            .as_ref()
-            .map(|retry| retry.why.clone())
-            .or_else(|| {
-                self.ungated
-                    .clone()
-                    .map(|why| format!("not protected: {why}"))
-            })
-            .or_else(|| self.trouble.clone())
+    /// Describes the pod's problem, if it has one.
+    pub(super) fn trouble(&self) -> Option<String> {
+        let refused = self.refused.as_ref().map(|retry| retry.why.clone());
+        let ungated = || Some(format!("not protected: {}", self.ungated.as_ref()?));
+        refused.or_else(ungated).or_else(|| self.trouble.clone())
     }
 }
 
-/// A pod that was let go. The proxy closes its sockets by itself; what it could not close in an
-/// orderly way, because the other end is gone too, would keep the namespace for minutes.
+/// A detached pod. The proxy closes its sockets; a socket that cannot be closed in an orderly way,
+/// because its peer is gone too, would keep the namespace for minutes.
 #[derive(Debug)]
-pub(super) struct Leaving {
-    /// Its namespace.
+pub(super) struct Detached {
+    /// Namespace of the pod.
     pub(super) home: Home,
-    /// Which addresses were its own.
+    /// Addresses of the pod.
     pub(super) view: PodView,
-    /// How often it is still looked at.
+    /// Remaining rounds of closing sockets.
     pub(super) rounds: u8,
 }
 
-impl From<Adopted> for Leaving {
-    fn from(pod: Adopted) -> Self {
+impl From<ManagedPod> for Detached {
+    fn from(pod: ManagedPod) -> Self {
         Self {
             home: pod.home,
-            view: pod.handle.local.view,
+            view: pod.local.view,
             rounds: 2,
         }
     }
 }
 
-/// What can be in force of a view, given the facts: `gated`, and whether the pod could be enrolled.
-/// What cannot be guaranteed is not promised: a pod that wants more is cut off.
-pub(super) fn in_force(wanted: PodView, gated: bool, enrolled: bool, silent: bool) -> PodView {
+/// Restricts a view to what can be in force: `gated` and `enrolled` tell what was possible. A pod whose
+/// requested protection cannot be guaranteed is isolated.
+pub(super) fn enforceable(wanted: PodView, gated: bool, enrolled: bool, silent: bool) -> PodView {
     let mut view = wanted;
     view.flags &= !PodState::GATED;
     if gated {
@@ -162,8 +159,8 @@ pub(super) fn in_force(wanted: PodView, gated: bool, enrolled: bool, silent: boo
     view
 }
 
-/// What a pod is under between its adoption and its first plan: never enrolled, because its
-/// listeners are not in place, and never with less policy than it should have.
+/// The view of a pod between its attachment and its first plan: not enrolled, because its listeners are
+/// not in place, and isolated if it has policy.
 pub(super) fn before_the_first_plan(wanted: PodView) -> PodView {
     let mut view = wanted;
     view.flags &= !(PodState::ENROLLED | PodState::GATED);
@@ -186,21 +183,21 @@ mod tests {
     }
 
     #[test]
-    fn a_promise_that_cannot_be_kept_cuts_the_pod_off() {
+    fn a_pod_whose_protection_cannot_be_guaranteed_is_isolated() {
         let enrolled = PodState::ENROLLED;
         for promise in [PodState::STRICT, PodState::REQUIRED] {
             for (gated, can) in [(false, true), (true, false), (false, false)] {
-                let view = in_force(view(enrolled | promise, 7), gated, can, false);
+                let view = enforceable(view(enrolled | promise, 7), gated, can, false);
                 assert_eq!(view.set, PolicySetId::ISOLATED, "{gated} {can}");
             }
-            let kept = in_force(view(enrolled | promise, 7), true, true, false);
+            let kept = enforceable(view(enrolled | promise, 7), true, true, false);
             assert_eq!(kept.set, PolicySetId(7));
             assert!(kept.has(PodState::ENROLLED) && kept.has(PodState::GATED));
         }
-        let permissive = in_force(view(enrolled, 7), true, false, false);
+        let permissive = enforceable(view(enrolled, 7), true, false, false);
         assert_eq!(permissive.set, PolicySetId(7));
         assert!(!permissive.has(PodState::ENROLLED), "not half captured");
-        let outside = in_force(view(PodState::STRICT, 7), false, false, false);
+        let outside = enforceable(view(PodState::STRICT, 7), false, false, false);
         assert_eq!(
             outside.set,
             PolicySetId(7),
@@ -209,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn before_its_first_plan_a_pod_with_policy_is_closed() {
+    fn a_pod_with_policy_is_isolated_before_its_first_plan() {
         let wanted = view(PodState::ENROLLED | PodState::STRICT, 7);
         let before = before_the_first_plan(wanted);
         assert_eq!(before.set, PolicySetId::ISOLATED);
@@ -218,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn retries_slow_down_to_a_bound() {
+    fn retries_back_off_up_to_a_bound() {
         let now = Instant::now();
         let mut retry = Retry::after(None, String::new(), now);
         assert!(!retry.is_due(now) && retry.is_due(now + Duration::from_millis(250)));

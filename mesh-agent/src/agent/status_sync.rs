@@ -1,35 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Shows what rooms publish in metrics, readiness and the admin interface. Only copies.
+//! Copies the state of the node to metrics, readiness and the admin interface.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use mesh_plan::Rejection;
+use mesh_telemetry::metrics::{CertificateInUse, Metrics, PodCounts};
+use mesh_telemetry::readiness::{Readiness, ReadyTask};
 use tokio::sync::watch;
 
-use crate::admin::{Readiness, ReadyTask};
-use crate::control::{Status, Views};
-use crate::identity::{Identities, Snapshot, SpiffeId};
-use crate::metrics::{InUse, Metrics, PodCounts};
+use crate::control::{InForce, Status};
+use crate::identity::{Identities, Snapshot, SpiffeId, TrustDomain};
 use crate::source::Report;
 
-/// How often that is looked at which nobody announces.
-const LOOK: Duration = Duration::from_secs(10);
+/// Interval of reading values that are not announced.
+const INTERVAL: Duration = Duration::from_secs(10);
 
-/// The conditions of readiness that are fulfilled here.
+/// The conditions of readiness that are set here.
 pub(super) struct Conditions {
-    /// The first plan is in force.
-    pub(super) in_force: ReadyTask,
+    /// The first plan was applied.
+    pub(super) applied: ReadyTask,
     /// Every identity of this node has a certificate.
     pub(super) certified: ReadyTask,
-    /// Where it is said that one of them is revoked.
+    /// Readiness, for the condition that no certificate is revoked.
     pub(super) readiness: Readiness,
 }
 
-/// Starts the copying; ends with the rooms. Returns what is rejected now, by source and compiler.
+/// Starts copying, until `control` ends. Returns the fields that the source and the compiler reject.
 pub(super) fn start(
-    views: &Views,
+    in_force: &watch::Receiver<Arc<InForce>>,
     report: watch::Receiver<Arc<Report>>,
     identities: &Identities,
     metrics: &Metrics,
@@ -37,47 +37,75 @@ pub(super) fn start(
 ) -> watch::Receiver<Arc<Vec<Rejection>>> {
     let (rejections, rejected) = watch::channel(Arc::new(Vec::new()));
     tokio::spawn(statuses(
-        views.status.clone(),
+        in_force.clone(),
         report,
         metrics.clone(),
         rejections,
-        conditions.in_force,
+        conditions.applied,
     ));
     tokio::spawn(certificates(
         identities.clone(),
-        views.clone(),
+        in_force.clone(),
         metrics.clone(),
         (conditions.certified, conditions.readiness),
     ));
     rejected
 }
 
-/// Waits until the first plan is in force, has failed, or the time is over.
-pub(super) async fn first_plan(mut status: watch::Receiver<Arc<Status>>, longest: Duration) {
-    let tried = status.wait_for(|status| status.revision > 0 || status.error.is_some());
-    // Whatever came of it, the agent answers from now on.
-    drop(tokio::time::timeout(longest, tried).await);
+/// Waits until the first plan was applied or has failed, or until the timeout.
+pub(super) async fn first_plan(mut in_force: watch::Receiver<Arc<InForce>>, timeout: Duration) {
+    let tried = in_force.wait_for(|now| now.status.applied > 0 || now.status.error.is_some());
+    // The agent answers from now on in any case.
+    drop(tokio::time::timeout(timeout, tried).await);
+}
+
+/// Derives the identities that need certificates, until `control` ends.
+pub(super) fn identities(
+    mut in_force: watch::Receiver<Arc<InForce>>,
+    trust_domain: TrustDomain,
+) -> watch::Receiver<BTreeSet<SpiffeId>> {
+    let (sender, wanted) = watch::channel(BTreeSet::new());
+    tokio::spawn(async move {
+        loop {
+            let (pods, identities) = {
+                let now = in_force.borrow_and_update();
+                (Arc::downgrade(&now.pods), now.identities(&trust_domain))
+            };
+            sender.send_if_modified(|old| {
+                let changed = *old != identities;
+                *old = identities;
+                changed
+            });
+            // A pod gets listeners or loses them with a new table.
+            let is_newer =
+                |now: &Arc<InForce>| !std::ptr::eq(Arc::as_ptr(&now.pods), pods.as_ptr());
+            if in_force.wait_for(is_newer).await.is_err() {
+                return;
+            }
+        }
+    });
+    wanted
 }
 
 async fn statuses(
-    mut status: watch::Receiver<Arc<Status>>,
+    mut in_force: watch::Receiver<Arc<InForce>>,
     mut report: watch::Receiver<Arc<Report>>,
     metrics: Metrics,
     rejections: watch::Sender<Arc<Vec<Rejection>>>,
-    in_force: ReadyTask,
+    applied: ReadyTask,
 ) {
-    let mut in_force = Some(in_force);
+    let mut applied = Some(applied);
     let mut revision = 0;
     loop {
-        let now = Arc::clone(&status.borrow_and_update());
+        let now = Arc::clone(&in_force.borrow_and_update().status);
         let said = Arc::clone(&report.borrow_and_update());
         metrics.source_stale(said.stale.is_some());
         let all = rejected(&now, &said);
-        if now.revision > revision {
-            revision = now.revision;
-            metrics.plan_applied(now.took);
+        if now.applied > revision {
+            revision = now.applied;
+            metrics.plan_applied(revision, now.took);
         }
-        // What leaves the last good version in force makes no plan.
+        // A rejected object does not make a new plan.
         metrics.rejected_fields(all.len());
         metrics.pods(counts(&now));
         rejections.send_if_modified(|old| {
@@ -86,12 +114,12 @@ async fn statuses(
             changed
         });
         if revision > 0
-            && let Some(task) = in_force.take()
+            && let Some(task) = applied.take()
         {
             task.done();
         }
         tokio::select! {
-            news = status.changed() => if news.is_err() { return },
+            news = in_force.changed() => if news.is_err() { return },
             news = report.changed() => if news.is_err() { return },
         }
     }
@@ -105,7 +133,7 @@ fn rejected(status: &Status, report: &Report) -> Vec<Rejection> {
 fn counts(status: &Status) -> PodCounts {
     let mut counts = PodCounts::default();
     for pod in status.pods.values() {
-        counts.isolated += u64::from(pod.cut_off);
+        counts.isolated += u64::from(pod.isolated);
         if !pod.gated {
             counts.not_protected += 1;
         } else if pod.enrolled {
@@ -119,12 +147,11 @@ fn counts(status: &Status) -> PodCounts {
 
 async fn certificates(
     identities: Identities,
-    views: Views,
+    mut in_force: watch::Receiver<Arc<InForce>>,
     metrics: Metrics,
     (certified, readiness): (ReadyTask, Readiness),
 ) {
     let mut snapshots = identities.subscribe();
-    let mut status = views.status.clone();
     let mut certified = Some(certified);
     let mut shown: BTreeSet<SpiffeId> = BTreeSet::new();
     loop {
@@ -134,11 +161,11 @@ async fn certificates(
         metrics.revocation_lists(next_updates(&snapshot));
         for certificate in snapshot.certificates() {
             let id = certificate.id();
-            let ends = certificate.not_after().duration_since(UNIX_EPOCH);
-            let ends = ends.unwrap_or_default().as_secs();
+            let expires = certificate.not_after().duration_since(UNIX_EPOCH);
+            let expires = expires.unwrap_or_default().as_secs();
             let revoked = snapshot.is_revoked(certificate);
             valid &= !revoked;
-            let in_use = InUse { ends, revoked };
+            let in_use = CertificateInUse { expires, revoked };
             metrics.certificate(id.namespace(), id.service_account(), Some(in_use));
             now.insert(id.clone());
         }
@@ -147,17 +174,18 @@ async fn certificates(
         }
         shown = now;
         readiness.set("certificates not revoked", valid);
-        let known = status.borrow_and_update().revision > 0;
-        if known
-            && views.wanted.borrow().iter().all(|id| shown.contains(id))
-            && let Some(task) = certified.take()
-        {
+        let is_covered = {
+            let now = in_force.borrow_and_update();
+            let wanted = now.identities(identities.trust_domain());
+            now.status.applied > 0 && wanted.iter().all(|id| shown.contains(id))
+        };
+        if is_covered && let Some(task) = certified.take() {
             task.done();
         }
         tokio::select! {
             news = snapshots.changed() => if news.is_err() { return },
-            news = status.changed() => if news.is_err() { return },
-            () = tokio::time::sleep(LOOK) => {}
+            news = in_force.changed() => if news.is_err() { return },
+            () = tokio::time::sleep(INTERVAL) => {}
         }
         metrics.clock_skew(identities.clock_skew());
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Watches which rules the node's network plug-in would drop tunnels by, and says so.
+//! Detects NetworkPolicies by which the node's CNI plugin would drop tunnels, and logs them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,24 +9,24 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use crate::cni::{BALANCERS, Cni, Enforces, Neighbour, blocked};
-use crate::control::Status;
+use crate::control::InForce;
 
-/// Policies are looked at again at most this often.
+/// The shortest time between two checks of the policies.
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// The node's network plug-in, and who else works where the mesh does.
+/// The node's CNI plugin, and load balancers in eBPF that may bypass the mesh.
 #[derive(Debug)]
 pub(super) struct Found {
     pub(super) cni: Option<Cni>,
     pub(super) balancers: Vec<String>,
 }
 
-/// Looks at the policies in force as they change; ends with the rooms. `None` = tunnels have the
-/// ports of the connections in them, which need no rule of their own.
+/// Checks the policies in force as they change, until `control` ends. `port` is the tunnel port; `None` =
+/// tunnels have the ports of the connections in them, which need no rule of their own.
 pub(super) async fn run(
     found: Found,
     port: Option<Port>,
-    mut status: watch::Receiver<Arc<Status>>,
+    mut in_force: watch::Receiver<Arc<InForce>>,
     to: watch::Sender<Arc<Neighbour>>,
 ) {
     let Found { cni, balancers } = found;
@@ -34,7 +34,7 @@ pub(super) async fn run(
         tracing::warn!(program, "{BALANCERS}");
     }
     if let Some(cni) = &cni {
-        tracing::info!(%cni, "network plug-in");
+        tracing::info!(%cni, "CNI plugin detected");
     }
     let enforces = cni.as_ref().is_some_and(|cni| cni.enforces != Enforces::No);
     to.send_replace(Arc::new(Neighbour {
@@ -46,13 +46,13 @@ pub(super) async fn run(
         return;
     };
     loop {
-        let facts = Arc::clone(&status.borrow_and_update().facts);
-        let blocks = blocked(&facts, port.get());
+        let snapshot = Arc::clone(&in_force.borrow_and_update().snapshot);
+        let blocks = blocked(&snapshot, port.get());
         for new in blocks
             .iter()
             .filter(|one| !to.borrow().blocks.contains(one))
         {
-            tracing::warn!(rule = %new, "the network plug-in would drop tunnels");
+            tracing::warn!(rule = %new, "NetworkPolicy makes the CNI plugin drop tunnels");
         }
         to.send_if_modified(|old| {
             let changed = old.blocks != blocks;
@@ -60,7 +60,8 @@ pub(super) async fn run(
             changed
         });
         sleep(INTERVAL).await;
-        if status.changed().await.is_err() {
+        let is_newer = |now: &Arc<InForce>| !Arc::ptr_eq(&now.snapshot, &snapshot);
+        if in_force.wait_for(is_newer).await.is_err() {
             return;
         }
     }
