@@ -158,7 +158,13 @@ mod tests {
             }
             let list: Vec<_> = prefixes.iter().map(|((b, p), v)| (*b, *p, *v)).collect();
             let ranges = of(&list);
-            for number in 0..=u16::MAX {
+            let borders = ranges.steps.iter().map(|(start, _)| *start);
+            let borders = borders.chain(list.iter().map(|(_, port, _)| *port));
+            let around = |at: u16| [at.wrapping_sub(1), at, at.wrapping_add(1)];
+            let random: Vec<u16> = (0..50)
+                .map(|_| u16::try_from(random(1 << 16)).unwrap())
+                .collect();
+            for number in borders.flat_map(around).chain(random).chain([0, u16::MAX]) {
                 let expected = (0..=16).rev().find_map(|bits| {
                     let mask = !u16::MAX.checked_shr(bits).unwrap_or(0);
                     prefixes.get(&(bits, number & mask))

@@ -3,6 +3,7 @@
 
 use mesh_common::policy::{PolicySetId, RuleId, SetHead};
 use mesh_common::{Peer, PodState, Reason};
+use mesh_plan::Plan;
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::task::JoinSet;
