@@ -15,15 +15,14 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use mesh_plan::{Cluster, Rejection};
-use tokio::runtime::{Builder, Runtime};
-use tokio::sync::{oneshot, watch};
-use tokio::task::JoinHandle;
-use tokio::time::sleep;
-
 use mesh_telemetry::flows::{self, Flows};
 use mesh_telemetry::metrics::Metrics;
 use mesh_telemetry::readiness::Readiness;
 use mesh_telemetry::record::{self, Recorder};
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::sleep;
 
 use crate::admin::{self, Admin};
 use crate::cni;
@@ -316,7 +315,6 @@ impl Components {
         let answers = admin::Views {
             node: config.node.clone(),
             metrics: self.metrics.clone(),
-            readiness: self.readiness.clone(),
             snapshots: self.snapshots.clone(),
             in_force: self.in_force.clone(),
             plan_text: mesh_plan::text::render,

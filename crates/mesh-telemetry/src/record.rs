@@ -9,7 +9,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use mesh_common::{Direction, Endpoint, Evidence, Protocol, Reason, Verdict};
+use mesh_common::{Direction, Endpoint, Evidence, Protocol, Verdict};
 use mesh_plan::Index;
 
 use crate::flows::FlowSink;

@@ -83,7 +83,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
         };
         pod.is_fresh |= is_fresh;
         let to = (&mut self.kernel.api, &self.progress.settings.close_reporter);
-        match recheck(to, (uid, pod), plan, is_fresh) {
+        match recheck(to, (uid, &mut *pod), plan, is_fresh) {
             Ok(closed) => self.progress.closed += closed,
             Err(_) if !pod.home.is_there() => {}
             Err(why) => {
@@ -118,7 +118,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
                 continue;
             }
             let to = (&mut self.kernel.api, &self.progress.settings.close_reporter);
-            match recheck(to, (uid, pod), &plan, true) {
+            match recheck(to, (uid.as_str(), &mut *pod), &plan, true) {
                 Ok(closed) => self.progress.closed += closed,
                 Err(_) if !pod.home.is_there() => {}
                 Err(why) => {
