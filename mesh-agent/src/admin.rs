@@ -18,12 +18,12 @@ use mesh_telemetry::readiness::Readiness;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::cni::Neighbour;
-use crate::config::AdminAddr;
 use crate::control::InForce;
-use crate::datapath::Handles;
-use crate::logging::Level;
 use crate::source::Report;
+use mesh_config::AdminAddr;
+use mesh_datapath::cni::Neighbour;
+use mesh_datapath::datapath::Handles;
+use mesh_log::Level;
 
 mod pages;
 

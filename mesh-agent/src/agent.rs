@@ -25,18 +25,20 @@ use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
 use crate::admin::{self, Admin};
-use crate::cni;
-use crate::config::{self, Config, Deny, TunnelPort};
 use crate::control::{self, InForce};
-use crate::datapath::{self, Datapath, Handles};
-use crate::identity::{self, Ca, Clock, GrpcCa, Identities, TrustDomain};
-use crate::logging::Level;
-use crate::pods::find::{ByAnnotation, ByCgroup, ByCri, Finder};
+use crate::host;
 use crate::proxy::{self, ProxyHandle};
-use crate::shutdown::{self, Requests, Successor};
+use crate::shutdown::{self, Successor};
 use crate::source;
-use crate::sys::route::Routing;
-use crate::sys::{limits, memory};
+use mesh_config::{Config, Deny, TunnelPort};
+use mesh_datapath::cni;
+use mesh_datapath::datapath::{self, Datapath, Handles};
+use mesh_datapath::pods::find::{ByAnnotation, ByCgroup, ByCri, Finder};
+use mesh_identity::{Ca, Clock, GrpcCa, Identities, TrustDomain};
+use mesh_log::Level;
+use mesh_sys::route::Routing;
+use mesh_sys::signals::Termination;
+use mesh_sys::{limits, memory};
 
 /// Threads of the control runtime: one for I/O, one for computation.
 const CONTROL_THREADS: usize = 2;
@@ -56,7 +58,7 @@ pub enum Error {
     Datapath(#[from] datapath::Error),
     /// Certificates.
     #[error(transparent)]
-    Identity(#[from] identity::Error),
+    Identity(#[from] mesh_identity::Error),
     /// The trust domain.
     #[error("invalid trust domain {0:?}")]
     TrustDomain(String),
@@ -124,7 +126,7 @@ pub fn run(config: Config, level: Option<Level>) -> Result<(), Error> {
 }
 
 async fn serve(config: Config, level: Option<Level>) -> Result<(), Error> {
-    let mut requests = Requests::listen().map_err(tried("listen for signals"))?;
+    let mut requests = Termination::listen().map_err(tried("listen for signals"))?;
     let mut components = Components::build(&config).await?;
     components.report(&config).await?;
     components.answer(&config, level).await?;
@@ -283,18 +285,20 @@ impl Components {
 
     /// Starts to report this node in its MeshNode.
     async fn report(&mut self, config: &Config) -> Result<(), Error> {
-        if config.source != config::Source::Kubernetes {
+        if config.source != mesh_config::Source::Kubernetes {
             return Ok(());
         }
         let writer = source::status::Writer {
-            client: source::kubernetes::client::connect(config.kubeconfig.as_deref()).await?,
+            client: mesh_kube::connect(config.kubeconfig.as_deref())
+                .await
+                .map_err(source::Error::from)?,
             node: config.node.clone(),
             now,
         };
         let sources = report::Sources {
             in_force: self.in_force.clone(),
             source: self.source.clone(),
-            host: config.host.clone(),
+            host: host(&config.host),
             replaced: self.stop_writing.subscribe(),
             now,
         };
@@ -335,7 +339,7 @@ impl Components {
     /// Waits for a signal, or for a component that ends unexpectedly.
     async fn until_the_end(
         &mut self,
-        requests: &mut Requests,
+        requests: &mut Termination,
         successor: &Successor,
     ) -> Result<(), Error> {
         let replaced = async {
@@ -358,7 +362,7 @@ impl Components {
     }
 
     /// Stops in order: readiness, open connections, records.
-    async fn finish(self, requests: &mut Requests, successor: &Successor, drain: Duration) {
+    async fn finish(self, requests: &mut Termination, successor: &Successor, drain: Duration) {
         self.readiness.set("not shutting down", false);
         self.stop_writing.send_replace(true);
         tokio::select! {
@@ -418,8 +422,8 @@ fn watch_cni_conflicts(
 
 fn finder(config: &Config) -> io::Result<Finder> {
     Ok(match config.source {
-        config::Source::Dir(_) => Finder::Annotation(ByAnnotation),
-        config::Source::Kubernetes => {
+        mesh_config::Source::Dir(_) => Finder::Annotation(ByAnnotation),
+        mesh_config::Source::Kubernetes => {
             let socket = config.cri_socket.as_ref();
             let runtime = socket.map(|socket| ByCri::new(&config.proc, socket));
             Finder::Kubelet(ByCgroup::new(&config.proc), runtime.transpose()?)
@@ -475,11 +479,11 @@ fn current_thread() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
 }
 
-fn flow_log_target(target: &config::FlowLog) -> flows::Target {
+fn flow_log_target(target: &mesh_config::FlowLog) -> flows::Target {
     match target {
-        config::FlowLog::Stdout => flows::Target::Stdout,
-        config::FlowLog::Off => flows::Target::Off,
-        config::FlowLog::File(path) => flows::Target::File(path.clone()),
+        mesh_config::FlowLog::Stdout => flows::Target::Stdout,
+        mesh_config::FlowLog::Off => flows::Target::Off,
+        mesh_config::FlowLog::File(path) => flows::Target::File(path.clone()),
     }
 }
 
@@ -487,22 +491,26 @@ fn trust_domain(name: &str) -> Result<TrustDomain, Error> {
     TrustDomain::new(name).map_err(|_invalid| Error::TrustDomain(name.to_owned()))
 }
 
-fn identity_config(config: &Config, trust_domain: &TrustDomain) -> Result<identity::Config, Error> {
+fn identity_config(
+    config: &Config,
+    trust_domain: &TrustDomain,
+) -> Result<mesh_identity::Config, Error> {
     let aliases = config.trust_domain_aliases.iter();
     let aliases = aliases
         .map(|name| self::trust_domain(name))
         .collect::<Result<_, _>>()?;
     let ca = match &config.ca {
-        config::Ca::SelfSigned(path) => Ca::SelfSigned(path.clone()),
-        config::Ca::Files(path) => Ca::Files(path.clone()),
-        config::Ca::Grpc(ca) => Ca::Grpc(GrpcCa {
+        mesh_config::Ca::SelfSigned(path) => Ca::SelfSigned(path.clone()),
+        mesh_config::Ca::Files(path) => Ca::Files(path.clone()),
+        mesh_config::Ca::Grpc(ca) => Ca::Grpc(GrpcCa {
             url: ca.url.clone(),
             token: Some(ca.token.clone()),
             bundle: ca.bundle.clone(),
             cluster: ca.cluster.clone(),
         }),
     };
-    Ok(identity::Config {
+    Ok(mesh_identity::Config {
+        alpn: proxy::ALPN,
         ca,
         trust_domain: trust_domain.clone(),
         aliases,

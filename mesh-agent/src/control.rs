@@ -39,11 +39,11 @@ use mesh_telemetry::record::CloseReporter;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::logging::Chain;
-use crate::pods::find::Find;
-use crate::pods::{PodTable, made};
 use desired::Desired;
 use managed::{Detached, ManagedPod, Retry};
+use mesh_datapath::pods::find::Find;
+use mesh_datapath::pods::{PodTable, made};
+use mesh_log::Chain;
 use recheck_queue::RecheckQueue;
 
 pub use in_force::{InForce, Publisher, channel};
@@ -68,7 +68,7 @@ pub enum Error {
     SourceEnded,
     /// The kernel refused an operation.
     #[error(transparent)]
-    Datapath(#[from] crate::datapath::Error),
+    Datapath(#[from] mesh_datapath::datapath::Error),
     /// The node's interfaces cannot be read.
     #[error("cannot read this node's interfaces")]
     Links(#[source] io::Error),

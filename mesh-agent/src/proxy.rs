@@ -27,8 +27,8 @@ use tokio::task::LocalSet;
 use self::dial::{Dial, InPod};
 use self::worker::{Crew, Load, Moved, Worker};
 use crate::control::InForce;
-use crate::datapath::Handles;
-use crate::identity::Identities;
+use mesh_datapath::datapath::Handles;
+use mesh_identity::Identities;
 
 pub mod admission;
 mod buffers;
@@ -50,7 +50,10 @@ mod turns;
 mod worker;
 
 #[cfg(any(test, fuzzing))]
-pub(crate) use self::{tls::records::fuzz::records, tunnel::frame::fuzz::frames};
+pub use self::{tls::records::fuzz::records, tunnel::frame::fuzz::frames};
+
+/// The tunnel protocol `mesh/1`, as ALPN (RFC 7301) names it.
+pub const ALPN: &[u8] = b"mesh/1";
 
 /// Connections that wait to be taken over by another worker.
 const JOBS: usize = 1024;

@@ -3,49 +3,19 @@
 //!
 //! Kernel programs, maps and pins stay: they enforce policy, and refuse connections that need an agent.
 
-use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::config::AdminAddr;
 use crate::proxy::ProxyHandle;
+use mesh_config::AdminAddr;
 
 /// Time before the end of the drain at which listeners stop accepting.
 const LAST_ACCEPT: Duration = Duration::from_millis(500);
 /// Interval of checking for a successor and for open connections.
 const CHECK: Duration = Duration::from_millis(50);
-
-/// The signals that end the agent.
-#[derive(Debug)]
-pub struct Requests {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Requests {
-    /// Receives SIGTERM and SIGINT from now on.
-    ///
-    /// # Errors
-    /// When signals cannot be received.
-    pub fn listen() -> io::Result<Self> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-        })
-    }
-
-    /// Waits for the next signal; returns its name. Cancel safe.
-    pub async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
-    }
-}
 
 /// Detects a successor by its admin socket, which replaces ours once it has taken over listeners and
 /// links.

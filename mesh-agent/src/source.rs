@@ -8,7 +8,7 @@
 mod dir;
 mod files;
 pub(crate) mod kubernetes;
-pub(crate) mod state;
+pub mod state;
 pub(crate) mod status;
 
 use std::collections::BTreeMap;
@@ -21,7 +21,7 @@ use mesh_api::Warning;
 use mesh_plan::cluster::{Cluster, ObjectRef, Rejection, Version};
 use tokio::sync::watch;
 
-use crate::config::Source;
+use mesh_config::Source;
 
 /// What the room needs to know.
 #[derive(Clone, Debug)]
@@ -79,20 +79,9 @@ pub enum Error {
     /// The thread that reads could not be started, or ended.
     #[error("cannot run the thread that reads the cluster's state")]
     Thread(#[source] io::Error),
-    /// The kubeconfig cannot be used.
-    #[error("cannot use the kubeconfig {path}")]
-    Kubeconfig {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: Box<kube::config::KubeconfigError>,
-    },
-    /// The agent is no pod of a cluster.
-    #[error("not in a pod of a cluster; name a kubeconfig with --kubeconfig")]
-    InCluster(#[source] Box<kube::config::InClusterError>),
-    /// No client can be made of what is configured.
-    #[error("cannot make a client of the Kubernetes API")]
-    Client(#[source] Box<kube::Error>),
+    /// There is no client of the Kubernetes API.
+    #[error(transparent)]
+    Client(#[from] mesh_kube::Error),
 }
 
 impl Error {
@@ -101,7 +90,7 @@ impl Error {
     pub fn is_configuration(&self) -> bool {
         match self {
             Self::Read { .. } | Self::Thread(_) => false,
-            Self::Kubeconfig { .. } | Self::InCluster(_) | Self::Client(_) => true,
+            Self::Client(_) => true,
         }
     }
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! What policies in audit mode would refuse: asked after a connection or flow was allowed, reported,
-//! and let pass.
+//! Audit mode: allowed traffic is evaluated once more by the policies in audit mode, and reported if
+//! they would deny it.
 //!
-//! Each is asked about once, where it is decided first: connections at the socket hooks, datagrams
-//! where their flow is opened. Pods without such policies pay for a flag.
+//! Each connection or flow is evaluated once, where it is decided first: connections at the socket
+//! hooks, datagrams where their flow is opened. A pod without policies in audit mode costs one flag.
 
 use mesh_common::path::{self, Outbound, Path};
 use mesh_common::pod::{PodIndex, PodState};
@@ -11,16 +11,16 @@ use mesh_common::policy::{Policies as _, PolicySetId};
 use mesh_common::{Direction, Endpoint};
 
 use crate::decision::{ANSWERED, Ask, UNANSWERED};
-use crate::report::{AUDIT, Refused, refused};
+use crate::report::{AUDIT, Subject, refused};
 use crate::tables::{self, Tables};
 
-/// The state of a pod that policies in audit mode select.
+/// Returns the state of a pod if policies in audit mode select it.
 #[inline(always)]
 pub(crate) fn audited(pod: PodIndex) -> Option<&'static PodState> {
     tables::pod(pod).filter(|state| state.view.has(PodState::AUDITED))
 }
 
-/// Asks about what a pod sends and may send.
+/// Evaluates allowed traffic that a pod sends.
 #[inline(always)]
 pub(crate) fn outbound(state: &PodState, ask: &Ask, service: Option<&Endpoint>) {
     let own = if ask.remote.addr.is_v4() {
@@ -33,13 +33,13 @@ pub(crate) fn outbound(state: &PodState, ask: &Ask, service: Option<&Endpoint>) 
     let _ = mesh_audit_outbound(ask, &local, service);
 }
 
-/// Asks about what comes to a pod in clear, at `local`, and may come.
+/// Evaluates allowed plaintext traffic to a pod's endpoint `local`.
 #[inline(always)]
 pub(crate) fn inbound(ask: &Ask, local: &Endpoint) {
     let _ = mesh_audit_inbound(ask, local);
 }
 
-/// [`outbound`] as a global function (see `decision`).
+/// Evaluates outgoing traffic. A global function, see `decision`.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn mesh_audit_outbound(
@@ -47,7 +47,7 @@ extern "C" fn mesh_audit_outbound(
     local: *const Endpoint,
     service: *const Endpoint,
 ) -> u64 {
-    // SAFETY: null, or of these types: the verifier holds callers to it.
+    // SAFETY: null, or of these types: the verifier checks it at each call.
     let (Some(ask), Some(local)) = (unsafe { (ask.as_ref(), local.as_ref()) }) else {
         return UNANSWERED;
     };
@@ -56,19 +56,25 @@ extern "C" fn mesh_audit_outbound(
     };
     let path = path::outbound(&Tables, &state.view, shadow, ask.remote, ask.protocol);
     if refuses(&path) {
-        let who = Refused::new(ask.pod, Direction::Egress, ask.protocol, AUDIT);
+        let subject = Subject::new(ask.pod, Direction::Egress, ask.protocol, AUDIT);
         // SAFETY: null, or of this type.
         let service = unsafe { service.as_ref() };
-        refused(who, Some(local), Some(&ask.remote), service, &path.verdict);
+        refused(
+            &subject,
+            Some(local),
+            Some(&ask.remote),
+            service,
+            &path.verdict,
+        );
     }
     ANSWERED
 }
 
-/// [`inbound`] as a global function (see `decision`).
+/// Evaluates incoming traffic. A global function, see `decision`.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn mesh_audit_inbound(ask: *const Ask, local: *const Endpoint) -> u64 {
-    // SAFETY: null, or of these types: the verifier holds callers to it.
+    // SAFETY: null, or of these types: the verifier checks it at each call.
     let (Some(ask), Some(local)) = (unsafe { (ask.as_ref(), local.as_ref()) }) else {
         return UNANSWERED;
     };
@@ -77,13 +83,19 @@ extern "C" fn mesh_audit_inbound(ask: *const Ask, local: *const Endpoint) -> u64
     };
     let path = path::inbound(&Tables, &state.view, shadow, ask.arrival());
     if refuses(&path) {
-        let who = Refused::new(ask.pod, Direction::Ingress, ask.protocol, AUDIT);
-        refused(who, Some(local), Some(&ask.remote), None, &path.verdict);
+        let subject = Subject::new(ask.pod, Direction::Ingress, ask.protocol, AUDIT);
+        refused(
+            &subject,
+            Some(local),
+            Some(&ask.remote),
+            None,
+            &path.verdict,
+        );
     }
     ANSWERED
 }
 
-/// A pod, and its policy set with the policies in audit mode enforced.
+/// Returns a pod's state and its policy set with audit policies enforced.
 #[inline(always)]
 fn shadow(pod: PodIndex) -> Option<(&'static PodState, PolicySetId)> {
     let state = tables::pod(pod)?;
@@ -94,7 +106,7 @@ fn shadow(pod: PodIndex) -> Option<(&'static PodState, PolicySetId)> {
     Some((state, shadow))
 }
 
-/// Whether a policy would refuse it. A missing set refuses nothing in audit mode.
+/// Returns whether policy would deny the traffic. A missing shadow set denies nothing.
 #[inline(always)]
 fn refuses(path: &Path) -> bool {
     matches!(path.action, Outbound::Refuse) && path.verdict.reason.is_policy()

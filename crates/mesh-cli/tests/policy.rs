@@ -174,7 +174,7 @@ fn what_cannot_be_read_is_a_mistake_of_the_user() {
         ),
         (
             "- {from: shop/app, to: shop/web, port: 0, expect: deny}",
-            "none from 1 to 65535",
+            "invalid port \"0\": must be between 1 and 65535",
         ),
         (
             "- {from: shop/app, to: shop/web, port: [80], expect: deny}",
@@ -352,7 +352,7 @@ fn the_matrix() {
     let run = matrix(&["-n", "nobody"]);
     assert_eq!(run.code, 2);
     assert!(
-        run.err.contains("no pods in namespace nobody"),
+        run.err.contains("namespace nobody has no pods"),
         "{}",
         run.err
     );
@@ -445,7 +445,7 @@ fn status_names_what_is_odd() {
     assert_eq!(run.code, 0, "{}", run.err);
     assert_eq!(
         run.out,
-        "ready: true\npolicies in force here: 1\n  NetworkPolicy a/b\npeers that match nobody: 1\n  \
+        "ready: true\npolicies in force on this node: 1\n  NetworkPolicy a/b\npeers that match no pod: 1\n  \
          ClusterNetworkPolicy c: spec.egress[0].to[0].domainNames\nwarnings: 1\n  Pod a/b: f: w\n\
          rejections: 0\n"
     );

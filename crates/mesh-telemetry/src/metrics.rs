@@ -215,7 +215,11 @@ impl Metrics {
 
     /// Counts a decision of the agent. The kernel counts its own.
     pub fn verdict(&self, direction: Direction, verdict: &Verdict) {
-        let counter = Counter::Verdict(direction, verdict.allowed, verdict.reason);
+        let counter = Counter::Verdict {
+            direction,
+            allowed: verdict.allowed,
+            reason: verdict.reason,
+        };
         if let Some(count) = self.0.verdicts.get(counter.index() as usize) {
             count.fetch_add(1, Relaxed);
         }

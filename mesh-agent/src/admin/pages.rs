@@ -18,9 +18,9 @@ use mesh_telemetry::http::{
 use serde_json::{Value, json};
 
 use super::{Access, Views};
-use crate::datapath::Handles;
-use crate::pods::{PodHandle, open};
 use crate::source::Report;
+use mesh_datapath::datapath::Handles;
+use mesh_datapath::pods::{PodHandle, open};
 
 /// Bytes of a request's body.
 const MAX_BODY: usize = 4096;
@@ -90,7 +90,7 @@ fn status(views: &Views) -> Value {
         "ready": views.readiness().is_ready(),
         "conditions": views.readiness().conditions(),
         "policy_revision": in_force.status.applied,
-        "log_level": views.level.as_ref().map(crate::logging::Level::get),
+        "log_level": views.level.as_ref().map(mesh_log::Level::get),
         "pods": {
             "planned": plan.pods.len(),
             "adopted": in_force.pods.len(),

@@ -227,8 +227,8 @@ async fn a_successor_takes_over_the_listeners() {
 async fn only_root_changes_the_log_level() {
     let mut rig = Rig::new();
     // The process has one set of logs; no other test makes it.
-    let level = crate::logging::init(&crate::config::LogConfig {
-        format: crate::config::LogFormat::Text,
+    let level = mesh_log::init(&mesh_config::LogConfig {
+        format: mesh_config::LogFormat::Text,
         level: "warn".to_owned(),
     })
     .unwrap();

@@ -8,8 +8,8 @@ use mesh_common::Port;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use crate::cni::{BALANCERS, Cni, Enforces, Neighbour, blocked};
 use crate::control::InForce;
+use mesh_datapath::cni::{BALANCERS, Cni, Enforces, Neighbour, blocked};
 
 /// The shortest time between two checks of the policies.
 const INTERVAL: Duration = Duration::from_secs(5);

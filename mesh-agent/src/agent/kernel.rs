@@ -8,7 +8,7 @@ use mesh_common::event::Event;
 use mesh_telemetry::flows::EventSource;
 use mesh_telemetry::metrics;
 
-use crate::datapath::{self, Handles};
+use mesh_datapath::datapath::{self, Handles};
 
 /// The counters and maps of the kernel programs.
 pub(super) struct Counters(pub(super) Handles);

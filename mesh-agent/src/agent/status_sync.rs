@@ -11,8 +11,8 @@ use mesh_telemetry::readiness::{Readiness, ReadyTask};
 use tokio::sync::watch;
 
 use crate::control::{InForce, Status};
-use crate::identity::{Identities, Snapshot, SpiffeId, TrustDomain};
 use crate::source::Report;
+use mesh_identity::{Identities, Snapshot, SpiffeId, TrustDomain};
 
 /// Interval of reading values that are not announced.
 const INTERVAL: Duration = Duration::from_secs(10);

@@ -14,7 +14,7 @@ use mesh_common::settings::{MARK_CAPTURE, MARK_INBOUND, MARK_MASK};
 use mesh_common::{Direction, Endpoint, Protocol, Reason, Verdict};
 use mesh_plan::Index;
 
-use crate::sys::sock_diag::{Overview, Socket, state};
+use mesh_sys::sock_diag::{Overview, Socket, state};
 
 /// What becomes of the open connections of one pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

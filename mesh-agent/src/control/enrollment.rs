@@ -13,10 +13,10 @@ use tokio::sync::mpsc;
 
 use super::managed::{Enrollment, ManagedPod, Retry, before_the_first_plan};
 use super::{Control, Kernel, connections, describe, sockets};
-use crate::datapath::PodAttachment;
-use crate::pods::find::Find;
-use crate::pods::{self, Home, PodHandle, watch};
-use crate::sys::route::Link;
+use mesh_datapath::datapath::PodAttachment;
+use mesh_datapath::pods::find::Find;
+use mesh_datapath::pods::{self, Home, PodHandle, watch};
+use mesh_sys::route::Link;
 
 /// The longest time that connections with the agent may go on after a pod was unenrolled.
 const UNENROLL_TIMEOUT: Duration = Duration::from_secs(30);

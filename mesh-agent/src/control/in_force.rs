@@ -10,9 +10,9 @@ use mesh_telemetry::record::Policy;
 use tokio::sync::watch;
 
 use super::Status;
-use crate::identity::{SpiffeId, TrustDomain};
-use crate::logging::warn_limited;
-use crate::pods::{PodHandle, PodTable};
+use mesh_datapath::pods::{PodHandle, PodTable};
+use mesh_identity::{SpiffeId, TrustDomain};
+use mesh_log::warn_limited;
 
 /// The state of the node. Each part is shared with the values before it until it changes, so that a
 /// reader compares the parts it needs by `Arc::ptr_eq`.

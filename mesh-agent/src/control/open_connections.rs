@@ -12,7 +12,7 @@ use mesh_telemetry::record::CloseReporter;
 use super::connections::Ask;
 use super::managed::ManagedPod;
 use super::{Control, Kernel, connections, describe, sockets};
-use crate::pods::find::Find;
+use mesh_datapath::pods::find::Find;
 
 impl<K: Kernel, F: Find> Control<K, F> {
     /// Tells the gate the connections that are older than the enrollment of pods, before the enrollment

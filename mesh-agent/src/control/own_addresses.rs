@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 
-use crate::sys::route::Routing;
+use mesh_sys::route::Routing;
 
 /// Reads the addresses of this node's interfaces.
 pub type Read = fn() -> io::Result<BTreeSet<IpAddr>>;

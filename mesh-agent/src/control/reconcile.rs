@@ -22,8 +22,8 @@ use mesh_plan::{Index, Plan, diff};
 use super::enrollment::{attach, remove_configuration};
 use super::managed::{ManagedPod, Retry, enforceable};
 use super::{Control, Error, Kernel, describe};
-use crate::pods::find::Find;
-use crate::sys::route::Routing;
+use mesh_datapath::pods::find::Find;
+use mesh_sys::route::Routing;
 
 impl<K: Kernel, F: Find> Control<K, F> {
     /// Brings the kernel and the pods to the desired plan. A repeated pass changes nothing.

@@ -6,8 +6,8 @@ use std::os::fd::BorrowedFd;
 
 use super::connections;
 use super::managed::Detached;
-use crate::sys::netns::NetNs;
-use crate::sys::sock_diag::{SockDiag, Socket};
+use mesh_sys::netns::NetNs;
+use mesh_sys::sock_diag::{SockDiag, Socket};
 
 /// Lists the connected and listening TCP and UDP sockets of a namespace; `decided` as for
 /// [`SockDiag::all`].

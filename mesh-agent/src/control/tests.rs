@@ -11,10 +11,10 @@ use mesh_plan::plan::LocalPod;
 
 use super::fake::{Fake, State};
 use super::*;
-use crate::identity::TrustDomain;
-use crate::pods::find::ByAnnotation;
-use crate::pods::lab::{Lab, V4, V6, lab};
-use crate::sys::lab::ip;
+use mesh_datapath::pods::find::ByAnnotation;
+use mesh_datapath::pods::lab::{Lab, V4, V6, lab};
+use mesh_identity::TrustDomain;
+use mesh_sys::lab::ip;
 use mesh_telemetry::record::close_reasons;
 
 const UID: &str = "uid-a";

@@ -12,9 +12,9 @@ use mesh_common::{Endpoint, Port};
 use socket2::TcpKeepalive;
 
 use super::socket::Socket;
-use crate::datapath::Handles;
-use crate::pods::PodHandle;
-use crate::sys::socket;
+use mesh_datapath::datapath::Handles;
+use mesh_datapath::pods::PodHandle;
+use mesh_sys::socket;
 
 /// How connections come to the agent and leave it.
 pub(crate) trait Dial {

@@ -26,8 +26,8 @@ use super::tunnel::{Tunnel, TunnelError};
 use super::turns::{self, Computing};
 use super::worker::{Job, Share, Worker};
 use crate::control::InForce;
-use crate::identity::{Proof, Refusal, SpiffeId};
-use crate::pods::PodHandle;
+use mesh_datapath::pods::PodHandle;
+use mesh_identity::{Proof, Refusal, SpiffeId};
 use mesh_telemetry::metrics::Role;
 use mesh_telemetry::record::{
     Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security,

@@ -22,8 +22,8 @@ use super::admission::Admission;
 use super::dial::KEEPALIVE;
 use super::socket::Socket;
 use super::worker::{Job, JobKind, Place, Share, Worker};
-use crate::identity::Refusal;
-use crate::pods::{Listeners, PodHandle, PodTable};
+use mesh_datapath::pods::{Listeners, PodHandle, PodTable};
+use mesh_identity::Refusal;
 use mesh_telemetry::metrics::Role;
 
 /// Pause after accept() failed for want of descriptors or memory.

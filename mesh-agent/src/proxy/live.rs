@@ -13,7 +13,7 @@ use mesh_plan::Index;
 use tokio::sync::Notify;
 
 use super::tunnel::frame::Why;
-use crate::identity::{Identities, Proof};
+use mesh_identity::{Identities, Proof};
 use mesh_telemetry::record::Close;
 
 /// What a connection was allowed for.

@@ -18,8 +18,8 @@ use super::tunnel::Tunnel;
 use super::tunnel::frame::{Cause, Control, Open, StreamId, Why};
 use super::turns;
 use super::worker::{Job, Load, Place, Share, Worker};
-use crate::identity::SpiffeId;
-use crate::pods::PodHandle;
+use mesh_datapath::pods::PodHandle;
+use mesh_identity::SpiffeId;
 use mesh_telemetry::metrics::Role;
 use mesh_telemetry::record::{
     Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security,

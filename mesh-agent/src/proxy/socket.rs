@@ -146,7 +146,7 @@ impl Socket {
 
     /// Round-trip time (microseconds), and segments sent again so far.
     pub(crate) fn transport(&self) -> (u32, u32) {
-        crate::sys::socket::tcp_info(self.stream.as_fd())
+        mesh_sys::socket::tcp_info(self.stream.as_fd())
             .map_or((0, 0), |info| (info.rtt_us, info.retransmits))
     }
 }

@@ -16,7 +16,7 @@ use rustls::{ClientConfig, CommonState, ConnectionTrafficSecrets, ExtractedSecre
 use self::records::{Opener, RecordError, Sealer};
 use super::socket::Socket;
 use super::turns::Computing;
-use crate::identity::Refusal;
+use mesh_identity::Refusal;
 
 pub(crate) mod records;
 

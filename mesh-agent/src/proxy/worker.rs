@@ -26,12 +26,12 @@ use super::socket::Socket;
 use super::tunnel::Tunnel;
 use super::turns::{self, Turns};
 use super::{Phase, Timing};
-use crate::identity::{Epoch, Identities, SpiffeId};
+use mesh_identity::{Epoch, Identities, SpiffeId};
 use mesh_telemetry::metrics::{Metrics, Usage};
 use mesh_telemetry::record::Recorder;
 
 use crate::control::InForce;
-use crate::pods::{PodHandle, PodTable};
+use mesh_datapath::pods::{PodHandle, PodTable};
 
 /// How often idle tunnels are looked after.
 const SWEEP: Duration = Duration::from_secs(1);

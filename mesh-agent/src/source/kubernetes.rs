@@ -6,7 +6,6 @@
 //! kind is complete; later, changes that come together are published together. While the server is
 //! away the last facts stay, and the report says so.
 
-pub(crate) mod client;
 mod kinds;
 mod lean;
 pub(super) mod stream;
@@ -63,9 +62,9 @@ pub(super) async fn watch(settings: Settings) -> Result<Watched, Error> {
 }
 
 async fn run(settings: Settings, started: oneshot::Sender<Result<Watched, Error>>) {
-    let client = match client::connect(settings.kubeconfig.as_deref()).await {
+    let client = match mesh_kube::connect(settings.kubeconfig.as_deref()).await {
         Ok(client) => client,
-        Err(error) => return drop(started.send(Err(error))),
+        Err(error) => return drop(started.send(Err(error.into()))),
     };
     let (mut room, watched) = Room::open(settings, client);
     if started.send(Ok(watched)).is_ok() {

@@ -165,7 +165,7 @@ async fn answer<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T, 
     match timeout(ANSWER, request).await {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(kube::Error::Api(status))) if status.code == 404 => Err(Failure::Absent),
-        Ok(Err(error)) => Err(Failure::Other(crate::logging::Chain(&error).to_string())),
+        Ok(Err(error)) => Err(Failure::Other(mesh_log::Chain(&error).to_string())),
         Err(_elapsed) => Err(Failure::Other("the API server does not answer".to_owned())),
     }
 }

@@ -147,11 +147,11 @@ fn the_page_has_exactly_the_described_families() {
 fn the_page_shows_the_counted_values() {
     let page = full().page(Format::OpenMetrics);
     let deny = Verdict::deny(Reason::DefaultDeny, RuleId::NONE);
-    let by_kernel = Fake.counter(Counter::Verdict(
-        Direction::Ingress,
-        deny.allowed,
-        deny.reason,
-    ));
+    let by_kernel = Fake.counter(Counter::Verdict {
+        direction: Direction::Ingress,
+        allowed: deny.allowed,
+        reason: deny.reason,
+    });
     let odd = r#"workload="odd \"name\"\\\n""#;
     for expected in [
         "# HELP mesh_tcp_sent_bytes Application bytes from source to destination\n".to_owned(),

@@ -226,5 +226,5 @@ fn reason(event: &Event) -> Reason {
 
 /// The reason for plaintext.
 fn clear(event: &Event) -> Reason {
-    Reason::from_code(event.clear).unwrap_or(Reason::NoPolicy)
+    Reason::from_code(event.plaintext).unwrap_or(Reason::NoPolicy)
 }

@@ -131,7 +131,7 @@ fn event(kind: u8, direction: mesh_common::Direction) -> Event {
         direction: direction as u8,
         protocol: Protocol::TCP.0,
         reason: Reason::Policy as u8,
-        clear: Reason::SameNode as u8,
+        plaintext: Reason::SameNode as u8,
         closed_by: closed_by::LOCAL,
         spare: 0,
         spare_end: 0,
@@ -313,7 +313,7 @@ fn kernel_refusals_are_recorded_and_not_counted_as_connections() {
     let mut denied = event(kind::DENIED, mesh_common::Direction::Egress);
     denied.reason = Reason::DefaultDeny as u8;
     denied.remote = at("192.0.2.1:443");
-    denied.clear = Reason::NotAWorkload as u8;
+    denied.plaintext = Reason::NotAWorkload as u8;
     records.report(&denied);
     records.report(&event(kind::AUDIT, mesh_common::Direction::Egress));
     records.report(&event(200, mesh_common::Direction::Egress));

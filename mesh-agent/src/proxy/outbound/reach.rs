@@ -10,14 +10,14 @@ use mesh_common::Reason;
 use tokio::time::{Instant as Deadline, sleep, timeout_at};
 
 use super::target::Target;
-use crate::identity::{self, Epoch, Refusal, server_name};
-use crate::pods::PodHandle;
 use crate::proxy::pool::Pooled;
 use crate::proxy::socket::Socket;
 use crate::proxy::tls::{self, HandshakeError};
 use crate::proxy::tunnel::Tunnel;
 use crate::proxy::turns::Computing;
 use crate::proxy::worker::{Share, Worker};
+use mesh_datapath::pods::PodHandle;
+use mesh_identity::{Epoch, Refusal, server_name};
 use mesh_telemetry::metrics::Role;
 
 /// Makes a tunnel to the target's agent. With `elsewhere` another endpoint can be tried, and this
@@ -190,7 +190,7 @@ pub(crate) enum Failure {
     Refused(#[from] Refusal),
     /// There is no certificate to show.
     #[error(transparent)]
-    Identity(#[from] identity::Error),
+    Identity(#[from] mesh_identity::Error),
 }
 
 impl From<HandshakeError> for Failure {

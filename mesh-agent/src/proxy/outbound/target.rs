@@ -11,10 +11,10 @@ use mesh_common::service::{ServiceKey, Services as _};
 use mesh_common::{Endpoint, Protocol, Reason, Verdict};
 use mesh_plan::Index;
 
-use crate::pods::PodHandle;
 use crate::proxy::pool::Key;
 use crate::proxy::tunnel::frame::Open;
 use crate::proxy::worker::Worker;
+use mesh_datapath::pods::PodHandle;
 
 /// Endpoints of a service that are looked at for one that may be tried instead.
 const LOOKS: u32 = 64;

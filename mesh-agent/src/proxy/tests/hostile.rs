@@ -15,7 +15,7 @@ use super::super::tunnel::{Tunnel, TunnelError};
 use super::super::turns::Computing;
 use super::super::*;
 use super::rig::*;
-use crate::identity::{SpiffeId, server_name};
+use mesh_identity::{SpiffeId, server_name};
 
 /// A tunnel to the server's node, by somebody with the client's certificate and address.
 async fn tunnel(rig: &Rig) -> Tunnel {

@@ -24,10 +24,10 @@ use tokio::sync::watch;
 use super::super::dial::Dial;
 use super::super::socket::Socket;
 use super::super::*;
-pub(super) use crate::identity::Config as IdentityConfig;
-use crate::identity::{Ca, Clock, SpiffeId, TrustDomain};
-use crate::pods::{Listeners, PodHandle, PodTable};
-use crate::sys::netns::NetNs;
+use mesh_datapath::pods::{Listeners, PodHandle, PodTable};
+pub(super) use mesh_identity::Config as IdentityConfig;
+use mesh_identity::{Ca, Clock, SpiffeId, TrustDomain};
+use mesh_sys::netns::NetNs;
 
 pub(super) const CLIENT: &str = "10.244.0.2";
 pub(super) const SERVER: &str = "10.244.1.3";
@@ -332,6 +332,7 @@ impl Rig {
         let mut config = IdentityConfig {
             ca: Ca::SelfSigned(ca.path().to_owned()),
             trust_domain: TrustDomain::new("cluster.local").unwrap(),
+            alpn: super::super::ALPN,
             aliases: Vec::new(),
             crls: Vec::new(),
             clock: Clock::new(now),

@@ -14,7 +14,7 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::super::*;
 use super::rig::*;
-use crate::identity::{Ca, Clock, SpiffeId};
+use mesh_identity::{Ca, Clock, SpiffeId};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const NAMES: [&str; 3] = ["client-sa", "server-sa", "other-sa"];

@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use tokio::time::timeout;
 
 use super::*;
-use crate::config::Source;
+use mesh_config::Source;
 
 struct Bench {
     manifests: TempDir,

@@ -83,7 +83,7 @@ impl From<Closed> for End {
 impl From<kube::Error> for End {
     fn from(error: kube::Error) -> Self {
         let kube::Error::Api(status) = &error else {
-            return Self::Failed(crate::logging::Chain(&error).to_string());
+            return Self::Failed(mesh_log::Chain(&error).to_string());
         };
         match status.code {
             410 => Self::Expired,
@@ -327,7 +327,7 @@ impl Stream {
         let request = request.map_err(|error| error.to_string())?;
         match timeout(ANSWER, self.client.request_text(request)).await {
             Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(crate::logging::Chain(&error).to_string()),
+            Ok(Err(error)) => Err(mesh_log::Chain(&error).to_string()),
             Err(_elapsed) => Err("the API server does not answer".to_owned()),
         }
     }

@@ -3,8 +3,8 @@
 //! with the right key where its first byte says so, and what comes out is read as frames.
 
 use super::*;
-use crate::fuzzing::{Seen, pieces};
 use crate::proxy::tunnel::frame::{Decoder, Event};
+use mesh_fixtures::{Seen, pieces};
 
 fn keyed() -> Keyed {
     let key = UnboundKey::new(&AES_128_GCM, &[7; 16]).expect("a key of 16 bytes");
@@ -32,7 +32,7 @@ fn sealed(by: &mut Keyed, inner: &[u8]) -> Vec<u8> {
 
 /// Pieces, each with a first byte: 0 = as it is; 1 = content of a record, inner type and padding
 /// included; others = the content of a data record.
-pub(crate) fn records(data: &[u8]) -> Seen {
+pub fn records(data: &[u8]) -> Seen {
     let mut peer = keyed();
     let mut wire = Vec::new();
     for piece in pieces(data) {
@@ -114,7 +114,7 @@ fn way(error: &RecordError) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fuzzing::corpus::{join, replay};
+    use mesh_fixtures::{join, replay};
 
     const WAYS: &[&str] = &[
         "all",

@@ -3,7 +3,7 @@
 //! frame, and what was understood is written as it was read.
 
 use super::*;
-use crate::fuzzing::Seen;
+use mesh_fixtures::Seen;
 
 /// What was read, data joined, and how it ended.
 #[derive(Debug, Default, PartialEq)]
@@ -48,7 +48,7 @@ fn read(data: &[u8], cut: usize) -> Read {
 }
 
 /// The first byte says how the others are cut.
-pub(crate) fn frames(data: &[u8]) -> Seen {
+pub fn frames(data: &[u8]) -> Seen {
     let Some((cut, data)) = data.split_first() else {
         return Vec::new();
     };
@@ -102,7 +102,7 @@ fn way(control: &Control) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fuzzing::corpus::replay;
+    use mesh_fixtures::replay;
 
     const WAYS: &[&str] = &[
         "open",
