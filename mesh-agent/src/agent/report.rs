@@ -22,16 +22,16 @@ use crate::source::Report;
 use mesh_datapath::Host;
 use mesh_datapath::check;
 
-/// A pod that starts is not protected for a moment; only what lasts longer is reported.
+/// Time after which an unprotected pod is reported: a starting pod is unprotected for a moment.
 const LASTING: Duration = Duration::from_secs(3);
 
-/// Changes that come together are reported together.
+/// Time in which changes are combined into one report.
 const BATCH: Duration = Duration::from_millis(100);
 
-/// At most as many rejections are reported, and as many warnings: an object has a bound of 1.5 MiB.
+/// Maximum number of reported rejections, and of warnings: the size of an object is bounded to 1.5 MiB.
 const MOST: usize = 1000;
 
-/// What a report is made of.
+/// The inputs of a report.
 pub(super) struct Sources {
     /// The state of the node.
     pub(super) in_force: watch::Receiver<Arc<InForce>>,
@@ -45,7 +45,7 @@ pub(super) struct Sources {
     pub(super) now: fn() -> SystemTime,
 }
 
-/// Reports from the first plan on, until another agent does.
+/// Reports from the first applied plan on, until a successor reports.
 pub(super) async fn run(mut from: Sources, to: watch::Sender<Option<Arc<MeshNodeStatus>>>) {
     let first = from
         .in_force
@@ -79,16 +79,16 @@ pub(super) async fn run(mut from: Sources, to: watch::Sender<Option<Arc<MeshNode
     }
 }
 
-/// Probes the machine, which takes seconds, on a thread of its own.
+/// Probes the host on a thread of its own, which takes seconds.
 fn probe(host: Host) -> oneshot::Receiver<check::Report> {
     let (to, found) = oneshot::channel();
     let thread = std::thread::Builder::new().name("mesh-probe".to_owned());
-    // Without it nothing is reported of the kernel's features.
+    // Without the thread, the kernel's features are not reported.
     drop(thread.spawn(move || drop(to.send(check::run(&host)))));
     found
 }
 
-/// Makes one report after the other.
+/// Makes reports, each with the knowledge of those before it.
 #[derive(Debug, Default)]
 struct Reporter {
     /// The kernel's features: used, missing.

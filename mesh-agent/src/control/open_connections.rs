@@ -29,7 +29,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
                 .map(|list| {
                     let ask = Ask {
                         is_tunnel: &|socket| kernel.is_tunnel(socket),
-                        is_the_node_s: &sockets::is_node_peer,
+                        is_node_peer: &sockets::is_node_peer,
                     };
                     connections::judge(plan, &local.view, &list, (true, true), ask).old
                 })
@@ -166,7 +166,7 @@ fn recheck(
     let carried = pod.enrollment.is_some();
     let ask = Ask {
         is_tunnel: &|socket| kernel.is_tunnel(socket),
-        is_the_node_s: &sockets::is_node_peer,
+        is_node_peer: &sockets::is_node_peer,
     };
     let judgement = connections::judge(plan, &local.view, &list, (fresh, carried), ask);
     keep(kernel, pod, judgement.old)?;
