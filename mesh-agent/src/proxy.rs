@@ -20,15 +20,14 @@ use std::time::Duration;
 
 use mesh_common::Port;
 use mesh_common::settings::TUNNEL_PORT;
-use mesh_plan::Index;
+use mesh_telemetry::record::{Bytes, Recorder};
 use tokio::sync::{mpsc, watch};
 use tokio::task::LocalSet;
 
 use self::dial::{Dial, InPod};
 use self::worker::{Crew, Load, Moved, Worker};
-use crate::record::{Bytes, Recorder};
+use crate::control::InForce;
 use mesh_datapath::datapath::Handles;
-use mesh_datapath::pods::PodTable;
 use mesh_identity::Identities;
 
 pub mod admission;
@@ -144,10 +143,8 @@ impl Default for Timing {
 /// What other rooms provide.
 #[derive(Clone, Debug)]
 pub struct Doors {
-    /// The pods of this node.
-    pub pods: watch::Receiver<Arc<PodTable>>,
-    /// What is in force.
-    pub plan: watch::Receiver<Arc<Index>>,
+    /// The policy in force and the pods of this node.
+    pub in_force: watch::Receiver<Arc<InForce>>,
     /// Certificates.
     pub identities: Identities,
     /// Records and metrics.
@@ -247,8 +244,7 @@ fn start_with(
                 let worker = Rc::new(Worker {
                     number,
                     crew,
-                    pods: doors.pods,
-                    plan: doors.plan,
+                    in_force: doors.in_force,
                     identities: doors.identities,
                     recorder: doors.recorder,
                     dial: dial(),

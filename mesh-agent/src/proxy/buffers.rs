@@ -10,7 +10,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::tls::records::{FULL, LONGEST};
-use crate::metrics::Usage;
+use mesh_telemetry::metrics::Usage;
 
 /// Full records in a large buffer: 256 KiB of content.
 pub(crate) const LARGE_RECORDS: usize = 16;

@@ -25,10 +25,13 @@ use super::tunnel::frame::{Cause, Control, Open, StreamId, Why};
 use super::tunnel::{Tunnel, TunnelError};
 use super::turns::{self, Computing};
 use super::worker::{Job, Share, Worker};
-use crate::metrics::Role;
-use crate::record::{Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security};
+use crate::control::InForce;
 use mesh_datapath::pods::PodHandle;
 use mesh_identity::{Proof, Refusal, SpiffeId};
+use mesh_telemetry::metrics::Role;
+use mesh_telemetry::record::{
+    Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security,
+};
 
 /// Serves a tunnel from its acceptance to its end.
 pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
@@ -49,7 +52,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
         // Who says nothing takes no place.
         socket.readable().await.map_err(HandshakeError::from)?;
         let admitted = share.admission.accept(&unproven).await;
-        let proven = prove(worker, &pod, &share, &socket).await;
+        let proven = prove(worker, &share, &socket).await;
         drop(admitted);
         proven
     };
@@ -60,12 +63,13 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
         proven = proven => proven.unwrap_or(Err(Failure::Refused(Refusal::Timeout))),
     };
     drop(unproven);
-    let result = proven.as_ref().map(|_| ()).map_err(Failure::refusal);
+    let refused = |failure: &Failure| failure.refusal().label();
+    let result = proven.as_ref().map(|_| ()).map_err(refused);
     worker.metrics().handshake(Role::Server, result);
     let (secured, proof) = match proven {
         Ok(proven) => proven,
         Err(failure) => {
-            tracing::debug!(%from, pod = %pod.local.name, %failure, "refused a tunnel");
+            tracing::debug!(%from, uid = %share.uid, %failure, "refused a tunnel");
             return;
         }
     };
@@ -99,13 +103,11 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
 
 async fn prove(
     worker: &Worker,
-    pod: &PodHandle,
     share: &Share,
     socket: &Socket,
 ) -> Result<(tls::Secured, Rc<Proof>), Failure> {
-    let local = &pod.local;
     let own = worker
-        .identity(&local.name.namespace, &local.service_account)
+        .own_identity(&share.uid)
         .ok_or(Failure::Refused(Refusal::Failed))?;
     let config = worker.identities.server(&own)?;
     let verify = |connection: &_| Ok::<_, Failure>(Rc::new(worker.identities.peer(connection)?));
@@ -201,12 +203,8 @@ impl Serving<'_> {
 
     /// Whether the tunnel's certificates have not ended.
     fn stands(&self) -> bool {
-        let Some(pod) = self.worker.pod(self.uid) else {
-            return false;
-        };
-        let local = &pod.local;
         self.worker
-            .identity(&local.name.namespace, &local.service_account)
+            .own_identity(self.uid)
             .is_some_and(|own| self.worker.identities.stands(&own, self.proof))
     }
 
@@ -243,14 +241,15 @@ impl Serving<'_> {
     /// Decides, and connects to the application.
     async fn admit(&self, pod: &PodHandle, open: &Open) -> Result<(Verdict, Socket), Refused> {
         let known = async {
-            let mut plan = self.worker.plan.clone();
+            let mut in_force = self.worker.in_force.clone();
             let until = Deadline::now() + self.worker.timing.unknown_peer;
             loop {
-                let now = Arc::clone(&plan.borrow_and_update());
-                match self.decide(&now, pod, open) {
+                let plan = Arc::clone(&in_force.borrow_and_update().plan);
+                let is_newer = |now: &Arc<InForce>| !Arc::ptr_eq(&now.plan, &plan);
+                match self.decide(&plan, open) {
                     // Another node's pod may be known here a moment later than there.
                     Err(Reason::UnknownPeer | Reason::IdentityRefused)
-                        if timeout_at(until, plan.changed())
+                        if timeout_at(until, in_force.wait_for(is_newer))
                             .await
                             .is_ok_and(|c| c.is_ok()) => {}
                     decided => break decided,
@@ -293,8 +292,8 @@ impl Serving<'_> {
     }
 
     /// The decision, or why there cannot be one.
-    fn decide(&self, plan: &Index, pod: &PodHandle, open: &Open) -> Result<Allowed, Reason> {
-        let view = plan.pods.get(self.uid).unwrap_or(&pod.local).view;
+    fn decide(&self, plan: &Index, open: &Open) -> Result<Allowed, Reason> {
+        let view = plan.pods.get(self.uid).ok_or(Reason::PodDeleted)?.view;
         if open.source.addr != self.from {
             return Err(Reason::Spoofed);
         }

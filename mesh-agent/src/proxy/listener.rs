@@ -22,9 +22,9 @@ use super::admission::Admission;
 use super::dial::KEEPALIVE;
 use super::socket::Socket;
 use super::worker::{Job, JobKind, Place, Share, Worker};
-use crate::metrics::Role;
 use mesh_datapath::pods::{Listeners, PodHandle, PodTable};
 use mesh_identity::Refusal;
+use mesh_telemetry::metrics::Role;
 
 /// Pause after accept() failed for want of descriptors or memory.
 const BREATH: Duration = Duration::from_millis(50);
@@ -178,7 +178,7 @@ pub(crate) fn refuse(worker: &Worker, kind: JobKind, stream: &impl AsFd) {
         JobKind::Tunnel => {
             worker
                 .metrics()
-                .handshake(Role::Server, Err(Refusal::LimitReached));
+                .handshake(Role::Server, Err(Refusal::LimitReached.label()));
         }
     }
     let linger = Some(Duration::ZERO);

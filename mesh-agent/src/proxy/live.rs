@@ -13,8 +13,8 @@ use mesh_plan::Index;
 use tokio::sync::Notify;
 
 use super::tunnel::frame::Why;
-use crate::record::Close;
 use mesh_identity::{Identities, Proof};
+use mesh_telemetry::record::Close;
 
 /// What a connection was allowed for.
 #[derive(Clone, Copy, Debug)]

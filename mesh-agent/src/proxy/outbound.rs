@@ -18,10 +18,12 @@ use super::tunnel::Tunnel;
 use super::tunnel::frame::{Cause, Control, Open, StreamId, Why};
 use super::turns;
 use super::worker::{Job, Load, Place, Share, Worker};
-use crate::metrics::Role;
-use crate::record::{Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security};
 use mesh_datapath::pods::PodHandle;
 use mesh_identity::SpiffeId;
+use mesh_telemetry::metrics::Role;
+use mesh_telemetry::record::{
+    Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security,
+};
 
 pub(crate) use self::reach::Failure;
 
@@ -262,7 +264,7 @@ impl Endpoints<'_> {
         // What policy refuses is ended at the application's socket too, once the plan is published:
         // that may be noticed here first.
         let end = match end {
-            Ok(End::AppReset(error)) => match entry.refused(&self.worker.plan.borrow()) {
+            Ok(End::AppReset(error)) => match entry.refused(&self.worker.plan()) {
                 Some(why) => Err(why),
                 None => Ok(End::AppReset(error)),
             },

@@ -15,8 +15,8 @@ use mesh_common::policy::PolicySetId;
 use mesh_common::{Endpoint, IdentityId};
 
 use super::tunnel::Tunnel;
-use crate::metrics::{Metrics, Role};
 use mesh_identity::{Epoch, Proof, SpiffeId};
+use mesh_telemetry::metrics::{Metrics, Role};
 
 /// What two connections must have in common to use the same tunnel.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

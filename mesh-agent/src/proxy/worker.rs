@@ -26,10 +26,12 @@ use super::socket::Socket;
 use super::tunnel::Tunnel;
 use super::turns::{self, Turns};
 use super::{Phase, Timing};
-use crate::metrics::{Metrics, Usage};
-use crate::record::Recorder;
-use mesh_datapath::pods::{PodHandle, PodTable};
 use mesh_identity::{Epoch, Identities, SpiffeId};
+use mesh_telemetry::metrics::{Metrics, Usage};
+use mesh_telemetry::record::Recorder;
+
+use crate::control::InForce;
+use mesh_datapath::pods::{PodHandle, PodTable};
 
 /// How often idle tunnels are looked after.
 const SWEEP: Duration = Duration::from_secs(1);
@@ -166,10 +168,8 @@ pub(crate) struct Worker {
     pub(crate) number: usize,
     /// All of them.
     pub(crate) crew: Crew,
-    /// The pods of this node.
-    pub(crate) pods: watch::Receiver<Arc<PodTable>>,
-    /// What is in force.
-    pub(crate) plan: watch::Receiver<Arc<Index>>,
+    /// The policy in force and the pods of this node.
+    pub(crate) in_force: watch::Receiver<Arc<InForce>>,
     /// Certificates.
     pub(crate) identities: Identities,
     /// Records.
@@ -201,12 +201,12 @@ pub(crate) struct Worker {
 impl Worker {
     /// The plan in force.
     pub(crate) fn plan(&self) -> Arc<Index> {
-        Arc::clone(&self.plan.borrow())
+        Arc::clone(&self.in_force.borrow().plan)
     }
 
     /// A pod of this node.
     pub(crate) fn pod(&self, uid: &str) -> Option<Arc<PodHandle>> {
-        self.pods.borrow().get(uid).cloned()
+        self.in_force.borrow().pods.get(uid).cloned()
     }
 
     /// Metrics.
@@ -237,12 +237,15 @@ impl Worker {
     /// Where is counted what a pod of this node uses.
     pub(crate) fn usage(&self, pod: &PodHandle) -> Arc<Usage> {
         let plan = self.plan();
-        let view = &pod.local.view;
-        let workload = [view.v4, view.v6]
+        let Some(local) = plan.pods.get(&pod.uid) else {
+            // The pod is about to leave the table too.
+            return Arc::default();
+        };
+        let workload = [local.view.v4, local.view.v6]
             .iter()
             .find_map(|addr| plan.names.workloads.get(addr))
-            .map_or(pod.local.name.name.as_str(), |pod| &pod.workload.1);
-        self.metrics().usage(&pod.local.name.namespace, workload)
+            .map_or(local.name.name.as_str(), |pod| &pod.workload.1);
+        self.metrics().usage(&local.name.namespace, workload)
     }
 
     /// Buffers for a pod's connections.
@@ -253,6 +256,13 @@ impl Worker {
     /// The identity of a workload of the trust domain.
     pub(crate) fn identity(&self, namespace: &str, service_account: &str) -> Option<SpiffeId> {
         SpiffeId::new(self.identities.trust_domain(), namespace, service_account).ok()
+    }
+
+    /// The identity of a pod of this node.
+    pub(crate) fn own_identity(&self, uid: &str) -> Option<SpiffeId> {
+        let plan = self.plan();
+        let local = plan.pods.get(uid)?;
+        self.identity(&local.name.namespace, &local.service_account)
     }
 
     /// Carries a connection, here and from now on.
@@ -302,13 +312,13 @@ impl Worker {
         mut jobs: mpsc::Receiver<Moved>,
         mut phase: watch::Receiver<Phase>,
     ) {
-        let mut pods = self.pods.clone();
-        let mut plan = self.plan.clone();
+        let mut in_force = self.in_force.clone();
+        let (mut plan, mut pods) = (self.plan(), Arc::default());
         let mut certificates = self.identities.subscribe();
         let mut listening = Listening::default();
         let mut sweep = tokio::time::interval(SWEEP);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        pods.mark_changed();
+        in_force.mark_changed();
         let turns = Rc::clone(&self);
         let turns = spawn_local(async move { turns.turns.run().await });
         let rounds = Rc::clone(&self);
@@ -316,14 +326,17 @@ impl Worker {
         loop {
             tokio::select! {
                 Some(moved) = jobs.recv() => self.adopt(moved),
-                Ok(()) = pods.changed() => {
-                    let table = Arc::clone(&pods.borrow_and_update());
-                    self.pods_changed(&table, &mut listening);
-                }
-                Ok(()) = plan.changed() => {
-                    let now = Arc::clone(&plan.borrow_and_update());
-                    self.live.decide_again(&now);
-                    self.sweep();
+                Ok(()) = in_force.changed() => {
+                    let now = Arc::clone(&in_force.borrow_and_update());
+                    if !Arc::ptr_eq(&now.pods, &pods) {
+                        pods = Arc::clone(&now.pods);
+                        self.pods_changed(&pods, &mut listening);
+                    }
+                    if !Arc::ptr_eq(&now.plan, &plan) {
+                        plan = Arc::clone(&now.plan);
+                        self.live.decide_again(&plan);
+                        self.sweep();
+                    }
                 }
                 Ok(()) = certificates.changed() => {
                     certificates.mark_unchanged();
@@ -356,7 +369,7 @@ impl Worker {
 
     /// Drops idle tunnels that must not be used again.
     fn sweep(&self) {
-        let table = Arc::clone(&self.pods.borrow());
+        let table = Arc::clone(&self.in_force.borrow().pods);
         let plan = self.plan();
         let keep = |key: &Key, epoch: Epoch| {
             table.contains_key(&*key.uid)

@@ -10,7 +10,6 @@ use mesh_common::Reason;
 use tokio::time::{Instant as Deadline, sleep, timeout_at};
 
 use super::target::Target;
-use crate::metrics::Role;
 use crate::proxy::pool::Pooled;
 use crate::proxy::socket::Socket;
 use crate::proxy::tls::{self, HandshakeError};
@@ -19,6 +18,7 @@ use crate::proxy::turns::Computing;
 use crate::proxy::worker::{Share, Worker};
 use mesh_datapath::pods::PodHandle;
 use mesh_identity::{Epoch, Refusal, server_name};
+use mesh_telemetry::metrics::Role;
 
 /// Makes a tunnel to the target's agent. With `elsewhere` another endpoint can be tried, and this
 /// one is given up sooner. An agent that is not found on the application's own port is asked for on
@@ -104,7 +104,8 @@ async fn made(
         Ok(made) => made,
         Err(_elapsed) => Err(Failure::Refused(Refusal::Timeout)),
     };
-    let result = made.as_ref().map(|_| ()).map_err(Failure::refusal);
+    let refused = |failure: &Failure| failure.refusal().label();
+    let result = made.as_ref().map(|_| ()).map_err(refused);
     worker.metrics().handshake(Role::Client, result);
     made.map_err(|failure| {
         tracing::debug!(%to, expected = %target.key.expected, %failure, "no tunnel");

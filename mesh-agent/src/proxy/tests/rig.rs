@@ -13,6 +13,8 @@ use mesh_common::{Addr, Endpoint, IdentityId, Peer, PodState, Port};
 use mesh_plan::cluster::{ObjectName, Pod};
 use mesh_plan::plan::LocalPod;
 use mesh_plan::{Index, Plan};
+use mesh_telemetry::flows::{Flows, Target};
+use mesh_telemetry::metrics::Metrics;
 use serde_json::Value;
 use socket2::{Domain, Socket as RawSocket, Type};
 use tokio::io::AsyncReadExt as _;
@@ -22,10 +24,7 @@ use tokio::sync::watch;
 use super::super::dial::Dial;
 use super::super::socket::Socket;
 use super::super::*;
-use crate::flows::Flows;
-use crate::metrics::Metrics;
-use mesh_config::FlowLog;
-use mesh_datapath::pods::{Listeners, PodHandle};
+use mesh_datapath::pods::{Listeners, PodHandle, PodTable};
 pub(super) use mesh_identity::Config as IdentityConfig;
 use mesh_identity::{Ca, Clock, SpiffeId, TrustDomain};
 use mesh_sys::netns::NetNs;
@@ -154,8 +153,7 @@ pub(super) fn addr(text: &str) -> Addr {
 /// One node.
 pub(super) struct Node {
     pub(super) proxy: ProxyHandle,
-    pub(super) plan: watch::Sender<Arc<Index>>,
-    pub(super) pods: watch::Sender<Arc<PodTable>>,
+    pub(super) in_force: watch::Sender<Arc<InForce>>,
     pub(super) metrics: Metrics,
     flows: Flows,
 }
@@ -163,7 +161,9 @@ pub(super) struct Node {
 impl Node {
     /// A number on the page of metrics; 0 if it is not there.
     pub(super) fn metric(&self, series: &str) -> u64 {
-        let page = self.metrics.page(crate::metrics::Form::Prometheus);
+        let page = self
+            .metrics
+            .page(mesh_telemetry::metrics::Format::Prometheus);
         let line = page.lines().find_map(|line| line.strip_prefix(series));
         line.map_or(0, |number| number.trim().parse().unwrap())
     }
@@ -182,10 +182,12 @@ impl Node {
     }
 
     pub(super) fn change(&self, change: impl FnOnce(&mut Plan)) {
-        self.plan.send_modify(|index| {
-            let mut plan = index.plan().clone();
+        self.in_force.send_modify(|now| {
+            let mut plan = now.plan.plan().clone();
             change(&mut plan);
-            *index = Arc::new(Index::new(plan));
+            let now = Arc::make_mut(now);
+            now.plan = Arc::new(Index::new(plan));
+            now.revision += 1;
         });
     }
 
@@ -280,10 +282,9 @@ fn local_pod(name: &str, ip: &str, id: IdentityId) -> LocalPod {
 }
 
 fn table(plan: &Plan, listeners: Listeners) -> Arc<PodTable> {
-    let (uid, local) = plan.pods.iter().next().unwrap();
+    let uid = plan.pods.keys().next().unwrap();
     let handle = PodHandle {
         uid: uid.clone(),
-        local: local.clone(),
         index: PodIndex(0),
         netns: Arc::new(NetNs::own().unwrap()),
         netns_cookie: 0,
@@ -331,9 +332,9 @@ impl Rig {
         let mut config = IdentityConfig {
             ca: Ca::SelfSigned(ca.path().to_owned()),
             trust_domain: TrustDomain::new("cluster.local").unwrap(),
+            alpn: super::super::ALPN,
             aliases: Vec::new(),
             crls: Vec::new(),
-            alpn: super::super::ALPN,
             clock: Clock::new(now),
             seed: 1,
         };
@@ -422,20 +423,25 @@ fn node(
     tunnel_port: Port,
 ) -> Node {
     let metrics = Metrics::new();
-    let flows = Flows::start(&FlowLog::Off, &metrics).unwrap();
-    let (plan_sender, plan_receiver) = watch::channel(Arc::new(Index::new(plan(name))));
-    let pods = table(&plan_receiver.borrow(), listeners);
-    let (pods_sender, pods) = watch::channel(pods);
+    let flows = Flows::start(&Target::Off, &metrics).unwrap();
+    let plan = Index::new(plan(name));
+    let first = InForce {
+        revision: 1,
+        pods: table(&plan, listeners),
+        plan: Arc::new(plan),
+        ..InForce::default()
+    };
+    let (sender, in_force) = watch::channel(Arc::new(first));
+    let policy = in_force.clone();
     let recorder = Recorder::new(
         name,
-        plan_receiver.clone(),
+        move || policy.borrow().policy(),
         metrics.clone(),
         flows.sink(),
         now,
     );
     let doors = Doors {
-        pods,
-        plan: plan_receiver,
+        in_force,
         identities: identities.clone(),
         recorder,
     };
@@ -449,8 +455,7 @@ fn node(
     let proxy = start_with(config, doors, move || Box::new(net.clone())).unwrap();
     Node {
         proxy,
-        plan: plan_sender,
-        pods: pods_sender,
+        in_force: sender,
         metrics,
         flows,
     }
