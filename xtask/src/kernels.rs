@@ -39,7 +39,9 @@ struct Program {
 /// Runs the programs on every kernel; exits with 1 if one fails.
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if !run::is_root() {
-        bail!("`kernels` installs qemu and shares the host's files with the machine: run it as root");
+        bail!(
+            "`kernels` installs qemu and shares the host's files with the machine: run it as root"
+        );
     }
     setup::run(&setup::Args::default())?;
     build::bins()?;
@@ -51,7 +53,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
                 .is_none_or(|only| program.name.contains(only))
         })
         .collect();
-    ensure!(!programs.is_empty(), "no program has a name that contains the filter");
+    ensure!(
+        !programs.is_empty(),
+        "no program has a name that contains the filter"
+    );
     packages::ensure()?;
     let defaults = SERIES.map(str::to_owned).to_vec();
     let series = if args.versions.is_empty() {

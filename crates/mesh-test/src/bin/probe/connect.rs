@@ -117,7 +117,10 @@ fn exchange(stream: &mut TcpStream, text: &str, foreign: bool) -> Result<String>
         stream.write_all(text.as_bytes()).context("write")?;
         stream.shutdown(Shutdown::Write).context("shutdown")?;
         stream.read_to_end(&mut received).context("read")?;
-        anyhow::ensure!(received == text.as_bytes(), "the echo differs from the text");
+        anyhow::ensure!(
+            received == text.as_bytes(),
+            "the echo differs from the text"
+        );
     }
     Ok(String::from_utf8_lossy(&received).into_owned())
 }

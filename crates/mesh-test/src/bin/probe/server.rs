@@ -101,7 +101,10 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         let server = Arc::clone(&server);
         Builder::new().spawn(move || datagrams(&socket, &server))?;
     }
-    ensure!(!listening.is_empty(), "one of --tcp, --udp and --sctp is required");
+    ensure!(
+        !listening.is_empty(),
+        "one of --tcp, --udp and --sctp is required"
+    );
     say(&Served::Listening(listening))?;
     loop {
         std::thread::park();
