@@ -231,13 +231,13 @@ impl Rooms {
         });
 
         // Connections. The proxy is there before the first pod is.
-        let doors = proxy::Doors {
+        let dependencies = proxy::Dependencies {
             pods: views.pods.clone(),
             plan: views.plan.clone(),
             identities: identities.clone(),
             recorder,
         };
-        let proxy = proxy::start(proxy_config(config), doors, handles.clone())
+        let proxy = proxy::start(proxy_config(config), dependencies, handles.clone())
             .map_err(tried("start the workers"))?;
 
         // From here on the node becomes what the facts say.

@@ -7,16 +7,6 @@
 /// The ways that some bytes went, in order.
 pub type Seen = Vec<&'static str>;
 
-/// Frames of `mesh/1`.
-pub fn frames(data: &[u8]) -> Seen {
-    crate::proxy::frames(data)
-}
-
-/// TLS records behind the handshake.
-pub fn records(data: &[u8]) -> Seen {
-    crate::proxy::records(data)
-}
-
 /// A peer's chain, with a root and a revocation list.
 pub fn certificate(data: &[u8]) -> Seen {
     crate::identity::fuzz::certificate(data)

@@ -356,7 +356,8 @@ fn the_matrix() {
 
 #[test]
 fn the_shop_of_the_examples() {
-    let table = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/examples/shop.checks.yaml");
+    let table =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/examples/shop.checks.yaml");
     let run = meshctl(&["policy", "test", &table.display().to_string()]);
     assert_eq!((run.code, run.err.as_str()), (0, ""), "{}", run.out);
 }

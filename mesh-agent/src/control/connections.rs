@@ -3,8 +3,8 @@
 //! sockets of a pod's namespace.
 //!
 //! The agent's own sockets are never judged here: tunnels are told by their port, or by the kernel
-//! where they have an application's, the ends that carry another's address by that address. What
-//! arrived through a tunnel is the proxy's to end, which knows the proven identity.
+//! where they have an application's, the ends that carry another's address by that address. Connections
+//! that the proxy carries, captured ones and those that arrived through a tunnel, are ended by the proxy.
 
 use mesh_common::identity::Peer;
 use mesh_common::path::{self, Origin, Outbound, Peers as _};
@@ -210,6 +210,8 @@ impl<'a> Scene<'a> {
         let path = path::outbound(self.plan, self.pod, socket.remote, Protocol::TCP);
         match path.action {
             Outbound::Refuse if self.meets_silence(socket, path.verdict.reason) => Fate::Keep,
+            // The proxy ends it, and records why.
+            Outbound::Refuse if self.carried && self.is_captured(socket) => Fate::Keep,
             Outbound::Refuse => Fate::Deny(path.verdict),
             Outbound::Direct => Fate::Keep,
             Outbound::Tunnel if self.is_captured(socket) => Fate::Keep,

@@ -26,8 +26,7 @@ use super::{
     verify::{ExpectAny, ExpectOne, Rules},
 };
 
-/// The protocol inside the tunnel, as ALPN names it.
-pub const ALPN: &[u8] = b"mesh/1";
+pub use mesh_tunnel::ALPN;
 
 /// Tickets sent after each handshake: one was not enough for 16 connections at once, and
 /// rustls keeps 8 for each server.

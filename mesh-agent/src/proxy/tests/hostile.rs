@@ -2,17 +2,15 @@
 //! Peers with a good certificate and bad intentions, and peers without one.
 
 use mesh_common::{Endpoint, Reason};
+use mesh_tunnel::buffers::BufferAccount;
+use mesh_tunnel::frame::{CloseReason, Control, Open, StreamId};
+use mesh_tunnel::tls::{self, Unscheduled};
+use mesh_tunnel::{Socket, Tunnel, TunnelError};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::LocalSet;
 
-use super::super::buffers::Lender;
-use super::super::outbound::Failure;
-use super::super::socket::Socket;
-use super::super::tls;
-use super::super::tunnel::frame::{Control, Open, StreamId, Why};
-use super::super::tunnel::{Tunnel, TunnelError};
-use super::super::turns::Computing;
+use super::super::outbound::HandshakeFailure;
 use super::super::*;
 use super::rig::*;
 use crate::identity::{SpiffeId, server_name};
@@ -28,11 +26,15 @@ async fn tunnel(rig: &Rig) -> Tunnel {
     let socket = Socket::new(raw_connection(rig).into_std().unwrap()).unwrap();
     socket.connected().await.unwrap();
     let name = server_name(SERVER.parse().unwrap());
-    let proven = |c: &_| Ok::<_, Failure>(rig.identities.peer(c)?);
-    let (secured, _peer) = tls::connect((&socket, Computing::ALONE), config, name, proven)
+    let proven = |c: &_| Ok::<_, HandshakeFailure>(rig.identities.peer(c)?);
+    let (secured, _peer) = tls::connect(&socket, &Unscheduled, config, name, proven)
         .await
         .unwrap();
-    Tunnel::new(socket, secured, Lender::new(Rc::default(), Arc::default()))
+    Tunnel::new(
+        socket,
+        secured,
+        BufferAccount::new(Rc::default(), Arc::new(())),
+    )
 }
 
 fn raw_connection(rig: &Rig) -> TcpStream {
@@ -118,8 +120,12 @@ fn an_open_that_lies_is_refused_and_the_next_one_is_not() {
         let mut tunnel = tunnel(&rig).await;
         for (lie, reason) in lies {
             let (_, answer) = asked(&mut tunnel, lie).await;
-            assert_eq!(answer, Control::Refused(Why::new(reason)), "{lie:?}");
-            tunnel.end();
+            assert_eq!(
+                answer,
+                Control::Refused(CloseReason::new(reason)),
+                "{lie:?}"
+            );
+            tunnel.end_stream();
         }
         let (_, answer) = asked(&mut tunnel, good).await;
         assert_eq!(answer, Control::Opened);
@@ -156,7 +162,7 @@ async fn is_ended(tunnel: &mut Tunnel) -> bool {
         match tunnel.control().await {
             Ok((_, Control::Opened | Control::Refused(_) | Control::Reset(_))) => {}
             Ok(other) => panic!("{other:?}"),
-            Err(TunnelError::Ended | TunnelError::Cut | TunnelError::Io(_)) => return true,
+            Err(TunnelError::Closed | TunnelError::Cut | TunnelError::Io(_)) => return true,
             Err(_) => return false,
         }
     }

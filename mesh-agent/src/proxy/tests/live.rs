@@ -35,7 +35,7 @@ async fn labels(rig: &Rig, field: &str) -> [Option<String>; 2] {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_change_of_policy_ends_what_it_denies_at_either_end() {
+async fn policy_change_ends_denied_connections_from_either_end() {
     for outgoing in [true, false] {
         let (rig, route) = Rig::new().await;
         let (mut client, mut server) = rig.pair(&route).await;

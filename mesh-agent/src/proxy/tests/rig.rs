@@ -13,14 +13,14 @@ use mesh_common::{Addr, Endpoint, IdentityId, Peer, PodState, Port};
 use mesh_plan::Plan;
 use mesh_plan::cluster::{ObjectName, Pod};
 use mesh_plan::plan::LocalPod;
+use mesh_tunnel::Socket;
 use serde_json::Value;
 use socket2::{Domain, Socket as RawSocket, Type};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 
-use super::super::dial::Dial;
-use super::super::socket::Socket;
+use super::super::pod_sockets::{Addresses, Connecting, PeerAddress, PodSockets};
 use super::super::*;
 use crate::config::FlowLog;
 use crate::flows::Flows;
@@ -100,30 +100,24 @@ impl Loopback {
     }
 }
 
-impl Dial for Loopback {
-    fn ends(&self, socket: &Socket) -> io::Result<(SocketAddr, SocketAddr)> {
-        Ok((
-            Self::pod(socket.local_addr()?),
-            Self::pod(socket.peer_addr()?),
-        ))
+impl PodSockets for Loopback {
+    fn addresses(&self, socket: &Socket) -> io::Result<Addresses> {
+        Ok(Addresses {
+            local: Self::pod(socket.local_addr()?),
+            peer: Self::pod(socket.peer_addr()?),
+        })
     }
 
-    fn peer(
-        &self,
-        _: &PodHandle,
-        from: SocketAddr,
-        to: SocketAddr,
-        _: bool,
-    ) -> io::Result<std::net::TcpStream> {
+    fn peer(&self, _: &PodHandle, address: PeerAddress) -> io::Result<std::net::TcpStream> {
         self.dialled.fetch_add(1, Relaxed);
-        let mut to = self.real(to);
+        let mut to = self.real(address.to);
         let refuse = self
             .refuse
             .fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1));
         if refuse.is_ok() {
             to.set_port(1);
         }
-        self.connect(from, to)
+        self.connect(address.from, to)
     }
 
     fn application(
@@ -131,11 +125,14 @@ impl Dial for Loopback {
         _: &PodHandle,
         client: SocketAddr,
         to: SocketAddr,
-    ) -> io::Result<(std::net::TcpStream, bool)> {
+    ) -> io::Result<Connecting> {
         self.client.get_or_init(|| client);
         let any = SocketAddr::new(to.ip(), 0);
-        let begun = self.connect(any, Self::application(self, to))?;
-        Ok((begun, false))
+        let stream = self.connect(any, Self::application(self, to))?;
+        Ok(Connecting {
+            stream,
+            connected: false,
+        })
     }
 
     fn service(&self, _: &PodHandle, to: Endpoint, _: Port) -> Option<Endpoint> {
@@ -428,7 +425,7 @@ fn node(
         flows.sink(),
         now,
     );
-    let doors = Doors {
+    let dependencies = Dependencies {
         pods,
         plan: plan_receiver,
         identities: identities.clone(),
@@ -441,7 +438,7 @@ fn node(
         timing,
     };
     let net = net.clone();
-    let proxy = start_with(config, doors, move || Box::new(net.clone())).unwrap();
+    let proxy = start_with(config, dependencies, move || Box::new(net.clone())).unwrap();
     Node {
         proxy,
         plan: plan_sender,

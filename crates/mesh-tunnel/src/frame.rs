@@ -33,7 +33,7 @@ const RESET: u8 = 7;
 
 const OPEN_BYTES: usize = 38;
 const ENDPOINT_BYTES: usize = 18;
-const WHY_BYTES: usize = 12;
+const CLOSE_REASON_BYTES: usize = 12;
 const HAS_SERVICE: u8 = 1;
 
 /// The number of an application connection within its tunnel; the first is 1.
@@ -105,9 +105,9 @@ impl Cause {
     }
 }
 
-/// Why a stream was refused or ended.
+/// CloseReason a stream was refused or ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Why {
+pub struct CloseReason {
     /// The mesh's reason; `None` = the application itself reset its connection.
     pub reason: Option<Reason>,
     /// More about it.
@@ -116,7 +116,7 @@ pub struct Why {
     pub rule: RuleId,
 }
 
-impl Why {
+impl CloseReason {
     /// The application reset its connection.
     pub const APPLICATION: Self = Self {
         reason: None,
@@ -143,13 +143,13 @@ pub enum Control {
     /// The application has accepted it.
     Opened,
     /// It was not made.
-    Refused(Why),
+    Refused(CloseReason),
     /// No more data follows in this direction.
     Fin,
     /// All data before FIN, and the end itself, were passed on.
     FinAck,
     /// The stream ended; what is under way is lost.
-    Reset(Why),
+    Reset(CloseReason),
 }
 
 /// What the other side did wrong.
@@ -342,7 +342,7 @@ impl Decoder {
         }
         let range = match kind {
             OPEN => OPEN_BYTES..=MAX_CONTROL,
-            REFUSED | RESET => WHY_BYTES..=MAX_CONTROL,
+            REFUSED | RESET => CLOSE_REASON_BYTES..=MAX_CONTROL,
             OPENED | FIN | FIN_ACK => 0..=MAX_CONTROL,
             DATA => 1..=MAX_DATA,
             _ => return Err(FrameError::UnknownType(kind)),
@@ -394,10 +394,10 @@ pub fn encode(stream: StreamId, control: &Control, out: &mut Vec<u8>) {
             }
         }
         Control::Opened => out.extend_from_slice(&header(OPENED, stream, 0)),
-        Control::Refused(why) => put_why(REFUSED, stream, why, out),
+        Control::Refused(why) => put_close_reason(REFUSED, stream, why, out),
         Control::Fin => out.extend_from_slice(&header(FIN, stream, 0)),
         Control::FinAck => out.extend_from_slice(&header(FIN_ACK, stream, 0)),
-        Control::Reset(why) => put_why(RESET, stream, why, out),
+        Control::Reset(why) => put_close_reason(RESET, stream, why, out),
     }
 }
 
@@ -413,8 +413,8 @@ fn put_endpoint(at: Endpoint, out: &mut Vec<u8>) {
     out.extend_from_slice(&at.port.get().to_be_bytes());
 }
 
-fn put_why(kind: u8, stream: StreamId, why: &Why, out: &mut Vec<u8>) {
-    out.extend_from_slice(&header(kind, stream, WHY_BYTES));
+fn put_close_reason(kind: u8, stream: StreamId, why: &CloseReason, out: &mut Vec<u8>) {
+    out.extend_from_slice(&header(kind, stream, CLOSE_REASON_BYTES));
     let reason = why.reason.map_or(0, |reason| reason as u16);
     out.extend_from_slice(&reason.to_be_bytes());
     out.extend_from_slice(&why.cause.code().to_be_bytes());
@@ -432,8 +432,8 @@ fn parse(kind: u8, body: &[u8]) -> Result<Control, FrameError> {
         OPENED => Ok(Control::Opened),
         FIN => Ok(Control::Fin),
         FIN_ACK => Ok(Control::FinAck),
-        REFUSED => Ok(Control::Refused(why(body).ok_or_else(short)?)),
-        RESET => Ok(Control::Reset(why(body).ok_or_else(short)?)),
+        REFUSED => Ok(Control::Refused(close_reason(body).ok_or_else(short)?)),
+        RESET => Ok(Control::Reset(close_reason(body).ok_or_else(short)?)),
         _ => Err(FrameError::UnknownType(kind)),
     }
 }
@@ -468,7 +468,7 @@ fn endpoint(input: &[u8]) -> Option<(Endpoint, &[u8])> {
     Some((Endpoint::new(Addr::from_octets(*addr), port), rest))
 }
 
-fn why(body: &[u8]) -> Option<Why> {
+fn close_reason(body: &[u8]) -> Option<CloseReason> {
     let (reason, rest) = body.split_first_chunk::<2>()?;
     let (cause, rest) = rest.split_first_chunk::<2>()?;
     let rule = rest.first_chunk::<8>()?;
@@ -482,7 +482,7 @@ fn why(body: &[u8]) -> Option<Why> {
                 .unwrap_or(Reason::Protocol),
         ),
     };
-    Some(Why {
+    Some(CloseReason {
         reason,
         cause: Cause::from_code(u16::from_be_bytes(*cause)),
         rule: RuleId(u64::from_be_bytes(*rule)),
@@ -490,6 +490,6 @@ fn why(body: &[u8]) -> Option<Why> {
 }
 
 #[cfg(any(test, fuzzing))]
-pub(crate) mod fuzz;
+pub mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -13,19 +13,19 @@ use tokio::net::TcpStream;
 
 /// A connected, or connecting, non-blocking TCP socket.
 #[derive(Debug)]
-pub(crate) struct Socket {
+pub struct Socket {
     stream: TcpStream,
     reset: Cell<bool>,
 }
 
 impl Socket {
     /// Registers a socket with this thread's runtime.
-    pub(crate) fn new(stream: std::net::TcpStream) -> io::Result<Self> {
+    pub fn new(stream: std::net::TcpStream) -> io::Result<Self> {
         TcpStream::from_std(stream).map(Self::from_tokio)
     }
 
     /// A socket that this thread's runtime knows already.
-    pub(crate) fn from_tokio(stream: TcpStream) -> Self {
+    pub fn from_tokio(stream: TcpStream) -> Self {
         Self {
             stream,
             reset: Cell::new(false),
@@ -33,29 +33,29 @@ impl Socket {
     }
 
     /// Where it is bound: for a steered connection, where the other end wanted to go.
-    pub(crate) fn local_addr(&self) -> io::Result<SocketAddr> {
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.stream.local_addr()
     }
 
     /// Where the other end is.
-    pub(crate) fn peer_addr(&self) -> io::Result<SocketAddr> {
+    pub fn peer_addr(&self) -> io::Result<SocketAddr> {
         self.stream.peer_addr()
     }
 
     /// Waits until connect() has come to an end.
-    pub(crate) async fn connected(&self) -> io::Result<()> {
+    pub async fn connected(&self) -> io::Result<()> {
         self.stream.writable().await?;
         self.stream.take_error()?.map_or(Ok(()), Err)
     }
 
     /// Waits until there is something to read, or the end. Asks the kernel: readiness alone can be
     /// reported where there is nothing.
-    pub(crate) async fn readable(&self) -> io::Result<()> {
+    pub async fn readable(&self) -> io::Result<()> {
         self.stream.peek(&mut [0]).await.map(drop)
     }
 
     /// Reads into `room` bytes of `buffers`. `Ok(0)` = the other end has finished.
-    pub(crate) fn poll_read(
+    pub fn poll_read(
         &self,
         cx: &mut Context<'_>,
         buffers: &mut [IoSliceMut<'_>],
@@ -79,7 +79,7 @@ impl Socket {
     }
 
     /// Writes some of the `length` bytes of `buffers`.
-    pub(crate) fn poll_write(
+    pub fn poll_write(
         &self,
         cx: &mut Context<'_>,
         buffers: &[IoSlice<'_>],
@@ -113,13 +113,13 @@ impl Socket {
     }
 
     /// Ends the sending direction.
-    pub(crate) fn finish(&self) -> io::Result<()> {
+    pub fn finish(&self) -> io::Result<()> {
         socket2::SockRef::from(&self.stream).shutdown(std::net::Shutdown::Write)
     }
 
     /// Waits for a reset, or any other error, that reading and writing would not meet because
     /// neither is going on.
-    pub(crate) async fn failed(&self) -> io::Error {
+    pub async fn failed(&self) -> io::Error {
         loop {
             if let Err(error) = self.stream.ready(Interest::ERROR).await {
                 return error;
@@ -135,19 +135,13 @@ impl Socket {
     }
 
     /// Lets the other end see a reset, not an end, when the socket is dropped.
-    pub(crate) fn reset_on_drop(&self) {
+    pub fn reset_on_drop(&self) {
         self.reset.set(true);
     }
 
     /// Takes [`Socket::reset_on_drop`] back.
-    pub(crate) fn close_on_drop(&self) {
+    pub fn close_on_drop(&self) {
         self.reset.set(false);
-    }
-
-    /// Round-trip time (microseconds), and segments sent again so far.
-    pub(crate) fn transport(&self) -> (u32, u32) {
-        crate::sys::socket::tcp_info(self.stream.as_fd())
-            .map_or((0, 0), |info| (info.rtt_us, info.retransmits))
     }
 }
 

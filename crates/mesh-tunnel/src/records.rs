@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The record layer of TLS 1.3 (RFC 8446, 5) on keys that rustls has agreed on.
+//! The record layer of TLS 1.3 (RFC 8446, 5), with keys that rustls has agreed on.
 //!
-//! Works in place in the caller's buffers: no copy and no allocation per record, and many records
-//! per system call, which rustls's own connection types do not offer. It owns nonces and the
-//! shape of records; keys come from rustls, ciphers from aws-lc.
+//! Records are sealed and opened in place in the caller's buffers: no copy and no allocation per
+//! record, and many records per system call, which rustls's own connection types do not offer. This
+//! module owns nonces and the layout of records; keys come from rustls, ciphers from aws-lc.
 
 use std::ops::Range;
 
@@ -13,19 +13,19 @@ use aws_lc_rs::aead::{
 use rustls::ConnectionTrafficSecrets;
 
 /// Bytes before a record's content: type, version, length.
-pub(crate) const HEAD: usize = 5;
+pub const HEAD: usize = 5;
 
 /// The most content of one record (RFC 8446, 5.1: 2^14).
-pub(crate) const CONTENT: usize = 1 << 14;
+pub const CONTENT: usize = 1 << 14;
 
 /// Bytes that a record of ours is longer than its content: head, the inner type, the tag.
-pub(crate) const OVERHEAD: usize = HEAD + 1 + TAG;
+pub const OVERHEAD: usize = HEAD + 1 + TAG;
 
 /// A full record of ours.
-pub(crate) const FULL: usize = CONTENT + OVERHEAD;
+pub const FULL: usize = CONTENT + OVERHEAD;
 
 /// The longest record a peer may send (RFC 8446, 5.2: content, and 256 for all else).
-pub(crate) const LONGEST: usize = HEAD + CONTENT + 256;
+pub const LONGEST: usize = HEAD + CONTENT + 256;
 
 const TAG: usize = 16;
 const APPLICATION_DATA: u8 = 23;
@@ -36,7 +36,7 @@ const REKEY_AFTER: u64 = 1 << 23;
 
 /// What a record holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub enum Kind {
     /// An alert.
     Alert = 21,
     /// Messages after the handshake: tickets, key updates.
@@ -47,7 +47,7 @@ pub(crate) enum Kind {
 
 /// A record that cannot be made or read. Always the end of the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum RecordError {
+pub enum RecordError {
     /// The outer type is not "application data", as all protected records have.
     #[error("a record of type {0} is not protected")]
     Unprotected(u8),
@@ -69,13 +69,13 @@ pub(crate) enum RecordError {
 }
 
 /// One direction's key, and the number of the next record.
-struct Keyed {
+struct RecordKey {
     key: LessSafeKey,
     iv: [u8; NONCE_LEN],
     sequence: u64,
 }
 
-impl Keyed {
+impl RecordKey {
     fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, RecordError> {
         let (algorithm, key, iv) = match secrets {
             ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (&AES_128_GCM, key, iv),
@@ -110,23 +110,20 @@ impl Keyed {
 }
 
 /// Seals our records.
-pub(crate) struct Sealer(Keyed);
+pub struct RecordSealer(RecordKey);
 
-impl Sealer {
+impl RecordSealer {
     /// From the next record's number and the key.
     ///
     /// # Errors
     /// A suite that TLS 1.3 does not have.
-    pub(crate) fn new(
-        sequence: u64,
-        secrets: &ConnectionTrafficSecrets,
-    ) -> Result<Self, RecordError> {
-        Keyed::new(sequence, secrets).map(Self)
+    pub fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, RecordError> {
+        RecordKey::new(sequence, secrets).map(Self)
     }
 
     /// Whether the key is to be replaced before more is sealed.
     #[must_use]
-    pub(crate) const fn worn(&self) -> bool {
+    pub const fn worn(&self) -> bool {
         self.0.sequence >= REKEY_AFTER
     }
 
@@ -135,7 +132,7 @@ impl Sealer {
     ///
     /// # Errors
     /// When the slot is too short, or the content longer than [`CONTENT`].
-    pub(crate) fn seal(
+    pub fn seal(
         &mut self,
         slot: &mut [u8],
         length: usize,
@@ -162,25 +159,22 @@ impl Sealer {
 }
 
 /// Opens the peer's records.
-pub(crate) struct Opener(Keyed);
+pub struct RecordOpener(RecordKey);
 
-impl Opener {
+impl RecordOpener {
     /// From the next record's number and the key.
     ///
     /// # Errors
     /// A suite that TLS 1.3 does not have.
-    pub(crate) fn new(
-        sequence: u64,
-        secrets: &ConnectionTrafficSecrets,
-    ) -> Result<Self, RecordError> {
-        Keyed::new(sequence, secrets).map(Self)
+    pub fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, RecordError> {
+        RecordKey::new(sequence, secrets).map(Self)
     }
 
     /// Opens a whole record in place; its content is then at the returned place in `record`.
     ///
     /// # Errors
     /// When it is not exactly what the peer sealed.
-    pub(crate) fn open(&mut self, record: &mut [u8]) -> Result<(Kind, Range<usize>), RecordError> {
+    pub fn open(&mut self, record: &mut [u8]) -> Result<(Kind, Range<usize>), RecordError> {
         let Some((front, body)) = record.split_first_chunk_mut::<HEAD>() else {
             return Err(RecordError::Length(record.len()));
         };
@@ -213,7 +207,7 @@ impl Opener {
 ///
 /// # Errors
 /// When no protected record has such a head.
-pub(crate) fn length(input: &[u8]) -> Result<Option<usize>, RecordError> {
+pub fn length(input: &[u8]) -> Result<Option<usize>, RecordError> {
     let Some(&[kind, _, _, high, low]) = input.first_chunk::<HEAD>() else {
         return Ok(None);
     };
@@ -234,30 +228,36 @@ fn head(length: usize) -> [u8; HEAD] {
 }
 
 #[cfg(any(test, fuzzing))]
-pub(crate) mod fuzz;
+pub mod fuzz;
 #[cfg(test)]
 mod tests {
     use aws_lc_rs::aead::Algorithm;
 
     use super::*;
 
-    fn keyed(algorithm: &'static Algorithm) -> Keyed {
+    fn keyed(algorithm: &'static Algorithm) -> RecordKey {
         let key = vec![7; algorithm.key_len()];
-        Keyed {
+        RecordKey {
             key: LessSafeKey::new(UnboundKey::new(algorithm, &key).unwrap()),
             iv: [9; NONCE_LEN],
             sequence: 0,
         }
     }
 
-    fn pair() -> (Sealer, Opener) {
-        (Sealer(keyed(&AES_128_GCM)), Opener(keyed(&AES_128_GCM)))
+    fn pair() -> (RecordSealer, RecordOpener) {
+        (
+            RecordSealer(keyed(&AES_128_GCM)),
+            RecordOpener(keyed(&AES_128_GCM)),
+        )
     }
 
     #[test]
     fn what_was_sealed_opens_once_and_in_order() {
         for algorithm in [&AES_128_GCM, &AES_256_GCM, &CHACHA20_POLY1305] {
-            let (mut sealer, mut opener) = (Sealer(keyed(algorithm)), Opener(keyed(algorithm)));
+            let (mut sealer, mut opener) = (
+                RecordSealer(keyed(algorithm)),
+                RecordOpener(keyed(algorithm)),
+            );
             for (kind, length) in [
                 (Kind::Data, CONTENT),
                 (Kind::Data, 1),
@@ -323,7 +323,7 @@ mod tests {
             record.extend(tag.unwrap().as_ref());
             record
         };
-        let open = |mut record: Vec<u8>| Opener(keyed(&AES_128_GCM)).open(&mut record);
+        let open = |mut record: Vec<u8>| RecordOpener(keyed(&AES_128_GCM)).open(&mut record);
         assert_eq!(open(seal(&[1, 2, 23, 0, 0])), Ok((Kind::Data, 5..7)));
         assert_eq!(open(seal(&[0, 0, 0])), Err(RecordError::Inner));
         assert_eq!(open(seal(&[1, 20])), Err(RecordError::Inner));

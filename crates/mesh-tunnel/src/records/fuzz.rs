@@ -3,12 +3,12 @@
 //! with the right key where its first byte says so, and what comes out is read as frames.
 
 use super::*;
+use crate::frame::{Decoder, Event};
 use crate::fuzzing::{Seen, pieces};
-use crate::proxy::tunnel::frame::{Decoder, Event};
 
-fn keyed() -> Keyed {
+fn keyed() -> RecordKey {
     let key = UnboundKey::new(&AES_128_GCM, &[7; 16]).expect("a key of 16 bytes");
-    Keyed {
+    RecordKey {
         key: LessSafeKey::new(key),
         iv: [9; NONCE_LEN],
         sequence: 0,
@@ -16,7 +16,7 @@ fn keyed() -> Keyed {
 }
 
 /// Seals content that already has its inner type and padding.
-fn sealed(by: &mut Keyed, inner: &[u8]) -> Vec<u8> {
+fn sealed(by: &mut RecordKey, inner: &[u8]) -> Vec<u8> {
     let head = head(inner.len() + TAG);
     let mut record = head.to_vec();
     let mut body = inner.to_vec();
@@ -32,7 +32,7 @@ fn sealed(by: &mut Keyed, inner: &[u8]) -> Vec<u8> {
 
 /// Pieces, each with a first byte: 0 = as it is; 1 = content of a record, inner type and padding
 /// included; others = the content of a data record.
-pub(crate) fn records(data: &[u8]) -> Seen {
+pub fn records(data: &[u8]) -> Seen {
     let mut peer = keyed();
     let mut wire = Vec::new();
     for piece in pieces(data) {
@@ -47,7 +47,7 @@ pub(crate) fn records(data: &[u8]) -> Seen {
         }
     }
     let mut seen = Seen::new();
-    let mut opener = Opener(keyed());
+    let mut opener = RecordOpener(keyed());
     let mut decoder = Decoder::default();
     let mut rest = &mut wire[..];
     loop {

@@ -48,7 +48,7 @@ fn read(data: &[u8], cut: usize) -> Read {
 }
 
 /// The first byte says how the others are cut.
-pub(crate) fn frames(data: &[u8]) -> Seen {
+pub fn frames(data: &[u8]) -> Seen {
     let Some((cut, data)) = data.split_first() else {
         return Vec::new();
     };
@@ -94,7 +94,7 @@ fn way(control: &Control) -> &'static str {
         Control::Refused(_) => "refused",
         Control::Fin => "fin",
         Control::FinAck => "fin_ack",
-        Control::Reset(Why { reason: None, .. }) => "reset_application",
+        Control::Reset(CloseReason { reason: None, .. }) => "reset_application",
         Control::Reset(_) => "reset",
     }
 }
@@ -155,13 +155,13 @@ mod tests {
             &Control::Open(open(Some(at("10.96.0.1:80")))),
             &mut stream,
         );
-        let refused = Why {
+        let refused = CloseReason {
             cause: Cause::Refused,
-            ..Why::new(Reason::ConnectFailed)
+            ..CloseReason::new(Reason::ConnectFailed)
         };
         encode(2, &Control::Refused(refused), &mut stream);
         stream.extend(sound(0x80, b"later"));
-        encode(3, &Control::Reset(Why::APPLICATION), &mut stream);
+        encode(3, &Control::Reset(CloseReason::APPLICATION), &mut stream);
         let mut causes = Vec::new();
         for cause in 0..=5_u8 {
             // Reason 300 is of a later version.
@@ -169,7 +169,7 @@ mod tests {
         }
         encode(
             1,
-            &Control::Reset(Why::new(Reason::PolicyChanged)),
+            &Control::Reset(CloseReason::new(Reason::PolicyChanged)),
             &mut causes,
         );
         let with_service = [&[VERSION, HAS_SERVICE][..], &[0; 36]].concat();

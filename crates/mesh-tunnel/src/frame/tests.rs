@@ -16,14 +16,14 @@ fn open(service: Option<&str>) -> Control {
 }
 
 fn every_control() -> Vec<Control> {
-    let denied = Why {
+    let denied = CloseReason {
         reason: Some(Reason::Policy),
         cause: Cause::None,
         rule: RuleId(0x0102_0304_0506_0708),
     };
-    let refused = Why {
+    let refused = CloseReason {
         cause: Cause::Refused,
-        ..Why::new(Reason::ConnectFailed)
+        ..CloseReason::new(Reason::ConnectFailed)
     };
     vec![
         open(None),
@@ -33,8 +33,8 @@ fn every_control() -> Vec<Control> {
         Control::Refused(refused),
         Control::Fin,
         Control::FinAck,
-        Control::Reset(Why::APPLICATION),
-        Control::Reset(Why::new(Reason::PolicyChanged)),
+        Control::Reset(CloseReason::APPLICATION),
+        Control::Reset(CloseReason::new(Reason::PolicyChanged)),
     ]
 }
 
@@ -126,7 +126,11 @@ fn the_bytes_are_those_of_the_specification() {
 
     assert_eq!(data_header(9, MAX_DATA), [4, 4, 0, 0, 0, 0, 0, 9]);
     let mut bytes = Vec::new();
-    encode(1, &Control::Reset(Why::new(Reason::PodDeleted)), &mut bytes);
+    encode(
+        1,
+        &Control::Reset(CloseReason::new(Reason::PodDeleted)),
+        &mut bytes,
+    );
     assert_eq!(
         bytes,
         [7, 0, 0, 12, 0, 0, 0, 1, 0, 40, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
@@ -143,7 +147,7 @@ fn lies_about_length_are_refused_before_anything_is_kept() {
         (OPEN, OPEN_BYTES - 1),
         (OPEN, MAX_CONTROL + 1),
         (OPENED, MAX_CONTROL + 1),
-        (REFUSED, WHY_BYTES - 1),
+        (REFUSED, CLOSE_REASON_BYTES - 1),
         (RESET, 0),
         (RESET, 0xff_ffff),
         (FIN, 0xff_ffff),
@@ -203,13 +207,17 @@ fn fields_of_a_later_version_are_skipped() {
     ));
 
     let mut unknown = Vec::new();
-    encode(1, &Control::Reset(Why::new(Reason::Policy)), &mut unknown);
+    encode(
+        1,
+        &Control::Reset(CloseReason::new(Reason::Policy)),
+        &mut unknown,
+    );
     unknown[HEADER] = 0xff;
     let mut said = Said::default();
     read(&mut Decoder::default(), &unknown, &mut said).unwrap();
     assert_eq!(
         said.controls,
-        [(1, Control::Reset(Why::new(Reason::Protocol)))]
+        [(1, Control::Reset(CloseReason::new(Reason::Protocol)))]
     );
 }
 
