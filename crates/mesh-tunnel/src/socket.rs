@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A TCP socket as the relay polls it: large vectored reads and writes, no system call that is
-//! known to find nothing, and a reset where TCP would reset.
+//! A TCP socket for the relay: large vectored reads and writes, no system call that is known to find
+//! nothing, and a reset where TCP would reset.
 
 use std::cell::Cell;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -11,7 +11,7 @@ use std::task::{Context, Poll, ready};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
-/// A connected, or connecting, non-blocking TCP socket.
+/// A non-blocking TCP socket that is connected or connecting.
 #[derive(Debug)]
 pub struct Socket {
     stream: TcpStream,
@@ -24,7 +24,7 @@ impl Socket {
         TcpStream::from_std(stream).map(Self::from_tokio)
     }
 
-    /// A socket that this thread's runtime knows already.
+    /// Makes a socket of one that this thread's runtime knows already.
     pub fn from_tokio(stream: TcpStream) -> Self {
         Self {
             stream,
@@ -32,29 +32,29 @@ impl Socket {
         }
     }
 
-    /// Where it is bound: for a steered connection, where the other end wanted to go.
+    /// The local address: for a steered connection, the address that the peer connected to.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.stream.local_addr()
     }
 
-    /// Where the other end is.
+    /// The peer's address.
     pub fn peer_addr(&self) -> io::Result<SocketAddr> {
         self.stream.peer_addr()
     }
 
-    /// Waits until connect() has come to an end.
+    /// Waits for the result of connect().
     pub async fn connected(&self) -> io::Result<()> {
         self.stream.writable().await?;
         self.stream.take_error()?.map_or(Ok(()), Err)
     }
 
-    /// Waits until there is something to read, or the end. Asks the kernel: readiness alone can be
-    /// reported where there is nothing.
+    /// Waits until there is data to read, or its end. Asks the kernel, because readiness can be reported
+    /// although there is nothing to read.
     pub async fn readable(&self) -> io::Result<()> {
         self.stream.peek(&mut [0]).await.map(drop)
     }
 
-    /// Reads into `room` bytes of `buffers`. `Ok(0)` = the other end has finished.
+    /// Reads into `room` bytes of `buffers`. `Ok(0)` if the peer has finished.
     pub fn poll_read(
         &self,
         cx: &mut Context<'_>,
@@ -102,9 +102,9 @@ impl Socket {
         }
     }
 
-    /// Forgets a readiness that a short read or write has just used up, which saves the system
-    /// call that would only say so. Nothing is lost: epoll reports what comes later as a new edge,
-    /// and this thread is the one that asks epoll.
+    /// Clears a readiness that a short read or write has used up, which saves a system call that would
+    /// return EAGAIN. No event is lost: epoll reports what arrives later as a new edge, and this thread
+    /// is the one that polls epoll.
     fn exhausted(&self, interest: Interest) {
         let used_up: io::Result<()> = self
             .stream
@@ -117,8 +117,8 @@ impl Socket {
         socket2::SockRef::from(&self.stream).shutdown(std::net::Shutdown::Write)
     }
 
-    /// Waits for a reset, or any other error, that reading and writing would not meet because
-    /// neither is going on.
+    /// Waits for a reset or another error that neither reading nor writing meets, because neither is
+    /// going on.
     pub async fn failed(&self) -> io::Error {
         loop {
             if let Err(error) = self.stream.ready(Interest::ERROR).await {
@@ -134,12 +134,12 @@ impl Socket {
         }
     }
 
-    /// Lets the other end see a reset, not an end, when the socket is dropped.
+    /// Resets the connection when the socket is dropped.
     pub fn reset_on_drop(&self) {
         self.reset.set(true);
     }
 
-    /// Takes [`Socket::reset_on_drop`] back.
+    /// Closes the connection in order when the socket is dropped: undoes [`Socket::reset_on_drop`].
     pub fn close_on_drop(&self) {
         self.reset.set(false);
     }

@@ -19,7 +19,7 @@ use crate::socket::Socket;
 /// The longest flight that a peer may send before it has proven its identity.
 const MAX_FLIGHT: usize = 64 * 1024;
 
-/// CloseReason there is no secured connection.
+/// Why a TLS handshake failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HandshakeError {
     /// The connection failed or was closed.

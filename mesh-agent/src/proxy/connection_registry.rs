@@ -54,7 +54,7 @@ impl DecisionInput {
     }
 }
 
-/// CloseReason an open connection is ended.
+/// Why an open connection is terminated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Termination {
     /// Policy or modes changed, and this verdict refuses the connection now.

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Any bytes as frames: read the same way however they are cut, never more kept than one control
-//! frame, and what was understood is written as it was read.
+//! Takes any bytes as frames: the result does not depend on how they are cut, no more than one control
+//! frame is allocated, and decoded frames encode to what they were.
 
 use super::*;
 use crate::fuzzing::Seen;
 
-/// What was read, data joined, and how it ended.
+/// The decoded frames, with data joined, and the end of decoding.
 #[derive(Debug, Default, PartialEq)]
 struct Read {
     controls: Vec<(StreamId, Control)>,
@@ -47,7 +47,7 @@ fn read(data: &[u8], cut: usize) -> Read {
     read
 }
 
-/// The first byte says how the others are cut.
+/// Decodes `data`; its first byte says how the others are cut.
 pub fn frames(data: &[u8]) -> Seen {
     let Some((cut, data)) = data.split_first() else {
         return Vec::new();
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn the_corpus_goes_every_way() {
+    fn corpus_takes_every_branch() {
         replay("frames", frames, WAYS, seeds);
     }
 }

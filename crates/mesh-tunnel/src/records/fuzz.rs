@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Any bytes as records behind the handshake. Nobody guesses a tag: pieces of the input are sealed
-//! with the right key where its first byte says so, and what comes out is read as frames.
+//! Takes any bytes as records after the handshake. Because random bytes never authenticate, pieces of the
+//! input are sealed with the right key where their first byte says so; data is then decoded as frames.
 
 use super::*;
 use crate::frame::{Decoder, Event};
@@ -30,8 +30,8 @@ fn sealed(by: &mut RecordKey, inner: &[u8]) -> Vec<u8> {
     record
 }
 
-/// Pieces, each with a first byte: 0 = as it is; 1 = content of a record, inner type and padding
-/// included; others = the content of a data record.
+/// Opens the records in `data`: pieces whose first byte says what follows. 0: raw bytes; 1: the content of
+/// a record with inner type and padding; others: the content of a data record.
 pub fn records(data: &[u8]) -> Seen {
     let mut peer = keyed();
     let mut wire = Vec::new();
@@ -84,7 +84,7 @@ pub fn records(data: &[u8]) -> Seen {
     }
 }
 
-/// Whether the content goes on as frames.
+/// Decodes content as frames; returns whether it is valid.
 fn read(decoder: &mut Decoder, mut content: &[u8], seen: &mut Seen) -> bool {
     while !content.is_empty() {
         let Ok(step) = decoder.step(content) else {
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn the_corpus_goes_every_way() {
+    fn corpus_takes_every_branch() {
         replay("records", records, WAYS, seeds);
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The receiving half of a tunnel: many records per read, opened in place, and written to the
-//! application from where they lie.
+//! The receiving half of a tunnel: reads many records at once, decrypts them in place, and writes them to
+//! the application without a copy.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -14,10 +14,10 @@ use crate::records::{self, Kind, LONGEST, RecordOpener};
 use crate::socket::Socket;
 use crate::tls::PostHandshake;
 
-/// Pieces of application data that are written by one system call.
+/// The most pieces of application data that one system call writes.
 const PIECES: usize = 64;
 
-/// Records without data that a peer may send in a row: tickets, key updates, empty ones.
+/// The most records without data that a peer may send in a row: tickets, key updates, empty ones.
 const IDLE_RECORDS: u32 = 32;
 
 /// The longest message after the handshake: a ticket holds the peer's certificates.
@@ -26,7 +26,7 @@ const LONGEST_MESSAGE: usize = 64 * 1024;
 const NEW_SESSION_TICKET: u8 = 4;
 const KEY_UPDATE: u8 = 24;
 
-/// The next thing that has arrived.
+/// The next item among what has arrived.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Item {
     /// A control frame. Data before it is among the pieces.
@@ -240,7 +240,7 @@ impl Inbox {
         Poll::Ready(Ok(()))
     }
 
-    /// The buffer with what is left of the last record at its beginning.
+    /// Returns a buffer with the rest of the last record at its beginning.
     fn make_room(&mut self, buffers: &BufferAccount) -> Buffer {
         let wanted = self.next_size.size();
         let left = self.sealed.len();
@@ -310,7 +310,7 @@ impl Inbox {
     }
 }
 
-/// What [`Inbox::next`] found, and whether the peer asked for our next key on the way.
+/// The result of [`Inbox::next`], and whether the peer asked for our next key on the way.
 #[derive(Debug)]
 pub(crate) struct Next {
     pub(crate) item: Item,

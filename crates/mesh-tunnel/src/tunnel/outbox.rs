@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The sending half of a tunnel: reads the application straight into the places where records are
+//! The sending half of a tunnel: reads from the application directly into the slots where records are
 //! sealed, and keeps at most one batch that the socket has not taken yet.
 
 use std::io::{self, IoSlice, IoSliceMut};
@@ -139,7 +139,7 @@ impl Outbox {
     }
 
     /// Reads once from the application and seals what was read as one DATA frame, with the control
-    /// frames that wait before it. Returns the bytes read; 0 = the application has finished.
+    /// frames that wait before it. Returns the number of bytes; 0 if the application has finished.
     pub(crate) fn poll_take(
         &mut self,
         cx: &mut Context<'_>,
@@ -258,7 +258,7 @@ impl Outbox {
 }
 
 /// Reads once, at most `most` bytes, into the slots of `buffer`, from `prefix` on, leaving room for
-/// the rest of each record. Also returns how much there was room for.
+/// the rest of each record. Also returns the number of bytes that there was room for.
 fn fill(
     cx: &mut Context<'_>,
     app: &Socket,

@@ -82,7 +82,7 @@ fn local<T>(test: impl Future<Output = T>) -> T {
 }
 
 #[test]
-fn an_open_that_lies_is_refused_and_the_next_one_is_not() {
+fn invalid_open_is_refused_and_the_tunnel_goes_on() {
     local(async {
         let (rig, route) = Rig::new().await;
         let good = open(&route);
@@ -135,7 +135,7 @@ fn an_open_that_lies_is_refused_and_the_next_one_is_not() {
 }
 
 #[test]
-fn a_mapped_address_is_the_address() {
+fn mapped_ipv4_address_equals_the_address() {
     local(async {
         let (rig, route) = Rig::new().await;
         let mapped = |e: Endpoint| -> Endpoint {
@@ -169,7 +169,7 @@ async fn is_ended(tunnel: &mut Tunnel) -> bool {
 }
 
 #[test]
-fn frames_out_of_place_end_the_tunnel() {
+fn frames_out_of_order_end_the_tunnel() {
     local(async {
         let (rig, route) = Rig::new().await;
         let good = open(&route);
@@ -220,7 +220,7 @@ fn frames_out_of_place_end_the_tunnel() {
 }
 
 #[test]
-fn who_says_nothing_or_nonsense_is_sent_away() {
+fn silent_or_invalid_handshakes_are_closed() {
     local(async {
         let (rig, _route) = Rig::with(Timing {
             handshake: Duration::from_millis(200),
@@ -278,7 +278,7 @@ fn bounds(source: usize, unproven: usize) -> Timing {
 }
 
 #[test]
-fn a_source_that_says_nothing_is_bounded_and_forgotten() {
+fn silent_connections_are_bounded_per_source() {
     local(async {
         let (rig, route) = Rig::with(bounds(64, 5)).await;
         let mut silent: Vec<_> = (0..5).map(|_| raw_connection(&rig)).collect();
@@ -300,7 +300,7 @@ fn a_source_that_says_nothing_is_bounded_and_forgotten() {
 }
 
 #[test]
-fn handshakes_that_are_begun_and_left_keep_others_waiting_only_until_their_time_ends() {
+fn abandoned_handshakes_hold_places_until_their_timeout() {
     local(async {
         let (rig, route) = Rig::with(bounds(3, 1000)).await;
         let hello = client_hello();
