@@ -15,20 +15,20 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use mesh_plan::{Cluster, Plan, Rejection};
+use mesh_plan::{Cluster, Index, Plan, Rejection};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, watch};
 
-use crate::cni::Neighbour;
-use crate::config::AdminAddr;
 use crate::control::Status;
-use crate::datapath::Handles;
 use crate::flows::FlowSink;
-use crate::logging::{Level, warn_limited};
 use crate::metrics::Metrics;
-use crate::pods::PodTable;
 use crate::source::Report;
+use mesh_config::AdminAddr;
+use mesh_datapath::cni::Neighbour;
+use mesh_datapath::datapath::Handles;
+use mesh_datapath::pods::PodTable;
+use mesh_log::{Level, warn_limited};
 
 mod bind;
 mod pages;
@@ -91,7 +91,7 @@ pub struct Views {
     /// The cluster as it was read last.
     pub facts: watch::Receiver<Arc<Cluster>>,
     /// The plan in force.
-    pub plan: watch::Receiver<Arc<Plan>>,
+    pub plan: watch::Receiver<Arc<Index>>,
     /// How a plan is shown.
     pub plan_text: fn(&Plan) -> String,
     /// What is rejected now.

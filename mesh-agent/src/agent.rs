@@ -20,21 +20,22 @@ use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
 use crate::admin::{self, Admin, Readiness};
-use crate::cni;
-use crate::config::{self, Config, Deny, TunnelPort};
-use crate::control;
-use crate::datapath::{self, Datapath, Handles};
 use crate::flows::{self, Flows};
-use crate::identity::{self, Ca, Clock, GrpcCa, Identities, TrustDomain};
-use crate::logging::Level;
 use crate::metrics::Metrics;
-use crate::pods::find::{ByAnnotation, ByCgroup, ByCri, Finder};
 use crate::proxy::{self, ProxyHandle};
 use crate::record::{self, Recorder};
-use crate::shutdown::{self, Requests, Successor};
+use crate::shutdown::{self, Successor};
 use crate::source;
-use crate::sys::route::Routing;
-use crate::sys::{limits, memory};
+use crate::{control, host};
+use mesh_config::{Config, Deny, TunnelPort};
+use mesh_datapath::cni;
+use mesh_datapath::datapath::{self, Datapath, Handles};
+use mesh_datapath::pods::find::{ByAnnotation, ByCgroup, ByCri, Finder};
+use mesh_identity::{Ca, Clock, GrpcCa, Identities, TrustDomain};
+use mesh_log::Level;
+use mesh_sys::route::Routing;
+use mesh_sys::signals::Termination;
+use mesh_sys::{limits, memory};
 
 /// Threads of the control runtime: one for what answers, one for what computes.
 const CONTROL_THREADS: usize = 2;
@@ -54,7 +55,7 @@ pub enum Error {
     Datapath(#[from] datapath::Error),
     /// Certificates.
     #[error(transparent)]
-    Identity(#[from] identity::Error),
+    Identity(#[from] mesh_identity::Error),
     /// The trust domain.
     #[error("{0:?} is no trust domain")]
     TrustDomain(String),
@@ -108,7 +109,7 @@ fn tried(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 /// What could not be built, or which room failed.
 pub fn run(config: Config, level: Option<Level>) -> Result<(), Error> {
     limits::raise_open_files().map_err(tried("raise the limit of open files"))?;
-    memory::keep_little();
+    memory::configure_allocator();
     limits::forbid_dumps().map_err(tried("keep keys out of core dumps"))?;
     let runtime = Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)
@@ -122,43 +123,31 @@ pub fn run(config: Config, level: Option<Level>) -> Result<(), Error> {
 }
 
 async fn serve(config: Config, level: Option<Level>) -> Result<(), Error> {
-    let mut requests = Requests::listen().map_err(tried("listen for signals"))?;
+    let mut requests = Termination::listen().map_err(tried("listen for signals"))?;
     let mut rooms = Rooms::build(&config).await?;
     rooms.report(&config).await?;
     rooms.answer(&config, level).await?;
-    // Reading a whole cluster leaves much behind.
-    memory::give_back();
-    let giving = tokio::spawn(give_back_what_changes_leave(rooms.facts.clone()));
-    let starting = tokio::spawn(let_go_of_the_start());
+    // Reading a whole cluster leaves holes in the heap.
+    memory::trim_heap();
+    let trimming = tokio::spawn(trim_heap_after_changes(rooms.facts.clone()));
     let successor = Successor::of(&config.admin);
     let result = rooms.until_the_end(&mut requests, &successor).await;
     let drain = match result {
         Ok(()) => config.drain,
         Err(_) => Duration::ZERO,
     };
-    giving.abort();
-    starting.abort();
+    trimming.abort();
     rooms.finish(&mut requests, &successor, drain).await;
     result
 }
 
-/// By then all that runs once has run: the first certificates are there, the machine is probed.
-const STARTED: Duration = Duration::from_secs(20);
+/// The interval at which the heap is trimmed while the cluster changes.
+const TRIM_HEAP: Duration = Duration::from_secs(5);
 
-async fn let_go_of_the_start() {
-    sleep(STARTED).await;
-    if let Err(error) = memory::let_go_of_code() {
-        tracing::debug!(%error, "the pages of what has run once stay");
-    }
-}
-
-/// While the cluster changes, what it was before leaves holes: so often they are given back.
-const GIVE_BACK: Duration = Duration::from_secs(5);
-
-async fn give_back_what_changes_leave(mut facts: watch::Receiver<Arc<Cluster>>) {
+async fn trim_heap_after_changes(mut facts: watch::Receiver<Arc<Cluster>>) {
     while facts.changed().await.is_ok() {
-        sleep(GIVE_BACK).await;
-        memory::give_back();
+        sleep(TRIM_HEAP).await;
+        memory::trim_heap();
     }
 }
 
@@ -246,6 +235,7 @@ impl Rooms {
             trust_domain,
             silent: config.deny == Deny::Drop,
             ended,
+            own_addresses: control::own_addresses::read,
         };
         let known = facts.cluster.clone();
         let report = facts.report.clone();
@@ -279,18 +269,20 @@ impl Rooms {
 
     /// Writes what this node reports to where others read it.
     async fn report(&mut self, config: &Config) -> Result<(), Error> {
-        if config.source != config::Source::Kubernetes {
+        if config.source != mesh_config::Source::Kubernetes {
             return Ok(());
         }
         let writer = source::status::Writer {
-            client: source::kubernetes::client::connect(config.kubeconfig.as_deref()).await?,
+            client: mesh_kube::connect(config.kubeconfig.as_deref())
+                .await
+                .map_err(source::Error::from)?,
             node: config.node.clone(),
             now,
         };
         let sources = report::Sources {
             status: self.views.status.clone(),
             source: self.source.clone(),
-            host: config.host.clone(),
+            host: host(&config.host),
             quiet: self.quiet.subscribe(),
             now,
         };
@@ -334,7 +326,7 @@ impl Rooms {
     /// Waits for a signal, or for a room that ends although nobody wanted it to.
     async fn until_the_end(
         &mut self,
-        requests: &mut Requests,
+        requests: &mut Termination,
         successor: &Successor,
     ) -> Result<(), Error> {
         let replaced = async {
@@ -357,7 +349,7 @@ impl Rooms {
     }
 
     /// Ends in order: not ready, open connections, records.
-    async fn finish(self, requests: &mut Requests, successor: &Successor, drain: Duration) {
+    async fn finish(self, requests: &mut Termination, successor: &Successor, drain: Duration) {
         self.readiness.set("not shutting down", false);
         self.quiet.send_replace(true);
         tokio::select! {
@@ -417,8 +409,8 @@ fn watch_neighbour(
 
 fn finder(config: &Config) -> io::Result<Finder> {
     Ok(match config.source {
-        config::Source::Dir(_) => Finder::Annotation(ByAnnotation),
-        config::Source::Kubernetes => {
+        mesh_config::Source::Dir(_) => Finder::Annotation(ByAnnotation),
+        mesh_config::Source::Kubernetes => {
             let socket = config.cri_socket.as_ref();
             let runtime = socket.map(|socket| ByCri::new(&config.proc, socket));
             Finder::Kubelet(ByCgroup::new(&config.proc), runtime.transpose()?)
@@ -478,23 +470,27 @@ fn trust_domain(name: &str) -> Result<TrustDomain, Error> {
     TrustDomain::new(name).map_err(|_invalid| Error::TrustDomain(name.to_owned()))
 }
 
-fn identity_config(config: &Config, trust_domain: &TrustDomain) -> Result<identity::Config, Error> {
+fn identity_config(
+    config: &Config,
+    trust_domain: &TrustDomain,
+) -> Result<mesh_identity::Config, Error> {
     let aliases = config.trust_domain_aliases.iter();
     let aliases = aliases
         .map(|name| self::trust_domain(name))
         .collect::<Result<_, _>>()?;
     let ca = match &config.ca {
-        config::Ca::SelfSigned(path) => Ca::SelfSigned(path.clone()),
-        config::Ca::Files(path) => Ca::Files(path.clone()),
-        config::Ca::Grpc(ca) => Ca::Grpc(GrpcCa {
+        mesh_config::Ca::SelfSigned(path) => Ca::SelfSigned(path.clone()),
+        mesh_config::Ca::Files(path) => Ca::Files(path.clone()),
+        mesh_config::Ca::Grpc(ca) => Ca::Grpc(GrpcCa {
             url: ca.url.clone(),
             token: Some(ca.token.clone()),
             bundle: ca.bundle.clone(),
             cluster: ca.cluster.clone(),
         }),
     };
-    Ok(identity::Config {
+    Ok(mesh_identity::Config {
         ca,
+        alpn: mesh_tunnel::ALPN,
         trust_domain: trust_domain.clone(),
         aliases,
         crls: config.crls.clone(),

@@ -11,6 +11,7 @@ pub mod connections;
 #[cfg(test)]
 mod fake;
 pub mod kernel;
+pub mod own_addresses;
 mod reconcile;
 mod sockets;
 mod status;
@@ -26,18 +27,19 @@ use std::time::{Duration, Instant};
 
 use mesh_common::pod::PodIndex;
 use mesh_plan::cluster::{Cluster, Rejection};
-use mesh_plan::{Compiler, Plan};
+use mesh_plan::{Compiler, Index, Plan};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::identity::{SpiffeId, TrustDomain};
-use crate::logging::Chain;
-use crate::pods::find::Find;
-use crate::pods::{PodTable, made};
 use crate::record::Ended;
 use adopted::{Adopted, Leaving, Retry};
+use mesh_datapath::pods::find::Find;
+use mesh_datapath::pods::{PodTable, made};
+use mesh_identity::{SpiffeId, TrustDomain};
+use mesh_log::Chain;
 
 pub use kernel::Kernel;
+use own_addresses::OwnAddresses;
 pub use status::{PodStatus, Status};
 use undecided::Undecided;
 
@@ -61,7 +63,7 @@ pub enum Error {
     SourceEnded,
     /// The kernel refused.
     #[error(transparent)]
-    Datapath(#[from] crate::datapath::Error),
+    Datapath(#[from] mesh_datapath::datapath::Error),
     /// The agent's own interfaces cannot be read.
     #[error("cannot read this node's interfaces")]
     Links(#[source] io::Error),
@@ -78,12 +80,14 @@ pub struct Settings {
     pub silent: bool,
     /// Where is noted what is ended at the socket, for its record.
     pub ended: Ended,
+    /// Reads the addresses of this node's interfaces.
+    pub own_addresses: own_addresses::Read,
 }
 
 /// Where `control` publishes.
 #[derive(Debug)]
 pub struct Outputs {
-    plan: watch::Sender<Arc<Plan>>,
+    plan: watch::Sender<Arc<Index>>,
     pods: watch::Sender<Arc<PodTable>>,
     wanted: watch::Sender<BTreeSet<SpiffeId>>,
     status: watch::Sender<Arc<Status>>,
@@ -93,7 +97,7 @@ pub struct Outputs {
 #[derive(Clone, Debug)]
 pub struct Views {
     /// The plan in force, with pods as they are, not as they are wished.
-    pub plan: watch::Receiver<Arc<Plan>>,
+    pub plan: watch::Receiver<Arc<Index>>,
     /// The adopted pods.
     pub pods: watch::Receiver<Arc<PodTable>>,
     /// The identities of this node's enrolled pods.
@@ -105,7 +109,7 @@ pub struct Views {
 /// Both ends of what `control` publishes; empty at first.
 #[must_use]
 pub fn outputs() -> (Outputs, Views) {
-    let (plan, plan_view) = watch::channel(Arc::new(Plan::default()));
+    let (plan, plan_view) = watch::channel(Arc::new(Index::default()));
     let (pods, pods_view) = watch::channel(Arc::new(PodTable::new()));
     let (wanted, wanted_view) = watch::channel(BTreeSet::new());
     let (status, status_view) = watch::channel(Arc::new(Status::default()));
@@ -140,6 +144,7 @@ pub async fn run(
 ) -> Result<(), Error> {
     let (changed, mut changes) = mpsc::channel(CHANGES);
     let mut control = Control::new(settings, kernel, finder, outputs, changed);
+    control.own_addresses.refresh();
     control.learn(&facts.borrow_and_update());
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -175,6 +180,7 @@ struct Control<K, F> {
     /// Where pods' watches report.
     changed: mpsc::Sender<String>,
     compiler: Compiler,
+    own_addresses: OwnAddresses,
     /// What the facts say, compiled.
     desired: Plan,
     rejections: Vec<Rejection>,
@@ -185,7 +191,7 @@ struct Control<K, F> {
     /// What was `facts` at the last pass that succeeded.
     in_force: Arc<Cluster>,
     /// What the kernel holds; `None` = not known, to be read.
-    base: Option<Arc<Plan>>,
+    base: Option<Arc<Index>>,
     pods: BTreeMap<String, Adopted>,
     /// Pods that cannot be adopted yet, by UID.
     waiting: BTreeMap<String, Retry>,
@@ -217,6 +223,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
     ) -> Self {
         Self {
             compiler: Compiler::new(&*settings.node),
+            own_addresses: OwnAddresses::new(settings.own_addresses),
             settings,
             kernel,
             finder,
@@ -246,7 +253,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
 
     /// Takes new facts.
     fn learn(&mut self, cluster: &Arc<Cluster>) {
-        let (mut desired, rejections) = self.compiler.compile(cluster);
+        let (mut desired, rejections) = self.compiler.compile(cluster, self.own_addresses.get());
         desired.unite(&self.desired);
         for rejection in rejections.iter().filter(|it| !self.rejections.contains(it)) {
             tracing::error!(object = %rejection.object, field = rejection.field,
@@ -325,6 +332,10 @@ impl<K: Kernel, F: Find> Control<K, F> {
                 self.repair(&uid);
             }
             self.claim_listeners();
+            if self.own_addresses.refresh() {
+                let facts = Arc::clone(&self.facts);
+                self.learn(&facts);
+            }
         }
         if now.duration_since(self.swept) >= SWEEP {
             self.swept = now;

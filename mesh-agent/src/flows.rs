@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use mesh_common::event::Event;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::config::FlowLog;
 use crate::metrics::Metrics;
 use crate::record::{Endings, FlowRecord, KernelRecords, Recorder};
+use mesh_config::FlowLog;
 
 mod writer;
 
@@ -140,7 +140,7 @@ pub trait EventSource: Send + 'static {
 /// writes as fast as this reads.
 const BATCH: usize = 20_000;
 
-impl EventSource for crate::datapath::Events {
+impl EventSource for mesh_datapath::datapath::Events {
     fn take_turn(&mut self) -> io::Result<bool> {
         Self::take_turn(self)
     }
@@ -196,7 +196,7 @@ fn turned<T>(result: io::Result<T>) -> Option<T> {
     match result {
         Ok(turn) => Some(turn),
         Err(error) => {
-            crate::logging::warn_limited!(
+            mesh_log::warn_limited!(
                 "events",
                 &error as &dyn std::error::Error,
                 "cannot tell whose turn it is to read the kernel's events"

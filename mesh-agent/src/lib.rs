@@ -5,22 +5,17 @@
 //! records out. A room imports only what it is passed and what the table of ARCHITECTURE.md allows;
 //! `agent` alone knows them all.
 
-// A line between them keeps rustfmt from sorting them.
-pub mod config;
+#![forbid(unsafe_code)]
 
+use mesh_config::HostConfig;
+use mesh_datapath::Host;
+
+// A line between them keeps rustfmt from sorting them.
 pub mod agent;
 
 pub mod source;
 
 pub mod control;
-
-pub mod pods;
-
-pub mod cni;
-
-pub mod datapath;
-
-pub mod identity;
 
 pub mod proxy;
 
@@ -32,22 +27,16 @@ pub mod metrics;
 
 pub mod admin;
 
-pub mod check;
-
 pub mod cleanup;
-
-pub mod controller;
-
-pub mod uninstall;
-
-pub mod logging;
 
 pub mod shutdown;
 
-pub mod sys;
-
-#[cfg(any(test, fuzzing))]
-pub mod fuzzing;
-
-#[cfg(test)]
-mod testing;
+/// The paths of the machine that the datapath uses, as configured.
+#[must_use]
+pub fn host(config: &HostConfig) -> Host {
+    Host {
+        cgroup: config.cgroup.clone(),
+        bpffs: config.bpffs.clone(),
+        cni_conf: config.cni_conf.clone(),
+    }
+}

@@ -1,66 +1,43 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `mesh-agent`: does what it was asked to do, and says by its exit code how it went (sysexits.h):
-//! 0 done, 1 failed, 2 usage, 69 a feature is missing, 70 internal, 78 configuration.
+//! `mesh-agent`: runs the agent of a node, checks the kernel, or cleans up. Exit codes follow sysexits.h:
+//! 0 done, 1 failed, 2 usage, 69 a kernel feature is missing, 70 internal, 78 configuration.
+
+#![forbid(unsafe_code)]
 
 use std::error::Error;
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use mesh_agent::config::{self, Command};
-use mesh_agent::logging::Chain;
-use mesh_agent::sys::sysctls;
-use mesh_agent::{agent, check, cleanup, controller, logging, uninstall};
+use mesh_agent::{agent, cleanup, host};
+use mesh_config::AgentCommand;
+use mesh_datapath::check;
+use mesh_log::Chain;
+use mesh_sys::sysctls;
 
 fn main() -> ExitCode {
-    match config::parse(std::env::args_os(), &config::Process) {
+    match mesh_config::parse_agent(std::env::args_os(), &mesh_config::Process) {
         Ok(command) => run(command).into(),
-        Err(config::Error::Usage(usage)) => usage.exit(),
+        Err(mesh_config::Error::Usage(usage)) => usage.exit(),
         Err(error) => fail(&error, error.exit_code()).into(),
     }
 }
 
-fn run(command: Command) -> u8 {
-    if matches!(
-        command,
-        Command::Run(_) | Command::Check(_) | Command::Cleanup(_)
-    ) {
-        // What cannot be set then is reported where it is needed.
-        drop(sysctls::make_writable());
-    }
+fn run(command: AgentCommand) -> u8 {
+    // A sysctl that cannot be set is reported where it is needed.
+    drop(sysctls::make_writable());
     match command {
-        Command::Run(config) => match logging::init(&config.log) {
+        AgentCommand::Run(config) => match mesh_log::init(&config.log) {
             Ok(level) => agent::run(*config, Some(level))
                 .map_or_else(|error| fail(&error, error.exit_code()), |()| 0),
             Err(error) => fail(&error, 78),
         },
-        Command::Check(host) => {
-            let report = check::run(&host);
-            // What was asked for, not a message: a closed pipe is no reason to fail.
+        AgentCommand::Check(config) => {
+            let report = check::run(&host(&config));
+            // The report is the output, not a message: a closed pipe is no reason to fail.
             drop(write!(std::io::stdout(), "{report}"));
             report.exit_code()
         }
-        Command::Controller(config) => match logging::init(&config.log) {
-            Ok(_level) => controller::run(*config)
-                .map_or_else(|error| fail(&error, error.exit_code()), |()| 0),
-            Err(error) => fail(&error, 78),
-        },
-        Command::RotateRoot(config) => controller::rotate_root(&config).map_or_else(
-            |error| fail(&error, error.exit_code()),
-            |done| {
-                say(&done);
-                0
-            },
-        ),
-        Command::Uninstall(config) => {
-            match uninstall::run(&config.namespace, config.kubeconfig.as_deref()) {
-                Ok(nodes) => {
-                    say(&format_args!("the mesh was taken off {nodes} nodes"));
-                    0
-                }
-                Err(error) => fail(&error, 1),
-            }
-        }
-        Command::Cleanup(host) => match cleanup::run(&host) {
+        AgentCommand::Cleanup(config) => match cleanup::run(&config) {
             Ok(removed) => {
                 say(&removed);
                 0
@@ -75,7 +52,7 @@ fn fail(error: &(dyn Error + 'static), code: u8) -> u8 {
     code
 }
 
-/// To people; a closed standard error is no reason to fail.
+/// Writes a line for people. A closed standard error is no reason to fail.
 fn say(text: &dyn std::fmt::Display) {
     drop(writeln!(std::io::stderr(), "{text}"));
 }

@@ -20,8 +20,8 @@ use mesh_common::{Direction, Reason, Verdict};
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
-use crate::identity::Refusal;
 use crate::record::{Close, Reporter};
+use mesh_identity::Refusal;
 
 mod audit;
 mod describe;
@@ -42,7 +42,7 @@ pub trait Kernel: Send + Sync + 'static {
     fn map_usage(&self) -> Vec<(&'static str, u64, u64)>;
 }
 
-impl Kernel for crate::datapath::Handles {
+impl Kernel for mesh_datapath::datapath::Handles {
     fn counter(&self, counter: Counter) -> u64 {
         Self::counter(self, counter)
     }
@@ -223,7 +223,11 @@ impl Metrics {
 
     /// Counts a decision that the agent made. The kernel's are counted by the kernel.
     pub fn verdict(&self, direction: Direction, verdict: &Verdict) {
-        let counter = Counter::Verdict(direction, verdict.allowed, verdict.reason);
+        let counter = Counter::Verdict {
+            direction,
+            allowed: verdict.allowed,
+            reason: verdict.reason,
+        };
         if let Some(count) = self.0.verdicts.get(counter.index() as usize) {
             count.fetch_add(1, Relaxed);
         }

@@ -20,7 +20,10 @@ use std::time::{Duration, Instant};
 
 use mesh_common::Port;
 use mesh_common::settings::TUNNEL_PORT;
-use mesh_plan::Plan;
+use mesh_datapath::datapath::Handles;
+use mesh_datapath::pods::PodTable;
+use mesh_identity::Identities;
+use mesh_plan::Index;
 use tokio::sync::{mpsc, watch};
 use tokio::task::LocalSet;
 
@@ -28,9 +31,6 @@ use self::fair_scheduler::FairScheduler;
 use self::handshake_scheduler::HandshakeScheduler;
 use self::pod_sockets::{NamespaceSockets, PodSockets};
 use self::worker::{PassedJob, Worker, WorkerPool};
-use crate::datapath::Handles;
-use crate::identity::Identities;
-use crate::pods::PodTable;
 use crate::record::Recorder;
 
 pub mod admission;
@@ -94,7 +94,7 @@ pub struct Timing {
     pub connect_first: Duration,
     /// How long a peer that refuses TCP connections is asked again.
     pub retry: Duration,
-    /// The first pause between two attempts; it doubles.
+    /// The first pause between two attempts, before jitter; it doubles.
     pub first_retry: Duration,
     /// How long a captured connection waits for its pod's certificate.
     pub certificate: Duration,
@@ -136,7 +136,7 @@ pub struct Dependencies {
     /// The pods of this node.
     pub pods: watch::Receiver<Arc<PodTable>>,
     /// The plan in force.
-    pub plan: watch::Receiver<Arc<Plan>>,
+    pub plan: watch::Receiver<Arc<Index>>,
     /// Certificates.
     pub identities: Identities,
     /// Records and metrics.

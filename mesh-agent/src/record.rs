@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use mesh_common::event::closed_by;
 use mesh_common::{Endpoint, Evidence, Protocol, Reason, Verdict};
-use mesh_plan::Plan;
+use mesh_plan::{Index, Plan};
 use serde::Serialize;
 use time::OffsetDateTime;
 use tokio::sync::watch;
@@ -344,7 +344,7 @@ pub struct Recorder(Arc<Shared>);
 
 struct Shared {
     node: Arc<str>,
-    plan: watch::Receiver<Arc<Plan>>,
+    plan: watch::Receiver<Arc<Index>>,
     metrics: Metrics,
     flows: FlowSink,
     clock: fn() -> SystemTime,
@@ -361,7 +361,7 @@ impl Recorder {
     #[must_use]
     pub fn new(
         node: &str,
-        plan: watch::Receiver<Arc<Plan>>,
+        plan: watch::Receiver<Arc<Index>>,
         metrics: Metrics,
         flows: FlowSink,
         clock: fn() -> SystemTime,
@@ -381,7 +381,7 @@ impl Recorder {
         &self.0.metrics
     }
 
-    fn plan(&self) -> Arc<Plan> {
+    fn plan(&self) -> Arc<Index> {
         Arc::clone(&self.0.plan.borrow())
     }
 

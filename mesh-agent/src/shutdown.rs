@@ -4,49 +4,19 @@
 //! Kernel programs, maps and pins stay as they are: they go on enforcing, and refuse what needs an
 //! agent.
 
-use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::config::AdminAddr;
 use crate::proxy::ProxyHandle;
+use mesh_config::AdminAddr;
 
 /// Listeners accept until so long before the end of the drain.
 const LAST_ACCEPT: Duration = Duration::from_millis(500);
 /// How often it is looked whether a successor is there, or nothing is open.
 const LOOK: Duration = Duration::from_millis(50);
-
-/// The signals that end the agent; to be made before anything is started.
-#[derive(Debug)]
-pub struct Requests {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Requests {
-    /// Listens for SIGTERM and SIGINT from now on.
-    ///
-    /// # Errors
-    /// When the runtime cannot.
-    pub fn listen() -> io::Result<Self> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-        })
-    }
-
-    /// Waits for the next one and names it. Cancel safe.
-    pub async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
-    }
-}
 
 /// Tells when a successor has put its admin socket over ours: it has taken over listeners and
 /// links by then.

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Where the facts about the cluster come from.
+//! Reads the cluster snapshot from manifests or from the Kubernetes API.
 //!
-//! [`watch`] gives the latest [`Cluster`] and the latest [`Report`] of what could not be used, and
-//! says when the facts are complete: nothing is ever decided on half of them. This room knows
-//! nothing of nodes, pods on this machine, plans or maps.
+//! [`watch`] publishes the latest [`Cluster`] snapshot, the latest [`Report`] of objects that could not
+//! be used, and whether the snapshot is complete: nothing may be decided on an incomplete one. This
+//! module knows nothing of local pods, plans or maps.
 
 mod dir;
 mod files;
 pub(crate) mod kubernetes;
-pub(crate) mod state;
+pub mod state;
 pub(crate) mod status;
 
 use std::collections::BTreeMap;
@@ -21,51 +21,50 @@ use mesh_api::Warning;
 use mesh_plan::cluster::{Cluster, ObjectRef, Rejection, Version};
 use tokio::sync::watch;
 
-use crate::config::Source;
+use mesh_config::Source;
 
-/// What the room needs to know.
+/// The settings of a source.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Where the state comes from.
+    /// The kind of source.
     pub source: Source,
-    /// Where last good versions are kept over a restart.
+    /// The directory that keeps the last good versions across restarts.
     pub state_dir: PathBuf,
-    /// Pod CIDRs beside those of Node objects.
+    /// The pod CIDRs in addition to those of Node objects.
     pub pod_cidrs: Vec<IpNet>,
-    /// How the Kubernetes API is reached; `None` = as a pod of the cluster.
+    /// The kubeconfig for the Kubernetes API; `None` uses the service account of the agent's pod.
     pub kubeconfig: Option<PathBuf>,
 }
 
-/// The latest facts. When both receivers are dropped, the room ends.
+/// A subscription to the latest snapshot. The source stops when both receivers are dropped.
 #[derive(Clone, Debug)]
 pub struct Watched {
-    /// The facts; a new value only when they differ.
+    /// The snapshot. It is replaced only by a different one.
     pub cluster: watch::Receiver<Arc<Cluster>>,
-    /// What could not be used, and what is probably not meant.
+    /// The report of rejections and warnings.
     pub report: watch::Receiver<Arc<Report>>,
-    /// Turns true with the first facts; before that they are empty, and nothing may be decided on
-    /// them.
+    /// Whether the snapshot is complete. Until then it is empty, and nothing may be decided on it.
     pub complete: watch::Receiver<bool>,
 }
 
-/// What the facts do not say.
+/// Messages about objects and about the source itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// Objects that could not be used, and what holds instead, in order.
+    /// The rejected objects and their consequences, sorted.
     pub rejections: Vec<Rejection>,
-    /// Objects that work and are probably not meant so, in order.
+    /// The warnings about valid objects, sorted.
     pub warnings: Vec<Warning>,
-    /// Why the source cannot be read at the moment; what was read last stays in force.
+    /// The reason why the source cannot be read now. The last snapshot stays in force.
     pub stale: Option<String>,
-    /// Why last good versions cannot be kept over a restart.
+    /// The reason why the last good versions cannot be saved.
     pub not_kept: Option<String>,
-    /// Kinds that are not installed in the cluster.
+    /// The kinds that are not installed in the cluster.
     pub absent: Vec<String>,
-    /// Which versions the rejections are of, where the source has versions.
+    /// The versions of the rejected objects, if the source has versions.
     pub rejected: BTreeMap<ObjectRef, Version>,
 }
 
-/// Why there are no facts.
+/// The reason why a source cannot start.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The directory cannot be read.
@@ -73,40 +72,29 @@ pub enum Error {
     Read {
         /// The directory.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// The thread that reads could not be started, or ended.
-    #[error("cannot run the thread that reads the cluster's state")]
+    /// The thread of the source did not start, or ended.
+    #[error("cannot run the thread that reads the cluster state")]
     Thread(#[source] io::Error),
-    /// The kubeconfig cannot be used.
-    #[error("cannot use the kubeconfig {path}")]
-    Kubeconfig {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: Box<kube::config::KubeconfigError>,
-    },
-    /// The agent is no pod of a cluster.
-    #[error("not in a pod of a cluster; name a kubeconfig with --kubeconfig")]
-    InCluster(#[source] Box<kube::config::InClusterError>),
-    /// No client can be made of what is configured.
-    #[error("cannot make a client of the Kubernetes API")]
-    Client(#[source] Box<kube::Error>),
+    /// There is no client of the Kubernetes API.
+    #[error(transparent)]
+    Client(#[from] mesh_kube::Error),
 }
 
 impl Error {
-    /// Whether the configuration must change before it goes away.
+    /// Whether the error persists until the configuration changes.
     #[must_use]
     pub fn is_configuration(&self) -> bool {
         match self {
             Self::Read { .. } | Self::Thread(_) => false,
-            Self::Kubeconfig { .. } | Self::InCluster(_) | Self::Client(_) => true,
+            Self::Client(_) => true,
         }
     }
 }
 
-/// Reads the source and goes on doing so until every receiver is dropped.
+/// Starts to read a source, which continues until every receiver is dropped.
 ///
 /// # Errors
 /// The source cannot be read at all.
@@ -127,8 +115,8 @@ fn replace<T: PartialEq>(to: &watch::Sender<Arc<T>>, value: T) {
     });
 }
 
-/// Logs what was not said before.
-fn announce(before: &Report, now: &Report) {
+/// Logs the rejections and warnings that were not in the previous report.
+fn log_new_messages(before: &Report, now: &Report) {
     for rejection in &now.rejections {
         if !before.rejections.contains(rejection) {
             tracing::error!(object = %rejection.object, field = rejection.field,
@@ -138,7 +126,7 @@ fn announce(before: &Report, now: &Report) {
     for warning in &now.warnings {
         if !before.warnings.contains(warning) {
             tracing::warn!(object = %warning.object, field = warning.field,
-                what = warning.what, "object is odd");
+                what = warning.what, "object accepted with a warning");
         }
     }
 }

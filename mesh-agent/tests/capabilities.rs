@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use mesh_agent::config::cgroup2_mount;
+use mesh_config::cgroup2_mount;
 
 fn deployed(file: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))

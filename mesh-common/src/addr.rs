@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! Addresses, ports and protocols as they lie in maps: one address type for both families, network
-//! order held by the type.
+//! Addresses, ports and protocols in the layout of map keys and values. One address type serves
+//! both families, and the types hold network byte order.
 
 use core::cmp::Ordering;
 use core::hash::{Hash, Hasher};
 
-/// The word that precedes an IPv4 address in its mapped form `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2).
+/// The third word of an IPv4-mapped IPv6 address `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2).
 const MAPPED: u32 = u32::from_ne_bytes([0, 0, 0xff, 0xff]);
 
-/// An IPv4 or IPv6 address in 16 bytes; IPv4 is v4-mapped. The words hold the octets in network
-/// order, as the kernel's contexts do. `::` stands for "no address".
+/// An IPv4 or IPv6 address in 16 bytes; IPv4 addresses are IPv4-mapped. The words hold the octets in
+/// network order, as kernel contexts do. `::` stands for "no address".
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(
@@ -29,59 +29,60 @@ pub struct Addr([u32; 4]);
 unsafe impl aya::Pod for Addr {}
 
 impl Addr {
-    /// No address.
+    /// The value that stands for "no address": `::`.
     pub const NONE: Self = Self([0; 4]);
 
-    /// An IPv4 address from the word a kernel context holds (network order).
+    /// Makes an IPv4 address from a kernel context's word, in network order.
     #[inline(always)]
     #[must_use]
     pub const fn from_v4_word(word: u32) -> Self {
         Self([0, 0, MAPPED, word])
     }
 
-    /// An address from the four words a kernel context holds (network order).
+    /// Makes an address from a kernel context's four words, in network order.
     #[inline(always)]
     #[must_use]
     pub const fn from_words(words: [u32; 4]) -> Self {
         Self(words)
     }
 
-    /// The four words, in network order.
+    /// Returns the four words, in network order.
     #[inline(always)]
     #[must_use]
     pub const fn words(&self) -> [u32; 4] {
         self.0
     }
 
-    /// The IPv4 address's word in network order, if this is one.
+    /// Returns the word of an IPv4 address in network order, or `None` for an IPv6 address.
     #[inline(always)]
     #[must_use]
     pub const fn v4_word(&self) -> Option<u32> {
         if self.is_v4() { Some(self.0[3]) } else { None }
     }
 
-    /// Whether this is an IPv4 address (in its mapped form).
+    /// Returns whether this is an IPv4 address, in its mapped form.
     #[inline(always)]
     #[must_use]
     pub const fn is_v4(&self) -> bool {
         (self.0[0] | self.0[1]) == 0 && self.0[2] == MAPPED
     }
 
-    /// Whether this is `::`, which stands for "no address".
+    /// Returns whether this is `::`, which stands for "no address".
     #[inline(always)]
     #[must_use]
     pub const fn is_none(&self) -> bool {
         (self.0[0] | self.0[1] | self.0[2] | self.0[3]) == 0
     }
 
-    /// `0.0.0.0` or `::`: as a destination the kernel takes it as the host itself.
+    /// Returns whether this is `0.0.0.0` or `::`. As a destination, the kernel takes it for the host
+    /// itself.
     #[inline(always)]
     #[must_use]
     pub const fn is_unspecified(&self) -> bool {
         (self.0[0] | self.0[1] | self.0[3]) == 0 && (self.0[2] == 0 || self.0[2] == MAPPED)
     }
 
-    /// `127.0.0.0/8` or `::1`.
+    /// Returns whether this is in `127.0.0.0/8` or is `::1`.
     #[inline(always)]
     #[must_use]
     pub const fn is_loopback(&self) -> bool {
@@ -92,7 +93,8 @@ impl Addr {
         }
     }
 
-    /// `fe80::/10` (RFC 4291). IPv4's `169.254.0.0/16` is not meant: cloud metadata services use it.
+    /// Returns whether this is in `fe80::/10` (RFC 4291). IPv4's `169.254.0.0/16` is not included:
+    /// cloud metadata services use it.
     #[inline(always)]
     #[must_use]
     pub const fn is_v6_link_local(&self) -> bool {
@@ -100,7 +102,7 @@ impl Addr {
         first[0] == 0xfe && first[1] & 0xc0 == 0x80
     }
 
-    /// `224.0.0.0/4`, `255.255.255.255` or `ff00::/8`.
+    /// Returns whether this is in `224.0.0.0/4`, is `255.255.255.255` or is in `ff00::/8`.
     #[inline(always)]
     #[must_use]
     pub const fn is_multicast_or_broadcast(&self) -> bool {
@@ -112,7 +114,7 @@ impl Addr {
         }
     }
 
-    /// The 16 octets in network order.
+    /// Returns the 16 octets, in network order.
     #[inline(always)]
     #[must_use]
     pub const fn octets(&self) -> [u8; 16] {
@@ -128,7 +130,7 @@ impl Addr {
         ]
     }
 
-    /// An address from its 16 octets in network order.
+    /// Makes an address from its 16 octets, in network order.
     #[must_use]
     pub const fn from_octets(o: [u8; 16]) -> Self {
         Self([
@@ -140,8 +142,8 @@ impl Addr {
     }
 }
 
-// By hand: the derived comparison of an array becomes a call of memcmp, which costs more in a
-// kernel program than four comparisons.
+// Written by hand: the derived comparison of an array becomes a call of memcmp, which costs a
+// kernel program more than four comparisons.
 impl PartialEq for Addr {
     #[inline(always)]
     fn eq(&self, other: &Self) -> bool {
@@ -197,24 +199,24 @@ impl core::fmt::Display for Addr {
 }
 
 abi_id! {
-    /// A TCP, UDP or SCTP port. The number inside is in network order, so that a longest-prefix
-    /// match over it means a range of ports; [`Port::new`] and [`Port::get`] speak host order.
+    /// A TCP, UDP or SCTP port. The inner number is in network order, so that a longest-prefix match
+    /// selects a range of ports; [`Port::new`] and [`Port::get`] use host order.
     pub struct Port(pub u16);
 
-    /// An IP protocol number (IANA "Protocol Numbers"); 0 in a policy key stands for every
-    /// protocol without ports.
+    /// An IP protocol number (IANA "Protocol Numbers"). In a policy key, 0 stands for all protocols
+    /// without ports.
     pub struct Protocol(pub u8);
 }
 
 impl Port {
-    /// A port from its number.
+    /// Makes a port from its number, in host order.
     #[inline(always)]
     #[must_use]
     pub const fn new(number: u16) -> Self {
         Self(number.to_be())
     }
 
-    /// The port's number.
+    /// Returns the port's number, in host order.
     #[inline(always)]
     #[must_use]
     pub const fn get(self) -> u16 {
@@ -223,20 +225,20 @@ impl Port {
 }
 
 impl Protocol {
-    /// Every protocol that has no ports the mesh understands.
+    /// Any protocol without ports that the mesh understands.
     pub const OTHER: Self = Self(0);
-    /// ICMP (1).
+    /// The Internet Control Message Protocol, 1.
     pub const ICMP: Self = Self(1);
-    /// TCP (6).
+    /// The Transmission Control Protocol, 6.
     pub const TCP: Self = Self(6);
-    /// UDP (17).
+    /// The User Datagram Protocol, 17.
     pub const UDP: Self = Self(17);
-    /// ICMPv6 (58).
+    /// ICMP for IPv6, 58.
     pub const ICMPV6: Self = Self(58);
-    /// SCTP (132).
+    /// The Stream Control Transmission Protocol, 132.
     pub const SCTP: Self = Self(132);
 
-    /// The protocol under which policy keys are stored: itself if it has ports, else `OTHER`.
+    /// Returns the protocol of this protocol's policy keys: itself if it has ports, else `OTHER`.
     #[inline(always)]
     #[must_use]
     pub const fn policy_key(self) -> Self {
@@ -248,26 +250,26 @@ impl Protocol {
 }
 
 abi! {
-    /// An address with a port.
+    /// An address and a port.
     pub struct Endpoint {
-        /// The address.
+        /// The IPv4 or IPv6 address.
         pub addr: Addr,
-        /// The port.
+        /// The port; 0 where the protocol has none or it is not known.
         pub port: Port,
-        /// Always 0: explicit, because implicit padding makes look-ups miss.
+        /// Always 0. Explicit, because implicit padding makes map look-ups miss.
         pub pad: u16,
     }
 }
 
 impl Endpoint {
-    /// An endpoint from its parts.
+    /// Makes an endpoint from an address and a port.
     #[inline(always)]
     #[must_use]
     pub const fn new(addr: Addr, port: Port) -> Self {
         Self { addr, port, pad: 0 }
     }
 
-    /// No endpoint.
+    /// The value that stands for "no endpoint": [`Addr::NONE`] with port 0.
     pub const NONE: Self = Self::new(Addr::NONE, Port(0));
 }
 
@@ -304,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn both_families_round_trip() {
+    fn addresses_of_both_families_round_trip() {
         for text in ["10.1.2.3", "::1", "fd00:7::10", "0.0.0.0"] {
             assert_eq!(IpAddr::from(addr(text)).to_string(), text);
         }
@@ -312,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn classes_of_addresses() {
+    fn addresses_are_classified() {
         assert!(addr("127.9.9.9").is_loopback() && addr("::1").is_loopback());
         assert!(!addr("126.0.0.1").is_loopback() && !addr("::2").is_loopback());
         assert!(addr("fe80::1").is_v6_link_local() && addr("febf::1").is_v6_link_local());
@@ -326,13 +328,13 @@ mod tests {
     }
 
     #[test]
-    fn order_is_that_of_the_octets() {
+    fn addresses_sort_by_octets() {
         assert!(addr("10.0.0.2") < addr("10.0.1.0"));
         assert!(addr("fd00::1") < addr("fd00::100"));
     }
 
     #[test]
-    fn ports_are_in_network_order_in_memory() {
+    fn ports_are_stored_in_network_order() {
         assert_eq!(Port::new(0x1234).0.to_ne_bytes(), [0x12, 0x34]);
         assert_eq!(Port::new(15008).get(), 15008);
     }

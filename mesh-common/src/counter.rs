@@ -1,52 +1,67 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! Counters of the kernel programs: never lossy, one per CPU, summed by the agent.
+//! Counters of the kernel programs. The kernel keeps one value per CPU, so no count is lost; the
+//! agent adds them up.
 
 use crate::policy::Direction;
 use crate::verdict::Reason;
 
-/// What is counted.
+/// Names a counter of the map `COUNTERS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counter {
-    /// A verdict at a hook or at the gate, by direction, outcome and reason.
-    Verdict(Direction, bool, Reason),
-    /// Bytes of workloads that were not under mTLS, by reason.
+    /// Verdicts of the hooks and of the gate.
+    Verdict {
+        /// The direction of the traffic, seen from the pod.
+        direction: Direction,
+        /// Whether the traffic was allowed.
+        allowed: bool,
+        /// The reason of the verdict.
+        reason: Reason,
+    },
+    /// Application bytes of workloads sent or received without mTLS, by the reason for plaintext.
     UnencryptedBytes(Reason),
-    /// Events that the ring buffer had no room for.
+    /// Events dropped because the ring buffer was full.
     LostEvents,
-    /// Gate events beyond the bound per pod and second.
+    /// Events suppressed by the rate limit per pod,
+    /// [`crate::event::DROPS_PER_POD_SECOND`].
     SuppressedEvents,
 }
 
-/// Number of counters: the size of the map `COUNTERS`.
+/// The number of counters: the size of the map `COUNTERS`.
 pub const COUNTERS: u32 = 5 * Reason::CODES + 2;
 
 impl Counter {
-    /// The counter's index in the map `COUNTERS`.
+    /// Returns the counter's index in the map `COUNTERS`, below [`COUNTERS`].
     #[inline(always)]
     #[must_use]
     pub const fn index(self) -> u32 {
         match self {
-            Self::Verdict(direction, allowed, reason) => {
-                (direction as u32 * 2 + allowed as u32) * Reason::CODES + reason as u32
-            }
+            Self::Verdict {
+                direction,
+                allowed,
+                reason,
+            } => (direction as u32 * 2 + allowed as u32) * Reason::CODES + reason as u32,
             Self::UnencryptedBytes(reason) => 4 * Reason::CODES + reason as u32,
             Self::LostEvents => 5 * Reason::CODES,
             Self::SuppressedEvents => 5 * Reason::CODES + 1,
         }
     }
 
-    /// Every counter.
+    /// Returns every counter, each once.
     #[cfg(feature = "std")]
     pub fn all() -> impl Iterator<Item = Self> {
         let verdicts = [Direction::Ingress, Direction::Egress]
             .into_iter()
-            .flat_map(|d| [false, true].map(|allowed| (d, allowed)))
-            .flat_map(|(d, allowed)| {
-                Reason::ALL
-                    .iter()
-                    .map(move |r| Self::Verdict(d, allowed, *r))
+            .flat_map(|direction| [false, true].map(|allowed| (direction, allowed)))
+            .flat_map(|(direction, allowed)| {
+                Reason::ALL.iter().map(move |reason| Self::Verdict {
+                    direction,
+                    allowed,
+                    reason: *reason,
+                })
             });
-        let bytes = Reason::ALL.iter().map(|r| Self::UnencryptedBytes(*r));
+        let bytes = Reason::ALL
+            .iter()
+            .map(|reason| Self::UnencryptedBytes(*reason));
         verdicts
             .chain(bytes)
             .chain([Self::LostEvents, Self::SuppressedEvents])
@@ -58,11 +73,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_counter_has_a_place_of_its_own() {
+    fn counter_indexes_are_unique() {
         let mut seen = std::collections::BTreeSet::new();
         for counter in Counter::all() {
             assert!(counter.index() < COUNTERS);
-            assert!(seen.insert(counter.index()), "{counter:?} shares its place");
+            assert!(seen.insert(counter.index()), "{counter:?} shares its index");
         }
     }
 }

@@ -1,73 +1,75 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! What the kernel programs report to the agent, through the ring buffer `EVENTS`.
+//! Events that the kernel programs send to the agent through the ring buffer `EVENTS`.
 
 use crate::addr::Endpoint;
 
-/// What an [`Event`] tells.
+/// Values of [`Event::kind`].
 pub mod kind {
-    /// A connection of a local pod's socket ended: one per end.
+    /// A plaintext TCP connection of a local pod closed: one event from each local endpoint.
     pub const CLOSED: u8 = 1;
-    /// A hook refused a connection or datagram.
+    /// A socket hook denied a connection or datagram.
     pub const DENIED: u8 = 2;
-    /// The gate dropped a packet. At most [`super::DROPS_PER_POD_SECOND`] a second for each pod.
+    /// The gate dropped a packet.
     pub const DROPPED: u8 = 3;
-    /// A connection that audit policies would have refused.
+    /// Traffic was allowed that policies in audit mode would deny.
     pub const AUDIT: u8 = 4;
 }
 
-/// Who closed a connection first.
+/// Values of [`Event::closed_by`]: the endpoint that closed the connection first.
 pub mod closed_by {
-    /// Not known.
+    /// It is not known which endpoint closed first.
     pub const UNKNOWN: u8 = 0;
-    /// This end.
+    /// The local endpoint closed first.
     pub const LOCAL: u8 = 1;
-    /// The other end.
+    /// The remote endpoint closed first.
     pub const REMOTE: u8 = 2;
-    /// A reset or an error.
+    /// A reset or a socket error closed the connection.
     pub const RESET: u8 = 3;
     /// The connection was never established.
     pub const FAILED: u8 = 4;
 }
 
-/// The bound on gate events of one pod, so that a flood in one does not hide another's.
+/// The most denied, dropped and audit events of one pod per second, so that one pod's flood does
+/// not hide the events of others. More are counted as
+/// [`crate::counter::Counter::SuppressedEvents`].
 pub const DROPS_PER_POD_SECOND: u32 = 100;
 
 abi! {
-    /// One event. Endpoints are seen from the pod.
+    /// One event. `local` is the pod's endpoint of the traffic, `remote` the peer's.
     pub struct Event {
-        /// CLOCK_MONOTONIC.
+        /// The time of the event, in nanoseconds of CLOCK_MONOTONIC.
         pub time_ns: u64,
-        /// When the connection began.
+        /// The time at which the connection began, in nanoseconds of CLOCK_MONOTONIC.
         pub start_ns: u64,
-        /// The deciding rule.
+        /// The [`crate::policy::RuleId`] that decided; 0 = no rule.
         pub rule: u64,
-        /// Application bytes sent.
+        /// Application bytes that the pod sent.
         pub sent: u64,
-        /// Application bytes received.
+        /// Application bytes that the pod received.
         pub received: u64,
-        /// The pod's end.
+        /// The pod's endpoint.
         pub local: Endpoint,
-        /// The other end, after translation.
+        /// The peer's endpoint, after service translation.
         pub remote: Endpoint,
-        /// The service's endpoint that the application used, or none.
+        /// The service's endpoint that the application used, or [`Endpoint::NONE`].
         pub service: Endpoint,
-        /// The pod's index.
+        /// The pod's [`crate::pod::PodIndex`].
         pub pod: u32,
-        /// Smoothed round-trip time, microseconds.
+        /// The smoothed round-trip time, in microseconds.
         pub rtt_us: u32,
-        /// Segments sent again.
+        /// The number of retransmitted segments.
         pub retransmits: u32,
-        /// See [`kind`].
+        /// One of [`kind`].
         pub kind: u8,
-        /// A [`crate::Direction`] as its number.
+        /// The [`crate::Direction`] as a number, seen from the pod.
         pub direction: u8,
-        /// The IP protocol.
+        /// The IP protocol number.
         pub protocol: u8,
-        /// A [`crate::Reason`]: of the verdict.
+        /// The code of the verdict's [`crate::Reason`].
         pub reason: u8,
-        /// A [`crate::Reason`]: why it is in clear.
-        pub clear: u8,
-        /// See [`closed_by`].
+        /// The code of the [`crate::Reason`] why the connection is plaintext.
+        pub plaintext: u8,
+        /// One of [`closed_by`].
         pub closed_by: u8,
         /// Always 0.
         pub spare: u16,

@@ -1,33 +1,34 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! UDP flows: replies to what was allowed pass. Bounded per pod, so that no pod can evict another's.
+//! The UDP flow table, which lets replies to allowed datagrams pass. Each pod has slots of its own,
+//! so no pod can evict another pod's flows.
 
 use crate::addr::{Endpoint, Port};
 use crate::path::Origin;
 use crate::settings::{FLOW_IDLE_BOTH_NS, FLOW_IDLE_NS};
 use crate::verdict::Reason;
 
-/// Slots of one pod in the map `FLOWS`; a power of two.
+/// The number of slots of one pod in the map `FLOWS`; a power of two.
 pub const FLOWS_PER_POD: u32 = 4096;
 
-/// How many slots, one after the other, a flow may be in.
+/// The number of consecutive slots that a flow can be in: the table is set-associative.
 pub const FLOW_WAYS: u32 = 4;
 
 abi! {
     /// Key of the map `FLOWS`.
     pub struct FlowSlot {
-        /// The pod.
+        /// The [`crate::pod::PodIndex`].
         pub pod: u32,
-        /// Below [`FLOWS_PER_POD`].
+        /// The slot of the pod, below [`FLOWS_PER_POD`].
         pub slot: u32,
     }
 
-    /// Who talks to whom, seen from the pod.
+    /// Identifies a flow of a pod.
     pub struct FlowTuple {
-        /// The other end.
+        /// The peer's endpoint.
         pub remote: Endpoint,
         /// The pod's port.
         pub local_port: Port,
-        /// 1 = IPv6 (which of the pod's two addresses).
+        /// 1 = the flow is of the pod's IPv6 address, 0 = of its IPv4 address.
         pub family6: u8,
         /// Always 0.
         pub pad: u8,
@@ -35,37 +36,37 @@ abi! {
 
     /// Value of the map `FLOWS`.
     pub struct Flow {
-        /// The revision of facts (map `FACTS`) under which it was allowed: under another it is
-        /// decided again, as what it was opened as.
-        pub facts: u64,
-        /// When the last datagram was seen (CLOCK_MONOTONIC).
+        /// The config generation (map `CONFIG_GENERATION`) at which the flow was allowed. At any
+        /// other generation the flow is decided again, in the direction in which it was opened.
+        pub generation: u64,
+        /// The time of the last datagram, in nanoseconds of CLOCK_MONOTONIC.
         pub last_ns: u64,
-        /// Bytes in both directions (IP payload).
+        /// UDP payload bytes in both directions.
         pub bytes: u64,
-        /// The rule that allowed it.
+        /// The [`crate::policy::RuleId`] that allowed the flow; 0 = no rule.
         pub rule: u64,
-        /// Whose flow this is; a slot is shared by all tuples that hash to it.
+        /// The tuple of the flow: all tuples that hash to a slot share it.
         pub tuple: FlowTuple,
-        /// `Flow::FROM_POD` and so on.
+        /// A set of `Flow::FROM_POD`, `Flow::TO_POD` and so on.
         pub flags: u32,
-        /// A [`Reason`]: why it is in clear.
-        pub clear: u32,
+        /// The code of the [`Reason`] why the flow is plaintext.
+        pub plaintext: u32,
     }
 }
 
 impl Flow {
-    /// A datagram from the pod was seen.
+    /// The pod has sent a datagram.
     pub const FROM_POD: u32 = 1 << 0;
-    /// A datagram to the pod was seen.
+    /// The pod has received a datagram.
     pub const TO_POD: u32 = 1 << 1;
-    /// It was opened by the pod (else to it).
+    /// The pod opened the flow; without it, the peer did.
     pub const EGRESS: u32 = 1 << 2;
-    /// What opened it came translated ([`Origin::Translated`]).
+    /// The flow's first datagram had the origin [`Origin::Translated`].
     pub const TRANSLATED: u32 = 1 << 3;
-    /// What opened it came past no gate ([`Origin::Ungated`]).
+    /// The flow's first datagram had the origin [`Origin::Ungated`].
     pub const UNGATED: u32 = 1 << 4;
 
-    /// The flags of what came to the pod.
+    /// Returns the flags of a flow that the peer opened, by the origin of its first datagram.
     #[inline(always)]
     #[must_use]
     pub const fn from_origin(origin: Origin) -> u32 {
@@ -76,7 +77,7 @@ impl Flow {
         }
     }
 
-    /// Where what opened a flow of these flags came from, as could be told then.
+    /// Returns the origin of the first datagram of a flow with these flags.
     #[inline(always)]
     #[must_use]
     pub const fn origin(flags: u32) -> Origin {
@@ -89,7 +90,8 @@ impl Flow {
         }
     }
 
-    /// Whether it is still alive at a time.
+    /// Returns whether the flow is not idle for too long at a time of CLOCK_MONOTONIC:
+    /// [`FLOW_IDLE_BOTH_NS`] after datagrams in both directions, else [`FLOW_IDLE_NS`].
     #[inline(always)]
     #[must_use]
     pub fn alive(&self, now_ns: u64) -> bool {
@@ -102,10 +104,10 @@ impl Flow {
         now_ns.saturating_sub(self.last_ns) < idle
     }
 
-    /// Why its bytes are in clear.
+    /// Returns the reason why the flow is plaintext; [`Reason::Udp`] for a code that is not known.
     #[must_use]
-    pub fn clear_reason(&self) -> Reason {
-        u8::try_from(self.clear)
+    pub fn plaintext_reason(&self) -> Reason {
+        u8::try_from(self.plaintext)
             .ok()
             .and_then(Reason::from_code)
             .unwrap_or(Reason::Udp)
@@ -113,8 +115,9 @@ impl Flow {
 }
 
 impl FlowTuple {
-    /// The tuple's first slot. Mixing by Fibonacci hashing (Knuth, TAOCP 3, 6.4): a pod that
-    /// chooses its tuples badly only evicts its own flows.
+    /// Returns the first slot of the tuple, below [`FLOWS_PER_POD`]. The hash mixes by Fibonacci
+    /// hashing (Knuth, TAOCP 3, 6.4). It has no secret: a pod that collides tuples on purpose evicts
+    /// only its own flows.
     #[inline(always)]
     #[must_use]
     pub fn slot(&self) -> u32 {

@@ -1,64 +1,67 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! Names and capacities of the maps. Names are those of the pins below `/sys/fs/bpf/mesh/v1`.
+//! Capacities of the maps, and the keys and values of those without a module of their own. A map's
+//! name is also the name of its pin below `/sys/fs/bpf/mesh/v1`.
 
 use crate::addr::{Addr, Endpoint, Port};
 
-/// The layout's version: a directory of pins. Changes when any type of this crate changes its
-/// layout.
+/// The version of the map layouts: the name of the directory of the pins. It changes when any type of
+/// this crate changes its layout.
 pub const VERSION: &str = "v1";
 
-/// Pods of one node, enrolled or not (Kubernetes recommends at most 110; large nodes run 500).
+/// The most managed pods of one node, enrolled or not. Kubernetes recommends at most 110 pods per
+/// node; large nodes run 500.
 pub const MAX_PODS: u32 = 1024;
-/// Addresses of pods of this node.
+/// The most addresses of managed pods of one node: two for each pod.
 pub const MAX_LOCAL_ADDRS: u32 = 2 * MAX_PODS;
-/// Addresses of pods and nodes of the cluster.
+/// The most addresses of pods and nodes of the cluster.
 pub const MAX_PEERS: u32 = 262_144;
-/// Pod CIDRs of the cluster.
+/// The most pod CIDRs of the cluster.
 pub const MAX_POD_CIDRS: u32 = 16_384;
-/// Policy sets in use on this node, old and new ones during a switch.
+/// The most policy sets of one node, old and new ones during an update.
 pub const MAX_POLICY_SETS: u32 = 4 * MAX_PODS;
-/// (set, peer identity, direction) triples.
+/// The most (policy set, peer identity, direction) triples of one node.
 pub const MAX_POLICY_SELECTS: u32 = 1_048_576;
-/// (set, direction, CIDR) triples.
+/// The most (policy set, direction, CIDR) triples of one node.
 pub const MAX_POLICY_CIDRS: u32 = 65_536;
-/// (list, protocol, port prefix) triples.
+/// The most (rule list, protocol, port prefix) triples of one node.
 pub const MAX_POLICY_PORTS: u32 = 262_144;
-/// Per-port modes.
+/// The most ports of one node with a mode of their own.
 pub const MAX_PORT_MODES: u32 = 16_384;
-/// Service ports, and one marker for each virtual address.
+/// The most service ports of the cluster, with one marker for each virtual address.
 pub const MAX_SERVICES: u32 = 65_536;
-/// Backends of all lists.
+/// The most backends of all services.
 pub const MAX_BACKENDS: u32 = 262_144;
-/// UDP flows of all pods; each pod has at most [`crate::flow::FLOWS_PER_POD`].
+/// The most UDP flows of one node; each pod has at most [`crate::flow::FLOWS_PER_POD`].
 pub const MAX_FLOWS: u32 = 262_144;
-/// Captured connections whose service the agent has not read yet.
+/// The most captured connections that the agent has not accepted yet.
 pub const MAX_CAPTURED: u32 = 65_536;
-/// Connections that are older than enrolment.
+/// The most plaintext connections of one node that are older than an enrollment.
 pub const MAX_OLD_CONNECTIONS: u32 = 65_536;
-/// In a value of `OLD_CONNECTIONS`: it has ended, and nothing but acknowledgements may follow.
+/// The flag of a closed connection in a value of `OLD_CONNECTIONS`: only segments without payload may
+/// follow.
 pub const OLD_ENDED: u32 = 1 << 31;
-/// Tunnels that are not told by their port.
+/// The most open tunnels of one node to or from applications' own ports.
 pub const MAX_TUNNELS: u32 = 65_536;
-/// Tunnels whose first packet has come and that are not established yet.
+/// The most incoming tunnels to applications' own ports that are not established yet.
 pub const MAX_MARKED: u32 = 65_536;
-/// Value of `MARKED`: the gate has seen the SYN. Where it met a connection that had begun before,
-/// nothing became of it.
+/// The value of `MARKED` once the gate saw the marked SYN. It stays so if the SYN belongs to a
+/// connection that already exists.
 pub const MARK_SEEN: u32 = 1;
-/// Value of `MARKED`: the SYN was given to the agent, and the connection is a tunnel.
+/// The value of `MARKED` once sk_lookup gave the SYN to the agent: the connection is a tunnel.
 pub const MARK_STEERED: u32 = 2;
-/// Datagrams in fragments.
+/// The most fragmented datagrams that are tracked at the same time.
 pub const MAX_FRAGMENTS: u32 = 8_192;
-/// Bytes of the event ring: some 10,000 events, which is a third of a second at the rate at which two
-/// CPUs do nothing but connect. The agent maps it twice, and has it resident.
+/// The size of the event ring buffer in bytes: about 10,000 events, a third of a second of events of
+/// two CPUs that only open connections. The memory is resident, and the agent maps it twice.
 pub const EVENT_BYTES: u32 = 2 << 20;
 
 abi! {
-    /// Key of the map `CAPTURED`: a captured connection before the agent accepted it. The value is
-    /// the [`Endpoint`] of the service that the application asked for.
+    /// Key of the map `CAPTURED`: a captured connection that the agent has not accepted yet. The value
+    /// is the [`Endpoint`] of the service that the application used.
     pub struct CapturedKey {
-        /// The pod's namespace.
+        /// The cookie of the pod's network namespace.
         pub netns_cookie: u64,
-        /// The destination after translation.
+        /// The destination after service translation.
         pub to: Endpoint,
         /// The application's port.
         pub local_port: Port,
@@ -66,41 +69,44 @@ abi! {
         pub pad: u16,
     }
 
-    /// Key of the map `OLD_CONNECTIONS`: a connection that is older than the enrolment, or than
-    /// its peer's. The value is a [`crate::Reason`] as `u32`, with [`OLD_ENDED`]. Also of the maps
-    /// `TUNNELS`, whose values are 1, and `MARKED`: [`MARK_SEEN`] or [`MARK_STEERED`].
+    /// Key of three maps of TCP connections. `OLD_CONNECTIONS` has plaintext connections that are older
+    /// than the enrollment of the pod or its peer; a value is the code of a [`crate::Reason`], with the
+    /// flag [`OLD_ENDED`]. `TUNNELS` has open tunnels to or from applications' own ports; values are 1.
+    /// `MARKED` has incoming tunnels before they are established; a value is [`MARK_SEEN`] or
+    /// [`MARK_STEERED`].
     pub struct ConnectionKey {
-        /// The pod's end.
+        /// The pod's endpoint.
         pub local: Endpoint,
-        /// The other end.
+        /// The peer's endpoint.
         pub remote: Endpoint,
     }
 
-    /// Key of the map `FRAGMENTS`: a datagram in fragments (RFC 791, RFC 8200).
+    /// Key of the map `FRAGMENTS`: a fragmented datagram (RFC 791, RFC 8200).
     pub struct FragmentKey {
-        /// Source.
+        /// The source address.
         pub from: Addr,
-        /// Destination.
+        /// The destination address.
         pub to: Addr,
-        /// The identification field.
+        /// The identification field of the IPv4 header or of the IPv6 fragment header.
         pub id: u32,
-        /// The protocol.
+        /// The IP protocol number.
         pub protocol: u32,
     }
 
-    /// Value of the map `FRAGMENTS`.
+    /// Value of the map `FRAGMENTS`: the verdict of a datagram's first fragment.
     pub struct FragmentVerdict {
-        /// When the first fragment was decided (CLOCK_MONOTONIC).
+        /// The time of the verdict, in nanoseconds of CLOCK_MONOTONIC.
         pub time_ns: u64,
-        /// 1 = passes.
+        /// 1 = the fragments pass.
         pub allowed: u64,
     }
 
-    /// Value of the map `DROP_RATE`, keyed by pod: the bound on gate events.
+    /// Value of the map `DROP_RATE`, keyed by [`crate::pod::PodIndex`]: the state of the rate limit of a
+    /// pod's events.
     pub struct DropRate {
-        /// The second the count is about.
+        /// The second of CLOCK_MONOTONIC that `count` is about.
         pub second: u64,
-        /// Events in it.
+        /// The number of events in that second, sent or suppressed.
         pub count: u64,
     }
 }

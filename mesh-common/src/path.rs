@@ -1,22 +1,23 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! What becomes of a connection or datagram: the modes of enrolment around the policy decision.
+//! The whole decision about a connection or datagram: enrolment and authentication modes around the
+//! policy decision.
 //!
-//! [`outbound`] is asked by the connect and sendmsg hooks, the gate, and the agent when it accepts
-//! a captured connection; [`inbound`] by sk_lookup and the gate for what arrives in clear;
-//! [`tunnelled`] by the agent for what arrives through a tunnel. All are pure.
+//! The connect and sendmsg hooks, the gate and the agent (for captured connections) call
+//! [`outbound`]; sk_lookup and the gate call [`inbound`] for plaintext; the agent calls [`tunnelled`]
+//! for a connection that arrives through a tunnel. All are pure functions.
 
 use crate::addr::{Addr, Endpoint, Protocol};
 use crate::identity::{Evidence, IdentityId, Peer};
-use crate::pod::{ModeKey, PodState, PodView, port_mode};
-use crate::policy::{Direction, Policies, Question};
+use crate::pod::{ListenerSlot, ModeKey, PodState, PodView, port_mode};
+use crate::policy::{Direction, Policies, PolicySetId, Question};
 use crate::settings::TUNNEL_PORT;
 use crate::verdict::{Reason, Verdict};
 
-/// Where addresses are looked up.
+/// Looks up addresses and port modes.
 pub trait Peers {
-    /// What the cluster knows of an address.
+    /// The cluster's entry for an address.
     fn peer(&self, addr: &Addr) -> Option<Peer>;
-    /// The identity and flags of the pod of this node that has the address: a local fact.
+    /// The pod of this node that has the address, as this node itself knows it.
     fn local(&self, addr: &Addr) -> Option<PodView>;
     /// Whether the address is inside a pod CIDR.
     fn in_pod_cidr(&self, addr: &Addr) -> bool;
@@ -24,21 +25,21 @@ pub trait Peers {
     fn port_mode(&self, key: &ModeKey) -> Option<u8>;
 }
 
-/// Who is behind an address.
+/// The peer behind an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Who {
     /// The identity.
     pub id: IdentityId,
-    /// How well it is known.
+    /// How the identity is known.
     pub evidence: Evidence,
     /// Whether it is a pod of this node.
     pub local: bool,
-    /// [`Peer`] flags; for a local pod derived from its own state.
+    /// [`Peer`] flags; those of a local pod are derived from its own state.
     pub flags: u32,
 }
 
 impl Who {
-    /// Somebody outside.
+    /// A peer outside the cluster.
     pub const WORLD: Self = Self {
         id: IdentityId::WORLD,
         evidence: Evidence::None,
@@ -54,28 +55,28 @@ impl Who {
     }
 }
 
-/// What to do with an outgoing connection.
+/// The action for an outgoing connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outbound {
-    /// Goes directly, in clear, for the reason [`Path::clear`].
+    /// Sends it directly, as plaintext, for the reason [`Path::clear`].
     Direct,
-    /// Goes to the agent, which tunnels it.
+    /// Hands it to the agent, which tunnels it.
     Tunnel,
-    /// Refused.
+    /// Refuses it.
     Refuse,
 }
 
 /// A decision with its reasons.
-#[must_use = "a decision that is thrown away is a hole"]
+#[must_use = "a decision must be acted on"]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Path {
-    /// What to do.
+    /// The action.
     pub action: Outbound,
     /// The verdict and its rule.
     pub verdict: Verdict,
-    /// Why it is in clear, where it is.
+    /// The reason for plaintext, if the connection is plaintext.
     pub clear: Reason,
-    /// Who the other end is.
+    /// The identity of the peer.
     pub peer: IdentityId,
 }
 
@@ -101,7 +102,7 @@ impl Path {
     }
 }
 
-/// Who is behind an address, by address alone. Local pods are local facts, never the API's.
+/// Identifies a peer by its address alone. A local pod is known by its own state, never by the API.
 #[inline(always)]
 pub fn who(peers: &impl Peers, addr: &Addr) -> Who {
     if let Some(pod) = peers.local(addr) {
@@ -142,12 +143,20 @@ pub fn who(peers: &impl Peers, addr: &Addr) -> Who {
     }
 }
 
-/// What to do with a connection or datagram that a pod sends. The destination is real: services are
-/// already resolved.
+/// Whether TCP from a pod to a peer goes through a tunnel, if policy allows it.
+#[inline(always)]
+#[must_use]
+pub const fn tunnels(pod: &PodView, peer: &Who) -> bool {
+    pod.has(PodState::ENROLLED) && !peer.local && peer.has(Peer::ENROLLED | Peer::READY)
+}
+
+/// Decides a connection or datagram that a pod sends, by the policy of `set`: the pod's own, or the
+/// one to evaluate instead. The destination is a real endpoint: services are already resolved.
 #[inline(always)]
 pub fn outbound<T: Peers + Policies>(
     tables: &T,
     pod: &PodView,
+    set: PolicySetId,
     to: Endpoint,
     protocol: Protocol,
 ) -> Path {
@@ -166,15 +175,11 @@ pub fn outbound<T: Peers + Policies>(
     if protocol == Protocol::TCP && to.port == TUNNEL_PORT && peer.has(Peer::ENROLLED) {
         return Path::refuse(Verdict::refuse(Reason::TunnelPort), peer.id);
     }
-    // The egress of an enrolled pod to an enrolled one goes through a tunnel that proves the
-    // peer's identity, or is not made: as good as proof at this end.
-    let tunnel = protocol == Protocol::TCP
-        && enrolled
-        && !peer.local
-        && peer.has(Peer::ENROLLED | Peer::READY);
+    // A tunnel proves the peer's identity before any byte is sent, so it counts as proof here.
+    let tunnel = protocol == Protocol::TCP && tunnels(pod, &peer);
     let evidence = if tunnel { Evidence::Tls } else { peer.evidence };
     let verdict = tables.decide(&Question {
-        set: tables.set_of(pod),
+        set,
         direction: Direction::Egress,
         peer: peer.id,
         addr: to.addr,
@@ -209,7 +214,7 @@ pub fn outbound<T: Peers + Policies>(
     in_clear(pod, protocol, &peer, verdict)
 }
 
-/// An enrolled pod to something elsewhere that is not tunnelled to.
+/// Decides traffic of an enrolled pod to another node that is not tunnelled.
 #[inline(always)]
 fn in_clear(pod: &PodView, protocol: Protocol, peer: &Who, verdict: Verdict) -> Path {
     if protocol != Protocol::TCP {
@@ -238,7 +243,7 @@ fn in_clear(pod: &PodView, protocol: Protocol, peer: &Who, verdict: Verdict) -> 
     }
 }
 
-/// `udp` of MeshAuthentication is about UDP between workloads.
+/// Whether `udp` of MeshAuthentication refuses it. The field is about UDP between workloads only.
 #[inline(always)]
 fn udp_refused(pod: &PodView, protocol: Protocol, peer: &Who) -> bool {
     if protocol != Protocol::UDP || !(peer.has(Peer::POD) || peer.id == IdentityId::UNKNOWN) {
@@ -247,19 +252,67 @@ fn udp_refused(pod: &PodView, protocol: Protocol, peer: &Who) -> bool {
     pod.has(PodState::UDP_DENY) || (pod.has(PodState::UDP_SAME_NODE) && !peer.local)
 }
 
-/// Where a packet came from, as the caller can tell.
+/// The provenance of a packet, as far as the hook can tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// As the address says: the gate holds addresses, or there is nothing better.
+    /// The source address is trusted: the gate enforces source addresses.
     Address,
-    /// Translated on its way: the address is a node's, the sender is not.
+    /// The source address was translated: it is a node's, the sender is not that node.
     Translated,
-    /// No gate holds addresses on the pod's interface: a local pod's address is no better than any,
-    /// and a node's proves nothing.
+    /// The pod has no gate that enforces source addresses: a local pod's address is no proof, and a
+    /// node's address proves nothing.
     Ungated,
 }
 
-/// Whether a port of the pod accepts tunnels only.
+impl Origin {
+    /// The origin of a packet to a pod whose source address was not translated.
+    #[inline(always)]
+    #[must_use]
+    pub const fn of(pod: &PodView) -> Self {
+        if pod.has(PodState::GATED) {
+            Self::Address
+        } else {
+            Self::Ungated
+        }
+    }
+}
+
+/// A connection or datagram that arrives at a pod as plaintext.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival<'a> {
+    /// The source address.
+    pub from: &'a Addr,
+    /// The provenance of the source address.
+    pub origin: Origin,
+    /// The protocol.
+    pub protocol: Protocol,
+    /// The destination port.
+    pub port: crate::Port,
+}
+
+/// The agent's listener for captured connections, by the address family on the wire.
+#[inline(always)]
+#[must_use]
+pub const fn outbound_listener(destination: &Addr) -> ListenerSlot {
+    if destination.is_v4() {
+        ListenerSlot::Outbound4
+    } else {
+        ListenerSlot::Outbound6
+    }
+}
+
+/// The agent's listener for tunnels, by the address family on the wire.
+#[inline(always)]
+#[must_use]
+pub const fn tunnel_listener(destination: &Addr) -> ListenerSlot {
+    if destination.is_v4() {
+        ListenerSlot::Tunnel4
+    } else {
+        ListenerSlot::Tunnel6
+    }
+}
+
+/// Whether a port of a pod accepts tunnels only.
 #[inline(always)]
 pub fn strict(peers: &impl Peers, pod: &PodView, port: crate::Port) -> bool {
     if pod.modes != 0 {
@@ -272,17 +325,21 @@ pub fn strict(peers: &impl Peers, pod: &PodView, port: crate::Port) -> bool {
     pod.has(PodState::STRICT)
 }
 
-/// What to do with a connection or datagram that arrives at a pod in clear. `action` is `Direct` or
-/// `Refuse`.
+/// Decides a connection or datagram that arrives at a pod as plaintext, by the policy of `set`: the
+/// pod's own, or the one to evaluate instead. The action is `Direct` or `Refuse`.
 #[inline(always)]
 pub fn inbound<T: Peers + Policies>(
     tables: &T,
     pod: &PodView,
-    from: &Addr,
-    origin: Origin,
-    protocol: Protocol,
-    port: crate::Port,
+    set: PolicySetId,
+    arrival: Arrival<'_>,
 ) -> Path {
+    let Arrival {
+        from,
+        origin,
+        protocol,
+        port,
+    } = arrival;
     if pod.owns(from) || from.is_loopback() {
         return Path::direct(
             Verdict::pass(Reason::OwnAddress),
@@ -318,7 +375,7 @@ pub fn inbound<T: Peers + Policies>(
         }
     }
     let verdict = tables.decide(&Question {
-        set: tables.set_of(pod),
+        set,
         direction: Direction::Ingress,
         peer: peer.id,
         addr: *from,
@@ -346,17 +403,18 @@ pub fn inbound<T: Peers + Policies>(
     Path::direct(verdict, clear, peer.id)
 }
 
-/// Decides a connection that arrived through a tunnel whose certificate proved `peer`.
+/// Decides a connection that arrives through a tunnel whose certificate proves `peer`, by the policy
+/// of `set`.
 #[inline(always)]
 pub fn tunnelled(
     policies: &impl Policies,
-    pod: &PodView,
+    set: PolicySetId,
     peer: IdentityId,
     from: &Addr,
     port: crate::Port,
 ) -> Verdict {
     policies.decide(&Question {
-        set: policies.set_of(pod),
+        set,
         direction: Direction::Ingress,
         peer,
         addr: *from,

@@ -1,32 +1,32 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! What the kernel programs know of a pod of this node.
+//! State of this node's pods, as the kernel programs need it.
 
 use crate::addr::{Addr, Port};
 use crate::identity::IdentityId;
 use crate::policy::PolicySetId;
 
 abi_id! {
-    /// A pod's slot on this node, below [`crate::maps::MAX_PODS`]. Its listeners are in the slots
-    /// `4 * index + ListenerSlot`.
+    /// A managed pod's index on this node, below [`crate::maps::MAX_PODS`].
     pub struct PodIndex(pub u32);
 }
 
-/// Which of a pod's listeners.
+/// Names one of the agent's four listeners in a pod's network namespace.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ListenerSlot {
-    /// Captured connections, IPv4.
+    /// The listener of captured IPv4 connections.
     Outbound4 = 0,
-    /// Captured connections, IPv6.
+    /// The listener of captured IPv6 connections.
     Outbound6 = 1,
-    /// Tunnels, IPv4.
+    /// The listener of IPv4 tunnels.
     Tunnel4 = 2,
-    /// Tunnels, IPv6.
+    /// The listener of IPv6 tunnels.
     Tunnel6 = 3,
 }
 
 impl PodIndex {
-    /// The slot of one of the pod's listeners in the map `LISTENERS`.
+    /// Returns the index of one of the pod's listeners in the map `LISTENERS`, which has four for each
+    /// pod.
     #[inline(always)]
     #[must_use]
     pub const fn listener(self, slot: ListenerSlot) -> u32 {
@@ -35,53 +35,57 @@ impl PodIndex {
 }
 
 abi! {
-    /// Value of the map `PODS`, keyed by [`PodIndex`]. Written as one map element, whole.
+    /// Value of the map `PODS`, keyed by [`PodIndex`]. The agent replaces the value as a whole.
     pub struct PodState {
-        /// Changes with every write; equal to `revision_end`, or the reader met a write.
+        /// A number that changes with every write. If it differs from `revision_end`, the value was
+        /// replaced while it was read.
         pub revision: u64,
-        /// What the decisions need.
+        /// The part that decisions need.
         pub view: PodView,
-        /// Its network namespace.
+        /// The cookie of the pod's network namespace.
         pub netns_cookie: u64,
-        /// The MAC address of the pod's own interface, then 2 bytes 0. All 0 = not checked.
+        /// The MAC address of the pod's interface, then two bytes 0. All 0 = not known, and not
+        /// checked.
         pub mac: [u8; 8],
-        /// The interface on the host's side, where the gate is; 0 = the pod has no gate.
+        /// The index of the pod's host-side interface, to which the gate is attached; 0 = the pod has no
+        /// gate.
         pub link: u32,
         /// Always 0.
         pub pad: u32,
-        /// Equal to `revision`.
+        /// The same number as `revision`.
         pub revision_end: u64,
     }
 
-    /// Value of the map `PODS_BY_LINK`: what the gate needs of the pod behind an interface for the
-    /// segments of connections that are already open. Written right after the pod's [`PodState`],
-    /// whole; nothing that opens a connection is decided by it.
+    /// Value of the map `PODS_BY_LINK`, keyed by the index of a host-side interface: the part of a
+    /// pod's state by which the gate checks segments of open connections. The agent writes it right
+    /// after the pod's [`PodState`]. No new connection is decided by it.
     pub struct GatePod {
-        /// The pod.
+        /// The pod's index.
         pub index: PodIndex,
-        /// As [`PodView::flags`].
+        /// A copy of [`PodView::flags`].
         pub flags: u32,
-        /// As [`PodState::mac`].
+        /// A copy of [`PodState::mac`].
         pub mac: [u8; 8],
-        /// As [`PodView::v4`].
+        /// A copy of [`PodView::v4`].
         pub v4: Addr,
-        /// As [`PodView::v6`].
+        /// A copy of [`PodView::v6`].
         pub v6: Addr,
     }
 
-    /// Value of the map `PODS_BY_ADDR`.
+    /// Value of the map `PODS_BY_ADDR`, keyed by [`Addr`].
     pub struct LocalAddr {
-        /// The pod that has the address.
+        /// The index of the pod that has the address.
         pub index: PodIndex,
-        /// As [`PodState::link`].
+        /// A copy of [`PodState::link`].
         pub link: u32,
     }
 
-    /// Key of the map `PORT_MODES`: a port whose mode differs from the pod's own.
+    /// Key of the map `PORT_MODES`: a port with another mode than the pod's. The value is one of
+    /// [`port_mode`].
     pub struct ModeKey {
-        /// [`PodView::modes`].
+        /// The value of [`PodView::modes`].
         pub set: u64,
-        /// The port.
+        /// The pod's port.
         pub port: Port,
         /// Always 0.
         pub pad: u16,
@@ -89,19 +93,20 @@ abi! {
         pub pad_end: u32,
     }
 
-    /// What of a pod's state the decisions of [`crate::path`] need.
+    /// The part of a pod's state that the decisions of [`crate::path`] need.
     pub struct PodView {
-        /// The pod's policy.
+        /// The policy set of the pod.
         pub set: PolicySetId,
-        /// Who it is.
+        /// The pod's identity.
         pub id: IdentityId,
-        /// Its IPv4 address, or [`Addr::NONE`].
+        /// The pod's IPv4 address, or [`Addr::NONE`].
         pub v4: Addr,
-        /// Its IPv6 address, or [`Addr::NONE`].
+        /// The pod's IPv6 address, or [`Addr::NONE`].
         pub v6: Addr,
-        /// Per-port overrides of Strict and Permissive: the `set` of [`ModeKey`]; 0 = none.
+        /// The `set` of the pod's [`ModeKey`]s, which override Strict and Permissive for single ports;
+        /// 0 = no override.
         pub modes: u64,
-        /// `PodState::ENROLLED` and so on.
+        /// A set of `PodState::ENROLLED`, `PodState::STRICT` and so on.
         pub flags: u32,
         /// Always 0.
         pub pad: u32,
@@ -109,7 +114,7 @@ abi! {
 }
 
 impl GatePod {
-    /// What the gate needs of a pod.
+    /// Makes the value of a pod from its state.
     #[must_use]
     pub const fn new(index: PodIndex, state: &PodState) -> Self {
         Self {
@@ -121,23 +126,23 @@ impl GatePod {
         }
     }
 
-    /// Whether a flag of [`PodState`] is set.
+    /// Returns whether a flag of [`PodState`] is set.
     #[inline(always)]
     #[must_use]
     pub const fn has(&self, flag: u32) -> bool {
         self.flags & flag != 0
     }
 
-    /// Whether the address is one of the pod's own.
+    /// Returns whether the address is one of the pod's own.
     #[inline(always)]
     #[must_use]
     pub fn owns(&self, addr: &Addr) -> bool {
-        !addr.is_none() && (self.v4 == *addr || self.v6 == *addr)
+        owns(&self.v4, &self.v6, addr)
     }
 }
 
 impl ModeKey {
-    /// The key of a port.
+    /// Makes the key of a port.
     #[inline(always)]
     #[must_use]
     pub const fn new(set: u64, port: Port) -> Self {
@@ -152,43 +157,51 @@ impl ModeKey {
 
 /// Values of the map `PORT_MODES`.
 pub mod port_mode {
-    /// Plaintext is accepted on this port.
+    /// The port accepts plaintext and tunnels.
     pub const PERMISSIVE: u8 = 1;
-    /// Tunnels only.
+    /// The port accepts tunnels only.
     pub const STRICT: u8 = 2;
 }
 
 impl PodState {
-    /// Takes part in the mesh: its TCP is captured, tunnels to it are accepted.
+    /// The pod is enrolled in the mesh: its TCP connections are captured, and tunnels to it are
+    /// accepted.
     pub const ENROLLED: u32 = 1 << 0;
-    /// Accepts no plaintext TCP from other nodes (`mtls: Strict`).
+    /// The pod accepts no plaintext TCP from other nodes (`mtls: Strict`).
     pub const STRICT: u32 = 1 << 1;
-    /// Sends no plaintext TCP to pods (`outbound: Required`).
+    /// The pod sends no plaintext TCP to other pods (`outbound: Required`).
     pub const REQUIRED: u32 = 1 << 2;
-    /// `udp: SameNode`.
+    /// UDP between the pod and workloads of other nodes is denied (`udp: SameNode`).
     pub const UDP_SAME_NODE: u32 = 1 << 3;
-    /// `udp: Deny`.
+    /// UDP between the pod and other workloads is denied (`udp: Deny`).
     pub const UDP_DENY: u32 = 1 << 4;
-    /// Denied packets vanish instead of being refused.
+    /// Denied packets are dropped silently; without it the sender gets an error or a reset.
     pub const SILENT: u32 = 1 << 5;
-    /// The gate is on the pod's interface: provenance of packets is proven.
+    /// The gate is attached to the pod's interface and proves the source addresses of packets.
     pub const GATED: u32 = 1 << 6;
-    /// Policies in audit mode select it: its set has a shadow that is to be asked as well.
+    /// Policies in audit mode select the pod: allowed traffic is also evaluated by the shadow of its
+    /// policy set.
     pub const AUDITED: u32 = 1 << 7;
 }
 
 impl PodView {
-    /// Whether a flag of [`PodState`] is set.
+    /// Returns whether a flag of [`PodState`] is set.
     #[inline(always)]
     #[must_use]
     pub const fn has(&self, flag: u32) -> bool {
         self.flags & flag != 0
     }
 
-    /// Whether the address is one of the pod's own.
+    /// Returns whether the address is one of the pod's own.
     #[inline(always)]
     #[must_use]
     pub fn owns(&self, addr: &Addr) -> bool {
-        !addr.is_none() && (self.v4 == *addr || self.v6 == *addr)
+        owns(&self.v4, &self.v6, addr)
     }
+}
+
+/// Returns whether an address is one of a pod's two addresses.
+#[inline(always)]
+fn owns(v4: &Addr, v6: &Addr, addr: &Addr) -> bool {
+    !addr.is_none() && (*v4 == *addr || *v6 == *addr)
 }

@@ -1,20 +1,19 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
 //! The policy decision: [`decide`], a pure function over a look-up trait.
 //!
-//! Policy is compiled in user space; here it is only looked up, at a cost that does not depend on
-//! how many policies there are: the set's head, the peer's list (by identity, and by address where
-//! the set has address rules), and one longest-prefix match of the port in each list. The two
-//! answers are joined tier by tier. Everything but the pod's reference to its set is immutable
-//! under its key, so one write switches a pod from one revision of policy to the next.
+//! Policy is compiled in user space. A decision only looks it up, at a cost that does not depend on
+//! the number of policies: the set's head, the peer's list (by identity, and by address where the
+//! set has address rules), and one longest-prefix match of the port in each list. The two answers
+//! are joined tier by tier. Everything but the pod's reference to its set is immutable under its
+//! key, so one write switches a pod from one revision of policy to the next.
 
 use crate::addr::{Addr, Port, Protocol};
 use crate::identity::{Evidence, IdentityId};
-use crate::pod::PodView;
 use crate::verdict::{Reason, Verdict};
 
 abi_id! {
-    /// Everything that policy says about a pod, in both directions: a hash of the policies that
-    /// select it. [`PolicySetId::NONE`] = none does, everything is allowed.
+    /// The compiled policy of a pod, in both directions: a hash of the policies that select it.
+    /// [`PolicySetId::NONE`] = no policy selects it, everything is allowed.
     pub struct PolicySetId(pub u64);
 
     /// A list of answers by protocol and port: a hash of its content. [`ListId::NONE`] = no rule.
@@ -27,13 +26,13 @@ abi_id! {
 impl PolicySetId {
     /// No policy selects the pod.
     pub const NONE: Self = Self(0);
-    /// The set of a pod that is to be cut off, because what applies to it is unknown or does not
-    /// fit: it never has a head, and a set without a head denies.
+    /// The set of an isolated pod, whose policy is unknown or does not fit: it never has a head, and
+    /// a set without a head denies.
     pub const ISOLATED: Self = Self(1);
 }
 
 impl ListId {
-    /// No rule says anything.
+    /// A list without rules.
     pub const NONE: Self = Self(0);
 }
 
@@ -45,7 +44,7 @@ impl RuleId {
     pub const NODE_LOCAL: Self = Self(1);
 }
 
-/// Which of a pod's two directions is asked about.
+/// The direction of traffic, seen from the pod whose policy is evaluated.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Direction {
@@ -66,7 +65,7 @@ impl Direction {
     }
 }
 
-/// What a tier says; the numbers of [`Answer`]'s fields.
+/// The result of a tier; the numbers of [`Answer`]'s fields.
 pub mod action {
     /// No rule of the tier matches.
     pub const NONE: u8 = 0;
@@ -74,7 +73,7 @@ pub mod action {
     pub const ALLOW: u8 = 1;
     /// Deny.
     pub const DENY: u8 = 2;
-    /// On to the next tier.
+    /// Continue with the next tier.
     pub const PASS: u8 = 3;
 }
 
@@ -84,15 +83,15 @@ pub const NO_RANK: u32 = u32::MAX;
 abi! {
     /// Value of the map `POLICY_SETS`, keyed by [`PolicySetId`].
     pub struct SetHead {
-        /// The rule to name when ingress isolation refuses (the policy that isolates).
+        /// The rule that a denial by ingress isolation names: the isolating policy.
         pub ingress_rule: RuleId,
-        /// The same for egress.
+        /// The rule that a denial by egress isolation names.
         pub egress_rule: RuleId,
-        /// The list for identities without an entry of their own, ingress.
+        /// The ingress list of identities without an entry of their own.
         pub ingress_any: ListId,
-        /// The same for egress.
+        /// The egress list of identities without an entry of their own.
         pub egress_any: ListId,
-        /// The same pod's set with its audit policies enforced; `NONE` = it has none.
+        /// The set with the pod's audit policies enforced; `NONE` = no audit policy selects the pod.
         pub shadow: PolicySetId,
         /// `SetHead::ISOLATED_INGRESS` and so on.
         pub flags: u32,
@@ -112,15 +111,15 @@ abi! {
 
     /// Value of the map `POLICY_SELECT`.
     pub struct Lists {
-        /// What holds when the peer's identity is proven.
+        /// The list for a proven identity.
         pub proven: ListId,
-        /// What holds when it is only known by address: without the Allows that name service
+        /// The list for an identity known by address only: without the Allows that name service
         /// accounts.
         pub by_address: ListId,
     }
 
-    /// Data of the longest-prefix key of the map `POLICY_CIDRS`; a direction and set match in
-    /// full. The value is a [`ListId`]. Made of 4-byte words, as a prefix length stands before it.
+    /// Data of the longest-prefix key of the map `POLICY_CIDRS`; direction and set match in full.
+    /// The value is a [`ListId`]. Consists of 4-byte words, because a prefix length precedes it.
     pub struct CidrKey {
         set: [u32; 2],
         direction: u32,
@@ -129,7 +128,7 @@ abi! {
     }
 
     /// Data of the longest-prefix key of the map `POLICY_PORTS`; list and protocol match in full.
-    /// The value is an [`Answer`]. Made of 4-byte words, as a prefix length stands before it.
+    /// The value is an [`Answer`]. Consists of 4-byte words, because a prefix length precedes it.
     pub struct PortKey {
         list: [u32; 2],
         protocol: u32,
@@ -138,17 +137,17 @@ abi! {
         pub port: Port,
     }
 
-    /// What the rules of a list say about a port, tier by tier.
+    /// The result of a list's rules for a port, tier by tier.
     pub struct Answer {
-        /// The rule of the admin tier that matched.
+        /// The rule of the admin tier that matches.
         pub admin_rule: RuleId,
-        /// Of the namespaced tier.
+        /// The rule of the namespaced tier that matches.
         pub namespaced_rule: RuleId,
-        /// Of the baseline tier.
+        /// The rule of the baseline tier that matches.
         pub baseline_rule: RuleId,
-        /// Position of the admin rule in the set's evaluation order, lowest first; `NO_RANK`.
+        /// Position of the admin rule in the set's evaluation order, lowest first; or `NO_RANK`.
         pub admin_rank: u32,
-        /// The same in the baseline tier.
+        /// Position of the baseline rule in the set's evaluation order; or `NO_RANK`.
         pub baseline_rank: u32,
         /// An [`action`].
         pub admin: u8,
@@ -166,9 +165,9 @@ impl SetHead {
     pub const ISOLATED_INGRESS: u32 = 1 << 0;
     /// Some policy of the namespaced tier isolates egress.
     pub const ISOLATED_EGRESS: u32 = 1 << 1;
-    /// Ingress rules name addresses: `POLICY_CIDRS` is to be asked.
+    /// Ingress rules name addresses: `POLICY_CIDRS` must be looked up.
     pub const CIDRS_INGRESS: u32 = 1 << 2;
-    /// Egress rules name addresses.
+    /// Egress rules name addresses: `POLICY_CIDRS` must be looked up.
     pub const CIDRS_EGRESS: u32 = 1 << 3;
 
     /// The isolating rule of a direction.
@@ -237,12 +236,6 @@ impl CidrKey {
         PolicySetId(whole(self.set))
     }
 
-    /// The same key of another address.
-    #[must_use]
-    pub const fn with_addr(self, addr: Addr) -> Self {
-        Self { addr, ..self }
-    }
-
     /// The [`Direction`] as its number.
     #[must_use]
     pub const fn direction(&self) -> u32 {
@@ -270,12 +263,6 @@ impl PortKey {
     #[must_use]
     pub const fn list(&self) -> ListId {
         ListId(whole(self.list))
-    }
-
-    /// The same key of another port.
-    #[must_use]
-    pub const fn with_port(self, port: Port) -> Self {
-        Self { port, ..self }
     }
 
     /// The protocol.
@@ -310,32 +297,7 @@ impl Answer {
     };
 }
 
-impl Answer {
-    /// Both answers as one: in the ranked tiers the earlier rule wins, in the namespaced tier Deny
-    /// beats Allow.
-    #[must_use]
-    pub fn join(self, other: Self) -> Self {
-        let mut joined = self;
-        if other.admin_rank < self.admin_rank {
-            joined.admin_rank = other.admin_rank;
-            joined.admin = other.admin;
-            joined.admin_rule = other.admin_rule;
-        }
-        if other.baseline_rank < self.baseline_rank {
-            joined.baseline_rank = other.baseline_rank;
-            joined.baseline = other.baseline;
-            joined.baseline_rule = other.baseline_rule;
-        }
-        // NONE < ALLOW < DENY
-        if other.namespaced > self.namespaced {
-            joined.namespaced = other.namespaced;
-            joined.namespaced_rule = other.namespaced_rule;
-        }
-        joined
-    }
-}
-
-/// Where compiled policy is looked up.
+/// Looks up compiled policy.
 pub trait Policies {
     /// The head of a set.
     fn head(&self, set: PolicySetId) -> Option<SetHead>;
@@ -345,13 +307,8 @@ pub trait Policies {
     fn cidr(&self, key: &CidrKey) -> Option<ListId>;
     /// The answer of the longest prefix that holds the port.
     fn answer(&self, key: &PortKey) -> Option<&Answer>;
-    /// The set that is asked about a pod: its own, unless another is to be tried.
-    #[inline(always)]
-    fn set_of(&self, pod: &PodView) -> PolicySetId {
-        pod.set
-    }
     /// Decides a question. The kernel programs put a function boundary here, so that the verifier
-    /// sees the decision once.
+    /// checks the decision once.
     #[inline(always)]
     fn decide(&self, q: &Question) -> Verdict
     where
@@ -361,19 +318,19 @@ pub trait Policies {
     }
 }
 
-/// What is asked of [`decide`].
+/// The question that [`decide`] answers.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Question {
-    /// The pod's policy.
+    /// The policy to evaluate.
     pub set: PolicySetId,
     /// To or from the pod.
     pub direction: Direction,
-    /// Who the peer is.
+    /// The peer's identity.
     pub peer: IdentityId,
-    /// Its address: rules that name addresses match whatever the identity.
+    /// The peer's address: rules that name addresses match regardless of the identity.
     pub addr: Addr,
-    /// How well `peer` is known.
+    /// How `peer` is known.
     pub evidence: Evidence,
     /// The protocol.
     pub protocol: Protocol,
@@ -381,8 +338,8 @@ pub struct Question {
     pub port: Port,
 }
 
-/// Decides a question. A set, or a part of one, that cannot be found denies: what is missing has
-/// not been loaded yet or did not fit.
+/// Decides a question. A missing set, or a missing part of one, denies: it is not loaded yet or did
+/// not fit.
 #[inline(always)]
 pub fn decide(policies: &impl Policies, q: &Question) -> Verdict {
     if q.set == PolicySetId::NONE {
@@ -412,7 +369,7 @@ pub fn decide(policies: &impl Policies, q: &Question) -> Verdict {
     conclude(&head, by_identity, by_address, q)
 }
 
-/// The answer of a list; `Ok(None)` = no rule says anything, `Err` = the list is not loaded.
+/// The answer of a list; `Ok(None)` = no rule matches, `Err` = the list is not loaded.
 #[inline(always)]
 fn answer<'a, P: Policies>(
     policies: &'a P,
@@ -428,7 +385,7 @@ fn answer<'a, P: Policies>(
     }
 }
 
-/// Of two rules of a ranked tier the earlier one decides.
+/// The earlier one of two rules of a ranked tier, which decides.
 #[inline(always)]
 fn earlier(a: (u32, u8, RuleId), b: (u32, u8, RuleId)) -> (u8, RuleId) {
     if b.0 < a.0 { (b.1, b.2) } else { (a.1, a.2) }
@@ -448,8 +405,8 @@ impl Answer {
     }
 }
 
-/// The tiers in their order, over what the rules for the peer's identity and those for its address
-/// say: in the ranked tiers the earlier rule decides, in the namespaced tier Deny beats Allow.
+/// Evaluates the tiers in their order, over the answers for the peer's identity and for its address:
+/// in the ranked tiers the earlier rule decides, in the namespaced tier Deny beats Allow.
 #[inline(always)]
 fn conclude(head: &SetHead, a: Option<&Answer>, b: Option<&Answer>, q: &Question) -> Verdict {
     let (admin, rule) = earlier(

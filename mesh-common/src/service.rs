@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! Service load balancing: from a virtual address to a backend, as a pure function over a look-up.
+//! Service load balancing: [`route`] maps a virtual address to a backend, as a pure function over a
+//! look-up trait.
 
 use crate::Addr;
 use crate::addr::{Endpoint, Port, Protocol};
 
 abi_id! {
-    /// A list of backends, immutable: a hash of its content. A service switches from one list to
-    /// the next by one write.
+    /// An immutable list of backends: a hash of its content. One write switches a service from one
+    /// list to the next.
     pub struct BackendListId(pub u64);
 }
 
 abi! {
-    /// Key of the map `SERVICES`. Port 0 with protocol 0 marks an address that is virtual: what is
-    /// sent to it on another port than the service's own is refused, not sent.
+    /// Key of the map `SERVICES`. Port 0 with protocol 0 marks a virtual address: traffic to it on any
+    /// port but the service's own is refused.
     pub struct ServiceKey {
-        /// The virtual address, or a node's for node ports.
+        /// The virtual address; for node ports, a node's address.
         pub addr: Addr,
         /// The service's port.
         pub port: Port,
@@ -28,9 +29,9 @@ abi! {
     pub struct Service {
         /// The backends.
         pub backends: BackendListId,
-        /// How many there are; 0 = connections are refused at once.
+        /// The number of backends; 0 = connections are refused at once.
         pub count: u32,
-        /// Always 0; affinity and algorithm will live here.
+        /// Always 0.
         pub flags: u32,
     }
 
@@ -71,7 +72,7 @@ impl ServiceKey {
     }
 }
 
-/// Where services are looked up.
+/// Looks up services.
 pub trait Services {
     /// The service of a key.
     fn service(&self, key: &ServiceKey) -> Option<Service>;
@@ -79,26 +80,50 @@ pub trait Services {
     fn backend(&self, key: &BackendKey) -> Option<Endpoint>;
 }
 
-/// What became of a destination.
+/// The result of resolving a destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
-    /// Not a service: the destination stays.
+    /// The destination is not a service, and is used as it is.
     Unchanged,
-    /// Goes to this backend.
+    /// The backend to use instead.
     Backend(Endpoint),
-    /// A service port without an endpoint that takes traffic: refused at once.
+    /// The service has no endpoint that accepts traffic: refused at once.
     NoEndpoints,
-    /// A virtual address, but no port of a service: refused at once.
+    /// The address is virtual, and no service has the port: refused at once.
     NoPort,
 }
 
-/// How often a list may be looked up again when it is switched between the two look-ups.
+impl Service {
+    /// The key of the backend that a number selects, for a uniform choice by a random number;
+    /// `None` = there is no backend.
+    #[inline(always)]
+    #[must_use]
+    pub const fn choose(&self, number: u32) -> Option<BackendKey> {
+        if self.count == 0 {
+            return None;
+        }
+        Some(BackendKey {
+            list: self.backends,
+            index: number % self.count,
+            pad: 0,
+        })
+    }
+}
+
+/// Whether an endpoint is a service's, so that packets to it need translation.
+#[inline(always)]
+pub fn is_virtual(services: &impl Services, at: &Endpoint, protocol: Protocol) -> bool {
+    services.service(&ServiceKey::marker(at.addr)).is_some()
+        || services.service(&ServiceKey::new(*at, protocol)).is_some()
+}
+
+/// Attempts to find a backend when the list is switched between the two look-ups.
 const ATTEMPTS: u32 = 2;
 
-/// Resolves a destination. `random` is a uniform random number that picks the backend.
+/// Resolves a destination. `random` is a uniform random number that selects the backend.
 ///
-/// The service and its list are two look-ups. An agent may switch the list between them and remove
-/// the old one, so a miss is tried again with the service's new value.
+/// The service and its list are two look-ups. The agent may switch the list between them and remove
+/// the old one, so a miss is retried with the service's new value.
 #[inline(always)]
 pub fn route(services: &impl Services, to: Endpoint, protocol: Protocol, random: u32) -> Route {
     let key = ServiceKey::new(to, protocol);
@@ -109,15 +134,10 @@ pub fn route(services: &impl Services, to: Endpoint, protocol: Protocol, random:
                 None => Route::Unchanged,
             };
         };
-        if service.count == 0 {
+        let Some(key) = service.choose(random) else {
             return Route::NoEndpoints;
-        }
-        let index = random % service.count;
-        if let Some(backend) = services.backend(&BackendKey {
-            list: service.backends,
-            index,
-            pad: 0,
-        }) {
+        };
+        if let Some(backend) = services.backend(&key) {
             return Route::Backend(backend);
         }
     }

@@ -1,28 +1,26 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! What policies in audit mode would refuse: asked after a connection or flow was allowed, reported,
-//! and let pass.
+//! Audit mode: allowed traffic is evaluated once more by the policies in audit mode, and reported if
+//! they would deny it.
 //!
-//! Each is asked about once, where it is decided first: connections at the socket hooks, datagrams
-//! where their flow is opened. Pods without such policies pay for a flag.
+//! Each connection or flow is evaluated once, where it is decided first: connections at the socket
+//! hooks, datagrams where their flow is opened. A pod without policies in audit mode costs one flag.
 
-use mesh_common::path::{self, Outbound, Path, Peers};
-use mesh_common::pod::{ModeKey, PodIndex, PodState, PodView};
-use mesh_common::policy::{
-    Answer, CidrKey, ListId, Lists, Policies, PolicySetId, PortKey, Question, SelectKey, SetHead,
-};
-use mesh_common::{Addr, Direction, Endpoint, Peer, Reason, Verdict};
+use mesh_common::path::{self, Outbound, Path};
+use mesh_common::pod::{PodIndex, PodState};
+use mesh_common::policy::{Policies as _, PolicySetId};
+use mesh_common::{Direction, Endpoint};
 
 use crate::decision::{ANSWERED, Ask, UNANSWERED};
-use crate::report::{AUDIT, Refused, refused};
+use crate::report::{AUDIT, Subject, refused};
 use crate::tables::{self, Tables};
 
-/// The state of a pod that policies in audit mode select.
+/// Returns the state of a pod if policies in audit mode select it.
 #[inline(always)]
 pub(crate) fn audited(pod: PodIndex) -> Option<&'static PodState> {
     tables::pod(pod).filter(|state| state.view.has(PodState::AUDITED))
 }
 
-/// Asks about what a pod sends and may send.
+/// Evaluates allowed traffic that a pod sends.
 #[inline(always)]
 pub(crate) fn outbound(state: &PodState, ask: &Ask, service: Option<&Endpoint>) {
     let own = if ask.remote.addr.is_v4() {
@@ -35,13 +33,13 @@ pub(crate) fn outbound(state: &PodState, ask: &Ask, service: Option<&Endpoint>) 
     let _ = mesh_audit_outbound(ask, &local, service);
 }
 
-/// Asks about what comes to a pod in clear, at `local`, and may come.
+/// Evaluates allowed plaintext traffic to a pod's endpoint `local`.
 #[inline(always)]
 pub(crate) fn inbound(ask: &Ask, local: &Endpoint) {
     let _ = mesh_audit_inbound(ask, local);
 }
 
-/// [`outbound`] as a global function (see `decision`).
+/// Evaluates outgoing traffic. A global function, see `decision`.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn mesh_audit_outbound(
@@ -49,114 +47,67 @@ extern "C" fn mesh_audit_outbound(
     local: *const Endpoint,
     service: *const Endpoint,
 ) -> u64 {
-    // SAFETY: null, or of these types: the verifier holds callers to it.
+    // SAFETY: null, or of these types: the verifier checks it at each call.
     let (Some(ask), Some(local)) = (unsafe { (ask.as_ref(), local.as_ref()) }) else {
         return UNANSWERED;
     };
     let Some((state, shadow)) = shadow(ask.pod) else {
         return UNANSWERED;
     };
-    let path = path::outbound(&shadow, &state.view, ask.remote, ask.protocol);
+    let path = path::outbound(&Tables, &state.view, shadow, ask.remote, ask.protocol);
     if refuses(&path) {
-        let who = Refused::new(ask.pod, Direction::Egress, ask.protocol, AUDIT);
+        let subject = Subject::new(ask.pod, Direction::Egress, ask.protocol, AUDIT);
         // SAFETY: null, or of this type.
         let service = unsafe { service.as_ref() };
-        refused(who, Some(local), Some(&ask.remote), service, &path.verdict);
+        refused(
+            &subject,
+            Some(local),
+            Some(&ask.remote),
+            service,
+            &path.verdict,
+        );
     }
     ANSWERED
 }
 
-/// [`inbound`] as a global function (see `decision`).
+/// Evaluates incoming traffic. A global function, see `decision`.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn mesh_audit_inbound(ask: *const Ask, local: *const Endpoint) -> u64 {
-    // SAFETY: null, or of these types: the verifier holds callers to it.
+    // SAFETY: null, or of these types: the verifier checks it at each call.
     let (Some(ask), Some(local)) = (unsafe { (ask.as_ref(), local.as_ref()) }) else {
         return UNANSWERED;
     };
     let Some((state, shadow)) = shadow(ask.pod) else {
         return UNANSWERED;
     };
-    let (from, origin, protocol) = (&ask.remote.addr, ask.origin, ask.protocol);
-    let path = path::inbound(&shadow, &state.view, from, origin, protocol, ask.local_port);
+    let path = path::inbound(&Tables, &state.view, shadow, ask.arrival());
     if refuses(&path) {
-        let who = Refused::new(ask.pod, Direction::Ingress, protocol, AUDIT);
-        refused(who, Some(local), Some(&ask.remote), None, &path.verdict);
+        let subject = Subject::new(ask.pod, Direction::Ingress, ask.protocol, AUDIT);
+        refused(
+            &subject,
+            Some(local),
+            Some(&ask.remote),
+            None,
+            &path.verdict,
+        );
     }
     ANSWERED
 }
 
-/// A pod, and what would hold for it.
+/// Returns a pod's state and its policy set with audit policies enforced.
 #[inline(always)]
-fn shadow(pod: PodIndex) -> Option<(&'static PodState, Shadow)> {
+fn shadow(pod: PodIndex) -> Option<(&'static PodState, PolicySetId)> {
     let state = tables::pod(pod)?;
     let shadow = Tables.head(state.view.set)?.shadow;
     if shadow == PolicySetId::NONE {
         return None;
     }
-    Some((state, Shadow(shadow)))
+    Some((state, shadow))
 }
 
-/// Whether policy is why it would be refused. A shadow that is not there says nothing.
+/// Returns whether policy would deny the traffic. A missing shadow set denies nothing.
 #[inline(always)]
 fn refuses(path: &Path) -> bool {
-    matches!(path.action, Outbound::Refuse)
-        && matches!(path.verdict.reason, Reason::Policy | Reason::DefaultDeny)
-}
-
-/// The maps, with every question put to the shadow.
-struct Shadow(PolicySetId);
-
-impl Policies for Shadow {
-    #[inline(always)]
-    fn head(&self, set: PolicySetId) -> Option<SetHead> {
-        Tables.head(set)
-    }
-
-    #[inline(always)]
-    fn select(&self, key: &SelectKey) -> Option<Lists> {
-        Tables.select(key)
-    }
-
-    #[inline(always)]
-    fn cidr(&self, key: &CidrKey) -> Option<ListId> {
-        Tables.cidr(key)
-    }
-
-    #[inline(always)]
-    fn answer(&self, key: &PortKey) -> Option<&Answer> {
-        Tables.answer(key)
-    }
-
-    #[inline(always)]
-    fn set_of(&self, _pod: &PodView) -> PolicySetId {
-        self.0
-    }
-
-    #[inline(always)]
-    fn decide(&self, q: &Question) -> Verdict {
-        Tables.decide(q)
-    }
-}
-
-impl Peers for Shadow {
-    #[inline(always)]
-    fn peer(&self, addr: &Addr) -> Option<Peer> {
-        Tables.peer(addr)
-    }
-
-    #[inline(always)]
-    fn local(&self, addr: &Addr) -> Option<PodView> {
-        Tables.local(addr)
-    }
-
-    #[inline(always)]
-    fn in_pod_cidr(&self, addr: &Addr) -> bool {
-        Tables.in_pod_cidr(addr)
-    }
-
-    #[inline(always)]
-    fn port_mode(&self, key: &ModeKey) -> Option<u8> {
-        Tables.port_mode(key)
-    }
+    matches!(path.action, Outbound::Refuse) && path.verdict.reason.is_policy()
 }

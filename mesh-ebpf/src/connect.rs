@@ -1,26 +1,27 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! connect(): resolve the service, decide, and mark what the agent is to tunnel.
+//! The connect() hook: resolves services, decides the connection, and marks the connections that the
+//! agent tunnels.
 
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use aya_ebpf::programs::SockAddrContext;
-use mesh_common::path::{Origin, Outbound, Path};
-use mesh_common::pod::{ListenerSlot, PodIndex, PodState};
+use mesh_common::path::{Origin, Outbound, Path, outbound_listener};
+use mesh_common::pod::{PodIndex, PodState};
 use mesh_common::service::Route;
 use mesh_common::settings::MARK_CAPTURE;
 use mesh_common::socket::SocketState;
 use mesh_common::{Addr, Direction, Endpoint, Port, Protocol, Reason, Verdict, route};
 
 use crate::audit;
-use crate::context::{
-    self, Family, PASS, endpoint, exempt, netns_cookie, protocol, read, refuse, set_endpoint,
-    set_mark, socket, storage,
+use crate::decision::{self, Ask, Decision};
+use crate::report::{self, DENIED, Hook, Subject, refused, trace};
+use crate::sock_addr::{
+    Family, PASS, endpoint, exempt, local_port, netns_cookie, protocol, refuse, set_endpoint,
+    set_mark, socket,
 };
-use crate::decision::{self, Ask, UNDECIDED};
-use crate::report::{self, DENIED, Hook, Refused, refused, trace};
-use crate::tables::{self, SOCKETS, Tables};
-use crate::udp::{self, Way};
+use crate::tables::{self, SOCKETS, Tables, storage};
+use crate::udp_flows::{self, Seen};
 
-/// The hooks connect4 and connect6.
+/// Handles the hooks connect4 and connect6.
 #[inline(always)]
 pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
     let protocol = protocol(ctx);
@@ -32,26 +33,25 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         return PASS;
     };
     let asked = endpoint::<F>(ctx);
-    let mut to = asked;
-    if !resolve(pod, &asked, protocol, &mut to) {
-        return refuse();
-    }
-    let ask = Ask {
+    let mut ask = Ask {
+        remote: asked,
         pod,
+        local_port: local_port(ctx),
         protocol,
         origin: Origin::Address,
-        remote: to,
-        local_port: Port(0),
     };
-    let mut path = UNDECIDED;
-    let facts = decision::outbound(&ask, &mut path);
-    trace(Hook::Connect, pod, &to, &path);
-    let mark = match path.action {
+    if !resolve(&mut ask) {
+        return refuse();
+    }
+    let mut decision = Decision::UNDECIDED;
+    decision::outbound(&ask, &mut decision);
+    trace(Hook::Connect, &ask, &decision.path);
+    let mark = match decision.path.action {
         Outbound::Refuse => {
-            deny(pod, protocol, &asked, &to, &path.verdict);
-            if silent(pod, &path) && set_mark(ctx, 0) {
-                if to != asked {
-                    set_endpoint::<F>(ctx, &to);
+            deny(&ask, &asked, &decision.path.verdict);
+            if is_silent(pod, &decision.path) && set_mark(ctx, 0) {
+                if ask.remote != asked {
+                    set_endpoint::<F>(ctx, &ask.remote);
                 }
                 return PASS;
             }
@@ -60,7 +60,8 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         Outbound::Tunnel => MARK_CAPTURE,
         Outbound::Direct => 0,
     };
-    let failure = if mark != 0 && !tables::agent_listens(pod.listener(outbound_slot(&to))) {
+    let listener = pod.listener(outbound_listener(&ask.remote.addr));
+    let failure = if mark != 0 && !tables::agent_listens(listener) {
         Some(Reason::ListenerGone)
     } else if !set_mark(ctx, mark) {
         Some(Reason::CaptureFailed)
@@ -68,48 +69,46 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
         None
     };
     if let Some(reason) = failure {
-        deny(pod, protocol, &asked, &to, &Verdict::refuse(reason));
+        deny(&ask, &asked, &Verdict::refuse(reason));
         return refuse();
     }
-    report::count(Direction::Egress, &path.verdict);
-    if let Some(audited) = audit::audited(pod) {
-        // A UDP socket whose port is not chosen yet opens its flow at the gate.
-        let at_the_gate = protocol == Protocol::UDP
-            && audited.view.has(PodState::GATED)
-            && local_port(ctx) == Port(0);
-        if !at_the_gate {
-            audit::outbound(audited, &ask, if to == asked { None } else { Some(&asked) });
-        }
+    report::count(Direction::Egress, &decision.path.verdict);
+    // The gate opens the flow of a UDP socket that has no port yet, and asks about it.
+    let unbound = protocol == Protocol::UDP && ask.local_port == Port(0);
+    if let Some(audited) = audit::audited(pod)
+        && !(unbound && audited.view.has(PodState::GATED))
+    {
+        audit::outbound(audited, &ask, service(&ask, &asked));
     }
-    let service = if to == asked { Endpoint::NONE } else { asked };
     let flags = match mark {
         0 => SocketState::DECIDED,
         _ => SocketState::DECIDED | SocketState::CAPTURED,
     };
-    remember(ctx, (pod, flags), (&to, &service), &path);
-    if protocol == Protocol::UDP {
-        // The source port is not chosen yet if it is 0; the gate then opens the flow.
-        let local_port = local_port(ctx);
-        if local_port != Port(0) {
-            udp::open(&ask, local_port, Way::FromPod, (&path, facts));
-        }
+    remember(ctx, &ask, &asked, &decision.path, flags);
+    if protocol == Protocol::UDP && !unbound {
+        udp_flows::open(&ask, &decision, Seen::FromPod);
     }
-    if to != asked {
-        set_endpoint::<F>(ctx, &to);
+    if ask.remote != asked {
+        set_endpoint::<F>(ctx, &ask.remote);
     }
     PASS
 }
 
-/// Keeps with the socket what was decided.
+/// Returns the service that the application used, if it was translated.
 #[inline(always)]
-fn remember(
-    ctx: &SockAddrContext,
-    (pod, flags): (PodIndex, u8),
-    (backend, service): (&Endpoint, &Endpoint),
-    path: &Path,
-) {
+pub(crate) fn service<'a>(ask: &Ask, asked: &'a Endpoint) -> Option<&'a Endpoint> {
+    if ask.remote == *asked {
+        None
+    } else {
+        Some(asked)
+    }
+}
+
+/// Stores the decision with the socket.
+#[inline(always)]
+fn remember(ctx: &SockAddrContext, ask: &Ask, asked: &Endpoint, path: &Path, flags: u8) {
     let state = storage::<_, SocketState>(&SOCKETS, socket(ctx), true);
-    let Some(pod_state) = tables::pod(pod) else {
+    let Some(pod_state) = tables::pod(ask.pod) else {
         return;
     };
     // SAFETY: null or of this type.
@@ -119,129 +118,94 @@ fn remember(
     state.rule = path.verdict.rule.0;
     state.set = pod_state.view.set.0;
     state.start_ns = report::now();
-    state.backend = *backend;
-    state.service = *service;
+    state.backend = ask.remote;
+    state.service = service(ask, asked).copied().unwrap_or(Endpoint::NONE);
     state.direction = Direction::Egress as u8;
-    state.clear = path.clear as u8;
+    state.plaintext = path.clear as u8;
     state.reason = path.verdict.reason as u8;
     state.flags = flags;
-    state.pod = pod.0;
+    state.pod = ask.pod.0;
 }
 
-/// Whether a refusal is to be silence: policy's, where the gate sees the packets. They go on to where
-/// they were decided for, and the gate decides again.
+/// Returns whether a denial is silent: the policy of a pod with this setting denies, and the pod has a
+/// gate. The system call then succeeds, and the gate decides the packets again and drops them.
 #[inline(always)]
-pub(crate) fn silent(pod: PodIndex, path: &Path) -> bool {
-    let by_policy = matches!(path.verdict.reason, Reason::Policy | Reason::DefaultDeny);
-    by_policy
+pub(crate) fn is_silent(pod: PodIndex, path: &Path) -> bool {
+    path.verdict.reason.is_policy()
         && tables::pod(pod).is_some_and(|state| {
             state.view.has(PodState::SILENT) && state.view.has(PodState::GATED)
         })
 }
 
-/// The listener of captured connections: by the family on the wire, not the socket's.
+/// Replaces a service by one of its backends in `ask.remote`. Returns `false` if the traffic is denied,
+/// after reporting it.
 #[inline(always)]
-fn outbound_slot(to: &Endpoint) -> ListenerSlot {
-    if to.addr.is_v4() {
-        ListenerSlot::Outbound4
-    } else {
-        ListenerSlot::Outbound6
-    }
-}
-
-/// Finds the real destination; `false` = refused, and reported.
-#[inline(always)]
-pub(crate) fn resolve(
-    pod: PodIndex,
-    asked: &Endpoint,
-    protocol: Protocol,
-    to: &mut Endpoint,
-) -> bool {
-    let reason = match mesh_resolve(asked, protocol.0.into(), to) {
+pub(crate) fn resolve(ask: &mut Ask) -> bool {
+    let reason = match mesh_resolve(ask) {
         RESOLVED => return true,
         NO_PORT => Reason::NoServicePort,
         _ => Reason::NoEndpoints,
     };
-    deny(pod, protocol, asked, asked, &Verdict::refuse(reason));
+    deny(ask, &ask.remote, &Verdict::refuse(reason));
     false
 }
 
+/// The return value for a destination that is no service or was replaced by a backend.
 const RESOLVED: u64 = 0;
+/// The return value for a virtual address without this port.
 const NO_PORT: u64 = 1;
+/// The return value for a service without endpoints.
 const NO_ENDPOINTS: u64 = 2;
 
-/// `mesh_common::route` as a global function (see `decision`).
+/// Calls `mesh_common::route` as a global function (see `decision`).
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn mesh_resolve(asked: *const Endpoint, protocol: u32, to: *mut Endpoint) -> u64 {
-    // SAFETY: null, or of these types: the verifier holds callers to it.
-    let (Some(asked), Some(to)) = (unsafe { (asked.as_ref(), to.as_mut()) }) else {
+extern "C" fn mesh_resolve(ask: *mut Ask) -> u64 {
+    // SAFETY: null, or of this type: the verifier checks it at each call.
+    let Some(ask) = (unsafe { ask.as_mut() }) else {
         return NO_ENDPOINTS;
     };
-    // SAFETY: takes nothing.
+    // SAFETY: the helper has no arguments.
     let random = unsafe { bpf_get_prandom_u32() };
-    match route(&Tables, *asked, Protocol(protocol as u8), random) {
-        Route::Unchanged => *to = *asked,
-        Route::Backend(backend) => *to = backend,
+    match route(&Tables, ask.remote, ask.protocol, random) {
+        Route::Unchanged => {}
+        Route::Backend(backend) => ask.remote = backend,
         Route::NoEndpoints => return NO_ENDPOINTS,
         Route::NoPort => return NO_PORT,
     }
     RESOLVED
 }
 
-/// Reports a refusal of what a pod sends.
+/// Reports the denial of traffic that a pod sends. `asked` is the destination that the application
+/// used.
 #[inline(always)]
-pub(crate) fn deny(
-    pod: PodIndex,
-    protocol: Protocol,
-    asked: &Endpoint,
-    to: &Endpoint,
-    verdict: &Verdict,
-) {
-    let packed = u64::from(protocol.0) << 32 | u64::from(pod.0);
-    let _ = mesh_deny(packed, asked, to, verdict);
+pub(crate) fn deny(ask: &Ask, asked: &Endpoint, verdict: &Verdict) {
+    let _ = mesh_deny(ask, asked, verdict);
 }
 
-/// [`deny`] as a global function (see `decision`): the protocol above, the pod below.
+/// Reports a denial. A global function, see `decision`.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn mesh_deny(
-    packed: u64,
-    asked: *const Endpoint,
-    to: *const Endpoint,
-    verdict: *const Verdict,
-) -> u64 {
-    // SAFETY: null, or of these types: the verifier holds callers to it.
-    let (Some(asked), Some(to), Some(verdict)) =
-        (unsafe { (asked.as_ref(), to.as_ref(), verdict.as_ref()) })
+extern "C" fn mesh_deny(ask: *const Ask, asked: *const Endpoint, verdict: *const Verdict) -> u64 {
+    // SAFETY: null, or of these types: the verifier checks it at each call.
+    let (Some(ask), Some(asked), Some(verdict)) =
+        (unsafe { (ask.as_ref(), asked.as_ref(), verdict.as_ref()) })
     else {
         return 1;
     };
-    let pod = PodIndex(packed as u32);
-    let own = match tables::pod(pod) {
-        Some(state) if to.addr.is_v4() => state.view.v4,
+    let own = match tables::pod(ask.pod) {
+        Some(state) if ask.remote.addr.is_v4() => state.view.v4,
         Some(state) => state.view.v6,
         None => Addr::NONE,
     };
-    let who = Refused::new(
-        pod,
-        Direction::Egress,
-        Protocol((packed >> 32) as u8),
-        DENIED,
+    let subject = Subject::new(ask.pod, Direction::Egress, ask.protocol, DENIED);
+    let local = Endpoint::new(own, ask.local_port);
+    refused(
+        &subject,
+        Some(&local),
+        Some(&ask.remote),
+        service(ask, asked),
+        verdict,
     );
-    let local = Endpoint::new(own, Port(0));
-    let service = if to == asked { None } else { Some(asked) };
-    refused(who, Some(&local), Some(to), service, verdict);
     0
-}
-
-/// The socket's own port; 0 = not chosen yet.
-#[inline(always)]
-pub(crate) fn local_port(ctx: &SockAddrContext) -> Port {
-    let sk = context::socket(ctx);
-    if sk.is_null() {
-        return Port(0);
-    }
-    // Host order, 4 bytes wide.
-    Port::new(read!(sk, src_port) as u16)
 }

@@ -1,31 +1,32 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! The decisions of `mesh_common` over the maps, as global functions: the verifier looks at each
-//! once, by the types of its arguments alone, and not at each call; and each keeps its stack to
-//! itself.
+//! The decisions of `mesh_common` over the maps, as global functions: the verifier checks each once,
+//! by the types of its arguments alone, and not at each call. A global function has at most five
+//! arguments and returns a number, so structs are passed by pointer.
 //!
-//! A pod's state is read in place. If it is replaced while a decision reads it, the decision is
-//! made again; a state that is replaced each time is refused.
+//! A pod's state is read in place. If the agent replaces it during a decision, the decision is made
+//! once more; if that happens again, the traffic is denied.
 
-use mesh_common::path::{self, Origin, Outbound, Path};
+use mesh_common::path::{self, Arrival, Origin, Outbound, Path};
 use mesh_common::pod::{PodIndex, PodState};
 use mesh_common::policy::{self, Question};
 use mesh_common::{Endpoint, IdentityId, Port, Protocol, Reason, Verdict};
 
-use crate::context::read;
 use crate::tables::{self, Tables};
+use crate::volatile::read;
 
-/// The value of a global function that has answered.
+/// The return value of a global function that wrote its answer.
 pub(crate) const ANSWERED: u64 = 0;
-/// The value of a global function that has not: a null argument, which callers never pass.
+/// The return value of a global function that got a null pointer, which callers never pass, or an
+/// unknown pod.
 pub(crate) const UNANSWERED: u64 = 1;
-/// The state was replaced meanwhile.
+/// The return value of a decision during which the pod's state was replaced.
 const TORN: u64 = 2;
 
-/// `mesh_common::decide`.
+/// Calls `mesh_common::decide` as a global function.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub(crate) extern "C" fn mesh_decide(question: *const Question, verdict: *mut Verdict) -> u64 {
-    // SAFETY: null, or of these types: the verifier holds callers to it.
+    // SAFETY: null, or of these types: the verifier checks it at each call.
     let (Some(question), Some(verdict)) = (unsafe { (question.as_ref(), verdict.as_mut()) }) else {
         return UNANSWERED;
     };
@@ -33,56 +34,91 @@ pub(crate) extern "C" fn mesh_decide(question: *const Question, verdict: *mut Ve
     ANSWERED
 }
 
-/// What is asked.
+/// A connection or datagram of a pod that is to be decided.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Ask {
-    /// The other end: where to, or where from.
+    /// The peer's endpoint: the destination of outgoing and the source of incoming traffic.
     pub(crate) remote: Endpoint,
     /// The local pod.
     pub(crate) pod: PodIndex,
-    /// The pod's port, of what comes in.
+    /// The pod's port; 0 = the socket has none yet.
     pub(crate) local_port: Port,
-    /// The protocol.
+    /// The IP protocol.
     pub(crate) protocol: Protocol,
-    /// Of an incoming packet.
+    /// The provenance of the source address of incoming traffic.
     pub(crate) origin: Origin,
 }
 
-/// What holds before anything is decided, and when nothing could be.
-pub(crate) const UNDECIDED: Path = Path {
+impl Ask {
+    /// Returns the part that decides plaintext traffic to the pod.
+    #[inline(always)]
+    pub(crate) const fn arrival(&self) -> Arrival<'_> {
+        Arrival {
+            from: &self.remote.addr,
+            origin: self.origin,
+            protocol: self.protocol,
+            port: self.local_port,
+        }
+    }
+}
+
+/// The decision about an [`Ask`].
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Decision {
+    /// The action and its reasons.
+    pub(crate) path: Path,
+    /// The config generation by which it was decided, or an older one.
+    pub(crate) generation: u64,
+}
+
+impl Decision {
+    /// The value before a decision, and of one that could not be made: it denies.
+    pub(crate) const UNDECIDED: Self = Self {
+        path: UNDECIDED,
+        generation: 0,
+    };
+
+    /// Returns whether the traffic is denied.
+    #[inline(always)]
+    pub(crate) fn refuses(&self) -> bool {
+        matches!(self.path.action, Outbound::Refuse)
+    }
+}
+
+const UNDECIDED: Path = Path {
     action: Outbound::Refuse,
     verdict: Verdict::refuse(Reason::PolicyMissing),
     clear: Reason::PolicyMissing,
     peer: IdentityId::UNKNOWN,
 };
 
-/// Decides what a pod sends; `path` is undecided before. The value is the revision of facts, at
-/// least, by which it was decided.
+/// Decides traffic that a pod sends. `decision` must be [`Decision::UNDECIDED`] before.
 #[inline(always)]
-pub(crate) fn outbound(ask: &Ask, path: &mut Path) -> u64 {
-    let facts = tables::facts();
+pub(crate) fn outbound(ask: &Ask, decision: &mut Decision) {
+    decision.generation = tables::config_generation();
+    let path = &mut decision.path;
     if mesh_outbound(ask, path) == TORN && mesh_outbound(ask, path) == TORN {
         *path = UNDECIDED;
     }
-    facts
 }
 
-/// Decides what comes to a pod in clear; as [`outbound`].
+/// Decides plaintext traffic to a pod. `decision` must be [`Decision::UNDECIDED`] before.
 #[inline(always)]
-pub(crate) fn inbound(ask: &Ask, path: &mut Path) -> u64 {
-    let facts = tables::facts();
+pub(crate) fn inbound(ask: &Ask, decision: &mut Decision) {
+    decision.generation = tables::config_generation();
+    let path = &mut decision.path;
     if mesh_inbound(ask, path) == TORN && mesh_inbound(ask, path) == TORN {
         *path = UNDECIDED;
     }
-    facts
 }
 
-/// `mesh_common::path::outbound`.
+/// Calls `mesh_common::path::outbound` as a global function.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn mesh_outbound(ask: *const Ask, answer: *mut Path) -> u64 {
-    // SAFETY: null, or of these types: the verifier holds callers to it.
+    // SAFETY: null, or of these types: the verifier checks it at each call.
     let (Some(ask), Some(answer)) = (unsafe { (ask.as_ref(), answer.as_mut()) }) else {
         return UNANSWERED;
     };
@@ -90,7 +126,8 @@ extern "C" fn mesh_outbound(ask: *const Ask, answer: *mut Path) -> u64 {
         return UNANSWERED;
     };
     let revision = read!(state as *const PodState, revision_end);
-    *answer = path::outbound(&Tables, &state.view, ask.remote, ask.protocol);
+    let set = state.view.set;
+    *answer = path::outbound(&Tables, &state.view, set, ask.remote, ask.protocol);
     if read!(state as *const PodState, revision) == revision {
         ANSWERED
     } else {
@@ -98,11 +135,11 @@ extern "C" fn mesh_outbound(ask: *const Ask, answer: *mut Path) -> u64 {
     }
 }
 
-/// `mesh_common::path::inbound`.
+/// Calls `mesh_common::path::inbound` as a global function.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn mesh_inbound(ask: *const Ask, answer: *mut Path) -> u64 {
-    // SAFETY: null, or of these types: the verifier holds callers to it.
+    // SAFETY: null, or of these types: the verifier checks it at each call.
     let (Some(ask), Some(answer)) = (unsafe { (ask.as_ref(), answer.as_mut()) }) else {
         return UNANSWERED;
     };
@@ -110,9 +147,7 @@ extern "C" fn mesh_inbound(ask: *const Ask, answer: *mut Path) -> u64 {
         return UNANSWERED;
     };
     let revision = read!(state as *const PodState, revision_end);
-    let from = &ask.remote.addr;
-    let (protocol, port) = (ask.protocol, ask.local_port);
-    *answer = path::inbound(&Tables, &state.view, from, ask.origin, protocol, port);
+    *answer = path::inbound(&Tables, &state.view, state.view.set, ask.arrival());
     if read!(state as *const PodState, revision) == revision {
         ANSWERED
     } else {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! Frames at the gate, parsed: the only place that knows offsets. What is common is read in place,
-//! inside bounds that the verifier checks; everything else is copied out by bounded loads.
+//! The parser of frames at the gate. Only this module knows offsets. TCP segments in their common form
+//! are read in place, within bounds that the verifier checks; everything else is copied by bounded
+//! loads.
 
 use core::ptr;
 
@@ -8,26 +9,26 @@ use aya_ebpf::programs::TcContext;
 use mesh_common::socket::TUNNEL_OPTION;
 use mesh_common::{Addr, Endpoint, Port, Protocol};
 
-use crate::context::read;
+use crate::volatile::read;
 
 const ETHERNET: usize = 14;
 const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_ARP: u16 = 0x0806;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
-/// Extension headers that are walked before a packet is given up as malformed.
+/// The most IPv6 extension headers of a packet; one with more is malformed.
 const MAX_EXTENSIONS: usize = 6;
 
-/// Bytes of a UDP header (RFC 768).
+/// The size of a UDP header in bytes (RFC 768).
 const UDP_HEADER: u32 = 8;
 
-/// TCP's SYN flag.
+/// The TCP flag SYN.
 pub(crate) const SYN: u8 = 0x02;
-/// TCP's RST flag.
+/// The TCP flag RST.
 pub(crate) const RST: u8 = 0x04;
-/// TCP's ACK flag.
+/// The TCP flag ACK.
 pub(crate) const ACK: u8 = 0x10;
 
-/// The Ethernet header.
+/// An Ethernet header.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Ethernet {
@@ -36,6 +37,7 @@ pub(crate) struct Ethernet {
     ethertype: [u8; 2],
 }
 
+/// An IPv4 header without options (RFC 791).
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Ipv4 {
@@ -51,6 +53,7 @@ struct Ipv4 {
     to: [u8; 4],
 }
 
+/// An IPv6 header without extensions (RFC 8200).
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Ipv6 {
@@ -62,7 +65,7 @@ struct Ipv6 {
     to: [u32; 4],
 }
 
-/// ARP for IPv4 over Ethernet (RFC 826).
+/// An ARP packet for IPv4 over Ethernet (RFC 826).
 #[derive(Clone, Copy)]
 #[repr(C)]
 struct Arp {
@@ -73,57 +76,64 @@ struct Arp {
     target: [u8; 4],
 }
 
-/// What a frame is.
+/// The kind of a frame.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Kind {
-    /// It cannot be parsed.
+    /// A frame that cannot be parsed.
     Malformed = 0,
     /// An IP packet.
     Ip = 1,
-    /// ARP: `from.addr` and `mac` are the sender's.
+    /// An ARP packet: `from.addr` and `mac` are the sender's.
     Arp = 2,
-    /// Something else.
+    /// Any other frame.
     Other = 3,
 }
 
-/// Where a packet stands in its datagram.
+/// The position of an IP packet in its datagram.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Fragment {
-    /// It is the whole datagram.
+    /// The packet is the whole datagram.
     Whole = 0,
-    /// It is the first part, with the ports.
+    /// The packet is the first fragment, with the ports.
     First = 1,
-    /// It is a later part, without ports.
+    /// The packet is a later fragment, without ports.
     Later = 2,
 }
 
-/// A frame, parsed. Plain fields without holes: the verifier tracks each byte.
+/// A parsed frame. It has no implicit padding, because the verifier tracks each byte.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Packet {
+    /// The source address and port.
     pub(crate) from: Endpoint,
+    /// The destination address and port.
     pub(crate) to: Endpoint,
-    /// Identification of a datagram in fragments.
+    /// The identification of a fragmented datagram.
     pub(crate) fragment_id: u32,
-    /// Offset of the transport header in the frame.
+    /// The offset of the transport header in the frame.
     pub(crate) transport: u32,
-    /// Bytes behind the transport header (TCP, UDP), or behind the IP header.
+    /// The number of bytes after the TCP or UDP header, or after the IP headers.
     pub(crate) payload: u32,
+    /// The kind of the frame.
     pub(crate) kind: Kind,
+    /// The IP protocol.
     pub(crate) protocol: Protocol,
+    /// The position in the datagram.
     pub(crate) fragment: Fragment,
-    /// TCP's flags.
+    /// The flags of TCP.
     pub(crate) flags: u8,
-    /// The first byte of ICMP.
+    /// The type of ICMP or ICMPv6.
     pub(crate) icmp_type: u8,
-    /// Of the sender, in ARP.
+    /// The sender's MAC address in ARP.
     pub(crate) mac: [u8; 6],
+    /// Always 0.
     pub(crate) pad: u8,
 }
 
 impl Packet {
+    /// The value before parsing.
     pub(crate) const EMPTY: Self = Self {
         from: Endpoint::NONE,
         to: Endpoint::NONE,
@@ -140,23 +150,26 @@ impl Packet {
     };
 }
 
-/// A whole TCP segment, read in place.
+/// A TCP segment that was read in place.
 pub(crate) struct Segment {
+    /// The source address and port.
     pub(crate) from: Endpoint,
+    /// The destination address and port.
     pub(crate) to: Endpoint,
-    /// The sender's MAC address, then 2 bytes 0, as a word in memory.
+    /// The sender's MAC address and two bytes 0, in memory order.
     pub(crate) mac: u64,
-    /// TCP's flags.
+    /// The flags of TCP.
     pub(crate) flags: u8,
 }
 
-/// TCP directly behind an IPv4 header without options, not fragmented, or directly behind an IPv6
-/// header, with all of that in the frame's linear part. `None` = something else, to be parsed as a
-/// whole.
+/// Reads a TCP segment in its common form: unfragmented after an IPv4 header without options, or right
+/// after an IPv6 header, with all headers in the frame's linear part. Returns `None` for other frames,
+/// which [`parse`] handles.
 #[inline(always)]
 pub(crate) fn segment(ctx: &TcContext) -> Option<Segment> {
-    /// Of IPv4 up to TCP's flags, and as much more in IPv6.
+    /// The offset of TCP's flags after an IPv4 header.
     const FLAGS: usize = ETHERNET + size_of::<Ipv4>() + 13;
+    /// The number of bytes by which an IPv6 header is longer.
     const MORE: usize = size_of::<Ipv6>() - size_of::<Ipv4>();
 
     let start = read!(ctx.skb.skb, data) as usize;
@@ -164,7 +177,7 @@ pub(crate) fn segment(ctx: &TcContext) -> Option<Segment> {
     if start + FLAGS + 1 > end {
         return None;
     }
-    // SAFETY: below, every offset is even and inside what was just checked.
+    // SAFETY: every offset below is even and within the bounds that were just checked.
     let half = |at: usize| unsafe { ptr::read_volatile((start + at) as *const u16) };
     let [a, b, c] = [6, 8, 10].map(|at| half(at).to_ne_bytes());
     let mac = u64::from_ne_bytes([a[0], a[1], b[0], b[1], c[0], c[1], 0, 0]);
@@ -205,13 +218,13 @@ pub(crate) fn segment(ctx: &TcContext) -> Option<Segment> {
     }
 }
 
-/// The Ethernet header of a frame.
+/// Returns the Ethernet header of a frame.
 #[inline(always)]
 pub(crate) fn ethernet(ctx: &TcContext) -> Option<Ethernet> {
     ctx.load::<Ethernet>(0).ok()
 }
 
-/// Parses what is behind the Ethernet header into a packet that is empty before.
+/// Parses the frame after its Ethernet header into a packet that is [`Packet::EMPTY`] before.
 #[inline(always)]
 pub(crate) fn parse(ctx: &TcContext, ethernet: &Ethernet, packet: &mut Packet) {
     let parsed = match u16::from_be_bytes(ethernet.ethertype) {
@@ -228,7 +241,7 @@ pub(crate) fn parse(ctx: &TcContext, ethernet: &Ethernet, packet: &mut Packet) {
     }
 }
 
-/// IPv4 over Ethernet only.
+/// Parses ARP. Returns whether it is for IPv4 over Ethernet.
 #[inline(never)]
 fn arp(ctx: &TcContext, packet: &mut Packet) -> bool {
     let Ok(arp) = ctx.load::<Arp>(ETHERNET) else {
@@ -241,6 +254,7 @@ fn arp(ctx: &TcContext, packet: &mut Packet) -> bool {
     u64::from_ne_bytes([a, b, c, d, e, f, 0, 0]) == u64::from_ne_bytes([0, 1, 8, 0, 6, 4, 0, 0])
 }
 
+/// Parses an IPv4 header. Returns whether it is valid.
 #[inline(never)]
 fn ipv4(ctx: &TcContext, packet: &mut Packet) -> bool {
     let Ok(ip) = ctx.load::<Ipv4>(ETHERNET) else {
@@ -265,6 +279,7 @@ fn ipv4(ctx: &TcContext, packet: &mut Packet) -> bool {
     true
 }
 
+/// Parses an IPv6 header and its extension headers. Returns whether they are valid.
 #[inline(never)]
 fn ipv6(ctx: &TcContext, packet: &mut Packet) -> bool {
     let Ok(ip) = ctx.load::<Ipv6>(ETHERNET) else {
@@ -292,12 +307,14 @@ fn ipv6(ctx: &TcContext, packet: &mut Packet) -> bool {
     !is_extension(packet.protocol)
 }
 
+// Protocol numbers of IPv6 extension headers (IANA "Protocol Numbers").
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
 const AUTHENTICATION: u8 = 51;
 const DESTINATION: u8 = 60;
 
+/// Returns whether a protocol number is that of an extension header that the parser skips.
 #[inline(always)]
 fn is_extension(protocol: Protocol) -> bool {
     matches!(
@@ -306,7 +323,7 @@ fn is_extension(protocol: Protocol) -> bool {
     )
 }
 
-/// Steps over one extension header (RFC 8200; RFC 4302 for authentication).
+/// Skips one extension header (RFC 8200; RFC 4302 for authentication). Returns whether it is valid.
 #[inline(never)]
 fn extension(ctx: &TcContext, packet: &mut Packet) -> bool {
     let Ok(head) = ctx.load::<[u8; 8]>(packet.transport as usize) else {
@@ -318,23 +335,23 @@ fn extension(ctx: &TcContext, packet: &mut Packet) -> bool {
             let offset = u16::from_be_bytes([head[2], head[3]]);
             packet.fragment_id = u32::from_be_bytes([head[4], head[5], head[6], head[7]]);
             packet.transport += 8;
-            // Offset 0 without more to come is an atomic fragment (RFC 6946): whole.
+            // An atomic fragment, with offset 0 and no more fragments, is whole (RFC 6946).
             if offset & 0xfff8 != 0 {
                 packet.fragment = Fragment::Later;
             } else if offset & 1 != 0 {
                 packet.fragment = Fragment::First;
             }
         }
-        // In units of 4 octets, minus 2.
+        // The length is in units of 4 octets, minus 2.
         AUTHENTICATION => packet.transport += (length + 2) * 4,
-        // In units of 8 octets, the first not counted.
+        // The length is in units of 8 octets, without the first 8.
         _ => packet.transport += (length + 1) * 8,
     }
     packet.protocol = Protocol(head[0]);
     true
 }
 
-/// Ports, flags and sizes.
+/// Parses the transport header: ports, flags and sizes. Returns whether it is valid.
 #[inline(never)]
 fn transport(ctx: &TcContext, packet: &mut Packet) -> bool {
     let at = packet.transport as usize;
@@ -371,32 +388,33 @@ fn transport(ctx: &TcContext, packet: &mut Packet) -> bool {
     true
 }
 
-/// UDP-Lite (RFC 3828), which no socket hook sees.
+/// The protocol UDP-Lite (RFC 3828), which no socket hook sees.
 pub(crate) const UDP_LITE: Protocol = Protocol(136);
 
+/// Reads the ports from the first four bytes of a transport header.
 #[inline(always)]
 fn ports(packet: &mut Packet, head: [u8; 4]) {
     packet.from.port = Port(u16::from_ne_bytes([head[0], head[1]]));
     packet.to.port = Port(u16::from_ne_bytes([head[2], head[3]]));
 }
 
-/// What a neighbour discovery message says about its sender (RFC 4861).
+/// A neighbor solicitation or advertisement with its first option (RFC 4861).
 #[derive(Clone, Copy)]
 #[repr(C)]
-pub(crate) struct Neighbour {
+pub(crate) struct Neighbor {
     reserved: [u32; 2],
     target: [u32; 4],
     option: [u8; 8],
 }
 
-impl Neighbour {
-    /// The target address of a solicitation or advertisement.
+impl Neighbor {
+    /// Returns the target address.
     #[inline(always)]
     pub(crate) fn target(&self) -> Addr {
         Addr::from_words(self.target)
     }
 
-    /// Whether its first option is a link-layer address (1 = source, 2 = target) other than `mac`.
+    /// Returns whether the first option is a link-layer address (1 = source, 2 = target) other than `mac`.
     #[inline(always)]
     pub(crate) fn claims_other_than(&self, mac: &[u8; 8]) -> bool {
         let [kind, length, a, b, c, d, e, f] = self.option;
@@ -406,26 +424,26 @@ impl Neighbour {
     }
 }
 
-/// Reads a neighbour solicitation or advertisement; one without an option claims nothing.
+/// Reads a neighbor solicitation or advertisement; without an option, the option is 0.
 #[inline(always)]
-pub(crate) fn neighbour(ctx: &TcContext, packet: &Packet) -> Option<Neighbour> {
+pub(crate) fn neighbor(ctx: &TcContext, packet: &Packet) -> Option<Neighbor> {
     let at = packet.transport as usize;
-    if let Ok(full) = ctx.load::<Neighbour>(at) {
+    if let Ok(full) = ctx.load::<Neighbor>(at) {
         return Some(full);
     }
     let bare = ctx.load::<[u32; 6]>(at).ok()?;
     let [a, b, target @ ..] = bare;
-    Some(Neighbour {
+    Some(Neighbor {
         reserved: [a, b],
         target,
         option: [0; 8],
     })
 }
 
-/// Options that are walked in a SYN: more fit only where most are padding.
+/// The most TCP options of a SYN that are searched. More fit only if most are padding.
 const MAX_OPTIONS: usize = 20;
 
-/// Whether a TCP segment carries [`TUNNEL_OPTION`].
+/// Returns whether a TCP segment carries [`TUNNEL_OPTION`].
 #[inline(never)]
 pub(crate) fn is_marked(ctx: &TcContext, packet: &Packet) -> bool {
     let start = packet.transport as usize;
@@ -442,7 +460,7 @@ pub(crate) fn is_marked(ctx: &TcContext, packet: &Packet) -> bool {
             return false;
         };
         match option[0] {
-            // No more of them, and padding (RFC 9293, 3.1).
+            // The end of the options, and padding (RFC 9293, 3.1).
             0 => return false,
             1 => at += 1,
             _ if u32::from_ne_bytes(option) == u32::from_ne_bytes(TUNNEL_OPTION) => return true,

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! getpeername(): the application sees the service that it connected to.
+//! The getpeername() hook: the application sees the service that it connected to.
 
 use aya_ebpf::programs::SockAddrContext;
 
-use crate::context::{Family, PASS, endpoint};
-use crate::datagram::connected;
+use crate::sendmsg::show_service;
+use crate::sock_addr::{Family, PASS, endpoint};
 
-/// The hooks getpeername4 and getpeername6.
+/// Handles the hooks getpeername4 and getpeername6.
 #[inline(always)]
 pub(crate) fn getpeername<F: Family>(ctx: &SockAddrContext) -> i32 {
-    connected::<F>(ctx, &endpoint::<F>(ctx));
+    show_service::<F>(ctx, &endpoint::<F>(ctx));
     PASS
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! Counters and events. Counters never lose; events are bounded per pod and their loss is counted.
+//! Counters and events. No count is lost; events are limited per pod, and lost ones are counted.
 
 use core::ptr;
 
@@ -12,9 +12,10 @@ use mesh_common::path::Path;
 use mesh_common::pod::PodIndex;
 use mesh_common::{Direction, Endpoint, Protocol, Reason, Verdict};
 
+use crate::decision::Ask;
 use crate::tables::{COUNTERS, DROP_RATE, EVENTS};
 
-/// Which hook has decided, in the log.
+/// The hook of a logged decision.
 #[derive(Clone, Copy)]
 #[repr(u32)]
 pub(crate) enum Hook {
@@ -26,32 +27,32 @@ pub(crate) enum Hook {
     GateToPod = 5,
 }
 
-/// Logs what a hook decided, through aya-log. Nothing without the feature `trace`.
+/// Logs a hook's decision through aya-log. Does nothing without the feature `trace`.
 #[inline(always)]
-pub(crate) fn trace(hook: Hook, pod: PodIndex, with: &Endpoint, path: &Path) {
+pub(crate) fn trace(hook: Hook, ask: &Ask, path: &Path) {
     #[cfg(feature = "trace")]
-    let _ = mesh_trace(hook as u32, pod.0, with, path);
+    let _ = mesh_trace(hook as u32, ask, path);
     #[cfg(not(feature = "trace"))]
-    let _ = (hook as u32, pod, with, path);
+    let _ = (hook as u32, ask, path);
 }
 
-/// Whether decisions are logged; the loader decides.
+/// The loader's switch of the log: 0 = decisions are not logged.
 #[cfg(feature = "trace")]
 #[unsafe(no_mangle)]
 static TRACING: u32 = 0;
 
-/// [`trace`] as a global function (see `decision`).
+/// Logs a decision. A global function, see `decision`.
 #[cfg(feature = "trace")]
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn mesh_trace(hook: u32, pod: u32, with: *const Endpoint, path: *const Path) -> u64 {
+extern "C" fn mesh_trace(hook: u32, ask: *const Ask, path: *const Path) -> u64 {
     use mesh_common::path::Outbound;
-    // SAFETY: a value that the loader has set, and that the compiler may not know.
+    // SAFETY: a value that the loader sets: the compiler must not assume 0.
     if unsafe { core::ptr::read_volatile(&raw const TRACING) } == 0 {
         return 0;
     }
-    // SAFETY: null, or of these types: the verifier holds callers to it.
-    let (Some(with), Some(path)) = (unsafe { (with.as_ref(), path.as_ref()) }) else {
+    // SAFETY: null, or of these types: the verifier checks it at each call.
+    let (Some(ask), Some(path)) = (unsafe { (ask.as_ref(), path.as_ref()) }) else {
         return 1;
     };
     let action = match path.action {
@@ -63,9 +64,9 @@ extern "C" fn mesh_trace(hook: u32, pod: u32, with: *const Endpoint, path: *cons
         &(),
         "hook {} pod {} with {:i} port {}: action {} reason {} rule {:x}",
         hook,
-        pod,
-        with.addr.octets(),
-        with.port.get(),
+        ask.pod.0,
+        ask.remote.addr.octets(),
+        ask.remote.port.get(),
         action,
         path.verdict.reason as u8,
         path.verdict.rule.0
@@ -85,65 +86,64 @@ pub(crate) fn add(counter: Counter, amount: u64) {
 /// Counts a verdict.
 #[inline(always)]
 pub(crate) fn count(direction: Direction, verdict: &Verdict) {
-    add(
-        Counter::Verdict(direction, verdict.allowed, verdict.reason),
-        1,
-    );
+    let counter = Counter::Verdict {
+        direction,
+        allowed: verdict.allowed,
+        reason: verdict.reason,
+    };
+    add(counter, 1);
 }
 
-/// Now, CLOCK_MONOTONIC.
+/// Returns the time, in nanoseconds of CLOCK_MONOTONIC.
 #[inline(always)]
 pub(crate) fn now() -> u64 {
-    // SAFETY: takes nothing.
+    // SAFETY: the helper has no arguments.
     unsafe { bpf_ktime_get_ns() }
 }
 
-/// Who is refused what: packed, as a global function has five arguments at most.
+/// The subject of a denied, dropped or audit event.
+#[repr(C)]
 #[derive(Clone, Copy)]
-pub(crate) struct Refused(u64);
+pub(crate) struct Subject {
+    /// The pod.
+    pod: PodIndex,
+    /// The IP protocol.
+    protocol: Protocol,
+    /// The direction, seen from the pod.
+    direction: Direction,
+    /// One of [`mesh_common::event::kind`].
+    kind: u8,
+    /// Always 0.
+    pad: u8,
+}
 
-impl Refused {
-    /// `kind` is one of [`mesh_common::event::kind`].
+impl Subject {
+    /// Makes a subject; `kind` is one of [`mesh_common::event::kind`].
     #[inline(always)]
     pub(crate) fn new(pod: PodIndex, direction: Direction, protocol: Protocol, kind: u8) -> Self {
-        let what = u64::from(kind) << 16 | (direction as u64) << 8 | u64::from(protocol.0);
-        Self(what << 32 | u64::from(pod.0))
-    }
-
-    #[inline(always)]
-    fn pod(self) -> PodIndex {
-        PodIndex(self.0 as u32)
-    }
-
-    #[inline(always)]
-    fn protocol(self) -> u8 {
-        (self.0 >> 32) as u8
-    }
-
-    #[inline(always)]
-    fn direction(self) -> u8 {
-        (self.0 >> 40) as u8
-    }
-
-    #[inline(always)]
-    fn kind(self) -> u8 {
-        (self.0 >> 48) as u8
+        Self {
+            pod,
+            protocol,
+            direction,
+            kind,
+            pad: 0,
+        }
     }
 }
 
-/// Counts a refusal and sends its event, unless the pod has used up its share of this second.
+/// Counts a denial and sends its event, unless the pod used up its events of this second.
 #[inline(always)]
 pub(crate) fn refused(
-    who: Refused,
+    subject: &Subject,
     local: Option<&Endpoint>,
     remote: Option<&Endpoint>,
     service: Option<&Endpoint>,
     verdict: &Verdict,
 ) {
-    // Not a reference to a constant: the verifier wants what it passes on to be writable.
+    // Null for none, not a reference to a constant: the verifier requires writable memory.
     let pointer = |at: Option<&Endpoint>| at.map_or(ptr::null(), ptr::from_ref);
     let _ = mesh_report(
-        who.0,
+        subject,
         pointer(local),
         pointer(remote),
         pointer(service),
@@ -151,31 +151,26 @@ pub(crate) fn refused(
     );
 }
 
-/// [`refused`] as a global function (see `decision`).
+/// Counts and reports a denial. A global function, see `decision`.
 #[unsafe(no_mangle)]
 #[inline(never)]
 extern "C" fn mesh_report(
-    who: u64,
+    subject: *const Subject,
     local: *const Endpoint,
     remote: *const Endpoint,
     service: *const Endpoint,
     verdict: *const Verdict,
 ) -> u64 {
-    // SAFETY: null, or of this type: the verifier holds callers to it.
-    let Some(verdict) = (unsafe { verdict.as_ref() }) else {
+    // SAFETY: null, or of these types: the verifier checks it at each call.
+    let (Some(subject), Some(verdict)) = (unsafe { (subject.as_ref(), verdict.as_ref()) }) else {
         return 1;
     };
-    let who = Refused(who);
-    let direction = match who.direction() {
-        0 => Direction::Ingress,
-        _ => Direction::Egress,
-    };
-    // What is audited has passed, and was counted as such.
-    if who.kind() != AUDIT {
-        count(direction, verdict);
+    // Audited traffic was allowed, and counted as such.
+    if subject.kind != AUDIT {
+        count(subject.direction, verdict);
     }
     let time_ns = now();
-    if over_rate(who.pod(), time_ns) {
+    if over_rate(subject.pod, time_ns) {
         add(Counter::SuppressedEvents, 1);
         return 1;
     }
@@ -183,7 +178,7 @@ extern "C" fn mesh_report(
         add(Counter::LostEvents, 1);
         return 0;
     };
-    // Field by field: a whole event would first be built on the stack.
+    // Written field by field: a whole event would first be built on the stack.
     let event = entry.as_mut_ptr();
     // SAFETY: reserved memory of this type; every field is written.
     unsafe {
@@ -195,14 +190,14 @@ extern "C" fn mesh_report(
         (*event).local = or_none(local);
         (*event).remote = or_none(remote);
         (*event).service = or_none(service);
-        (*event).pod = who.pod().0;
+        (*event).pod = subject.pod.0;
         (*event).rtt_us = 0;
         (*event).retransmits = 0;
-        (*event).kind = who.kind();
-        (*event).direction = who.direction();
-        (*event).protocol = who.protocol();
+        (*event).kind = subject.kind;
+        (*event).direction = subject.direction as u8;
+        (*event).protocol = subject.protocol.0;
         (*event).reason = verdict.reason as u8;
-        (*event).clear = Reason::NoPolicy as u8;
+        (*event).plaintext = Reason::NoPolicy as u8;
         (*event).closed_by = 0;
         (*event).spare = 0;
         (*event).spare_end = 0;
@@ -217,15 +212,15 @@ fn or_none(at: *const Endpoint) -> Endpoint {
     unsafe { at.as_ref() }.copied().unwrap_or(Endpoint::NONE)
 }
 
-/// The kind of a hook's refusal.
+/// The event kind of a socket hook's denial.
 pub(crate) const DENIED: u8 = kind::DENIED;
-/// The kind of what passed, and policies in audit mode would have refused.
+/// The event kind of allowed traffic that policies in audit mode would deny.
 pub(crate) const AUDIT: u8 = kind::AUDIT;
-/// The kind of a drop at the gate.
+/// The event kind of a drop at the gate.
 pub(crate) const DROPPED: u8 = kind::DROPPED;
 
-/// Whether a pod has used up its events of this second. Two CPUs may count past each other: the
-/// bound is against floods, not exact.
+/// Counts an event of a pod and returns whether the pod used up its events of this second. CPUs can lose
+/// counts of each other: the limit is against floods and need not be exact.
 #[inline(always)]
 fn over_rate(pod: PodIndex, time_ns: u64) -> bool {
     let second = time_ns / 1_000_000_000;

@@ -1,12 +1,18 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
-//! Every map, and the look-up traits of `mesh_common` over them.
+//! All maps, and the look-up traits of `mesh_common` over them.
 //!
-//! Hash maps that user space switches while hooks read are not preallocated: an update replaces the
-//! element as a whole.
+//! Hash maps that user space updates while hooks read them are not preallocated: an update then
+//! replaces the element as a whole, and a reader keeps the old one.
+//!
+//! Look-ups copy their key to the stack: up to Linux 6.1 the verifier refuses a key in memory that a
+//! global function was given by pointer.
 
-use aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+use core::ffi::c_void;
+use core::ptr;
+
+use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock};
 use aya_ebpf::btf_maps::SkStorage;
-use aya_ebpf::helpers::generated::{bpf_map_lookup_elem, bpf_sk_release};
+use aya_ebpf::helpers::generated::{bpf_map_lookup_elem, bpf_sk_release, bpf_sk_storage_get};
 use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockMap};
 use mesh_common::counter::COUNTERS as COUNTER_SLOTS;
@@ -23,9 +29,9 @@ use mesh_common::pod::{GatePod, LocalAddr, ModeKey, PodIndex, PodState, PodView}
 use mesh_common::policy::{
     Answer, CidrKey, ListId, Lists, Policies, PolicySetId, PortKey, Question, SelectKey, SetHead,
 };
-use mesh_common::service::{BackendKey, Service, ServiceKey, Services};
+use mesh_common::service::{self, BackendKey, Service, ServiceKey, Services};
 use mesh_common::socket::{Exempt, SocketState, Translations};
-use mesh_common::{Addr, Endpoint, Reason, Verdict};
+use mesh_common::{Addr, Endpoint, Protocol, Reason, Verdict};
 
 use crate::decision;
 
@@ -64,26 +70,27 @@ static SERVICES: HashMap<ServiceKey, Service> =
 #[map]
 static BACKENDS: HashMap<BackendKey, Endpoint> =
     HashMap::with_max_entries(MAX_BACKENDS, BPF_F_NO_PREALLOC);
-/// Listeners of the agent, four to a pod.
+/// The agent's listeners in pods' network namespaces, four for each pod.
 #[map]
 pub(crate) static LISTENERS: SockMap = SockMap::with_max_entries(4 * MAX_PODS, 0);
 #[map]
 pub(crate) static FLOWS: HashMap<FlowSlot, Flow> =
     HashMap::with_max_entries(MAX_FLOWS, BPF_F_NO_PREALLOC);
-/// Which facts the maps hold: one more after each change of pods, peers or policy.
+/// The config generation, in element 0: the agent increments it after each change of pods, peers or
+/// policy.
 #[map]
-static FACTS: Array<u64> = Array::with_max_entries(1, 0);
+static CONFIG_GENERATION: Array<u64> = Array::with_max_entries(1, 0);
 #[map]
 pub(crate) static CAPTURED: LruHashMap<CapturedKey, Endpoint> =
     LruHashMap::with_max_entries(MAX_CAPTURED, 0);
 #[map]
 pub(crate) static OLD_CONNECTIONS: HashMap<ConnectionKey, u32> =
     HashMap::with_max_entries(MAX_OLD_CONNECTIONS, BPF_F_NO_PREALLOC);
-/// Tunnels to and from applications' own ports, while they are open: the pod's end first.
+/// Open tunnels to and from applications' own ports.
 #[map]
 pub(crate) static TUNNELS: HashMap<ConnectionKey, u32> =
     HashMap::with_max_entries(MAX_TUNNELS, BPF_F_NO_PREALLOC);
-/// Connections to a pod whose SYN says that they are tunnels, until they are established.
+/// Connections to a pod whose SYN has the tunnel option, until they are established.
 #[map]
 pub(crate) static MARKED: LruHashMap<ConnectionKey, u32> =
     LruHashMap::with_max_entries(MAX_MARKED, 0);
@@ -104,21 +111,34 @@ pub(crate) static SOCKETS: SkStorage<SocketState> = SkStorage::new();
 #[btf_map]
 pub(crate) static VIPS: SkStorage<Translations> = SkStorage::new();
 
-/// The revision of facts. Who keeps a decision asks before it is made: it is then never taken for
-/// newer than it is.
+/// Returns the config generation. A caller that stores a decision reads the generation before the
+/// decision is made, so that the decision is never taken for newer than it is.
 #[inline(always)]
-pub(crate) fn facts() -> u64 {
+pub(crate) fn config_generation() -> u64 {
     // SAFETY: the element lives as long as the program.
-    FACTS
+    CONFIG_GENERATION
         .get(0)
-        .map_or(0, |facts| unsafe { core::ptr::read_volatile(facts) })
+        .map_or(0, |generation| unsafe { ptr::read_volatile(generation) })
 }
 
-/// The maps as the decisions of `mesh_common` look them up.
+/// Returns the value of a socket's storage, or null. With `create`, a missing value is made.
+#[inline(always)]
+pub(crate) fn storage<S, T>(map: &'static S, sk: *mut bpf_sock, create: bool) -> *mut T {
+    let flags = if create {
+        u64::from(BPF_SK_STORAGE_GET_F_CREATE)
+    } else {
+        0
+    };
+    let map: *mut c_void = ptr::from_ref(map).cast_mut().cast();
+    // SAFETY: `map` is a socket storage of `T`; `sk` was checked or comes from the context.
+    unsafe { bpf_sk_storage_get(map, sk.cast(), ptr::null_mut(), flags) }.cast()
+}
+
+/// The look-up traits of `mesh_common` over the maps.
 pub(crate) struct Tables;
 
-/// Whether the agent listens in a slot. A captured connection that nobody takes would time out: the
-/// kernel sends no reset from an IPv4 address that is not its own.
+/// Returns whether the agent listens in a slot of `LISTENERS`. Without a listener, a captured
+/// connection would time out: the kernel sends no reset from an IPv4 address that is not its own.
 #[inline(always)]
 pub(crate) fn agent_listens(slot: u32) -> bool {
     let map = (&raw const LISTENERS).cast_mut().cast();
@@ -127,7 +147,7 @@ pub(crate) fn agent_listens(slot: u32) -> bool {
     if socket.is_null() {
         return false;
     }
-    // SAFETY: the look-up took a reference, which is given back here, once.
+    // SAFETY: the look-up took a reference, which is released here, once.
     let _ = unsafe { bpf_sk_release(socket) };
     true
 }
@@ -142,7 +162,7 @@ impl Policies for Tables {
     #[inline(always)]
     fn select(&self, key: &SelectKey) -> Option<Lists> {
         // SAFETY: as above.
-        unsafe { POLICY_SELECT.get(key) }.copied()
+        unsafe { POLICY_SELECT.get(*key) }.copied()
     }
 
     #[inline(always)]
@@ -165,14 +185,14 @@ impl Policies for Tables {
     }
 }
 
-/// A key of a longest-prefix map. Aya's is packed, and packed fields are copied byte by byte.
+/// A key of a longest-prefix map. Aya's key type is packed, so its fields are copied byte by byte.
 #[repr(C)]
 struct Key<K> {
     bits: u32,
     data: K,
 }
 
-/// The value of the longest prefix that holds `data`.
+/// Returns the value of the longest prefix that contains `data`.
 #[inline(always)]
 fn longest<K, V>(map: &'static LpmTrie<K, V>, bits: u32, data: K) -> Option<&'static V> {
     const { assert!(align_of::<K>() == 4, "a key without padding") };
@@ -188,7 +208,7 @@ impl Peers for Tables {
     #[inline(always)]
     fn peer(&self, addr: &Addr) -> Option<Peer> {
         // SAFETY: not preallocated, and read at once.
-        unsafe { PEERS.get(addr) }.copied()
+        unsafe { PEERS.get(*addr) }.copied()
     }
 
     #[inline(always)]
@@ -204,7 +224,7 @@ impl Peers for Tables {
     #[inline(always)]
     fn port_mode(&self, key: &ModeKey) -> Option<u8> {
         // SAFETY: not preallocated, and read at once.
-        unsafe { PORT_MODES.get(key) }.copied()
+        unsafe { PORT_MODES.get(*key) }.copied()
     }
 }
 
@@ -212,44 +232,44 @@ impl Services for Tables {
     #[inline(always)]
     fn service(&self, key: &ServiceKey) -> Option<Service> {
         // SAFETY: not preallocated, and read at once.
-        unsafe { SERVICES.get(key) }.copied()
+        unsafe { SERVICES.get(*key) }.copied()
     }
 
     #[inline(always)]
     fn backend(&self, key: &BackendKey) -> Option<Endpoint> {
         // SAFETY: as above.
-        unsafe { BACKENDS.get(key) }.copied()
+        unsafe { BACKENDS.get(*key) }.copied()
     }
 }
 
-/// Whether packets to this address make sense only after translation.
+/// Returns whether packets to an endpoint need service translation. The function has a stack frame of
+/// its own, because the callers' stacks are full.
 #[inline(never)]
-pub(crate) fn is_virtual(to: &Endpoint, protocol: mesh_common::Protocol) -> bool {
-    Tables.service(&ServiceKey::marker(to.addr)).is_some()
-        || Tables.service(&ServiceKey::new(*to, protocol)).is_some()
+pub(crate) fn is_virtual(to: &Endpoint, protocol: Protocol) -> bool {
+    service::is_virtual(&Tables, to, protocol)
 }
 
-/// The pod of a network namespace.
+/// Returns the managed pod of a network namespace.
 #[inline(always)]
 pub(crate) fn pod_by_netns(cookie: u64) -> Option<PodIndex> {
     // SAFETY: not preallocated, and read at once.
     unsafe { PODS_BY_NETNS.get(cookie) }.copied()
 }
 
-/// The pod of this node that has an address, and its interface.
+/// Returns the managed pod of this node that has an address, with its interface.
 #[inline(always)]
 pub(crate) fn local(addr: &Addr) -> Option<LocalAddr> {
     // SAFETY: as above.
-    unsafe { PODS_BY_ADDR.get(addr) }.copied()
+    unsafe { PODS_BY_ADDR.get(*addr) }.copied()
 }
 
-/// The pod of this node that has an address.
+/// Returns the managed pod of this node that has an address.
 #[inline(always)]
 pub(crate) fn pod_by_addr(addr: &Addr) -> Option<PodIndex> {
     local(addr).map(|local| local.index)
 }
 
-/// What the gate needs of the pod behind an interface of the host, read in place.
+/// Returns the gate's state of the pod behind a host-side interface, to be read in place.
 #[inline(always)]
 pub(crate) fn gate(link: u32) -> Option<&'static GatePod> {
     let pod = PODS_BY_LINK.get_ptr(link)?;
@@ -257,20 +277,20 @@ pub(crate) fn gate(link: u32) -> Option<&'static GatePod> {
     Some(unsafe { &*pod })
 }
 
-/// Whether an open connection of a pod is a tunnel, which its port does not tell. The key is not on
-/// the caller's stack, which has no room for it.
+/// Returns whether an open connection of a pod is a tunnel on another port than the tunnel port. The
+/// function has a stack frame of its own for the key, because the callers' stacks are full.
 #[inline(never)]
 pub(crate) fn is_tunnel(local: &Endpoint, remote: &Endpoint) -> bool {
     let key = ConnectionKey {
         local: *local,
         remote: *remote,
     };
-    // SAFETY: only its presence is asked.
+    // SAFETY: only the key's presence is used.
     unsafe { TUNNELS.get(key) }.is_some()
 }
 
-/// Whether a connection to a pod begins with a SYN that says it is a tunnel; notes that the agent
-/// gets it.
+/// Returns whether the SYN of a connection to a pod has the tunnel option, and records that the agent
+/// gets the connection.
 #[inline(never)]
 pub(crate) fn steer_marked(local: &Endpoint, remote: &Endpoint) -> bool {
     let key = ConnectionKey {
@@ -280,13 +300,13 @@ pub(crate) fn steer_marked(local: &Endpoint, remote: &Endpoint) -> bool {
     let Some(mark) = MARKED.get_ptr_mut(key) else {
         return false;
     };
-    // SAFETY: an aligned word of the map; whoever else writes it writes the same.
+    // SAFETY: an aligned word of the map; every writer writes the same value.
     unsafe { mark.write_volatile(MARK_STEERED) };
     true
 }
 
-/// Whether a marked connection was given to the agent: a mark that comes after a connection has
-/// begun makes no tunnel of it.
+/// Returns whether a connection with a marked SYN was given to the agent. A marked SYN that belongs to
+/// an existing connection does not make it a tunnel.
 #[inline(never)]
 pub(crate) fn is_steered(local: &Endpoint, remote: &Endpoint) -> bool {
     let key = ConnectionKey {
@@ -297,10 +317,10 @@ pub(crate) fn is_steered(local: &Endpoint, remote: &Endpoint) -> bool {
     unsafe { MARKED.get(key) }.is_some_and(|mark| *mark == MARK_STEERED)
 }
 
-/// A pod's state, read in place.
+/// Returns a pod's state, to be read in place.
 #[inline(always)]
 pub(crate) fn pod(index: PodIndex) -> Option<&'static PodState> {
     let state = PODS.get_ptr(index)?;
-    // SAFETY: the element lives until the program ends; `decision` checks the revision words.
+    // SAFETY: the element lives until the program ends; `decision` compares the two revisions.
     Some(unsafe { &*state })
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cargo xtask bench`: sets up, builds, and hands over to the `bench` program of mesh-test.
+//! `cargo xtask bench`: prepares the machine, builds, and runs the `bench` program of mesh-test.
 
 use std::fs;
 
@@ -9,8 +9,8 @@ use crate::{demo, run};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Passed to the bench as they are: `[GROUP] [--rounds N] [--seconds S] [--json PATH]`; `policy
-    /// [--json PATH]` measures what policy costs
+    /// Arguments of the bench: `[GROUP] [--rounds N] [--seconds S] [--json PATH]`; `policy [--json PATH]`
+    /// measures the cost of policy
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) args: Vec<String>,
 }
@@ -21,10 +21,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     {
         return policy(rest);
     }
-    run::show(&mut demo::hand_over("bench", &args.args, true)?)
+    run::show(demo::hand_over("bench", true)?.args(&args.args))
 }
 
-/// What policy costs, in three parts: compiling, comparing and deciding in user space at 100 to 10,000
+/// Measures the cost of policy in three parts: compiling, comparing and deciding in user space at 100 to 10,000
 /// pods and policies; a decision of the kernel's programs at 10 to 10,000 policies; short connections
 /// between two pods of a node, plain and meshed in turns, without policies and with 50.
 fn policy(args: &[String]) -> Result<()> {
@@ -56,7 +56,7 @@ fn policy(args: &[String]) -> Result<()> {
             .into_iter()
             .chain(["--policies", policies, "--json", &connect]);
         let args: Vec<String> = args.map(str::to_owned).collect();
-        run::show(&mut demo::hand_over("bench", &args, true)?)?;
+        run::show(demo::hand_over("bench", true)?.args(&args))?;
         rows.push(format!(
             "\"connect_{policies}_policies\":{}",
             read(&connect)?
@@ -71,7 +71,7 @@ fn read(path: &str) -> Result<String> {
     Ok(text.trim_end().to_owned())
 }
 
-/// The kernel's decisions: the test that asserts their cost says it.
+/// Cost of the kernel's decisions, as printed by the test that bounds it.
 fn decisions() -> Result<String> {
     let test = [
         "test",

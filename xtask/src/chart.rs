@@ -294,7 +294,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_becomes_a_value_with_its_documentation() {
+    fn chart_value_carries_its_documentation() {
         let mut values = Values::new();
         let base = "metadata:\n  namespace: mesh-system\nspec:\n  ## How many.\n  replicas: 2 # value a.replicas\n";
         let (template, plain) = convert(base, &mut values).expect("it is well formed");
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn an_object_that_depends_is_left_out_of_the_plain_manifests() {
+    fn conditional_object_is_left_out_of_plain_manifests() {
         let mut values = Values::new();
         let base = "## Whether.\n# if m.enabled\nkind: A\n# end\n";
         let (template, plain) = convert(base, &mut values).expect("it is well formed");

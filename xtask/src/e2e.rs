@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cargo xtask e2e`: makes the image and hands over to the `e2e` program of mesh-test.
+//! `cargo xtask e2e`: builds the image and runs the `e2e` program of mesh-test.
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
-use crate::{image, run, setup};
+use crate::{demo, image, run};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Programs that are not optimised: quicker to build
+    /// Build programs without optimization: quicker
     #[arg(long)]
     dev: bool,
-    /// Passed on as they are: `[--only helm|kustomize] [--keep]`
+    /// Arguments of the program: `[--only helm|kustomize] [--keep]`
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     args: Vec<String>,
 }
 
-/// `cargo xtask demo --kubernetes`.
+/// Runs `cargo xtask demo --kubernetes`.
 pub(crate) fn demo(args: &[String]) -> Result<()> {
     let args = args.iter().filter(|arg| *arg != "--kubernetes");
     let args = ["--demo".to_owned()].into_iter().chain(args.cloned());
@@ -26,19 +26,7 @@ pub(crate) fn demo(args: &[String]) -> Result<()> {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    if !run::is_root() {
-        bail!("`e2e` makes nodes of namespaces: run it as root");
-    }
-    setup::run(&setup::Args::default())?;
+    let mut e2e = demo::hand_over("e2e", false)?;
     image::run(&image::Args::for_tests(args.dev))?;
-    let mut e2e = run::cargo([
-        "run",
-        "--quiet",
-        "--package",
-        "mesh-test",
-        "--bin",
-        "e2e",
-        "--",
-    ]);
     run::show(e2e.args(&args.args))
 }

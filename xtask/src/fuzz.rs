@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cargo xtask fuzz [TARGET]`: the programs of `fuzz/`, each over its committed corpus and then
-//! for a while beyond it, as many at a time as there are processors.
+//! `cargo xtask fuzz [TARGET]`: runs the programs of `fuzz/`, each over its committed corpus and then
+//! beyond it for a given time, as many at once as there are processors.
 //!
-//! libFuzzer's instrumentation comes from the compiler's own passes; RUSTC_BOOTSTRAP is for those of
-//! them that are not stable. What was found beyond the corpus is kept below `target/fuzz`, and is
-//! where the next run begins; what broke a program is kept there too, and named.
+//! The compiler's own passes instrument the programs for libFuzzer; RUSTC_BOOTSTRAP enables the
+//! unstable ones. New inputs are kept below `target/fuzz` and start the next run; inputs that break
+//! a program are kept there too, and reported. Plain tests replay the committed corpus, so that only
+//! the search for new inputs needs this command.
 
 use std::fs;
 use std::num::NonZeroUsize;
@@ -19,7 +20,7 @@ use crate::{reach, run};
 
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 
-/// Counters on every edge, and what comparisons were about; the cfg opens the doors.
+/// Flags that count every edge and trace comparisons; the cfg makes the entry points public.
 const FLAGS: &str = "-Cpasses=sancov-module \
     -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
@@ -27,17 +28,17 @@ const FLAGS: &str = "-Cpasses=sancov-module \
     -Cllvm-args=-sanitizer-coverage-trace-compares \
     --cfg fuzzing";
 
-/// One input may take this long, and one program so much memory: parsers are bounded in both.
+/// Bounds of the time of one input and of the memory of one program.
 const LIMITS: [&str; 2] = ["-timeout=10", "-rss_limit_mb=1024"];
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Only this target: a file of fuzz/fuzz_targets
+    /// Run only this target, a file of fuzz/fuzz_targets
     target: Option<String>,
-    /// How long each goes on beyond the corpus; 0 = the corpus only
+    /// Seconds that each target runs beyond the corpus; 0: the corpus only
     #[arg(long, default_value_t = 60)]
     seconds: u64,
-    /// Instead: how much of the parsers the committed corpus reaches, by region and file
+    /// Report which regions of the parsers the committed corpus reaches instead
     #[arg(long, conflicts_with_all = ["target", "seconds"])]
     coverage: bool,
 }
@@ -50,7 +51,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let chosen: Vec<String> = match &args.target {
         None => all,
         Some(one) if all.contains(one) => vec![one.clone()],
-        Some(other) => bail!("no target {other}: there are {}", all.join(", ")),
+        Some(other) => bail!("unknown target {other}: must be one of {}", all.join(", ")),
     };
     run::timed("fuzz: build", || build(&chosen))?;
     let at_once = thread::available_parallelism().map_or(1, NonZeroUsize::get);
@@ -82,7 +83,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The names of all targets.
+/// Names of all targets.
 fn targets() -> Result<Vec<String>> {
     let dir = run::root().join("fuzz/fuzz_targets");
     let mut all = Vec::new();
@@ -116,7 +117,7 @@ fn build(targets: &[String]) -> Result<()> {
     run::show(&mut cargo)
 }
 
-/// The corpora of a target; the first is where new inputs go.
+/// Corpora of a target; new inputs are written to the first.
 fn corpora(target: &str) -> Result<Vec<PathBuf>> {
     let found = out().join("corpus").join(target);
     fs::create_dir_all(&found).with_context(|| format!("cannot make {}", found.display()))?;
@@ -128,7 +129,7 @@ fn corpora(target: &str) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-/// Runs a target; what it covers, in libFuzzer's own words.
+/// Runs a target and returns its coverage as libFuzzer reports it.
 fn fuzz(target: &str, seconds: u64) -> Result<String> {
     let broken = out().join("broken").join(target);
     fs::create_dir_all(&broken).with_context(|| format!("cannot make {}", broken.display()))?;
@@ -160,7 +161,7 @@ fn fuzz(target: &str, seconds: u64) -> Result<String> {
     summary(&said, seconds).with_context(|| format!("{} said no coverage", run::line(&program)))
 }
 
-/// Coverage of the corpus and at the end, and how many inputs were tried.
+/// Summarizes the coverage of the corpus and of the whole run, and the number of inputs.
 fn summary(said: &str, seconds: u64) -> Option<String> {
     let counted = |line: &&str| line.contains(" cov: ");
     let at = |line: &str| {
@@ -191,9 +192,10 @@ fn summary(said: &str, seconds: u64) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tidy;
 
     #[test]
-    fn every_target_has_a_program_and_a_corpus() {
+    fn every_fuzz_target_has_program_and_corpus() {
         let manifest =
             fs::read_to_string(run::root().join("fuzz/Cargo.toml")).expect("it is there");
         let all = targets().expect("they can be listed");
@@ -207,8 +209,28 @@ mod tests {
         }
     }
 
+    /// CI does not build the instrumented targets: plain tests replay their corpora.
     #[test]
-    fn a_summary_is_of_the_corpus_and_of_the_end() {
+    fn plain_tests_replay_every_fuzz_corpus() {
+        let sources: Vec<_> = tidy::files()
+            .expect("git lists the tree")
+            .into_iter()
+            .filter(|file| file.path.ends_with(".rs") && !file.path.starts_with("xtask/"))
+            .collect();
+        for target in targets().expect("they can be listed") {
+            let [named, listed] = [
+                format!("replay(\"{target}\""),
+                format!("fuzz/corpus/{target}\""),
+            ];
+            let replays = sources
+                .iter()
+                .any(|file| file.text.contains(&named) || file.text.contains(&listed));
+            assert!(replays, "no test replays fuzz/corpus/{target}");
+        }
+    }
+
+    #[test]
+    fn fuzz_summary_has_coverage_of_corpus_and_of_end() {
         let said = "INFO: Running with entropic power schedule (0xFF, 100).\n\
             #22\tINITED cov: 310 ft: 512 corp: 20/4Kb exec/s: 0 rss: 40Mb\n\
             #900\tNEW    cov: 311 ft: 530 corp: 21/4Kb lim: 4096 exec/s: 450 rss: 41Mb L: 3/9\n\

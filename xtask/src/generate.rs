@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cargo xtask generate [--check]`: every file of the tree that a program writes.
+//! `cargo xtask generate [--check]`: writes or checks every generated file of the tree.
 //!
-//! [`generated`] gives each with its path; tests write what only other crates know. `--check`
-//! writes nothing and fails on the first difference; lint runs it.
+//! [`generated`] returns the files that xtask generates; tests of other crates write the rest.
+//! `--check` writes nothing and fails if a file differs; lint runs it.
 
 use std::{fs, path::Path};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::{chart, run};
+use crate::{build, chart, run};
 
 #[derive(clap::Args, Default)]
 pub(crate) struct Args {
@@ -17,7 +17,7 @@ pub(crate) struct Args {
     pub(crate) check: bool,
 }
 
-/// Every generated file that this program makes itself: path below the root, and whole text.
+/// Path below the root and text of each file that xtask generates itself.
 fn generated() -> Result<Vec<(String, String)>> {
     chart::files()
 }
@@ -35,17 +35,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Has the test of mesh-api, which knows the types, write or compare the CRDs.
+/// Runs the test of mesh-api that writes or compares the CRDs.
 fn crds(write: bool) -> Result<()> {
-    let mut test = run::cargo(["test", "--quiet", "--package", "mesh-api", "--test", "crds"]);
+    let mut test = build::workspace("test");
+    test.args(["--quiet", "--test", "crds"]);
     if write {
         test.env("MESH_BLESS", "1");
     }
     run::show(&mut test)
 }
 
-/// Has the agent's tests write what only the agent knows: settings, metrics, reasons. They compare
-/// it whenever tests run, so `--check` leaves it to them.
+/// Runs the agent's tests that write the references of settings, metrics and reasons. The same tests
+/// compare them whenever tests run, so `--check` does not.
 fn bless() -> Result<()> {
     let mut tests = run::cargo([
         "test",
@@ -77,7 +78,7 @@ fn write_all(root: &Path, all: &[(String, String)], check: bool) -> Result<()> {
     }
     if !stale.is_empty() {
         bail!(
-            "not as generated: {}; run `cargo xtask generate`",
+            "generated files are out of date: {}; run `cargo xtask generate`",
             stale.join(", ")
         );
     }
@@ -89,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn check_fails_until_the_file_is_written_and_after_it_was_edited() {
+    fn generate_check_fails_for_missing_and_edited_files() {
         let dir = std::env::temp_dir().join(format!("xtask-generate-{}", std::process::id()));
         let all = [("a/b.txt".to_owned(), "text\n".to_owned())];
         let err = write_all(&dir, &all, true).expect_err("it is not there");

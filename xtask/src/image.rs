@@ -17,7 +17,7 @@ use std::{fs, path::PathBuf};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::run;
+use crate::{build, run};
 use archive::{Blob, Tar};
 use paths::Dirs;
 
@@ -103,6 +103,8 @@ fn build(dev: bool) -> Result<PathBuf> {
         if let Some(dirs) = &dirs {
             cargo.arg("--release");
             dirs.leave_out(&mut cargo);
+        } else if package == "mesh-agent" {
+            cargo.args(build::TEST_FEATURES);
         }
         cargo.args(["--", "-C", "target-feature=+crt-static"]);
         // The linker's id is a hash of more than what ends up in the program.
@@ -265,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_programs_give_the_same_image_wherever_they_are() {
+    fn image_is_reproducible_in_any_directory() {
         let mut images = Vec::new();
         for dir in ["one", "two"] {
             let dir = programs(dir);
@@ -279,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn other_programs_give_another_image() {
+    fn image_digest_depends_on_programs() {
         let dir = programs("three");
         let before = layer(&dir, b"{}").expect("layer").digest;
         fs::write(dir.join("meshctl"), "other").expect("the directory is ours");
@@ -288,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn it_says_what_it_is_and_of_when() {
+    fn image_config_has_labels_and_date() {
         let dir = programs("four");
         let image = Image::new("a:1", 86_400, &layer(&dir, b"{}").expect("layer")).expect("image");
         fs::remove_dir_all(dir).expect("the directory is ours");
@@ -312,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dynamic_program_is_refused() {
+    fn dynamically_linked_program_is_refused() {
         let sh = PathBuf::from("/bin/sh");
         assert!(ensure_static(&sh).is_err(), "Debian's sh is dynamic");
     }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cargo xtask kernels [VERSION..]`: the tests that ask the kernel, on other kernels than this one.
+//! `cargo xtask kernels [VERSION..]`: runs the tests of the kernel programs on other kernels.
 //!
-//! Debian's cloud kernels are started in qemu, without KVM. The machine's root is this one's own file
-//! system (virtiofs) below a layer of memory, so that it runs what is built here and changes nothing.
+//! qemu starts Debian's cloud kernels, without KVM. The machine's root is the host's file system
+//! (virtiofs) below a layer in memory, so that it runs the programs built here and changes nothing.
 
 mod machine;
 mod packages;
@@ -15,34 +15,36 @@ use anyhow::{Context as _, Result, bail, ensure};
 use self::machine::Machine;
 use crate::{build, run, setup};
 
-/// Series that are tried unless others are given.
+/// Default series.
 const SERIES: [&str; 2] = ["6.12", "7.3"];
 
-/// What SCTP is tried with: no kernel without the protocol can.
+/// Truth table for SCTP, which needs a kernel with the protocol.
 const TABLE: &str = "crates/mesh-test/kernels/sctp.yaml";
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Series of kernels, of which the newest of Debian is taken; without: 6.12 and 7.3
+    /// Kernel series, of each Debian's newest kernel (default: 6.12 and 7.3)
     versions: Vec<String>,
-    /// Only programs whose name contains this: load, parity, check, sctp or sctp-plain
+    /// Run only programs whose name contains this: load, parity, check, sctp or sctp-plain
     #[arg(long)]
     only: Option<String>,
 }
 
-/// A program that is run in the machine.
+/// A program to run in the machine.
 struct Program {
     name: &'static str,
     line: String,
 }
 
-/// Whether every program succeeded on every kernel.
+/// Runs the programs on every kernel; exits with 1 if one fails.
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if !run::is_root() {
-        bail!("`kernels` installs qemu and gives the machine this one's files: run it as root");
+        bail!(
+            "`kernels` installs qemu and shares the host's files with the machine: run it as root"
+        );
     }
     setup::run(&setup::Args::default())?;
-    build::build(false)?;
+    build::bins()?;
     let programs: Vec<Program> = programs()?
         .into_iter()
         .filter(|program| {
@@ -51,7 +53,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
                 .is_none_or(|only| program.name.contains(only))
         })
         .collect();
-    ensure!(!programs.is_empty(), "no program has such a name");
+    ensure!(
+        !programs.is_empty(),
+        "no program has a name that contains the filter"
+    );
     packages::ensure()?;
     let defaults = SERIES.map(str::to_owned).to_vec();
     let series = if args.versions.is_empty() {
@@ -75,7 +80,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         let word = match status {
             Some(0) => "ok".to_owned(),
             Some(code) => format!("exit {code}"),
-            None => "did not end".to_owned(),
+            None => "timed out".to_owned(),
         };
         println!("{name}: {word}");
     }
@@ -86,20 +91,11 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     })
 }
 
-/// What is run, already built.
+/// Builds and lists the programs to run.
 fn programs() -> Result<Vec<Program>> {
-    run::show(run::cargo(["build", "--quiet", "--package", "mesh-test"]).arg("--bins"))?;
-    let tests = [
-        "test",
-        "--no-run",
-        "--package",
-        "mesh-agent",
-        "--test",
-        "load",
-        "--test",
-        "parity",
-    ];
-    let built = run::output(&mut run::cargo(tests))?;
+    let mut tests = build::workspace("test");
+    tests.args(["--no-run", "--test", "load", "--test", "parity"]);
+    let built = run::output(&mut tests)?;
     let said = String::from_utf8_lossy(&built.stderr).into_owned();
     ensure!(built.status.success(), "the tests cannot be built: {said}");
     // `Executable tests/load.rs (target/debug/deps/load-0123456789abcdef)`

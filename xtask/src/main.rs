@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The build language of this workspace: one arm is one module.
 //!
-//! It calls cargo and the tools of the machine, and says how long each part took. It depends on
-//! nothing of the mesh that needs the kernel programs, so that it builds before the machine is
-//! set up.
+//! xtask calls cargo and the tools of the machine, and prints the duration of each part. It depends on
+//! no crate that needs the kernel programs, so that it builds before the machine is set up.
 #![expect(
     clippy::print_stdout,
     clippy::print_stderr,
@@ -42,7 +41,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Bring a Debian 12 machine with Rust to where everything builds and runs
+    /// Prepare a Debian 12 machine with Rust: packages, bpf-linker, Kubernetes servers
     Setup(setup::Args),
     /// Build the agent, the command line and the kernel programs
     Build(build::Args),
@@ -50,21 +49,21 @@ enum Command {
     Test(test::Args),
     /// Format, clippy for the host and for the kernel target, tidy, generated files
     Lint,
-    /// Check what neither rustfmt nor clippy sees
+    /// Check rules that rustfmt and clippy do not know
     Tidy,
     /// Write the generated files
     Generate(generate::Args),
-    /// Show the mesh at work: two nodes, a small shop, evidence line by line
+    /// Show the mesh at work: two nodes, a small shop, evidence for each promise
     Demo(demo::Args),
-    /// Make the container image, without docker
+    /// Build the container image, without docker
     Image(image::Args),
-    /// Install the image on a real cluster of two nodes, and show that it does what it should
+    /// Install the image on a real cluster of two nodes and check that it works
     E2e(e2e::Args),
-    /// Run the tests that ask the kernel on other kernels, in emulated machines
+    /// Run the tests of the kernel programs on other kernels, in emulated machines
     Kernels(kernels::Args),
-    /// Measure what the mesh costs
+    /// Measure the cost of the mesh
     Bench(bench::Args),
-    /// Feed what parses bytes from outside with bytes, from the committed corpus on
+    /// Fuzz the parsers of untrusted bytes, starting from the committed corpus
     Fuzz(fuzz::Args),
     /// Run truth tables over real connections; exit code 1 if a row differs
     Truth(truth::Args),
@@ -100,12 +99,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_consistent() {
+    fn command_line_is_consistent() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn demo_and_bench_get_their_arguments_as_they_are() {
+    fn demo_and_bench_arguments_are_passed_unchanged() {
         let cli = Cli::try_parse_from(["x", "demo", "--keep"]).expect("it parses");
         assert!(matches!(cli.command, Command::Demo(args) if args.args == ["--keep"]));
         let line = ["x", "bench", "bulk", "--rounds", "3", "--json", "out.json"];

@@ -174,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn regions_are_of_functions_that_were_entered_and_of_all_their_instances() {
+    fn regions_count_entered_functions_of_all_instances() {
         let function = |name: &str, file: &str, count: u64, regions: Value| serde_json::json!({"name": name, "filenames": [file], "count": count, "regions": regions});
         let file = "/x/mesh-agent/src/a/b.rs";
         let all = serde_json::json!({"data": [{"functions": [

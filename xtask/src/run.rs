@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Starts other programs: one place for where they run and how their failure reads.
+//! Starts other programs in the root of the workspace and reports their failures.
 
 use std::{
     env,
@@ -33,7 +33,7 @@ pub(crate) fn cargo<I: AsRef<OsStr>>(args: impl IntoIterator<Item = I>) -> Comma
     cargo
 }
 
-/// Runs it with this program's own input and output.
+/// Runs a command with the input and output of xtask.
 pub(crate) fn show(command: &mut Command) -> Result<()> {
     let status = command
         .status()
@@ -44,7 +44,8 @@ pub(crate) fn show(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs it silently and returns its standard output; on failure the error carries what it said.
+/// Runs a command silently and returns its standard output; the error of a failed one carries the end
+/// of its standard error.
 pub(crate) fn capture(command: &mut Command) -> Result<String> {
     let output = output(command)?;
     if !output.status.success() {
@@ -60,7 +61,7 @@ pub(crate) fn capture(command: &mut Command) -> Result<String> {
         .with_context(|| format!("{} did not print UTF-8", line(command)))
 }
 
-/// Runs it silently, whatever it returns.
+/// Runs a command silently and returns its output, whether or not it succeeded.
 pub(crate) fn output(command: &mut Command) -> Result<Output> {
     command
         .stdin(Stdio::null())
@@ -68,7 +69,7 @@ pub(crate) fn output(command: &mut Command) -> Result<Output> {
         .with_context(|| format!("cannot start {}", line(command)))
 }
 
-/// As a user would type it.
+/// Command line as a user would type it.
 pub(crate) fn line(command: &Command) -> String {
     let mut line = command.get_program().to_string_lossy().into_owned();
     for arg in command.get_args() {
@@ -78,7 +79,7 @@ pub(crate) fn line(command: &Command) -> String {
     line
 }
 
-/// Where a program is, by the search path.
+/// Path of a program in the search path.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH")?;
     env::split_paths(&path)
@@ -86,14 +87,14 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-/// Whether this process may change the machine.
+/// Whether this process runs as root.
 pub(crate) fn is_root() -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
     uids.and_then(|uids| uids.split_whitespace().nth(1)) == Some("0")
 }
 
-/// Runs one named part and prints its seconds, failed or not.
+/// Runs a part and prints its result and duration.
 pub(crate) fn timed<T>(name: &str, part: impl FnOnce() -> Result<T>) -> Result<T> {
     let start = Instant::now();
     let result = part();
@@ -116,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failure_carries_the_last_words_of_the_program() {
+    fn failure_carries_end_of_program_output() {
         let err = capture(command("sh").args(["-c", "echo why it broke >&2; exit 3"]))
             .expect_err("it exits with 3");
         let text = format!("{err:#}");
@@ -127,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn last_lines_are_at_most_four_and_not_empty() {
+    fn last_lines_are_at_most_four_nonempty() {
         assert_eq!(last_lines("a\nb\n\nc\nd\ne\n"), "b | c | d | e");
         assert_eq!(last_lines(""), "");
     }

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cargo xtask tidy`: what neither rustfmt nor clippy sees.
+//! `cargo xtask tidy`: checks that rustfmt and clippy do not make.
 //!
-//! Source files that no `mod` reaches, missing licence lines, files that grew too long, words
-//! and servers that do not belong into the tree, Windows line ends. It reads what git would
-//! commit and changes nothing.
+//! Source files that no `mod` reaches, crates that differ from ARCHITECTURE.md, missing license
+//! lines, files that are too long, words and servers that do not belong in the tree, code in doc
+//! comments, Windows line ends. It reads the files that git would commit and changes nothing.
 
+mod crates;
 mod modules;
 mod text;
 
@@ -15,10 +16,10 @@ use anyhow::{Context as _, Result, bail};
 use crate::run;
 
 /// One file of the tree.
-struct File {
+pub(crate) struct File {
     /// Below the root, with forward slashes.
-    path: String,
-    text: String,
+    pub(crate) path: String,
+    pub(crate) text: String,
 }
 
 impl File {
@@ -32,6 +33,7 @@ impl File {
 pub(crate) fn run() -> Result<()> {
     let files = files()?;
     let mut findings = modules::orphans(&files);
+    findings.extend(crates::check(&files));
     for file in &files {
         findings.extend(text::check(file));
     }
@@ -48,8 +50,8 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// What is or would be committed, as far as it is text.
-fn files() -> Result<Vec<File>> {
+/// The text files that are or would be committed.
+pub(crate) fn files() -> Result<Vec<File>> {
     let mut git = run::command("git");
     // Checkouts of another user's are fine to read.
     git.args([

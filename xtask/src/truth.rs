@@ -1,32 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cargo xtask truth FILE...`: sets up, builds, and hands over to the `truth` program of mesh-test.
+//! `cargo xtask truth FILE...`: prepares the machine, builds, and runs the `truth` program of mesh-test.
 //!
-//! Built without optimisation: rows are right or wrong, not fast or slow.
+//! The programs are not optimized: rows are right or wrong, not fast or slow.
 
 use std::{ffi::OsString, process::ExitCode};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 
-use crate::{build, run, setup};
+use crate::{demo, run};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Passed on as they are: `FILE... [--mtls on|off] [--only NAME]`
+    /// Arguments of the program: `FILE... [--mtls on|off] [--only NAME]`
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
     pub(crate) args: Vec<OsString>,
 }
 
-/// Exits as the program does: 1 if a row differs, 2 if a table cannot be run.
+/// Exits with the code of the program: 1 if a row differs, 2 if a table cannot be run.
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    if !run::is_root() {
-        bail!("`truth` makes network namespaces and loads kernel programs: run it as root");
-    }
-    setup::run(&setup::Args::default())?;
-    build::build(false)?;
-    // The clients and servers in the pods are a program of their own beside it.
-    run::show(run::cargo(["build", "--quiet", "--package", "mesh-test"]).arg("--bins"))?;
-    let mut truth = run::cargo(["run", "--quiet", "--package", "mesh-test"]);
-    truth.args(["--bin", "truth", "--"]).args(&args.args);
+    let mut truth = demo::hand_over("truth", false)?;
+    truth.args(&args.args);
     // Files are named from where the user is.
     truth.current_dir(std::env::current_dir().context("there is no working directory")?);
     let status = truth

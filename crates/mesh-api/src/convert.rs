@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The door from Kubernetes objects to facts.
+//! Converts Kubernetes objects to a cluster snapshot.
 //!
-//! [`convert()`] is pure: objects and what was good before go in; facts, what is good now,
-//! rejections and warnings come out. The order of the objects does not matter. What cannot be used
-//! is rejected by object and field, never guessed, and never opens anything: the last good version
-//! stays in force, and where there is none the strictest reading does.
+//! [`convert()`] is pure: it takes objects and the last good version of each object, and returns the
+//! snapshot, the new last good versions, rejections and warnings. The order of the objects does not
+//! matter. An invalid object is rejected by object and field, is never guessed at, and never allows
+//! more than a valid one: its last good version stays in force, or, without one, the strictest
+//! interpretation applies.
 
 mod assemble;
 mod cluster_network_policy;
 mod endpoint_slice;
-mod facts;
+mod incremental;
 mod kinds;
 mod mesh_authentication;
 mod mesh_node;
 mod mesh_policy;
+mod mesh_traffic_policy;
 mod namespace;
 mod network_policy;
 mod node;
@@ -32,40 +34,41 @@ use mesh_plan::cluster::{Authentication, Cluster, Namespace, Node, ObjectRef, Po
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
-use crate::convert::endpoint_slice::SliceFact;
-pub use crate::convert::facts::Facts;
-use crate::convert::kinds::{Kind, kind_of};
+use crate::convert::endpoint_slice::ParsedSlice;
+pub use crate::convert::incremental::IncrementalConverter;
+use crate::convert::kinds::kind_of;
+pub use crate::convert::kinds::{Kind, Origin, Scope};
 use crate::convert::mesh_node::NodeReport;
-use crate::convert::object::{Head, Issues, Subject, head};
-use crate::convert::pod::PodFact;
-use crate::convert::service::ServiceFact;
+use crate::convert::object::{Head, Issues, RawObject, head};
+use crate::convert::pod::ParsedPod;
+use crate::convert::service::ParsedService;
 
-/// An object, and where it was read.
+/// A Kubernetes object and the file that it was read from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Object {
-    /// Its file, for people; empty where it comes from an API server.
+    /// The file name for messages; empty for an object from an API server.
     pub origin: String,
     /// The object as JSON.
     pub value: Value,
 }
 
-/// What depends on where objects come from.
+/// Options that depend on the source of the objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// There is no control plane behind the objects: `status.podIPs` is required, services without
-    /// EndpointSlices get endpoints from their selector, the annotation `mesh.rs/netns` counts, and
-    /// pods need no MeshNode to be ready for tunnels.
+    /// True if the objects have no control plane: `status.podIPs` is required, services without
+    /// EndpointSlices get endpoints from their selector, the annotation `mesh.rs/netns` is used, and
+    /// pods are ready for tunnels without a MeshNode.
     pub standalone: bool,
 }
 
-/// Something that works, and probably not as meant.
+/// A part of a valid object that probably does not do what its author intended.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Warning {
     /// The object.
     pub object: ObjectRef,
-    /// The field's path; empty = the object as a whole.
+    /// The path of the field; empty for the object as a whole.
     pub field: String,
-    /// What is to be known about it.
+    /// The effect of the field.
     pub what: String,
 }
 
@@ -79,131 +82,141 @@ impl fmt::Display for Warning {
     }
 }
 
-/// What [`convert()`] makes.
+/// The result of a conversion.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Outcome {
-    /// The facts.
+    /// The cluster snapshot.
     pub cluster: Cluster,
-    /// What is good now: for the next call.
+    /// The last good version of every object, for the next conversion.
     pub last_good: LastGood,
-    /// What could not be used, and what holds instead, in order.
+    /// The rejected objects and their consequences, sorted.
     pub rejections: Vec<Rejection>,
-    /// What works and is probably not meant, in order.
+    /// The warnings, sorted.
     pub warnings: Vec<Warning>,
 }
 
-/// The last good version of every object. Serialised, it keeps what must survive a restart of the
-/// agent: everything but pods and endpoints.
+impl Outcome {
+    fn sort_messages(&mut self) {
+        self.rejections.sort();
+        self.rejections.dedup();
+        self.warnings.sort();
+        self.warnings.dedup();
+    }
+}
+
+/// The last good version of every object. Its serialized form has what must survive a restart of
+/// the agent: everything except pods, endpoints and node reports.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LastGood {
-    #[serde(serialize_with = "lasting")]
+    #[serde(serialize_with = "serialize_persistent")]
     kept: BTreeMap<ObjectRef, Kept>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Kept {
-    /// An object with another UID is another object.
+    /// An object with the same name and another UID is a new object.
     uid: String,
-    fact: Fact,
+    #[serde(rename = "fact")]
+    parsed: ParsedObject,
 }
 
-/// What one object says.
+/// The content of one object after parsing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-enum Fact {
+enum ParsedObject {
     Namespace(Box<Namespace>),
     Node(Box<Node>),
-    Pod(Box<PodFact>),
-    Service(Arc<ServiceFact>),
-    Slice(Box<SliceFact>),
+    Pod(Box<ParsedPod>),
+    Service(Arc<ParsedService>),
+    Slice(Box<ParsedSlice>),
     Policy(Arc<Policy>),
     Authentication(Box<Authentication>),
     Report(Box<NodeReport>),
 }
 
-fn lasting<S: Serializer>(kept: &BTreeMap<ObjectRef, Kept>, to: S) -> Result<S::Ok, S::Error> {
-    to.collect_map(kept.iter().filter(|(_, kept)| lasts(&kept.fact)))
+fn serialize_persistent<S: Serializer>(
+    kept: &BTreeMap<ObjectRef, Kept>,
+    to: S,
+) -> Result<S::Ok, S::Error> {
+    to.collect_map(kept.iter().filter(|(_, kept)| kept.parsed.is_persistent()))
 }
 
-/// Whether it must survive a restart.
-fn lasts(fact: &Fact) -> bool {
-    match fact {
-        Fact::Pod(_) | Fact::Slice(_) | Fact::Report(_) => false,
-        Fact::Namespace(_)
-        | Fact::Node(_)
-        | Fact::Service(_)
-        | Fact::Policy(_)
-        | Fact::Authentication(_) => true,
+impl ParsedObject {
+    /// Whether the object must survive a restart of the agent.
+    fn is_persistent(&self) -> bool {
+        match self {
+            Self::Pod(_) | Self::Slice(_) | Self::Report(_) => false,
+            Self::Namespace(_)
+            | Self::Node(_)
+            | Self::Service(_)
+            | Self::Policy(_)
+            | Self::Authentication(_) => true,
+        }
     }
 }
 
 impl LastGood {
-    fn get(&self, object: &ObjectRef, uid: &str) -> Option<&Fact> {
+    fn get(&self, object: &ObjectRef, uid: &str) -> Option<&ParsedObject> {
         let kept = self.kept.get(object);
-        kept.filter(|kept| kept.uid == uid).map(|kept| &kept.fact)
+        kept.filter(|kept| kept.uid == uid).map(|kept| &kept.parsed)
     }
 }
 
-/// Turns objects of any kinds into facts. Kinds that the mesh does not read are passed over.
+/// Converts objects of any kinds to a cluster snapshot. Objects of other kinds than [`Kind`] are
+/// ignored.
 #[must_use]
 pub fn convert(objects: &[Object], previous: &LastGood, options: Options) -> Outcome {
     let mut outcome = Outcome::default();
-    let mut facts: Vec<(ObjectRef, Fact)> = Vec::new();
+    let mut all: Vec<(ObjectRef, ParsedObject)> = Vec::new();
     for (kind, head, object) in admitted(objects, &mut outcome) {
-        let subject = Subject {
+        let raw = RawObject {
             head: &head,
             value: &object.value,
             standalone: options.standalone,
         };
         let before = previous.get(&head.object, &head.uid);
-        let read = one(kind, &subject, before, &mut outcome);
-        let Some(fact) = read.fact else { continue };
+        let read = read(kind, &raw, before, &mut outcome);
+        let Some(parsed) = read.parsed else { continue };
         if read.good {
             let kept = Kept {
                 uid: head.uid,
-                fact: fact.clone(),
+                parsed: parsed.clone(),
             };
             outcome.last_good.kept.insert(head.object.clone(), kept);
         }
-        facts.push((head.object, fact));
+        all.push((head.object, parsed));
     }
-    let facts = facts.iter().map(|(object, fact)| (object, fact));
-    assemble::assemble(facts, options, &mut outcome);
-    outcome.rejections.sort();
-    outcome.rejections.dedup();
-    outcome.warnings.sort();
-    outcome.warnings.dedup();
+    let all = all.iter().map(|(object, parsed)| (object, parsed));
+    assemble::assemble(all, options, &mut outcome);
+    outcome.sort_messages();
     outcome
 }
 
-/// The objects of known kinds that have a name, each once, by kind and name.
-fn admitted<'a>(
-    objects: &'a [Object],
-    outcome: &mut Outcome,
-) -> Vec<(&'static Kind, Head, &'a Object)> {
+/// The objects of known kinds that have a name, each once, sorted by kind and name.
+fn admitted<'a>(objects: &'a [Object], outcome: &mut Outcome) -> Vec<(Kind, Head, &'a Object)> {
     let mut admitted = Vec::new();
     for object in objects {
         let kind = match kind_of(&object.value) {
             Ok(Some(kind)) => kind,
             Ok(None) => continue,
-            Err(rejection) => {
-                outcome.rejections.push(rejection.of(object));
+            Err(wrong) => {
+                outcome.rejections.push(wrong.of(object));
                 continue;
             }
         };
-        match head(kind, object) {
+        match head(kind, &object.value) {
             Ok(head) => admitted.push((kind, head, object)),
-            Err(bad) => outcome.rejections.push(bad.of(kind, object)),
+            Err(bad) => outcome.rejections.push(bad.of(kind, &object.origin)),
         }
     }
     admitted.sort_by(|a, b| (&a.1.object, &a.2.origin).cmp(&(&b.1.object, &b.2.origin)));
-    let mut unique: Vec<(&'static Kind, Head, &'a Object)> = Vec::with_capacity(admitted.len());
+    let mut unique: Vec<(Kind, Head, &'a Object)> = Vec::with_capacity(admitted.len());
     for next in admitted {
         match unique.last() {
             Some(first) if first.1.object == next.1.object => outcome.warnings.push(Warning {
                 object: next.1.object,
                 field: String::new(),
                 what: format!(
-                    "is in {} and in {}: the first is used, the second ignored",
+                    "defined in {} and again in {}; the second definition is ignored",
                     place(&first.2.origin),
                     place(&next.2.origin)
                 ),
@@ -222,18 +235,23 @@ fn place(origin: &str) -> &str {
     }
 }
 
-/// What holds for one object.
+/// The version of an object that is in force.
 struct Read {
-    fact: Option<Fact>,
-    /// It is what the object says, or said when it was last good.
+    parsed: Option<ParsedObject>,
+    /// True for the current or the last good version, false for a fallback.
     good: bool,
 }
 
-/// What one object says, or said when it was last good, or says at its strictest.
-fn one(kind: &Kind, subject: &Subject<'_>, before: Option<&Fact>, outcome: &mut Outcome) -> Read {
-    let object = &subject.head.object;
+/// Parses one object. For an invalid object, gives its last good version or its fallback.
+fn read(
+    kind: Kind,
+    raw: &RawObject<'_>,
+    before: Option<&ParsedObject>,
+    outcome: &mut Outcome,
+) -> Read {
+    let object = &raw.head.object;
     let mut issues = Issues::default();
-    let fact = (kind.parse)(subject, &mut issues);
+    let parsed = kind.parse(raw, &mut issues);
     let Issues { problems, warnings } = issues;
     outcome
         .warnings
@@ -243,17 +261,17 @@ fn one(kind: &Kind, subject: &Subject<'_>, before: Option<&Fact>, outcome: &mut 
             what,
         }));
     if problems.is_empty() {
-        return Read { fact, good: true };
+        return Read { parsed, good: true };
     }
-    let (fact, good, consequence) = match before {
-        Some(fact) => (
-            Some(fact.clone()),
+    let (parsed, good, consequence) = match before {
+        Some(parsed) => (
+            Some(parsed.clone()),
             true,
             "the last good version stays in force".to_owned(),
         ),
         None => {
-            let held = (kind.rejected)(subject);
-            (held.fact, false, held.consequence)
+            let fallback = kind.fallback(raw);
+            (fallback.parsed, false, fallback.consequence)
         }
     };
     outcome
@@ -264,5 +282,5 @@ fn one(kind: &Kind, subject: &Subject<'_>, before: Option<&Fact>, outcome: &mut 
             why,
             consequence: consequence.clone(),
         }));
-    Read { fact, good }
+    Read { parsed, good }
 }

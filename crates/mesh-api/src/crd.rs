@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The mesh's own kinds, group `mesh.rs`, version `v1alpha1`, and ClusterNetworkPolicy, which no
-//! library has yet: plain serde types, from whose field docs and schemas the CRDs are made
+//! The types of the mesh's own kinds (`mesh.rs/v1alpha1`) and of ClusterNetworkPolicy, which no library
+//! provides yet. The CRDs are generated from the doc comments and schemas of these types
 //! ([`definitions`]).
 //!
-//! Types only: what they mean is in [`crate::convert`].
+//! This module has types only; [`crate::convert`] interprets them.
 
 #![expect(
     clippy::duplicated_attributes,
@@ -21,8 +21,8 @@ mod status;
 
 pub use cluster_network_policy::{
     ClusterNetworkPolicy, ClusterNetworkPolicySpec, ClusterPort, ClusterPortRange, ClusterProtocol,
-    ClusterProtocolPorts, ClusterRule, ClusterRuleAction, ClusterSubject, EgressPeer, EgressRule,
-    IngressPeer, IngressRule, NamespacedPod,
+    ClusterProtocolPorts, ClusterRuleAction, ClusterSubject, EgressPeer, EgressRule, IngressPeer,
+    IngressRule, NamespacedPod,
 };
 pub use definition::definitions;
 pub use mesh_authentication::{
@@ -41,10 +41,4 @@ pub use mesh_traffic_policy::{
     ConnectionLimits, LoadBalancing, MeshTrafficPolicy, MeshTrafficPolicySpec, OutlierEjection,
     RetryPolicy, ServiceTarget,
 };
-
 pub use status::{ACCEPTED, FieldRejection, IN_FORCE, PolicyStatus};
-
-/// The API group of the mesh's own kinds.
-pub const GROUP: &str = "mesh.rs";
-/// Its version.
-pub const VERSION: &str = "v1alpha1";

@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The door for `fuzz/`: manifests in YAML, and the objects in them, with what must hold for any
-//! text. Compiled for tests and by `cargo xtask fuzz` only.
+//! The fuzzing entry point for manifests, with the invariants of any text. It is compiled only for tests
+//! and for `cargo xtask fuzz`.
 
 use crate::manifests::{Format, documents, objects};
 use crate::{LastGood, Object, Options, convert};
 
-/// Manifests, as `--source dir:` and `meshctl` read them; which ways they went.
+/// Parses and converts a text like `--source dir:` and `meshctl`. Returns the outcomes that occurred.
 ///
 /// # Panics
-/// When something does not hold.
+/// An invariant is violated.
 pub fn manifests(text: &str) -> Vec<&'static str> {
     let Ok(values) = objects(text, Format::Yaml) else {
         return vec!["not YAML"];
     };
-    // What was read as YAML is JSON too, and is read as the same.
+    // Every value from YAML can be written as JSON, and is the same when read again.
     for value in &values {
         let json = serde_json::to_string(value).expect("a value without foreign keys");
         let again = documents(&json, Format::Json).expect("JSON of our own is read");
@@ -29,13 +29,16 @@ pub fn manifests(text: &str) -> Vec<&'static str> {
     let standalone = Options { standalone: true };
     let outcome = convert(&objects, &LastGood::default(), standalone);
     let again = convert(&objects, &outcome.last_good, standalone);
-    assert_eq!(outcome.cluster, again.cluster, "last good is what was good");
+    assert_eq!(
+        outcome.cluster, again.cluster,
+        "converting again with the last good versions gives the same snapshot"
+    );
     let mut seen = vec!["read"];
     if !outcome.rejections.is_empty() {
         seen.push("rejected");
     }
     if !outcome.warnings.is_empty() {
-        seen.push("odd");
+        seen.push("warning");
     }
     seen
 }
@@ -49,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_corpus_goes_every_way() {
+    fn corpus_covers_every_outcome() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let in_dir = |dir: &str| {
             let entries = fs::read_dir(root.join(dir)).expect("the corpus is there");
@@ -62,7 +65,7 @@ mod tests {
         }
         assert_eq!(
             gone,
-            BTreeSet::from(["not YAML", "odd", "read", "rejected"])
+            BTreeSet::from(["not YAML", "read", "rejected", "warning"])
         );
     }
 }

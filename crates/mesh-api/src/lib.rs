@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The mesh's Kubernetes kinds, and the door from manifests to facts.
+//! The mesh's Kubernetes API: the custom kinds, and the conversion of manifests to a cluster snapshot.
 //!
-//! [`manifests`] reads YAML and JSON, [`crd`] has the mesh's own kinds, [`convert()`] turns objects
-//! of every kind into a [`mesh_plan::Cluster`] or says by object and field why it cannot, [`truth`]
-//! reads tables of what must hold in a cluster. Nothing here does I/O, keeps state or knows a
-//! Kubernetes client.
+//! [`manifests`] reads YAML and JSON, [`crd`] defines the mesh's own kinds, [`Kind`] lists every kind
+//! that the mesh reads, [`convert()`] converts objects to a [`mesh_plan::Cluster`] or rejects them by
+//! object and field, and [`truth`] reads tables of expected connections. This crate does no I/O, keeps
+//! no state and has no Kubernetes client.
 
 pub mod convert;
 pub mod crd;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
 pub mod manifests;
+mod pruned;
 pub mod truth;
 
-pub use convert::{Facts, LastGood, Object, Options, Outcome, Warning, convert};
+pub use convert::{
+    IncrementalConverter, Kind, LastGood, Object, Options, Origin, Outcome, Scope, Warning, convert,
+};

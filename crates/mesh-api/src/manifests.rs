@@ -1,49 +1,49 @@
 // SPDX-License-Identifier: Apache-2.0
-//! From the text of manifests to JSON values: YAML of several documents, JSON, and `List` kinds.
+//! Parses manifests to JSON values: multi-document YAML, JSON, and `List` kinds.
 //!
-//! YAML is read as `kubectl` reads it: `yes`, `no`, `on` and `off` are booleans, numbers with a
-//! leading 0 are octal, merge keys (`<<`) work. Nesting and the expansion of aliases are bounded,
-//! so that no file can make the reader run out of stack or memory. Nothing here opens files.
+//! YAML is read like `kubectl` reads it: `yes`, `no`, `on` and `off` are booleans, numbers with a leading
+//! 0 are octal, and merge keys (`<<`) work. Nesting and alias expansion are bounded, so that a file cannot
+//! exhaust the stack or the memory. This module does not open files.
 
 mod yaml;
 
 use serde_json::Value;
 
-/// Deepest nesting of a YAML document. Kubernetes objects stay below 20 (CRD schemas excepted).
-pub const MAX_DEPTH: usize = 100;
+/// The deepest nesting of a YAML document. Kubernetes objects except CRD schemas have fewer than 20 levels.
+const MAX_DEPTH: usize = 100;
 
-/// Why a text is not a list of manifests.
+/// The reason why a text cannot be parsed as manifests.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It is not YAML, or more of YAML than JSON can express.
+    /// The text is not valid YAML, or uses YAML that JSON cannot express.
     #[error("line {line}, column {column}: {why}")]
     Yaml {
-        /// The line, from 1.
+        /// The line number, from 1.
         line: usize,
-        /// The column, from 1.
+        /// The column number, from 1.
         column: usize,
-        /// What is wrong there.
+        /// The problem at that position.
         why: String,
     },
-    /// It is not JSON.
+    /// The text is not valid JSON.
     #[error(transparent)]
     Json(#[from] serde_json::Error),
     /// A document is neither an object nor a list of objects.
-    #[error("document {0} is no object: expected apiVersion, kind and metadata")]
-    NoObject(usize),
+    #[error("document {0} is not an object with apiVersion, kind and metadata")]
+    NotAnObject(usize),
 }
 
-/// How a text is written.
+/// The format of a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// YAML, of any number of documents.
+    /// YAML with any number of documents.
     Yaml,
-    /// JSON, any number of values one after the other.
+    /// JSON with any number of concatenated values.
     Json,
 }
 
 impl Format {
-    /// The format that a file's name stands for; `None` = such files are not manifests.
+    /// The format of a file by its name extension; `None` if the file is not a manifest.
     #[must_use]
     pub fn of(file_name: &str) -> Option<Self> {
         match file_name.rsplit_once('.')?.1 {
@@ -54,11 +54,11 @@ impl Format {
     }
 }
 
-/// The documents of a text, whatever they are.
+/// Parses the documents of a text. They can be any values.
 ///
 /// # Errors
-/// The text is not in the format, or beyond the bounds.
-pub fn documents(text: &str, format: Format) -> Result<Vec<Value>, Error> {
+/// The text is not valid in the format, or exceeds the bounds.
+pub(crate) fn documents(text: &str, format: Format) -> Result<Vec<Value>, Error> {
     match format {
         Format::Yaml => yaml::documents(text),
         Format::Json => Ok(serde_json::Deserializer::from_str(text)
@@ -67,11 +67,11 @@ pub fn documents(text: &str, format: Format) -> Result<Vec<Value>, Error> {
     }
 }
 
-/// The objects of a text: empty documents are left out, lists (`kind: List` and `PodList` and so
-/// on) are taken apart.
+/// Parses the objects of a text. Skips empty documents, and replaces lists (`kind: List`, `PodList` and so
+/// on) by their items.
 ///
 /// # Errors
-/// As [`documents`], or a document is no object.
+/// The text cannot be parsed, or a document is not an object.
 pub fn objects(text: &str, format: Format) -> Result<Vec<Value>, Error> {
     let mut objects = Vec::new();
     for (index, document) in documents(text, format)?.into_iter().enumerate() {
@@ -80,10 +80,10 @@ pub fn objects(text: &str, format: Format) -> Result<Vec<Value>, Error> {
     Ok(objects)
 }
 
-/// Adds the objects of one document, of which it is this one in its text, from 1.
+/// Adds the objects of a document. `number` is the position of the document in its text, from 1.
 ///
 /// # Errors
-/// The document is no object.
+/// The document is not an object.
 pub fn flatten(document: Value, number: usize, objects: &mut Vec<Value>) -> Result<(), Error> {
     match document {
         Value::Null => Ok(()),
@@ -110,12 +110,12 @@ pub fn flatten(document: Value, number: usize, objects: &mut Vec<Value>) -> Resu
             Ok(())
         }
         Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => {
-            Err(Error::NoObject(number))
+            Err(Error::NotAnObject(number))
         }
     }
 }
 
-/// `apiVersion` and `kind` of the items of a `PodList` and the like; API servers leave them out.
+/// The `apiVersion` and `kind` for the items of a typed list such as `PodList`, which API servers omit.
 fn typed_list_item(list: &serde_json::Map<String, Value>) -> Option<(Value, Value)> {
     let kind = list.get("kind")?.as_str()?.strip_suffix("List")?;
     (!kind.is_empty())
@@ -136,7 +136,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn lists_are_taken_apart_and_empty_documents_left_out() {
+    fn lists_become_their_items_and_empty_documents_are_skipped() {
         let text = "---\n---\nkind: List\napiVersion: v1\nitems:\n- {kind: A}\n- {kind: List, items: [{kind: B}]}\n---\napiVersion: v1\nkind: PodList\nitems: [{metadata: {name: x}}]\n";
         assert_eq!(
             objects(text, Format::Yaml).unwrap(),
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn json_values_follow_one_another() {
+    fn json_values_can_be_concatenated() {
         let all = objects("{\"kind\": \"A\"}\n{\"kind\": \"B\"}", Format::Json).unwrap();
         assert_eq!(all.len(), 2);
         assert!(objects("{\"kind\": ", Format::Json).is_err());
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_manifests() {
+    fn format_follows_the_file_extension() {
         assert_eq!(Format::of("a.yaml"), Some(Format::Yaml));
         assert_eq!(Format::of("a.yml"), Some(Format::Yaml));
         assert_eq!(Format::of("a.b.json"), Some(Format::Json));

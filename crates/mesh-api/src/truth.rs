@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Truth tables: a cluster as manifests, and who must reach whom in it.
+//! Reads truth tables: a cluster as manifests, and the connections that must be allowed or denied in it.
 //!
-//! One file format for all who run them: `meshctl policy test` asks the compiler, `cargo xtask
-//! truth` asks real connections. Nothing here opens files or decides anything.
+//! `meshctl policy test` checks a table with the policy compiler, and `cargo xtask truth` checks it with
+//! real connections. This module neither opens files nor decides anything.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -14,80 +14,80 @@ use serde_json::{Value, json};
 
 use crate::manifests::{self, Format, documents};
 
-/// A cluster, and what must hold in it.
+/// A cluster, and the checks that must hold in it.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Table {
-    /// What it is called in output; without it, its place in the file.
+    /// The name in output. Defaults to the position in the file.
     #[serde(default)]
     pub name: Option<String>,
-    /// For people.
+    /// A description, which is not evaluated.
     #[serde(default)]
     pub description: Option<String>,
-    /// Objects, or where they are.
+    /// The objects, or paths to them.
     #[serde(default)]
     pub manifests: Vec<Manifest>,
-    /// What must hold.
+    /// The checks that must hold.
     pub checks: Vec<Check>,
 }
 
-/// Objects of a table.
+/// An object of a table, or a path to objects.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
 pub enum Manifest {
-    /// A file or a directory, from the table's own directory.
+    /// A file or directory, relative to the directory of the table.
     Path(String),
     /// An object.
     Object(Value),
 }
 
-/// One connection, and what must become of it.
+/// One connection, and its expected verdict.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Check {
-    /// Who connects: NAMESPACE/POD or an address.
+    /// The source: NAMESPACE/POD or an address.
     pub from: String,
-    /// To whom.
+    /// The destination, in the same form.
     pub to: String,
-    /// To which port, by number or name.
+    /// The destination port: a number or a name.
     #[serde(deserialize_with = "number_or_name")]
     pub port: String,
-    /// With which protocol.
+    /// The protocol.
     #[serde(default)]
     pub protocol: Transport,
-    /// How each end knows the other.
+    /// The proof of the identity of each endpoint.
     #[serde(default)]
     pub evidence: Known,
-    /// Whether it comes about.
+    /// The expected verdict for the connection.
     #[serde(default)]
     pub expect: Option<Expected>,
-    /// What the policy of the destination says.
+    /// The expected verdict of the destination's policy.
     #[serde(default)]
     pub expect_ingress: Option<Expected>,
-    /// What the policy of the source says.
+    /// The expected verdict of the source's policy.
     #[serde(default)]
     pub expect_egress: Option<Expected>,
-    /// What it is called in output.
+    /// The name in output.
     #[serde(default)]
     pub name: Option<String>,
-    /// For people.
+    /// A description, which is not evaluated.
     #[serde(default)]
     pub comment: Option<String>,
 }
 
-/// How an end knows the other one.
+/// The proof of an identity.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Known {
-    /// By its address.
+    /// The IP address.
     #[default]
     Address,
-    /// By its certificate.
+    /// The certificate of a TLS connection.
     Tls,
 }
 
 impl Known {
-    /// As in tables.
+    /// The value as in tables.
     #[must_use]
     pub const fn word(self) -> &'static str {
         match self {
@@ -97,24 +97,24 @@ impl Known {
     }
 }
 
-/// What must become of a connection.
+/// The expected verdict for a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Expected {
-    /// It comes about.
+    /// The connection is allowed.
     Allow,
-    /// It does not.
+    /// The connection is denied.
     Deny,
 }
 
 impl Expected {
-    /// From whether it is allowed.
+    /// The verdict for an allowed or denied connection.
     #[must_use]
     pub const fn of(allowed: bool) -> Self {
         if allowed { Self::Allow } else { Self::Deny }
     }
 
-    /// As in tables.
+    /// The value as in tables.
     #[must_use]
     pub const fn word(self) -> &'static str {
         match self {
@@ -137,54 +137,54 @@ fn number_or_name<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error
         NumberOrName::Number(number) if u16::try_from(number).is_ok() => Ok(number.to_string()),
         NumberOrName::Name(name) => Ok(name),
         NumberOrName::Number(number) => Err(D::Error::custom(format!(
-            "{number} is none from 1 to 65535"
+            "invalid port {number}: must be between 1 and 65535"
         ))),
         NumberOrName::Neither(value) => Err(D::Error::custom(format!(
-            "{value} is neither a number nor a name"
+            "invalid port {value}: must be a number or a name"
         ))),
     }
 }
 
-/// Why a text is no list of tables.
+/// The reason why a text cannot be read as tables.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// It is not in its format.
+    /// The text is not valid YAML or JSON.
     #[error(transparent)]
     Text(#[from] manifests::Error),
-    /// Something about a table.
+    /// A table is invalid.
     #[error("{table}")]
     Table {
-        /// The table, by its name or its place in the file.
+        /// The name of the table, or its position in the file.
         table: String,
-        /// What is wrong, and in which field.
+        /// The invalid field, and the problem.
         #[source]
         source: Mistake,
     },
-    /// Something about a check.
+    /// A check is invalid.
     #[error("{table}: check {row}")]
     Check {
-        /// The table, by its name or its place in the file.
+        /// The name of the table, or its position in the file.
         table: String,
-        /// Which of its checks, from 1.
+        /// The number of the check, from 1.
         row: usize,
-        /// What is wrong, and in which field.
+        /// The invalid field, and the problem.
         #[source]
         source: Mistake,
     },
 }
 
-/// A value that is none of its type.
+/// A value of a wrong type, with its path.
 pub type Mistake = serde_path_to_error::Error<serde_json::Error>;
 
-/// The tables of a file's text: one, or a list, or (YAML) several documents of either.
+/// Reads the tables of a text: one table, a list, or several YAML documents of either.
 ///
 /// # Errors
-/// The text is not in the format, or something in it is no table.
+/// The text is not valid in the format, or has an invalid table.
 pub fn tables(text: &str, format: Format) -> Result<Vec<Table>, Error> {
     let documents = match format {
         Format::Yaml => documents(text, format)?,
         Format::Json => {
-            // Straight to its type: tables of a million rows are JSON.
+            // JSON is deserialized without an intermediate value, because tables of a million rows are JSON.
             let direct = if text.trim_start().starts_with('[') {
                 serde_json::from_str(text)
             } else {
@@ -197,7 +197,7 @@ pub fn tables(text: &str, format: Format) -> Result<Vec<Table>, Error> {
             let Ok(value) = serde_json::from_str(text) else {
                 return Err(error.into());
             };
-            // The place of the mistake; a field that is there twice has none.
+            // Reading again gives the path of the mistake, except for a duplicate field.
             each(vec![value])?;
             return Err(error.into());
         }
@@ -219,7 +219,7 @@ fn each(documents: Vec<Value>) -> Result<Vec<Table>, Error> {
     found.into_iter().enumerate().map(table).collect()
 }
 
-/// One table, its checks one by one, so that a mistake has a place.
+/// Reads one table. The checks are read one by one, so that an error has its position.
 fn table((index, mut value): (usize, Value)) -> Result<Table, Error> {
     let name = value.get("name").and_then(Value::as_str);
     let name = name.map_or_else(|| format!("table {}", index + 1), str::to_owned);
@@ -246,25 +246,25 @@ fn typed<T: DeserializeOwned>(value: Value) -> Result<T, Mistake> {
     serde_path_to_error::deserialize(value)
 }
 
-/// Networks that are set aside for measurements, where no cluster is: 198.18.0.0/15 (RFC 2544, C.2.2)
-/// and 2001:2::/48 (RFC 5180, 8).
+/// The networks reserved for benchmarks, which no cluster uses: 198.18.0.0/15 (RFC 2544, C.2.2) and
+/// 2001:2::/48 (RFC 5180, 8).
 const SPARE: (Ipv4Addr, Ipv6Addr) = (
     Ipv4Addr::new(198, 18, 0, 0),
     Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0, 0),
 );
-/// Addresses of the smaller one, but for its first and last.
+/// The number of addresses in the IPv4 network, without its first and last.
 const SPARE_COUNT: u32 = (1 << 17) - 2;
 
-/// Gives pods that say no address one of each family, so that a table can be written without them: of
-/// networks that are set aside for measurements, 131,070 at most. Those of the host's network stay
-/// without, as they have their node's.
+/// Gives an IPv4 and an IPv6 address to each pod without addresses, so that tables can omit them. The
+/// addresses are from networks reserved for benchmarks and suffice for 131,070 pods. Pods with hostNetwork
+/// are skipped, because they have the addresses of their node.
 pub fn give_addresses<'a>(objects: impl IntoIterator<Item = &'a mut Value>) {
     let mut taken = BTreeSet::new();
     let mut without = Vec::new();
     for object in objects.into_iter().filter(|o| o["kind"] == "Pod") {
         let said = addresses(object);
         let on_host = object["spec"]["hostNetwork"] == true;
-        // What is of another type is for who reads the object to reject.
+        // Conversion rejects a status of a wrong type.
         let readable = object["status"].is_null() || object["status"].is_object();
         if said.is_empty() && readable && !on_host {
             without.push(object);
@@ -283,7 +283,7 @@ pub fn give_addresses<'a>(objects: impl IntoIterator<Item = &'a mut Value>) {
     }
 }
 
-/// What a pod's status says, whatever it is.
+/// The addresses in a pod's status, which may be invalid.
 fn addresses(pod: &Value) -> Vec<String> {
     let status = &pod["status"];
     let several = status["podIPs"].as_array().into_iter().flatten();
@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mistake_in_a_check_has_its_table_row_and_field() {
+    fn error_in_a_check_has_table_row_and_field() {
         let yaml = |second: &str| {
             format!(
                 "name: shop\nchecks: [{{from: a/b, to: a/c, port: 1}}]\n---\nchecks:\n\
@@ -323,7 +323,7 @@ mod tests {
             ),
             (
                 "{from: a/b, to: a/c, port: 70000}",
-                "table 2: check 2: port: 70000 is none from 1 to 65535",
+                "table 2: check 2: port: invalid port 70000: must be between 1 and 65535",
             ),
             (
                 "{from: a/b, port: 1}",
@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn pods_without_an_address_get_one_that_nobody_has() {
+    fn pods_without_addresses_get_unused_ones() {
         let pod = |status: Value| json!({"kind": "Pod", "spec": {}, "status": status});
         let said = [
             pod(json!({"podIPs": [{"ip": "198.18.0.2"}]})),
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mistake_outside_checks_has_its_table() {
+    fn error_outside_checks_has_its_table() {
         for (text, expected) in [
             ("{name: t}", "t: missing field `checks`"),
             ("{checks: [], name: [t]}", "table 1: name: invalid type"),
@@ -382,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn json_is_one_table_or_one_list_and_nothing_after_it() {
+    fn json_is_one_table_or_one_list() {
         let table = r#"{"checks": [{"from": "a/b", "to": "a/c", "port": 1}]}"#;
         for (text, count) in [(table.to_owned(), 1), (format!("[{table}, {table}]"), 2)] {
             let read = tables(&text, Format::Json).expect("tables");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What objects become, and what becomes of objects that cannot be used.
+//! Tests of the conversion of valid and invalid objects.
 
 #[path = "convert/invalid.rs"]
 mod invalid;
@@ -38,7 +38,7 @@ fn in_cluster(text: &str) -> Outcome {
     convert(&read(text), &LastGood::default(), KUBERNETES)
 }
 
-/// Converts what must have nothing wrong with it.
+/// Converts objects that must have no rejections and warnings.
 fn clean(text: &str) -> Outcome {
     let outcome = standalone(text);
     assert_eq!(outcome.rejections, [], "{text}");
@@ -61,7 +61,7 @@ fn service<'a>(outcome: &'a Outcome, name: &str) -> &'a Service {
     &outcome.cluster.services[&name]
 }
 
-/// The rejections, as people read them.
+/// The rejections as text.
 fn rejections(outcome: &Outcome) -> Vec<String> {
     outcome.rejections.iter().map(ToString::to_string).collect()
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The CRDs in `deploy/crds` are those of the types. `MESH_BLESS=1` (`cargo xtask generate`) writes
+//! Compares the CRDs in `deploy/crds` with the types. `MESH_BLESS=1` (`cargo xtask generate`) rewrites
 //! them.
 
 use std::path::Path;
@@ -31,6 +31,6 @@ fn crds_are_up_to_date() {
     }
     for entry in fs::read_dir(&dir).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
-        assert!(expected.contains(&name), "deploy/crds/{name} is of no kind");
+        assert!(expected.contains(&name), "deploy/crds/{name} has no kind");
     }
 }

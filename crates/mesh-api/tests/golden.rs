@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Objects in, the text of every map out: what each kind of object does, as an example.
+//! Compares the maps that example objects produce with golden files.
 //!
-//! A case is a directory of `tests/golden`. `MESH_BLESS=1 cargo test -p mesh-api --test golden`
-//! writes the texts anew; read the difference before you commit it. Each case is also read in other
-//! orders, which must not matter, and everything in it deleted, which must leave nothing.
+//! A case is a directory of `tests/golden`. `MESH_BLESS=1 cargo test -p mesh-api --test golden` rewrites
+//! the golden files; review the difference before you commit it. Each case is also converted in other
+//! orders, which must not matter, and with all objects deleted, which must leave empty maps.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -39,7 +39,7 @@ fn read(case: &Path) -> Vec<Object> {
         .collect()
 }
 
-/// The maps of every node, and what is to be said about the objects.
+/// Formats the rejections and warnings, and the maps of every node.
 fn render(outcome: &Outcome) -> String {
     let mut lines: BTreeSet<String> = BTreeSet::new();
     lines.extend(outcome.rejections.iter().map(|r| format!("rejected: {r}")));
@@ -55,7 +55,7 @@ fn render(outcome: &Outcome) -> String {
     all
 }
 
-/// Some other orders: backwards, and cut like a pack of cards.
+/// Other orders of the objects: riffled, reversed and rotated.
 fn shuffles(objects: &[Object]) -> Vec<Vec<Object>> {
     let mut backwards = objects.to_vec();
     backwards.reverse();
@@ -67,8 +67,8 @@ fn shuffles(objects: &[Object]) -> Vec<Vec<Object>> {
 }
 
 #[test]
-fn every_case_gives_its_maps_in_any_order() {
-    // The only switch of the tests: nothing but this reads it.
+fn golden_maps_match_in_any_order() {
+    // Only this test reads the variable.
     #[allow(
         clippy::disallowed_methods,
         reason = "a test's switch, not configuration"
@@ -98,7 +98,7 @@ fn every_case_gives_its_maps_in_any_order() {
             fs::write(&path, &text).expect("maps.txt can be written");
         } else if fs::read_to_string(&path).unwrap_or_default() != text {
             wrong.push(format!(
-                "{}: expected what is there, got:\n{text}",
+                "{} differs from the output:\n{text}",
                 path.display()
             ));
         }
@@ -107,7 +107,7 @@ fn every_case_gives_its_maps_in_any_order() {
 }
 
 #[test]
-fn everything_deleted_leaves_nothing() {
+fn deleting_all_objects_leaves_empty_maps() {
     for case in cases() {
         let full = convert(&read(&case), &LastGood::default(), STANDALONE);
         let empty = convert(&[], &full.last_good, STANDALONE);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Every object of the golden cases, broken in every field: nothing panics, and what is rejected
-//! opens nothing, whether there was a good version before or not.
+//! Replaces every field of every golden object by invalid values: conversion does not panic, and a
+//! rejected object allows no traffic, with or without a last good version.
 
 use std::fs;
 use std::path::Path;
@@ -29,7 +29,7 @@ fn all_objects() -> Vec<Value> {
     all
 }
 
-/// The JSON pointers of everything below a value.
+/// The JSON pointers of all values below a value.
 fn pointers(value: &Value, at: &str, into: &mut Vec<String>) {
     if !at.is_empty() {
         into.push(at.to_owned());
@@ -76,7 +76,7 @@ fn name(value: &Value) -> Option<ObjectRef> {
     Some(ObjectRef::new(kind, namespace, text("/metadata/name")?))
 }
 
-/// The policy that an object has become, and whether it is one of ours at all.
+/// The policy of an object, if it has one.
 fn policy<'a>(outcome: &'a Outcome, object: &ObjectRef) -> Option<&'a Policy> {
     outcome.cluster.policies.get(object).map(|policy| &**policy)
 }
@@ -86,14 +86,14 @@ fn authentication<'a>(outcome: &'a Outcome, object: &ObjectRef) -> Option<&'a Au
     outcome.cluster.authentications.get(&name)
 }
 
-/// Whether a policy allows nothing at all in the directions that it is about.
+/// Whether a policy allows nothing in its directions.
 fn is_closed(policy: &Policy) -> bool {
     let mut rules = policy.ingress.iter().chain(&policy.egress).flatten();
     rules.all(|rule| rule.action == RuleAction::Deny)
 }
 
 #[test]
-fn nothing_panics_and_nothing_opens() {
+fn invalid_field_never_panics_and_never_allows_traffic() {
     let mut rejected = 0;
     for original in all_objects() {
         let good = convert_one(&original, &LastGood::default());
@@ -106,7 +106,7 @@ fn nothing_panics_and_nothing_opens() {
                 let new = convert_one(&broken, &LastGood::default());
                 let update = convert_one(&broken, &good.last_good);
                 let same = name(&broken).is_some_and(|object| Some(object) == name(&original));
-                // In another name it is another object.
+                // An object with another name is another object.
                 if new.rejections.is_empty() || !same || !good.rejections.is_empty() {
                     continue;
                 }

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The order of events never matters: the same valid objects, however they came about, are the same
-//! maps. Objects of the truth tables come, change, go and come back in random orders, through the
-//! door that watches objects and the compiler that keeps what did not change; what is in the maps
-//! after the last event is what a node has that reads the objects for the first time.
+//! The order of events does not matter: the same valid objects give the same maps, whatever their
+//! history. Objects of the truth tables are created, changed, deleted and created again in random
+//! orders, through the incremental converter and the incremental compiler. After the last event, the
+//! maps are those of a node that reads the objects for the first time.
 //!
-//! One exception: of an object whose newest version is rejected the last good version stays in force,
-//! so that it matters whether there was one. It has cases of its own.
+//! There is one exception: if the newest version of an object is rejected, its last good version stays in
+//! force, so it matters whether there was one. That has tests of its own.
 
 use std::fs;
 use std::path::Path;
 
 use mesh_api::manifests::Format;
 use mesh_api::truth::{Manifest, tables};
-use mesh_api::{Facts, LastGood, Object, Options, convert};
+use mesh_api::{IncrementalConverter, Kind, LastGood, Object, Options, convert};
 use mesh_plan::diff::{apply, diff};
 use mesh_plan::{Cluster, Compiler, Plan, Rejection, compile};
 use serde_json::{Value, json};
@@ -24,9 +24,9 @@ use random::Random;
 
 const STANDALONE: Options = Options { standalone: true };
 const NODE: &str = "n1";
-/// Histories of each table.
+/// The number of histories per table.
 const HISTORIES: u64 = 6;
-/// Objects of a table that a history is of, beside namespaces and nodes.
+/// The number of objects in a history, in addition to namespaces and nodes.
 const SAMPLE: usize = 60;
 
 impl Random {
@@ -50,12 +50,17 @@ fn kind(value: &Value) -> &str {
     value["kind"].as_str().expect("a kind")
 }
 
+fn table_kind(value: &Value) -> Kind {
+    let found = Kind::ALL.iter().find(|row| row.name() == kind(value));
+    *found.expect("a kind that is read")
+}
+
 fn is_valid(value: &Value) -> bool {
     let outcome = convert(&[object(value.clone())], &LastGood::default(), STANDALONE);
     outcome.rejections.is_empty()
 }
 
-/// The objects of every table that are valid.
+/// The valid objects of every table.
 fn worlds() -> Vec<Vec<Value>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../mesh-test/truth");
     let files = fs::read_dir(root).expect("the truth tables are there");
@@ -75,7 +80,7 @@ fn worlds() -> Vec<Vec<Value>> {
     worlds
 }
 
-/// Another valid version of an object: what another one of its kind says, under its name.
+/// Another valid version of an object: the content of another object of its kind, under its own name.
 fn variant(random: &mut Random, of: &Value, all: &[Value]) -> Option<Value> {
     let same: Vec<&Value> = all.iter().filter(|o| kind(o) == kind(of)).collect();
     let donor = same[random.below(same.len())];
@@ -135,9 +140,9 @@ fn history(random: &mut Random, last: &[Value], all: &[Value]) -> Vec<Event> {
     turns.into_iter().map(next).collect()
 }
 
-/// A node that follows events, and its maps.
+/// A node that applies events, and its maps.
 struct Follower {
-    facts: Facts,
+    converter: IncrementalConverter,
     compiler: Compiler,
     plan: Plan,
     maps: Plan,
@@ -148,7 +153,7 @@ struct Follower {
 impl Follower {
     fn new() -> Self {
         Self {
-            facts: Facts::new(LastGood::default(), STANDALONE),
+            converter: IncrementalConverter::new(LastGood::default(), STANDALONE),
             compiler: Compiler::new(NODE),
             plan: Plan::default(),
             maps: Plan::default(),
@@ -160,13 +165,12 @@ impl Follower {
     fn take(&mut self, event: &Event) {
         match event {
             Event::Come(value) => {
-                let name = self.facts.apply(&object(value.clone()));
-                assert!(name.is_some(), "{value} is of no kind that is read");
+                self.converter.apply(table_kind(value), value);
             }
             Event::Go(value) => {
-                let name =
-                    Facts::new(LastGood::default(), STANDALONE).apply(&object(value.clone()));
-                self.facts.remove(&name.expect("a name"));
+                let mut other = IncrementalConverter::new(LastGood::default(), STANDALONE);
+                let name = other.apply(table_kind(value), value);
+                self.converter.remove(&name);
             }
         }
     }
@@ -175,10 +179,12 @@ impl Follower {
         self.take(&Event::Come(value.clone()));
     }
 
-    /// Compiles what is known now, and does to the maps what is to be done.
+    /// Compiles the current snapshot and applies the difference to the maps.
     fn pass(&mut self) {
-        let outcome = self.facts.outcome();
-        let (plan, rejections) = self.compiler.compile(&outcome.cluster.into());
+        let outcome = self.converter.outcome();
+        let (plan, rejections) = self
+            .compiler
+            .compile(&outcome.cluster.into(), &Default::default());
         let ops = diff(&self.plan, &plan);
         self.operations += ops.len();
         ops.iter().for_each(|op| apply(&mut self.maps, op));
@@ -188,7 +194,7 @@ impl Follower {
     }
 }
 
-/// A plan as maps hold it: without names.
+/// The part of a plan that is in the maps: everything except names.
 fn maps(plan: &Plan) -> Plan {
     let mut maps = plan.clone();
     maps.names = Default::default();
@@ -200,7 +206,7 @@ fn maps(plan: &Plan) -> Plan {
     maps
 }
 
-/// The facts, plan and rejections of a node that reads objects for the first time.
+/// The snapshot, plan and rejections of a node that reads objects for the first time.
 fn fresh(objects: &[Value]) -> (Cluster, Plan, Vec<Rejection>) {
     let objects: Vec<Object> = objects.iter().cloned().map(object).collect();
     let outcome = convert(&objects, &LastGood::default(), STANDALONE);
@@ -210,7 +216,7 @@ fn fresh(objects: &[Value]) -> (Cluster, Plan, Vec<Rejection>) {
 }
 
 #[test]
-fn any_history_of_the_same_objects_is_the_same_maps() {
+fn any_history_of_the_same_objects_gives_the_same_maps() {
     let mut random = Random(0x6f72_6465);
     let (mut events, mut passes, mut operations, mut disputes) = (0, 0, 0, 0);
     for world in worlds() {
@@ -253,7 +259,7 @@ fn any_history_of_the_same_objects_is_the_same_maps() {
     assert!(disputes > 50, "addresses were never in dispute: {disputes}");
 }
 
-/// The same object with a version that no kind accepts.
+/// The object with a spec that every kind rejects.
 fn broken(value: &Value) -> Value {
     let mut made = value.clone();
     made["spec"] = json!(7);
@@ -262,7 +268,7 @@ fn broken(value: &Value) -> Value {
 }
 
 #[test]
-fn after_a_rejected_update_the_last_good_version_counts_and_nothing_else_of_the_past() {
+fn rejected_update_depends_only_on_the_last_good_version() {
     let kinds = [
         "NetworkPolicy",
         "MeshPolicy",

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Questions to the agent of this node, over its admin socket.
+//! Queries the agent of this node over its admin socket.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -13,16 +13,16 @@ use crate::args::{Agent, Status};
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Prints a page.
+/// Prints a page of the agent.
 pub(crate) fn page(agent: &Agent, path: &str, out: &mut impl Write) -> Result<Outcome> {
     out.write_all(get(agent, path)?.as_bytes())?;
     Ok(Outcome::Good)
 }
 
-/// Prints how the agent is; bad if it is not ready or rejects something.
+/// Prints the status of the agent; the outcome is bad if it is not ready or rejects an object.
 pub(crate) fn status(args: &Status, out: &mut impl Write) -> Result<Outcome> {
     let text = get(&args.agent, "/status")?;
-    let status: Value = serde_json::from_str(&text).context("the agent's answer is no JSON")?;
+    let status: Value = serde_json::from_str(&text).context("the agent's answer is not JSON")?;
     if args.json {
         out.write_all(text.as_bytes())?;
     } else {
@@ -56,8 +56,8 @@ fn summary(status: &Value, out: &mut impl Write) -> Result<()> {
     }
     let list = |name: &str| status.get(name).and_then(Value::as_array);
     for (name, title) in [
-        ("policies_in_force", "policies in force here"),
-        ("match_nothing", "peers that match nobody"),
+        ("policies_in_force", "policies in force on this node"),
+        ("match_nothing", "peers that match no pod"),
         ("warnings", "warnings"),
     ] {
         let Some(all) = list(name) else { continue };
@@ -77,7 +77,7 @@ fn summary(status: &Value, out: &mut impl Write) -> Result<()> {
     Ok(())
 }
 
-/// A text, or a warning: where, and what.
+/// A text, or a warning as `OBJECT: FIELD: TEXT`.
 fn line(value: &Value) -> String {
     let part = |name: &str| value.get(name).map(plain).filter(|text| !text.is_empty());
     match (part("object"), part("field"), part("what")) {
@@ -93,11 +93,11 @@ fn plain(value: &Value) -> String {
         .map_or_else(|| value.to_string(), str::to_owned)
 }
 
-/// One page of the agent.
+/// Fetches a page of the agent.
 pub(crate) fn get(agent: &Agent, path: &str) -> Result<String> {
     let socket = &agent.socket;
     let mut stream = UnixStream::connect(socket)
-        .with_context(|| format!("no agent answers on {}", socket.display()))?;
+        .with_context(|| format!("cannot connect to the agent at {}", socket.display()))?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
     write!(
@@ -107,13 +107,16 @@ pub(crate) fn get(agent: &Agent, path: &str) -> Result<String> {
     let mut answer = String::new();
     stream
         .read_to_string(&mut answer)
-        .context("the agent's answer ended early")?;
+        .context("cannot read the agent's answer")?;
     let (head, body) = answer
         .split_once("\r\n\r\n")
-        .context("the agent's answer is no HTTP")?;
+        .context("the agent's answer is not HTTP")?;
     let status = head.split(' ').nth(1).unwrap_or_default();
     if status != "200" {
-        bail!("the agent answers {status} to {path}: {}", body.trim());
+        bail!(
+            "the agent answered {path} with status {status}: {}",
+            body.trim()
+        );
     }
     Ok(body.to_owned())
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The command line.
+//! The command-line arguments.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use mesh_api::truth::Known;
 use mesh_plan::cluster::Transport;
 
-/// Asks the mesh's agents, and tries policy out without a cluster.
+/// Queries the mesh agent of a node, and evaluates policy without a cluster.
 #[derive(Debug, Parser)]
 #[command(name = "meshctl", version, max_term_width = 100)]
 pub(crate) struct Args {
@@ -17,22 +17,21 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Policy, from manifests, with the compiler that the agents use.
+    /// Evaluates policy from manifests, with the compiler of the agents.
     #[command(subcommand)]
     Policy(PolicyCommand),
-    /// How the agent of this node is.
+    /// Shows the status of the agent on this node.
     Status(Status),
-    /// What the agent of this node wants the kernel to hold.
+    /// Shows the plan of the agent on this node: the desired content of the kernel's maps.
     Dump(Dump),
-    /// The pods of this node, as JSON.
+    /// Shows the pods of this node, as JSON.
     Pods(Agent),
-    /// The latest connections, one JSON object a line.
+    /// Shows the most recent connections, one JSON object per line.
     Flows(Agent),
 }
 
 impl Command {
-    /// The exit code when the command cannot be run: bad input is 2, an agent that cannot be asked
-    /// 1.
+    /// The exit code of a command that fails: 2 for invalid input, 1 for an agent that does not answer.
     pub(crate) fn failure(&self) -> u8 {
         match self {
             Self::Policy(_) => 2,
@@ -43,97 +42,96 @@ impl Command {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum PolicyCommand {
-    /// Runs truth tables: who must reach whom, and who must not. Exit code 1 if a row is wrong, 2 if one
-    /// cannot be asked.
+    /// Runs truth tables: connections that must be allowed or denied. Exit code 1 if a check fails, 2 if
+    /// a check is invalid.
     Test(Test),
-    /// Says in words what policy does with one connection, and by which rule. Exit code 1 if it is
-    /// refused.
+    /// Explains the policy decision for one connection, rule by rule. Exit code 1 if it is refused.
     Explain(Explain),
-    /// Says which connections, open or seen lately, new manifests would decide otherwise. Exit code 1
-    /// if there are some.
+    /// Shows which open or recent connections new manifests would decide differently. Exit code 1 if
+    /// there are any.
     Diff(Diff),
-    /// Says who reaches whom, and on which ports.
+    /// Shows which pods can connect to which, and on which ports.
     Matrix(Matrix),
 }
 
-/// Runs truth tables.
+/// Arguments of `policy test`.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Test {
-    /// Tables, in YAML or JSON; a file may hold a list of them.
+    /// Files with truth tables, in YAML or JSON; a file may contain a list of tables.
     #[arg(required = true, value_name = "FILE")]
     pub(crate) files: Vec<PathBuf>,
-    /// Show at most this many wrong rows of each file.
+    /// The maximum number of failed checks to show for each file.
     #[arg(long, default_value_t = 50, value_name = "N")]
     pub(crate) show: usize,
-    /// Name the rows that hold, too: `holds: PLACE: check NUMBER: NAME: allow|deny`.
+    /// Also list the checks that pass: `holds: PLACE: check NUMBER: NAME: allow|deny`.
     #[arg(long)]
     pub(crate) all: bool,
-    /// Say nothing about manifests that are odd or rejected.
+    /// Do not print warnings and rejected manifests.
     #[arg(long, short)]
     pub(crate) quiet: bool,
 }
 
-/// Where manifests are.
+/// Manifests to read.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Manifests {
-    /// A file or directory of manifests; may be given more than once.
+    /// A file or directory of manifests; can be repeated.
     #[arg(short = 'f', long = "file", required = true, value_name = "PATH")]
     pub(crate) paths: Vec<PathBuf>,
 }
 
-/// Says what policy does with one connection.
+/// Arguments of `policy explain`.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Explain {
     #[command(flatten)]
     pub(crate) manifests: Manifests,
-    /// Who connects: NAMESPACE/POD or an address.
-    #[arg(long, value_name = "WHO")]
+    /// The source: NAMESPACE/POD or an IP address.
+    #[arg(long, value_name = "PEER")]
     pub(crate) from: String,
-    /// To what: NAMESPACE/POD:PORT or ADDRESS:PORT; PORT is a number or a port's name.
-    #[arg(long, value_name = "WHO:PORT")]
+    /// The destination: NAMESPACE/POD:PORT or ADDRESS:PORT; PORT is a number or a port name.
+    #[arg(long, value_name = "PEER:PORT")]
     pub(crate) to: String,
     /// The protocol.
     #[arg(long, default_value = "TCP", ignore_case = true)]
     pub(crate) protocol: Protocol,
-    /// How the other end is known; without it, as it would be on the wire.
+    /// The evidence of the peer's identity; by default, the evidence on the wire.
     #[arg(long)]
     pub(crate) evidence: Option<Evidence>,
 }
 
-/// Says what new manifests would change.
+/// Arguments of `policy diff`.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Diff {
     #[command(flatten)]
     pub(crate) manifests: Manifests,
-    /// These manifests hold all policies there are to be; without it they are added to the others, in
-    /// place of those of the same name.
+    /// Delete policies that are not in the manifests; by default the manifests are added to the
+    /// policies in force, and replace those of the same name.
     #[arg(long)]
     pub(crate) replace: bool,
-    /// Ask no agent: the connections of this flow log, between pods of the manifests.
+    /// Read connections from this flow log instead of an agent; pods are those of the manifests.
     #[arg(long, value_name = "FILE")]
     pub(crate) flows: Option<PathBuf>,
-    /// What is in force now, with --flows; without it, what the log says of each connection.
+    /// The manifests in force now, with --flows; by default, the verdicts in the log.
     #[arg(long, value_name = "PATH", requires = "flows")]
     pub(crate) old: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) agent: Agent,
 }
 
-/// Says who reaches whom.
+/// Arguments of `policy matrix`.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Matrix {
     #[command(flatten)]
     pub(crate) manifests: Manifests,
-    /// Only about this port, as a table: a number, or the name that a destination gives it.
+    /// Show a table for this port only: a number, or a port name of the destination.
     #[arg(long)]
     pub(crate) port: Option<String>,
     /// The protocol.
     #[arg(long, default_value = "TCP", ignore_case = true)]
     pub(crate) protocol: Protocol,
-    /// How the other end is known; without it, as it would be on the wire.
+    /// The evidence of the peer's identity; by default, the evidence on the wire.
     #[arg(long)]
     pub(crate) evidence: Option<Evidence>,
-    /// Only about pods of this namespace, at either end.
+    /// Show only connections from or to pods of this namespace.
     #[arg(long, short, value_name = "NAME")]
     pub(crate) namespace: Option<String>,
 }
@@ -168,13 +166,13 @@ impl std::fmt::Display for Protocol {
     }
 }
 
-/// How the other end is known.
+/// The evidence of a peer's identity.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, ValueEnum)]
 pub(crate) enum Evidence {
-    /// By its address.
+    /// Known by its address.
     #[default]
     Address,
-    /// By its certificate.
+    /// Proven by its certificate.
     Tls,
 }
 
@@ -187,7 +185,7 @@ impl From<Known> for Evidence {
     }
 }
 
-/// Which agent.
+/// The agent to query.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Agent {
     /// The agent's admin socket.
@@ -195,17 +193,17 @@ pub(crate) struct Agent {
     pub(crate) socket: PathBuf,
 }
 
-/// How the agent is.
+/// Arguments of `status`.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Status {
     #[command(flatten)]
     pub(crate) agent: Agent,
-    /// As the agent says it.
+    /// Print the agent's answer as JSON.
     #[arg(long)]
     pub(crate) json: bool,
 }
 
-/// What the agent wants the kernel to hold.
+/// Arguments of `dump`.
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Dump {
     #[command(flatten)]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Files: manifests, alone or in directories.
+//! Reads manifests from files and directories.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,16 +8,19 @@ use anyhow::{Context, Result, bail};
 use mesh_api::Object;
 use mesh_api::manifests::{Format, objects};
 
-/// The text of a file, and its format.
+/// Reads a file and detects its format.
 pub(crate) fn read(path: &Path) -> Result<(String, Format)> {
     let Some(format) = path.to_str().and_then(Format::of) else {
-        bail!("{}: must end in .yaml, .yml or .json", path.display());
+        bail!(
+            "{}: file name must end in .yaml, .yml or .json",
+            path.display()
+        );
     };
     let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
     Ok((text, format))
 }
 
-/// The objects of a file, or of every manifest below a directory, as an agent would read it.
+/// Reads the objects of a file, or of every manifest below a directory, as an agent does.
 pub(crate) fn manifests(path: &Path, into: &mut Vec<Object>) -> Result<()> {
     if !path.is_dir() {
         let (text, format) = read(path)?;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `meshctl`: asks agents, and tries policy out without any.
+//! `meshctl`: queries agents, and evaluates policy without agents.
 //!
-//! Exit codes: 0; 1 something is not as it should be; 2 usage, or input that cannot be read.
+//! Exit codes: 0 success; 1 a check failed or a problem was found; 2 invalid usage or input.
 
 mod agent;
 mod args;
@@ -15,12 +15,12 @@ use clap::Parser;
 
 use args::{Args, Command, PolicyCommand};
 
-/// How a command ended, where nothing went wrong in running it.
+/// The result of a command that ran.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
-    /// All is as it should be.
+    /// No problem was found.
     Good,
-    /// Something is not.
+    /// A problem was found.
     Bad,
 }
 
@@ -32,7 +32,7 @@ fn main() -> ExitCode {
     match result {
         Ok(Outcome::Good) => ExitCode::SUCCESS,
         Ok(Outcome::Bad) => ExitCode::from(1),
-        // Whoever reads us has seen enough.
+        // The reader of a pipe, such as `head`, has closed it.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             let _nowhere_else = writeln!(io::stderr(), "meshctl: {error:#}");

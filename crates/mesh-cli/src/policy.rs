@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Policy from manifests: the agents' own conversion, compiler and decision, without an agent.
+//! Policy evaluated from manifests, with the conversion, the compiler and the decision of the agents.
 
 pub(crate) mod diff;
 pub(crate) mod explain;
-mod index;
 pub(crate) mod matrix;
 mod table;
 pub(crate) mod test;

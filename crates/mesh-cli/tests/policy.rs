@@ -149,7 +149,7 @@ fn what_cannot_be_read_is_a_mistake_of_the_user() {
         ),
         (
             "- {from: web, to: shop/web, port: 1, expect: deny}",
-            "neither NAMESPACE/POD nor an address",
+            "neither NAMESPACE/POD nor an IP address",
         ),
         ("- {from: shop/app, to: shop/web, port: 1}", "needs expect"),
         (
@@ -158,7 +158,7 @@ fn what_cannot_be_read_is_a_mistake_of_the_user() {
         ),
         (
             "- {from: shop/six, to: shop/web, port: 1, expect: deny}",
-            "shop/six and shop/web have no addresses of one family",
+            "shop/six and shop/web have no address family in common",
         ),
         (
             "- {from: shop/app, to: shop/web, port: 1, expects: deny}",
@@ -170,23 +170,23 @@ fn what_cannot_be_read_is_a_mistake_of_the_user() {
         ),
         (
             "- {from: shop/app, to: shop/web, port: 70000, expect: deny}",
-            "70000 is none from 1 to 65535",
+            "invalid port 70000: must be between 1 and 65535",
         ),
         (
             "- {from: shop/app, to: shop/web, port: 0, expect: deny}",
-            "none from 1 to 65535",
+            "invalid port \"0\": must be between 1 and 65535",
         ),
         (
             "- {from: shop/app, to: shop/web, port: [80], expect: deny}",
-            "[80] is neither a number nor a name",
+            "invalid port [80]: must be a number or a name",
         ),
         (
             "- {from: 10.0.0.2, to: 'fd00::6', port: 1, expect: deny}",
-            "no addresses of one family",
+            "no address family in common",
         ),
         (
             "- {from: shop/app, to: 10.96.0.1, port: 80, expect: allow}",
-            "10.96.0.1 is Service shop/web",
+            "10.96.0.1 is the address of Service shop/web",
         ),
         (
             "- {from: shop/app, to: shop/web, port: 1, protocol: UDP, evidence: tls, expect: deny}",
@@ -201,12 +201,12 @@ fn what_cannot_be_read_is_a_mistake_of_the_user() {
 - {from: shop/app, to: shop/web, port: 1, expect: none}",
             "t.yaml: t: check 2: expect: unknown variant `none`",
         ),
-        (" []", "there are no checks"),
+        (" []", "no checks found"),
         // The others are asked all the same.
         (
             "- {from: shop/none, to: shop/web, port: 1, expect: deny}
 - {from: shop/app, to: shop/web, port: 1, expect: allow}",
-            "1 checks cannot be asked",
+            "1 invalid checks",
         ),
     ];
     for (row, expected) in rows {
@@ -236,7 +236,7 @@ checks:
     assert_eq!(run.code, 0, "{}", run.out);
     assert!(
         run.err
-            .contains("NetworkPolicy x/p: spec.ingress[0].ports[0].port: 0 is no port"),
+            .contains("NetworkPolicy x/p: spec.ingress[0].ports[0].port: invalid port 0"),
         "{}",
         run.err
     );
@@ -273,7 +273,7 @@ fn explain_names_the_rule_and_the_way() {
             "NetworkPolicy shop/web ingress[0] (allow) is about other peers",
             "MeshPolicy shop/web ingress[0] (allow) needs a proven identity",
             "denied by default",
-            "directly, in clear",
+            "directly, as plaintext",
         ]
         .iter()
         .all(|words| run.out.contains(words)),
@@ -324,22 +324,26 @@ fn the_matrix() {
     );
     let run = matrix(&["--port", "8080", "--evidence", "tls"]);
     assert!(run.out.contains("shop/app  - + +\n"), "{}", run.out);
-    assert!(
-        run.out.ends_with("+ reaches, . is refused\n"),
-        "{}",
-        run.out
-    );
+    assert!(run.out.ends_with("+ allowed, . refused\n"), "{}", run.out);
     let run = matrix(&["--port", "http", "--evidence", "tls"]);
     assert_eq!(run.code, 0, "{}", run.err);
     assert!(run.out.contains("shop/app  - ? +\n"), "{}", run.out);
     assert!(run.out.contains("shop/web  ? ? -\n"), "{}", run.out);
-    let legend = "+ reaches, . is refused, ? has no port of that name\n";
+    let legend = "+ allowed, . refused, ? no port of that name\n";
     assert!(run.out.ends_with(legend), "{}", run.out);
     for (port, protocol, words) in [
         ("https", "TCP", "no pod has a TCP port named \"https\""),
         ("http", "UDP", "no pod has a UDP port named \"http\""),
-        ("0", "TCP", "port \"0\" is none from 1 to 65535"),
-        ("65536", "TCP", "port \"65536\" is none from 1 to 65535"),
+        (
+            "0",
+            "TCP",
+            "invalid port \"0\": must be between 1 and 65535",
+        ),
+        (
+            "65536",
+            "TCP",
+            "invalid port \"65536\": must be between 1 and 65535",
+        ),
     ] {
         let run = matrix(&["--port", port, "--protocol", protocol]);
         assert_eq!(run.code, 2, "{}", run.out);
@@ -348,7 +352,7 @@ fn the_matrix() {
     let run = matrix(&["-n", "nobody"]);
     assert_eq!(run.code, 2);
     assert!(
-        run.err.contains("no pods in namespace nobody"),
+        run.err.contains("namespace nobody has no pods"),
         "{}",
         run.err
     );
@@ -441,7 +445,7 @@ fn status_names_what_is_odd() {
     assert_eq!(run.code, 0, "{}", run.err);
     assert_eq!(
         run.out,
-        "ready: true\npolicies in force here: 1\n  NetworkPolicy a/b\npeers that match nobody: 1\n  \
+        "ready: true\npolicies in force on this node: 1\n  NetworkPolicy a/b\npeers that match no pod: 1\n  \
          ClusterNetworkPolicy c: spec.egress[0].to[0].domainNames\nwarnings: 1\n  Pod a/b: f: w\n\
          rejections: 0\n"
     );
@@ -562,7 +566,7 @@ fn pods_need_not_say_their_addresses_nor_their_nodes() {
     let run = meshctl(&["policy", "test", &file]);
     assert_eq!(
         (run.code, &*run.out),
-        (2, "4 checks, 0 wrong, 1 not asked\n"),
+        (2, "4 checks, 0 wrong, 1 invalid\n"),
         "{}",
         run.err
     );

@@ -15,11 +15,11 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Instant;
 
-use mesh_common::Protocol;
+use mesh_common::path::{self, Arrival, Origin};
+use mesh_common::{Endpoint, Port, Protocol};
 use mesh_plan::cluster::*;
 use mesh_plan::compile::Compiler;
-use mesh_plan::evaluate::{Check, compile_policies};
-use mesh_plan::{compile, diff};
+use mesh_plan::{Index, Plan, compile, diff};
 
 const NODES: usize = 100;
 const NAMESPACES: usize = 50;
@@ -51,13 +51,13 @@ fn main() {
     );
     let mut compiler = Compiler::new(node);
     timed("first of a compiler", || {
-        compiler.compile(&Arc::new(cluster.clone()))
+        compiler.compile(&Arc::new(cluster.clone()), &BTreeSet::new())
     });
     for round in 0..ROUNDS {
         change(&mut cluster, pods, round);
         let shared = Arc::new(cluster.clone());
         let start = Instant::now();
-        let (next, _) = compiler.compile(&shared);
+        let (next, _) = compiler.compile(&shared, &BTreeSet::new());
         let compiled = start.elapsed();
         let ops = diff(&plan, &next);
         println!(
@@ -71,9 +71,7 @@ fn main() {
         );
         plan = next;
     }
-    if numbers.next().is_none() {
-        evaluate(&cluster);
-    }
+    println!("{:?}", Decisions::of(&plan));
 }
 
 fn cluster(pods: usize, policies: usize) -> Cluster {
@@ -154,7 +152,7 @@ impl Change {
 }
 
 /// One row for each size: pods, policies, milliseconds to compile and compare (at first, and after one
-/// change of each kind), entries, nanoseconds of a decision.
+/// change of each kind), the cost of decisions, and entries.
 fn rows(path: &str) {
     let mut rows = Vec::new();
     let sizes = [100, 1000, 10_000];
@@ -165,7 +163,7 @@ fn rows(path: &str) {
         let node = "node-3";
         let mut compiler = Compiler::new(node);
         let start = Instant::now();
-        let (mut plan, _) = compiler.compile(&Arc::new(cluster.clone()));
+        let (mut plan, _) = compiler.compile(&Arc::new(cluster.clone()), &BTreeSet::new());
         let first = start.elapsed();
         let mut changes = Vec::new();
         for kind in Change::ALL {
@@ -174,7 +172,7 @@ fn rows(path: &str) {
                 kind.apply(&mut cluster, pods, round);
                 let shared = Arc::new(cluster.clone());
                 let start = Instant::now();
-                let (next, _) = compiler.compile(&shared);
+                let (next, _) = compiler.compile(&shared, &BTreeSet::new());
                 std::hint::black_box(diff(&plan, &next));
                 took.push(start.elapsed().as_secs_f64() * 1e3);
                 plan = next;
@@ -186,13 +184,18 @@ fn rows(path: &str) {
             ));
         }
         let changes = changes.join(",").to_lowercase();
-        let decision = decisions(&cluster, 200_000);
+        let cost = Decisions::of(&plan);
         let row = format!(
             "{{\"pods\":{pods},\"policies\":{policies},\"first_compile_ms\":{:.3},\
              \"change_ms\":{{{changes}}},\
-             \"decision_ns\":{decision:.0},\"entries\":{{\"peers\":{},\"sets\":{},\"selects\":{},\
+             \"index_us\":{:.0},\"next_index_us\":{:.0},\
+             \"connection_ns\":{{\"outbound\":{:.0},\"inbound\":{:.0}}},\"entries\":{{\"peers\":{},\"sets\":{},\"selects\":{},\
              \"cidrs\":{},\"ports\":{}}}}}",
             first.as_secs_f64() * 1e3,
+            cost.index_us,
+            cost.next_index_us,
+            cost.outbound_ns,
+            cost.inbound_ns,
             plan.peers.len(),
             plan.sets.len(),
             plan.selects.len(),
@@ -205,50 +208,68 @@ fn rows(path: &str) {
     std::fs::write(path, format!("[\n{}\n]\n", rows.join(",\n"))).expect("it can be written");
 }
 
-/// Nanoseconds of a check, which is a decision at either end.
-fn decisions(cluster: &Cluster, checks: usize) -> f64 {
-    let (compiled, _) = compile_policies(cluster);
-    let names: Vec<String> = compiled.names().map(ToString::to_string).collect();
-    let ends: Vec<_> = names.iter().filter_map(|n| compiled.find(n)).collect();
-    let start = Instant::now();
-    let mut allowed = 0;
-    for n in 0..checks {
-        let check = Check {
-            from: ends[n * 7 % ends.len()],
-            to: ends[(n / ends.len() + n * 13) % ends.len()],
-            protocol: Protocol::TCP,
-            port: 80,
-            evidence: None,
-        };
-        allowed += usize::from(compiled.evaluate(&check).allowed());
-    }
-    assert!(allowed > 0, "nobody reaches anybody");
-    start.elapsed().as_secs_f64() * 1e9 / checks as f64
+/// The cost of decisions in user space, for connections of the node's pods with pods of the cluster.
+#[derive(Clone, Copy, Debug)]
+struct Decisions {
+    /// Microseconds to index a plan, without the index of an earlier one.
+    index_us: f64,
+    /// Microseconds to index a plan after one that differs in a peer only.
+    next_index_us: f64,
+    /// Nanoseconds for a connection that a pod opens.
+    outbound_ns: f64,
+    /// Nanoseconds for a connection that a pod accepts.
+    inbound_ns: f64,
 }
 
-fn evaluate(cluster: &Cluster) {
-    let (compiled, _) = timed("compile for all nodes", || compile_policies(cluster));
-    let names: Vec<String> = compiled.names().map(ToString::to_string).collect();
-    let checks = 1_000_000;
-    let start = Instant::now();
-    let mut allowed = 0;
-    for n in 0..checks {
-        let name = |n: usize| {
-            names
-                .get(n % names.len())
-                .map(String::as_str)
-                .unwrap_or_default()
+impl Decisions {
+    /// Decisions of each measurement.
+    const COUNT: usize = 200_000;
+
+    fn of(plan: &Plan) -> Self {
+        let start = Instant::now();
+        let index = Index::new(plan.clone());
+        let index_us = start.elapsed().as_secs_f64() * 1e6;
+        let next = {
+            let mut next = plan.clone();
+            next.peers.pop_last();
+            next
         };
-        let check = Check {
-            from: compiled.find(name(n * 7)).expect("it has a name"),
-            to: compiled.find(name(n * 13 + 5)).expect("it has a name"),
-            protocol: Protocol::TCP,
-            port: 80,
-            evidence: None,
+        let start = Instant::now();
+        std::hint::black_box(Index::after(next, &index));
+        let next_index_us = start.elapsed().as_secs_f64() * 1e6;
+        let views: Vec<_> = plan.pods.values().map(|pod| pod.view).collect();
+        let peers: Vec<_> = plan.names.workloads.keys().copied().collect();
+        let each = |decide: &dyn Fn(usize) -> bool| {
+            let start = Instant::now();
+            let allowed = (0..Self::COUNT).filter(|n| decide(*n)).count();
+            assert!(allowed > 0, "every connection is refused");
+            start.elapsed().as_secs_f64() * 1e9 / Self::COUNT as f64
         };
-        allowed += usize::from(compiled.evaluate(&check).allowed());
+        let ends = |n: usize| (&views[n % views.len()], &peers[n * 13 % peers.len()]);
+        Self {
+            index_us,
+            next_index_us,
+            outbound_ns: each(&|n| {
+                let (view, peer) = ends(n);
+                let to = Endpoint::new(*peer, Port::new(80));
+                path::outbound(&index, view, view.set, to, Protocol::TCP)
+                    .verdict
+                    .allowed
+            }),
+            inbound_ns: each(&|n| {
+                let (view, from) = ends(n);
+                let arrival = Arrival {
+                    from,
+                    origin: Origin::Address,
+                    protocol: Protocol::TCP,
+                    port: Port::new(80),
+                };
+                path::inbound(&index, view, view.set, arrival)
+                    .verdict
+                    .allowed
+            }),
+        }
     }
-    println!("{checks} checks: {:?}, {allowed} allowed", start.elapsed());
 }
 
 fn timed<T>(what: &str, f: impl FnOnce() -> T) -> T {

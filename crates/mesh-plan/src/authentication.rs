@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Enrolment and modes: which pods take part in the mesh, and what MeshAuthentication says about
-//! each.
+//! Enrollment and modes: the pods in the mesh, and their settings by MeshAuthentication.
 //!
 //! The most specific object wins, field by field: one with a pod selector, then the namespace's,
-//! then `mesh-system/default`. Of two objects of one rank the stricter holds, and both are named.
+//! then `mesh-system/default`. Of two objects of one rank the stricter one applies, and both are
+//! reported.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -17,28 +17,28 @@ use crate::cluster::{
 use crate::compile::{Options, pod_ref};
 use crate::plan::Deny;
 
-/// The mesh's own namespace; it is never enrolled.
-pub const MESH_NAMESPACE: &str = "mesh-system";
-/// Enrolled only pod by pod.
+/// The namespace of the mesh itself, which is never enrolled.
+pub(crate) const MESH_NAMESPACE: &str = "mesh-system";
+/// The namespace of Kubernetes itself, whose pods are enrolled only by their own labels.
 const SYSTEM_NAMESPACE: &str = "kube-system";
-/// The label of namespaces and pods that enrols.
+/// The label of namespaces and pods that enrolls them.
 pub const DATAPLANE_LABEL: &str = "mesh.rs/dataplane";
 
-/// The label of namespaces that says what a refusal of their pods looks like.
-pub const DENY_LABEL: &str = "mesh.rs/deny";
+/// The label of namespaces that specifies how their pods refuse traffic.
+pub(crate) const DENY_LABEL: &str = "mesh.rs/deny";
 
-/// How a pod is enrolled.
+/// The way in which a pod is enrolled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Enrolment {
-    /// Not.
+    /// The pod is not enrolled.
     No,
-    /// By its namespace's label.
+    /// The namespace's label enrolls it.
     ByNamespace,
-    /// By its own label.
+    /// The pod's own label enrolls it.
     ByPod,
 }
 
-/// Whether and how a pod is enrolled.
+/// Determines whether a pod is enrolled, and how.
 pub(crate) fn enrolment(cluster: &Cluster, pod: &Pod) -> Enrolment {
     let namespace = pod.name.namespace.as_str();
     if pod.host_network || namespace == MESH_NAMESPACE {
@@ -61,13 +61,13 @@ pub(crate) fn enrolment(cluster: &Cluster, pod: &Pod) -> Enrolment {
     }
 }
 
-/// Whether a pod is to take part in the mesh.
+/// Whether a pod is enrolled in the mesh.
 #[must_use]
 pub fn is_enrolled(cluster: &Cluster, pod: &Pod) -> bool {
     enrolment(cluster, pod) != Enrolment::No
 }
 
-/// Whether a namespace enrols its pods, but for those that say otherwise.
+/// Whether a namespace enrolls its pods by default.
 #[must_use]
 pub fn enrols(cluster: &Cluster, namespace: &str) -> bool {
     let label = cluster
@@ -79,7 +79,7 @@ pub fn enrols(cluster: &Cluster, namespace: &str) -> bool {
         && matches!(label, Some("enabled" | "required"))
 }
 
-/// Whether an enrolled pod's node has reported that it accepts tunnels; in standalone mode the
+/// Whether the node of an enrolled pod has reported that it accepts tunnels; in standalone mode the
 /// label is enough.
 pub(crate) fn ready(cluster: &Cluster, pod: &Pod, enrolment: Enrolment) -> bool {
     let Some(ready) = &cluster.ready else {
@@ -95,7 +95,7 @@ pub(crate) fn ready(cluster: &Cluster, pod: &Pod, enrolment: Enrolment) -> bool 
             .is_some_and(|n| ready.contains(&*n.uid))
 }
 
-/// What the namespace of a pod says about the look of refusals.
+/// How a pod refuses traffic, if its namespace specifies it.
 pub(crate) fn deny(cluster: &Cluster, pod: &Pod) -> Option<Deny> {
     let namespace = cluster.namespaces.get(&pod.name.namespace)?;
     match namespace.labels.get(DENY_LABEL)?.as_str() {
@@ -105,7 +105,7 @@ pub(crate) fn deny(cluster: &Cluster, pod: &Pod) -> Option<Deny> {
     }
 }
 
-/// The mesh's own labels that have an unknown value count as missing; they are named.
+/// Rejects labels of the mesh with an unknown value; they count as missing.
 pub(crate) fn check_labels(cluster: &Cluster, rejections: &mut Vec<Rejection>) {
     let mut check = |object: ObjectRef, labels: &Labels, label: &str, known: &[&str]| {
         let value = labels.get(label).filter(|v| !known.contains(&v.as_str()));
@@ -128,16 +128,16 @@ pub(crate) fn check_labels(cluster: &Cluster, rejections: &mut Vec<Rejection>) {
     }
 }
 
-/// Whether a pod's own label, if it has one, means something.
+/// Whether a pod's own label is missing or has a known value.
 pub(crate) fn has_known_label(pod: &Pod) -> bool {
     let value = pod.labels.get(DATAPLANE_LABEL);
     value.is_none_or(|value| matches!(value.as_str(), "enabled" | "disabled"))
 }
 
-/// What MeshAuthentication says about a pod.
+/// The settings of a pod by MeshAuthentication.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Modes {
-    /// For ports that are not in `ports`.
+    /// The mode of ports that are not in `ports`.
     pub(crate) mtls: Mtls,
     /// Ports whose mode differs from `mtls`.
     pub(crate) ports: BTreeMap<u16, Mtls>,
@@ -146,12 +146,12 @@ pub(crate) struct Modes {
 }
 
 impl Modes {
-    /// Whether some port accepts tunnels only.
+    /// Whether any port accepts tunnels only.
     pub(crate) fn any_strict(&self) -> bool {
         self.mtls == Mtls::Strict || self.ports.values().any(|m| *m == Mtls::Strict)
     }
 
-    /// As flags of [`PodState`].
+    /// The flags of [`PodState`].
     pub(crate) fn flags(&self) -> u32 {
         let mtls = match self.mtls {
             Mtls::Permissive => 0,
@@ -223,8 +223,8 @@ pub(crate) fn modes(cluster: &Cluster, pod: &Pod) -> Modes {
         .flatten()
         .flat_map(|(_, a)| a.ports.keys().copied())
         .collect();
-    // What an object says about a port is its override, or else its general mode: a more specific
-    // general mode beats a less specific override.
+    // An object's mode of a port is its override, or else its general mode: a more specific general
+    // mode beats a less specific override.
     let of_port = |port: u16| strictest(&ranks, |a| a.ports.get(&port).copied().or(a.mtls));
     let ports = all_ports
         .into_iter()
@@ -239,7 +239,7 @@ pub(crate) fn modes(cluster: &Cluster, pod: &Pod) -> Modes {
     }
 }
 
-/// What the first rank that says something says; the strictest of it.
+/// The strictest value of the first rank that sets a field.
 fn strictest<T: Ord>(
     ranks: &[Vec<Named<'_>>],
     field: impl Fn(&Authentication) -> Option<T>,
@@ -249,7 +249,7 @@ fn strictest<T: Ord>(
         .find_map(|rank| rank.iter().filter_map(|(_, a)| field(a)).max())
 }
 
-/// Names objects of one rank that say different things about one pod.
+/// Rejects objects of one rank with different settings for one pod.
 pub(crate) fn conflicts(cluster: &Cluster, pod: &Pod, rejections: &mut Vec<Rejection>) {
     for rank in ranks(cluster, pod) {
         let differs = |field: &dyn Fn(&Authentication) -> Option<u8>| {

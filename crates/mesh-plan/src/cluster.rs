@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The facts about a cluster, parsed: what `mesh-api` makes of Kubernetes objects and everything
-//! behind it works on.
+//! A snapshot of a cluster: the parsed form of its Kubernetes objects, which `mesh-api` creates.
 //!
-//! Everything here is valid by construction; what could not be parsed is a [`Rejection`]. Ordered
-//! collections only, so that equal facts are equal values.
+//! Every value is valid by construction; an object that cannot be parsed is a [`Rejection`]. All
+//! collections are ordered, so that equal snapshots are equal values.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -15,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::shared::Shared;
 
-/// Everything an agent needs to know about the cluster.
+/// A snapshot of everything that an agent needs to know about the cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cluster {
     /// Namespaces by name.
@@ -30,15 +29,15 @@ pub struct Cluster {
     pub policies: Shared<BTreeMap<ObjectRef, Arc<Policy>>>,
     /// MeshAuthentication objects.
     pub authentications: Shared<BTreeMap<ObjectName, Authentication>>,
-    /// Workloads that their node has reported once as ready for tunnels: pod UIDs, and namespace
-    /// UIDs. `None` = standalone: the label is enough.
+    /// Workloads that their node has reported as ready for tunnels: UIDs of pods and namespaces.
+    /// `None` = standalone: the label is enough.
     pub ready: Option<Shared<BTreeSet<Arc<str>>>>,
     /// Addresses of the Kubernetes API server.
     pub api_servers: BTreeSet<IpAddr>,
-    /// CIDRs of pods beside those of [`Node::pod_cidrs`] (`--pod-cidr`).
+    /// CIDRs of pods besides those of [`Node::pod_cidrs`] (`--pod-cidr`).
     pub pod_cidrs: BTreeSet<IpNet>,
-    /// Which versions of policies and the like these facts are of, for status. Nothing is decided
-    /// by them. Empty where the source has no versions.
+    /// The versions of policies and similar objects, for status only. Empty if the source has no
+    /// versions.
     #[serde(default)]
     pub versions: Shared<BTreeMap<ObjectRef, Version>>,
 }
@@ -48,9 +47,9 @@ pub struct Cluster {
 pub struct Version {
     /// The object's UID.
     pub uid: String,
-    /// `metadata.generation` of the version that is in force; 0 = not known, or none is.
+    /// `metadata.generation` of the version in force; 0 = unknown, or no version is in force.
     pub generation: i64,
-    /// That of the newest version, which may have been rejected.
+    /// `metadata.generation` of the newest version, which may be rejected.
     pub newest: i64,
 }
 
@@ -65,7 +64,7 @@ pub struct ObjectName {
 }
 
 impl ObjectName {
-    /// From its parts.
+    /// Creates it from its parts.
     #[must_use]
     pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
         Self {
@@ -98,7 +97,7 @@ impl TryFrom<String> for ObjectName {
     }
 }
 
-/// Names one object of one kind: `NetworkPolicy shop/web`, `ClusterMeshPolicy base`.
+/// A reference to an object: `NetworkPolicy shop/web`, `ClusterMeshPolicy base`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct ObjectRef {
@@ -111,7 +110,7 @@ pub struct ObjectRef {
 }
 
 impl ObjectRef {
-    /// From its parts; `namespace` is empty for cluster-scoped kinds.
+    /// Creates it from its parts; `namespace` is empty for cluster-scoped kinds.
     #[must_use]
     pub fn new(
         kind: impl Into<String>,
@@ -154,16 +153,16 @@ impl TryFrom<String> for ObjectRef {
     }
 }
 
-/// An object, or a part of one, that could not be used, and what is done instead.
+/// An object, or a part of one, that cannot be used, and the consequence.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Rejection {
-    /// Which object.
+    /// The object.
     pub object: ObjectRef,
     /// The path of the field: `spec.ingress[0].from[1].ipBlock.cidr`.
     pub field: String,
-    /// What is wrong with it and what to do.
+    /// The problem, and how to fix it.
     pub why: String,
-    /// What holds instead: `the last good version stays in force`, `isolates the pods that
+    /// The consequence: `the last good version stays in force`, `isolates the pods that
     /// spec.podSelector selects`.
     pub consequence: String,
 }
@@ -186,7 +185,7 @@ pub type Labels = BTreeMap<String, String>;
 pub struct Namespace {
     /// Its UID.
     pub uid: String,
-    /// Its labels, `kubernetes.io/metadata.name` among them always.
+    /// Its labels, always with `kubernetes.io/metadata.name`.
     pub labels: Labels,
 }
 
@@ -201,7 +200,7 @@ pub struct Node {
     pub pod_cidrs: BTreeSet<IpNet>,
 }
 
-/// A pod that may have traffic.
+/// A pod that has not ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pod {
     /// Namespace and name.
@@ -217,20 +216,20 @@ pub struct Pod {
     /// `status.podIPs`: at most one of each family, in order. Empty for hostNetwork pods: they are
     /// the node.
     pub addresses: Box<[IpAddr]>,
-    /// It shares the node's namespace, and is never enrolled.
+    /// Whether it is in the host network; such a pod is never enrolled.
     pub host_network: bool,
     /// Named container ports: name and protocol to number.
     pub named_ports: Arc<BTreeMap<(String, Transport), u16>>,
-    /// The owner that people know it by: kind and name (a ReplicaSet's hash is cut off).
+    /// The workload: kind and name of the owner, without the hash of a ReplicaSet.
     pub workload: (String, String),
-    /// It is Running and its Ready condition is true (missing conditions count as true).
+    /// Whether it is Running and its Ready condition is true (a missing condition counts as true).
     pub ready: bool,
-    /// Its deletion has begun.
+    /// Whether it is terminating.
     pub terminating: bool,
-    /// Annotation `mesh.rs/netns`: its namespace's file (source `dir` only).
+    /// Annotation `mesh.rs/netns`: the file of its network namespace (source `dir` only).
     pub netns_path: Option<String>,
-    /// The UID that its node's kubelet knows it by, where that is another: a static pod's, whose
-    /// object is only the mirror of a file.
+    /// The UID in the kubelet, if it differs: that of a static pod, whose object is a mirror of a
+    /// file.
     pub static_uid: Option<String>,
 }
 
@@ -256,11 +255,11 @@ pub struct Service {
     pub cluster_ips: BTreeSet<IpAddr>,
     /// `spec.externalIPs` and `status.loadBalancer.ingress[].ip`.
     pub external_ips: BTreeSet<IpAddr>,
-    /// `clusterIP: None`: only its name matters, in records.
+    /// `clusterIP: None`; only its name is used, in records.
     pub headless: bool,
     /// Its ports.
     pub ports: Vec<ServicePort>,
-    /// Who serves it.
+    /// Its endpoints.
     pub endpoints: Vec<ServiceEndpoint>,
     /// `internalTrafficPolicy: Local`.
     pub internal_local: bool,
@@ -307,7 +306,7 @@ pub struct ServiceEndpoint {
 /// A label selector. Empty selects everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Selector {
-    /// All must hold.
+    /// The requirements, all of which must be met.
     pub requirements: Vec<Requirement>,
 }
 
@@ -316,11 +315,11 @@ pub struct Selector {
 pub struct Requirement {
     /// The label.
     pub key: String,
-    /// What is required of it.
+    /// The test of the label's value.
     pub test: LabelTest,
 }
 
-/// What is required of a label (LabelSelectorRequirement of the Kubernetes API).
+/// The test of a label's value (LabelSelectorRequirement of the Kubernetes API).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum LabelTest {
     /// Present, with one of these values.
@@ -334,7 +333,7 @@ pub enum LabelTest {
 }
 
 impl Selector {
-    /// Whether it selects something with these labels.
+    /// Whether it selects an object with these labels.
     #[must_use]
     pub fn matches(&self, labels: &Labels) -> bool {
         self.requirements.iter().all(|r| {
@@ -352,27 +351,27 @@ impl Selector {
 /// A policy of any kind, in one form.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Policy {
-    /// Where it is evaluated.
+    /// The tier in which it is evaluated.
     pub tier: Tier,
     /// The pods it applies to.
     pub subject: Subject,
-    /// What it says about traffic to them; `None` = nothing, `Some(empty)` = isolates (in the
-    /// namespaced tier, if it allows).
+    /// The rules for traffic to the pods; `None` = it does not affect ingress, `Some(empty)` = it
+    /// isolates (in the namespaced tier, if it allows).
     pub ingress: Option<Vec<Rule>>,
-    /// What it says about traffic from them.
+    /// The rules for traffic from the pods.
     pub egress: Option<Vec<Rule>>,
-    /// Only count and record what it would refuse.
+    /// Whether it is in audit mode: connections that it would refuse are only counted and recorded.
     pub audit: bool,
 }
 
-/// Where a policy is evaluated.
+/// The tier of a policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Tier {
-    /// Before everything else, by priority, lowest first.
+    /// Evaluated first, by priority, lowest first.
     Admin(u32),
     /// NetworkPolicy and MeshPolicy.
     Namespaced,
-    /// Only where the namespaced tier does not isolate; by priority.
+    /// Evaluated only where the namespaced tier does not isolate, by priority.
     Baseline(u32),
 }
 
@@ -383,14 +382,14 @@ pub enum Subject {
     Pods {
         /// The namespace.
         namespace: String,
-        /// Which of its pods.
+        /// The selector of its pods.
         pods: Selector,
     },
     /// Pods of selected namespaces.
     Namespaces {
-        /// Which namespaces.
+        /// The namespaces.
         namespaces: Selector,
-        /// Which of their pods.
+        /// The selector of their pods.
         pods: Selector,
     },
     /// Every pod of a namespace: an invalid policy whose selector cannot be used.
@@ -400,24 +399,24 @@ pub enum Subject {
 /// One rule.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Rule {
-    /// Where it is in its object: `ingress[0]`, or its name where the kind has names.
+    /// Its position in the object, `ingress[0]`, or its name if the kind has names.
     pub name: String,
-    /// What it says.
+    /// Its action.
     pub action: RuleAction,
-    /// From or to whom; `None` = everybody.
+    /// The peers; `None` = all peers.
     pub peers: Option<Vec<PeerMatch>>,
-    /// On which ports; `None` = all ports and protocols.
+    /// The ports; `None` = all ports and protocols.
     pub ports: Option<Vec<PortMatch>>,
 }
 
-/// What a rule says.
+/// The action of a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum RuleAction {
     /// Allow, or Accept.
     Allow,
     /// Deny.
     Deny,
-    /// On to the next tier (admin tier only).
+    /// Continue with the next tier (admin tier only).
     Pass,
 }
 
@@ -426,46 +425,46 @@ pub enum RuleAction {
 pub enum PeerMatch {
     /// Pods.
     Pods {
-        /// In which namespaces: by name, or by labels.
+        /// The namespaces, by name or by labels.
         namespaces: NamespaceMatch,
-        /// Which of their pods.
+        /// The selector of their pods.
         pods: Selector,
-        /// With one of these service accounts, if given: an Allow then needs proof.
+        /// The service accounts, if given: an Allow then requires a proven identity.
         service_accounts: Option<BTreeSet<ServiceAccountMatch>>,
     },
     /// Addresses.
     Cidr {
-        /// In this block,
+        /// The block,
         cidr: IpNet,
-        /// but in none of these.
+        /// without these blocks.
         except: BTreeSet<IpNet>,
     },
     /// An entity.
     Entity(Entity),
     /// Nodes with these labels (ClusterNetworkPolicy, egress).
     Nodes(Selector),
-    /// Matches nothing: a peer that this version cannot enforce, kept to be named.
+    /// A peer that this version cannot enforce. It matches nothing, and is kept to be reported.
     Nothing {
         /// Its field, for status.
         what: String,
     },
 }
 
-/// Which namespaces.
+/// The namespaces.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum NamespaceMatch {
-    /// The one with this name.
+    /// The namespace with this name.
     Name(String),
-    /// Those with these labels.
+    /// The namespaces with these labels.
     Labels(Selector),
 }
 
-/// Which service accounts.
+/// A match of service accounts.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ServiceAccountMatch {
-    /// In this namespace; `None` = in any.
+    /// The namespace; `None` = any.
     pub namespace: Option<String>,
-    /// With this name; `None` = any.
+    /// The name; `None` = any.
     pub name: Option<String>,
 }
 
@@ -481,14 +480,14 @@ pub enum Entity {
     KubeApiserver,
     /// Every pod, node, API server and unknown pod address.
     Cluster,
-    /// Everything outside.
+    /// Everything outside the cluster.
     World,
 }
 
 /// One alternative of a rule's ports.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PortMatch {
-    /// The transport; `None` = any protocol at all (only with `PortRange::All`).
+    /// The transport; `None` = any protocol (only with `PortRange::All`).
     pub transport: Option<Transport>,
     /// The ports.
     pub ports: PortRange,
@@ -508,7 +507,7 @@ pub enum PortRange {
 /// A MeshAuthentication.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Authentication {
-    /// Which pods of the namespace; `None` = all.
+    /// The selector of pods in the namespace; `None` = all.
     pub pods: Option<Selector>,
     /// `mtls`; `None` = inherited.
     pub mtls: Option<Mtls>,
@@ -520,27 +519,27 @@ pub struct Authentication {
     pub udp: Option<UdpMode>,
 }
 
-/// What plaintext an enrolled pod accepts. Ordered from open to strict.
+/// The plaintext that an enrolled pod accepts. Ordered from open to strict.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
 pub enum Mtls {
-    /// From whom policy allows, counted.
+    /// From peers that policy allows; counted.
     #[default]
     Permissive,
-    /// None from other nodes.
+    /// No plaintext from other nodes.
     Strict,
 }
 
-/// What an enrolled pod may send in clear. Ordered from open to strict.
+/// The plaintext that an enrolled pod may send. Ordered from open to strict.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
 pub enum OutboundMode {
-    /// To whom is not enrolled, counted.
+    /// To peers that are not enrolled; counted.
     #[default]
     Opportunistic,
-    /// Nothing to pods.
+    /// No plaintext to pods.
     Required,
 }
 
@@ -554,6 +553,6 @@ pub enum UdpMode {
     Allow,
     /// Only between pods of one node.
     SameNode,
-    /// Not at all.
+    /// Denied.
     Deny,
 }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! From cluster facts to the plan of one node.
+//! Compiles a cluster into the plan of one node.
 //!
-//! This file wires the parts: who has which address ([`crate::peers`]), who is who
-//! ([`crate::identities`]), what policy says ([`crate::policies`]), the modes
-//! ([`crate::authentication`]) and the services ([`crate::services`]). What cannot be done is a
-//! [`Rejection`], and never opens anything.
+//! Wires the parts: owners of addresses ([`crate::peers`]), identities ([`crate::identities`]),
+//! policy ([`crate::policies`]), modes ([`crate::authentication`]) and services
+//! ([`crate::services`]). An object that cannot be used is a [`Rejection`], and never allows more
+//! traffic.
 
-mod again;
+mod incremental;
 mod local;
 
 use std::collections::BTreeSet;
@@ -15,7 +15,7 @@ use std::sync::Arc;
 use mesh_common::Addr;
 use mesh_common::maps;
 
-pub use self::again::Compiler;
+pub use self::incremental::Compiler;
 use crate::authentication;
 use crate::cluster::{Cluster, ObjectRef, Pod, Rejection};
 use crate::digest::Ids;
@@ -26,7 +26,7 @@ use crate::policies::work::STEPS;
 use crate::policies::{self, Digests, Places, cidrs};
 use crate::services::{self, Services};
 
-/// How many entries each part of a plan may have.
+/// The maximum number of entries of each part of a plan.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
     pub(crate) pods: usize,
@@ -39,12 +39,12 @@ pub(crate) struct Limits {
     pub(crate) port_modes: usize,
     pub(crate) services: usize,
     pub(crate) backends: usize,
-    /// What compiling a set may cost.
+    /// The maximum number of steps to compile a set.
     pub(crate) steps: usize,
 }
 
 impl Default for Limits {
-    /// The maps' capacities; half of them where two revisions are in a map during a switch.
+    /// The capacities of the maps; half of them where a map holds two revisions during an update.
     fn default() -> Self {
         Self {
             pods: maps::MAX_PODS as usize,
@@ -63,8 +63,8 @@ impl Default for Limits {
 }
 
 impl Plan {
-    /// Name, entries and most entries of a plan for each map that a plan fills: beyond that, what does
-    /// not fit is left out, and the pods that it is about are isolated.
+    /// The name, the entries and the maximum entries of each map that a plan fills. Entries beyond
+    /// the maximum are left out, and the pods that they concern are isolated.
     #[must_use]
     pub fn fill(&self) -> Vec<(&'static str, usize, usize)> {
         let limits = Limits::default();
@@ -83,53 +83,36 @@ impl Plan {
     }
 }
 
-/// What a compilation depends on beside the facts; only tests change it.
+/// The parameters of a compilation besides the cluster; only tests change them.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Options {
     pub(crate) ids: Ids,
     pub(crate) limits: Limits,
 }
 
-/// Whose pods get policy sets.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Scope<'a> {
-    /// Those of one node.
-    Node(&'a str),
-    /// All.
-    Everywhere,
+/// Whether a pod has its policy enforced on a node.
+fn is_local(pod: &Pod, node: &str) -> bool {
+    pod.node == node && !pod.host_network
 }
 
-impl<'a> Scope<'a> {
-    fn node(self) -> Option<&'a str> {
-        match self {
-            Self::Node(name) => Some(name),
-            Self::Everywhere => None,
-        }
-    }
-
-    fn pods(self, cluster: &'a Cluster) -> impl Iterator<Item = &'a Arc<Pod>> {
-        cluster.pods.values().filter(move |pod| self.holds(pod))
-    }
-
-    fn holds(self, pod: &Pod) -> bool {
-        let here = self.node().is_none_or(|node| pod.node == node);
-        here && !pod.host_network
-    }
+/// The pods of a node.
+fn local_pods<'a>(cluster: &'a Cluster, node: &str) -> impl Iterator<Item = &'a Arc<Pod>> {
+    cluster.pods.values().filter(move |pod| is_local(pod, node))
 }
 
-/// Compiles the plan of the node with this name. Rejections are in order, each once.
+/// Compiles the plan of a node. Rejections are sorted and unique.
 #[must_use]
 pub fn compile(cluster: &Cluster, node: &str) -> (Plan, Vec<Rejection>) {
-    compile_with(cluster, Scope::Node(node), &Options::default())
+    compile_with(cluster, node, &Options::default())
 }
 
 pub(crate) fn compile_with(
     cluster: &Cluster,
-    scope: Scope<'_>,
+    node: &str,
     options: &Options,
 ) -> (Plan, Vec<Rejection>) {
     let mut rejections = Vec::new();
-    let plan = build(cluster, scope, options, &mut rejections);
+    let plan = build(cluster, node, options, &mut rejections);
     rejections.sort();
     rejections.dedup();
     (plan, rejections)
@@ -137,60 +120,49 @@ pub(crate) fn compile_with(
 
 fn build(
     cluster: &Cluster,
-    scope: Scope<'_>,
+    node: &str,
     options: &Options,
     rejections: &mut Vec<Rejection>,
 ) -> Plan {
     let relevant = Relevant::of(cluster.policies.values());
     let identifier = Identifier::of(cluster, &relevant, options);
-    let (mut plan, identities) = addresses(cluster, scope, &identifier, rejections);
-    let pods = scope.pods(cluster).map(|pod| &**pod).collect();
-    let places = Places::of(cluster, scope.node());
+    let (mut plan, identities) = addresses(cluster, node, &identifier, rejections);
+    let pods = local_pods(cluster, node).map(|pod| &**pod).collect();
+    let places = Places::of(cluster, Some(node));
     local::pods(
         &mut plan,
         cluster,
-        (scope, pods, &places),
+        (pods, &places),
         (&identities, &identifier, &mut Digests::default()),
         options,
         rejections,
     );
-    add_services(&mut plan, cluster, scope, options, rejections);
-    bound_addresses(&mut plan, cluster, scope, &options.limits, rejections);
+    let services = services::services(cluster, node, &plan, options, rejections);
+    put_services(&mut plan, &services);
+    bound_addresses(&mut plan, cluster, node, &options.limits, rejections);
     plan
 }
 
-/// What of a plan is about all pods of the cluster: who has which address, and who is who.
+/// Compiles the parts of a plan that concern all pods of the cluster: owners of addresses, and
+/// identities.
 fn addresses(
     cluster: &Cluster,
-    scope: Scope<'_>,
+    node: &str,
     identifier: &Identifier<'_>,
     rejections: &mut Vec<Rejection>,
 ) -> (Plan, Identities) {
     authentication::check_labels(cluster, rejections);
     policies::check(cluster, rejections);
-    let owners = peers::owners(cluster, scope.node(), rejections);
+    let owners = peers::owners(cluster, Some(node), rejections);
     let (identities, of_pods) = Identities::of(cluster, identifier, rejections);
     let mut plan = Plan {
-        peers: peers::peers(cluster, scope.node(), &owners, &of_pods).into(),
+        peers: peers::peers(cluster, node, &owners, &of_pods).into(),
         pod_cidrs: pod_cidrs(cluster).into(),
         ..Plan::default()
     };
     plan.names.identities = identities.names.clone();
     plan.names.workloads = peers::workloads(&owners).into();
     (plan, identities)
-}
-
-fn add_services(
-    plan: &mut Plan,
-    cluster: &Cluster,
-    scope: Scope<'_>,
-    options: &Options,
-    rejections: &mut Vec<Rejection>,
-) {
-    if let Some(node) = scope.node() {
-        let services = services::services(cluster, node, plan, options, rejections);
-        put_services(plan, &services);
-    }
 }
 
 fn put_services(plan: &mut Plan, services: &Services) {
@@ -207,20 +179,20 @@ fn pod_cidrs(cluster: &Cluster) -> BTreeSet<Prefix<Addr>> {
         .collect()
 }
 
-/// Names a pod.
+/// The reference of a pod.
 pub(crate) fn pod_ref(pod: &Pod) -> ObjectRef {
     ObjectRef::new("Pod", &*pod.name.namespace, &*pod.name.name)
 }
 
-/// Leaves out what does not fit: an address that is left out counts as unknown or as outside.
+/// Leaves out addresses that do not fit into the maps; they count as unknown, or as outside the
+/// cluster.
 fn bound_addresses(
     plan: &mut Plan,
     cluster: &Cluster,
-    scope: Scope<'_>,
+    node: &str,
     limits: &Limits,
     rejections: &mut Vec<Rejection>,
 ) {
-    let Some(node) = scope.node() else { return };
     let mut reject = |field: &str, needed: usize, limit: usize, consequence: &str| {
         rejections.push(Rejection {
             object: ObjectRef::new("Node", "", node),

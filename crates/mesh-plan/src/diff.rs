@@ -1,36 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
-//! From two plans to ordered operations, such that whoever reads between any two of them sees the
-//! old or the new verdict.
+//! Turns two plans into ordered operations, such that a reader between any two of them sees the old
+//! or the new verdict.
 //!
-//! 1. What nothing refers to yet: ports, address blocks, pairs, set heads, port modes, backends.
-//! 2. Services switch, one write each.
+//! 1. Content without references is added: ports, address blocks, pairs, set heads, port modes,
+//!    backends.
+//! 2. Services switch, by one write each.
 //! 3. Peers and pods switch: a peer's identity after the pairs that mention it, a pod's set after
 //!    the set's content.
-//! 4. What nothing refers to any more goes, in the reverse order.
+//! 4. Content that has no references any more is removed, in the reverse order.
 //!
-//! When peers change their identity and pods their set in one step, a reader could meet an old set
+//! When peers change their identity and pods their set in one step, a reader could see an old set
 //! with a new identity, a pair that is in neither plan. Such peers go over a *bridge*: an identity
-//! of this one transition that has, in each set, the lists that the peer has before it in old
-//! sets, and after it in new ones.
+//! for this transition only, which has the lists of the old identity in old sets and the lists of
+//! the new identity in new sets.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 
 use mesh_common::identity::{IdentityId, Peer};
 use mesh_common::maps::MAX_POLICY_SELECTS;
-use mesh_common::path::Peers;
 use mesh_common::pod::PodView;
 use mesh_common::policy::{Direction, Lists, PolicySetId, SelectKey};
 use mesh_common::service::{Service, ServiceKey};
 use mesh_common::{Addr, Port};
 
 use crate::digest::Ids;
+use crate::index;
 use crate::plan::{Entry, Key, LocalPod, MapOp, Plan};
+use crate::ranges::{self, Ranges};
 use crate::shared::Shared;
 
-/// The operations that lead from one plan to the next: additions before what refers to them, then
-/// the switches, then removals. `old` is what the kernel holds; its names do not matter, its pods
-/// do (without them, what they look like before is taken as unknown).
+/// The operations that lead from one plan to the next: additions, then switches, then removals.
+/// `old` is the content of the kernel's maps; its names are not used, its pods are (without them,
+/// their earlier state counts as unknown).
 #[must_use]
 pub fn diff(old: &Plan, new: &Plan) -> Vec<MapOp> {
     let mut ops = Vec::new();
@@ -50,8 +52,7 @@ pub fn diff(old: &Plan, new: &Plan) -> Vec<MapOp> {
     ops
 }
 
-/// Does one operation to a plan, as it is done to the maps. What a plan says of a pod beside its
-/// view stays as it is.
+/// Applies one operation to a plan, as to the maps. Of a pod, only the view changes.
 pub fn apply(plan: &mut Plan, op: &MapOp) {
     match op {
         MapOp::Put(entry) => put(plan, entry),
@@ -91,7 +92,7 @@ fn remove(plan: &mut Plan, key: &Key) {
     }
 }
 
-/// Walks two maps at once: what is new or changed, and what is gone.
+/// Compares two maps: `put` gets new and changed entries, `remove` the keys of removed ones.
 fn changes<'a, K: Ord, V: PartialEq>(
     old: &'a Shared<BTreeMap<K, V>>,
     new: &'a Shared<BTreeMap<K, V>>,
@@ -121,7 +122,7 @@ fn changes<'a, K: Ord, V: PartialEq>(
     }
 }
 
-/// Immutable content. It goes heads first: a set without a head denies.
+/// Adds and removes immutable content. Heads are removed first: a set without a head denies.
 fn content(old: &Plan, new: &Plan, ops: &mut Vec<MapOp>, removals: &mut Vec<Key>) {
     let (mut ports, mut cidrs, mut selects, mut sets) = (vec![], vec![], vec![], vec![]);
     let mut add = |entry| ops.push(MapOp::Put(entry));
@@ -161,8 +162,8 @@ fn content(old: &Plan, new: &Plan, ops: &mut Vec<MapOp>, removals: &mut Vec<Key>
     }
 }
 
-/// A marker comes after the ports of its address and goes before them: in between, the address
-/// would have no port.
+/// A marker is added after the ports of its address and removed before them: in between, the
+/// address would have no port.
 fn services(old: &Plan, new: &Plan, ops: &mut Vec<MapOp>, removals: &mut Vec<Key>) {
     let mut backends = Vec::new();
     changes(
@@ -188,7 +189,7 @@ fn services(old: &Plan, new: &Plan, ops: &mut Vec<MapOp>, removals: &mut Vec<Key
     removals.extend(backends);
 }
 
-/// Peers and pods.
+/// Switches peers and pods.
 fn switch(old: &Plan, new: &Plan, ops: &mut Vec<MapOp>) {
     let Some(crossing) = Crossing::of(old, new) else {
         put_peers(old, new, &BTreeMap::new(), ops);
@@ -197,7 +198,7 @@ fn switch(old: &Plan, new: &Plan, ops: &mut Vec<MapOp>) {
         return;
     };
     let Some(pairs) = crossing.pairs(old, new) else {
-        // They do not fit. Closed for the moment of the switch.
+        // The bridges do not fit: the pods are isolated during the switch.
         let isolated = |before: PodView, _| PodView {
             set: PolicySetId::ISOLATED,
             ..before
@@ -264,7 +265,7 @@ fn put_peers(old: &Plan, new: &Plan, but: &BTreeMap<Addr, Move>, ops: &mut Vec<M
     changes(&old.peers, &new.peers, put, |_| {});
 }
 
-/// Pods that are new or whose state changes.
+/// Puts pods that are new or whose state changes.
 fn put_pods(
     old: &Plan,
     new: &Plan,
@@ -279,8 +280,7 @@ fn put_pods(
     }
 }
 
-/// Pods that stay and whose state changes, as far as what `view` makes of them is not what they
-/// were.
+/// Puts pods that stay and whose state changes after `view` is applied.
 fn put_known_pods(
     old: &Plan,
     new: &Plan,
@@ -308,7 +308,7 @@ impl Move {
         Self { from, to }
     }
 
-    /// The identity in between; itself if nothing changes.
+    /// The bridge between the two identities; the identity itself if it does not change.
     fn bridge(self) -> IdentityId {
         if self.from == self.to {
             return self.to;
@@ -317,7 +317,8 @@ impl Move {
         IdentityId(Ids::default().id("bridge", first, &(self.from, self.to)))
     }
 
-    /// What a decision takes from the host's identity is more than its lists.
+    /// Whether a bridge can stand in. A decision depends on more than the lists of the host's
+    /// identity.
     fn is_bridgeable(self) -> bool {
         self.from != self.to && !self.from.is_host() && !self.to.is_host()
     }
@@ -327,7 +328,7 @@ impl Move {
 struct Crossing {
     /// Addresses in `PEERS` that change their identity.
     peers: BTreeMap<Addr, Move>,
-    /// All changes, those of this node's pods among them.
+    /// All changes, including those of this node's pods.
     moves: BTreeSet<Move>,
 }
 
@@ -343,8 +344,9 @@ impl Crossing {
         let alone = switching.next().is_none();
         let mut peers = BTreeMap::new();
         let mut gone = Vec::new();
+        let (before, after) = (Identities::of(old), Identities::of(new));
         let mut changed = |addr: &Addr| {
-            let step = Move::new(identity(old, addr), identity(new, addr));
+            let step = Move::new(before.get(addr), after.get(addr));
             if step.is_bridgeable() {
                 peers.insert(*addr, step);
             }
@@ -361,7 +363,7 @@ impl Crossing {
             Some((pod.view, Move::new(before.view.id, pod.view.id)))
         });
         let of_pods: Vec<_> = of_pods.filter(|(_, step)| step.is_bridgeable()).collect();
-        // A pod that changes alone meets nobody new but itself.
+        // A single pod that changes has no peer with a new identity but itself.
         if alone
             && peers.keys().all(|addr| first.owns(addr))
             && of_pods.iter().all(|(view, _)| *view == first)
@@ -376,7 +378,7 @@ impl Crossing {
         (!moves.is_empty()).then_some(Self { peers, moves })
     }
 
-    /// The pairs of every set with the bridges; `None` if the map could not hold them.
+    /// The pairs of every set with the bridges; `None` = they do not fit into the map.
     fn pairs(&self, old: &Plan, new: &Plan) -> Option<BTreeMap<SelectKey, Lists>> {
         let free = (MAX_POLICY_SELECTS as usize)
             .checked_sub(old.selects.len())?
@@ -392,8 +394,8 @@ impl Crossing {
                 for direction in [Direction::Ingress, Direction::Egress] {
                     let key = |peer| SelectKey::new(set, peer, direction);
                     let peer = if is_new { step.to } else { step.from };
-                    // Without a pair of its own the peer has the set's list for all others, and
-                    // so has the bridge.
+                    // A peer without a pair has the set's list for all others, and so has its
+                    // bridge.
                     if let Some(lists) = plan.selects.get(&key(peer)) {
                         pairs.insert(key(step.bridge()), *lists);
                     }
@@ -407,11 +409,25 @@ impl Crossing {
     }
 }
 
-/// Who an address is in a plan.
-fn identity(plan: &Plan, addr: &Addr) -> IdentityId {
-    match plan.peers.get(addr) {
-        Some(peer) => peer.id,
-        None if plan.in_pod_cidr(addr) => IdentityId::UNKNOWN,
-        None => IdentityId::WORLD,
+/// The identities of addresses in a plan.
+struct Identities<'a> {
+    plan: &'a Plan,
+    pod_cidrs: Ranges<u128, ()>,
+}
+
+impl<'a> Identities<'a> {
+    fn of(plan: &'a Plan) -> Self {
+        Self {
+            plan,
+            pod_cidrs: index::pod_cidrs(plan),
+        }
+    }
+
+    fn get(&self, addr: &Addr) -> IdentityId {
+        match self.plan.peers.get(addr) {
+            Some(peer) => peer.id,
+            None if self.pod_cidrs.get(ranges::number(*addr)).is_some() => IdentityId::UNKNOWN,
+            None => IdentityId::WORLD,
+        }
     }
 }

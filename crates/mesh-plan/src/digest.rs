@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Ids that are hashes of what they stand for: equal content has an equal id on every node and in
-//! every run, and an id never changes its meaning.
+//! Ids that are hashes of their content: equal content has an equal id on every node and in every
+//! run, and an id never changes its meaning.
 //!
-//! 64 bits are few enough that somebody who may create objects could search for two contents with
-//! one id, so whoever keeps content under an id compares it and closes both sides on a collision.
+//! With 64 bits, a user who may create objects could search for two contents with one id. Code that
+//! stores content under an id therefore compares it, and isolates both sides of a collision.
 
 use std::hash::{Hash, Hasher};
 
@@ -11,7 +11,7 @@ use std::hash::{Hash, Hasher};
 /// agent's entry for its own.
 const EPOCH: &str = "crates/mesh-plan/1";
 
-/// Makes ids. The mask is all ones; tests clear bits to meet collisions.
+/// Creates ids. The mask is all ones; tests clear bits to provoke collisions.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ids {
     mask: u64,
@@ -24,7 +24,7 @@ impl Default for Ids {
 }
 
 impl Ids {
-    /// Ids of which only the masked bits differ.
+    /// Creates ids in which only the masked bits differ.
     #[cfg(test)]
     pub(crate) const fn masked(mask: u64) -> Self {
         Self { mask }
@@ -47,8 +47,8 @@ pub(crate) fn digest(kind: &str, content: &impl Hash) -> [u8; 32] {
     *blake3::hash(&input.0).as_bytes()
 }
 
-/// Gathers what `Hash` implementations write: they write prefix-free, each length before its
-/// content.
+/// Collects the bytes that `Hash` implementations write. They are prefix-free: each length precedes
+/// its content.
 struct Input(Vec<u8>);
 
 impl Hasher for Input {

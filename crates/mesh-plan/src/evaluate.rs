@@ -1,373 +1,253 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Who may talk to whom, without maps and for all nodes at once: what tests and tables over real
-//! connections ask. The compiler and the decision are those of the agents; only the look-ups are made
-//! for speed.
+//! The policy of every node of a cluster, evaluated without agents: each end of a connection is
+//! decided over the plan of its own node, as the agent there decides it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use mesh_common::identity::{Evidence, IdentityId, Peer};
-use mesh_common::path::Peers;
-use mesh_common::pod::{PodState, PodView};
-use mesh_common::policy::{
-    Answer, CidrKey, Direction, ListId, Lists, Policies, PolicySetId, PortKey, Question, SelectKey,
-    SetHead, decide,
-};
-use mesh_common::{Addr, Port, Protocol, Verdict};
+use mesh_common::identity::Evidence;
+use mesh_common::path;
+use mesh_common::pod::PodView;
+use mesh_common::policy::{Direction, Policies as _, PolicySetId, Question};
+use mesh_common::{Addr, Endpoint, Port, Protocol, Reason, Verdict};
 
-use crate::cluster::{Cluster, ObjectName, Rejection, Transport};
-use crate::compile::{Options, Scope, compile_with};
-use crate::plan::{Plan, masked};
-use crate::policies::ports::{Range, ranges};
+use crate::cluster::{Cluster, Pod, Rejection};
+use crate::compile::compile;
+use crate::index::Index;
+use crate::{modes, peers};
 
-/// Every pod's policy, ready to be asked.
+/// A cluster and the indexed plan of each node that has pods.
 #[derive(Debug)]
-pub struct Compiled {
-    /// All policy, and the pods of all nodes; services are left out, and nodes are all `remote`.
-    pub plan: Plan,
-    tables: Tables,
-    pods: Vec<PodEnd>,
-    by_name: HashMap<String, Place>,
-    by_addr: HashMap<Addr, Place>,
-    node_addrs: HashMap<Addr, Vec<String>>,
-    servers: BTreeSet<Addr>,
+pub struct Evaluator {
+    cluster: Cluster,
+    nodes: BTreeMap<String, Index>,
+    rejections: Vec<Rejection>,
+    by_address: HashMap<Addr, Arc<Pod>>,
 }
 
-/// One end of a connection; made by [`Compiled::find`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct End {
-    place: Place,
-    /// The address that was asked for, or [`Addr::NONE`] for a pod by name.
-    addr: Addr,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
-    Pod(usize),
-    Elsewhere,
-}
-
-/// A pod of any node.
-#[derive(Debug)]
-struct PodEnd {
-    uid: String,
-    node: String,
-    view: PodView,
-    named_ports: Arc<BTreeMap<(String, Transport), u16>>,
-}
-
-/// A question.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Check {
-    /// Who connects.
-    pub from: End,
-    /// To whom.
-    pub to: End,
+/// A connection between two addresses, and the pods that have them.
+#[derive(Clone, Copy, Debug)]
+pub struct Connection<'a> {
+    /// The pod at the source; `None` = an address outside the cluster's pods.
+    pub from: Option<&'a Pod>,
+    /// The pod at the destination.
+    pub to: Option<&'a Pod>,
+    /// The source address.
+    pub source: IpAddr,
+    /// The destination address.
+    pub destination: IpAddr,
     /// The protocol.
     pub protocol: Protocol,
     /// The destination port; 0 where the protocol has none.
     pub port: u16,
-    /// How well the ends know each other; `None` = as it would be: pods of one node, a tunnel
-    /// between enrolled pods that are ready, or the address.
-    pub evidence: Option<Evidence>,
 }
 
-/// What policy says at both ends; `None` where the end is no pod.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Outcome {
-    /// At the sender.
-    pub egress: Option<Verdict>,
-    /// At the receiver.
-    pub ingress: Option<Verdict>,
-}
-
-impl Outcome {
-    /// Whether both ends allow it.
+impl<'a> Connection<'a> {
+    /// Whether both pods are on one node.
     #[must_use]
-    pub fn allowed(&self) -> bool {
-        let allows = |side: Option<Verdict>| side.is_none_or(|verdict| verdict.allowed);
+    pub fn on_one_node(&self) -> bool {
+        let pods = self.from.zip(self.to);
+        pods.is_some_and(|(from, to)| from.node == to.node)
+    }
+
+    /// The pod whose policy decides in a direction, and the address of its peer.
+    #[must_use]
+    pub fn side(&self, direction: Direction) -> Option<(&'a Pod, IpAddr)> {
+        match direction {
+            Direction::Ingress => Some((self.to?, self.source)),
+            Direction::Egress => Some((self.from?, self.destination)),
+        }
+    }
+}
+
+/// The verdicts at both ends; `None` = no policy is evaluated there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verdicts {
+    /// The verdict of policy at the source.
+    pub egress: Option<Verdict>,
+    /// The verdict of policy at the destination.
+    pub ingress: Option<Verdict>,
+    /// The reason why enrollment or MeshAuthentication refuse it, regardless of policy.
+    pub refused: Option<Reason>,
+}
+
+impl Verdicts {
+    /// Whether policy allows it at both ends.
+    #[must_use]
+    pub fn policy_allows(&self) -> bool {
+        let allows = |verdict: Option<Verdict>| verdict.is_none_or(|verdict| verdict.allowed);
         allows(self.egress) && allows(self.ingress)
     }
-}
 
-/// Compiles the policy of every pod, whatever its node, and whether it has an address or not. Map
-/// capacities, which are a node's, are not looked at.
-#[must_use]
-pub fn compile_policies(cluster: &Cluster) -> (Compiled, Vec<Rejection>) {
-    let (plan, rejections) = compile_with(cluster, Scope::Everywhere, &Options::default());
-    let mut compiled = Compiled {
-        tables: Tables::of(&plan),
-        pods: Vec::with_capacity(plan.pods.len()),
-        by_name: HashMap::new(),
-        by_addr: HashMap::new(),
-        node_addrs: HashMap::new(),
-        servers: cluster.api_servers.iter().map(|a| Addr::from(*a)).collect(),
-        plan,
-    };
-    for (name, node) in &cluster.nodes {
-        for address in &node.addresses {
-            let of = compiled.node_addrs.entry(Addr::from(*address)).or_default();
-            of.push(name.clone());
-        }
-    }
-    for (uid, facts) in &cluster.pods {
-        let Some(pod) = compiled.plan.pods.get(&**uid) else {
-            continue;
-        };
-        let place = Place::Pod(compiled.pods.len());
-        compiled.by_name.insert(facts.name.to_string(), place);
-        for address in &facts.addresses {
-            let addr = Addr::from(*address);
-            let workload = compiled.plan.names.workloads.get(&addr);
-            if workload.is_some_and(|workload| workload.uid == *uid) {
-                compiled.by_addr.insert(addr, place);
-            }
-        }
-        compiled.pods.push(PodEnd {
-            uid: uid.to_string(),
-            node: facts.node.clone(),
-            view: pod.view,
-            named_ports: Arc::clone(&facts.named_ports),
-        });
-    }
-    (compiled, rejections)
-}
-
-impl Compiled {
-    /// The end that `NAMESPACE/POD` or an address names; `None` = there is no such pod. Pods of the
-    /// host's network are found by their node's address, not by name.
+    /// Whether it is allowed.
     #[must_use]
-    pub fn find(&self, text: &str) -> Option<End> {
-        if let Some(place) = self.by_name.get(text) {
-            return Some(End {
-                place: *place,
-                addr: Addr::NONE,
+    pub fn allowed(&self) -> bool {
+        self.policy_allows() && self.refused.is_none()
+    }
+}
+
+impl Evaluator {
+    /// Compiles the plan of every node that has pods.
+    #[must_use]
+    pub fn new(cluster: Cluster) -> Self {
+        let mut nodes = BTreeMap::new();
+        let mut rejections = Vec::new();
+        for pod in cluster.pods.values() {
+            nodes.entry(pod.node.clone()).or_insert_with(|| {
+                let (plan, rejected) = compile(&cluster, &pod.node);
+                rejections.extend(rejected);
+                Index::new(plan)
             });
         }
-        let addr = Addr::from(text.parse::<IpAddr>().ok()?);
-        let place = self.by_addr.get(&addr).copied().unwrap_or(Place::Elsewhere);
-        Some(End { place, addr })
-    }
-
-    /// Every pod's name.
-    pub fn names(&self) -> impl Iterator<Item = &ObjectName> {
-        self.pods
-            .iter()
-            .filter_map(|pod| self.plan.pods.get(&pod.uid).map(|p| &p.name))
-    }
-
-    /// The number of a named port of a pod.
-    #[must_use]
-    pub fn named_port(&self, of: End, name: &str, transport: Transport) -> Option<u16> {
-        let ports = &self.pod(of)?.named_ports;
-        ports.get(&(name.to_owned(), transport)).copied()
-    }
-
-    /// The UID of the pod that an end is.
-    #[must_use]
-    pub fn uid(&self, end: End) -> Option<&str> {
-        self.pod(end).map(|pod| pod.uid.as_str())
-    }
-
-    fn pod(&self, end: End) -> Option<&PodEnd> {
-        match end.place {
-            Place::Pod(index) => self.pods.get(index),
-            Place::Elsewhere => None,
+        rejections.sort();
+        rejections.dedup();
+        let owners = peers::owners(&cluster, None, &mut Vec::new());
+        let by_address = peers::workloads(&owners).into_iter().collect();
+        Self {
+            cluster,
+            nodes,
+            rejections,
+            by_address,
         }
     }
 
-    /// What policy says.
+    /// The cluster.
     #[must_use]
-    pub fn evaluate(&self, check: &Check) -> Outcome {
-        let (egress, ingress) = self.questions(check, |view| view.set);
-        let decide = |question: Question| decide(&self.tables, &question);
-        Outcome {
-            egress: egress.map(decide),
-            ingress: ingress.map(decide),
-        }
+    pub const fn cluster(&self) -> &Cluster {
+        &self.cluster
     }
 
-    /// What policy would say if audited policies were enforced.
+    /// The rejections of all nodes, in order, each once.
     #[must_use]
-    pub fn evaluate_audited(&self, check: &Check) -> Outcome {
-        let shadow = |view: &PodView| {
-            let head = self.tables.sets.get(&view.set);
-            let shadow = head.map_or(PolicySetId::NONE, |head| head.shadow);
-            if shadow == PolicySetId::NONE {
-                view.set
-            } else {
-                shadow
-            }
-        };
-        let (egress, ingress) = self.questions(check, shadow);
-        let decide = |question: Question| decide(&self.tables, &question);
-        Outcome {
-            egress: egress.map(decide),
-            ingress: ingress.map(decide),
-        }
+    pub fn rejections(&self) -> &[Rejection] {
+        &self.rejections
     }
 
-    /// The questions at the sender and at the receiver.
-    pub(crate) fn questions(
+    /// The plan of a pod's node; `None` = the pod is not one of the cluster.
+    #[must_use]
+    pub fn index(&self, pod: &Pod) -> Option<&Index> {
+        self.nodes.get(&pod.node)
+    }
+
+    /// The connection between two addresses. An address that several pods claim is no pod's.
+    #[must_use]
+    pub fn connection(
         &self,
-        check: &Check,
-        set: impl Fn(&PodView) -> PolicySetId,
-    ) -> (Option<Question>, Option<Question>) {
-        let (from, to) = (self.pod(check.from), self.pod(check.to));
-        let (from_addr, to_addr) = self.addresses(check);
-        let same_node = from.zip(to).is_some_and(|(a, b)| a.node == b.node);
-        let question = |pod: &PodEnd, direction, peer: Option<&PodEnd>, addr: Addr| {
-            let id = self.peer_id(pod, peer, &addr);
-            let evidence = match (check.evidence, id.is_workload()) {
-                (Some(evidence), _) => evidence,
-                (None, false) => Evidence::None,
-                (None, true) if same_node => Evidence::Node,
-                (None, true) if check.protocol == Protocol::TCP && self.tunnelled(from, to) => {
-                    Evidence::Tls
-                }
-                (None, true) => Evidence::Address,
-            };
-            Question {
-                set: set(&pod.view),
-                direction,
-                peer: id,
-                addr,
-                evidence,
-                protocol: check.protocol,
-                port: Port::new(check.port),
+        [source, destination]: [IpAddr; 2],
+        protocol: Protocol,
+        port: u16,
+    ) -> Connection<'_> {
+        let pod = |address: IpAddr| self.by_address.get(&Addr::from(address)).map(|pod| &**pod);
+        Connection {
+            from: pod(source),
+            to: pod(destination),
+            source,
+            destination,
+            protocol,
+            port,
+        }
+    }
+
+    /// The evidence that the ends of a connection have of each other: one node, a tunnel, or the
+    /// address.
+    #[must_use]
+    pub fn evidence(&self, connection: &Connection<'_>) -> Evidence {
+        let tunnels = |(index, view): (&Index, &PodView)| {
+            path::tunnels(view, &path::who(index, &connection.destination.into()))
+        };
+        if connection.on_one_node() {
+            Evidence::Node
+        } else if connection.protocol == Protocol::TCP
+            && self.enforcing(connection.from).is_some_and(tunnels)
+        {
+            Evidence::Tls
+        } else {
+            Evidence::Address
+        }
+    }
+
+    /// The pod that decides in a direction, and the question to its policy; `None` = no policy is
+    /// evaluated there.
+    #[must_use]
+    pub fn question<'a>(
+        &'a self,
+        connection: &Connection<'a>,
+        direction: Direction,
+        evidence: Evidence,
+    ) -> Option<(&'a Pod, Question)> {
+        let (pod, address) = connection.side(direction)?;
+        if pod.host_network {
+            return None;
+        }
+        let index = self.index(pod)?;
+        let addr = Addr::from(address);
+        let peer = index.identity(&addr);
+        let local = index.pods.get(&*pod.uid);
+        let question = Question {
+            // A pod without an entry in the plan is isolated.
+            set: local.map_or(PolicySetId::ISOLATED, |local| local.view.set),
+            direction,
+            peer,
+            addr,
+            evidence: match peer.is_workload() {
+                true => evidence,
+                false => Evidence::None,
+            },
+            protocol: connection.protocol,
+            port: Port::new(connection.port),
+        };
+        Some((pod, question))
+    }
+
+    /// The verdict of policy in a direction; `None` = no policy is evaluated there.
+    #[must_use]
+    pub fn decide(
+        &self,
+        connection: &Connection<'_>,
+        direction: Direction,
+        evidence: Evidence,
+    ) -> Option<Verdict> {
+        let (pod, question) = self.question(connection, direction, evidence)?;
+        if connection.source == connection.destination {
+            return Some(Verdict::pass(Reason::OwnAddress));
+        }
+        Some(self.index(pod)?.decide(&question))
+    }
+
+    /// The verdicts at both ends, under an assumption about the evidence.
+    #[must_use]
+    pub fn verdicts(&self, connection: &Connection<'_>, evidence: Evidence) -> Verdicts {
+        Verdicts {
+            egress: self.decide(connection, Direction::Egress, evidence),
+            ingress: self.decide(connection, Direction::Ingress, evidence),
+            refused: self.modes(connection, evidence).err(),
+        }
+    }
+
+    /// Whether enrollment and MeshAuthentication allow it. TCP between enrolled pods is tunneled,
+    /// whatever evidence is assumed; a peer known by its certificate came through a tunnel.
+    fn modes(&self, connection: &Connection<'_>, evidence: Evidence) -> Result<(), Reason> {
+        let (protocol, port) = (connection.protocol, Port::new(connection.port));
+        if let Some((index, view)) = self.enforcing(connection.from) {
+            let to = Endpoint::new(connection.destination.into(), port);
+            if modes::outbound(index, view, to, protocol)? {
+                return Ok(());
             }
-        };
-        (
-            from.map(|pod| question(pod, Direction::Egress, to, to_addr)),
-            to.map(|pod| question(pod, Direction::Ingress, from, from_addr)),
-        )
-    }
-
-    /// Whether a TCP connection between two pods would go through a tunnel.
-    fn tunnelled(&self, from: Option<&PodEnd>, to: Option<&PodEnd>) -> bool {
-        let (Some(from), Some(to)) = (from, to) else {
-            return false;
-        };
-        let ready = [to.view.v4, to.view.v6].iter().any(|addr| {
-            let peer = self.plan.peer(addr);
-            peer.is_some_and(|peer| peer.has(Peer::ENROLLED | Peer::READY))
-        });
-        from.view.has(PodState::ENROLLED) && ready
-    }
-
-    fn peer_id(&self, of: &PodEnd, peer: Option<&PodEnd>, addr: &Addr) -> IdentityId {
-        if let Some(peer) = peer {
-            return peer.view.id;
         }
-        if let Some(nodes) = self.node_addrs.get(addr) {
-            return match (nodes.contains(&of.node), self.servers.contains(addr)) {
-                (true, true) => IdentityId::HOST_API_SERVER,
-                (true, false) => IdentityId::HOST,
-                (false, _) => IdentityId::REMOTE_NODE,
-            };
-        }
-        match self.plan.peer(addr) {
-            Some(peer) => peer.id,
-            None if self.plan.in_pod_cidr(addr) => IdentityId::UNKNOWN,
-            None => IdentityId::WORLD,
+        match self.enforcing(connection.to) {
+            Some((index, view)) if evidence != Evidence::Tls || protocol != Protocol::TCP => {
+                modes::inbound(index, view, &connection.source.into(), protocol, port)
+            }
+            _ => Ok(()),
         }
     }
 
-    /// The addresses of both ends, of one family if both have it, IPv4 if both have both.
-    fn addresses(&self, check: &Check) -> (Addr, Addr) {
-        let known = |end: End| match self.pod(end) {
-            Some(pod) if end.addr.is_none() => [pod.view.v4, pod.view.v6],
-            Some(_) | None if end.addr.is_v4() => [end.addr, Addr::NONE],
-            Some(_) | None => [Addr::NONE, end.addr],
-        };
-        let (from, to) = (known(check.from), known(check.to));
-        let both = from
-            .iter()
-            .zip(&to)
-            .find(|(a, b)| !a.is_none() && !b.is_none());
-        let first = |of: &[Addr; 2]| {
-            of.iter()
-                .copied()
-                .find(|a| !a.is_none())
-                .unwrap_or(Addr::NONE)
-        };
-        match both {
-            Some((a, b)) => (*a, *b),
-            None => (first(&from), first(&to)),
-        }
-    }
-}
-
-/// How many bits of an address count, the address, and the list of those inside.
-type Block = (u32, Addr, ListId);
-
-/// Policy maps as hash tables.
-#[derive(Debug, Default)]
-struct Tables {
-    sets: HashMap<PolicySetId, SetHead>,
-    selects: HashMap<SelectKey, Lists>,
-    /// By set and direction, longest first.
-    cidrs: HashMap<(PolicySetId, u32), Vec<Block>>,
-    ports: HashMap<(ListId, Protocol), Vec<Range>>,
-}
-
-impl Tables {
-    fn of(plan: &Plan) -> Self {
-        let mut tables = Self {
-            sets: plan.sets.iter().map(|(id, head)| (*id, *head)).collect(),
-            selects: plan
-                .selects
-                .iter()
-                .map(|(key, lists)| (*key, *lists))
-                .collect(),
-            ..Self::default()
-        };
-        for (key, list) in plan.cidrs.iter().rev() {
-            let of = tables
-                .cidrs
-                .entry((key.data.set(), key.data.direction()))
-                .or_default();
-            of.push((
-                key.bits.saturating_sub(CidrKey::FIXED_BITS),
-                key.data.addr,
-                *list,
-            ));
-        }
-        let mut entries: BTreeMap<(ListId, Protocol), Vec<_>> = BTreeMap::new();
-        for (key, answer) in &plan.ports {
-            let of = entries
-                .entry((key.data.list(), key.data.protocol()))
-                .or_default();
-            let bits = key.bits.saturating_sub(PortKey::FIXED_BITS);
-            of.push((bits, key.data.port.get(), *answer));
-        }
-        let lists = entries
-            .into_iter()
-            .map(|(key, entries)| (key, ranges(entries)));
-        tables.ports = lists.collect();
-        tables
-    }
-}
-
-impl Policies for Tables {
-    fn head(&self, set: PolicySetId) -> Option<SetHead> {
-        self.sets.get(&set).copied()
-    }
-
-    fn select(&self, key: &SelectKey) -> Option<Lists> {
-        self.selects.get(key).copied()
-    }
-
-    fn cidr(&self, key: &CidrKey) -> Option<ListId> {
-        let of = self.cidrs.get(&(key.set(), key.direction()))?;
-        let holds = |(bits, addr, _): &&Block| masked(key.addr, *bits) == *addr;
-        of.iter().find(holds).map(|(_, _, list)| *list)
-    }
-
-    fn answer(&self, key: &PortKey) -> Option<&Answer> {
-        let of = self.ports.get(&(key.list(), key.protocol()))?;
-        let at = of.partition_point(|(_, last, _)| *last < key.port.get());
-        of.get(at).map(|(_, _, answer)| answer)
+    /// The plan of a pod's node, and the pod in it.
+    #[must_use]
+    pub fn enforcing(&self, pod: Option<&Pod>) -> Option<(&Index, &PodView)> {
+        let pod = pod?;
+        let index = self.index(pod)?;
+        Some((index, &index.pods.get(&*pod.uid)?.view))
     }
 }

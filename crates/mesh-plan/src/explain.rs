@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Why policy says what it says, in words: the tiers in their order, each rule with whether it
-//! matches and why not, and the rule that decides.
+//! Explains a policy decision: the tiers in their order, each rule and whether it matches, and the
+//! rule that decides.
 //!
-//! The rules are walked as they are written, not as they were compiled; the verdict beside them is
-//! that of the compiled policy, so a difference between the two would show.
+//! The rules are evaluated as they are written, independently of the compiler, and can be compared
+//! with the verdict of the compiled policy.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -18,41 +18,15 @@ use crate::cluster::{
     Transport,
 };
 use crate::compile::Options;
-use crate::evaluate::{Check, Compiled};
 use crate::policies::rules::{Place, Ranked, ranked};
 use crate::policies::{Digests, Places, Table};
-use crate::text;
 
-/// One connection at both ends.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Explanation {
-    /// At the sender, then at the receiver, as far as they are pods.
-    pub sides: Vec<Side>,
-}
-
-/// One connection at one end.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Side {
-    /// The pod whose policy it is, and the direction: `ingress of shop/db`.
-    pub title: String,
-    /// Who the peer is and how well that is known.
-    pub peer: String,
-    /// The tiers and their rules.
-    pub steps: Vec<String>,
-    /// What the walk comes to.
-    pub conclusion: Conclusion,
-    /// What the compiled policy says.
-    pub verdict: Verdict,
-    /// The deciding rule's name.
-    pub rule: String,
-}
-
-/// What a walk over the rules comes to.
+/// The conclusion of a walk over the rules.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Conclusion {
-    /// Nothing says anything.
+    /// No policy applies.
     AllowedByNothing,
-    /// The node's own traffic.
+    /// The node's own traffic is allowed.
     AllowedAsNodeLocal,
     /// A rule allows it.
     Allowed(ObjectRef, String),
@@ -60,12 +34,12 @@ pub enum Conclusion {
     Denied(ObjectRef, String),
     /// A policy isolates the pod, and no rule allows it.
     DeniedByDefault(ObjectRef),
-    /// The pod is cut off.
+    /// The pod is isolated.
     Isolated,
 }
 
 impl Conclusion {
-    /// Whether it may pass.
+    /// Whether traffic is allowed.
     #[must_use]
     pub const fn allows(&self) -> bool {
         match self {
@@ -78,9 +52,9 @@ impl Conclusion {
 impl fmt::Display for Conclusion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::AllowedByNothing => write!(f, "allowed: no policy says anything about it"),
+            Self::AllowedByNothing => write!(f, "allowed: no policy applies to it"),
             Self::AllowedAsNodeLocal => {
-                write!(f, "allowed: the node may reach its own pods (node-local)")
+                write!(f, "allowed: a node may reach its own pods (node-local)")
             }
             Self::Allowed(object, rule) => write!(f, "allowed by {object} {rule}"),
             Self::Denied(object, rule) => write!(f, "denied by {object} {rule}"),
@@ -90,57 +64,13 @@ impl fmt::Display for Conclusion {
                     "denied by default: {object} isolates the pod and no rule allows it"
                 )
             }
-            Self::Isolated => write!(f, "denied: the pod is isolated, see the rejections"),
+            Self::Isolated => write!(f, "denied: the pod is isolated; see the rejections"),
         }
     }
 }
 
-impl fmt::Display for Explanation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for side in &self.sides {
-            writeln!(f, "{}; the peer is {}", side.title, side.peer)?;
-            for step in &side.steps {
-                writeln!(f, "  {step}")?;
-            }
-            writeln!(f, "  => {}", side.conclusion)?;
-        }
-        Ok(())
-    }
-}
-
-/// Explains a question. `compiled` was made of the same cluster.
-#[must_use]
-pub fn explain(cluster: &Cluster, compiled: &Compiled, check: &Check) -> Explanation {
-    let places = Places::of(cluster, None);
-    let table = Table::of(cluster, &places, &mut Digests::default());
-    let (egress, ingress) = compiled.questions(check, |view| view.set);
-    let outcome = compiled.evaluate(check);
-    let pod = |end| compiled.uid(end).and_then(|uid| cluster.pods.get(uid));
-    let mut sides = Vec::new();
-    let ends = [
-        (pod(check.from), pod(check.to), egress, outcome.egress),
-        (pod(check.to), pod(check.from), ingress, outcome.ingress),
-    ];
-    for (pod, peer, question, verdict) in ends {
-        let (Some(pod), Some(question), Some(verdict)) = (pod, question, verdict) else {
-            continue;
-        };
-        let walk = Walk {
-            cluster,
-            table: &table,
-            places: &places,
-            pod,
-            peer: peer.map(|pod| &**pod),
-            question,
-            rule: verdict.rule,
-        };
-        sides.push(walk.side(compiled, verdict));
-    }
-    Explanation { sides }
-}
-
-/// Walks the rules for one question of a pod: a line for each rule, and what they come to. `verdict` is
-/// what the compiled policy says.
+/// Walks the rules for one question of a pod: a line for each rule, and the conclusion. `verdict`
+/// is the one of the compiled policy.
 #[must_use]
 pub fn walk(
     cluster: &Cluster,
@@ -170,7 +100,7 @@ struct Walk<'w, 'a> {
     pod: &'a Pod,
     peer: Option<&'a Pod>,
     question: Question,
-    /// What the compiled policy names.
+    /// The rule that the compiled policy names.
     rule: RuleId,
 }
 
@@ -183,27 +113,6 @@ enum Matching {
 }
 
 impl Walk<'_, '_> {
-    fn side(&self, compiled: &Compiled, verdict: Verdict) -> Side {
-        let (steps, conclusion) = self.all(verdict);
-        let direction = self.question.direction;
-        let identity = text::identity(&compiled.plan, self.question.peer);
-        let name = match self.peer {
-            Some(peer) => format!("Pod {}, {identity}", peer.name),
-            None => format!("{}, {identity}", self.question.addr),
-        };
-        Side {
-            title: format!("{} of Pod {}", direction.label(), self.pod.name),
-            peer: format!("{name}, known by {}", self.question.evidence.label()),
-            steps,
-            conclusion,
-            verdict,
-            rule: match verdict.rule {
-                RuleId::NONE => String::new(),
-                rule => text::rule(&compiled.plan, rule),
-            },
-        }
-    }
-
     fn all(&self, verdict: Verdict) -> (Vec<String>, Conclusion) {
         let mut steps = Vec::new();
         let conclusion = if verdict.reason == Reason::PolicyMissing {
@@ -281,7 +190,7 @@ impl Walk<'_, '_> {
         rules: impl Iterator<Item = &'r Ranked<'a>>,
         steps: &mut Vec<String>,
     ) -> Option<Conclusion> {
-        // Of several rules that say the same, name the one that the records name.
+        // Of several rules with one action, name the one that records name.
         let (mut allow, mut deny) = (None, None);
         for rule in rules {
             if !self.step(tier, rule, steps) {
@@ -347,7 +256,7 @@ impl Walk<'_, '_> {
         }
     }
 
-    /// Whether a peer of a rule means who the peer is.
+    /// Whether a peer of a rule matches the identity of the peer.
     fn is_meant(&self, peer: &PeerMatch) -> bool {
         let id = self.question.peer;
         match peer {
@@ -385,7 +294,7 @@ impl Walk<'_, '_> {
         }
     }
 
-    /// Whether a peer of a rule means the peer's address.
+    /// Whether a peer of a rule matches the address of the peer.
     fn is_inside(&self, peer: &PeerMatch) -> bool {
         let holds = |net: &IpNet| contains(net, self.question.addr);
         let blocks = self.places.blocks(peer);
@@ -394,7 +303,7 @@ impl Walk<'_, '_> {
             .any(|(cidr, except)| holds(cidr) && !except.iter().any(holds))
     }
 
-    /// Whether a rule's ports hold this one; names are those of the destination.
+    /// Whether the ports of a rule contain the port; names are those of the destination.
     fn port_matches(&self, rule: &Rule) -> bool {
         let Some(ports) = &rule.ports else {
             return true;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Workload identities: pods that no policy can tell apart as peers have one.
+//! Workload identities. Pods that no policy can distinguish as peers share one.
 //!
-//! An identity is a hash of namespace, service account, the labels of pod and namespace that some
-//! policy's peers name, and the named ports that some egress rule names. It says nothing about the
+//! An identity is a hash of the namespace, the service account, the labels of pod and namespace
+//! that peers of policies use, and the named ports that egress rules use. It does not depend on the
 //! policies that select the pod itself.
 
 use std::borrow::Borrow;
@@ -19,19 +19,19 @@ use crate::compile::{Options, pod_ref};
 use crate::plan::IdentityName;
 use crate::shared::Shared;
 
-/// What of pods and namespaces policy asks about peers.
+/// The labels and ports that policies use to match peers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Relevant {
-    /// Keys of pods' labels.
+    /// Keys of pod labels.
     pub(crate) pods: BTreeSet<String>,
-    /// Keys of namespaces' labels.
+    /// Keys of namespace labels.
     pub(crate) namespaces: BTreeSet<String>,
     /// Names of ports.
     pub(crate) ports: BTreeSet<String>,
 }
 
 impl Relevant {
-    /// What these policies ask about.
+    /// Collects the labels and ports of policies.
     pub(crate) fn of<'a>(policies: impl Iterator<Item = &'a Arc<Policy>>) -> Self {
         let mut relevant = Self::default();
         for policy in policies {
@@ -75,7 +75,7 @@ impl Relevant {
     }
 }
 
-/// Adds what is not there: most policies ask about the same few keys.
+/// Adds missing words. Most policies use the same few keys, so most words are known.
 fn add<'a>(set: &mut BTreeSet<String>, words: impl Iterator<Item = &'a str>) {
     for word in words {
         if !set.contains(word) {
@@ -91,7 +91,7 @@ fn keys(selector: &Selector) -> impl Iterator<Item = &str> {
 /// Labels as sorted pairs.
 type Pairs<'a> = Vec<(&'a str, &'a str)>;
 
-/// What makes an identity.
+/// The content of an identity.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Content<'a> {
     namespace: &'a str,
@@ -151,7 +151,7 @@ fn pairs<'a>(labels: &'a Labels, keys: &BTreeSet<String>) -> Pairs<'a> {
         .collect()
 }
 
-/// A pod's named ports that are among some names.
+/// The named ports of a pod that have one of the given names.
 pub(crate) fn named_ports<'a, N: Borrow<str> + Ord>(
     pod: &'a Pod,
     names: &BTreeSet<N>,
@@ -166,7 +166,7 @@ pub(crate) fn named_ports<'a, N: Borrow<str> + Ord>(
         .collect()
 }
 
-/// Tells pods' identities.
+/// Computes the identities of pods.
 pub(crate) struct Identifier<'c> {
     relevant: &'c Relevant,
     namespaces: HashMap<&'c str, Pairs<'c>>,
@@ -174,7 +174,7 @@ pub(crate) struct Identifier<'c> {
 }
 
 impl<'c> Identifier<'c> {
-    /// For the pods of a cluster, of whose policies `relevant` is.
+    /// Creates the identifier of a cluster; `relevant` is of its policies.
     pub(crate) fn of(cluster: &'c Cluster, relevant: &'c Relevant, options: &'c Options) -> Self {
         let namespaces = cluster
             .namespaces
@@ -210,22 +210,22 @@ impl<'c> Identifier<'c> {
     }
 }
 
-/// The identities of pods by UID; those of the host's network have none.
+/// The identities of pods by UID, without those in the host network.
 pub(crate) type OfPods<'a> = HashMap<&'a str, IdentityId>;
 
 /// Every identity of the cluster's workloads.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Identities {
-    /// What each stands for.
+    /// The name of each identity.
     pub(crate) names: Shared<BTreeMap<IdentityId, Arc<IdentityName>>>,
-    /// How many pods have it.
+    /// The number of pods with each identity.
     counts: HashMap<IdentityId, usize>,
-    /// Ids that stand for two contents; they are not in `names`, and every set refuses them.
+    /// Ids with two contents; they are not in `names`, and every set refuses them.
     pub(crate) collided: BTreeSet<IdentityId>,
 }
 
 impl Identities {
-    /// The identities of a cluster's pods, and whose they are.
+    /// The identities of a cluster's pods, and the identity of each pod.
     pub(crate) fn of<'a>(
         cluster: &'a Cluster,
         identifier: &'a Identifier<'a>,
@@ -262,7 +262,7 @@ impl Identities {
         (all, of_pods)
     }
 
-    /// Takes one pod more into account; `None` = its identity's id collides.
+    /// Adds a pod; `None` = the id of its identity collides.
     pub(crate) fn add(&mut self, identifier: &Identifier<'_>, pod: &Pod) -> Option<IdentityId> {
         let content = identifier.content(pod);
         let id = identifier.id(&content);
@@ -279,7 +279,7 @@ impl Identities {
         }
     }
 
-    /// Takes one pod less into account.
+    /// Removes a pod.
     pub(crate) fn remove(&mut self, identifier: &Identifier<'_>, pod: &Pod) {
         let id = identifier.id(&identifier.content(pod));
         let count = self.counts.entry(id).or_default();

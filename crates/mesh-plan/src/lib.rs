@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Cluster facts to desired kernel state, as values: no async, no clock, no I/O.
+//! Compiles a snapshot of a cluster into the desired state of a node's kernel, as values: no async,
+//! no clock, no I/O.
 //!
-//! [`compile()`] turns a [`cluster::Cluster`] into the [`plan::Plan`] of one node;
-//! [`diff::diff`] turns two plans into ordered operations on maps. Both are pure: the same facts
-//! give the same plan in any order and on any node.
+//! [`compile()`] turns a [`cluster::Cluster`] into the [`plan::Plan`] of one node; [`diff::diff`]
+//! turns two plans into ordered operations on maps; an [`Index`] decides connections by a plan. All
+//! are pure: equal snapshots give equal plans in any order and on any node.
 
 pub mod authentication;
 pub mod cluster;
@@ -11,6 +12,7 @@ pub mod compile;
 pub mod diff;
 pub mod evaluate;
 pub mod explain;
+pub mod index;
 pub mod modes;
 pub mod plan;
 pub mod shared;
@@ -20,6 +22,7 @@ mod digest;
 mod identities;
 mod peers;
 mod policies;
+mod ranges;
 mod services;
 
 #[cfg(test)]
@@ -38,4 +41,5 @@ mod tests;
 pub use cluster::{Cluster, Rejection};
 pub use compile::{Compiler, compile};
 pub use diff::diff;
+pub use index::Index;
 pub use plan::{MapOp, Plan};

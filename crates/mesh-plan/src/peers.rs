@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Who has which address: pods, nodes and API servers.
+//! Owners of addresses: pods, nodes and API servers.
 //!
-//! An address that two of them claim is nobody's: peers see it as `unknown`, and local pods that
-//! claim it are isolated. Never decides which claim is right, with two exceptions: a pod that is
-//! being deleted yields to the one pod that lives, and this node's own addresses are its own.
+//! An address with two claimants has no owner: peers see it as `unknown`, and local pods that claim
+//! it are isolated. Disputes are never decided, with two exceptions: a terminating pod yields to a
+//! single pod that is not, and this node keeps its own addresses.
 
 use std::collections::{BTreeMap, BTreeSet, btree_map};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::cluster::{Cluster, ObjectRef, Pod, Rejection};
 use crate::compile::pod_ref;
 use crate::identities::OfPods;
 
-/// Who says that an address is theirs.
+/// A claimant of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Claimant<'a> {
     Pod(&'a Arc<Pod>),
@@ -32,13 +32,13 @@ impl Claimant<'_> {
     }
 }
 
-/// Whose an address is.
+/// The owner of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Owner<'a> {
     Pod(&'a Arc<Pod>),
-    /// A node; of several that name it, this node if it is among them.
+    /// A node; of several, this node if it is among them.
     Node(&'a str),
-    /// Several claim it.
+    /// Several claimants dispute it.
     Disputed,
 }
 
@@ -102,7 +102,7 @@ fn settle<'a>(
     let owner = match (own, living.as_slice()) {
         (Some(name), _) => Owner::Node(name),
         (None, [Claimant::Pod(pod)]) => Owner::Pod(pod),
-        // Several nodes behind one address are one entity.
+        // Several nodes with one address are one entity.
         (None, [Claimant::Node(name), ..]) if only_nodes => Owner::Node(name),
         (None, _) => Owner::Disputed,
     };
@@ -127,10 +127,10 @@ fn settle<'a>(
     owner
 }
 
-/// The content of the map `PEERS`, seen from a node.
+/// The content of the map `PEERS` of a node.
 pub(crate) fn peers(
     cluster: &Cluster,
-    node: Option<&str>,
+    node: &str,
     owners: &BTreeMap<Addr, Owner<'_>>,
     of_pods: &OfPods<'_>,
 ) -> BTreeMap<Addr, Peer> {
@@ -152,7 +152,7 @@ pub(crate) fn peers(
                     flags: flags(cluster, pod),
                     pad: 0,
                 },
-                Owner::Node(name) if Some(*name) == node => match servers.contains(address) {
+                Owner::Node(name) if *name == node => match servers.contains(address) {
                     true => entity(IdentityId::HOST_API_SERVER),
                     false => entity(IdentityId::HOST),
                 },
@@ -186,7 +186,7 @@ pub(crate) fn flags(cluster: &Cluster, pod: &Pod) -> u32 {
     flags
 }
 
-/// Who has each address that a pod has alone.
+/// The pods by address, for addresses that one pod owns.
 pub(crate) fn workloads(owners: &BTreeMap<Addr, Owner<'_>>) -> BTreeMap<Addr, Arc<Pod>> {
     let named = |(address, owner): (&Addr, &Owner<'_>)| match owner {
         Owner::Pod(pod) => Some((*address, Arc::clone(pod))),

@@ -1,24 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The desired state of one node: the content of every policy and service map, the pods that are to
-//! be adopted, and the names that records and metrics need.
+//! The desired state of one node: the content of every policy and service map, the pods to manage,
+//! and the names that records and metrics use.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_common::identity::{IdentityId, Peer};
-use mesh_common::path::Peers;
 use mesh_common::pod::{ModeKey, PodState, PodView};
 use mesh_common::policy::{
-    Answer, CidrKey, ListId, Lists, Policies, PolicySetId, PortKey, RuleId, SelectKey, SetHead,
+    Answer, CidrKey, ListId, Lists, PolicySetId, PortKey, RuleId, SelectKey, SetHead,
 };
-use mesh_common::service::{BackendKey, Service, ServiceKey, Services};
+use mesh_common::service::{BackendKey, Service, ServiceKey};
 use mesh_common::{Addr, Endpoint};
 
 use crate::cluster::{Labels, ObjectName, ObjectRef, Pod, Transport};
 use crate::shared::Shared;
 
-/// A longest-prefix key: how many of the data's bits count, and the data with the others 0.
+/// A longest-prefix key: the number of significant bits, and the data with all other bits 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Prefix<K> {
     /// Bits of `data` that must match.
@@ -50,53 +49,54 @@ pub struct Plan {
     pub backends: Shared<BTreeMap<BackendKey, Endpoint>>,
     /// The pods of this node, by UID.
     pub pods: BTreeMap<String, LocalPod>,
-    /// Names, for records, metrics, `explain` and `dump`; never in a map.
+    /// Names for records, metrics, `explain` and `dump`; they are in no map.
     pub names: Names,
 }
 
-/// A pod of this node, as it should be.
+/// The desired state of a pod of this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LocalPod {
     /// Namespace and name.
     pub name: ObjectName,
-    /// Its service account: with the namespace, its SPIFFE identity.
+    /// The service account; with the namespace it is the pod's SPIFFE identity.
     pub service_account: String,
-    /// Its addresses, at most one of each family.
+    /// The addresses, at most one of each family.
     pub addresses: BTreeSet<IpAddr>,
-    /// Its namespace's file, where the source gives it.
+    /// The file of the network namespace, if the source provides it.
     pub netns_path: Option<String>,
-    /// The UID that the kubelet knows it by, where it is not that of its object.
+    /// The UID in the kubelet, if it differs from the UID of the object.
     pub static_uid: Option<String>,
-    /// What a refusal looks like, if its namespace says so; `None` = the agent's setting holds.
+    /// How the pod refuses traffic, if its namespace specifies it; `None` = the agent's setting
+    /// applies.
     pub deny: Option<Deny>,
-    /// What the hooks decide by: set, identity, addresses, modes and flags (without `GATED`, which
-    /// depends on what could be attached).
+    /// The state that the hooks use: set, identity, addresses, modes and flags (without `GATED`,
+    /// which depends on what could be attached).
     pub view: PodView,
 }
 
-/// What a refusal looks like.
+/// How a pod refuses traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Deny {
-    /// Refused at once.
+    /// Rejects it at once.
     Reject,
-    /// Silence.
+    /// Drops it silently.
     Drop,
 }
 
-/// Names of what maps hold as numbers.
+/// Names of the numbers in maps.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Names {
-    /// Rules.
+    /// The names of rules.
     pub rules: Shared<BTreeMap<RuleId, RuleName>>,
-    /// Who has an address.
+    /// The pods by address.
     pub workloads: Shared<BTreeMap<Addr, Arc<Pod>>>,
-    /// Which service has a virtual endpoint, or, for headless services, an endpoint.
+    /// The services by virtual endpoint; headless services by endpoint.
     pub services: Shared<BTreeMap<ServiceKey, ObjectName>>,
-    /// What an identity stands for.
+    /// The name of an identity.
     pub identities: Shared<BTreeMap<IdentityId, Arc<IdentityName>>>,
 }
 
-/// Where a rule is written.
+/// The name of a rule: its policy and its position.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct RuleName {
     /// The policy.
@@ -115,18 +115,18 @@ impl std::fmt::Display for RuleName {
     }
 }
 
-/// What an identity stands for.
+/// The name of an identity.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct IdentityName {
     /// The namespace.
     pub namespace: String,
     /// The service account.
     pub service_account: String,
-    /// The labels that some policy asks for.
+    /// The pod labels that policies use.
     pub labels: Labels,
-    /// The same of the namespace.
+    /// The namespace labels that policies use.
     pub namespace_labels: Labels,
-    /// The named ports that some egress rule asks for.
+    /// The named ports that egress rules use.
     pub ports: BTreeMap<(String, Transport), u16>,
 }
 
@@ -151,8 +151,8 @@ pub enum Entry {
     Service(ServiceKey, Service),
     /// `BACKENDS`.
     Backend(BackendKey, Endpoint),
-    /// A pod's state: the one write that switches its policy. The key is its UID; the writer knows
-    /// its index.
+    /// A pod's state. One write switches the pod's policy. The key is the UID; the writer knows the
+    /// index.
     Pod(String, PodView),
 }
 
@@ -179,7 +179,7 @@ pub enum Key {
     Backend(BackendKey),
 }
 
-/// One operation on maps, in the order in which they are to be done.
+/// One operation on maps. Operations are applied in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MapOp {
     /// Write an entry, new or changed.
@@ -189,7 +189,7 @@ pub enum MapOp {
 }
 
 impl Plan {
-    /// Becomes one in memory with what is equal in the plan before it.
+    /// Shares the memory of every collection that equals the one of an earlier plan.
     pub fn unite(&mut self, before: &Self) {
         let Self {
             peers,
@@ -219,90 +219,17 @@ impl Plan {
         names.identities.unite(&before.names.identities);
     }
 
-    /// A pod as it would be if the policies in audit mode that select it were enforced; `None` =
-    /// there are none.
+    /// A pod's policy set with the policies in audit mode enforced; `None` = no such policy selects
+    /// the pod.
     #[must_use]
-    pub fn audited(&self, pod: &PodView) -> Option<PodView> {
+    pub fn audit_set(&self, pod: &PodView) -> Option<PolicySetId> {
         let shadow = self.sets.get(&pod.set)?.shadow;
         let known = pod.has(PodState::AUDITED) && shadow != PolicySetId::NONE;
-        known.then_some(PodView {
-            set: shadow,
-            ..*pod
-        })
+        known.then_some(shadow)
     }
 }
 
-impl Policies for Plan {
-    fn head(&self, set: PolicySetId) -> Option<SetHead> {
-        self.sets.get(&set).copied()
-    }
-
-    fn select(&self, key: &SelectKey) -> Option<Lists> {
-        self.selects.get(key).copied()
-    }
-
-    fn cidr(&self, key: &CidrKey) -> Option<ListId> {
-        (0..=128u32).rev().find_map(|length| {
-            let data = key.with_addr(masked(key.addr, length));
-            self.cidrs
-                .get(&Prefix {
-                    bits: CidrKey::FIXED_BITS + length,
-                    data,
-                })
-                .copied()
-        })
-    }
-
-    fn answer(&self, key: &PortKey) -> Option<&Answer> {
-        (0..=16u32).rev().find_map(|length| {
-            let mask = u16::MAX.checked_shl(16 - length).unwrap_or(0);
-            let port = mesh_common::Port::new(key.port.get() & mask);
-            let data = key.with_port(port);
-            self.ports.get(&Prefix {
-                bits: PortKey::FIXED_BITS + length,
-                data,
-            })
-        })
-    }
-}
-
-impl Peers for Plan {
-    fn peer(&self, addr: &Addr) -> Option<Peer> {
-        self.peers.get(addr).copied()
-    }
-
-    fn local(&self, addr: &Addr) -> Option<PodView> {
-        self.pods
-            .values()
-            .map(|pod| pod.view)
-            .find(|view| view.owns(addr))
-    }
-
-    fn in_pod_cidr(&self, addr: &Addr) -> bool {
-        (0..=128u32).any(|length| {
-            self.pod_cidrs.contains(&Prefix {
-                bits: length,
-                data: masked(*addr, length),
-            })
-        })
-    }
-
-    fn port_mode(&self, key: &ModeKey) -> Option<u8> {
-        self.port_modes.get(key).copied()
-    }
-}
-
-impl Services for Plan {
-    fn service(&self, key: &ServiceKey) -> Option<Service> {
-        self.services.get(key).copied()
-    }
-
-    fn backend(&self, key: &BackendKey) -> Option<Endpoint> {
-        self.backends.get(key).copied()
-    }
-}
-
-/// An address with all but its first bits 0.
+/// An address with all bits but the first ones set to 0.
 #[must_use]
 pub fn masked(addr: Addr, bits: u32) -> Addr {
     let number = u128::from_be_bytes(addr.octets());

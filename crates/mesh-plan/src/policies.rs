@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Policies to the content of the policy maps.
+//! Compiles policies into the content of the policy maps.
 //!
-//! Which policies select a pod makes its *set*; what the set's rules say about one identity, or
-//! one address block, makes a *list* of answers by protocol and port. Sets and lists are immutable
-//! under hashes of their content. An entry (set, identity) is a pure function of the set's rules
-//! and the identity, so a new peer never changes a set. Never looks at modes or services.
+//! The policies that select a pod are its *set*; the rules of a set for one identity, or one
+//! address block, are a *list* of answers by protocol and port. Sets and lists are immutable under
+//! hashes of their content. An entry (set, identity) is a pure function of the set's rules and the
+//! identity, so a new peer never changes a set. Modes and services are not involved.
 
 pub(crate) mod cidrs;
 pub(crate) mod fit;
@@ -30,22 +30,22 @@ use crate::cluster::{
 use crate::digest::digest;
 use crate::identities::{NamedPorts, named_ports};
 
-/// A policy with what is derived from it alone and from the nodes.
+/// A policy with the data that is derived from it and from the nodes.
 #[derive(Debug)]
 pub(crate) struct Entry<'a> {
     pub(crate) object: &'a ObjectRef,
     pub(crate) policy: &'a Policy,
-    /// Of all that matters to the pods it selects.
+    /// The digest of everything that affects the pods it selects.
     digest: [u8; 32],
 }
 
-/// The digests of a cluster's policies, in their order, where they are of the policy alone; `None` =
-/// the policy means addresses or ports of pods and nodes.
+/// The digests of a cluster's policies, in their order, if they depend on the policy alone; `None`
+/// = the policy depends on addresses or ports of pods and nodes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Digests(Vec<Option<[u8; 32]>>);
 
 impl Digests {
-    /// Those of the policies that are as they were.
+    /// The digests of the policies that did not change.
     pub(crate) fn carried(
         &self,
         before: &BTreeMap<ObjectRef, Arc<Policy>>,
@@ -62,7 +62,7 @@ impl Digests {
 }
 
 impl Entry<'_> {
-    /// Its rules of a direction.
+    /// The rules of a direction.
     pub(crate) fn rules(&self, direction: Direction) -> Option<&[Rule]> {
         match direction {
             Direction::Ingress => self.policy.ingress.as_deref(),
@@ -70,34 +70,35 @@ impl Entry<'_> {
         }
     }
 
-    /// Whether it isolates the pods it selects: a policy of the namespaced tier that allows, or
-    /// that has no rule at all. One that only denies does not.
+    /// Whether it isolates the pods it selects: a policy of the namespaced tier that allows, or has
+    /// no rules, does. A policy that only denies does not.
     pub(crate) fn isolates(&self, direction: Direction) -> bool {
         let allows =
             |rules: &[Rule]| rules.is_empty() || rules.iter().any(|r| r.action != RuleAction::Deny);
         self.policy.tier == Tier::Namespaced && self.rules(direction).is_some_and(allows)
     }
 
-    /// Names of the selected pod's own ports that its rules use.
+    /// The names of the selected pod's own ports that its rules use.
     fn own_names(&self) -> impl Iterator<Item = &str> {
         self.policy.ingress.iter().flatten().flat_map(names)
     }
 }
 
-/// A block of addresses, and those inside that are not meant.
+/// A block of addresses, and the excluded blocks inside it.
 pub(crate) type Net = (IpNet, BTreeSet<IpNet>);
 
-/// What addresses some peers of rules stand for.
+/// The addresses behind peers of rules.
 #[derive(Clone, Debug)]
 pub(crate) struct Places<'a> {
     cluster: &'a Cluster,
-    /// API servers whose address is also a pod's or another node's, and whose identity is theirs.
+    /// API servers whose address is also that of a pod or another node, and which have its
+    /// identity.
     api_servers: BTreeSet<IpAddr>,
 }
 
 impl<'a> Places<'a> {
-    /// The places of a cluster, seen from a node. Its own addresses are told by their identity, as
-    /// packets may have them that are not the node's.
+    /// The places of a cluster, seen from a node. The node's own addresses are matched by identity,
+    /// because packets of others may have them.
     pub(crate) fn of(cluster: &'a Cluster, node: Option<&str>) -> Self {
         let servers = &cluster.api_servers;
         let of_pods: BTreeSet<&IpAddr> = pods(cluster)
@@ -107,7 +108,7 @@ impl<'a> Places<'a> {
         Self::with(cluster, node, |server| of_pods.contains(server))
     }
 
-    /// The same where each pod's address is known to be its alone.
+    /// The places of a cluster in which every pod owns its addresses.
     pub(crate) fn among(
         cluster: &'a Cluster,
         node: Option<&str>,
@@ -149,8 +150,8 @@ impl<'a> Places<'a> {
         }
     }
 
-    /// The pods that an egress rule's peer matches by address and that have ports which the rule
-    /// names, with these ports.
+    /// The pods that the peer of an egress rule matches by address and that have named ports of the
+    /// rule, with these ports.
     pub(crate) fn named(&self, rule: &Rule, peer: &PeerMatch) -> Vec<(IpAddr, NamedPorts<'a>)> {
         let names: BTreeSet<&str> = names(rule).collect();
         if names.is_empty() {
@@ -189,7 +190,7 @@ pub(crate) fn names(rule: &Rule) -> impl Iterator<Item = &str> {
     })
 }
 
-/// Every policy, and how to find those that select a pod.
+/// All policies, indexed to find those that select a pod.
 #[derive(Debug, Default)]
 pub(crate) struct Table<'a> {
     pub(crate) entries: Vec<Entry<'a>>,
@@ -198,8 +199,8 @@ pub(crate) struct Table<'a> {
 }
 
 impl<'a> Table<'a> {
-    /// The table of a cluster's policies. `known` are digests of the same policies from before, or
-    /// empty; afterwards they are of these.
+    /// Creates the table of a cluster's policies. `known` are earlier digests of the same policies,
+    /// or empty; they are updated.
     pub(crate) fn of(cluster: &'a Cluster, places: &Places<'a>, known: &mut Digests) -> Self {
         let mut table = Self::default();
         known.0.resize(cluster.policies.len(), None);
@@ -264,7 +265,7 @@ fn policy_digest(object: &ObjectRef, policy: &Policy, places: &Places<'_>) -> [u
     digest("policy", &content)
 }
 
-/// Whether [`Places`] have nothing to say about a policy, whatever the cluster.
+/// Whether a policy is independent of [`Places`], in any cluster.
 fn speaks_for_itself(policy: &Policy) -> bool {
     let rules = policy.ingress.iter().chain(&policy.egress).flatten();
     let mut peers = rules.flat_map(|rule| rule.peers.iter().flatten());
@@ -295,7 +296,7 @@ pub(crate) fn selects(cluster: &Cluster, subject: &Subject, pod: &Pod) -> bool {
     }
 }
 
-/// Names rules that are enforced otherwise than they are written.
+/// Rejects rules that cannot be enforced as they are written.
 pub(crate) fn check(cluster: &Cluster, rejections: &mut Vec<Rejection>) {
     let is_place = |peer: &PeerMatch| matches!(peer, PeerMatch::Cidr { .. } | PeerMatch::Nodes(_));
     for (object, policy) in &cluster.policies {

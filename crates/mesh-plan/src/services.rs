@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Services to the content of the maps `SERVICES` and `BACKENDS`, seen from one node.
+//! Compiles services into the content of the maps `SERVICES` and `BACKENDS` of one node.
 //!
-//! Who asks is always a pod of this node (or the node itself), so `internalTrafficPolicy: Local`
-//! means this node's endpoints. `externalTrafficPolicy: Local` is about traffic from outside: as
-//! with kube-proxy, what comes from inside reaches every endpoint through external addresses and
-//! this node's ports, and through another node's ports only the endpoints there, because that node
-//! would take no others. SCTP is not translated: no socket hook sees it.
+//! The client is always a pod of this node (or the node itself), so `internalTrafficPolicy: Local`
+//! means this node's endpoints. `externalTrafficPolicy: Local` is about traffic from outside the
+//! cluster: as with kube-proxy, traffic from inside reaches every endpoint through external
+//! addresses and this node's ports, and only the endpoints of another node through that node's
+//! ports. SCTP is not translated, because no socket hook sees it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -32,7 +32,7 @@ pub(crate) struct Services {
     pub(crate) names: Shared<BTreeMap<ServiceKey, ObjectName>>,
 }
 
-/// One virtual endpoint and who stands behind it.
+/// One virtual endpoint and its backends.
 struct Claim<'a> {
     name: &'a ObjectName,
     key: ServiceKey,
@@ -40,14 +40,14 @@ struct Claim<'a> {
     field: &'static str,
 }
 
-/// Which endpoints take part.
+/// The endpoints to use.
 #[derive(Clone, Copy)]
 enum Scope<'a> {
     All,
     Node(&'a str),
 }
 
-/// Compiles every service. `plan` says who has which address.
+/// Compiles every service. `plan` has the owners of addresses.
 pub(crate) fn services(
     cluster: &Cluster,
     node: &str,
@@ -63,8 +63,8 @@ pub(crate) fn services(
         left_out: BTreeMap::new(),
     };
     let mut markers = BTreeSet::new();
-    // A cluster IP is assigned by the API server; whoever may write a Service chooses its external
-    // addresses. So all of the former come before all of the latter.
+    // The API server assigns cluster IPs; the author of a Service chooses its external addresses.
+    // So all cluster IPs take precedence over all external addresses.
     for (name, service) in &cluster.services {
         markers.extend(service.cluster_ips.iter().map(|ip| Addr::from(*ip)));
         for claim in cluster_claims(name, service, node) {
@@ -136,8 +136,8 @@ fn key(ip: IpAddr, port: u16, transport: Transport) -> Option<ServiceKey> {
     Some(ServiceKey::new(at, protocol))
 }
 
-/// The endpoints that take traffic: those that are ready; if none is, those that still serve while
-/// they end (KEP-1669).
+/// The endpoints that accept traffic: the ready ones; if none is ready, those that still serve
+/// while terminating (KEP-1669).
 fn backends(service: &Service, port: &ServicePort, v4: bool, scope: Scope<'_>) -> Vec<Endpoint> {
     let of_port = |e: &&ServiceEndpoint| {
         e.port_name == port.name && e.transport == port.transport && e.address.is_ipv4() == v4
@@ -251,7 +251,7 @@ impl Builder<'_> {
         }
     }
 
-    /// Two contents with one id: neither is used.
+    /// Rejects two lists with one id: neither is used.
     fn collision(&mut self, name: &ObjectName, id: BackendListId) {
         self.out.backends.retain(|key, _| key.list != id);
         self.lists.insert(id, Vec::new());
@@ -277,7 +277,7 @@ impl Builder<'_> {
         });
     }
 
-    /// Node ports of this node, or of all others.
+    /// Adds the node ports of this node, or of all others.
     fn node_ports(&mut self, cluster: &Cluster, node: &str, own: bool) {
         for (name, service) in &cluster.services {
             let ports = service.ports.iter();
@@ -308,7 +308,7 @@ impl Builder<'_> {
         }
     }
 
-    /// Headless services are only names.
+    /// Adds headless services, which only have names.
     fn headless(&mut self, cluster: &Cluster) {
         for (name, service) in cluster.services.iter().filter(|(_, s)| s.headless) {
             for endpoint in &service.endpoints {

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Collections that many versions of the facts and of the plan have in common.
+//! Collections that versions of a cluster or a plan share.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-/// A value that its clones share until one of them is changed, and that is compared by looking
-/// whether it is shared first. In a large cluster most of the facts and of the plan are what they
-/// were before the last change: those parts cost neither memory nor time again.
+/// A value that clones share until one of them changes. Comparing shared values takes no time. In a
+/// large cluster most parts of a cluster and of a plan do not change with an update, and cost no
+/// memory or time again.
 #[derive(Debug, Default, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Shared<T>(Arc<T>);
 
 impl<T> Shared<T> {
-    /// Whether both are one value in memory.
+    /// Whether both share one value in memory.
     #[must_use]
     pub fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
@@ -22,7 +22,7 @@ impl<T> Shared<T> {
 }
 
 impl<T: PartialEq> Shared<T> {
-    /// Becomes one value with an equal other.
+    /// Shares the memory of another value if it is equal.
     pub fn unite(&mut self, other: &Self) {
         if self == other {
             self.clone_from(other);

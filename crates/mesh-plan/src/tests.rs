@@ -4,13 +4,15 @@
 use mesh_common::policy::{PolicySetId, Question, decide};
 use mesh_common::{Addr, Direction, Evidence, Port, Protocol, Verdict};
 
-use crate::compile::{Limits, Options, Scope, compile_with};
+use crate::compile::{Limits, Options, compile_with};
 use crate::digest::Ids;
+use crate::index::Index;
 use crate::plan::Plan;
 use crate::random::{ADDRESSES, world};
 use crate::support::{Random, World, allow, ip, policy};
 
 fn verdicts(plan: &Plan) -> Vec<(String, Verdict)> {
+    let plan = &Index::new(plan.clone());
     let mut all = Vec::new();
     for (uid, pod) in &plan.pods {
         for address in ADDRESSES {
@@ -44,12 +46,12 @@ fn pods_with_colliding_hashes_are_isolated() {
     let (mut isolated, mut kept) = (0, 0);
     for _ in 0..30 {
         let world = world(&mut r);
-        let (whole, _) = compile_with(&world.0, Scope::Node("n1"), &Options::default());
+        let (whole, _) = compile_with(&world.0, "n1", &Options::default());
         let options = Options {
             ids: Ids::masked(0x1ff),
             ..Options::default()
         };
-        let (plan, rejections) = compile_with(&world.0, Scope::Node("n1"), &options);
+        let (plan, rejections) = compile_with(&world.0, "n1", &options);
         for (uid, pod) in &plan.pods {
             let was = whole.pods[uid].view.set;
             let closed = pod.view.set == PolicySetId::ISOLATED;
@@ -68,10 +70,10 @@ fn a_collision_never_allows_what_was_denied() {
     let mut differences = 0;
     for _ in 0..30 {
         let world = world(&mut r);
-        let (whole, _) = compile_with(&world.0, Scope::Node("n1"), &Options::default());
+        let (whole, _) = compile_with(&world.0, "n1", &Options::default());
         let (plan, _) = compile_with(
             &world.0,
-            Scope::Node("n1"),
+            "n1",
             &Options {
                 ids: Ids::masked(0x1ff),
                 ..Options::default()
@@ -112,7 +114,7 @@ fn a_set_that_does_not_fit_isolates_its_pods_and_no_other() {
             limits,
             ..Options::default()
         };
-        compile_with(&busy().0, Scope::Node("n1"), &options)
+        compile_with(&busy().0, "n1", &options)
     };
     let (whole, rejections) = compile(Limits::default());
     assert_eq!(rejections, []);
@@ -162,7 +164,7 @@ fn a_set_that_takes_too_long_to_compile_isolates_its_pods_and_no_other() {
             limits,
             ..Options::default()
         };
-        compile_with(&world.0, Scope::Node("n1"), &options)
+        compile_with(&world.0, "n1", &options)
     };
     let (whole, rejections) = compile(Limits::default().steps);
     assert_eq!(rejections, []);
@@ -194,7 +196,7 @@ fn what_does_not_fit_elsewhere_is_named() {
         limits,
         ..Options::default()
     };
-    let (plan, rejections) = compile_with(&busy().0, Scope::Node("n1"), &options);
+    let (plan, rejections) = compile_with(&busy().0, "n1", &options);
     assert_eq!(
         (plan.pods.len(), plan.peers.len(), plan.pod_cidrs.len()),
         (5, 6, 1)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A plan as text for people and golden tests: every map, a line for each thing, ordered by names,
-//! with names in the place of hashes where the plan knows them.
+//! Renders a plan as text for operators and golden tests: every map, a line for each entry, sorted
+//! by name, with names instead of hashes where the plan knows them.
 //!
-//! Equal plans give equal texts. A plan that was read from maps has no names; its hashes are shown
+//! Equal plans have equal texts. A plan that was read from maps has no names; its hashes are shown
 //! as numbers.
 
 mod lists;
@@ -20,7 +20,7 @@ use mesh_common::{Addr, Endpoint, Port, Protocol};
 use crate::cluster::Labels;
 use crate::plan::{IdentityName, Plan, Prefix};
 
-/// The whole plan.
+/// Renders a plan.
 #[must_use]
 pub fn render(plan: &Plan) -> String {
     let mut out = String::new();
@@ -118,7 +118,7 @@ fn append(text: &mut String, what: std::fmt::Arguments<'_>) {
         .expect("writing to a String does not fail");
 }
 
-/// A name of an identity.
+/// Renders an identity.
 #[must_use]
 pub fn identity(plan: &Plan, id: IdentityId) -> String {
     match id {
@@ -163,7 +163,7 @@ fn braces(text: &mut String, labels: &Labels) {
     append(text, format_args!("{{{}}}", pairs.join(",")));
 }
 
-/// A name of a rule.
+/// Renders a rule.
 #[must_use]
 pub fn rule(plan: &Plan, id: RuleId) -> String {
     match id {
@@ -248,7 +248,7 @@ fn protocol(protocol: Protocol) -> &'static str {
     }
 }
 
-/// Sets by the pods that have them, then their shadows, then those that nobody has.
+/// Sets by the pods that have them, then their audit sets, then sets without pods.
 fn set_names(plan: &Plan) -> BTreeMap<PolicySetId, String> {
     let mut pods: BTreeMap<PolicySetId, BTreeSet<String>> = BTreeMap::new();
     for pod in plan.pods.values() {

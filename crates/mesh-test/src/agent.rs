@@ -143,15 +143,15 @@ impl AgentConfig {
 }
 
 fn state_dir(node: &Node) -> PathBuf {
-    node.agent_place().dir().join("state")
+    node.agent_host().dir().join("state")
 }
 
 fn admin_socket(node: &Node) -> PathBuf {
-    node.agent_place().dir().join("agent.sock")
+    node.agent_host().dir().join("agent.sock")
 }
 
 fn flow_log(node: &Node) -> PathBuf {
-    node.agent_place().dir().join("flows.jsonl")
+    node.agent_host().dir().join("flows.jsonl")
 }
 
 /// A running agent; killed (SIGKILL) when dropped, while its kernel state stays until the lab goes.
@@ -184,12 +184,12 @@ impl Agent {
         subcommand: &str,
         deadline: Duration,
     ) -> Result<Output> {
-        node.agent_place()
+        node.agent_host()
             .run(config.host_command(node, subcommand)?, deadline)
     }
 
     pub(crate) fn start(node: Arc<Node>, config: AgentConfig) -> Result<Self> {
-        let process = node.agent_place().spawn(config.command(&node)?)?;
+        let process = node.agent_host().spawn(config.command(&node)?)?;
         let mut agent = Self {
             node,
             config,
@@ -206,7 +206,7 @@ impl Agent {
     /// The successor does not become ready; then the old one is still this agent.
     pub fn succeed(&mut self) -> Result<Proc> {
         let command = self.config.command(&self.node)?;
-        let old = std::mem::replace(&mut self.process, self.node.agent_place().spawn(command)?);
+        let old = std::mem::replace(&mut self.process, self.node.agent_host().spawn(command)?);
         match self.wait_ready() {
             Ok(()) => Ok(old),
             Err(e) => {
@@ -312,7 +312,7 @@ impl Agent {
     pub fn start_again(&mut self) -> Result<()> {
         self.process = self
             .node
-            .agent_place()
+            .agent_host()
             .spawn(self.config.command(&self.node)?)?;
         self.wait_ready()
     }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Real applications, as Debian ships them, in pods: nginx, Redis, PostgreSQL, and the shop.
 //!
-//! Each has its configuration and data in the pod's directory and is given out when it answers to
-//! a client in its own pod. What they log is evidence from outside the mesh.
+//! Each has its configuration and data in the pod's directory, and is returned once it answers a client
+//! in its own pod. Their logs are evidence from outside the mesh.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -15,7 +15,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::agent::http_get;
 use crate::pod::Pod;
-use crate::process::{Cmd, Place, Proc, tail};
+use crate::process::{Cmd, Host, Proc, tail};
 use crate::sys::Rights;
 use crate::wait::eventually;
 
@@ -28,15 +28,15 @@ fn own_address(port: u16) -> SocketAddr {
     (Ipv4Addr::LOCALHOST, port).into()
 }
 
-/// Waits until `answers` says so, from inside the place, or the program ends.
+/// Waits until `answers` says so, on the host itself, or the program exits.
 fn until_ready(
-    place: &Place,
+    host: &Host,
     process: &mut Proc,
     what: &str,
     answers: impl Fn() -> Result<bool> + Sync,
 ) -> Result<()> {
     let ready = eventually(what, START, || match process.ended() {
-        Ok(None) => place
+        Ok(None) => host
             .in_ns(&answers)
             .is_ok_and(|ready| ready)
             .then_some(Ok(())),
@@ -48,12 +48,12 @@ fn until_ready(
         .with_context(|| process.log_tail())
 }
 
-/// What nginx answers with.
+/// Content that nginx serves.
 #[derive(Clone, Copy, Debug)]
 pub enum Content<'a> {
     /// Files by name; `index.html` is the front page.
     Files(&'a [(&'a str, &'a [u8])]),
-    /// What a server behind it answers, e.g. `http://10.96.0.20:8080`.
+    /// Answers of a server behind it, e.g. `http://10.96.0.20:8080`.
     Proxy(&'a str),
 }
 
@@ -97,7 +97,7 @@ impl Nginx {
     /// Starts nginx on a port of all the pod's addresses.
     ///
     /// # Errors
-    /// It does not come to answer; the error carries the end of its log.
+    /// It does not answer; the error carries the end of its log.
     pub fn start(pod: &Pod, port: u16, content: Content<'_>) -> Result<Self> {
         let dir = pod.dir().join(format!("nginx-{port}"));
         let html = dir.join("html");
@@ -156,7 +156,7 @@ fn nginx_conf(dir: &Path, port: u16, location: &str) -> String {
 /// Starts Redis on a port of all the pod's addresses, without persistence.
 ///
 /// # Errors
-/// It does not come to answer; the error carries the end of its log.
+/// It does not answer; the error carries the end of its log.
 pub fn redis(pod: &Pod, port: u16) -> Result<Proc> {
     let dir = pod.dir().join(format!("redis-{port}"));
     fs::create_dir_all(&dir)?;
@@ -331,7 +331,7 @@ impl Shop {
     /// Starts it with where Redis and PostgreSQL are, as `host:port`.
     ///
     /// # Errors
-    /// It does not come to answer; the error carries the end of its log.
+    /// It does not answer; the error carries the end of its log.
     pub fn start(pod: &Pod, port: u16, redis: &str, postgres: &str) -> Result<Self> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"))
             .ancestors()

@@ -14,6 +14,7 @@ mod report;
 mod testbed;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
@@ -82,6 +83,10 @@ pub struct Options {
     /// closed at the beginning are still taken at the end, as in production)
     #[arg(long)]
     pub seconds: Option<f64>,
+    /// Seconds for which agents are left alone before their idle memory is read, and in the group
+    /// kube their idle CPU time, too (else: 25, in the group kube 10)
+    #[arg(long)]
+    pub idle: Option<f64>,
     /// Write the results to this file
     #[arg(long)]
     pub json: Option<PathBuf>,
@@ -112,6 +117,11 @@ pub struct Options {
 }
 
 impl Options {
+    /// The time for which agents are left alone.
+    fn idle(&self, default: Duration) -> Duration {
+        self.idle.map_or(default, Duration::from_secs_f64)
+    }
+
     /// Shape of both labs.
     #[must_use]
     pub fn topology(&self) -> Topology {
@@ -149,8 +159,12 @@ impl std::fmt::Display for Found {
 /// than the scenario says.
 pub fn run(options: &Options, say: &mut dyn FnMut(&str)) -> Result<Found> {
     ensure!(options.rounds > 0, "no rounds");
-    if let Some(seconds) = options.seconds {
-        ensure!(seconds > 0.0 && seconds.is_finite(), "--seconds {seconds}");
+    for (option, seconds) in [("seconds", options.seconds), ("idle", options.idle)] {
+        let seconds = seconds.unwrap_or(1.0);
+        ensure!(
+            seconds > 0.0 && seconds.is_finite(),
+            "--{option} must be above 0, not {seconds}"
+        );
     }
     let report = match options.group {
         Group::All | Group::Datapath | Group::Bulk | Group::Rr | Group::Crr => {

@@ -20,7 +20,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use memchr::memmem::Finder;
 
-use crate::process::Place;
+use crate::process::Host;
 use crate::sys;
 use crate::sys::packet::{PacketSocket, ifindex};
 
@@ -64,8 +64,8 @@ impl Capture {
     ///
     /// # Errors
     /// There is no such interface, or no packet socket can be had.
-    pub fn start(place: &Place, scope: &Scope) -> Result<Self> {
-        let (socket, skip) = place.in_ns(|| open(scope))?;
+    pub fn start(host: &Host, scope: &Scope) -> Result<Self> {
+        let (socket, skip) = host.in_ns(|| open(scope))?;
         let (commands, orders) = UnixStream::pair()?;
         let (sender, answers) = sync_channel(1);
         let thread = spawn(move || run(&socket, skip, orders, &sender));
@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn a_marker_is_found_across_segments() {
+    fn marker_is_found_across_segments() {
         type Parts<'a> = &'a [(u32, &'a [u8])];
         let rows: &[(&str, Parts<'_>, &[usize])] = &[
             ("in two", &[(10, b"xxMAR"), (15, b"KERyy")], &[0]),

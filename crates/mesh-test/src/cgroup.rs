@@ -140,7 +140,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_mount_is_found_on_hybrid_and_unified_hosts() {
+    fn cgroup2_mount_is_found_on_hybrid_and_unified_hosts() {
         let hybrid = "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\
                       38 31 0:41 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n";
         assert_eq!(

@@ -22,7 +22,7 @@ use crate::kube::Kube;
 use crate::lab::{Cleaner, Lab};
 use crate::names::LabId;
 use crate::netns::Netns;
-use crate::process::{Output, Place};
+use crate::process::{Host, Output};
 use crate::{cgroup, sweep, sys, topology};
 
 pub use image::BASE;
@@ -38,7 +38,7 @@ pub const SOON: Duration = Duration::from_secs(120);
 pub struct Cluster {
     nodes: Vec<Machine>,
     kube: Kube,
-    wire: Place,
+    wire: Host,
     audit: PathBuf,
     dir: PathBuf,
     /// Last, so that everything else has let go before.
@@ -92,7 +92,7 @@ impl Cluster {
         let cleaner = Cleaner::of(id);
         let group = cgroup::mount_point()?.join(id.cgroup());
         let netns = Arc::new(Netns::create(&id.netns("wire"))?);
-        let wire = Place::new("wire", netns, group.join("wire"), dir.join("wire"))?;
+        let wire = Host::new("wire", netns, group.join("wire"), dir.join("wire"))?;
         topology::lay_wire(&wire)?;
         wire.sysctl("ipv4/ip_forward", "1")?;
         // Pods ask the API server from their own addresses.
@@ -207,7 +207,7 @@ impl Cluster {
 
     /// The namespace that joins the nodes.
     #[must_use]
-    pub fn wire(&self) -> &Place {
+    pub fn wire(&self) -> &Host {
         &self.wire
     }
 
@@ -248,7 +248,7 @@ impl Cluster {
         let timeout = format!("--timeout={}s", SOON.as_secs());
         let args = ["rollout", "status", "--namespace", namespace, workload];
         let command = self.kube.kubectl_cmd(args)?.args([timeout]);
-        let done = self.kube.place().run(command, SOON * 2)?.ok();
+        let done = self.kube.host().run(command, SOON * 2)?.ok();
         done.map(drop).with_context(|| self.report(namespace))
     }
 

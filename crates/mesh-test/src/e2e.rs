@@ -122,8 +122,8 @@ impl Installed {
             .args(args)
             .args(["--namespace", SYSTEM])
             .env("KUBECONFIG", kube.kubeconfig())
-            .env("HOME", kube.place().dir());
-        kube.place().run(cmd, SOON * 3)?.ok()
+            .env("HOME", kube.host().dir());
+        kube.host().run(cmd, SOON * 3)?.ok()
     }
 
     /// Takes the mesh away again, as the documentation says.
@@ -141,9 +141,9 @@ impl Installed {
                 let job = ["wait", "--for=condition=complete", "job/mesh-uninstall"];
                 let wait = kube.kubectl_cmd(job)?;
                 let wait = wait.args(["--namespace", SYSTEM, "--timeout=240s"]);
-                kube.place().run(wait, SOON * 3)?.ok()?;
+                kube.host().run(wait, SOON * 3)?.ok()?;
                 let delete = kube.kubectl_cmd(["delete", "--ignore-not-found", "-k", &base])?;
-                kube.place().run(delete, SOON * 2)?.ok().map(drop)
+                kube.host().run(delete, SOON * 2)?.ok().map(drop)
             }
         }
         .with_context(|| self.cluster.report(SYSTEM))
@@ -198,7 +198,7 @@ impl Installed {
             "-c",
             &script,
         ];
-        let process = kube.place().spawn(kube.kubectl_cmd(exec)?)?;
+        let process = kube.host().spawn(kube.kubectl_cmd(exec)?)?;
         Ok(Load {
             process,
             from: (namespace.to_owned(), target),

@@ -276,7 +276,7 @@ mod tests {
     use crate::capture::frame::{Packet, Transport};
 
     #[test]
-    fn what_is_forged_parses_as_what_was_meant() {
+    fn forged_packet_parses_as_intended() {
         let rows = [
             ("10.0.0.1:1234", "10.0.0.2:80"),
             ("[fd00::1]:1234", "[fd00::2]:80"),

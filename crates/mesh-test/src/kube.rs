@@ -25,7 +25,7 @@ use crate::cgroup;
 use crate::lab::{Cleaner, Lab};
 use crate::names::LabId;
 use crate::netns::Netns;
-use crate::process::Place;
+use crate::process::Host;
 use crate::sweep;
 
 pub use kubectl::Bound;
@@ -91,8 +91,8 @@ impl Builder {
         let cleaner = Cleaner::of(id);
         let netns = Arc::new(Netns::of_this_process()?);
         let group = cgroup::mount_point()?.join(id.cgroup()).join("kube");
-        let place = Place::new("kube", netns, group, dir.join("kube"))?;
-        self.start_at(id, place, (IpAddr::V4(Ipv4Addr::LOCALHOST), Some(cleaner)))
+        let host = Host::new("kube", netns, group, dir.join("kube"))?;
+        self.start_at(id, host, (IpAddr::V4(Ipv4Addr::LOCALHOST), Some(cleaner)))
     }
 
     /// Starts it on the wire of a lab, at the address that is the nodes' gateway.
@@ -100,25 +100,25 @@ impl Builder {
     /// # Errors
     /// As [`Builder::start`].
     pub fn start_in(self, lab: &Lab) -> Result<Kube> {
-        let place = lab.wire().beside("kube")?;
-        self.start_at(lab.id(), place, (IpAddr::V4(Lab::gateway()), None))
+        let host = lab.wire().beside("kube")?;
+        self.start_at(lab.id(), host, (IpAddr::V4(Lab::gateway()), None))
     }
 
     /// Starts it in a namespace that has `address`.
     pub(crate) fn start_at(
         self,
         id: LabId,
-        place: Place,
+        host: Host,
         (address, cleaner): (IpAddr, Option<Cleaner>),
     ) -> Result<Kube> {
-        let pki = Pki::create(&place.dir().join("pki"), address)?;
-        let servers = Servers::start(&self, &place, &pki, address)?;
+        let pki = Pki::create(&host.dir().join("pki"), address)?;
+        let servers = Servers::start(&self, &host, &pki, address)?;
         let admin = pki.client(&servers.url(), "admin", Some("system:masters"))?;
         Ok(Kube {
             id,
             admin,
             servers: Some((servers, pki)),
-            place,
+            host,
             cleaner,
         })
     }
@@ -131,7 +131,7 @@ pub struct Kube {
     admin: PathBuf,
     /// None where the cluster was there before.
     servers: Option<(Servers, Pki)>,
-    place: Place,
+    host: Host,
     /// Last, so that everything else has let go before. None in a lab, which removes it all.
     #[expect(dead_code, reason = "held for its drop")]
     cleaner: Option<Cleaner>,
@@ -158,12 +158,12 @@ impl Kube {
         let cleaner = Some(Cleaner::of(id));
         let netns = Arc::new(Netns::of_this_process()?);
         let group = cgroup::mount_point()?.join(id.cgroup()).join("kube");
-        let place = Place::new("kube", netns, group, dir.join("kube"))?;
+        let host = Host::new("kube", netns, group, dir.join("kube"))?;
         Ok(Self {
             id,
             admin: PathBuf::from(admin),
             servers: None,
-            place,
+            host,
             cleaner,
         })
     }
@@ -183,8 +183,8 @@ impl Kube {
     /// Where the servers run. Only processes and threads in this namespace reach the API server,
     /// and in a lab its nodes.
     #[must_use]
-    pub fn place(&self) -> &Place {
-        &self.place
+    pub fn host(&self) -> &Host {
+        &self.host
     }
 
     fn own(&self) -> Result<&(Servers, Pki)> {
@@ -192,11 +192,11 @@ impl Kube {
         own.context("this cluster is not the test's own: its servers cannot be stopped")
     }
 
-    fn own_mut(&mut self) -> Result<(&mut Servers, &Place)> {
+    fn own_mut(&mut self) -> Result<(&mut Servers, &Host)> {
         let own = self.servers.as_mut();
         let (servers, _) =
             own.context("this cluster is not the test's own: its servers cannot be stopped")?;
-        Ok((servers, &self.place))
+        Ok((servers, &self.host))
     }
 
     /// `https://ADDRESS:PORT` of the API server.
@@ -228,8 +228,8 @@ impl Kube {
     /// # Errors
     /// It does not become ready.
     pub fn start_api_server(&mut self) -> Result<()> {
-        let (servers, place) = self.own_mut()?;
-        servers.start_api_server(place)
+        let (servers, host) = self.own_mut()?;
+        servers.start_api_server(host)
     }
 
     /// Pauses the API server (SIGSTOP), as one that answers nobody and closes nothing, or lets it
@@ -247,7 +247,7 @@ impl Kube {
     /// # Errors
     /// etcd does not answer.
     pub fn compact_etcd(&self) -> Result<u64> {
-        self.own()?.0.compact(&self.place)
+        self.own()?.0.compact(&self.host)
     }
 
     /// A kubeconfig of a user with a client certificate, in this group. Each call for a name replaces the
@@ -275,7 +275,7 @@ impl Kube {
     /// The cluster is not the test's own, or the file cannot be written.
     pub fn token_kubeconfig(&self, name: &str, token: &str) -> Result<PathBuf> {
         let (servers, pki) = self.own()?;
-        let file = self.place.dir().join(format!("{name}.token"));
+        let file = self.host.dir().join(format!("{name}.token"));
         fs::write(&file, token)?;
         pki.token_client(&servers.url(), name, &file)
     }

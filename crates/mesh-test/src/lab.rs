@@ -17,15 +17,15 @@ use crate::names::LabId;
 use crate::netns::{self, Netns};
 use crate::node::Node;
 use crate::pod::{Pod, PodSpec};
-use crate::process::Place;
+use crate::process::Host;
 use crate::sweep;
 use crate::sys;
 use crate::topology::{self, OUTSIDE_HOST, Topology};
 
-/// First host number that pods get by themselves.
+/// First host number that is assigned to pods.
 const FIRST_POD: u8 = 10;
 
-/// Describes a lab to be made.
+/// Builder of a lab.
 #[derive(Debug)]
 pub struct Builder {
     topology: Topology,
@@ -50,7 +50,7 @@ impl Builder {
         self
     }
 
-    /// Adds a Kubernetes namespace; those of pods are added without labels by themselves.
+    /// Adds a Kubernetes namespace with labels. Namespaces of pods are added without labels.
     #[must_use]
     pub fn namespace(mut self, name: &str, labels: &[(&str, &str)]) -> Self {
         let labels = labels
@@ -67,17 +67,17 @@ impl Builder {
         self
     }
 
-    /// Adds pods; of a pair, a name and a node's number, as [`PodSpec::new`] makes it.
+    /// Adds pods; a pair of name and node number stands for [`PodSpec::new`].
     #[must_use]
     pub fn pods<S: Into<PodSpec>>(mut self, specs: impl IntoIterator<Item = S>) -> Self {
         self.pods.extend(specs.into_iter().map(Into::into));
         self
     }
 
-    /// Makes it all; the first lab of a process also sweeps after dead ones.
+    /// Creates the lab; the first one of a process also removes those of dead processes.
     ///
     /// # Errors
-    /// Not root, or something cannot be made; what was made is removed.
+    /// Without root, or if something cannot be created; what was created is removed.
     pub fn build(self) -> Result<Lab> {
         static SWEPT: Once = Once::new();
         ensure!(
@@ -94,7 +94,7 @@ impl Builder {
         let manifests = Manifests::create(dir.join("manifests"))?;
         let place = |name: &str| {
             let netns = Arc::new(Netns::create(&id.netns(name))?);
-            Place::new(name, netns, cgroup.join(name), dir.join(name))
+            Host::new(name, netns, cgroup.join(name), dir.join(name))
         };
         let wire = place("wire")?;
         topology::lay_wire(&wire)?;
@@ -144,13 +144,13 @@ pub struct Lab {
     dir: PathBuf,
     cgroup: PathBuf,
     topology: Topology,
-    wire: Place,
-    outside: Option<Place>,
+    wire: Host,
+    outside: Option<Host>,
     nodes: Vec<Arc<Node>>,
     pods: BTreeMap<String, Arc<Pod>>,
     manifests: Manifests,
     serial: u32,
-    /// Last, so that everything else has let go before.
+    /// Last, so that everything else is dropped before.
     #[expect(dead_code, reason = "held for its drop")]
     cleaner: Cleaner,
 }
@@ -163,7 +163,7 @@ impl Deref for Lab {
 }
 
 impl Lab {
-    /// Describes a lab of two nodes without pods.
+    /// Builder of a lab with two nodes and no pods.
     #[must_use]
     pub fn builder(topology: Topology) -> Builder {
         let (namespaces, pods) = (BTreeMap::new(), Vec::new());
@@ -176,19 +176,19 @@ impl Lab {
         }
     }
 
-    /// Its id, which all names on the machine carry.
+    /// Id of the lab, part of all its names on the machine.
     #[must_use]
     pub fn id(&self) -> LabId {
         self.id
     }
 
-    /// Its directory.
+    /// Directory of the lab.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The cgroup that holds everything of it.
+    /// Cgroup of everything in the lab.
     #[must_use]
     pub fn cgroup(&self) -> &Path {
         &self.cgroup
@@ -200,7 +200,7 @@ impl Lab {
         self.topology
     }
 
-    /// Its nodes.
+    /// Nodes of the lab.
     #[must_use]
     pub fn nodes(&self) -> &[Arc<Node>] {
         &self.nodes
@@ -235,7 +235,7 @@ impl Lab {
 
     /// The namespace that joins the nodes.
     #[must_use]
-    pub fn wire(&self) -> &Place {
+    pub fn wire(&self) -> &Host {
         &self.wire
     }
 
@@ -248,17 +248,17 @@ impl Lab {
     /// The host on the wire that is not part of the cluster.
     ///
     /// # Errors
-    /// The lab was made without.
-    pub fn outside(&self) -> Result<&Place> {
+    /// The lab has none.
+    pub fn outside(&self) -> Result<&Host> {
         self.outside
             .as_ref()
             .context("the lab was made without an outside host")
     }
 
-    /// Captures what nodes and the outside host put on the wire: each frame once.
+    /// Captures the frames that nodes and the outside host send over the wire, each once.
     ///
     /// # Errors
-    /// No packet socket can be had.
+    /// A packet socket cannot be opened.
     pub fn capture_wire(&self) -> Result<Capture> {
         Capture::start(&self.wire, &Scope::PortsOf(topology::WIRE))
     }
@@ -266,7 +266,7 @@ impl Lab {
     /// Adds a pod and, once it can be reached, its manifest.
     ///
     /// # Errors
-    /// The name is taken, the node does not exist, or its link cannot be laid.
+    /// The name is taken, the node does not exist, or its link cannot be created.
     pub fn add_pod(&mut self, spec: PodSpec) -> Result<Arc<Pod>> {
         ensure!(
             !self.pods.contains_key(&spec.name),
@@ -306,7 +306,7 @@ impl Lab {
     /// # Errors
     /// There is no such host, or it has one of them.
     pub fn add_addresses(&self, node: Option<u8>, addresses: &[IpAddr]) -> Result<()> {
-        let (host, number): (&Place, u8) = match node {
+        let (host, number): (&Host, u8) = match node {
             Some(number) => (self.node(number), number),
             None => (self.outside()?, OUTSIDE_HOST),
         };
@@ -364,7 +364,7 @@ impl Lab {
 pub(crate) struct Cleaner(LabId);
 
 impl Cleaner {
-    /// From now on the lab is removed when this is dropped.
+    /// Removes the lab when dropped.
     pub(crate) fn of(id: LabId) -> Self {
         Self(id)
     }

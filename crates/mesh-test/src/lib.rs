@@ -3,8 +3,9 @@
 //!
 //! A [`Lab`] has nodes of several pods, joined routed (as Calico does) or bridged (as flannel
 //! does), dual stack, each node with its own cgroup. Tests, the demo and the bench start real
-//! programs in pods, capture what passes between nodes, and run one agent per node. Everything is
-//! removed on drop, and after a kill -9 by the next lab. Nothing here skips without root: it fails.
+//! programs in pods, capture what passes between nodes, and run one agent per node. Dropping a
+//! lab removes everything; the next lab removes what a killed one left. Without root tests fail, they
+//! do not skip.
 
 pub mod agent;
 pub mod apps;
@@ -45,7 +46,7 @@ pub use mesh::Mesh;
 pub use names::LabId;
 pub use node::Node;
 pub use pod::{Families, Pod, PodSpec};
-pub use process::{Cmd, Output, Place, Proc};
+pub use process::{Cmd, Host, Output, Proc};
 pub use sweep::{remove_on_interrupt, sweep};
 pub use topology::Topology;
 pub use wait::eventually;

@@ -285,7 +285,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn yaml_is_laid_in_blocks() {
+    fn manifest_nests_yaml_blocks() {
         let value = json!({
             "kind": "Pod",
             "metadata": {"labels": {"app": "a: b", "on": true}, "annotations": {}},

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A lab with an agent on every node: the whole mesh.
 //!
-//! Only starts, asks and waits; what is right is the tests' and the demo's to say.
+//! It only starts agents, queries them and waits; tests and the demo judge the results.
 
 use std::ops::{Deref, DerefMut};
 use std::os::unix::net::UnixStream;
@@ -16,20 +16,20 @@ use crate::lab::Lab;
 use crate::pod::Pod;
 use crate::wait::eventually;
 
-/// The label by which a namespace or pod takes part in the mesh.
+/// Label that enrolls a namespace or pod.
 pub const ENROLLED: (&str, &str) = ("mesh.rs/dataplane", "enabled");
 /// Port of tunnels.
 pub const TUNNEL_PORT: u16 = 15008;
-/// How long a change of manifests may take until it is in force everywhere.
+/// Bound of the time until a change of manifests is enforced on all nodes.
 pub const IN_FORCE: Duration = Duration::from_secs(10);
 
 /// A lab and its agents, that of node 1 first; agents end before the lab is removed.
 #[derive(Debug)]
 pub struct Mesh {
-    /// One for each node; may be taken out.
+    /// Agents in the order of their nodes. Tests may take one out.
     pub agents: Vec<Agent>,
     lab: Lab,
-    /// How often objects were put in force.
+    /// Number of calls of [`Mesh::enforce`].
     enforced: AtomicU8,
 }
 
@@ -47,7 +47,7 @@ impl DerefMut for Mesh {
 }
 
 impl Mesh {
-    /// Starts an agent on every node, all with a CA of the lab, and waits until each has adopted
+    /// Starts an agent on every node, all with a CA of the lab, and waits until each manages
     /// its pods.
     ///
     /// # Errors
@@ -63,7 +63,7 @@ impl Mesh {
         format!("self:{}", lab.dir().join("ca").display())
     }
 
-    /// Starts agents with a configuration of one's own.
+    /// Starts agents with this configuration.
     ///
     /// # Errors
     /// As [`Mesh::start`].
@@ -90,7 +90,7 @@ impl Mesh {
     /// The agent of node `number`, from 1.
     ///
     /// # Panics
-    /// There is none.
+    /// No such agent.
     #[must_use]
     pub fn agent(&self, number: u8) -> &Agent {
         &self.agents[usize::from(number) - 1]
@@ -99,16 +99,16 @@ impl Mesh {
     /// The agent of a pod's node.
     ///
     /// # Panics
-    /// It was taken out.
+    /// The agent was taken out.
     #[must_use]
     pub fn agent_of(&self, pod: &Pod) -> &Agent {
         self.agent(pod.node().number())
     }
 
-    /// Waits until every agent has adopted the pods of its node that the lab has, and no others.
+    /// Waits until every agent manages exactly the pods that the lab has on its node.
     ///
     /// # Errors
-    /// That does not come to pass; the error carries what the agent has instead.
+    /// An agent does not; the error carries the pods that it manages.
     pub fn settled(&self) -> Result<()> {
         for agent in &self.agents {
             let own = self
@@ -128,7 +128,7 @@ impl Mesh {
         Ok(())
     }
 
-    /// Labels a namespace as part of the mesh. Does not wait.
+    /// Enrolls a namespace. Does not wait.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -137,12 +137,12 @@ impl Mesh {
         self.namespace(namespace, &labels.into())
     }
 
-    /// Puts objects in force on all nodes, in place of those of the last call. With them comes a
-    /// service that is another each time: without it a node that the objects do not concern would
-    /// have nothing to show.
+    /// Applies objects in place of those of the last call, and waits until all nodes enforce them. A
+    /// service that differs with each call is added, so that the revision also changes on nodes
+    /// that the objects do not concern.
     ///
     /// # Errors
-    /// They do not come into force; the error carries the end of each agent's log.
+    /// A node does not enforce them in time; the error carries the end of each agent's log.
     pub fn enforce(&self, objects: &str) -> Result<()> {
         let revision = |agent: &Agent| agent.ask("/status").ok()?["policy_revision"].as_u64();
         let before: Vec<_> = self.agents.iter().map(revision).collect();
@@ -166,7 +166,7 @@ impl Mesh {
     /// The sum of a metric's samples whose labels contain all of `labels`, over all agents.
     ///
     /// # Errors
-    /// A page cannot be had.
+    /// An agent does not answer.
     pub fn metric(&self, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
         self.agents
             .iter()
@@ -212,11 +212,11 @@ pub fn sum(page: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
 }
 
 impl Agent {
-    /// Seconds that its workers say to have spent on connections and tunnels of a workload of
-    /// namespace `default`.
+    /// CPU seconds of the agent's workers for connections and tunnels of a workload of namespace
+    /// `default`.
     ///
     /// # Errors
-    /// They say nothing of it.
+    /// The metric has no such sample.
     pub fn worker_seconds(&self, workload: &str) -> Result<f64> {
         let (page, name) = (self.metrics()?, "mesh_worker_seconds_total");
         let label = ("workload", workload);
@@ -251,7 +251,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn samples_are_summed_by_labels() {
+    fn metric_samples_are_summed_by_labels() {
         let page = "# HELP x y\nx_total{a=\"1\",b=\"2\"} 3\nx_total{a=\"1\",b=\"3\"} 4.0 17\nx_total{a=\"2\"} 5\nx 9\n";
         assert_eq!(sum(page, "x_total", &[("a", "1")]).to_string(), "7");
         assert_eq!(sum(page, "x_total", &[]).to_string(), "12");

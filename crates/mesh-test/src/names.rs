@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_lead_back_to_their_lab() {
+    fn resource_names_identify_their_lab() {
         let id = LabId {
             pid: 4711,
             number: 3,
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_living_process_is_never_taken_for_dead() {
+    fn running_process_is_not_reported_dead() {
         let id = LabId {
             pid: std::process::id(),
             number: u32::MAX,

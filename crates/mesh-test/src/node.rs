@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A node: the namespace that its pods hang on, its cgroup, and where its agent lives.
+//! A node: the network namespace that its pods are connected to, its cgroup, and its agent.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::ops::Deref;
@@ -11,15 +11,15 @@ use anyhow::Result;
 use crate::agent::{Agent, AgentConfig};
 use crate::names::LabId;
 use crate::netns::Netns;
-use crate::process::Place;
+use crate::process::Host;
 use crate::sys;
 use crate::topology::{self, Topology};
 
-/// A node of the lab. Programs started on it run as the host's own, outside the pods' cgroup.
+/// A node of the lab. Its programs run outside the pods' cgroup.
 #[derive(Debug)]
 pub struct Node {
-    place: Place,
-    agent: Place,
+    host: Host,
+    agent: Host,
     number: u8,
     name: String,
     cgroup: PathBuf,
@@ -28,14 +28,14 @@ pub struct Node {
 }
 
 impl Deref for Node {
-    type Target = Place;
-    fn deref(&self) -> &Place {
-        &self.place
+    type Target = Host;
+    fn deref(&self) -> &Host {
+        &self.host
     }
 }
 
 impl Node {
-    /// Makes node `number` (from 1) of `nodes` and joins it to the wire.
+    /// Creates node `number` (from 1) of `nodes` and joins it to the wire.
     pub(crate) fn create(
         id: LabId,
         topology: Topology,
@@ -50,20 +50,20 @@ impl Node {
         let (cgroup, dir) = (lab_cgroup.join(&name), id.dir().join(&name));
         let agent_name = format!("{name}/agent");
         let agent_netns = Arc::clone(&netns);
-        let agent = Place::new(
+        let agent = Host::new(
             &agent_name,
             agent_netns,
             cgroup.join("agent"),
             dir.join("agent"),
         )?;
-        let place = Place::new(&name, netns, cgroup.join("host"), dir.clone())?;
+        let host = Host::new(&name, netns, cgroup.join("host"), dir.clone())?;
         crate::cgroup::create(&cgroup.join("kubepods"))?;
         let bpffs = dir.join("bpf");
         std::fs::create_dir(&bpffs)?;
         sys::mount_bpffs(&bpffs)?;
         let manifests = id.dir().join("manifests");
         Ok(Self {
-            place,
+            host,
             agent,
             number,
             name,
@@ -103,7 +103,7 @@ impl Node {
         topology::pod_cidrs(self.number)
     }
 
-    /// The cgroup that holds everything of this node, its agent included: what `--cgroup` gets.
+    /// Cgroup of everything on this node, its agent included: the value of `--cgroup`.
     #[must_use]
     pub fn root_cgroup(&self) -> &Path {
         &self.cgroup
@@ -127,16 +127,16 @@ impl Node {
         &self.manifests
     }
 
-    /// The place in which its agent runs.
+    /// The host in which its agent runs.
     #[must_use]
-    pub fn agent_place(&self) -> &Place {
+    pub fn agent_host(&self) -> &Host {
         &self.agent
     }
 
     /// Starts an agent and waits until it is ready.
     ///
     /// # Errors
-    /// There is no binary, or it does not become ready; the error carries the end of its log.
+    /// The binary is missing, or the agent does not become ready; the error carries the end of its log.
     pub fn start_agent(self: &Arc<Self>, config: AgentConfig) -> Result<Agent> {
         Agent::start(Arc::clone(self), config)
     }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A pod: a namespace on a node, a cgroup below the node's pods, and the facts of its manifest.
+//! A pod: a namespace on a node, a cgroup below the node's pods, and its manifest.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,8 +12,9 @@ use anyhow::{Context, Result};
 use crate::names::LabId;
 use crate::netns::Netns;
 use crate::node::Node;
-use crate::process::{Cmd, Output, Place, Proc};
+use crate::process::{Cmd, Host, Output, Proc};
 use crate::programs;
+use crate::reports::Tcp;
 use crate::topology::{self, PodLink, Topology};
 
 /// Longest name of a link (IFNAMSIZ without its NUL).
@@ -31,7 +32,7 @@ pub enum Families {
     V6,
 }
 
-/// What a pod shall be.
+/// Specification of a pod.
 #[derive(Clone, Debug)]
 pub struct PodSpec {
     pub(crate) name: String,
@@ -54,7 +55,7 @@ impl From<(&str, u8)> for PodSpec {
 }
 
 impl PodSpec {
-    /// A dual-stack pod on node `node` (from 1), in namespace `default`, labelled `app: NAME`.
+    /// A dual-stack pod on node `node` (from 1), in namespace `default`, labeled `app: NAME`.
     #[must_use]
     pub fn new(name: &str, node: u8) -> Self {
         Self {
@@ -72,7 +73,7 @@ impl PodSpec {
         }
     }
 
-    /// The UID that an API server gave its object (else: one of its own).
+    /// UID that an API server gave its object (default: a new one).
     #[must_use]
     pub fn uid(mut self, uid: &str) -> Self {
         self.uid = Some(uid.to_owned());
@@ -86,7 +87,7 @@ impl PodSpec {
         self
     }
 
-    /// Its service account (else: its name).
+    /// Service account (default: the pod's name).
     #[must_use]
     pub fn service_account(mut self, name: &str) -> Self {
         name.clone_into(&mut self.service_account);
@@ -122,7 +123,7 @@ impl PodSpec {
         self
     }
 
-    /// Last part of its addresses (else: the next free one from 10), e.g. to use one again.
+    /// Last part of its addresses (default: the next free number from 10), e.g. to reuse one.
     #[must_use]
     pub fn host_number(mut self, number: u8) -> Self {
         self.host_number = Some(number);
@@ -141,7 +142,7 @@ impl PodSpec {
 /// A pod of the lab.
 #[derive(Debug)]
 pub struct Pod {
-    place: Place,
+    host: Host,
     pub(crate) spec: PodSpec,
     node: Arc<Node>,
     uid: String,
@@ -152,14 +153,14 @@ pub struct Pod {
 }
 
 impl Deref for Pod {
-    type Target = Place;
-    fn deref(&self) -> &Place {
-        &self.place
+    type Target = Host;
+    fn deref(&self) -> &Host {
+        &self.host
     }
 }
 
 impl Pod {
-    /// Makes the pod; `serial` is its number within the lab and never used again.
+    /// Creates the pod; `serial` is its number within the lab, which is never reused.
     pub(crate) fn create(
         id: LabId,
         topology: Topology,
@@ -198,9 +199,9 @@ impl Pod {
         let uid = spec.uid.clone().unwrap_or_else(own);
         let cgroup = node.pods_cgroup().join(format!("pod{uid}"));
         let dir = id.dir().join(format!("{}-{serial}", spec.name));
-        let place = Place::new(&spec.name, netns, cgroup, dir)?;
+        let host = Host::new(&spec.name, netns, cgroup, dir)?;
         Ok(Self {
-            place,
+            host,
             spec,
             node,
             uid,
@@ -282,29 +283,68 @@ impl Pod {
         topology::mac_of(self.node.number(), self.host_number)
     }
 
-    /// MAC to which it sends what leaves the node.
+    /// MAC of the next hop for packets that leave the node.
     #[must_use]
     pub fn gateway_mac(&self) -> String {
         topology::gateway_mac(self.topology, self.node.number())
     }
 
+    /// Both of its addresses by its node and number, IPv4 first, with a port.
+    #[must_use]
+    pub fn at(&self, port: u16) -> [SocketAddr; 2] {
+        [(self.v4(), port).into(), (self.v6(), port).into()]
+    }
+
+    /// The addresses that it has, IPv4 first, with a port.
+    #[must_use]
+    pub fn all_at(&self, port: u16) -> Vec<SocketAddr> {
+        let at = |ip: &IpAddr| SocketAddr::new(*ip, port);
+        self.addresses.iter().map(at).collect()
+    }
+
     /// Fetches a URL with curl: a process of the pod.
     ///
     /// # Errors
-    /// curl cannot be started or hangs. What it reports is in the output.
+    /// curl cannot be started or hangs. The output has its result.
     pub fn curl(&self, url: &str) -> Result<Output> {
         let cmd = Cmd::new("curl").args(["--silent", "--show-error", "--max-time", "5", "-g", url]);
         self.run(cmd, Duration::from_secs(10))
     }
 }
 
-impl Place {
+impl Host {
     /// Runs the `probe` program with a command line and waits for its end.
     ///
     /// # Errors
-    /// It cannot be started or has not ended within 30 s. What it reports is in the output.
+    /// It cannot be started or has not exited within 30 s. The output has its result.
     pub fn probe(&self, line: &str) -> Result<Output> {
         self.run(probe_cmd(line)?, Duration::from_secs(30))
+    }
+
+    /// Runs `probe tcp` with a command line (without `tcp`): one connection.
+    ///
+    /// # Errors
+    /// As [`Host::probe`], or it prints no report. A connection that fails is in the report.
+    pub fn tcp(&self, line: &str) -> Result<Tcp> {
+        self.probe(&format!("tcp {line}"))?.json()
+    }
+
+    /// Runs a command line without quoting and returns its standard output.
+    ///
+    /// # Errors
+    /// It fails or has not ended within 15 s.
+    pub fn output(&self, line: &str) -> Result<String> {
+        let output = self.run(Cmd::line(line), Duration::from_secs(15))?;
+        Ok(output.ok().with_context(|| line.to_owned())?.text())
+    }
+
+    /// Starts a Python script, whose output is read line by line.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn python(&self, script: &str, args: &[&str]) -> Result<Proc> {
+        let cmd = Cmd::new("python3").args(["-uc", script]).args(args);
+        self.spawn_lines(cmd)
     }
 
     /// Starts the `probe` program with a command line and reads what it prints line by line.
@@ -318,7 +358,7 @@ impl Place {
     /// Starts `probe serve` with a command line (without `serve`) and waits until it listens.
     ///
     /// # Errors
-    /// It does not come to listen within 5 s.
+    /// It does not listen within 5 s.
     pub fn serve(&self, line: &str) -> Result<Proc> {
         let server = self.start_probe(&format!("serve {line}"))?;
         let ready = server.line(Duration::from_secs(5))?;
@@ -327,7 +367,21 @@ impl Place {
     }
 }
 
-/// The `probe` program with a command line; for rights or input of one's own.
+/// Options of `probe tcp` for every kind of client socket. The client's own address has to follow the
+/// last one.
+pub const SOCKETS: [&str; 9] = [
+    "",
+    "--nonblocking",
+    "--fastopen",
+    "--device eth0",
+    "--mark 0x10",
+    "--mptcp",
+    "--mapped",
+    "--mapped --nonblocking",
+    "--reset --from",
+];
+
+/// Command that runs the `probe` program with these arguments.
 ///
 /// # Errors
 /// The program is not built.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Real programs in a place of the lab: its network namespace, its cgroup, and chosen rights.
+//! Real programs on a host of the lab: in its network namespace and cgroup, with chosen capabilities.
 //!
-//! Each program gets a cgroup of its own below that of its place (as a container does), so that
-//! ending it ends everything that it started.
+//! Each program has a cgroup of its own below that of its host (as a container has), so that killing
+//! it kills everything that it started.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -23,17 +23,17 @@ use crate::cgroup;
 use crate::netns::{Netns, ignore_absent};
 use crate::sys::{self, Placement, Rights};
 
-/// What a piped program has printed and nobody has read.
+/// Unread lines of a program whose output is piped.
 #[expect(
     clippy::disallowed_types,
     reason = "a receiver alone would keep threads of a test from sharing its lab"
 )]
 type Lines = std::sync::Mutex<Receiver<String>>;
 
-/// Lines of a piped program that may wait to be read; then the program waits.
+/// Bound of the unread lines; the program blocks at it.
 const LINES: usize = 65_536;
 
-/// A program to be started: what, with what input, with which rights.
+/// A program to start: its command line, input and capabilities.
 #[derive(Debug)]
 pub struct Cmd {
     command: Command,
@@ -91,26 +91,26 @@ impl Cmd {
         self
     }
 
-    /// What the program reads from its standard input (else: nothing).
+    /// Standard input of the program (default: empty).
     #[must_use]
     pub fn input(mut self, input: impl Into<Vec<u8>>) -> Self {
         self.input = input.into();
         self
     }
 
-    /// Runs it as `nobody`, without capabilities.
+    /// Runs the program as `nobody`, without capabilities.
     #[must_use]
     pub fn no_root(self) -> Self {
         self.rights(Rights::Nobody)
     }
 
-    /// Runs it as root without capabilities except CAP_NET_RAW.
+    /// Runs the program as root without capabilities except CAP_NET_RAW.
     #[must_use]
     pub fn cap_net_raw_only(self) -> Self {
         self.rights(Rights::NetRawOnly)
     }
 
-    /// Chooses its rights.
+    /// Chooses the user and capabilities.
     #[must_use]
     pub fn rights(mut self, rights: Rights) -> Self {
         self.rights = rights;
@@ -145,10 +145,10 @@ impl Cmd {
     }
 }
 
-/// What a program that has ended left.
+/// Result of a program that has exited.
 #[derive(Clone, Debug)]
 pub struct Output {
-    /// How it ended.
+    /// Exit status.
     pub status: ExitStatus,
     /// Its standard output.
     pub stdout: Vec<u8>,
@@ -166,7 +166,7 @@ impl Output {
     /// The output if the program succeeded.
     ///
     /// # Errors
-    /// It did not; the error carries what it said.
+    /// The program failed; the error carries its output.
     pub fn ok(self) -> Result<Self> {
         if self.status.success() {
             Ok(self)
@@ -178,7 +178,7 @@ impl Output {
     /// Its standard output as one JSON value, whether or not it succeeded.
     ///
     /// # Errors
-    /// It is something else.
+    /// The output is not such a value.
     pub fn json<T: serde::de::DeserializeOwned>(&self) -> Result<T> {
         serde_json::from_slice(&self.stdout).with_context(|| self.to_string())
     }
@@ -197,10 +197,10 @@ impl fmt::Display for Output {
     }
 }
 
-/// Where programs run: a network namespace with a cgroup and a directory for logs and data.
-/// Pods, nodes, the wire and the outside host are places.
+/// A host of the lab, on which programs run: a network namespace with a cgroup and a directory for
+/// logs and data. Pods, nodes, the wire and the outside host are hosts.
 #[derive(Debug)]
-pub struct Place {
+pub struct Host {
     name: String,
     netns: Arc<Netns>,
     cgroup: PathBuf,
@@ -208,14 +208,14 @@ pub struct Place {
     started: AtomicU32,
 }
 
-impl Deref for Place {
+impl Deref for Host {
     type Target = Netns;
     fn deref(&self) -> &Netns {
         &self.netns
     }
 }
 
-impl Place {
+impl Host {
     pub(crate) fn new(
         name: &str,
         netns: Arc<Netns>,
@@ -234,7 +234,7 @@ impl Place {
         })
     }
 
-    /// Another place in the same namespace, with a cgroup and a directory of its own.
+    /// Another host in the same namespace, with a cgroup and a directory of its own.
     pub(crate) fn beside(&self, name: &str) -> Result<Self> {
         let replace = |path: &Path| path.with_file_name(name);
         Self::new(
@@ -271,7 +271,7 @@ impl Place {
         self.netns.enter(f)
     }
 
-    /// Starts a program whose output goes to a log file in [`Place::dir`].
+    /// Starts a program whose output goes to a log file in [`Host::dir`].
     ///
     /// # Errors
     /// It cannot be started.
@@ -293,7 +293,7 @@ impl Place {
         self.spawn_lines_in(cmd.into(), (number, group))
     }
 
-    /// As [`Place::spawn_lines`], in a cgroup that may hold others too; all end with this one.
+    /// As [`Host::spawn_lines`], in a cgroup that may hold others too; all end with this one.
     pub(crate) fn spawn_lines_in(&self, cmd: Cmd, (number, group): (u32, PathBuf)) -> Result<Proc> {
         let log = self.dir.join(format!("{number}-{}.log", cmd.program()));
         let errors = File::create(&log)?;
@@ -311,10 +311,10 @@ impl Place {
         Ok(process)
     }
 
-    /// Runs a program to its end and gives back what it said.
+    /// Runs a program until it exits and returns its output.
     ///
     /// # Errors
-    /// It cannot be started or has not ended within `deadline` (then it is killed).
+    /// It cannot be started, or is killed because it has not exited within `deadline`.
     pub fn run(&self, cmd: impl Into<Cmd>, deadline: Duration) -> Result<Output> {
         let cmd = cmd.into();
         let what = format!("{:?} in {}", cmd.command, self.name);
@@ -335,7 +335,7 @@ impl Place {
         if ended {
             Ok(output)
         } else {
-            bail!("{what} has not ended after {deadline:?}: {output}")
+            bail!("{what} has not exited after {deadline:?}: {output}")
         }
     }
 
@@ -395,7 +395,7 @@ fn drain(mut pipe: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
     })
 }
 
-/// A running program; killed with all it started when dropped.
+/// A running program; dropping it kills it and everything that it started.
 #[derive(Debug)]
 pub struct Proc {
     what: String,
@@ -414,18 +414,18 @@ impl Proc {
         self.child.id()
     }
 
-    /// Memory that it has resident now, in bytes.
+    /// Resident memory in bytes.
     ///
     /// # Errors
-    /// It has ended.
+    /// The program has exited.
     pub fn resident_bytes(&self) -> Result<u64> {
         self.bytes("VmRSS:")
     }
 
-    /// The most memory that it had resident, in bytes.
+    /// Peak of its resident memory in bytes.
     ///
     /// # Errors
-    /// It has ended.
+    /// The program has exited.
     pub fn peak_bytes(&self) -> Result<u64> {
         self.bytes("VmHWM:")
     }
@@ -435,14 +435,14 @@ impl Proc {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix(name));
         let kib: u64 = line
-            .with_context(|| format!("no {name} it has ended"))?
+            .with_context(|| format!("no {name}: the process has exited"))?
             .trim_end_matches("kB")
             .trim()
             .parse()?;
         Ok(kib << 10)
     }
 
-    /// Where its output goes; its errors only, if started with [`Place::spawn_lines`].
+    /// File of its output; of its standard error only, if started with [`Host::spawn_lines`].
     #[must_use]
     pub fn log(&self) -> &Path {
         &self.log
@@ -454,7 +454,7 @@ impl Proc {
         tail(&self.log, 40)
     }
 
-    /// The next line of a program started with [`Place::spawn_lines`]; none at its end.
+    /// The next line of a program started with [`Host::spawn_lines`]; none at its end.
     ///
     /// # Errors
     /// No line came within `deadline`, or its output goes to a log.
@@ -469,7 +469,7 @@ impl Proc {
             Err(RecvTimeoutError::Disconnected) => Ok(None),
             Err(RecvTimeoutError::Timeout) => {
                 bail!(
-                    "{} said nothing for {deadline:?}: {}",
+                    "{} printed no line within {deadline:?}: {}",
                     self.what,
                     self.log_tail()
                 )
@@ -477,16 +477,16 @@ impl Proc {
         }
     }
 
-    /// The next line of a program that is not to have ended.
+    /// The next line of a program that must not have exited.
     ///
     /// # Errors
-    /// As of [`Proc::line`], or it has ended; then with the end of its log.
-    pub fn said(&self, deadline: Duration) -> Result<String> {
+    /// As of [`Proc::line`], or the program has exited; the error carries the end of its log.
+    pub fn next_line(&self, deadline: Duration) -> Result<String> {
         let line = self.line(deadline)?;
-        line.with_context(|| format!("{} ended: {}", self.what, self.log_tail()))
+        line.with_context(|| format!("{} exited: {}", self.what, self.log_tail()))
     }
 
-    /// How it ended, or none while it runs.
+    /// Exit status, or none while it runs.
     ///
     /// # Errors
     /// Whatever `waitpid` reports.
@@ -497,7 +497,7 @@ impl Proc {
         Ok(self.status)
     }
 
-    /// Waits for its end.
+    /// Waits until the program exits.
     ///
     /// # Errors
     /// It still runs after `deadline`.
@@ -520,16 +520,16 @@ impl Proc {
     /// Sends it a signal, e.g. `libc::SIGTERM`.
     ///
     /// # Errors
-    /// It has ended already.
+    /// The program has exited already.
     pub fn signal(&self, signal: i32) -> Result<()> {
-        anyhow::ensure!(self.status.is_none(), "{} has ended", self.what);
+        anyhow::ensure!(self.status.is_none(), "{} has exited", self.what);
         sys::signal(self.child.id(), signal).with_context(|| format!("signal to {}", self.what))
     }
 
-    /// Kills (SIGKILL) it and all it started, and reaps it.
+    /// Kills the program and everything that it started (SIGKILL), and reaps it.
     ///
     /// # Errors
-    /// Something of it does not end.
+    /// A process survives.
     pub fn kill(&mut self) -> Result<ExitStatus> {
         cgroup::kill(&self.group)?;
         let status = self.wait(Duration::from_secs(10))?;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Where the programs of this workspace are: next to the running one, or where told.
+//! Paths of the workspace's programs: beside the running one, or from an environment variable.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 /// The `probe` program: real small clients and servers. `MESH_PROBE_BIN` overrides.
 ///
 /// # Errors
-/// It is not built.
+/// The program is not built.
 pub fn probe() -> Result<PathBuf> {
     find("probe", "MESH_PROBE_BIN").context("cargo build -p mesh-test --bins builds it")
 }
@@ -16,7 +16,7 @@ pub fn probe() -> Result<PathBuf> {
 /// The agent. `MESH_AGENT_BIN` overrides.
 ///
 /// # Errors
-/// It is not built.
+/// The program is not built.
 pub fn agent() -> Result<PathBuf> {
     find("mesh-agent", "MESH_AGENT_BIN").context("cargo build -p mesh-agent builds it")
 }
@@ -24,7 +24,7 @@ pub fn agent() -> Result<PathBuf> {
 /// `meshctl`. `MESHCTL_BIN` overrides.
 ///
 /// # Errors
-/// It is not built.
+/// The program is not built.
 pub fn meshctl() -> Result<PathBuf> {
     find("meshctl", "MESHCTL_BIN").context("cargo build -p mesh-cli builds it")
 }

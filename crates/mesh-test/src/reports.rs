@@ -1,19 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What `probe` prints: one JSON line per result, read by tests as these types.
+//! Output of `probe`: one JSON line per result.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
+use std::time::Duration;
+
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::process::Proc;
 use crate::talk::Identity;
+
+/// How long a storm may take for its report.
+const REPORT: Duration = Duration::from_secs(120);
 
 /// Result of `probe tcp`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tcp {
-    /// Everything asked for came to pass.
+    /// Every step succeeded.
     pub ok: bool,
-    /// Which call failed and how.
+    /// The call that failed, with its error.
     pub error: Option<String>,
     /// Its `errno`.
     pub errno: Option<i32>,
@@ -30,7 +37,7 @@ pub struct Tcp {
 }
 
 impl Tcp {
-    /// True if both ends saw the same two addresses.
+    /// Whether both endpoints saw the same two addresses.
     #[must_use]
     pub fn ends_agree(&self) -> bool {
         self.identity
@@ -54,16 +61,36 @@ pub struct Storm {
     pub p50_us: u64,
     /// 99th percentile of the same.
     pub p99_us: u64,
-    /// How often which error came.
+    /// Number of each error.
     pub errors: BTreeMap<String, u64>,
     /// The first wrong answers.
     pub wrong_answers: Vec<String>,
-    /// How often which server answered.
+    /// Number of answers of each server.
     pub names: BTreeMap<String, u64>,
     /// Bytes that the client wrote.
     pub bytes_sent: u64,
     /// Bytes that the client read.
     pub bytes_received: u64,
+}
+
+impl Storm {
+    /// Ends a running `probe storm` and returns its report. Does nothing to one that has ended.
+    ///
+    /// # Errors
+    /// It prints no report.
+    pub fn stop(storm: &Proc) -> Result<Self> {
+        storm.signal(libc::SIGTERM)?;
+        Self::of(storm)
+    }
+
+    /// Waits for the report of a `probe storm` that ends by itself.
+    ///
+    /// # Errors
+    /// It prints no report within two minutes.
+    pub fn of(storm: &Proc) -> Result<Self> {
+        let line = storm.next_line(REPORT)?;
+        serde_json::from_str(&line).with_context(|| format!("not the report of a storm: {line}"))
+    }
 }
 
 /// Result of `probe bulk`.
@@ -125,7 +152,7 @@ pub struct Udp {
     pub errors: BTreeMap<String, u64>,
     /// Who answered, as the client sees it (`recvfrom`), and how often.
     pub from: BTreeMap<SocketAddr, u64>,
-    /// How often which server answered.
+    /// Number of answers of each server.
     pub names: BTreeMap<String, u64>,
     /// `getsockname` at the end.
     pub local: Option<SocketAddr>,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use crate::process::{Cmd, Place};
+use crate::process::{Cmd, Host};
 
 /// One TCP socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,7 +19,7 @@ pub struct TcpSocket {
     pub remote: Option<SocketAddr>,
 }
 
-impl Place {
+impl Host {
     /// All TCP sockets of the namespace.
     ///
     /// # Errors
@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_of_ss() {
+    fn ss_lines_are_parsed() {
         let socket = parse("ESTAB 0      0      10.244.1.10%eth0:52 [fd00::1]:80 ").expect("line");
         assert_eq!(socket.state, "ESTAB");
         assert_eq!(socket.local, "10.244.1.10:52".parse().ok());

@@ -2,13 +2,13 @@
 //! Truth tables over real connections: the files of `meshctl policy test` with a namespace for each
 //! pod, an agent on each node, and a client and a server for every row.
 //!
-//! Every row that is run is first run without agents, where it must come about: a refusal later is
-//! the mesh's own. What cannot be run here is named, and never counts as right.
+//! Every connection is first tried without agents, where it must succeed: a later refusal is then the
+//! mesh's own. Rows that cannot be run in a lab are reported and never count as right.
 
-mod cast;
-pub mod errand;
+pub mod attempt;
+mod cluster;
 mod rows;
-mod stage;
+mod testbed;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -17,16 +17,16 @@ use anyhow::{Context, Result};
 use mesh_api::manifests::Format;
 use mesh_api::truth::{Expected, Table, tables};
 
-use self::cast::Cast;
+use self::cluster::TableCluster;
 use self::rows::{Row, Run, What};
-use self::stage::Stage;
+use self::testbed::Testbed;
 use crate::lab::Lab;
 use crate::mesh::Mesh;
 
-/// How often what ought to come about is tried before it counts as refused: the machine is shared,
-/// and datagrams get lost.
+/// Number of attempts before a connection counts as refused: the machine is shared, and datagrams get
+/// lost.
 const TRIES: u32 = 3;
-/// Between two tries.
+/// Pause between two attempts.
 const PAUSE: Duration = Duration::from_millis(300);
 
 impl AsRef<Self> for Lab {
@@ -41,27 +41,27 @@ impl AsRef<Lab> for Mesh {
     }
 }
 
-/// What came of a table.
+/// Result of a table.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
     /// Rows.
     pub checks: usize,
-    /// Rows that were run and are as expected.
+    /// Rows with the expected result.
     pub right: usize,
-    /// Rows that were run and are not, in lines.
+    /// Rows with another result, as text.
     pub differ: Vec<String>,
-    /// Rows that were not run, and why.
+    /// Rows that cannot be run, with the reason.
     pub not_run: Vec<String>,
-    /// What is odd or rejected in the manifests.
+    /// Warnings and rejections of the manifests.
     pub notes: Vec<String>,
-    /// What it took.
+    /// Duration.
     pub took: Duration,
 }
 
 /// The tables of a file.
 ///
 /// # Errors
-/// The file cannot be read, or is not of such tables.
+/// The file cannot be read or parsed.
 pub fn read(file: &Path) -> Result<Vec<Table>> {
     let shown = || file.display().to_string();
     let format = file.to_str().and_then(Format::of);
@@ -74,25 +74,25 @@ pub fn read(file: &Path) -> Result<Vec<Table>> {
 /// enrolled, or where the table has labels that enrol, those that it says; without, none is.
 ///
 /// # Errors
-/// The table is wrong in itself (as for `meshctl policy test`), or its lab cannot be made.
+/// The table is invalid (as for `meshctl policy test`), or its lab cannot be created.
 pub fn run(table: &Table, file: &Path, mtls: bool) -> Result<Report> {
     let begun = Instant::now();
-    let cast = Cast::of(table, file, mtls)?;
-    let rows = rows::rows(&cast, &table.checks)?;
+    let cluster = TableCluster::of(table, file, mtls)?;
+    let rows = rows::rows(&cluster, &table.checks)?;
     let runs: Vec<&Run> = rows.iter().filter_map(Row::run).collect();
     let mut report = Report {
         checks: rows.len(),
-        notes: cast.notes.clone(),
+        notes: cluster.notes.clone(),
         ..Report::default()
     };
     if !runs.is_empty() {
-        let lab = Stage::build(&cast, &runs)?;
+        let lab = Testbed::build(&cluster, &runs)?;
         let without = lab.try_all(&runs)?;
         for (row, run) in rows
             .iter()
             .filter_map(|row| row.run().map(|run| (row, run)))
         {
-            let tried = &without[&run.errand.id];
+            let tried = &without[&run.attempt.id];
             if tried.answer.is_none() || !lab.is_right(run, tried) {
                 report.differ.push(format!(
                     "{}: does not come about even without the mesh: {tried:?}",
@@ -115,11 +115,11 @@ pub fn run(table: &Table, file: &Path, mtls: bool) -> Result<Report> {
 }
 
 /// Runs rows under agents.
-fn judge(stage: &Stage<Mesh>, rows: &[Row], report: &mut Report) -> Result<()> {
+fn judge(testbed: &Testbed<Mesh>, rows: &[Row], report: &mut Report) -> Result<()> {
     let runs: Vec<&Run> = rows.iter().filter_map(Row::run).collect();
-    let mut results = stage.try_all(&runs)?;
+    let mut results = testbed.try_all(&runs)?;
     for _ in 1..TRIES {
-        let answered = |run: &&Run| results[&run.errand.id].answer.is_some();
+        let answered = |run: &&Run| results[&run.attempt.id].answer.is_some();
         let missing = |run: &&Run| run.expected == Expected::Allow && !answered(run);
         if !runs.iter().any(missing) {
             break;
@@ -127,13 +127,13 @@ fn judge(stage: &Stage<Mesh>, rows: &[Row], report: &mut Report) -> Result<()> {
         std::thread::sleep(PAUSE);
         // What is refused may only have come too early as well.
         let again: Vec<&Run> = runs.iter().copied().filter(|run| !answered(run)).collect();
-        results.extend(stage.try_all(&again)?);
+        results.extend(testbed.try_all(&again)?);
     }
     for row in rows {
         let Some(run) = row.run() else { continue };
-        let tried = &results[&run.errand.id];
+        let tried = &results[&run.attempt.id];
         let got = tried.allowed().map(Expected::of);
-        if got.as_ref() == Ok(&run.expected) && stage.is_right(run, tried) {
+        if got.as_ref() == Ok(&run.expected) && testbed.is_right(run, tried) {
             report.right += 1;
             continue;
         }

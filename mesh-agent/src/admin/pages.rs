@@ -15,10 +15,10 @@ use mesh_plan::cluster::{Cluster, PeerMatch};
 use serde_json::{Value, json};
 
 use super::{Door, Views};
-use crate::datapath::Handles;
 use crate::metrics::Form;
-use crate::pods::{PodHandle, open};
 use crate::source::Report;
+use mesh_datapath::datapath::Handles;
+use mesh_datapath::pods::{PodHandle, open};
 
 type Answer = Response<Full<Bytes>>;
 
@@ -141,7 +141,7 @@ fn status(views: &Views) -> Value {
         "ready": views.readiness.is_ready(),
         "conditions": views.readiness.conditions(),
         "policy_revision": views.metrics.policy_revision(),
-        "log_level": views.level.as_ref().map(crate::logging::Level::get),
+        "log_level": views.level.as_ref().map(mesh_log::Level::get),
         "pods": {
             "planned": plan.pods.len(),
             "adopted": views.pods.borrow().len(),

@@ -6,8 +6,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::*;
-use crate::config::FlowLog;
 use crate::flows::Flows;
+use mesh_config::FlowLog;
 
 struct Rig {
     dir: tempfile::TempDir,
@@ -51,7 +51,7 @@ fn views(flows: &Flows) -> Views {
         readiness: Readiness::new(metrics.clone()),
         metrics,
         facts: watch::channel(Arc::new(odd_facts())).1,
-        plan: watch::channel(Arc::new(Plan::default())).1,
+        plan: watch::channel(Arc::new(mesh_plan::Index::default())).1,
         plan_text: |plan| format!("{} services\n", plan.services.len()),
         rejections: watch::channel(Arc::new(vec![Rejection {
             object: mesh_plan::cluster::ObjectRef::new("NetworkPolicy", "shop", "web"),
@@ -275,8 +275,8 @@ async fn what_is_too_large_or_too_slow_is_ended() {
 async fn the_level_of_logs_is_changed_by_root_only() {
     let mut rig = Rig::new();
     // The process has one set of logs; no other test makes it.
-    let level = crate::logging::init(&crate::config::LogConfig {
-        format: crate::config::LogFormat::Text,
+    let level = mesh_log::init(&mesh_config::LogConfig {
+        format: mesh_config::LogFormat::Text,
         level: "warn".to_owned(),
     })
     .unwrap();

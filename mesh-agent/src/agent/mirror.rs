@@ -10,9 +10,9 @@ use tokio::sync::watch;
 
 use crate::admin::{Readiness, ReadyTask};
 use crate::control::{Status, Views};
-use crate::identity::{Identities, Snapshot, SpiffeId};
 use crate::metrics::{InUse, Metrics, PodCounts};
 use crate::source::Report;
+use mesh_identity::{Identities, Snapshot, SpiffeId};
 
 /// How often that is looked at which nobody announces.
 const LOOK: Duration = Duration::from_secs(10);

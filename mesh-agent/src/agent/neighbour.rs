@@ -8,8 +8,8 @@ use mesh_common::Port;
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use crate::cni::{BALANCERS, Cni, Enforces, Neighbour, blocked};
 use crate::control::Status;
+use mesh_datapath::cni::{BALANCERS, Cni, Enforces, Neighbour, blocked};
 
 /// Policies are looked at again at most this often.
 const INTERVAL: Duration = Duration::from_secs(5);

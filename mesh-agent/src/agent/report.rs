@@ -17,10 +17,10 @@ use mesh_plan::cluster::{Cluster, ObjectRef, Rejection, Version};
 use tokio::sync::{oneshot, watch};
 use tokio::time::sleep;
 
-use crate::check;
-use crate::config::HostConfig;
 use crate::control::{PodStatus, Status};
 use crate::source::Report;
+use mesh_datapath::Host;
+use mesh_datapath::check;
 
 /// A pod that starts is not protected for a moment; only what lasts longer is reported.
 const LASTING: Duration = Duration::from_secs(3);
@@ -38,7 +38,7 @@ pub(super) struct Sources {
     /// How it goes with the objects.
     pub(super) source: watch::Receiver<Arc<Report>>,
     /// What of the machine is probed.
-    pub(super) host: HostConfig,
+    pub(super) host: Host,
     /// Turns true when another agent reports.
     pub(super) quiet: watch::Receiver<bool>,
     /// The time of day.
@@ -79,7 +79,7 @@ pub(super) async fn run(mut from: Sources, to: watch::Sender<Option<Arc<MeshNode
 }
 
 /// Probes the machine, which takes seconds, on a thread of its own.
-fn probe(host: HostConfig) -> oneshot::Receiver<check::Report> {
+fn probe(host: Host) -> oneshot::Receiver<check::Report> {
     let (to, found) = oneshot::channel();
     let thread = std::thread::Builder::new().name("mesh-probe".to_owned());
     // Without it nothing is reported of the kernel's features.

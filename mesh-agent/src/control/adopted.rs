@@ -9,9 +9,9 @@ use mesh_common::policy::PolicySetId;
 use mesh_common::{Endpoint, Reason};
 use mesh_plan::plan::LocalPod;
 
-use crate::pods::made::Made;
-use crate::pods::watch::Watch;
-use crate::pods::{Home, Listeners, PodHandle};
+use mesh_datapath::pods::made::Made;
+use mesh_datapath::pods::watch::Watch;
+use mesh_datapath::pods::{Home, Listeners, PodHandle};
 
 /// When something that failed is tried again: a quarter of a second, doubling up to 4 s.
 #[derive(Clone, Debug)]

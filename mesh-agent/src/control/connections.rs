@@ -7,14 +7,14 @@
 //! that the proxy carries, captured ones and those that arrived through a tunnel, are ended by the proxy.
 
 use mesh_common::identity::Peer;
-use mesh_common::path::{self, Origin, Outbound, Peers as _};
+use mesh_common::path::{self, Arrival, Origin, Outbound, Path, Peers as _};
 use mesh_common::pod::{PodState, PodView};
-use mesh_common::service::{ServiceKey, Services as _};
+use mesh_common::service::is_virtual;
 use mesh_common::settings::{MARK_CAPTURE, MARK_INBOUND, MARK_MASK};
 use mesh_common::{Direction, Endpoint, Protocol, Reason, Verdict};
-use mesh_plan::Plan;
+use mesh_plan::Index;
 
-use crate::sys::sock_diag::{Overview, Socket, state};
+use mesh_sys::sock_diag::{Overview, Socket, state};
 
 /// What becomes of the open connections of one pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -39,7 +39,7 @@ pub struct Ask<'a> {
 /// one that the agent has tunnels for, also while it leaves the mesh.
 #[must_use]
 pub fn judge(
-    plan: &Plan,
+    plan: &Index,
     pod: &PodView,
     sockets: &[Socket],
     (fresh, carried): (bool, bool),
@@ -111,7 +111,7 @@ enum Fate {
 }
 
 struct Scene<'a> {
-    plan: &'a Plan,
+    plan: &'a Index,
     pod: &'a PodView,
     carried: bool,
     ask: Ask<'a>,
@@ -120,7 +120,7 @@ struct Scene<'a> {
 
 impl<'a> Scene<'a> {
     fn new(
-        plan: &'a Plan,
+        plan: &'a Index,
         pod: &'a PodView,
         sockets: &[Socket],
         carried: bool,
@@ -166,18 +166,12 @@ impl<'a> Scene<'a> {
         if socket.mark & MARK_MASK == MARK_INBOUND || self.overview.has_other_end(socket) {
             return Fate::Keep;
         }
-        let path = path::inbound(
-            self.plan,
-            self.pod,
-            &socket.remote.addr,
-            self.origin(socket),
-            Protocol::TCP,
-            socket.local.port,
-        );
+        let path = self.inbound(socket, self.origin(socket));
         if path.action == Outbound::Refuse {
             return Fate::Deny(path.verdict);
         }
-        if !self.tunnelled_to(&socket.remote) {
+        let peer = path::who(self.plan, &socket.remote.addr);
+        if !path::tunnels(self.pod, &peer) {
             return Fate::Keep;
         }
         let strict = path::strict(self.plan, self.pod, socket.local.port);
@@ -187,18 +181,28 @@ impl<'a> Scene<'a> {
     /// As the hooks have told it when the connection arrived.
     fn origin(&self, socket: &Socket) -> Origin {
         let host = || path::who(self.plan, &socket.remote.addr).id.is_host();
-        if !self.pod.has(PodState::GATED) {
-            Origin::Ungated
-        } else if host() && !(self.ask.is_the_node_s)(socket) {
+        let origin = Origin::of(self.pod);
+        if origin == Origin::Address && host() && !(self.ask.is_the_node_s)(socket) {
             Origin::Translated
         } else {
-            Origin::Address
+            origin
         }
+    }
+
+    /// Decides a connection or datagram from the socket's other end as plaintext.
+    fn inbound(&self, socket: &Socket, origin: Origin) -> Path {
+        let arrival = Arrival {
+            from: &socket.remote.addr,
+            origin,
+            protocol: socket.protocol,
+            port: socket.local.port,
+        };
+        path::inbound(self.plan, self.pod, self.pod.set, arrival)
     }
 
     /// A connection that the pod opened.
     fn connected(&self, socket: &Socket) -> Fate {
-        if self.is_virtual(&socket.remote, Protocol::TCP) {
+        if is_virtual(self.plan, &socket.remote, Protocol::TCP) {
             // Where it leads is not known: somebody else translated it, before the enrolment.
             let enrolled = self.pod.has(PodState::ENROLLED);
             return if enrolled {
@@ -207,7 +211,8 @@ impl<'a> Scene<'a> {
                 Fate::Keep
             };
         }
-        let path = path::outbound(self.plan, self.pod, socket.remote, Protocol::TCP);
+        let set = self.pod.set;
+        let path = path::outbound(self.plan, self.pod, set, socket.remote, Protocol::TCP);
         match path.action {
             Outbound::Refuse if self.meets_silence(socket, path.verdict.reason) => Fate::Keep,
             // The proxy ends it, and records why.
@@ -230,19 +235,12 @@ impl<'a> Scene<'a> {
     }
 
     fn udp(&self, socket: &Socket) -> Fate {
-        let (to, from) = (socket.remote, socket.local);
-        if self.is_virtual(&to, Protocol::UDP) {
+        let to = socket.remote;
+        if is_virtual(self.plan, &to, Protocol::UDP) {
             return Fate::Keep;
         }
-        let out = path::outbound(self.plan, self.pod, to, Protocol::UDP);
-        let back = path::inbound(
-            self.plan,
-            self.pod,
-            &to.addr,
-            Origin::Address,
-            Protocol::UDP,
-            from.port,
-        );
+        let out = path::outbound(self.plan, self.pod, self.pod.set, to, Protocol::UDP);
+        let back = self.inbound(socket, Origin::Address);
         // Which end began is not known: an answer is allowed where the question was.
         if out.action == Outbound::Refuse && back.action == Outbound::Refuse {
             Fate::Deny(out.verdict)
@@ -253,30 +251,14 @@ impl<'a> Scene<'a> {
 
     /// Whether policy refuses a connect() that the gate lets time out.
     fn meets_silence(&self, socket: &Socket, reason: Reason) -> bool {
-        let by_policy = matches!(reason, Reason::Policy | Reason::DefaultDeny);
         socket.state == state::SYN_SENT
-            && by_policy
+            && reason.is_policy()
             && self.pod.has(PodState::SILENT)
             && self.pod.has(PodState::GATED)
     }
 
     fn is_captured(&self, socket: &Socket) -> bool {
         socket.mark & MARK_MASK == MARK_CAPTURE || self.overview.has_other_end(socket)
-    }
-
-    /// Whether the pod's segments to this address have to go through a tunnel.
-    fn tunnelled_to(&self, remote: &Endpoint) -> bool {
-        let peer = path::who(self.plan, &remote.addr);
-        self.pod.has(PodState::ENROLLED)
-            && !peer.local
-            && peer.has(Peer::ENROLLED)
-            && peer.has(Peer::READY)
-    }
-
-    fn is_virtual(&self, at: &Endpoint, protocol: Protocol) -> bool {
-        let key = ServiceKey::new(*at, protocol);
-        self.plan.service(&ServiceKey::marker(at.addr)).is_some()
-            || self.plan.service(&key).is_some()
     }
 }
 

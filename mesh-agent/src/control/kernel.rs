@@ -8,8 +8,8 @@ use mesh_common::{Endpoint, Reason};
 use mesh_plan::Plan;
 use mesh_plan::plan::MapOp;
 
-use crate::datapath::{Datapath, Error, PodAttachment, PodFacts};
-use crate::sys::sock_diag::Socket;
+use mesh_datapath::datapath::{Datapath, Error, PodAttachment, PodFacts};
+use mesh_sys::sock_diag::Socket;
 
 /// What `control` asks of the datapath; each method is the one of [`Datapath`].
 pub trait Kernel {
@@ -66,13 +66,13 @@ pub trait Kernel {
     ) -> Result<(), Error>;
     /// See [`Handles::decided`]; `None` where no hooks decide.
     ///
-    /// [`Handles::decided`]: crate::datapath::Handles::decided
+    /// [`Handles::decided`]: mesh_datapath::datapath::Handles::decided
     fn decided(&self) -> Option<BorrowedFd<'_>> {
         None
     }
     /// See [`Handles::is_tunnel`].
     ///
-    /// [`Handles::is_tunnel`]: crate::datapath::Handles::is_tunnel
+    /// [`Handles::is_tunnel`]: mesh_datapath::datapath::Handles::is_tunnel
     fn is_tunnel(&self, _socket: &Socket) -> bool {
         false
     }
@@ -132,11 +132,11 @@ impl Kernel for Datapath {
     }
 
     fn decided(&self) -> Option<BorrowedFd<'_>> {
-        Some(self.handles.decided())
+        Some(Self::decided(self))
     }
 
     fn is_tunnel(&self, socket: &Socket) -> bool {
-        self.handles.is_tunnel(socket)
+        Self::is_tunnel(self, socket)
     }
 
     fn expire_flows(&mut self) -> Result<usize, Error> {

@@ -19,16 +19,16 @@ use mesh_common::pod::{PodIndex, PodState, PodView};
 use mesh_common::policy::PolicySetId;
 use mesh_common::{Endpoint, Reason};
 use mesh_plan::plan::{Deny, Entry, Key, LocalPod, MapOp};
-use mesh_plan::{Plan, diff};
+use mesh_plan::{Index, Plan, diff};
 
 use super::adopted::{Adopted, Enrolment, Retry, before_the_first_plan, in_force};
 use super::connections::Ask;
 use super::{Control, Error, Kernel, connections, describe, sockets};
-use crate::datapath::PodAttachment;
-use crate::pods::find::Find;
-use crate::pods::{self, Home, PodHandle, watch};
 use crate::record::Ended;
-use crate::sys::route::{Link, Routing};
+use mesh_datapath::datapath::PodAttachment;
+use mesh_datapath::pods::find::Find;
+use mesh_datapath::pods::{self, Home, PodHandle, watch};
+use mesh_sys::route::{Link, Routing};
 
 /// How long the open connections of a pod that leaves the mesh may go on as they are.
 const LEAVING: Duration = Duration::from_secs(30);
@@ -39,7 +39,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
     pub(super) fn pass(&mut self) -> Result<bool, Error> {
         let mut plan = self.desired.clone();
         let mut base = match self.base.take() {
-            Some(base) => Plan::clone(&base),
+            Some(base) => Plan::clone(base.plan()),
             None => self.kernel.dump()?,
         };
         self.remove_gone(&plan, &mut base)?;
@@ -54,7 +54,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
             .position(|op| matches!(op, MapOp::Put(Entry::Pod(..))))
             .unwrap_or(ops.len());
         let (content, rest) = ops.split_at(switch);
-        let plan = Arc::new(plan);
+        let plan = Arc::new(Index::after(plan, &self.outputs.plan.borrow()));
         let applied = self.kernel.apply(content).and_then(|()| {
             self.keep_old_connections(&plan, &fresh);
             self.publish(&plan);
@@ -220,7 +220,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
             .collect()
     }
 
-    fn publish(&self, plan: &Arc<Plan>) {
+    fn publish(&self, plan: &Arc<Index>) {
         self.outputs.plan.send_if_modified(|old| {
             let changed = **old != **plan;
             *old = Arc::clone(plan);
@@ -232,7 +232,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
 
     /// Tells the gate which connections are older than the enrolment, before it counts. The gate
     /// drops what it is not told of.
-    fn keep_old_connections(&mut self, plan: &Plan, fresh: &BTreeSet<String>) {
+    fn keep_old_connections(&mut self, plan: &Index, fresh: &BTreeSet<String>) {
         for uid in fresh {
             let (Some(pod), Some(local)) = (self.pods.get_mut(uid), plan.pods.get(uid)) else {
                 continue;
@@ -259,7 +259,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
     /// moment later: that is most of what happens in a cluster, and looking is not cheap.
     fn decide_open_connections(
         &mut self,
-        (base, plan): (&Plan, &Plan),
+        (base, plan): (&Plan, &Index),
         ops: &[MapOp],
         fresh: &BTreeSet<String>,
     ) {
@@ -289,7 +289,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
     }
 
     /// Ends what the plan in force denies of a pod. Not being able to is reported, and stops nothing.
-    fn decide(&mut self, uid: &str, plan: &Plan, is_fresh: bool) {
+    fn decide(&mut self, uid: &str, plan: &Index, is_fresh: bool) {
         let (Some(pod), Some(local)) = (self.pods.get_mut(uid), plan.pods.get(uid)) else {
             return;
         };
@@ -547,7 +547,7 @@ fn keep(
 fn again(
     (kernel, ended): (&mut impl Kernel, &Ended),
     pod: &mut Adopted,
-    plan: &Plan,
+    plan: &Index,
     view: &PodView,
     fresh: bool,
 ) -> Result<u64, String> {

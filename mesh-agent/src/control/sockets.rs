@@ -6,8 +6,8 @@ use std::os::fd::BorrowedFd;
 
 use super::adopted::Leaving;
 use super::connections;
-use crate::sys::netns::NetNs;
-use crate::sys::sock_diag::{SockDiag, Socket};
+use mesh_sys::netns::NetNs;
+use mesh_sys::sock_diag::{SockDiag, Socket};
 
 /// Every TCP and UDP socket of a namespace that has another end or listens; `decided` as for
 /// [`SockDiag::all`].

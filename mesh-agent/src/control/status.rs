@@ -46,13 +46,3 @@ pub struct PodStatus {
     /// What is wrong, if anything.
     pub trouble: Option<String>,
 }
-
-impl Status {
-    /// Whether every pod is as it should be and the newest plan is in force.
-    #[must_use]
-    pub fn is_settled(&self) -> bool {
-        self.revision > 0
-            && self.error.is_none()
-            && self.pods.values().all(|pod| pod.trouble.is_none())
-    }
-}

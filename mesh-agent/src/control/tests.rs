@@ -11,10 +11,10 @@ use mesh_plan::plan::LocalPod;
 
 use super::fake::{Fake, State};
 use super::*;
-use crate::pods::find::ByAnnotation;
-use crate::pods::lab::{Lab, V4, V6, lab};
 use crate::record::endings;
-use crate::sys::lab::ip;
+use mesh_datapath::pods::find::ByAnnotation;
+use mesh_datapath::pods::lab::{Lab, V4, V6, lab};
+use mesh_sys::lab::ip;
 
 const UID: &str = "uid-a";
 
@@ -43,6 +43,7 @@ fn settings() -> Settings {
         trust_domain: TrustDomain::new("cluster.local").expect("valid"),
         silent: false,
         ended: endings().0,
+        own_addresses: || Ok(BTreeSet::new()),
     }
 }
 

@@ -3,14 +3,14 @@
 
 use mesh_common::Endpoint;
 use mesh_common::{Evidence, Verdict};
-use mesh_plan::Plan;
+use mesh_plan::Index;
 
 use super::*;
 use crate::metrics::Form;
 use crate::record::{Close, ClosedBy, ConnectionOpen, Reporter, Security, endings};
 
 fn recorder(metrics: &Metrics, sink: FlowSink) -> Recorder {
-    let (_, plan) = watch::channel(Arc::new(Plan::default()));
+    let (_, plan) = watch::channel(Arc::new(Index::default()));
     let clock = || std::time::SystemTime::UNIX_EPOCH;
     Recorder::new("n1", plan, metrics.clone(), sink, clock)
 }

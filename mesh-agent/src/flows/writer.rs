@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use super::{Error, Message};
-use crate::config::FlowLog;
 use crate::metrics::Metrics;
 use crate::record::FlowRecord;
+use mesh_config::FlowLog;
 
 /// How often it is looked whether the file was renamed or removed.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -151,7 +151,7 @@ impl Writer {
 
     fn lost(&self, records: u64, error: &dyn std::error::Error) {
         self.metrics.lost(records);
-        crate::logging::warn_limited!("flow_log", error, "records of the flow log are lost");
+        mesh_log::warn_limited!("flow_log", error, "records of the flow log are lost");
     }
 
     /// Opens the file again if another program renamed or removed it.
@@ -180,7 +180,7 @@ impl Writer {
             Ok(new) => *file = new,
             Err(error) => {
                 let error = &error as &dyn std::error::Error;
-                crate::logging::warn_limited!("flow_log_open", error, "cannot open the flow log");
+                mesh_log::warn_limited!("flow_log_open", error, "cannot open the flow log");
             }
         }
     }

@@ -17,8 +17,8 @@ use prometheus_client::encoding::{
 use super::describe::{self, Description};
 use super::process::Usage;
 use super::{HANDSHAKES, Metrics, Role, Totals};
-use crate::identity::Refusal;
 use crate::record::{Close, ClosedBy, Reporter};
+use mesh_identity::Refusal;
 
 /// Writes every family.
 #[derive(Debug)]
@@ -147,7 +147,12 @@ impl Page {
         let kernel = self.0.0.kernel.get();
         let mut verdicts = family(encoder, describe::VERDICTS)?;
         for counter in Counter::all() {
-            let Counter::Verdict(direction, allowed, reason) = counter else {
+            let Counter::Verdict {
+                direction,
+                allowed,
+                reason,
+            } = counter
+            else {
                 continue;
             };
             let by_agent = load(&self.0.0.verdicts[counter.index() as usize]);
@@ -162,10 +167,10 @@ impl Page {
                 verdicts.counter_unless_0(&labels, count)?;
             }
         }
-        let mut clear = family(encoder, describe::UNENCRYPTED)?;
+        let mut unencrypted = family(encoder, describe::UNENCRYPTED)?;
         for reason in Reason::ALL {
             let bytes = kernel.map_or(0, |k| k.counter(Counter::UnencryptedBytes(*reason)));
-            clear.counter_unless_0(&[("reason", reason.label())], bytes)?;
+            unencrypted.counter_unless_0(&[("reason", reason.label())], bytes)?;
         }
         Ok(())
     }

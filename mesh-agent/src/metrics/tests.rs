@@ -147,11 +147,11 @@ fn the_page_holds_what_is_described_and_nothing_else() {
 fn values_are_those_that_were_counted() {
     let page = full().page(Form::OpenMetrics);
     let deny = Verdict::deny(Reason::DefaultDeny, RuleId::NONE);
-    let by_kernel = Fake.counter(Counter::Verdict(
-        Direction::Ingress,
-        deny.allowed,
-        deny.reason,
-    ));
+    let by_kernel = Fake.counter(Counter::Verdict {
+        direction: Direction::Ingress,
+        allowed: deny.allowed,
+        reason: deny.reason,
+    });
     let odd = r#"workload="odd \"name\"\\\n""#;
     for expected in [
         "# HELP mesh_tcp_sent_bytes Application bytes from source to destination\n".to_owned(),
@@ -193,8 +193,8 @@ fn the_form_is_negotiated() {
 
 #[test]
 fn the_references_are_up_to_date() {
-    crate::testing::golden("docs/metrics.md", &reference());
-    crate::testing::golden("docs/reasons.md", &crate::metrics::reasons());
+    mesh_fixtures::golden("docs/metrics.md", &reference());
+    mesh_fixtures::golden("docs/reasons.md", &crate::metrics::reasons());
 }
 
 /// Words of a text that look like the names of metrics of ours, without the suffixes of

@@ -9,11 +9,11 @@ use std::sync::Arc;
 
 use mesh_common::path::{Outbound, outbound, tunnelled};
 use mesh_common::{Endpoint, IdentityId, Protocol, Reason, Verdict};
-use mesh_plan::Plan;
+use mesh_identity::{Identities, Proof};
+use mesh_plan::Index;
 use mesh_tunnel::CloseReason;
 use tokio::sync::Notify;
 
-use crate::identity::{Identities, Proof};
 use crate::record::Close;
 
 /// The input of the decision that allowed a connection.
@@ -38,16 +38,16 @@ pub(crate) enum DecisionInput {
 impl DecisionInput {
     /// The verdict, if this plan refuses the connection. A pod that the plan does not know is deleted,
     /// which is noticed elsewhere.
-    fn refused(&self, plan: &Plan, uid: &str) -> Option<Verdict> {
+    fn refused(&self, plan: &Index, uid: &str) -> Option<Verdict> {
         let pod = plan.pods.get(uid)?;
         match self {
             Self::Outbound { to } => {
-                let path = outbound(plan, &pod.view, *to, Protocol::TCP);
+                let path = outbound(plan, &pod.view, pod.view.set, *to, Protocol::TCP);
                 (path.action == Outbound::Refuse).then_some(path.verdict)
             }
             Self::Inbound { from, peer, to } => {
                 let peer = plan.peers.get(&from.addr).map_or(*peer, |now| now.id);
-                let verdict = tunnelled(plan, &pod.view, peer, &from.addr, to.port);
+                let verdict = tunnelled(plan, pod.view.set, peer, &from.addr, to.port);
                 (!verdict.allowed).then_some(verdict)
             }
         }
@@ -119,7 +119,7 @@ impl ConnectionEntry {
     }
 
     /// The termination, if this plan refuses the connection.
-    fn refused(&self, plan: &Plan) -> Option<Termination> {
+    fn refused(&self, plan: &Index) -> Option<Termination> {
         let verdict = self.input.get()?.refused(plan, &self.uid)?;
         Some(Termination::Refused(verdict))
     }
@@ -179,7 +179,7 @@ impl ConnectionRegistry {
     }
 
     /// Decides all connections again.
-    pub(crate) fn decide_again(&self, plan: &Plan) {
+    pub(crate) fn decide_again(&self, plan: &Index) {
         for entry in self.entries.borrow().values() {
             if let Some(why) = entry.refused(plan) {
                 entry.terminate(why);

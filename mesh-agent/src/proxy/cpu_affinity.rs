@@ -12,8 +12,8 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use crate::sys::socket;
-use crate::sys::thread::{Cpus, RunDelay};
+use mesh_sys::socket;
+use mesh_sys::thread::{Cpus, RunDelay};
 
 /// The interval of decisions.
 const WINDOW: Duration = Duration::from_millis(5);

@@ -11,7 +11,9 @@ use mesh_common::path::tunnelled;
 use mesh_common::{
     Addr, Direction, Endpoint, Evidence, IdentityId, PodState, Port, Reason, Verdict,
 };
-use mesh_plan::Plan;
+use mesh_datapath::pods::PodHandle;
+use mesh_identity::{Proof, Refusal, SpiffeId};
+use mesh_plan::Index;
 use mesh_tunnel::frame::{Cause, CloseReason, Open, StreamId};
 use mesh_tunnel::relay::{Outcome, Relay, cause};
 use mesh_tunnel::tls::{self, HandshakeError, SecureConnection};
@@ -20,13 +22,11 @@ use tokio::time::{Instant as Deadline, timeout, timeout_at};
 
 use super::connection_registry::{ConnectionEntry, DecisionInput};
 use super::handshake_scheduler::{self, PodHandshakes};
-use super::outbound::{HandshakeFailure, is_by_policy, reset, text};
+use super::outbound::{HandshakeFailure, reset, text};
 use super::pod_sockets::Connecting;
 use super::traffic::{Traffic, transport};
 use super::worker::{Job, PodResources, Worker};
-use crate::identity::{Proof, Refusal, SpiffeId};
 use crate::metrics::Role;
-use crate::pods::PodHandle;
 use crate::record::{Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security};
 
 /// Serves a tunnel from its acceptance to its end.
@@ -258,7 +258,7 @@ impl Serving<'_> {
             .map_err(|reason| Refused::decided(Verdict::refuse(reason)))?;
         if !allowed.verdict.allowed {
             let mut refused = Refused::decided(allowed.verdict);
-            if allowed.silent && is_by_policy(allowed.verdict.reason) {
+            if allowed.silent && allowed.verdict.reason.is_policy() {
                 refused.reason.cause = Cause::Silent;
             }
             return Err(refused);
@@ -289,7 +289,7 @@ impl Serving<'_> {
     }
 
     /// Decides a request, or tells why it cannot be decided.
-    fn decide(&self, plan: &Plan, pod: &PodHandle, open: &Open) -> Result<Allowed, Reason> {
+    fn decide(&self, plan: &Index, pod: &PodHandle, open: &Open) -> Result<Allowed, Reason> {
         let view = plan.pods.get(self.uid).unwrap_or(&pod.local).view;
         if open.source.addr != self.from {
             return Err(Reason::Spoofed);
@@ -316,10 +316,10 @@ impl Serving<'_> {
             return Err(Reason::IdentityRefused);
         }
         let port = open.destination.port;
-        let audit = plan.audited(&view);
-        let audit = audit.map(|shadow| tunnelled(plan, &shadow, peer.id, &self.from, port));
+        let decide = |set| tunnelled(plan, set, peer.id, &self.from, port);
+        let audit = plan.audit_set(&view).map(decide);
         Ok(Allowed {
-            verdict: tunnelled(plan, &view, peer.id, &self.from, port),
+            verdict: decide(view.set),
             audit: audit.filter(|verdict| !verdict.allowed),
             silent: view.has(PodState::SILENT),
             id: peer.id,

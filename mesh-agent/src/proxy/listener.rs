@@ -15,6 +15,8 @@ use std::time::Duration;
 
 use mesh_common::Reason;
 use mesh_common::pod::ListenerSlot;
+use mesh_datapath::pods::{Listeners, PodHandle, PodTable};
+use mesh_identity::Refusal;
 use mesh_tunnel::Socket;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::error::TrySendError;
@@ -23,9 +25,7 @@ use tokio::task::{JoinHandle, spawn_local};
 use super::admission::Admission;
 use super::pod_sockets::KEEPALIVE;
 use super::worker::{Job, JobKind, PodResources, Slot, Worker};
-use crate::identity::Refusal;
 use crate::metrics::Role;
-use crate::pods::{Listeners, PodHandle, PodTable};
 
 /// The pause after accept() failed for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);

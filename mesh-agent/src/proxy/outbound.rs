@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use mesh_common::{Direction, Endpoint, Evidence, Reason, Verdict};
+use mesh_datapath::pods::PodHandle;
+use mesh_identity::SpiffeId;
 use mesh_tunnel::frame::{Cause, CloseReason, Open, StreamId};
 use mesh_tunnel::relay::{Outcome, Relay, ReplayBuffer};
 use mesh_tunnel::{Carrier as _, CarrierError as _, Socket, Tunnel, TunnelError};
@@ -17,9 +19,7 @@ use super::handshake_scheduler;
 use super::pool::Pooled;
 use super::traffic::{Traffic, transport};
 use super::worker::{Job, Load, PodResources, Slot, Worker};
-use crate::identity::SpiffeId;
 use crate::metrics::Role;
-use crate::pods::PodHandle;
 use crate::record::{Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security};
 
 pub(crate) use self::dial::HandshakeFailure;
@@ -334,19 +334,11 @@ async fn hold(
 /// How a connection ended that the peer refused.
 pub(crate) fn refused(by_peer: CloseReason) -> Close {
     let reason = by_peer.reason.unwrap_or(Reason::Protocol);
-    if is_by_policy(reason) {
+    if reason.is_policy_or_missing() {
         Close::Refused(Verdict::deny(reason, by_peer.rule))
     } else {
         Close::Failed(reason)
     }
-}
-
-/// Whether a policy refuses, as opposed to the mesh.
-pub(crate) const fn is_by_policy(reason: Reason) -> bool {
-    matches!(
-        reason,
-        Reason::Policy | Reason::DefaultDeny | Reason::PolicyMissing
-    )
 }
 
 /// Whether a refusal concerns the endpoint and not the client: another endpoint may answer otherwise.

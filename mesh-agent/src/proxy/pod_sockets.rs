@@ -12,9 +12,9 @@ use mesh_common::{Endpoint, Port};
 use mesh_tunnel::Socket;
 use socket2::TcpKeepalive;
 
-use crate::datapath::Handles;
-use crate::pods::PodHandle;
-use crate::sys::socket;
+use mesh_datapath::datapath::Handles;
+use mesh_datapath::pods::PodHandle;
+use mesh_sys::socket;
 
 /// The two addresses of an accepted connection.
 #[derive(Clone, Copy, Debug)]

@@ -3,13 +3,13 @@
 
 use std::os::fd::AsFd as _;
 
+use mesh_sys::socket::tcp_info;
 use mesh_tunnel::relay::RelayObserver;
 use mesh_tunnel::{Socket, Tunnel};
 
 use super::cpu_affinity;
 use super::worker::Load;
 use crate::record::Bytes;
-use crate::sys::socket::tcp_info;
 
 /// Counts a relay's bytes, as seen from the application that opened the connection.
 pub(crate) struct Traffic<'a> {

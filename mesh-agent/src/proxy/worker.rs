@@ -10,7 +10,9 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use mesh_common::{Addr, Endpoint, Port, Reason};
-use mesh_plan::Plan;
+use mesh_datapath::pods::{PodHandle, PodTable};
+use mesh_identity::{Epoch, Identities, SpiffeId};
+use mesh_plan::Index;
 use mesh_tunnel::buffers::{BufferAccount, BufferPool, BufferUsage};
 use mesh_tunnel::{Carrier as _, Socket, Tunnel};
 use tokio::sync::{mpsc, watch};
@@ -25,9 +27,7 @@ use super::listener::{self, Listening};
 use super::pod_sockets::PodSockets;
 use super::pool::{Key, Pool};
 use super::{Phase, Timing};
-use crate::identity::{Epoch, Identities, SpiffeId};
 use crate::metrics::{Metrics, Usage};
-use crate::pods::{PodHandle, PodTable};
 use crate::record::Recorder;
 
 /// The interval at which idle tunnels are swept.
@@ -168,7 +168,7 @@ pub(crate) struct Worker {
     /// The pods of this node.
     pub(crate) pods: watch::Receiver<Arc<PodTable>>,
     /// The plan in force.
-    pub(crate) plan: watch::Receiver<Arc<Plan>>,
+    pub(crate) plan: watch::Receiver<Arc<Index>>,
     /// Certificates.
     pub(crate) identities: Identities,
     /// Records.
@@ -199,7 +199,7 @@ pub(crate) struct Worker {
 
 impl Worker {
     /// The plan in force.
-    pub(crate) fn plan(&self) -> Arc<Plan> {
+    pub(crate) fn plan(&self) -> Arc<Index> {
         Arc::clone(&self.plan.borrow())
     }
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use mesh_common::event::{Event, kind};
 use mesh_common::policy::RuleId;
 use mesh_common::{Addr, Direction, Endpoint, Evidence, Protocol, Reason};
-use mesh_plan::Plan;
+use mesh_plan::Index;
 use mesh_plan::cluster::Pod;
 
 use super::names::{self, Party};
@@ -30,7 +30,7 @@ const REMEMBERED: Duration = Duration::from_secs(60);
 pub struct KernelRecords {
     recorder: Recorder,
     endings: Endings,
-    plan: Arc<Plan>,
+    plan: Arc<Index>,
     gone: BTreeMap<Addr, (Instant, Arc<Pod>)>,
     /// Who had an address in an earlier event under this plan: a busy node reports the same few
     /// ends thousands of times a second.
@@ -166,7 +166,7 @@ impl KernelRecords {
         };
         let protocol = Protocol(event.protocol);
         let service = Some(event.service).filter(|at| *at != Endpoint::NONE);
-        let clear = Reason::from_code(event.clear).unwrap_or(Reason::NoPolicy);
+        let clear = Reason::from_code(event.plaintext).unwrap_or(Reason::NoPolicy);
         let same_node = clear == Reason::SameNode;
         let closed_by = match kind {
             Kind::Audit => ClosedBy::Unknown,

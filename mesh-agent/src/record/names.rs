@@ -5,12 +5,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use mesh_common::identity::IdentityId;
-use mesh_common::path::Peers as _;
 use mesh_common::policy::RuleId;
 use mesh_common::service::ServiceKey;
 use mesh_common::{Endpoint, Protocol};
-use mesh_plan::Plan;
 use mesh_plan::cluster::Pod;
+use mesh_plan::{Index, Plan};
 use serde::ser::SerializeMap as _;
 
 use crate::metrics::Group;
@@ -48,7 +47,7 @@ impl serde::Serialize for Party {
 impl Party {
     /// Who has an address.
     #[must_use]
-    pub fn of(plan: &Plan, at: Endpoint) -> Self {
+    pub fn of(plan: &Index, at: Endpoint) -> Self {
         match plan.names.workloads.get(&at.addr) {
             Some(pod) => Self::pod(pod, at),
             None => Self::entity(plan, at),
@@ -68,14 +67,15 @@ impl Party {
         }
     }
 
-    fn entity(plan: &Plan, at: Endpoint) -> Self {
-        let name = match plan.peer(&at.addr).map(|peer| peer.id) {
+    fn entity(plan: &Index, at: Endpoint) -> Self {
+        let name = match plan.identity(&at.addr) {
             _ if at.addr.is_loopback() => "host",
-            Some(id) if id.is_host() => "host",
-            Some(IdentityId::REMOTE_NODE) => "remote-node",
-            Some(IdentityId::KUBE_APISERVER) => "kube-apiserver",
-            Some(id) if id.is_workload() => "unknown",
-            _ if plan.in_pod_cidr(&at.addr) => "unknown",
+            id if id.is_host() => "host",
+            IdentityId::REMOTE_NODE => "remote-node",
+            IdentityId::KUBE_APISERVER => "kube-apiserver",
+            // An address that several pods claim, or one in a pod CIDR.
+            IdentityId::UNKNOWN => "unknown",
+            id if id.is_workload() => "unknown",
             _ => "world",
         };
         Self {

@@ -14,8 +14,8 @@ use serde_json::Value;
 
 use super::bytes::COUNT_EVERY;
 use super::*;
-use crate::config::FlowLog;
 use crate::flows::Flows;
+use mesh_config::FlowLog;
 
 const RULE: RuleId = RuleId(77);
 
@@ -61,7 +61,7 @@ fn plan() -> Plan {
 struct Rig {
     metrics: Metrics,
     recorder: Recorder,
-    plan: watch::Sender<Arc<Plan>>,
+    plan: watch::Sender<Arc<Index>>,
     flows: Flows,
     file: tempfile::NamedTempFile,
 }
@@ -72,7 +72,7 @@ impl Rig {
         let file = tempfile::NamedTempFile::new().unwrap();
         let log = FlowLog::File(file.path().to_owned());
         let flows = Flows::start(&log, &metrics).unwrap();
-        let (plan, latest) = watch::channel(Arc::new(plan()));
+        let (plan, latest) = watch::channel(Arc::new(Index::new(plan())));
         let recorder = Recorder::new("n1", latest, metrics.clone(), flows.sink(), noon);
         Self {
             metrics,
@@ -125,7 +125,7 @@ fn event(kind: u8, direction: mesh_common::Direction) -> Event {
         direction: direction as u8,
         protocol: Protocol::TCP.0,
         reason: Reason::Policy as u8,
-        clear: Reason::SameNode as u8,
+        plaintext: Reason::SameNode as u8,
         closed_by: closed_by::LOCAL,
         spare: 0,
         spare_end: 0,
@@ -307,12 +307,12 @@ fn refusals_of_the_kernel_are_recorded_and_are_no_connections() {
     let mut denied = event(kind::DENIED, mesh_common::Direction::Egress);
     denied.reason = Reason::DefaultDeny as u8;
     denied.remote = at("192.0.2.1:443");
-    denied.clear = Reason::NotAWorkload as u8;
+    denied.plaintext = Reason::NotAWorkload as u8;
     records.report(&denied);
     records.report(&event(kind::AUDIT, mesh_common::Direction::Egress));
     records.report(&event(200, mesh_common::Direction::Egress));
     // The pod is gone when its last event arrives.
-    rig.plan.send_replace(Arc::new(Plan::default()));
+    rig.plan.send_replace(Arc::new(Index::default()));
     records.refresh(Instant::now());
     records.report(&event(kind::DROPPED, mesh_common::Direction::Egress));
     records.refresh(Instant::now());

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Manifests in a directory, for machines without a control plane, and for tests.
+//! Reads manifests in a directory, for machines without a control plane and for tests.
 //!
-//! One thread owns everything here and does all the file work; it reads 50 ms after something
-//! changed, and in any case now and then. It ends when nobody listens any more.
+//! One thread does all the file I/O. It scans the directory 50 ms after a change, and periodically
+//! without one. It ends when the subscription is dropped.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,28 +17,28 @@ use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::{oneshot, watch};
 
 use super::files::{Files, Scan};
-use super::state::{Keeper, State};
-use super::{Error, Report, Settings, Watched, announce, replace};
+use super::state::{LastGoodFile, State};
+use super::{Error, Report, Settings, Watched, log_new_messages, replace};
 
-/// From a change to the scan: files that belong together are written one after the other.
+/// The delay from a change to the scan: related files are often written one after the other.
 const SETTLE: Duration = Duration::from_millis(50);
-/// How often everything is read again though nothing was heard of, and listeners are looked for.
+/// The interval of full scans without a notification.
 const RESCAN: Duration = Duration::from_secs(10);
-/// How often listeners are looked for.
+/// The interval at which the subscription is checked.
 const TICK: Duration = Duration::from_secs(1);
 
 const STANDALONE: Options = Options { standalone: true };
 
-/// Starts the thread, and waits for its first facts.
+/// Starts the thread, and waits for the first snapshot.
 pub(super) async fn watch(path: PathBuf, settings: Settings) -> Result<Watched, Error> {
     let (started, first) = oneshot::channel();
     thread::Builder::new()
         .name("source-dir".to_owned())
-        .spawn(move || match Room::open(path, settings) {
-            Ok((mut room, watched)) => {
-                // A caller that is gone has dropped the receivers too: the room ends by itself.
+        .spawn(move || match DirSource::open(path, settings) {
+            Ok((mut source, watched)) => {
+                // A caller that is gone has dropped the receivers too, which ends the thread.
                 let _gone = started.send(Ok(watched));
-                room.run();
+                source.run();
             }
             Err(error) => {
                 let _gone = started.send(Err(error));
@@ -50,19 +50,19 @@ pub(super) async fn watch(path: PathBuf, settings: Settings) -> Result<Watched, 
         .map_err(|ended| Error::Thread(std::io::Error::other(ended)))?
 }
 
-struct Room {
+struct DirSource {
     path: PathBuf,
     settings: Settings,
     files: Files,
     last_good: LastGood,
-    keeper: Keeper,
+    saved: LastGoodFile,
     cluster: watch::Sender<Arc<Cluster>>,
     report: watch::Sender<Arc<Report>>,
 }
 
-impl Room {
+impl DirSource {
     fn open(path: PathBuf, settings: Settings) -> Result<(Self, Watched), Error> {
-        let (keeper, kept) = Keeper::open(&settings.state_dir);
+        let (saved, kept) = LastGoodFile::open(&settings.state_dir);
         let mut files = Files::new(path.clone(), kept.files);
         files.scan(Scan::Everything).map_err(|source| Error::Read {
             path: path.clone(),
@@ -70,23 +70,23 @@ impl Room {
         })?;
         let (cluster, clusters) = watch::channel(Arc::default());
         let (report, reports) = watch::channel(Arc::default());
-        let mut room = Self {
+        let mut source = Self {
             path,
             settings,
             files,
             last_good: kept.last_good,
-            keeper,
+            saved,
             cluster,
             report,
         };
-        room.publish(None);
-        room.save();
+        source.publish(None);
+        source.save();
         let watched = Watched {
             cluster: clusters,
             report: reports,
             complete: watch::channel(true).1,
         };
-        Ok((room, watched))
+        Ok((source, watched))
     }
 
     fn run(&mut self) {
@@ -94,9 +94,9 @@ impl Room {
         let mut listener = listen(&self.path, wake.clone());
         if let Err(error) = &listener {
             tracing::warn!(path = %self.path.display(), %error,
-                "no news of manifests; they are read every {} s", RESCAN.as_secs());
+                "cannot watch manifests for changes; scanning every {} s", RESCAN.as_secs());
         }
-        // What changed between the first scan and the watch.
+        // Files may have changed between the first scan and the watch.
         let mut scan = Some(Scan::Changed);
         let mut scanned = Instant::now();
         while self.is_wanted() {
@@ -105,7 +105,7 @@ impl Room {
                 scanned = Instant::now();
             }
             if self
-                .keeper
+                .saved
                 .due()
                 .is_some_and(|due| due <= tokio::time::Instant::now())
             {
@@ -114,7 +114,7 @@ impl Room {
             match wait(&woken, TICK) {
                 Ok(()) => scan = Some(Scan::Changed),
                 Err(RecvTimeoutError::Timeout) if scanned.elapsed() >= RESCAN => {
-                    // A directory that was replaced has a watch no more.
+                    // A directory that was replaced is not watched any more.
                     listener = listen(&self.path, wake.clone());
                     scan = Some(Scan::Everything);
                 }
@@ -137,7 +137,10 @@ impl Room {
             Err(error) => {
                 let why = format!("{}: {error}", self.path.display());
                 if self.report.borrow().stale.as_ref() != Some(&why) {
-                    tracing::warn!(why, "manifests cannot be read; the last ones stay in force");
+                    tracing::warn!(
+                        why,
+                        "cannot read manifests; the last snapshot stays in force"
+                    );
                     self.publish(Some(why));
                 }
             }
@@ -160,8 +163,8 @@ impl Room {
             ..Report::default()
         };
         self.last_good = outcome.last_good;
-        self.keeper.mark();
-        announce(&self.report.borrow(), &report);
+        self.saved.mark();
+        log_new_messages(&self.report.borrow(), &report);
         replace(&self.report, report);
         replace(&self.cluster, outcome.cluster);
     }
@@ -171,26 +174,26 @@ impl Room {
             last_good: self.last_good.clone(),
             files: self.files.kept(),
         };
-        self.keeper.save(state, &self.report);
+        self.saved.save(state, &self.report);
     }
 }
 
-/// Waits for a change, and for what belongs to it.
+/// Waits for a change, and for related changes shortly after it.
 fn wait(woken: &Receiver<()>, pause: Duration) -> Result<(), RecvTimeoutError> {
     woken.recv_timeout(pause)?;
     thread::sleep(SETTLE);
-    // Later changes wake again; those until now are part of the scan that follows.
+    // The next scan covers the changes until now; a later change wakes again.
     while woken.try_recv().is_ok() {}
     Ok(())
 }
 
-/// The kernel's news of a directory. Where they cannot be had, scans alone must do.
+/// Watches a directory for changes. Without a watch, the periodic scans remain.
 fn listen(path: &Path, wake: SyncSender<()>) -> notify::Result<RecommendedWatcher> {
     let handler = move |event: notify::Result<notify::Event>| {
         if event.is_ok_and(|event| is_read(event.kind)) {
             return;
         }
-        // Full = the scan is yet to come.
+        // A full channel means that a scan is already due.
         let _pending = wake.try_send(());
     };
     let mut watcher = notify::recommended_watcher(handler)?;
@@ -198,7 +201,7 @@ fn listen(path: &Path, wake: SyncSender<()>) -> notify::Result<RecommendedWatche
     Ok(watcher)
 }
 
-/// Reading is no change, and the scans read.
+/// Whether an event is a read. The scans read files, and that is not a change.
 fn is_read(kind: EventKind) -> bool {
     matches!(kind, EventKind::Access(access) if access != AccessKind::Close(AccessMode::Write))
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The manifests below a directory: read when they change, and kept when they cannot be read.
+//! The manifest files below a directory: parsed when they change, and kept when they become invalid.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Metadata};
@@ -14,13 +14,13 @@ use mesh_plan::cluster::{ObjectRef, Rejection};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// Larger files are not manifests that somebody wrote.
+/// The largest manifest file, in bytes.
 const MAX_FILE: u64 = 64 << 20;
-/// Directories deeper than this are a loop of mounts.
+/// The deepest directory: deeper ones are a loop of mounts.
 const MAX_DEPTH: usize = 32;
 
-/// The objects that each file had when it was last good, by path below the directory. What
-/// survives a restart.
+/// The objects of the last valid version of each file, by path below the directory. They survive a
+/// restart.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub(super) struct Kept(BTreeMap<PathBuf, Vec<Value>>);
@@ -29,9 +29,9 @@ pub(super) struct Kept(BTreeMap<PathBuf, Vec<Value>>);
 pub(super) struct Files {
     root: PathBuf,
     files: BTreeMap<PathBuf, File>,
-    /// What an earlier run had, for files that are broken now.
+    /// The objects of an earlier run, for files that are invalid now.
     before: Kept,
-    /// Directories that cannot be listed.
+    /// The directories that cannot be listed.
     unreadable: BTreeSet<PathBuf>,
 }
 
@@ -39,12 +39,12 @@ pub(super) struct Files {
 struct File {
     stamp: Option<Stamp>,
     content: u64,
-    /// As of when it was last good; `None` = it never was.
+    /// The objects of the last valid version; `None` if there was none.
     objects: Option<Vec<Value>>,
     error: Option<String>,
 }
 
-/// What changes when a file does.
+/// The metadata that changes when a file changes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Stamp {
     inode: u64,
@@ -64,12 +64,12 @@ impl Stamp {
     }
 }
 
-/// How thorough a scan is.
+/// The files that a scan reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Scan {
-    /// Files whose stamp changed.
+    /// The files whose stamp changed.
     Changed,
-    /// The content of every file: for what a stamp does not show.
+    /// Every file, for changes that a stamp does not show.
     Everything,
 }
 
@@ -83,11 +83,11 @@ impl Files {
         }
     }
 
-    /// Reads what changed; true = something did. Files below a directory that cannot be listed stay
-    /// as they were.
+    /// Reads the files that changed, and returns whether any did. Files below a directory that cannot be
+    /// listed stay unchanged.
     ///
     /// # Errors
-    /// The directory itself cannot be listed; nothing has changed then.
+    /// The root directory cannot be listed. Nothing changes in that case.
     pub(super) fn scan(&mut self, scan: Scan) -> io::Result<bool> {
         let mut found = Found::default();
         found.walk(&self.root, Path::new(""), 0)?;
@@ -111,7 +111,7 @@ impl Files {
         Ok(changed)
     }
 
-    /// Every object, and where it is.
+    /// Every object with its file.
     pub(super) fn objects(&self) -> Vec<Object> {
         let objects = self.files.iter().flat_map(|(path, file)| {
             let origin = path.display().to_string();
@@ -123,7 +123,7 @@ impl Files {
         objects.collect()
     }
 
-    /// Files that are broken, and what holds instead.
+    /// The invalid files and their consequences.
     pub(super) fn rejections(&self) -> Vec<Rejection> {
         let broken = self.files.iter().filter_map(|(path, file)| {
             let why = file.error.clone()?;
@@ -132,8 +132,8 @@ impl Files {
                 field: "content".to_owned(),
                 why,
                 consequence: match &file.objects {
-                    Some(_) => "the objects that it had when it was last good stay in force",
-                    None => "nothing in it is used",
+                    Some(_) => "the objects of its last good version stay in force",
+                    None => "its objects are ignored",
                 }
                 .to_owned(),
             })
@@ -141,13 +141,13 @@ impl Files {
         let lost = self.unreadable.iter().map(|path| Rejection {
             object: ObjectRef::new("Directory", "", path.display().to_string()),
             field: "content".to_owned(),
-            why: "cannot be listed, or lies too deep".to_owned(),
-            consequence: "what was read in it last stays in force".to_owned(),
+            why: "cannot be listed, or is nested too deeply".to_owned(),
+            consequence: "the objects read from it before stay in force".to_owned(),
         });
         broken.chain(lost).collect()
     }
 
-    /// What is to survive a restart.
+    /// The objects that must survive a restart.
     pub(super) fn kept(&self) -> Kept {
         let files = self.files.iter();
         let good = files.filter_map(|(path, file)| Some((path.clone(), file.objects.clone()?)));
@@ -156,13 +156,13 @@ impl Files {
 }
 
 impl File {
-    /// Reads the file if it changed; true = it did.
+    /// Reads the file if it changed, and returns whether it did.
     fn read(&mut self, path: &Path, format: Format, scan: Scan) -> bool {
         let metadata = match fs::metadata(path) {
             Ok(metadata) => metadata,
             Err(error) => return self.fail(error.to_string()),
         };
-        // Taken before the content: a change in between is seen by the next scan.
+        // The stamp is taken before the content, so the next scan sees a change in between.
         let stamp = Stamp::of(&metadata);
         if self.stamp == Some(stamp) && scan == Scan::Changed {
             return false;
@@ -211,7 +211,7 @@ fn text_of(path: &Path) -> io::Result<String> {
         .take(MAX_FILE + 1)
         .read_to_string(&mut text)?;
     if text.len() as u64 > MAX_FILE {
-        return Err(io::Error::other("is larger than 64 MiB"));
+        return Err(io::Error::other("file is larger than 64 MiB"));
     }
     Ok(text)
 }
@@ -223,7 +223,8 @@ struct Found {
 }
 
 impl Found {
-    /// Hidden files and directories are left out: editors and volume mounts put drafts there.
+    /// Finds the manifests below a directory. Skips hidden files and directories: editors and volume mounts
+    /// keep drafts there.
     fn walk(&mut self, root: &Path, below: &Path, depth: usize) -> io::Result<()> {
         for entry in fs::read_dir(root.join(below))? {
             let entry = entry?;
@@ -232,7 +233,7 @@ impl Found {
                 continue;
             };
             let path = below.join(&name);
-            // Follows links: volume mounts consist of them.
+            // This follows links, because volume mounts consist of them.
             let Ok(metadata) = fs::metadata(root.join(&path)) else {
                 continue;
             };

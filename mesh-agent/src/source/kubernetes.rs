@@ -1,50 +1,54 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The Kubernetes API.
+//! Reads the cluster snapshot from the Kubernetes API.
 //!
-//! One thread owns everything here: a task for each kind follows it ([`stream`]), and the room
-//! keeps of every object only what it says ([`mesh_api::Facts`]). Nothing is published before every
-//! kind is complete; later, changes that come together are published together. While the server is
-//! away the last facts stay, and the report says so.
+//! One thread runs everything here. A task per kind lists and watches its objects ([`stream`]), and
+//! [`KubernetesSource`] keeps only the parsed content of every object
+//! ([`mesh_api::IncrementalConverter`]). Nothing is published before every kind is listed completely.
+//! After that, changes that arrive together are published together. While the API server is
+//! unavailable, the last snapshot stays in force and the report has the reason.
 
-pub(crate) mod client;
-mod kinds;
-mod lean;
-pub(super) mod stream;
+mod stream;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use kube::Client;
-use mesh_api::{Facts, Object, Options};
+use mesh_api::{IncrementalConverter, Kind, Options};
 use mesh_plan::cluster::{Cluster, ObjectRef};
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::{Instant, sleep_until};
 
-use super::state::{Keeper, State, Written};
-use super::{Error, Report, Settings, Watched, announce, replace};
-use kinds::{KINDS, Kind};
-use stream::News;
+use super::state::{LastGoodFile, State, Written};
+use super::{Error, Report, Settings, Watched, log_new_messages, replace};
+use stream::Event;
 
-use crate::sys::route::Routing;
+use mesh_backoff::Backoff;
 
-/// From a change to its publication: what belongs together often comes together.
-const TOGETHER: Duration = Duration::from_millis(3);
-/// Between two publications, at least. A longer one is followed by twice its time: changes that never
-/// end must not take all of a CPU.
+/// The delay from a change to its publication: related changes often arrive together.
+const SETTLE: Duration = Duration::from_millis(3);
+/// The shortest pause between two publications. After a publication that took longer, the pause is twice
+/// that time, so that continuous changes do not use a whole CPU.
 const REST: Duration = Duration::from_millis(15);
-/// While a kind is listed again, changes wait this long for its end.
-const LIST: Duration = Duration::from_secs(2);
-/// Objects on their way to the room.
+/// The longest time that changes wait for a list in progress.
+const LIST_WAIT: Duration = Duration::from_secs(2);
+/// The capacity of the channel from the watch tasks.
 const QUEUE: usize = 128;
+
+/// The delay before a failed request to the API server is retried: agents of many nodes that lost one
+/// API server do not return at the same moment.
+pub(super) const RETRY: Backoff = Backoff {
+    first: Duration::from_millis(400),
+    longest: Duration::from_secs(20),
+    jitter: 0.5..=1.0,
+};
 
 const CLUSTER: Options = Options { standalone: false };
 
-/// Starts the thread. The facts are empty until they are complete.
+/// Starts the thread. The snapshot is empty until it is complete.
 pub(super) async fn watch(settings: Settings) -> Result<Watched, Error> {
     let (started, begun) = oneshot::channel();
     thread::Builder::new()
@@ -55,7 +59,7 @@ pub(super) async fn watch(settings: Settings) -> Result<Watched, Error> {
                 .build();
             match runtime {
                 Ok(runtime) => runtime.block_on(run(settings, started)),
-                // Who waits learns it by the end of the channel or the message.
+                // The caller gets the error, or sees that the channel closed.
                 Err(error) => drop(started.send(Err(Error::Thread(error)))),
             }
         })
@@ -66,60 +70,60 @@ pub(super) async fn watch(settings: Settings) -> Result<Watched, Error> {
 }
 
 async fn run(settings: Settings, started: oneshot::Sender<Result<Watched, Error>>) {
-    let client = match client::connect(settings.kubeconfig.as_deref()).await {
+    let client = match mesh_kube::connect(settings.kubeconfig.as_deref()).await {
         Ok(client) => client,
-        Err(error) => return drop(started.send(Err(error))),
+        Err(error) => return drop(started.send(Err(error.into()))),
     };
-    let (mut room, watched) = Room::open(settings, client);
+    let (mut source, watched) = KubernetesSource::open(settings, client);
     if started.send(Ok(watched)).is_ok() {
-        room.run().await;
+        source.run().await;
     }
 }
 
-/// How it goes with a kind.
+/// The state of the list and watch of a kind.
 #[derive(Debug, Default)]
 struct Progress {
-    /// Everything was listed once, or the kind is known to be absent.
+    /// Whether a list completed, or the kind is known to be absent.
     complete: bool,
-    /// What the list that runs has named so far.
+    /// The objects of the list in progress.
     listing: Option<BTreeSet<ObjectRef>>,
     absent: bool,
-    /// Why it cannot be followed.
-    trouble: Option<String>,
+    /// The reason why the kind cannot be watched now.
+    error: Option<String>,
 }
 
-struct Room {
+struct KubernetesSource {
     settings: Settings,
     client: Client,
-    facts: Facts,
-    keeper: Keeper,
-    /// What is being written to the disk.
+    converter: IncrementalConverter,
+    saved: LastGoodFile,
+    /// The write to the disk in progress.
     writing: Option<JoinHandle<Written>>,
-    progress: BTreeMap<&'static str, Progress>,
-    /// Since when there is something to publish.
+    progress: BTreeMap<Kind, Progress>,
+    /// The time of the first change that is not published.
     changed: Option<Instant>,
-    /// No publication before.
+    /// The earliest time of the next publication.
     rested: Option<Instant>,
     cluster: watch::Sender<Arc<Cluster>>,
     report: watch::Sender<Arc<Report>>,
     complete: watch::Sender<bool>,
 }
 
-impl Room {
+impl KubernetesSource {
     fn open(settings: Settings, client: Client) -> (Self, Watched) {
-        let (keeper, kept) = Keeper::open(&settings.state_dir);
+        let (saved, kept) = LastGoodFile::open(&settings.state_dir);
         let (cluster, clusters) = watch::channel(Arc::default());
         let (report, reports) = watch::channel(Arc::default());
         let (complete, is_complete) = watch::channel(false);
-        let room = Self {
-            facts: Facts::new(kept.last_good, CLUSTER),
+        let source = Self {
+            converter: IncrementalConverter::new(kept.last_good, CLUSTER),
             settings,
             client,
-            keeper,
+            saved,
             writing: None,
-            progress: KINDS
+            progress: Kind::ALL
                 .iter()
-                .map(|k| (k.name, Progress::default()))
+                .map(|kind| (*kind, Progress::default()))
                 .collect(),
             changed: None,
             rested: None,
@@ -127,40 +131,40 @@ impl Room {
             report,
             complete,
         };
-        room.say();
+        source.report_state();
         let watched = Watched {
             cluster: clusters,
             report: reports,
             complete: is_complete,
         };
-        (room, watched)
+        (source, watched)
     }
 
     async fn run(&mut self) {
-        let (to, mut news) = mpsc::channel(QUEUE);
-        for kind in &KINDS {
-            tokio::spawn(stream::follow(self.client.clone(), kind, to.clone()));
+        let (to, mut events) = mpsc::channel(QUEUE);
+        for kind in Kind::ALL {
+            tokio::spawn(stream::follow(self.client.clone(), *kind, to.clone()));
         }
         drop(to);
         let mut batch = Vec::with_capacity(QUEUE);
         let unwanted = self.cluster.clone();
         loop {
             let due = self.publish_at();
-            let save = self.keeper.due().filter(|_| self.writing.is_none());
+            let save = self.saved.due().filter(|_| self.writing.is_none());
             tokio::select! {
-                count = news.recv_many(&mut batch, QUEUE) => {
+                count = events.recv_many(&mut batch, QUEUE) => {
                     if count == 0 {
                         return;
                     }
-                    for (kind, news) in batch.drain(..) {
-                        self.learn(kind, news);
+                    for (kind, event) in batch.drain(..) {
+                        self.handle(kind, event);
                     }
                 }
                 () = at(due) => self.publish(),
                 () = at(save) => self.save(),
-                written = end(&mut self.writing) => {
+                written = finished(&mut self.writing) => {
                     self.writing = None;
-                    self.keeper.saved(written, &self.report);
+                    self.saved.saved(written, &self.report);
                 }
                 // The tasks end with the runtime.
                 () = unwanted.closed() => return,
@@ -168,50 +172,49 @@ impl Room {
         }
     }
 
-    fn learn(&mut self, kind: &'static Kind, news: News) {
-        let Some(progress) = self.progress.get_mut(kind.name) else {
+    fn handle(&mut self, kind: Kind, event: Event) {
+        let Some(progress) = self.progress.get_mut(&kind) else {
             return;
         };
-        let before = self.facts.changes();
-        match news {
-            News::Listing => {
+        let before = self.converter.changes();
+        match event {
+            Event::Listing => {
                 progress.listing = Some(BTreeSet::new());
                 return;
             }
-            News::Is(value) => {
-                let object = Object {
-                    origin: String::new(),
-                    value,
-                };
-                let name = self.facts.apply(&object);
-                if let (Some(listing), Some(name)) = (&mut progress.listing, name) {
+            Event::Applied(value) => {
+                let name = self.converter.apply(kind, &value);
+                if let Some(listing) = &mut progress.listing {
                     listing.insert(name);
                 }
-                if self.facts.changes() == before {
+                if self.converter.changes() == before {
                     return;
                 }
             }
-            News::Gone(value) => self.facts.remove(&name_of(kind, &value)),
-            News::Listed => {
-                self.facts
-                    .retain(kind.name, &progress.listing.take().unwrap_or_default());
+            Event::Deleted(value) => self.converter.remove(&name_of(kind, &value)),
+            Event::Listed => {
+                self.converter
+                    .retain(kind, &progress.listing.take().unwrap_or_default());
                 progress.complete = true;
                 progress.absent = false;
             }
-            News::Absent => {
-                self.facts.retain(kind.name, &BTreeSet::new());
+            Event::Absent => {
+                self.converter.retain(kind, &BTreeSet::new());
                 progress.listing = None;
                 progress.complete = true;
-                progress.trouble = None;
+                progress.error = None;
                 if !progress.absent {
-                    tracing::info!(kind = kind.name, "not installed; looked for again");
+                    tracing::info!(
+                        kind = kind.name(),
+                        "kind is not installed; checking again later"
+                    );
                 }
                 progress.absent = true;
             }
-            News::Health(trouble) => {
-                if progress.trouble != trouble {
-                    progress.trouble = trouble;
-                    self.say();
+            Event::Health(error) => {
+                if progress.error != error {
+                    progress.error = error;
+                    self.report_state();
                 }
                 return;
             }
@@ -225,7 +228,7 @@ impl Room {
             return None;
         }
         let is_listing = self.progress.values().any(|p| p.listing.is_some());
-        let pause = if is_listing { LIST } else { TOGETHER };
+        let pause = if is_listing { LIST_WAIT } else { SETTLE };
         let due = since + pause;
         Some(self.rested.map_or(due, |rested| rested.max(due)))
     }
@@ -233,10 +236,9 @@ impl Room {
     fn publish(&mut self) {
         let start = Instant::now();
         self.changed = None;
-        let mut outcome = self.facts.outcome();
+        let mut outcome = self.converter.outcome();
         let extra = self.settings.pod_cidrs.iter().copied();
         outcome.cluster.pod_cidrs.extend(extra);
-        add_gateways(&mut outcome.cluster);
         let versions = &outcome.cluster.versions;
         let objects = outcome.rejections.iter().map(|rejection| &rejection.object);
         let rejected =
@@ -248,45 +250,45 @@ impl Room {
             not_kept: self.report.borrow().not_kept.clone(),
             ..self.state()
         };
-        announce(&self.report.borrow(), &report);
+        log_new_messages(&self.report.borrow(), &report);
         replace(&self.report, report);
-        self.keeper.mark();
+        self.saved.mark();
         replace(&self.cluster, outcome.cluster);
         self.rested = Some(Instant::now() + REST.max(start.elapsed() * 2));
         if !self.complete.send_replace(true) {
             tracing::info!(
-                objects = self.facts.len(),
-                "the cluster's state is complete"
+                objects = self.converter.len(),
+                "cluster snapshot is complete"
             );
         }
     }
 
     fn save(&mut self) {
         let state = State {
-            last_good: self.facts.last_good(),
+            last_good: self.converter.last_good(),
             ..State::default()
         };
-        // The disk may take longer than a change of policy should.
-        let draft = self.keeper.draft(state);
+        // A slow disk must not delay a policy change.
+        let draft = self.saved.draft(state);
         self.writing = draft.map(|draft| spawn_blocking(|| draft.write()));
     }
 
-    /// Puts what is known about the server into the report.
-    fn say(&self) {
+    /// Updates the report with the state of the API server.
+    fn report_state(&self) {
         let now = self.state();
-        let is_away = self.progress.values().any(|p| p.trouble.is_some());
+        let has_error = self.progress.values().any(|p| p.error.is_some());
         self.report.send_if_modified(|report| {
             if report.stale == now.stale && report.absent == now.absent {
                 return false;
             }
             match (&report.stale, &now.stale) {
-                (_, Some(why)) if is_away => {
+                (_, Some(why)) if has_error => {
                     tracing::warn!(
                         why,
-                        "the API server cannot be followed; what is known stays in force"
+                        "cannot watch the API server; the last snapshot stays in force"
                     );
                 }
-                (Some(_), None) => tracing::info!("the API server is followed"),
+                (Some(_), None) => tracing::info!("watching the API server"),
                 (_, Some(_)) | (None, None) => {}
             }
             let report = Arc::make_mut(report);
@@ -298,28 +300,28 @@ impl Room {
 
     fn state(&self) -> Report {
         let waiting = !*self.complete.borrow();
-        // One server, one cause: the same for many kinds is said once.
-        let mut troubles: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        // All kinds have the same API server and often the same error: kinds are grouped by error.
+        let mut errors: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
         for (kind, progress) in &self.progress {
-            if let Some(why) = &progress.trouble {
-                troubles.entry(why).or_default().push(kind);
+            if let Some(why) = &progress.error {
+                errors.entry(why).or_default().push(kind.name());
             } else if waiting && !progress.complete {
                 let why = "the first list is not complete";
-                troubles.entry(why).or_default().push(kind);
+                errors.entry(why).or_default().push(kind.name());
             }
         }
         let one = |(why, kinds): (&&str, &Vec<&str>)| format!("{}: {why}", kinds.join(", "));
-        let all: Vec<String> = troubles.iter().map(one).collect();
+        let all: Vec<String> = errors.iter().map(one).collect();
         let absent = self.progress.iter().filter(|(_, p)| p.absent);
         Report {
             stale: (!all.is_empty()).then(|| all.join("; ")),
-            absent: absent.map(|(kind, _)| (*kind).to_owned()).collect(),
+            absent: absent.map(|(kind, _)| kind.name().to_owned()).collect(),
             ..Report::default()
         }
     }
 }
 
-async fn end<T>(task: &mut Option<JoinHandle<T>>) -> T {
+async fn finished<T>(task: &mut Option<JoinHandle<T>>) -> T {
     let Some(task) = task else {
         return std::future::pending().await;
     };
@@ -327,7 +329,7 @@ async fn end<T>(task: &mut Option<JoinHandle<T>>) -> T {
         Ok(value) => value,
         Err(failed) => match failed.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
-            // The runtime ends.
+            // The runtime is shutting down.
             Err(_cancelled) => std::future::pending().await,
         },
     }
@@ -340,61 +342,10 @@ async fn at(when: Option<Instant>) {
     }
 }
 
-fn name_of(kind: &Kind, value: &Value) -> ObjectRef {
+fn name_of(kind: Kind, value: &Value) -> ObjectRef {
     let text = |field: &str| {
         let text = value.get("metadata").and_then(|m| m.get(field));
         text.and_then(Value::as_str).unwrap_or_default()
     };
-    ObjectRef::new(kind.name, text("namespace"), text("name"))
-}
-
-/// This node's own addresses among its pods', the pods' gateway on a bridge above all: the kubelet's
-/// probes come from there, and the Node object does not name it. Addresses outside the node's pod
-/// CIDRs are left alone: an interface may carry those of all services.
-fn add_gateways(cluster: &mut Cluster) {
-    let own = Routing::open().and_then(|mut routing| routing.addresses());
-    match own {
-        Ok(own) => extend(cluster, own.into_iter().map(|(_, address)| address)),
-        Err(error) => tracing::warn!(
-            error = %error,
-            "this node's own addresses cannot be read: probes of the kubelet may count as unknown"
-        ),
-    }
-}
-
-fn extend(cluster: &mut Cluster, own: impl Iterator<Item = IpAddr>) {
-    for address in own {
-        let mut nodes = cluster.nodes.values_mut();
-        let node = nodes.find(|node| node.pod_cidrs.iter().any(|cidr| cidr.contains(&address)));
-        if let Some(node) = node {
-            node.addresses.insert(address);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use mesh_plan::cluster::Node;
-
-    use super::*;
-
-    #[test]
-    fn the_gateway_of_the_pods_is_the_nodes_and_addresses_of_services_are_nobodys() {
-        let mut cluster = Cluster::default();
-        for (name, cidr) in [("n1", "10.1.1.0/24"), ("n2", "10.1.2.0/24")] {
-            let node = Node {
-                pod_cidrs: BTreeSet::from([cidr.parse().expect("a CIDR")]),
-                ..Node::default()
-            };
-            cluster.nodes.insert(name.to_owned(), node);
-        }
-        let address = |text: &str| text.parse::<IpAddr>().expect("an address");
-        let own = ["127.0.0.1", "10.96.0.1", "10.1.2.1"].map(address);
-        extend(&mut cluster, own.into_iter());
-        assert_eq!(
-            cluster.nodes["n2"].addresses,
-            BTreeSet::from([address("10.1.2.1")])
-        );
-        assert!(cluster.nodes["n1"].addresses.is_empty());
-    }
+    ObjectRef::new(kind.name(), text("namespace"), text("name"))
 }

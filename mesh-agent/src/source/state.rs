@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Last good versions over a restart: one file, replaced as a whole.
+//! Saves the last good versions across restarts, in one file that is replaced atomically.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -18,11 +18,11 @@ use super::files::Kept;
 
 const NAME: &str = "last-good.json";
 const DRAFT: &str = ".last-good.json.draft";
-/// Last good versions are written at most this often.
+/// The shortest interval between two writes.
 const SAVE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What is kept. Unknown fields are ignored and missing ones empty, so that agents of neighbouring
-/// versions read each other's.
+/// The content of the file. Unknown fields are ignored and absent ones empty, so that agents of adjacent
+/// versions can read each other's files.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct State {
@@ -30,39 +30,39 @@ pub(super) struct State {
     pub(super) files: Kept,
 }
 
-/// Keeps the last good versions on disk: what changed is written at most once a second.
-pub(super) struct Keeper {
+/// The file with the last good versions. Changes are written at most once per second.
+pub(super) struct LastGoodFile {
     store: Store,
-    /// Something is to be written.
+    /// Whether there may be a change to write.
     changed: bool,
-    /// What the file holds.
+    /// The content of the file on disk.
     kept: State,
     saved: Option<Instant>,
 }
 
-impl Keeper {
-    /// Opens what an earlier run kept.
+impl LastGoodFile {
+    /// Reads the file of an earlier run.
     pub(super) fn open(dir: &Path) -> (Self, State) {
         let store = Store::new(dir.to_owned());
         let (kept, not_read) = store.load();
         if let Some(why) = not_read {
-            tracing::warn!(why, "last good versions of an earlier run cannot be read");
+            tracing::warn!(why, "cannot read the last good versions of an earlier run");
         }
-        let keeper = Self {
+        let file = Self {
             store,
             changed: false,
             kept: kept.clone(),
             saved: None,
         };
-        (keeper, kept)
+        (file, kept)
     }
 
-    /// What is to be kept may have changed.
+    /// Records that the content may have changed.
     pub(super) fn mark(&mut self) {
         self.changed = true;
     }
 
-    /// When to write next; `None` = there is nothing to write.
+    /// The time of the next write; `None` if there is nothing to write.
     pub(super) fn due(&self) -> Option<Instant> {
         let due = self
             .saved
@@ -70,14 +70,14 @@ impl Keeper {
         self.changed.then_some(due)
     }
 
-    /// Writes it, and says in the report if that fails; then it is tried again.
+    /// Writes the file. A failure is reported, and the write is retried.
     pub(super) fn save(&mut self, state: State, report: &watch::Sender<Arc<Report>>) {
         if let Some(draft) = self.draft(state) {
             self.saved(draft.write(), report);
         }
     }
 
-    /// What is to be written now, if anything, for who cannot wait for a disk.
+    /// The draft to write now, if the content changed. The caller can write it on another thread.
     pub(super) fn draft(&mut self, state: State) -> Option<Draft> {
         self.saved = Some(Instant::now());
         self.changed = false;
@@ -85,13 +85,16 @@ impl Keeper {
         (state != self.kept).then_some(Draft { store, state })
     }
 
-    /// Takes note of what was written, and says in the report if that failed; then it is tried again.
+    /// Records the result of a write. A failure is reported, and the write is retried.
     pub(super) fn saved(&mut self, written: Written, report: &watch::Sender<Arc<Report>>) {
         let not_kept = written.failed;
         match &not_kept {
             Some(why) => {
                 if report.borrow().not_kept.as_ref() != Some(why) {
-                    tracing::warn!(why, "last good versions cannot be kept over a restart");
+                    tracing::warn!(
+                        why,
+                        "cannot save the last good versions; a restart would lose them"
+                    );
                 }
                 self.changed = true;
             }
@@ -107,20 +110,20 @@ impl Keeper {
     }
 }
 
-/// What is to be written.
+/// Content that must be written.
 pub(super) struct Draft {
     store: Store,
     state: State,
 }
 
-/// What was written, or why not.
+/// The result of a write.
 pub(super) struct Written {
     state: State,
     failed: Option<String>,
 }
 
 impl Draft {
-    /// Waits for the disk.
+    /// Writes the file and waits for the disk.
     pub(super) fn write(self) -> Written {
         let failed = self.store.save(&self.state).err();
         Written {
@@ -130,10 +133,10 @@ impl Draft {
     }
 }
 
-/// Removes what is kept in a directory; nothing there is no error.
+/// Removes the file from a directory. An absent file is not an error.
 ///
 /// # Errors
-/// When a file stays; its path comes with it.
+/// A file cannot be removed. The error has its path.
 pub(crate) fn remove(dir: &Path) -> Result<(), (PathBuf, io::Error)> {
     for name in [NAME, DRAFT] {
         let path = dir.join(name);
@@ -145,7 +148,7 @@ pub(crate) fn remove(dir: &Path) -> Result<(), (PathBuf, io::Error)> {
     Ok(())
 }
 
-/// The file.
+/// The place of the file.
 #[derive(Clone)]
 struct Store {
     dir: PathBuf,
@@ -156,7 +159,7 @@ impl Store {
         Self { dir }
     }
 
-    /// What was kept; nothing, with a reason, where that cannot be read.
+    /// Reads the state; an empty state with the reason if the file cannot be read.
     fn load(&self) -> (State, Option<String>) {
         let path = self.dir.join(NAME);
         let text = match fs::read(&path) {
@@ -170,7 +173,7 @@ impl Store {
         }
     }
 
-    /// Replaces what is kept; after a crash it is the old or the new.
+    /// Replaces the file atomically: after a crash, it has the old or the new state.
     fn save(&self, state: &State) -> Result<(), String> {
         let path = self.dir.join(NAME);
         self.replace(&path, state)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Writes what this node reports: one MeshNode, named after the node and owned by it.
+//! Writes the report of this node to its MeshNode, which has the name of the Node and is owned by it.
 //!
-//! Changes are folded: there is at most one write a second, and none where nothing changed. What
-//! cannot be written is tried again, later and later; enforcement does not wait for it.
+//! Changes are coalesced to at most one write per second, and an unchanged report is not written. A
+//! failed write is retried with backoff, and enforcement does not depend on it.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -10,39 +10,40 @@ use std::time::{Duration, SystemTime};
 use kube::api::{Patch, PatchParams};
 use kube::core::params::GetParams;
 use kube::{Api, Client};
+use mesh_api::Kind;
 use mesh_api::crd::{MeshNode, MeshNodeStatus};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::kubernetes::stream::pause;
+use super::kubernetes::RETRY;
 
-/// Between two writes.
+/// The shortest interval between two writes.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// After this time the same is said again: somebody may have changed or deleted it. The server does
-/// not store what is the same.
+/// The interval at which an unchanged report is written again, in case the MeshNode was changed or
+/// deleted. The API server does not store an unchanged object.
 const REPEAT: Duration = Duration::from_secs(300);
-/// A request that takes longer is made again.
+/// The timeout of a request.
 const ANSWER: Duration = Duration::from_secs(30);
-/// The owner of the fields in server-side apply.
+/// The field manager for server-side apply.
 const MANAGER: &str = "mesh-agent";
 
-/// What it takes to write.
+/// Writes MeshNode reports.
 #[derive(Clone)]
 pub(crate) struct Writer {
-    /// Where to.
+    /// The client of the API server.
     pub(crate) client: Client,
-    /// The node.
+    /// The name of this node.
     pub(crate) node: String,
-    /// The time of day.
+    /// The wall clock.
     pub(crate) now: fn() -> SystemTime,
 }
 
 impl Writer {
-    /// Writes the newest report until nobody makes one any more.
+    /// Writes the newest report until the channel closes.
     pub(crate) async fn run(self, mut reports: watch::Receiver<Option<Arc<MeshNodeStatus>>>) {
         let mut written: Option<Arc<MeshNodeStatus>> = None;
-        let mut failures = 0;
+        let mut failures: u32 = 0;
         loop {
             let repeats = match failures {
                 0 => tokio::select! {
@@ -55,7 +56,7 @@ impl Writer {
                     () = sleep(REPEAT) => true,
                 },
                 failures => {
-                    sleep(pause(failures)).await;
+                    sleep(RETRY.delay(failures, rand::random())).await;
                     true
                 }
             };
@@ -70,13 +71,13 @@ impl Writer {
                 Ok(()) => {
                     written = Some(report);
                     if failures > 0 {
-                        tracing::info!("this node reports again");
+                        tracing::info!("node report written after failures");
                     }
                     failures = 0;
                 }
                 Err(why) => {
                     if failures == 0 {
-                        tracing::warn!(why, "this node cannot report; it goes on all the same");
+                        tracing::warn!(why, "cannot write the node report; enforcement continues");
                     }
                     failures += 1;
                 }
@@ -85,7 +86,7 @@ impl Writer {
         }
     }
 
-    /// Writes a report; `exists` = it was written before.
+    /// Writes a report. `exists` is true if the MeshNode was written before.
     async fn write(&self, report: &MeshNodeStatus, exists: bool) -> Result<(), String> {
         let nodes: Api<MeshNode> = Api::all(self.client.clone());
         let params = PatchParams::apply(MANAGER).force();
@@ -93,16 +94,16 @@ impl Writer {
         if exists {
             match answer(nodes.patch_status(&self.node, &params, &status)).await {
                 Ok(_) => return Ok(()),
-                // Somebody deleted it.
+                // The MeshNode was deleted.
                 Err(Failure::Absent) => {}
                 Err(Failure::Other(why)) => return Err(why),
             }
         }
         let object = Patch::Apply(self.object().await?);
-        let made = answer(nodes.patch(&self.node, &params, &object)).await;
-        made.map_err(Failure::text)?;
-        let said = answer(nodes.patch_status(&self.node, &params, &status)).await;
-        said.map_err(Failure::text)?;
+        let created = answer(nodes.patch(&self.node, &params, &object)).await;
+        created.map_err(Failure::text)?;
+        let patched = answer(nodes.patch_status(&self.node, &params, &status)).await;
+        patched.map_err(Failure::text)?;
         Ok(())
     }
 
@@ -116,14 +117,14 @@ impl Writer {
         self.named(&json!({ "status": status }))
     }
 
-    /// The object itself, owned by its node, so that it goes with it.
+    /// The MeshNode without its status, owned by the Node so that it is deleted with it.
     async fn object(&self) -> Result<Value, String> {
         let request =
             kube::core::Request::new("/api/v1/nodes").get(&self.node, &GetParams::default());
         let request = request.map_err(|error| error.to_string())?;
         let node = match answer(self.client.request::<Value>(request)).await {
             Ok(node) => node,
-            Err(Failure::Absent) => return Err(format!("there is no Node {}", self.node)),
+            Err(Failure::Absent) => return Err(format!("Node {} not found", self.node)),
             Err(Failure::Other(why)) => return Err(why),
         };
         let mut object = self.named(&json!({ "spec": {} }));
@@ -138,8 +139,8 @@ impl Writer {
 
     fn named(&self, rest: &Value) -> Value {
         let mut object = rest.clone();
-        object["apiVersion"] = "mesh.rs/v1alpha1".into();
-        object["kind"] = "MeshNode".into();
+        object["apiVersion"] = Kind::MeshNode.api_version().into();
+        object["kind"] = Kind::MeshNode.name().into();
         object["metadata"] = json!({ "name": self.node });
         object
     }
@@ -154,7 +155,7 @@ impl Failure {
     fn text(self) -> String {
         match self {
             Self::Absent => {
-                "the API server does not know MeshNodes: are the CRDs installed?".to_owned()
+                "the API server has no resource meshnodes.mesh.rs; check that the CRDs are installed".to_owned()
             }
             Self::Other(why) => why,
         }
@@ -165,7 +166,9 @@ async fn answer<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T, 
     match timeout(ANSWER, request).await {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(kube::Error::Api(status))) if status.code == 404 => Err(Failure::Absent),
-        Ok(Err(error)) => Err(Failure::Other(crate::logging::Chain(&error).to_string())),
-        Err(_elapsed) => Err(Failure::Other("the API server does not answer".to_owned())),
+        Ok(Err(error)) => Err(Failure::Other(mesh_log::Chain(&error).to_string())),
+        Err(_elapsed) => Err(Failure::Other(
+            "the API server did not answer in time".to_owned(),
+        )),
     }
 }

@@ -133,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_marked_expression_gets_a_switch_for_each_mutation() {
+    fn marked_expression_switches_between_mutations() {
         let text = "fn f() { a(1) + b(1) }";
         let edits = [(7, "+ «b(1)»", "2"), (8, "a(«1»)", "3"), (9, "b(1)", "4")];
         let made = apply(text, &edits, "on").expect("it applies");
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn the_committed_mutations_fit_the_sources() {
+    fn committed_mutations_match_sources() {
         let mutations = read().expect("mutations");
         for (file, edits) in edits(&mutations) {
             let text = fs::read_to_string(run::root().join(file)).expect(file);

@@ -127,14 +127,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dates_are_those_of_the_calendar() {
+    fn archive_dates_are_calendar_dates() {
         assert_eq!(date(0), "1970-01-01T00:00:00Z");
         assert_eq!(date(951_827_696), "2000-02-29T12:34:56Z");
         assert_eq!(date(1_767_225_599), "2025-12-31T23:59:59Z");
     }
 
     #[test]
-    fn tar_reads_what_was_written() {
+    fn tar_extracts_written_archive() {
         let mut tar = Tar::default();
         tar.directory("d").expect("short");
         tar.file("d/f", 0o755, b"hello").expect("short");

@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_in_another_is_replaced_by_its_own_name() {
+    fn nested_build_directory_is_replaced_by_its_own_name() {
         let mut cargo = Command::new("cargo");
         dirs().leave_out(&mut cargo);
         let flags = cargo.get_envs().next().and_then(|(_, flags)| flags);
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_names_where_it_was_built_is_refused() {
+    fn program_with_build_paths_is_refused() {
         let root = run::root().display();
         let file = env::temp_dir().join(format!("xtask-paths-{}", std::process::id()));
         for (text, refused) in [

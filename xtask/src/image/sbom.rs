@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_names_what_is_linked_and_not_what_only_builds_or_tests() {
+    fn sbom_lists_only_linked_crates() {
         let bom: Value = serde_json::from_slice(&sbom().expect("sbom")).expect("JSON");
         let components = bom["components"].as_array().expect("components");
         let has = |name: &str| components.iter().any(|one| one["name"] == name);

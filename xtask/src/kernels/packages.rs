@@ -193,7 +193,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_are_compared_by_number() {
+    fn kernel_versions_compare_numerically() {
         let image = |version: &str| numbers(&format!("linux-image-{version}-cloud-amd64"));
         assert!(image("6.1.0-9") < image("6.1.0-56"));
         assert!(image("6.12.97+deb12") < image("6.12.115+deb12"));

@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mount_is_found_by_place_and_kind() {
+    fn mount_is_found_by_path_and_type() {
         let mounts = "none /sys/fs/bpf bpf rw 0 0\ncgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
         assert!(mounted(mounts, Some(BPFFS), "bpf"));
         assert!(mounted(mounts, None, "cgroup2"));

@@ -185,7 +185,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_state_installed_counts() {
+    fn only_installed_package_state_counts() {
         let listed = "curl installed\npython3 config-files\n";
         assert_eq!(
             not_installed(&["curl", "python3", "nginx"], listed),
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn the_policy_returns_as_it_was_also_after_a_kill() {
+    fn service_start_policy_is_restored_after_kill() {
         let dir = std::env::temp_dir().join(format!("xtask-policy-{}", std::process::id()));
         fs::create_dir_all(&dir).expect("the directory is ours");
         let policy = dir.join("policy-rc.d");

@@ -38,7 +38,7 @@ pub(super) fn orphans(files: &[File]) -> Vec<String> {
         .collect()
 }
 
-/// What cargo compiles by itself.
+/// Whether cargo compiles this file as a crate root.
 fn is_root(path: &str, dir: &str) -> bool {
     let Some(inside) = path
         .strip_prefix(dir)
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_no_mod_reaches_is_an_orphan() {
+    fn orphans_are_files_that_no_mod_reaches() {
         let files = [
             file("a/Cargo.toml", ""),
             file(
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_module_line_is_told_from_what_looks_like_one() {
+    fn module_lines_are_recognized() {
         assert_eq!(module("mod a;"), Some("a"));
         assert_eq!(module("pub(crate) mod a_b; // why"), Some("a_b"));
         assert_eq!(module("mod a {"), None);

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Rules about single files: licence line, length, words, servers, line ends.
+//! Rules about single files: license line, code in doc comments, length, words, servers, line ends.
 
 use super::File;
 
-/// Longer files hide more than one thing.
+/// Longest source file.
 const MAX_LINES: usize = 600;
 
-/// Files that may be longer, each with the reason.
+/// Longer files, each with the reason.
 const LONG: &[(&str, &str)] = &[];
 
-/// Linked into a kernel object that must be compatible with the GPL.
+/// Crates that are linked into a kernel object, which must be compatible with the GPL.
 const KERNEL_CRATES: &[&str] = &["mesh-common/", "mesh-ebpf/"];
-const KERNEL_LICENCE: &str = "MIT OR GPL-2.0-only OR Apache-2.0";
-const LICENCE: &str = "Apache-2.0";
+const KERNEL_LICENSE: &str = "MIT OR GPL-2.0-only OR Apache-2.0";
+const LICENSE: &str = "Apache-2.0";
 
 /// Written in two halves, so that this file does not contain them. Matched without case.
 const WORDS: &[(&str, &str)] = &[
@@ -64,7 +64,7 @@ pub(super) fn check(file: &File) -> Vec<String> {
     let mut find = |line: usize, what: String| {
         findings.push(format!("{}:{line}: {what}", file.path));
     };
-    if let Some(what) = licence(file) {
+    if let Some(what) = license(file) {
         find(1, what);
     }
     let lines = file.text.lines().count();
@@ -76,6 +76,11 @@ pub(super) fn check(file: &File) -> Vec<String> {
             lines,
             format!("{lines} lines, more than {MAX_LINES}: split it"),
         );
+    }
+    if file.has_extension("rs") {
+        for line in doc_code(&file.text) {
+            find(line, "code in a doc comment, which no test runs".to_owned());
+        }
     }
     for (index, line) in file.text.split('\n').enumerate() {
         let number = index + 1;
@@ -98,7 +103,27 @@ pub(super) fn check(file: &File) -> Vec<String> {
     findings
 }
 
-fn licence(file: &File) -> Option<String> {
+/// The lines that begin a code block which rustdoc would compile and run. Each such block is a
+/// program of its own to link, and `cargo xtask test` does not run them.
+fn doc_code(text: &str) -> Vec<usize> {
+    let mut open = false;
+    let mut found = Vec::new();
+    for (index, line) in text.lines().map(str::trim).enumerate() {
+        let comment = line
+            .strip_prefix("///")
+            .or_else(|| line.strip_prefix("//!"));
+        let Some(language) = comment.and_then(|text| text.trim().strip_prefix("```")) else {
+            continue;
+        };
+        if !open && (language.is_empty() || language.starts_with("rust")) {
+            found.push(index + 1);
+        }
+        open = !open;
+    }
+    found
+}
+
+fn license(file: &File) -> Option<String> {
     let comment = if file.has_extension("rs") {
         "//"
     } else if file.has_extension("toml") {
@@ -107,12 +132,12 @@ fn licence(file: &File) -> Option<String> {
         return None;
     };
     let kernel = KERNEL_CRATES.iter().any(|dir| file.path.starts_with(dir));
-    let licence = if kernel && file.has_extension("rs") {
-        KERNEL_LICENCE
+    let license = if kernel && file.has_extension("rs") {
+        KERNEL_LICENSE
     } else {
-        LICENCE
+        LICENSE
     };
-    let wanted = format!("{comment} SPDX-License-Identifier: {licence}");
+    let wanted = format!("{comment} SPDX-License-Identifier: {license}");
     (file.text.lines().next() != Some(&wanted)).then(|| format!("the first line is not `{wanted}`"))
 }
 
@@ -157,17 +182,17 @@ mod tests {
     }
 
     #[test]
-    fn the_licence_line_is_first_and_the_crates_own() {
+    fn license_line_is_first_and_of_the_crate() {
         assert!(findings("a/src/x.rs", "// SPDX-License-Identifier: Apache-2.0\n").is_empty());
         assert_eq!(findings("a/src/x.rs", "//! x\n").len(), 1);
         assert_eq!(findings("a/x.toml", "[a]\n").len(), 1);
-        let both = format!("// SPDX-License-Identifier: {KERNEL_LICENCE}\n");
+        let both = format!("// SPDX-License-Identifier: {KERNEL_LICENSE}\n");
         assert!(findings("mesh-ebpf/src/x.rs", &both).is_empty());
         assert_eq!(findings("xtask/src/x.rs", &both).len(), 1);
     }
 
     #[test]
-    fn long_files_windows_line_ends_and_words_are_found() {
+    fn long_files_windows_line_endings_and_words_are_found() {
         let long = format!(
             "// SPDX-License-Identifier: Apache-2.0\n{}",
             "\n".repeat(MAX_LINES)
@@ -185,7 +210,14 @@ mod tests {
     }
 
     #[test]
-    fn only_listed_and_made_up_servers_may_be_named() {
+    fn code_in_doc_comments_is_found() {
+        let text =
+            "/// ```text\n/// a -> b\n/// ```\n//! ```\n//! f();\n//! ```\n// ```\n/// ```rust\n";
+        assert_eq!(doc_code(text), [4, 8]);
+    }
+
+    #[test]
+    fn only_listed_and_reserved_hosts_may_be_named() {
         let bad = format!("get it from https{}cdn.somewhere.org/x or here", "://");
         assert_eq!(findings("a/x.md", &bad).len(), 1);
         let good = "http://10.0.0.1:80/ https://github.com/a/b http://shop.default.svc:80 \

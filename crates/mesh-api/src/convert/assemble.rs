@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Facts of single objects to the facts of the cluster: endpoints to their services, readiness to
-//! pods, namespaces that nothing describes.
+//! Assembles parsed objects to a cluster snapshot: endpoints of services, readiness of pods, and
+//! namespaces that have no Namespace object.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -11,65 +11,65 @@ use mesh_plan::cluster::{
 };
 
 use super::mesh_node::NodeReport;
-use super::pod::PodFact;
-use super::service::{ServiceFact, Target};
-use super::{Fact, Options, Outcome};
+use super::pod::ParsedPod;
+use super::service::{ParsedService, Target};
+use super::{Options, Outcome, ParsedObject};
 
-/// Whether it is the service of the API server.
+/// Whether a service is the one of the API server.
 pub(super) fn is_api_server(service: &ObjectName) -> bool {
     (&*service.namespace, &*service.name) == ("default", "kubernetes")
 }
 
-/// The facts of all objects together.
+/// Assembles the snapshot of all objects.
 pub(super) fn assemble<'f>(
-    facts: impl IntoIterator<Item = (&'f ObjectRef, &'f Fact)>,
+    objects: impl IntoIterator<Item = (&'f ObjectRef, &'f ParsedObject)>,
     options: Options,
     outcome: &mut Outcome,
 ) {
     let mut cluster = Cluster::default();
-    let mut pods: BTreeMap<&str, &PodFact> = BTreeMap::new();
-    let mut services: BTreeMap<ObjectName, &ServiceFact> = BTreeMap::new();
+    let mut pods: BTreeMap<&str, &ParsedPod> = BTreeMap::new();
+    let mut services: BTreeMap<ObjectName, &ParsedService> = BTreeMap::new();
     let mut slices: BTreeMap<&ObjectName, Vec<&[ServiceEndpoint]>> = BTreeMap::new();
     let mut reports: BTreeMap<&str, &NodeReport> = BTreeMap::new();
-    for (object, fact) in facts {
+    for (object, parsed) in objects {
         let name = || ObjectName::new(&*object.namespace, &*object.name);
-        match fact {
-            Fact::Namespace(namespace) => {
+        match parsed {
+            ParsedObject::Namespace(namespace) => {
                 cluster
                     .namespaces
                     .insert(object.name.clone(), Namespace::clone(namespace));
             }
-            Fact::Node(node) => {
+            ParsedObject::Node(node) => {
                 let node = Node::clone(node);
                 cluster.nodes.insert(object.name.clone(), node);
             }
-            Fact::Pod(pod) => add_pod(pod, object, &mut pods, outcome),
-            Fact::Service(service) => {
+            ParsedObject::Pod(pod) => add_pod(pod, object, &mut pods, outcome),
+            ParsedObject::Service(service) => {
                 services.insert(name(), service);
             }
-            Fact::Slice(slice) => slices
+            ParsedObject::Slice(slice) => slices
                 .entry(&slice.service)
                 .or_default()
                 .push(&slice.endpoints),
-            Fact::Policy(policy) => {
+            ParsedObject::Policy(policy) => {
                 cluster.policies.insert(object.clone(), Arc::clone(policy));
             }
-            Fact::Authentication(authentication) => {
+            ParsedObject::Authentication(authentication) => {
                 let authentication = Authentication::clone(authentication);
                 cluster.authentications.insert(name(), authentication);
             }
-            Fact::Report(report) => {
+            ParsedObject::Report(report) => {
                 reports.insert(&object.name, report);
             }
         }
     }
-    for (name, fact) in services {
+    for (name, parsed) in services {
         let endpoints = match slices.remove(&name) {
             Some(slices) => slices.concat(),
-            None if options.standalone => selected(&name, fact, &pods),
+            None if options.standalone => selected(&name, parsed, &pods),
             None => Vec::new(),
         };
-        let service = with(fact, endpoints);
+        let service = with(parsed, endpoints);
         if is_api_server(&name) {
             let endpoints = service.endpoints.iter();
             cluster.api_servers = endpoints.map(|endpoint| endpoint.address).collect();
@@ -79,57 +79,58 @@ pub(super) fn assemble<'f>(
     cluster.ready = (!options.standalone).then(|| ready(&pods, &cluster, &reports).into());
     cluster.pods = pods
         .into_values()
-        .map(|fact| (Arc::clone(&fact.pod.uid), Arc::clone(&fact.pod)))
+        .map(|parsed| (Arc::clone(&parsed.pod.uid), Arc::clone(&parsed.pod)))
         .collect();
     name_namespaces(&mut cluster);
     outcome.cluster = cluster;
 }
 
-/// A service and who serves it, in order.
-pub(super) fn with(fact: &ServiceFact, mut endpoints: Vec<ServiceEndpoint>) -> Service {
+/// A service with its endpoints, sorted.
+pub(super) fn with(parsed: &ParsedService, mut endpoints: Vec<ServiceEndpoint>) -> Service {
     endpoints.sort();
     endpoints.dedup();
-    let mut service = fact.service.clone();
+    let mut service = parsed.service.clone();
     service.endpoints = endpoints;
     service.ports.sort();
     service
 }
 
 fn add_pod<'f>(
-    fact: &'f PodFact,
+    parsed: &'f ParsedPod,
     object: &ObjectRef,
-    pods: &mut BTreeMap<&'f str, &'f PodFact>,
+    pods: &mut BTreeMap<&'f str, &'f ParsedPod>,
     outcome: &mut Outcome,
 ) {
-    if let Some(first) = pods.get(&*fact.pod.uid) {
+    if let Some(first) = pods.get(&*parsed.pod.uid) {
         outcome.rejections.push(Rejection {
             object: object.clone(),
             field: "metadata.uid".to_owned(),
-            why: format!("is the UID of pod {} too", first.pod.name),
-            consequence: "the pod is not known".to_owned(),
+            why: format!("duplicate UID: pod {} has the same", first.pod.name),
+            consequence: "the pod is ignored".to_owned(),
         });
     } else {
-        pods.insert(&fact.pod.uid, fact);
+        pods.insert(&parsed.pod.uid, parsed);
     }
 }
 
-/// Endpoints as the EndpointSlice controller makes them: of every pod that the selector selects.
+/// The endpoints of every pod that the service selects, as the EndpointSlice controller would create
+/// them.
 fn selected(
     name: &ObjectName,
-    fact: &ServiceFact,
-    pods: &BTreeMap<&str, &PodFact>,
+    parsed: &ParsedService,
+    pods: &BTreeMap<&str, &ParsedPod>,
 ) -> Vec<ServiceEndpoint> {
-    let Some(selector) = &fact.selector else {
+    let Some(selector) = &parsed.selector else {
         return Vec::new();
     };
     let mut endpoints = Vec::new();
-    for PodFact { pod, served_at } in pods.values() {
+    for ParsedPod { pod, served_at } in pods.values() {
         let selects = pod.name.namespace == name.namespace
             && selector.iter().all(|(k, v)| pod.labels.get(k) == Some(v));
         if !selects {
             continue;
         }
-        for (port, target) in fact.service.ports.iter().zip(&fact.targets) {
+        for (port, target) in parsed.service.ports.iter().zip(&parsed.targets) {
             let number = match target {
                 Target::Number(number) => Some(*number),
                 Target::Named(name) => pod
@@ -138,7 +139,7 @@ fn selected(
                     .copied(),
             };
             let Some(number) = number else { continue };
-            let (v4, v6) = fact.families;
+            let (v4, v6) = parsed.families;
             let served = served_at
                 .iter()
                 .filter(|ip| if ip.is_ipv4() { v4 } else { v6 });
@@ -148,7 +149,7 @@ fn selected(
                 address: *address,
                 port: number,
                 node: Some(pod.node.clone()).filter(|node| !node.is_empty()),
-                ready: fact.service.publish_not_ready || (pod.ready && !pod.terminating),
+                ready: parsed.service.publish_not_ready || (pod.ready && !pod.terminating),
                 serving: pod.ready,
                 terminating: pod.terminating,
             }));
@@ -157,9 +158,9 @@ fn selected(
     endpoints
 }
 
-/// The pods whose own node says that it accepts tunnels for them.
+/// The pods whose own node reports that it accepts tunnels for them.
 fn ready(
-    pods: &BTreeMap<&str, &PodFact>,
+    pods: &BTreeMap<&str, &ParsedPod>,
     cluster: &Cluster,
     reports: &BTreeMap<&str, &NodeReport>,
 ) -> BTreeSet<Arc<str>> {
@@ -168,26 +169,26 @@ fn ready(
         let all = accepts_all(report, cluster.namespaces.get(namespace));
         Some((report, all))
     };
-    // Many pods have both in common.
+    // Many pods have the same namespace and node.
     let mut known: HashMap<(&str, &str), Option<(&NodeReport, bool)>> = HashMap::new();
     let mut ready = BTreeSet::new();
-    for fact in pods.values() {
-        let (namespace, node) = (&*fact.pod.name.namespace, &*fact.pod.node);
+    for parsed in pods.values() {
+        let (namespace, node) = (&*parsed.pod.name.namespace, &*parsed.pod.node);
         let report = known.entry((namespace, node));
         let report = report.or_insert_with(|| report_of(namespace, node));
-        if report.is_some_and(|(report, all)| all || report.pods.contains(&*fact.pod.uid)) {
-            ready.insert(Arc::clone(&fact.pod.uid));
+        if report.is_some_and(|(report, all)| all || report.pods.contains(&*parsed.pod.uid)) {
+            ready.insert(Arc::clone(&parsed.pod.uid));
         }
     }
     ready
 }
 
-/// Whether a node accepts tunnels for all of its pods of a namespace.
+/// Whether a node accepts tunnels for all of its pods in a namespace.
 pub(super) fn accepts_all(report: &NodeReport, namespace: Option<&Namespace>) -> bool {
     namespace.is_some_and(|namespace| report.namespaces.contains(&namespace.uid))
 }
 
-/// A namespace that has pods and no object still has its name.
+/// Adds a namespace with only its name label for pods whose Namespace object is missing.
 fn name_namespaces(cluster: &mut Cluster) {
     let pods = cluster.pods.values();
     let names: HashSet<&String> = pods.map(|pod| &pod.name.namespace).collect();

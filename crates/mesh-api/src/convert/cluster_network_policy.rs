@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! ClusterNetworkPolicy of `policy.networking.k8s.io/v1alpha2`.
+//! Parses ClusterNetworkPolicy of `policy.networking.k8s.io/v1alpha2`.
 //!
-//! A peer without a known field fails closed as that API says: an Accept rule with one matches
-//! nothing, a Deny or Pass rule with one denies everything. So does one of `domainNames`, which
-//! nothing resolves here.
+//! A peer without a known field fails closed as that API requires: an Accept rule with such a peer
+//! matches nothing, a Deny or Pass rule with such a peer denies everything. The same holds for
+//! `domainNames`, because the mesh does not resolve names.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -15,47 +15,74 @@ use mesh_plan::cluster::{
 };
 use serde_json::Value;
 
-use super::Fact;
-use super::object::{Held, Issues, Subject, own_spec};
-use super::rules::{denial, salvaged_tier, says, tier_and_rank};
+use super::ParsedObject;
+use super::object::{Fallback, Issues, RawObject, own_spec};
+use super::rules::{Directions, denial, is_set, salvaged_tier, tier_and_priority};
 use super::selector::{salvaged, selector};
 use super::validate::{cidr, domain_name, port, port_name};
 use crate::crd::{
-    ClusterNetworkPolicySpec, ClusterPort, ClusterProtocol, ClusterProtocolPorts, ClusterRule,
-    ClusterRuleAction, ClusterSubject, EgressPeer, IngressPeer, NamespacedPod,
+    ClusterNetworkPolicySpec, ClusterPort, ClusterPortRange, ClusterProtocol, ClusterProtocolPorts,
+    ClusterRuleAction, ClusterSubject, EgressPeer, EgressRule, IngressPeer, IngressRule,
+    NamespacedPod,
 };
 
 const MAX_ITEMS: usize = 25;
 
-pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> {
-    let spec: ClusterNetworkPolicySpec = own_spec(subject.value, issues)?;
-    let tier = tier_and_rank(spec.tier, spec.priority, issues)?;
-    let applies_to = applies_to(&spec.subject, issues);
+/// A rule of either direction, over peers of type `P`.
+struct RuleSpec<'a, P> {
+    name: &'a str,
+    action: ClusterRuleAction,
+    peers: &'a [P],
+    protocols: Option<&'a [ClusterProtocol]>,
+}
+
+pub(super) fn parse(object: &RawObject<'_>, issues: &mut Issues) -> Option<ParsedObject> {
+    let ClusterNetworkPolicySpec {
+        tier,
+        priority,
+        subject,
+        ingress: ingress_rules,
+        egress: egress_rules,
+    } = own_spec(object.value, issues)?;
+    let tier = tier_and_priority(tier, priority, issues)?;
+    let applies_to = applies_to(&subject, issues);
     let mut ingress = Vec::new();
-    for (i, read) in spec.ingress.iter().flatten().enumerate() {
-        let rule_read = ClusterRule {
-            name: read.name.as_deref().unwrap_or_default(),
-            action: read.action,
-            peers: &read.from,
-            protocols: read.protocols.as_deref(),
+    for (i, read) in ingress_rules.iter().flatten().enumerate() {
+        let IngressRule {
+            name,
+            action,
+            from,
+            protocols,
+        } = read;
+        let rule_read = RuleSpec {
+            name: name.as_deref().unwrap_or_default(),
+            action: *action,
+            peers: from,
+            protocols: protocols.as_deref(),
         };
         ingress.push(rule(&format!("ingress[{i}]"), "from", &rule_read, issues));
     }
     let mut egress = Vec::new();
-    for (i, read) in spec.egress.iter().flatten().enumerate() {
-        let rule_read = ClusterRule {
-            name: read.name.as_deref().unwrap_or_default(),
-            action: read.action,
-            peers: &read.to,
-            protocols: read.protocols.as_deref(),
+    for (i, read) in egress_rules.iter().flatten().enumerate() {
+        let EgressRule {
+            name,
+            action,
+            to,
+            protocols,
+        } = read;
+        let rule_read = RuleSpec {
+            name: name.as_deref().unwrap_or_default(),
+            action: *action,
+            peers: to,
+            protocols: protocols.as_deref(),
         };
-        no_names_of_ports(&format!("spec.egress[{i}]"), &rule_read, issues);
+        reject_named_ports(&format!("spec.egress[{i}]"), &rule_read, issues);
         egress.push(rule(&format!("egress[{i}]"), "to", &rule_read, issues));
     }
     for (direction, rules) in [("ingress", &ingress), ("egress", &egress)] {
         bounded(&format!("spec.{direction}"), 0, rules.len(), issues);
     }
-    Some(Fact::Policy(Arc::new(Policy {
+    Some(ParsedObject::Policy(Arc::new(Policy {
         tier,
         subject: applies_to?,
         ingress: (!ingress.is_empty()).then_some(ingress),
@@ -64,9 +91,9 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
     })))
 }
 
-pub(super) fn rejected(subject: &Subject<'_>) -> Held {
-    let namespaces = subject.raw(&["spec", "subject", "namespaces"]);
-    let pods = subject.raw(&["spec", "subject", "pods"]);
+pub(super) fn fallback(object: &RawObject<'_>) -> Fallback {
+    let namespaces = object.raw(&["spec", "subject", "namespaces"]);
+    let pods = object.raw(&["spec", "subject", "pods"]);
     let read = match (namespaces, pods) {
         (Some(namespaces), None) => salvaged(Some(namespaces)).map(|n| (n, Selector::default())),
         (None, Some(Value::Object(pods))) => salvaged(pods.get("namespaceSelector")).zip(
@@ -77,10 +104,15 @@ pub(super) fn rejected(subject: &Subject<'_>) -> Held {
     };
     match read {
         Some((namespaces, pods)) => {
-            let directions = (says(subject, "ingress"), says(subject, "egress"));
-            denial(salvaged_tier(subject), namespaces, pods, directions)
+            let directions = Directions {
+                ingress: is_set(object, "ingress"),
+                egress: is_set(object, "egress"),
+            };
+            denial(salvaged_tier(object), namespaces, pods, directions)
         }
-        None => Held::nothing("whom it is about cannot be read: it isolates nothing"),
+        None => {
+            Fallback::nothing("its subject cannot be read, so the policy does not apply to any pod")
+        }
     }
 }
 
@@ -88,25 +120,26 @@ fn bounded(field: &str, min: usize, len: usize, issues: &mut Issues) {
     if len < min || len > MAX_ITEMS {
         issues.reject(
             field,
-            format!("has {len} items, and must have {min} to {MAX_ITEMS}"),
+            format!("must have {min} to {MAX_ITEMS} items, has {len}"),
         );
     }
 }
 
 fn applies_to(read: &ClusterSubject, issues: &mut Issues) -> Option<PolicySubject> {
-    match (&read.namespaces, &read.pods) {
+    let ClusterSubject { namespaces, pods } = read;
+    match (namespaces, pods) {
         (Some(namespaces), None) => Some(PolicySubject::Namespaces {
-            namespaces: selector("spec.subject.namespaces", namespaces, issues),
+            namespaces: selector("spec.object.namespaces", namespaces, issues),
             pods: Selector::default(),
         }),
         (None, Some(read)) => {
-            let (namespaces, pods) = namespaced("spec.subject.pods", read, issues);
+            let (namespaces, pods) = namespaced("spec.object.pods", read, issues);
             Some(PolicySubject::Namespaces { namespaces, pods })
         }
         _ => {
             issues.reject(
                 "spec.subject",
-                "needs namespaces or pods, and only one of them",
+                "must set exactly one of namespaces and pods",
             );
             None
         }
@@ -114,26 +147,33 @@ fn applies_to(read: &ClusterSubject, issues: &mut Issues) -> Option<PolicySubjec
 }
 
 fn namespaced(path: &str, read: &NamespacedPod, issues: &mut Issues) -> (Selector, Selector) {
-    let namespaces = &read.namespace_selector;
+    let NamespacedPod {
+        namespace_selector,
+        pod_selector,
+    } = read;
     (
-        selector(&format!("{path}.namespaceSelector"), namespaces, issues),
-        selector(&format!("{path}.podSelector"), &read.pod_selector, issues),
+        selector(
+            &format!("{path}.namespaceSelector"),
+            namespace_selector,
+            issues,
+        ),
+        selector(&format!("{path}.podSelector"), pod_selector, issues),
     )
 }
 
-/// The items of lists are unique in that API.
+/// Rejects duplicate items: the lists of that API are sets.
 fn unique(path: &str, items: &[String], issues: &mut Issues) {
     let mut known = BTreeSet::new();
     for (i, item) in items.iter().enumerate() {
         if !known.insert(item) {
-            issues.reject(format!("{path}[{i}]"), format!("{item:?} is there twice"));
+            issues.reject(format!("{path}[{i}]"), format!("duplicate value {item:?}"));
         }
     }
 }
 
 /// A peer of either direction.
 trait Peer {
-    /// What it matches in a rule of this action, or the field that this version cannot match.
+    /// The matches of the peer in a rule with this action, or the field that this version cannot match.
     fn matches(
         &self,
         path: &str,
@@ -141,11 +181,11 @@ trait Peer {
         issues: &mut Issues,
     ) -> Result<Vec<PeerMatch>, String>;
 
-    /// Whether it can have named ports.
-    fn is_of_pods(&self) -> bool;
+    /// Whether the peer selects pods, which alone can have named ports.
+    fn selects_pods(&self) -> bool;
 }
 
-fn of_pods(
+fn pod_peer(
     path: &str,
     namespaces: Option<&LabelSelector>,
     pods: Option<&NamespacedPod>,
@@ -166,9 +206,9 @@ fn of_pods(
     }])
 }
 
-fn only_one(path: &str, set: &[bool], issues: &mut Issues) {
+fn at_most_one(path: &str, set: &[bool], issues: &mut Issues) {
     if set.iter().filter(|is_set| **is_set).count() > 1 {
-        issues.reject(path, "has more than one field set");
+        issues.reject(path, "must set only one field");
     }
 }
 
@@ -179,15 +219,12 @@ impl Peer for IngressPeer {
         _: RuleAction,
         issues: &mut Issues,
     ) -> Result<Vec<PeerMatch>, String> {
-        only_one(
-            path,
-            &[self.namespaces.is_some(), self.pods.is_some()],
-            issues,
-        );
-        of_pods(path, self.namespaces.as_ref(), self.pods.as_ref(), issues)
+        let Self { namespaces, pods } = self;
+        at_most_one(path, &[namespaces.is_some(), pods.is_some()], issues);
+        pod_peer(path, namespaces.as_ref(), pods.as_ref(), issues)
     }
 
-    fn is_of_pods(&self) -> bool {
+    fn selects_pods(&self) -> bool {
         true
     }
 }
@@ -199,19 +236,26 @@ impl Peer for EgressPeer {
         action: RuleAction,
         issues: &mut Issues,
     ) -> Result<Vec<PeerMatch>, String> {
+        let Self {
+            namespaces,
+            pods,
+            nodes,
+            networks,
+            domain_names,
+        } = self;
         let set = [
-            self.namespaces.is_some(),
-            self.pods.is_some(),
-            self.nodes.is_some(),
-            self.networks.is_some(),
-            self.domain_names.is_some(),
+            namespaces.is_some(),
+            pods.is_some(),
+            nodes.is_some(),
+            networks.is_some(),
+            domain_names.is_some(),
         ];
-        only_one(path, &set, issues);
-        if let Some(nodes) = &self.nodes {
+        at_most_one(path, &set, issues);
+        if let Some(nodes) = nodes {
             let nodes = selector(&format!("{path}.nodes"), nodes, issues);
             return Ok(vec![PeerMatch::Nodes(nodes)]);
         }
-        if let Some(networks) = &self.networks {
+        if let Some(networks) = networks {
             let field = format!("{path}.networks");
             bounded(&field, 1, networks.len(), issues);
             unique(&field, networks, issues);
@@ -225,7 +269,7 @@ impl Peer for EgressPeer {
             }
             return Ok(made);
         }
-        if let Some(names) = &self.domain_names {
+        if let Some(names) = domain_names {
             let field = format!("{path}.domainNames");
             bounded(&field, 1, names.len(), issues);
             unique(&field, names, issues);
@@ -235,21 +279,27 @@ impl Peer for EgressPeer {
             if action != RuleAction::Allow {
                 return Err(field);
             }
-            issues.warn(field.clone(), "is not supported: it matches nothing");
+            issues.warn(
+                field.clone(),
+                "domainNames is not supported: it matches nothing",
+            );
             return Ok(vec![PeerMatch::Nothing { what: field }]);
         }
-        of_pods(path, self.namespaces.as_ref(), self.pods.as_ref(), issues)
+        pod_peer(path, namespaces.as_ref(), pods.as_ref(), issues)
     }
 
-    fn is_of_pods(&self) -> bool {
+    fn selects_pods(&self) -> bool {
         self.nodes.is_none() && self.networks.is_none() && self.domain_names.is_none()
     }
 }
 
-fn rule<P: Peer>(place: &str, field: &str, read: &ClusterRule<'_, P>, issues: &mut Issues) -> Rule {
+fn rule<P: Peer>(place: &str, field: &str, read: &RuleSpec<'_, P>, issues: &mut Issues) -> Rule {
     let path = format!("spec.{place}");
     if read.name.chars().count() > 100 {
-        issues.reject(format!("{path}.name"), "is longer than 100 characters");
+        issues.reject(
+            format!("{path}.name"),
+            "must not be longer than 100 characters",
+        );
     }
     bounded(&format!("{path}.{field}"), 1, read.peers.len(), issues);
     let action = match read.action {
@@ -287,8 +337,8 @@ fn rule<P: Peer>(place: &str, field: &str, read: &ClusterRule<'_, P>, issues: &m
     }
 }
 
-/// "For Accept rules, fail closed means: treat the rule as matching no traffic. For Deny and Pass
-/// rules: treat the rule as a Deny all rule." Names of domains are of Accept rules only.
+/// Fails closed as the API requires: an Accept rule matches no traffic, a Deny or Pass rule denies all
+/// traffic. `domainNames` is valid in Accept rules only.
 fn unknown_peer(name: &str, action: RuleAction, field: String, issues: &mut Issues) -> Rule {
     let (action, peers, what) = match action {
         RuleAction::Allow => {
@@ -298,16 +348,16 @@ fn unknown_peer(name: &str, action: RuleAction, field: String, issues: &mut Issu
             (
                 RuleAction::Allow,
                 Some(vec![nothing]),
-                "the rule matches nothing",
+                "the rule matches no traffic",
             )
         }
         RuleAction::Deny | RuleAction::Pass => {
-            (RuleAction::Deny, None, "the rule denies everything")
+            (RuleAction::Deny, None, "the rule denies all traffic")
         }
     };
     issues.warn(
         field,
-        format!("is no peer that this version can match: {what}"),
+        format!("this version cannot match this peer: {what}"),
     );
     Rule {
         name: name.to_owned(),
@@ -317,40 +367,48 @@ fn unknown_peer(name: &str, action: RuleAction, field: String, issues: &mut Issu
     }
 }
 
-/// The API refuses named ports for what has none.
-fn no_names_of_ports(path: &str, read: &ClusterRule<'_, EgressPeer>, issues: &mut Issues) {
+/// Rejects named ports in a rule with peers that are not pods.
+fn reject_named_ports(path: &str, read: &RuleSpec<'_, EgressPeer>, issues: &mut Issues) {
     let named = |p: &ClusterProtocol| p.destination_named_port.is_some();
     if read.protocols.is_some_and(|list| list.iter().any(named))
-        && read.peers.iter().any(|peer| !peer.is_of_pods())
+        && read.peers.iter().any(|peer| !peer.selects_pods())
     {
         issues.reject(
             format!("{path}.protocols"),
-            "networks, nodes and domainNames have no named ports",
+            "must not use named ports with networks, nodes or domainNames",
         );
     }
 }
 
 fn protocol(path: &str, read: &ClusterProtocol, made: &mut Vec<PortMatch>, issues: &mut Issues) {
-    let named = read
-        .destination_named_port
+    let ClusterProtocol {
+        tcp,
+        udp,
+        sctp,
+        destination_named_port,
+    } = read;
+    let named = destination_named_port
         .as_deref()
         .filter(|name| !name.is_empty());
     let forms = [
-        read.tcp.is_some(),
-        read.udp.is_some(),
-        read.sctp.is_some(),
+        tcp.is_some(),
+        udp.is_some(),
+        sctp.is_some(),
         named.is_some(),
     ];
     if forms.into_iter().filter(|form| *form).count() != 1 {
-        issues.reject(path, "needs one of tcp, udp, sctp and destinationNamedPort");
+        issues.reject(
+            path,
+            "must set exactly one of tcp, udp, sctp and destinationNamedPort",
+        );
         return;
     }
-    for (key, transport, read) in [
-        ("tcp", Transport::Tcp, &read.tcp),
-        ("udp", Transport::Udp, &read.udp),
-        ("sctp", Transport::Sctp, &read.sctp),
+    for (key, transport, ports) in [
+        ("tcp", Transport::Tcp, tcp),
+        ("udp", Transport::Udp, udp),
+        ("sctp", Transport::Sctp, sctp),
     ] {
-        if let Some(ports) = read {
+        if let Some(ports) = ports {
             let ports = destination(&format!("{path}.{key}"), ports, issues);
             made.extend(ports.map(|ports| PortMatch {
                 transport: Some(transport),
@@ -358,7 +416,7 @@ fn protocol(path: &str, read: &ClusterProtocol, made: &mut Vec<PortMatch>, issue
             }));
         }
     }
-    // The name of a port stands for its protocol too.
+    // A named port also determines the protocol.
     if let Some(name) = named
         && let Some(()) = issues.check(&format!("{path}.destinationNamedPort"), port_name(name))
     {
@@ -373,10 +431,11 @@ fn protocol(path: &str, read: &ClusterProtocol, made: &mut Vec<PortMatch>, issue
 
 fn destination(path: &str, read: &ClusterProtocolPorts, issues: &mut Issues) -> Option<PortRange> {
     let path = format!("{path}.destinationPort");
-    match read.destination_port.as_ref() {
-        // It may have had a field that was cut off, which would have made it narrower.
+    let ClusterProtocolPorts { destination_port } = read;
+    match destination_port.as_ref() {
+        // An API server may have pruned a field of a newer version that makes the match narrower.
         None => {
-            issues.reject(path, "is missing: there must be something to match");
+            issues.reject(path, "is required");
             None
         }
         Some(ClusterPort {
@@ -388,18 +447,18 @@ fn destination(path: &str, read: &ClusterProtocolPorts, issues: &mut Issues) -> 
         }
         Some(ClusterPort {
             number: None,
-            range: Some(range),
+            range: Some(ClusterPortRange { start, end }),
         }) => {
-            let start = issues.check(&format!("{path}.range.start"), port(range.start.into()));
-            let end = issues.check(&format!("{path}.range.end"), port(range.end.into()));
+            let start = issues.check(&format!("{path}.range.start"), port((*start).into()));
+            let end = issues.check(&format!("{path}.range.end"), port((*end).into()));
             let (start, end) = start.zip(end)?;
             if start >= end {
-                issues.reject(format!("{path}.range"), "start must be below end");
+                issues.reject(format!("{path}.range"), "start must be less than end");
             }
             Some(PortRange::Range(start, end))
         }
         Some(_) => {
-            issues.reject(path, "needs number or range, and only one of them");
+            issues.reject(path, "must set exactly one of number and range");
             None
         }
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! EndpointSlices.
+//! Parses EndpointSlices.
 
 use std::net::IpAddr;
 
@@ -7,13 +7,13 @@ use k8s_openapi::api::discovery::v1 as discovery;
 use mesh_plan::cluster::{ObjectName, ServiceEndpoint, Transport};
 use serde::{Deserialize, Serialize};
 
-use super::Fact;
-use super::object::{Held, Issues, Subject, typed};
+use super::ParsedObject;
+use super::object::{Fallback, Issues, RawObject, typed};
 use super::validate::{address, port, transport};
 
-/// Some endpoints of a service.
+/// A part of the endpoints of a service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct SliceFact {
+pub(super) struct ParsedSlice {
     pub(super) service: ObjectName,
     pub(super) endpoints: Vec<ServiceEndpoint>,
 }
@@ -24,18 +24,18 @@ struct Port {
     port: u16,
 }
 
-pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> {
-    let read: discovery::EndpointSlice = typed(subject.value, issues)?;
-    let service = subject.labels().remove("kubernetes.io/service-name")?;
+pub(super) fn parse(object: &RawObject<'_>, issues: &mut Issues) -> Option<ParsedObject> {
+    let read: discovery::EndpointSlice = typed(object.value, issues)?;
+    let service = object.labels().remove("kubernetes.io/service-name")?;
     let is_v4 = match read.address_type.as_str() {
         "IPv4" => true,
         "IPv6" => false,
-        // Deprecated, and read by nobody.
+        // FQDN slices are deprecated, and kube-proxy ignores them.
         "FQDN" => return None,
         other => {
             issues.reject(
                 "addressType",
-                format!("{other:?} must be IPv4, IPv6 or FQDN"),
+                format!("unsupported value {other:?}: must be IPv4, IPv6 or FQDN"),
             );
             return None;
         }
@@ -61,20 +61,20 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
             });
         }
     }
-    Some(Fact::Slice(Box::new(SliceFact {
-        service: ObjectName::new(subject.namespace(), service),
+    Some(ParsedObject::Slice(Box::new(ParsedSlice {
+        service: ObjectName::new(object.namespace(), service),
         endpoints,
     })))
 }
 
-pub(super) fn rejected(_: &Subject<'_>) -> Held {
-    Held::nothing("the endpoints in it are not used")
+pub(super) fn fallback(_: &RawObject<'_>) -> Fallback {
+    Fallback::nothing("its endpoints are ignored")
 }
 
 fn ports(read: &discovery::EndpointSlice, issues: &mut Issues) -> Vec<Port> {
     let mut ports = Vec::new();
     for (i, declared) in read.ports.iter().flatten().enumerate() {
-        // A port without a number belongs to no service.
+        // A port without a number belongs to no service port.
         let Some(number) = declared.port else {
             continue;
         };
@@ -95,7 +95,8 @@ fn ports(read: &discovery::EndpointSlice, issues: &mut Issues) -> Vec<Port> {
     ports
 }
 
-/// The first address: no semantics are defined for others, and kube-proxy does not read them.
+/// The first address of an endpoint. The API defines no meaning for further addresses, and kube-proxy
+/// ignores them.
 fn endpoint_address(
     i: usize,
     endpoint: &discovery::Endpoint,
@@ -104,12 +105,12 @@ fn endpoint_address(
 ) -> Option<IpAddr> {
     let field = format!("endpoints[{i}].addresses");
     let Some(first) = endpoint.addresses.first() else {
-        issues.reject(field, "needs an address");
+        issues.reject(field, "must have at least one address");
         return None;
     };
     let ip = issues.check(&field, address(first))?;
     if ip.is_ipv4() != is_v4 {
-        issues.reject(field, format!("{ip} is not of the slice's addressType"));
+        issues.reject(field, format!("{ip} does not match addressType"));
         return None;
     }
     Some(ip)

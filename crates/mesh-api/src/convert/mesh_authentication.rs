@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! MeshAuthentication, field by field: a field that is broken counts at its strictest.
+//! Parses MeshAuthentication field by field. An invalid field gets its strictest value.
 
 use std::collections::BTreeMap;
 
@@ -8,39 +8,48 @@ use mesh_plan::cluster::{Authentication, Mtls, OutboundMode, Selector, UdpMode};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::Fact;
-use super::object::{Held, Issues, Subject, own_spec, typed};
+use super::ParsedObject;
+use super::object::{Fallback, Issues, RawObject, own_spec, typed};
 use super::selector::selector;
 use super::validate::port;
 use crate::crd::{MeshAuthenticationSpec, MtlsMode, OutboundTraffic, UdpTraffic};
 
-pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> {
+pub(super) fn parse(object: &RawObject<'_>, issues: &mut Issues) -> Option<ParsedObject> {
     let mut whole = Issues::default();
-    let spec: Option<MeshAuthenticationSpec> = own_spec(subject.value, &mut whole);
+    let spec: Option<MeshAuthenticationSpec> = own_spec(object.value, &mut whole);
     issues.warnings.extend(whole.warnings);
-    let fields = Issues::default();
-    let (authentication, fields) = strictest(subject, fields);
+    let (authentication, fields) = strictest(object, Issues::default());
     issues.warnings.extend(fields.warnings);
-    // What is wrong outside of the fields below is only seen in the whole.
-    if spec.is_none() && fields.problems.is_empty() {
-        issues.problems.extend(whole.problems);
+    match spec {
+        // Every field is parsed by itself in `strictest`.
+        Some(MeshAuthenticationSpec {
+            pod_selector: _,
+            mtls: _,
+            ports: _,
+            outbound: _,
+            udp: _,
+        }) => {}
+        // A problem outside of these fields is seen only in the whole object.
+        None if fields.problems.is_empty() => issues.problems.extend(whole.problems),
+        None => {}
     }
     issues.problems.extend(fields.problems);
-    Some(Fact::Authentication(authentication.into()))
+    Some(ParsedObject::Authentication(authentication.into()))
 }
 
-pub(super) fn rejected(subject: &Subject<'_>) -> Held {
-    let (authentication, _) = strictest(subject, Issues::default());
-    Held {
-        fact: Some(Fact::Authentication(authentication.into())),
-        consequence: "it is in force, its broken fields at their strictest".to_owned(),
+pub(super) fn fallback(object: &RawObject<'_>) -> Fallback {
+    let (authentication, _) = strictest(object, Issues::default());
+    Fallback {
+        parsed: Some(ParsedObject::Authentication(authentication.into())),
+        consequence: "the object is in force with the strictest value in each invalid field"
+            .to_owned(),
     }
 }
 
-fn strictest(subject: &Subject<'_>, mut issues: Issues) -> (Authentication, Issues) {
-    let mtls = field(subject, "mtls", MtlsMode::Strict, &mut issues).map(mtls);
-    let outbound = field(subject, "outbound", OutboundTraffic::Required, &mut issues);
-    let udp = field(subject, "udp", UdpTraffic::Deny, &mut issues);
+fn strictest(object: &RawObject<'_>, mut issues: Issues) -> (Authentication, Issues) {
+    let mtls = field(object, "mtls", MtlsMode::Strict, &mut issues).map(mtls);
+    let outbound = field(object, "outbound", OutboundTraffic::Required, &mut issues);
+    let udp = field(object, "udp", UdpTraffic::Deny, &mut issues);
     let mut authentication = Authentication {
         pods: None,
         mtls,
@@ -55,10 +64,10 @@ fn strictest(subject: &Subject<'_>, mut issues: Issues) -> (Authentication, Issu
             UdpTraffic::Deny => UdpMode::Deny,
         }),
     };
-    ports(subject, &mut authentication, &mut issues);
-    match pods(subject, &mut issues) {
+    ports(object, &mut authentication, &mut issues);
+    match pods(object, &mut issues) {
         Ok(pods) => authentication.pods = pods,
-        // Whom it is about is unknown: everybody, and nobody is to be opened by it.
+        // The selected pods are unknown: the object applies to all pods, and must not relax any.
         Err(()) => {
             authentication.pods = None;
             authentication.ports.clear();
@@ -77,21 +86,21 @@ fn mtls(mode: MtlsMode) -> Mtls {
     }
 }
 
-/// A field of the spec; broken = the strictest.
+/// Parses a field of the spec. An invalid field gets the strictest value.
 fn field<T: DeserializeOwned>(
-    subject: &Subject<'_>,
+    object: &RawObject<'_>,
     name: &str,
     strictest: T,
     issues: &mut Issues,
 ) -> Option<T> {
-    let value = subject.raw(&["spec", name])?;
+    let value = object.raw(&["spec", name])?;
     let mut own = Issues::default();
     let read = typed(value, &mut own);
     relocate(&format!("spec.{name}"), own, issues);
     Some(read.unwrap_or(strictest))
 }
 
-/// Problems of a part, as problems of the whole.
+/// Adds the problems of a part to those of the whole object.
 fn relocate(path: &str, part: Issues, issues: &mut Issues) {
     for (field, why) in part.problems {
         let field = field.trim_matches('.');
@@ -104,8 +113,8 @@ fn relocate(path: &str, part: Issues, issues: &mut Issues) {
     }
 }
 
-fn pods(subject: &Subject<'_>, issues: &mut Issues) -> Result<Option<Selector>, ()> {
-    let Some(value) = subject.raw(&["spec", "podSelector"]) else {
+fn pods(object: &RawObject<'_>, issues: &mut Issues) -> Result<Option<Selector>, ()> {
+    let Some(value) = object.raw(&["spec", "podSelector"]) else {
         return Ok(None);
     };
     let before = issues.problems.len();
@@ -114,16 +123,16 @@ fn pods(subject: &Subject<'_>, issues: &mut Issues) -> Result<Option<Selector>, 
     relocate("spec.podSelector", own, issues);
     let pods = read.map(|read| selector("spec.podSelector", &read, issues));
     if issues.problems.len() == before {
-        // An empty one selects all pods, as a missing one does.
+        // An empty selector selects all pods, like an absent one.
         Ok(pods.filter(|pods| !pods.requirements.is_empty()))
     } else {
         Err(())
     }
 }
 
-/// A port's mode that is broken is Strict; a port that is broken makes every port Strict.
-fn ports(subject: &Subject<'_>, authentication: &mut Authentication, issues: &mut Issues) {
-    let listed = match subject.raw(&["spec", "ports"]) {
+/// Parses the ports. An invalid mode is Strict, and an invalid port number makes every port Strict.
+fn ports(object: &RawObject<'_>, authentication: &mut Authentication, issues: &mut Issues) {
+    let listed = match object.raw(&["spec", "ports"]) {
         None => return,
         Some(Value::Array(listed)) => listed,
         Some(_) => {
@@ -132,34 +141,37 @@ fn ports(subject: &Subject<'_>, authentication: &mut Authentication, issues: &mu
             return;
         }
     };
-    let mut unknown_port = false;
+    let mut has_invalid_port = false;
     for (i, entry) in listed.iter().enumerate() {
         let path = format!("spec.ports[{i}]");
         let number = entry.get("port").and_then(Value::as_i64);
         let number = match number {
             Some(number) => issues.check(&format!("{path}.port"), port(number)),
             None => {
-                issues.reject(format!("{path}.port"), "must be a number from 1 to 65535");
+                issues.reject(
+                    format!("{path}.port"),
+                    "must be a number between 1 and 65535",
+                );
                 None
             }
         };
         let mut own = Issues::default();
-        let missing = Value::Null;
-        let mode = typed::<MtlsMode>(entry.get("mtls").unwrap_or(&missing), &mut own);
+        let absent = Value::Null;
+        let mode = typed::<MtlsMode>(entry.get("mtls").unwrap_or(&absent), &mut own);
         relocate(&format!("{path}.mtls"), own, issues);
         let mode = mode.map_or(Mtls::Strict, mtls);
         match number {
-            None => unknown_port = true,
+            None => has_invalid_port = true,
             Some(number) => {
                 if authentication.ports.contains_key(&number) {
-                    issues.reject(format!("{path}.port"), format!("{number} is given twice"));
+                    issues.reject(format!("{path}.port"), format!("duplicate port {number}"));
                 }
                 let stricter = authentication.ports.get(&number).copied().unwrap_or(mode);
                 authentication.ports.insert(number, stricter.max(mode));
             }
         }
     }
-    if unknown_port {
+    if has_invalid_port {
         authentication.mtls = Some(Mtls::Strict);
         authentication.ports.clear();
     }

@@ -1,35 +1,46 @@
 // SPDX-License-Identifier: Apache-2.0
-//! MeshNode: which workloads a node's agent accepts tunnels for.
+//! Parses MeshNode: the workloads for which a node's agent accepts tunnels.
 
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-use super::Fact;
-use super::object::{Held, Issues, Subject, typed};
+use super::ParsedObject;
+use super::object::{Fallback, Issues, RawObject, typed};
 use crate::crd::MeshNodeStatus;
 
-/// What a node reports.
+/// The part of a node report that readiness depends on.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct NodeReport {
-    /// UIDs of namespaces.
+    /// The UIDs of namespaces whose pods on the node accept tunnels.
     pub(super) namespaces: BTreeSet<String>,
-    /// UIDs of pods that are enrolled by their own label.
+    /// The UIDs of pods on the node that accept tunnels because of their own label.
     pub(super) pods: BTreeSet<String>,
 }
 
-pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> {
-    // A node that was just made has no status yet.
-    let status: MeshNodeStatus = match subject.raw(&["status"]) {
+pub(super) fn parse(object: &RawObject<'_>, issues: &mut Issues) -> Option<ParsedObject> {
+    // A new MeshNode has no status yet.
+    let MeshNodeStatus {
+        enrolled_namespaces,
+        enrolled_pods,
+        version: _,
+        observed_at: _,
+        features: _,
+        missing_features: _,
+        in_force: _,
+        rejections: _,
+        warnings: _,
+        unprotected: _,
+    } = match object.raw(&["status"]) {
         Some(value) => typed(value, issues)?,
         None => MeshNodeStatus::default(),
     };
-    Some(Fact::Report(Box::new(NodeReport {
-        namespaces: status.enrolled_namespaces.into_iter().collect(),
-        pods: status.enrolled_pods.into_iter().collect(),
+    Some(ParsedObject::Report(Box::new(NodeReport {
+        namespaces: enrolled_namespaces.into_iter().collect(),
+        pods: enrolled_pods.into_iter().collect(),
     })))
 }
 
-pub(super) fn rejected(_: &Subject<'_>) -> Held {
-    Held::nothing("the node counts as not ready for tunnels")
+pub(super) fn fallback(_: &RawObject<'_>) -> Fallback {
+    Fallback::nothing("the node is not ready for tunnels")
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! MeshPolicy and ClusterMeshPolicy.
+//! Parses MeshPolicy and ClusterMeshPolicy.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -9,111 +9,128 @@ use mesh_plan::cluster::{
     Subject as PolicySubject, Tier,
 };
 
-use super::Fact;
-use super::object::{Held, Issues, Subject, own_spec};
+use super::ParsedObject;
+use super::object::{Fallback, Issues, RawObject, own_spec};
 use super::rules::{
-    denial, ip_block, is_audit, isolation, port_match, salvaged_tier, tier_and_rank,
+    Directions, denial, ip_block, is_audit, isolation, port_match, salvaged_tier, tier_and_priority,
 };
 use super::selector::{optional, salvaged, selector};
 use super::validate::subdomain;
 use crate::crd::{
-    ClusterAction, ClusterMeshPolicySpec, MeshAction, MeshEntity, MeshPeer, MeshPolicySpec,
-    MeshPort, PolicyMode,
+    ClusterAction, ClusterMeshPolicySpec, MeshAction, MeshEgressRule, MeshEntity, MeshIngressRule,
+    MeshIpBlock, MeshPeer, MeshPolicySpec, MeshPort, PolicyMode,
 };
 
-/// What a rule's parts mean in its policy.
+/// The properties of a policy that its rules depend on.
 struct Context<'a> {
-    /// The policy's namespace; `None` = cluster-wide.
+    /// The namespace of the policy; `None` for a cluster-scoped policy.
     namespace: Option<&'a str>,
     tier: Tier,
-    /// What rules without an action do.
+    /// The action of rules without an action.
     action: RuleAction,
 }
 
 /// A rule of either direction.
-struct Read<'a> {
+struct RuleSpec<'a> {
     name: Option<&'a str>,
     action: Option<ClusterAction>,
     peers: (&'static str, Option<&'a [MeshPeer]>),
     ports: Option<&'a [MeshPort]>,
 }
 
-pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> {
-    let spec: MeshPolicySpec = own_spec(subject.value, issues)?;
+pub(super) fn parse(object: &RawObject<'_>, issues: &mut Issues) -> Option<ParsedObject> {
+    let MeshPolicySpec {
+        pod_selector,
+        action,
+        mode,
+        ingress,
+        egress,
+    } = own_spec(object.value, issues)?;
     let context = Context {
-        namespace: Some(subject.namespace()),
+        namespace: Some(object.namespace()),
         tier: Tier::Namespaced,
-        action: match spec.action {
+        action: match action {
             MeshAction::Allow => RuleAction::Allow,
             MeshAction::Deny => RuleAction::Deny,
         },
     };
-    let pods = optional("spec.podSelector", spec.pod_selector.as_ref(), issues);
-    let (ingress, egress) = directions(&context, spec.ingress, spec.egress, issues);
-    Some(Fact::Policy(Arc::new(Policy {
+    let pods = optional("spec.podSelector", pod_selector.as_ref(), issues);
+    let (ingress, egress) = directions(&context, ingress, egress, issues);
+    Some(ParsedObject::Policy(Arc::new(Policy {
         tier: Tier::Namespaced,
         subject: PolicySubject::Pods {
-            namespace: subject.namespace().to_owned(),
+            namespace: object.namespace().to_owned(),
             pods,
         },
         ingress,
         egress,
-        audit: spec.mode == PolicyMode::Audit,
+        audit: mode == PolicyMode::Audit,
     })))
 }
 
-pub(super) fn rejected(subject: &Subject<'_>) -> Held {
-    if is_audit(subject) {
-        return Held::nothing("it audits nothing, and isolates nothing");
+pub(super) fn fallback(object: &RawObject<'_>) -> Fallback {
+    if is_audit(object) {
+        return Fallback::nothing("the policy neither audits nor isolates any pod");
     }
-    isolation(subject, named_directions(subject))
+    isolation(object, named_directions(object))
 }
 
-pub(super) fn parse_cluster(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> {
-    let spec: ClusterMeshPolicySpec = own_spec(subject.value, issues)?;
-    let tier = tier_and_rank(spec.tier, spec.priority, issues)?;
+pub(super) fn parse_cluster(object: &RawObject<'_>, issues: &mut Issues) -> Option<ParsedObject> {
+    let ClusterMeshPolicySpec {
+        tier,
+        priority,
+        namespace_selector,
+        pod_selector,
+        action: default_action,
+        mode,
+        ingress,
+        egress,
+    } = own_spec(object.value, issues)?;
+    let tier = tier_and_priority(tier, priority, issues)?;
     let context = Context {
         namespace: None,
         tier,
-        action: action(spec.action),
+        action: action(default_action),
     };
     let namespaces = optional(
         "spec.namespaceSelector",
-        spec.namespace_selector.as_ref(),
+        namespace_selector.as_ref(),
         issues,
     );
-    let pods = optional("spec.podSelector", spec.pod_selector.as_ref(), issues);
-    let (ingress, egress) = directions(&context, spec.ingress, spec.egress, issues);
-    Some(Fact::Policy(Arc::new(Policy {
+    let pods = optional("spec.podSelector", pod_selector.as_ref(), issues);
+    let (ingress, egress) = directions(&context, ingress, egress, issues);
+    Some(ParsedObject::Policy(Arc::new(Policy {
         tier,
         subject: PolicySubject::Namespaces { namespaces, pods },
         ingress,
         egress,
-        audit: spec.mode == PolicyMode::Audit,
+        audit: mode == PolicyMode::Audit,
     })))
 }
 
-pub(super) fn rejected_cluster(subject: &Subject<'_>) -> Held {
-    if is_audit(subject) {
-        return Held::nothing("it audits nothing, and isolates nothing");
+pub(super) fn fallback_cluster(object: &RawObject<'_>) -> Fallback {
+    if is_audit(object) {
+        return Fallback::nothing("the policy neither audits nor isolates any pod");
     }
-    let namespaces = salvaged(subject.raw(&["spec", "namespaceSelector"]));
-    let pods = salvaged(subject.raw(&["spec", "podSelector"]));
+    let namespaces = salvaged(object.raw(&["spec", "namespaceSelector"]));
+    let pods = salvaged(object.raw(&["spec", "podSelector"]));
     match (namespaces, pods) {
         (Some(namespaces), Some(pods)) => {
-            let directions = named_directions(subject);
-            denial(salvaged_tier(subject), namespaces, pods, directions)
+            let directions = named_directions(object);
+            denial(salvaged_tier(object), namespaces, pods, directions)
         }
-        _ => Held::nothing("whom it is about cannot be read: it isolates nothing"),
+        _ => Fallback::nothing(
+            "its selectors cannot be read, so the policy does not apply to any pod",
+        ),
     }
 }
 
-/// What a rejected policy is about; both directions if it names none.
-fn named_directions(subject: &Subject<'_>) -> (bool, bool) {
-    let named = |field| subject.raw(&["spec", field]).is_some();
+/// The directions that a rejected policy sets; both if it sets none.
+fn named_directions(object: &RawObject<'_>) -> Directions {
+    let named = |field| object.raw(&["spec", field]).is_some();
     match (named("ingress"), named("egress")) {
-        (false, false) => (true, true),
-        directions => directions,
+        (false, false) => Directions::BOTH,
+        (ingress, egress) => Directions { ingress, egress },
     }
 }
 
@@ -129,28 +146,44 @@ type Rules = Option<Vec<Rule>>;
 
 fn directions(
     context: &Context<'_>,
-    ingress: Option<Vec<crate::crd::MeshIngressRule>>,
-    egress: Option<Vec<crate::crd::MeshEgressRule>>,
+    ingress: Option<Vec<MeshIngressRule>>,
+    egress: Option<Vec<MeshEgressRule>>,
     issues: &mut Issues,
 ) -> (Rules, Rules) {
     if ingress.is_none() && egress.is_none() {
-        issues.reject("spec", "needs ingress or egress rules");
+        issues.reject("spec", "must set ingress or egress");
     }
     let ingress = ingress.map(|rules| {
-        let read = rules.iter().map(|rule| Read {
-            name: rule.name.as_deref(),
-            action: rule.action,
-            peers: ("from", rule.from.as_deref()),
-            ports: rule.ports.as_deref(),
+        let read = rules.iter().map(|rule| {
+            let MeshIngressRule {
+                name,
+                action,
+                from,
+                ports,
+            } = rule;
+            RuleSpec {
+                name: name.as_deref(),
+                action: *action,
+                peers: ("from", from.as_deref()),
+                ports: ports.as_deref(),
+            }
         });
         direction(context, "ingress", read.collect(), issues)
     });
     let egress = egress.map(|rules| {
-        let read = rules.iter().map(|rule| Read {
-            name: rule.name.as_deref(),
-            action: rule.action,
-            peers: ("to", rule.to.as_deref()),
-            ports: rule.ports.as_deref(),
+        let read = rules.iter().map(|rule| {
+            let MeshEgressRule {
+                name,
+                action,
+                to,
+                ports,
+            } = rule;
+            RuleSpec {
+                name: name.as_deref(),
+                action: *action,
+                peers: ("to", to.as_deref()),
+                ports: ports.as_deref(),
+            }
         });
         direction(context, "egress", read.collect(), issues)
     });
@@ -160,14 +193,14 @@ fn directions(
 fn direction(
     context: &Context<'_>,
     direction: &str,
-    rules: Vec<Read<'_>>,
+    rules: Vec<RuleSpec<'_>>,
     issues: &mut Issues,
 ) -> Vec<Rule> {
     let isolates = context.tier == Tier::Namespaced && context.action == RuleAction::Allow;
     if rules.is_empty() && !isolates {
         issues.reject(
             format!("spec.{direction}"),
-            "is empty and says nothing: leave it out, or add a rule",
+            "must not be empty: remove the field, or add a rule",
         );
     }
     let mut names = BTreeSet::new();
@@ -181,7 +214,7 @@ fn direction(
         if !names.insert(name.clone()) {
             issues.reject(
                 format!("{path}.name"),
-                format!("{name:?} is another rule's name"),
+                format!("duplicate rule name {name:?}"),
             );
         }
         made.push(rule(context, &path, name, &read, issues));
@@ -193,18 +226,21 @@ fn rule(
     context: &Context<'_>,
     path: &str,
     name: String,
-    read: &Read<'_>,
+    read: &RuleSpec<'_>,
     issues: &mut Issues,
 ) -> Rule {
     if context.tier == Tier::Namespaced && read.action.is_some() {
         issues.reject(
             format!("{path}.action"),
-            "is for ClusterMeshPolicy; here spec.action holds for all rules",
+            "must not be set in a MeshPolicy: spec.action applies to all rules",
         );
     }
     let action = read.action.map_or(context.action, action);
     if action == RuleAction::Pass && !matches!(context.tier, Tier::Admin(_)) {
-        issues.reject(format!("{path}.action"), "Pass is for the Admin tier");
+        issues.reject(
+            format!("{path}.action"),
+            "Pass is valid in the Admin tier only",
+        );
     }
     let (field, peers) = read.peers;
     let peers = peers.map(|peers| {
@@ -225,11 +261,16 @@ fn rule(
         not_empty(&format!("{path}.ports"), ports.len(), issues);
         let mut made = Vec::new();
         for (i, read) in ports.iter().enumerate() {
+            let MeshPort {
+                port,
+                end_port,
+                protocol,
+            } = read;
             made.extend(port_match(
                 &format!("{path}.ports[{i}]"),
-                Some(read.protocol.name()),
-                read.port.as_ref(),
-                read.end_port,
+                Some(protocol.name()),
+                port.as_ref(),
+                *end_port,
                 issues,
             ));
         }
@@ -243,10 +284,13 @@ fn rule(
     }
 }
 
-/// An empty list may mean nobody or everybody; generated manifests produce it by accident.
+/// Rejects an empty list: templates produce it by accident, and it could mean nothing or everything.
 fn not_empty(field: &str, len: usize, issues: &mut Issues) {
     if len == 0 {
-        issues.reject(field, "is empty: leave it out to match everything");
+        issues.reject(
+            field,
+            "must not be empty: remove the field to match everything",
+        );
     }
 }
 
@@ -257,32 +301,34 @@ fn peer(
     made: &mut Vec<PeerMatch>,
     issues: &mut Issues,
 ) {
-    let is_workload = read.pod_selector.is_some()
-        || read.namespace_selector.is_some()
-        || read.service_accounts.is_some();
-    let forms = [
-        is_workload,
-        read.ip_blocks.is_some(),
-        read.entities.is_some(),
-    ];
+    let MeshPeer {
+        pod_selector,
+        namespace_selector,
+        service_accounts,
+        ip_blocks,
+        entities,
+    } = read;
+    let is_workload =
+        pod_selector.is_some() || namespace_selector.is_some() || service_accounts.is_some();
+    let forms = [is_workload, ip_blocks.is_some(), entities.is_some()];
     if forms.into_iter().filter(|form| *form).count() != 1 {
         issues.reject(
             path,
-            "needs one of: selectors and serviceAccounts, or ipBlocks, or entities",
+            "must set exactly one of: selectors and serviceAccounts, ipBlocks, entities",
         );
         return;
     }
     if is_workload {
         made.push(workloads(context, path, read, issues));
     }
-    if let Some(blocks) = &read.ip_blocks {
+    if let Some(blocks) = ip_blocks {
         not_empty(&format!("{path}.ipBlocks"), blocks.len(), issues);
-        for (i, block) in blocks.iter().enumerate() {
+        for (i, MeshIpBlock { cidr, except }) in blocks.iter().enumerate() {
             let path = format!("{path}.ipBlocks[{i}]");
-            made.extend(ip_block(&path, &block.cidr, &block.except, issues));
+            made.extend(ip_block(&path, cidr, except, issues));
         }
     }
-    if let Some(entities) = &read.entities {
+    if let Some(entities) = entities {
         not_empty(&format!("{path}.entities"), entities.len(), issues);
         made.extend(
             entities
@@ -311,7 +357,7 @@ fn workloads(context: &Context<'_>, path: &str, read: &MeshPeer, issues: &mut Is
         read.pod_selector.as_ref(),
         issues,
     );
-    // A bare name means the policy's namespace, unless the peer says which namespaces.
+    // A bare name is in the policy's namespace, unless the peer selects namespaces.
     let own = context.namespace.filter(|_| selected.is_none());
     let service_accounts = read.service_accounts.as_ref().map(|accounts| {
         let path = format!("{path}.serviceAccounts");
@@ -327,7 +373,7 @@ fn workloads(context: &Context<'_>, path: &str, read: &MeshPeer, issues: &mut Is
     let everywhere = || NamespaceMatch::Labels(Selector::default());
     let namespaces = match (selected, context.namespace) {
         (Some(selected), _) => selected,
-        // The accounts say which namespaces.
+        // The service accounts determine the namespaces.
         _ if service_accounts.is_some() => everywhere(),
         (None, Some(namespace)) => NamespaceMatch::Name(namespace.to_owned()),
         (None, None) => everywhere(),
@@ -339,7 +385,7 @@ fn workloads(context: &Context<'_>, path: &str, read: &MeshPeer, issues: &mut Is
     }
 }
 
-/// `*`, `NAME`, `NAMESPACE/NAME` or `NAMESPACE/*`.
+/// Parses a service account: `*`, `NAME`, `NAMESPACE/NAME` or `NAMESPACE/*`.
 fn service_account(
     text: &str,
     own: Option<&str>,
@@ -364,7 +410,7 @@ fn service_account(
                 name: name(account)?,
             })
         }
-        None if !bare_is_known => Err(format!("{text:?} needs its namespace: NAMESPACE/{text}")),
+        None if !bare_is_known => Err(format!("{text:?} must have a namespace: NAMESPACE/{text}")),
         None => Ok(ServiceAccountMatch {
             namespace: own.map(str::to_owned),
             name: name(text)?,

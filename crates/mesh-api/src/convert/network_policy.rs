@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! NetworkPolicy of `networking.k8s.io/v1`, validated and defaulted as the API server does.
+//! Parses NetworkPolicy of `networking.k8s.io/v1`, with the validation and defaults of the API server.
 
 use std::sync::Arc;
 
@@ -9,15 +9,15 @@ use mesh_plan::cluster::{
 };
 use serde_json::Value;
 
-use super::Fact;
-use super::object::{Held, Issues, Subject, typed};
-use super::rules::{ip_block, isolation, port_match, says};
+use super::ParsedObject;
+use super::object::{Fallback, Issues, RawObject, typed};
+use super::rules::{Directions, ip_block, is_set, isolation, port_match};
 use super::selector::{optional, selector};
 
-pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> {
-    let read: net::NetworkPolicy = typed(subject.value, issues)?;
+pub(super) fn parse(object: &RawObject<'_>, issues: &mut Issues) -> Option<ParsedObject> {
+    let read: net::NetworkPolicy = typed(object.value, issues)?;
     let spec = read.spec.unwrap_or_default();
-    let namespace = subject.namespace();
+    let namespace = object.namespace();
     let (for_ingress, for_egress) = directions(&spec, issues);
     let pods = optional("spec.podSelector", spec.pod_selector.as_ref(), issues);
     let ingress = spec.ingress.unwrap_or_default();
@@ -40,7 +40,7 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
             rule(name, namespace, peers, read.ports.as_deref(), issues)
         })
         .collect();
-    Some(Fact::Policy(Arc::new(Policy {
+    Some(ParsedObject::Policy(Arc::new(Policy {
         tier: Tier::Namespaced,
         subject: PolicySubject::Pods {
             namespace: namespace.to_owned(),
@@ -52,27 +52,30 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
     })))
 }
 
-pub(super) fn rejected(subject: &Subject<'_>) -> Held {
-    let types: Vec<Option<&str>> = match subject.raw(&["spec", "policyTypes"]) {
+pub(super) fn fallback(object: &RawObject<'_>) -> Fallback {
+    let types: Vec<Option<&str>> = match object.raw(&["spec", "policyTypes"]) {
         None => Vec::new(),
         Some(Value::Array(types)) => types.iter().map(Value::as_str).collect(),
         Some(_) => vec![None],
     };
     let known = |t: &Option<&str>| matches!(t, Some("Ingress" | "Egress"));
     let directions = if types.is_empty() {
-        (true, says(subject, "egress"))
+        Directions {
+            ingress: true,
+            egress: is_set(object, "egress"),
+        }
     } else if types.iter().all(known) {
-        (
-            types.contains(&Some("Ingress")),
-            types.contains(&Some("Egress")),
-        )
+        Directions {
+            ingress: types.contains(&Some("Ingress")),
+            egress: types.contains(&Some("Egress")),
+        }
     } else {
-        (true, true)
+        Directions::BOTH
     };
-    isolation(subject, directions)
+    isolation(object, directions)
 }
 
-/// `policyTypes`, or what it defaults to: always ingress, egress if there is an egress rule.
+/// Parses `policyTypes`. The default is ingress, and egress if there is an egress rule.
 fn directions(spec: &net::NetworkPolicySpec, issues: &mut Issues) -> (bool, bool) {
     let types = spec.policy_types.as_deref().unwrap_or_default();
     if types.is_empty() {
@@ -83,12 +86,12 @@ fn directions(spec: &net::NetworkPolicySpec, issues: &mut Issues) -> (bool, bool
         if !matches!(name.as_str(), "Ingress" | "Egress") {
             issues.reject(
                 format!("spec.policyTypes[{i}]"),
-                format!("{name:?} must be Ingress or Egress"),
+                format!("unsupported value {name:?}: must be Ingress or Egress"),
             );
         }
     }
     if types.len() > 2 {
-        issues.reject("spec.policyTypes", "has at most two items");
+        issues.reject("spec.policyTypes", "must have at most 2 items");
     }
     let has = |wanted: &str| types.iter().any(|name| name == wanted);
     let (ingress, egress) = (has("Ingress"), has("Egress"));
@@ -103,7 +106,7 @@ fn directions(spec: &net::NetworkPolicySpec, issues: &mut Issues) -> (bool, bool
         if !applies && rules != 0 {
             issues.warn(
                 format!("spec.{direction}"),
-                "has no effect: spec.policyTypes does not name this direction",
+                "has no effect: spec.policyTypes does not include this direction",
             );
         }
     }
@@ -132,7 +135,7 @@ fn rule(
             issues,
         ));
     }
-    // A missing list and an empty one both match everything.
+    // An absent list and an empty one both match everything.
     let given = |len: Option<usize>| len.is_some_and(|len| len > 0);
     Rule {
         name,
@@ -150,10 +153,7 @@ fn peer(
 ) -> Option<PeerMatch> {
     match (&read.pod_selector, &read.namespace_selector, &read.ip_block) {
         (None, None, None) => {
-            issues.reject(
-                path,
-                "needs a podSelector, a namespaceSelector or an ipBlock",
-            );
+            issues.reject(path, "must set podSelector, namespaceSelector or ipBlock");
             None
         }
         (None, None, Some(block)) => ip_block(
@@ -163,7 +163,10 @@ fn peer(
             issues,
         ),
         (_, _, Some(_)) => {
-            issues.reject(format!("{path}.ipBlock"), "stands alone, without selectors");
+            issues.reject(
+                format!("{path}.ipBlock"),
+                "must not be set with podSelector or namespaceSelector",
+            );
             None
         }
         (pods, namespaces, None) => Some(PeerMatch::Pods {

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Nodes.
+//! Parses Nodes.
 
 use k8s_openapi::api::core::v1 as core;
 use mesh_plan::cluster::Node;
 
-use super::Fact;
-use super::object::{Held, Issues, Subject, typed};
+use super::ParsedObject;
+use super::object::{Fallback, Issues, RawObject, typed};
 use super::validate::cidr;
 
-pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> {
-    let read: core::Node = typed(subject.value, issues)?;
+pub(super) fn parse(object: &RawObject<'_>, issues: &mut Issues) -> Option<ParsedObject> {
+    let read: core::Node = typed(object.value, issues)?;
     let mut node = Node {
-        labels: subject.labels(),
+        labels: object.labels(),
         ..Node::default()
     };
     let spec = read.spec.unwrap_or_default();
@@ -20,7 +20,7 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
         node.pod_cidrs
             .extend(issues.check(&format!("spec.podCIDRs[{i}]"), cidr(text)));
     }
-    // Host names and DNS names stand in the same list.
+    // The list also has host names and DNS names.
     node.addresses = read
         .status
         .and_then(|status| status.addresses)
@@ -28,9 +28,9 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
         .flatten()
         .filter_map(|address| super::validate::address(&address.address).ok())
         .collect();
-    Some(Fact::Node(node.into()))
+    Some(ParsedObject::Node(node.into()))
 }
 
-pub(super) fn rejected(_: &Subject<'_>) -> Held {
-    Held::nothing("the node is not known: its addresses count as outside the cluster")
+pub(super) fn fallback(_: &RawObject<'_>) -> Fallback {
+    Fallback::nothing("the node is ignored: its addresses are outside the cluster")
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What all kinds have in common: the object's head, its problems, and typed reading with the path
-//! of every error.
+//! Code that all kinds share: object metadata, problems, and typed parsing that reports the path of
+//! every error.
 
 use std::collections::BTreeMap;
 
@@ -9,37 +9,37 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::kinds::Kind;
+use super::ParsedObject;
+use super::kinds::{Kind, Scope};
 use super::validate::subdomain;
-use super::{Fact, Object};
 
-/// Who an object is.
+/// The identity of an object.
 #[derive(Clone, Debug)]
 pub(super) struct Head {
     pub(super) object: ObjectRef,
     pub(super) uid: String,
 }
 
-/// An object on its way.
-pub(super) struct Subject<'a> {
+/// An object before parsing.
+pub(super) struct RawObject<'a> {
     pub(super) head: &'a Head,
     pub(super) value: &'a Value,
     pub(super) standalone: bool,
 }
 
-impl Subject<'_> {
+impl RawObject<'_> {
     pub(super) fn namespace(&self) -> &str {
         &self.head.object.namespace
     }
 
-    /// The value at a path of keys, if it is there and not null.
+    /// The value at a path of keys; `None` if it is absent or null.
     pub(super) fn raw(&self, path: &[&str]) -> Option<&Value> {
         path.iter()
             .try_fold(self.value, |value, key| value.get(key))
             .filter(|value| !value.is_null())
     }
 
-    /// The labels that are strings.
+    /// The labels whose values are strings.
     pub(super) fn labels(&self) -> BTreeMap<String, String> {
         self.strings("labels")
     }
@@ -58,7 +58,7 @@ impl Subject<'_> {
     }
 }
 
-/// What is wrong with an object, and what is odd.
+/// The problems and warnings of one object, each with the path of its field.
 #[derive(Default)]
 pub(super) struct Issues {
     pub(super) problems: Vec<(String, String)>,
@@ -74,42 +74,42 @@ impl Issues {
         self.warnings.push((field.into(), what.into()));
     }
 
-    /// Adds the field to what went wrong; `None` after that.
+    /// Takes the value of a result. Records an error as a problem of the field.
     pub(super) fn check<T>(&mut self, field: &str, result: Result<T, String>) -> Option<T> {
         result.map_err(|why| self.reject(field, why)).ok()
     }
 }
 
-/// What holds for a rejected object that was never good.
-pub(super) struct Held {
-    pub(super) fact: Option<Fact>,
+/// The replacement for a rejected object that has no last good version.
+pub(super) struct Fallback {
+    pub(super) parsed: Option<ParsedObject>,
     pub(super) consequence: String,
 }
 
-impl Held {
+impl Fallback {
     pub(super) fn nothing(consequence: &str) -> Self {
         Self {
-            fact: None,
+            parsed: None,
             consequence: consequence.to_owned(),
         }
     }
 }
 
-/// Which field of an object's head is wrong, and why.
+/// The metadata field that makes an object unusable, and the reason.
 pub(super) struct BadHead {
     field: &'static str,
     why: String,
 }
 
 impl BadHead {
-    pub(super) fn of(&self, kind: &Kind, object: &Object) -> Rejection {
-        nameless(kind.name, object, self.field, &self.why)
+    pub(super) fn of(&self, kind: Kind, origin: &str) -> Rejection {
+        unnamed(kind.name(), origin, self.field, &self.why)
     }
 }
 
-/// The head of an object of a known kind.
-pub(super) fn head(kind: &Kind, object: &Object) -> Result<Head, BadHead> {
-    let metadata = object.value.get("metadata");
+/// Reads the identity of an object of a known kind.
+pub(super) fn head(kind: Kind, object: &Value) -> Result<Head, BadHead> {
+    let metadata = object.get("metadata");
     let bad = |field, why: &str| BadHead {
         field,
         why: why.to_owned(),
@@ -119,43 +119,43 @@ pub(super) fn head(kind: &Kind, object: &Object) -> Result<Head, BadHead> {
         Some(Value::String(text)) => Ok(Some(text.as_str())),
         Some(_) => Err(bad(
             field,
-            "must be a string, quoted where YAML reads something else (on, no, 1)",
+            "must be a string; quote values that YAML reads as a boolean or a number (on, no, 1)",
         )),
     };
     let name = text("name")?
         .filter(|name| !name.is_empty())
-        .ok_or_else(|| bad("name", "is missing"))?;
+        .ok_or_else(|| bad("name", "is required"))?;
     subdomain(name).map_err(|why| bad("name", &why))?;
-    let namespace = match (kind.namespaced, text("namespace")?) {
-        (false, _) => "",
-        (true, None | Some("")) => "default",
-        (true, Some(namespace)) => {
+    let namespace = match (kind.scope(), text("namespace")?) {
+        (Scope::Cluster, _) => "",
+        (Scope::Namespaced, None | Some("")) => "default",
+        (Scope::Namespaced, Some(namespace)) => {
             subdomain(namespace).map_err(|why| bad("namespace", &why))?;
             namespace
         }
     };
     Ok(Head {
-        object: ObjectRef::new(kind.name, namespace, name),
+        object: ObjectRef::new(kind.name(), namespace, name),
         uid: text("uid")?.unwrap_or_default().to_owned(),
     })
 }
 
-/// The rejection of an object that cannot be named: its place stands for its name.
-pub(super) fn nameless(kind: &str, object: &Object, field: &str, why: &str) -> Rejection {
-    let place = if object.origin.is_empty() {
+/// The rejection of an object without a usable name. The file of the object replaces the name.
+pub(super) fn unnamed(kind: &str, origin: &str, field: &str, why: &str) -> Rejection {
+    let place = if origin.is_empty() {
         "(no name)"
     } else {
-        &object.origin
+        origin
     };
     Rejection {
         object: ObjectRef::new(kind, "", place),
         field: format!("metadata.{field}"),
         why: why.to_owned(),
-        consequence: "the object is not used".to_owned(),
+        consequence: "the object is ignored".to_owned(),
     }
 }
 
-/// Reads a value as a type. A wrong type rejects with its path, unknown fields are warned about.
+/// Deserializes a value. A wrong type is a problem with its path, an unknown field a warning.
 pub(super) fn typed<T: DeserializeOwned>(value: &Value, issues: &mut Issues) -> Option<T> {
     let mut unknown = Vec::new();
     let mut track = serde_path_to_error::Track::new();
@@ -163,7 +163,7 @@ pub(super) fn typed<T: DeserializeOwned>(value: &Value, issues: &mut Issues) -> 
     let result: Result<T, _> =
         serde_ignored::deserialize(reader, |path| unknown.push(dotted(&path)));
     for field in unknown {
-        issues.warn(field, "is no field of this kind; ignored");
+        issues.warn(field, "unknown field; it is ignored");
     }
     match result {
         Ok(read) => Some(read),
@@ -174,7 +174,7 @@ pub(super) fn typed<T: DeserializeOwned>(value: &Value, issues: &mut Issues) -> 
     }
 }
 
-/// `spec.ingress[0].from`, as rejections are written.
+/// Formats a path as rejections show it: `spec.ingress[0].from`.
 fn dotted(path: &serde_ignored::Path<'_>) -> String {
     use serde_ignored::Path;
     match path {
@@ -194,13 +194,14 @@ fn dotted(path: &serde_ignored::Path<'_>) -> String {
     }
 }
 
-/// An object of the mesh's own kinds, of which only the `spec` matters here.
+/// An object of one of the mesh's own kinds. Only its `spec` is used; the other fields are listed so
+/// that they are not reported as unknown.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Own<S> {
-    #[serde(rename = "apiVersion")]
+struct OwnObject<S> {
+    #[serde(rename = "apiVersion", default)]
     _api_version: String,
-    #[serde(rename = "kind")]
+    #[serde(rename = "kind", default)]
     _kind: String,
     #[serde(rename = "metadata")]
     _metadata: k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta,
@@ -209,7 +210,7 @@ struct Own<S> {
     _status: Value,
 }
 
-/// The `spec` of an object of the mesh's own kinds.
+/// Parses the `spec` of an object of the mesh's own kinds.
 pub(super) fn own_spec<S: DeserializeOwned>(value: &Value, issues: &mut Issues) -> Option<S> {
-    typed::<Own<S>>(value, issues).map(|own| own.spec)
+    typed::<OwnObject<S>>(value, issues).map(|object| object.spec)
 }

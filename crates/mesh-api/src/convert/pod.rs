@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Pods.
+//! Parses Pods.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -11,49 +11,50 @@ use mesh_plan::cluster::{Labels, ObjectName, Pod, Transport};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::Fact;
-use super::namespace::{check_enrolment, enrol};
-use super::object::{Held, Issues, Subject, typed};
+use super::ParsedObject;
+use super::namespace::{check_enrollment, enroll};
+use super::object::{Fallback, Issues, RawObject, typed};
 use super::validate::{address, port, transport};
 
-/// The annotation that names a pod's network namespace file.
+/// The annotation with the path of a pod's network namespace file.
 const NETNS: &str = "mesh.rs/netns";
 
-/// The annotation that makes a pod the mirror of a static one: its value is the UID that the kubelet
-/// gave that, and its cgroups (a hash of the manifest, 32 hex digits, unless that names a UID). The
-/// API server lets nobody change it, and no kubelet runs a pod that has it for itself.
+/// The annotation of a mirror pod. Its value is the UID that the kubelet gave to the static pod and to
+/// its cgroups: the UID in the manifest, or a hash of the manifest with 32 hex digits. The API server
+/// does not allow changing the annotation, and a kubelet does not run a pod that has it.
 const MIRROR: &str = "kubernetes.io/config.mirror";
 
-/// A pod, and what only services need of it.
+/// A pod, and the addresses that services use for it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct PodFact {
+pub(super) struct ParsedPod {
     pub(super) pod: Arc<Pod>,
-    /// `status.podIPs`: for hostNetwork pods, those of the node. Only without a control plane.
+    /// `status.podIPs`, which for a hostNetwork pod are the addresses of the node. Empty if there is a
+    /// control plane.
     pub(super) served_at: Box<[IpAddr]>,
 }
 
-pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> {
-    // The addresses of pods that ended are reused: nothing else in them matters.
-    if matches!(phase(subject), Some("Succeeded" | "Failed")) {
+pub(super) fn parse(object: &RawObject<'_>, issues: &mut Issues) -> Option<ParsedObject> {
+    // The addresses of a completed pod can be reused, and nothing else of it matters.
+    if matches!(phase(object), Some("Succeeded" | "Failed")) {
         return None;
     }
-    let read: core::Pod = typed(subject.value, issues)?;
+    let read: core::Pod = typed(object.value, issues)?;
     let spec = read.spec.unwrap_or_default();
     let status = read.status.unwrap_or_default();
-    let labels = subject.labels();
-    check_enrolment(&labels, &["enabled", "disabled"], issues);
+    let labels = object.labels();
+    check_enrollment(&labels, &["enabled", "disabled"], issues);
     let host_network = spec.host_network.unwrap_or(false);
     let served_at = addresses(&status, issues);
-    let is_required = subject.standalone && !host_network && phase(subject) != Some("Pending");
+    let is_required = object.standalone && !host_network && phase(object) != Some("Pending");
     if is_required && status.pod_ip.is_none() && status.pod_ips.is_none() {
         issues.reject(
             "status.podIPs",
-            "is missing: without a control plane the object must say which addresses the pod has",
+            "is required for manifests without a control plane",
         );
     }
-    let name = ObjectName::new(subject.namespace(), &*subject.head.object.name);
+    let name = ObjectName::new(object.namespace(), &*object.head.object.name);
     let pod = Pod {
-        uid: uid(subject),
+        uid: uid(object),
         service_account: spec
             .service_account_name
             .as_ref()
@@ -71,17 +72,17 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
         workload: workload(read.metadata.owner_references.as_deref(), &labels, &name),
         ready: is_ready(&status),
         terminating: read.metadata.deletion_timestamp.is_some(),
-        netns_path: subject
+        netns_path: object
             .standalone
-            .then(|| subject.annotation(NETNS))
+            .then(|| object.annotation(NETNS))
             .flatten(),
-        static_uid: subject.annotation(MIRROR),
+        static_uid: object.annotation(MIRROR),
         labels: labels.into(),
         name,
     };
-    Some(Fact::Pod(Box::new(PodFact {
+    Some(ParsedObject::Pod(Box::new(ParsedPod {
         pod: Arc::new(pod),
-        served_at: if subject.standalone {
+        served_at: if object.standalone {
             served_at
         } else {
             Box::default()
@@ -89,46 +90,49 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
     })))
 }
 
-/// A pod whose only fault is its enrolment label is enrolled; any other is unknown.
-pub(super) fn rejected(subject: &Subject<'_>) -> Held {
-    let mut value = subject.value.clone();
+/// Enrolls a pod whose only problem is its enrollment label, and ignores any other rejected pod.
+pub(super) fn fallback(object: &RawObject<'_>) -> Fallback {
+    let mut value = object.value.clone();
     if let Some(Value::Object(labels)) = value.pointer_mut("/metadata/labels") {
         let mut enrolled = Labels::new();
-        enrol(&mut enrolled);
+        enroll(&mut enrolled);
         labels.extend(enrolled.into_iter().map(|(k, v)| (k, Value::from(v))));
     }
     let mut issues = Issues::default();
-    let fact = parse(
-        &Subject {
+    let parsed = parse(
+        &RawObject {
             value: &value,
-            ..*subject
+            ..*object
         },
         &mut issues,
     );
     if issues.problems.is_empty() {
-        Held {
-            fact,
-            consequence: "it counts as enabled".to_owned(),
+        Fallback {
+            parsed,
+            consequence: "the pod is enrolled".to_owned(),
         }
     } else {
-        Held::nothing("the pod is not known: its address counts as unknown, nothing is sent for it")
+        Fallback::nothing(
+            "the pod is ignored: its address has no identity, and its traffic is not redirected",
+        )
     }
 }
 
-fn phase<'a>(subject: &Subject<'a>) -> Option<&'a str> {
-    subject
+fn phase<'a>(object: &RawObject<'a>) -> Option<&'a str> {
+    object
         .value
         .get("status")
         .and_then(|status| status.get("phase"))
         .and_then(Value::as_str)
 }
 
-/// Without one (manifests written by hand), the name: a namespace's name has no '.'.
-fn uid(subject: &Subject<'_>) -> Arc<str> {
-    if subject.head.uid.is_empty() {
-        format!("{}.{}", subject.namespace(), subject.head.object.name).into()
+/// The UID of a pod; without one (handwritten manifests), the namespace and name. They are unambiguous
+/// because a namespace name has no '.'.
+fn uid(object: &RawObject<'_>) -> Arc<str> {
+    if object.head.uid.is_empty() {
+        format!("{}.{}", object.namespace(), object.head.object.name).into()
     } else {
-        subject.head.uid.as_str().into()
+        object.head.uid.as_str().into()
     }
 }
 
@@ -148,16 +152,13 @@ fn addresses(status: &core::PodStatus, issues: &mut Issues) -> Box<[IpAddr]> {
             continue;
         };
         if ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() {
-            issues.reject(&field, format!("{ip} cannot be a pod's address"));
+            issues.reject(&field, format!("{ip} is not valid as a pod address"));
         }
         if found
             .iter()
             .any(|other: &IpAddr| other.is_ipv4() == ip.is_ipv4())
         {
-            issues.reject(
-                &field,
-                "is the second address of its family; a pod has one of each",
-            );
+            issues.reject(&field, "must not be a second address of the same IP family");
         }
         found.push(ip);
     }
@@ -165,8 +166,8 @@ fn addresses(status: &core::PodStatus, issues: &mut Issues) -> Box<[IpAddr]> {
     found.into()
 }
 
-/// Ports of containers and of sidecars (init containers that keep running). The first of a name
-/// wins, as in kube-proxy.
+/// The named ports of containers and sidecars (init containers with restartPolicy Always). The first
+/// port with a name wins, as in kube-proxy.
 fn named_ports(spec: &core::PodSpec, issues: &mut Issues) -> BTreeMap<(String, Transport), u16> {
     let mut named = BTreeMap::new();
     let init = spec.init_containers.as_deref().unwrap_or_default();
@@ -198,8 +199,8 @@ fn named_ports(spec: &core::PodSpec, issues: &mut Issues) -> BTreeMap<(String, T
     named
 }
 
-/// The owner that people know: a Deployment rather than its ReplicaSet. Without an owner, the name
-/// that the pod's label gives it, or its own.
+/// The kind and name of a pod's workload: the Deployment rather than its ReplicaSet. Without an owner,
+/// the name from the label `app.kubernetes.io/name`, or the pod's own name.
 fn workload(
     owners: Option<&[OwnerReference]>,
     labels: &Labels,
@@ -219,7 +220,7 @@ fn workload(
                 None => ("ReplicaSet".to_owned(), owner.name.clone()),
             }
         }
-        // Static pods belong to their node.
+        // The owner of a static pod is its node, which is not a workload.
         Some(owner) if owner.kind != "Node" => (owner.kind.clone(), owner.name.clone()),
         _ => {
             let label = labels.get("app.kubernetes.io/name");
@@ -229,7 +230,7 @@ fn workload(
     }
 }
 
-/// Missing phase and conditions count as Running and Ready.
+/// Whether a pod is ready. An absent phase means Running, an absent condition means Ready.
 fn is_ready(status: &core::PodStatus) -> bool {
     let running = status
         .phase

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What rules of several kinds share: ports, address blocks, and the policy that stands in for a
-//! rejected one.
+//! Parts of rules that several kinds share: ports, IP blocks, and the fallback of a rejected policy.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -12,13 +11,13 @@ use mesh_plan::cluster::{
 };
 use serde_json::Value;
 
-use super::Fact;
-use super::object::{Held, Issues, Subject};
+use super::ParsedObject;
+use super::object::{Fallback, Issues, RawObject};
 use super::selector::salvaged;
 use super::validate::{cidr, is_strictly_inside, port, port_name, transport};
 use crate::crd::ClusterTier;
 
-/// A port of NetworkPolicy and of the mesh's own kinds.
+/// Parses a port of NetworkPolicy and of the mesh's own kinds.
 pub(super) fn port_match(
     path: &str,
     protocol: Option<&str>,
@@ -31,7 +30,7 @@ pub(super) fn port_match(
     let ports = match (number, end) {
         (None, None) => Some(PortRange::All),
         (None, Some(_)) => {
-            issues.reject(end_field, "needs a port");
+            issues.reject(end_field, "must not be set without port");
             None
         }
         (Some(IntOrString::Int(first)), end) => {
@@ -42,7 +41,10 @@ pub(super) fn port_match(
             };
             match (first, last) {
                 (Some(first), Some(last)) if last < first => {
-                    issues.reject(end_field, format!("{last} is below port {first}"));
+                    issues.reject(
+                        end_field,
+                        format!("must be greater than or equal to port {first}, is {last}"),
+                    );
                     None
                 }
                 (Some(first), Some(last)) => Some(PortRange::Range(first, last)),
@@ -50,7 +52,7 @@ pub(super) fn port_match(
             }
         }
         (Some(IntOrString::String(_)), Some(_)) => {
-            issues.reject(end_field, "needs a port that is a number, not a name");
+            issues.reject(end_field, "must not be set with a named port");
             None
         }
         (Some(IntOrString::String(name)), None) => issues
@@ -63,7 +65,7 @@ pub(super) fn port_match(
     })
 }
 
-/// An address block with exceptions.
+/// Parses an IP block with exceptions.
 pub(super) fn ip_block(
     path: &str,
     block: &str,
@@ -79,7 +81,7 @@ pub(super) fn ip_block(
         };
         match &outer {
             Some(outer) if !is_strictly_inside(&hole, outer) => {
-                issues.reject(field, format!("{hole} must be a true part of {outer}"));
+                issues.reject(field, format!("{hole} must be a strict subset of {outer}"));
             }
             _ => {
                 holes.insert(hole);
@@ -92,52 +94,69 @@ pub(super) fn ip_block(
     })
 }
 
-/// What stands in for a rejected namespaced policy: it isolates what its selector selects, in these
-/// directions.
-pub(super) fn isolation(subject: &Subject<'_>, directions: (bool, bool)) -> Held {
-    let namespace = subject.namespace().to_owned();
-    let selector = salvaged(subject.raw(&["spec", "podSelector"]));
-    let whom = match &selector {
-        Some(_) => "the pods that spec.podSelector selects".to_owned(),
-        None => format!("every pod of namespace {namespace}"),
+/// The directions of traffic that a policy applies to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Directions {
+    pub(super) ingress: bool,
+    pub(super) egress: bool,
+}
+
+impl Directions {
+    pub(super) const BOTH: Self = Self {
+        ingress: true,
+        egress: true,
     };
-    let (ingress, egress) = directions;
-    let which = match directions {
-        (true, true) => "ingress and egress",
-        (true, false) => "ingress",
-        (false, true) => "egress",
-        (false, false) => return Held::nothing("it isolates nothing"),
+
+    /// The directions in words; `None` if there are none.
+    fn words(self) -> Option<&'static str> {
+        match (self.ingress, self.egress) {
+            (true, true) => Some("ingress and egress"),
+            (true, false) => Some("ingress"),
+            (false, true) => Some("egress"),
+            (false, false) => None,
+        }
+    }
+}
+
+/// The fallback of a rejected namespaced policy: isolates the pods that its selector selects.
+pub(super) fn isolation(object: &RawObject<'_>, directions: Directions) -> Fallback {
+    let namespace = object.namespace().to_owned();
+    let selector = salvaged(object.raw(&["spec", "podSelector"]));
+    let pods = match &selector {
+        Some(_) => "the pods that spec.podSelector selects".to_owned(),
+        None => format!("every pod in namespace {namespace}"),
+    };
+    let Directions { ingress, egress } = directions;
+    let Some(which) = directions.words() else {
+        return Fallback::nothing("the policy does not isolate any pod");
     };
     let applies_to = match selector {
         Some(pods) => PolicySubject::Pods { namespace, pods },
         None => PolicySubject::WholeNamespace(namespace),
     };
-    Held {
-        fact: Some(Fact::Policy(Arc::new(Policy {
+    Fallback {
+        parsed: Some(ParsedObject::Policy(Arc::new(Policy {
             tier: Tier::Namespaced,
             subject: applies_to,
             ingress: ingress.then(Vec::new),
             egress: egress.then(Vec::new),
             audit: false,
         }))),
-        consequence: format!("it isolates {whom} for {which}"),
+        consequence: format!("the policy isolates {pods} for {which}"),
     }
 }
 
-/// What stands in for a rejected cluster-scoped policy with a usable subject: in its tier, it
-/// denies everything in these directions.
+/// The fallback of a rejected cluster-scoped policy with a valid subject: denies all traffic in its
+/// tier and directions.
 pub(super) fn denial(
     tier: Tier,
     namespaces: Selector,
     pods: Selector,
-    directions: (bool, bool),
-) -> Held {
-    let (ingress, egress) = directions;
-    let which = match directions {
-        (true, true) => "ingress and egress",
-        (true, false) => "ingress",
-        (false, true) => "egress",
-        (false, false) => return Held::nothing("it isolates nothing"),
+    directions: Directions,
+) -> Fallback {
+    let Directions { ingress, egress } = directions;
+    let Some(which) = directions.words() else {
+        return Fallback::nothing("the policy does not isolate any pod");
     };
     let deny_all = || {
         vec![Rule {
@@ -147,41 +166,45 @@ pub(super) fn denial(
             ports: None,
         }]
     };
-    Held {
-        fact: Some(Fact::Policy(Arc::new(Policy {
+    Fallback {
+        parsed: Some(ParsedObject::Policy(Arc::new(Policy {
             tier,
             subject: PolicySubject::Namespaces { namespaces, pods },
             ingress: ingress.then(deny_all),
             egress: egress.then(deny_all),
             audit: false,
         }))),
-        consequence: format!("it denies {which} of the pods that its subject selects"),
+        consequence: format!("the policy denies all {which} of the pods that its subject selects"),
     }
 }
 
-/// Whether a field of `spec` says anything, whatever it is.
-pub(super) fn says(subject: &Subject<'_>, field: &str) -> bool {
-    match subject.raw(&["spec", field]) {
+/// Whether a field of `spec` is set to anything except an empty list.
+pub(super) fn is_set(object: &RawObject<'_>, field: &str) -> bool {
+    match object.raw(&["spec", field]) {
         None => false,
         Some(Value::Array(items)) => !items.is_empty(),
         Some(_) => true,
     }
 }
 
-/// Whether a rejected policy asked for audit only.
-pub(super) fn is_audit(subject: &Subject<'_>) -> bool {
-    subject.raw(&["spec", "mode"]).and_then(Value::as_str) == Some("Audit")
+/// Whether a rejected policy has mode Audit.
+pub(super) fn is_audit(object: &RawObject<'_>) -> bool {
+    object.raw(&["spec", "mode"]).and_then(Value::as_str) == Some("Audit")
 }
 
-/// Highest priority number of cluster-wide policies (network-policy-api).
+/// The highest priority number of cluster-scoped policies (network-policy-api).
 const MAX_PRIORITY: u32 = 1000;
 
-/// Tier and priority of a cluster-wide policy.
-pub(super) fn tier_and_rank(tier: ClusterTier, priority: i32, issues: &mut Issues) -> Option<Tier> {
+/// Parses the tier and priority of a cluster-scoped policy.
+pub(super) fn tier_and_priority(
+    tier: ClusterTier,
+    priority: i32,
+    issues: &mut Issues,
+) -> Option<Tier> {
     let priority = u32::try_from(priority)
         .ok()
         .filter(|priority| *priority <= MAX_PRIORITY)
-        .ok_or_else(|| format!("{priority} must be from 0 to {MAX_PRIORITY}"));
+        .ok_or_else(|| format!("must be between 0 and {MAX_PRIORITY}, is {priority}"));
     let priority = issues.check("spec.priority", priority)?;
     Some(match tier {
         ClusterTier::Admin => Tier::Admin(priority),
@@ -189,15 +212,15 @@ pub(super) fn tier_and_rank(tier: ClusterTier, priority: i32, issues: &mut Issue
     })
 }
 
-/// The tier of a rejected cluster-wide policy: the strictest where it cannot be read.
-pub(super) fn salvaged_tier(subject: &Subject<'_>) -> Tier {
-    let priority = subject
+/// The tier of a rejected cluster-scoped policy: the strictest one if it cannot be read.
+pub(super) fn salvaged_tier(object: &RawObject<'_>) -> Tier {
+    let priority = object
         .raw(&["spec", "priority"])
         .and_then(Value::as_u64)
         .and_then(|priority| u32::try_from(priority).ok())
         .filter(|priority| *priority <= MAX_PRIORITY)
         .unwrap_or(0);
-    match subject.raw(&["spec", "tier"]).and_then(Value::as_str) {
+    match object.raw(&["spec", "tier"]).and_then(Value::as_str) {
         Some("Baseline") => Tier::Baseline(priority),
         _ => Tier::Admin(priority),
     }

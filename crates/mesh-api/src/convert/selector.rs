@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Label selectors.
+//! Parses label selectors.
 
 use std::collections::BTreeSet;
 
@@ -10,7 +10,8 @@ use serde_json::Value;
 use super::object::{Issues, typed};
 use super::validate::{label_key, label_value};
 
-/// A selector as the API server validates it. Where something is wrong, the result is of no use.
+/// Parses a selector with the validation of the API server. The result is meaningless if there was a
+/// problem.
 pub(super) fn selector(path: &str, from: &LabelSelector, issues: &mut Issues) -> Selector {
     let mut requirements = BTreeSet::new();
     for (key, value) in from.match_labels.iter().flatten() {
@@ -33,14 +34,14 @@ pub(super) fn selector(path: &str, from: &LabelSelector, issues: &mut Issues) ->
             "In" | "NotIn" if values.is_empty() => {
                 issues.reject(
                     format!("{path}.values"),
-                    format!("{} needs at least one value", expression.operator),
+                    format!("must not be empty for operator {}", expression.operator),
                 );
                 continue;
             }
             "Exists" | "DoesNotExist" if !values.is_empty() => {
                 issues.reject(
                     format!("{path}.values"),
-                    format!("{} takes no values", expression.operator),
+                    format!("must be empty for operator {}", expression.operator),
                 );
                 continue;
             }
@@ -51,7 +52,9 @@ pub(super) fn selector(path: &str, from: &LabelSelector, issues: &mut Issues) ->
             other => {
                 issues.reject(
                     format!("{path}.operator"),
-                    format!("{other:?} is no operator: must be In, NotIn, Exists or DoesNotExist"),
+                    format!(
+                        "unsupported value {other:?}: must be In, NotIn, Exists or DoesNotExist"
+                    ),
                 );
                 continue;
             }
@@ -66,12 +69,12 @@ pub(super) fn selector(path: &str, from: &LabelSelector, issues: &mut Issues) ->
     }
 }
 
-/// A selector that may be missing, which selects everything.
+/// Parses an optional selector. An absent selector selects everything.
 pub(super) fn optional(path: &str, from: Option<&LabelSelector>, issues: &mut Issues) -> Selector {
     from.map_or_else(Selector::default, |from| selector(path, from, issues))
 }
 
-/// The selector of a rejected object, read by itself; `None` = it cannot be used.
+/// Parses the selector of a rejected object; `None` if the selector is invalid.
 pub(super) fn salvaged(from: Option<&Value>) -> Option<Selector> {
     let Some(from) = from else {
         return Some(Selector::default());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Services, without their endpoints.
+//! Parses Services, without their endpoints.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -10,40 +10,43 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use mesh_plan::cluster::{Labels, Service, ServicePort, Transport};
 use serde::{Deserialize, Serialize};
 
-use super::Fact;
-use super::object::{Held, Issues, Subject, typed};
+use super::ParsedObject;
+use super::object::{Fallback, Issues, RawObject, typed};
 use super::validate::{address, port, port_name, transport};
 
-/// A service, and what finds its endpoints where there is no control plane.
+/// A service, and what is needed to select its endpoints without a control plane.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct ServiceFact {
+pub(super) struct ParsedService {
     pub(super) service: Service,
-    /// `spec.selector`; `None` = its endpoints are made by hand.
+    /// `spec.selector`; `None` if the endpoints are managed by hand.
     pub(super) selector: Option<Labels>,
-    /// Behind each port of the service, in its order.
+    /// The target port of each service port, in the same order.
     pub(super) targets: Vec<Target>,
-    /// Which families its endpoints have: IPv4, IPv6.
+    /// Whether the endpoints have IPv4 and IPv6 addresses.
     pub(super) families: (bool, bool),
 }
 
-/// The port of a pod.
+/// A target port of a pod.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Target {
     Number(u16),
     Named(String),
 }
 
-pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> {
-    let read: core::Service = typed(subject.value, issues)?;
+pub(super) fn parse(object: &RawObject<'_>, issues: &mut Issues) -> Option<ParsedObject> {
+    let read: core::Service = typed(object.value, issues)?;
     let spec = read.spec.unwrap_or_default();
     match spec.type_.as_deref() {
-        // A DNS name only.
+        // An ExternalName service is only a DNS name.
         Some("ExternalName") => return None,
         None | Some("ClusterIP" | "NodePort" | "LoadBalancer") => {}
-        Some(other) => issues.reject("spec.type", format!("{other:?} is no type of service")),
+        Some(other) => issues.reject("spec.type", format!("unsupported value {other:?}: must be ClusterIP, NodePort, LoadBalancer or ExternalName")),
     }
     if spec.session_affinity.as_deref() == Some("ClientIP") {
-        issues.warn("spec.sessionAffinity", "ClientIP is not supported; ignored");
+        issues.warn(
+            "spec.sessionAffinity",
+            "ClientIP is not supported and is ignored",
+        );
     }
     let mut service = Service {
         internal_local: is_local(
@@ -63,7 +66,7 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
     external_ips(&spec, read.status.as_ref(), &mut service, issues);
     let targets = ports(&spec, &mut service, issues);
     let families = families(&spec, &service.cluster_ips);
-    Some(Fact::Service(Arc::new(ServiceFact {
+    Some(ParsedObject::Service(Arc::new(ParsedService {
         service,
         selector: spec.selector.filter(|selector| !selector.is_empty()),
         targets,
@@ -71,8 +74,8 @@ pub(super) fn parse(subject: &Subject<'_>, issues: &mut Issues) -> Option<Fact> 
     })))
 }
 
-pub(super) fn rejected(_: &Subject<'_>) -> Held {
-    Held::nothing("the service is not resolved: connections of enrolled pods to it fail")
+pub(super) fn fallback(_: &RawObject<'_>) -> Fallback {
+    Fallback::nothing("the service is ignored: connections of enrolled pods to it fail")
 }
 
 fn is_local(field: &str, policy: Option<&str>, issues: &mut Issues) -> bool {
@@ -80,7 +83,10 @@ fn is_local(field: &str, policy: Option<&str>, issues: &mut Issues) -> bool {
         None | Some("" | "Cluster") => false,
         Some("Local") => true,
         Some(other) => {
-            issues.reject(field, format!("{other:?} must be Cluster or Local"));
+            issues.reject(
+                field,
+                format!("unsupported value {other:?}: must be Cluster or Local"),
+            );
             false
         }
     }
@@ -101,7 +107,7 @@ fn cluster_ips(spec: &core::ServiceSpec, service: &mut Service, issues: &mut Iss
         }
     }
     if service.headless && !service.cluster_ips.is_empty() {
-        issues.reject("spec.clusterIPs", "None stands alone");
+        issues.reject("spec.clusterIPs", "must not contain an address beside None");
     }
 }
 
@@ -120,7 +126,7 @@ fn external_ips(
         .and_then(|status| status.load_balancer.as_ref())
         .and_then(|balancer| balancer.ingress.as_deref());
     for (i, point) in ingress.unwrap_or_default().iter().enumerate() {
-        // KEP-1860: a balancer of mode Proxy must see the traffic.
+        // KEP-1860: traffic to a load balancer of mode Proxy must go through it.
         let is_vip = point.ip_mode.as_deref() != Some("Proxy");
         if let Some(text) = point.ip.as_deref().filter(|_| is_vip) {
             service.external_ips.extend(issues.check(
@@ -139,12 +145,15 @@ fn ports(spec: &core::ServiceSpec, service: &mut Service, issues: &mut Issues) -
         let path = format!("spec.ports[{i}]");
         let name = declared.name.clone().unwrap_or_default();
         if name.is_empty() && listed.len() > 1 {
-            issues.reject(format!("{path}.name"), "each of several ports needs a name");
+            issues.reject(
+                format!("{path}.name"),
+                "is required if the service has several ports",
+            );
         }
         if let Some(first) = names.insert(name.clone(), i) {
             issues.reject(
                 format!("{path}.name"),
-                format!("{name:?} is the name of spec.ports[{first}] too"),
+                format!("duplicate port name {name:?}: spec.ports[{first}] has the same"),
             );
         }
         let number = issues.check(&format!("{path}.port"), port(declared.port.into()));
@@ -189,7 +198,7 @@ fn duplicates(ports: &[ServicePort], issues: &mut Issues) {
     let mut seen: BTreeSet<(Transport, u16)> = BTreeSet::new();
     for port in ports {
         if !seen.insert((port.transport, port.port)) {
-            issues.reject("spec.ports", format!("port {} is given twice", port.port));
+            issues.reject("spec.ports", format!("duplicate port {}", port.port));
         }
     }
 }

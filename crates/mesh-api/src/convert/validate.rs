@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Values as the Kubernetes API validates them. Errors are sentences about the value.
+//! Validates values as the Kubernetes API does. Error texts name the value and the rule.
 
 use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net};
 use mesh_plan::cluster::Transport;
 
-/// A DNS subdomain (RFC 1123), which is what names of objects are at least.
+/// Validates a DNS subdomain (RFC 1123), which every object name must be.
 pub(super) fn subdomain(text: &str) -> Result<(), String> {
     let label = |label: &str| {
         !label.is_empty()
@@ -20,13 +20,13 @@ pub(super) fn subdomain(text: &str) -> Result<(), String> {
         Ok(())
     } else {
         Err(format!(
-            "{text:?} is no name: lower-case letters, digits, '-' and '.' only, at most 253"
+            "invalid name {text:?}: must be a DNS subdomain of at most 253 lowercase letters, digits, '-' and '.'"
         ))
     }
 }
 
-/// What label values are, and the part of label keys behind the '/'.
-fn word(text: &str) -> bool {
+/// Whether a text is a qualified name: a label value, or the part of a label key after the '/'.
+fn is_qualified_name(text: &str) -> bool {
     let edge = |c: char| c.is_ascii_alphanumeric();
     text.len() <= 63
         && text.starts_with(edge)
@@ -36,32 +36,32 @@ fn word(text: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
 }
 
-/// A label's key: `[DNS subdomain/]word`.
+/// Validates a label key: `[DNS subdomain/]name`.
 pub(super) fn label_key(key: &str) -> Result<(), String> {
     let good = match key.split_once('/') {
-        Some((prefix, name)) => subdomain(prefix).is_ok() && word(name),
-        None => word(key),
+        Some((prefix, name)) => subdomain(prefix).is_ok() && is_qualified_name(name),
+        None => is_qualified_name(key),
     };
     good.then_some(())
-        .ok_or_else(|| format!("{key:?} is no label key"))
+        .ok_or_else(|| format!("invalid label key {key:?}"))
 }
 
-/// A label's value.
+/// Validates a label value.
 pub(super) fn label_value(value: &str) -> Result<(), String> {
-    (value.is_empty() || word(value))
+    (value.is_empty() || is_qualified_name(value))
         .then_some(())
-        .ok_or_else(|| format!("{value:?} is no label value"))
+        .ok_or_else(|| format!("invalid label value {value:?}"))
 }
 
-/// A port from 1 to 65535.
+/// Validates a port number.
 pub(super) fn port(number: i64) -> Result<u16, String> {
     u16::try_from(number)
         .ok()
         .filter(|port| *port != 0)
-        .ok_or_else(|| format!("{number} is no port: must be from 1 to 65535"))
+        .ok_or_else(|| format!("invalid port {number}: must be between 1 and 65535"))
 }
 
-/// The name of a port (IANA service name): at most 15 of a-z, 0-9 and '-', with a letter.
+/// Validates a port name (IANA service name).
 pub(super) fn port_name(name: &str) -> Result<(), String> {
     let good = !name.is_empty()
         && name.len() <= 15
@@ -73,36 +73,39 @@ pub(super) fn port_name(name: &str) -> Result<(), String> {
         && !name.ends_with('-')
         && !name.contains("--");
     good.then_some(()).ok_or_else(|| {
-        format!("{name:?} is no port name: at most 15 of a-z, 0-9 and '-', with a letter")
+        format!(
+            "invalid port name {name:?}: must be at most 15 lowercase letters, digits and '-', with \
+             at least one letter"
+        )
     })
 }
 
-/// A protocol; missing = TCP.
+/// Parses a protocol. The default is TCP.
 pub(super) fn transport(protocol: Option<&str>) -> Result<Transport, String> {
     match protocol {
         None | Some("TCP") => Ok(Transport::Tcp),
         Some("UDP") => Ok(Transport::Udp),
         Some("SCTP") => Ok(Transport::Sctp),
         Some(other) => Err(format!(
-            "{other:?} is no protocol: must be TCP, UDP or SCTP"
+            "unsupported value {other:?}: must be TCP, UDP or SCTP"
         )),
     }
 }
 
-/// An address.
+/// Parses an IP address. An IPv4-mapped IPv6 address becomes IPv4.
 pub(super) fn address(text: &str) -> Result<IpAddr, String> {
     text.parse()
         .map(|ip: IpAddr| ip.to_canonical())
-        .map_err(|_invalid: std::net::AddrParseError| format!("{text:?} is no IP address"))
+        .map_err(|_invalid: std::net::AddrParseError| format!("invalid IP address {text:?}"))
 }
 
-/// A CIDR. Bits behind the prefix are ignored, as the API server does; IPv4 written as IPv6
-/// (::ffff:10.0.0.0/104) is IPv4.
+/// Parses a CIDR. Bits after the prefix are ignored, as in the API server. An IPv4-mapped IPv6 prefix
+/// (::ffff:10.0.0.0/104) becomes IPv4.
 pub(super) fn cidr(text: &str) -> Result<IpNet, String> {
     let read = text
         .parse::<IpNet>()
         .map_err(|_invalid: ipnet::AddrParseError| {
-            format!("{text:?} is no CIDR, such as 10.0.0.0/8 or fd00::/8")
+            format!("invalid CIDR {text:?}: must be a prefix such as 10.0.0.0/8 or fd00::/8")
         })?;
     let mapped = match read {
         IpNet::V4(_) => None,
@@ -115,7 +118,8 @@ pub(super) fn cidr(text: &str) -> Result<IpNet, String> {
     Ok(mapped.map_or(read, IpNet::V4).trunc())
 }
 
-/// A name of ClusterNetworkPolicy's `domainNames`: labels with dots between them, `*.` before them.
+/// Validates a name of ClusterNetworkPolicy's `domainNames`: labels separated by dots, with an
+/// optional `*.` prefix.
 pub(super) fn domain_name(text: &str) -> Result<(), String> {
     let name = text.strip_prefix("*.").unwrap_or(text);
     let name = name.strip_suffix('.').unwrap_or(name);
@@ -128,12 +132,12 @@ pub(super) fn domain_name(text: &str) -> Result<(), String> {
         Ok(())
     } else {
         Err(format!(
-            "{text:?} is no domain name, such as example.com or *.example.com"
+            "invalid domain name {text:?}: must be a name such as example.com or *.example.com"
         ))
     }
 }
 
-/// Whether `inner` is a true part of `outer`.
+/// Whether `inner` is a strict subset of `outer`.
 pub(super) fn is_strictly_inside(inner: &IpNet, outer: &IpNet) -> bool {
     outer.contains(inner) && inner.prefix_len() > outer.prefix_len()
 }
@@ -143,7 +147,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows() {
+    fn values_are_validated_like_the_api_server() {
         for good in ["a", "a.b-c", "1", &"a".repeat(253)] {
             assert_eq!(subdomain(good), Ok(()), "{good}");
         }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! ClusterNetworkPolicy of `policy.networking.k8s.io/v1alpha2` (network-policy-api).
+//! The type ClusterNetworkPolicy of `policy.networking.k8s.io/v1alpha2` (network-policy-api).
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::CustomResource;
@@ -10,13 +10,14 @@ use super::mesh_policy::ClusterTier;
 use super::schema;
 use super::status::PolicyStatus;
 
-/// Rules for a whole cluster, before or behind what namespaces say.
+/// ClusterNetworkPolicySpec defines rules for the pods of the whole cluster, evaluated before or after the
+/// policies of namespaces.
 #[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "policy.networking.k8s.io",
     version = "v1alpha2",
     kind = "ClusterNetworkPolicy",
-    doc = "Rules for a whole cluster, before or behind what namespaces say.",
+    doc = "ClusterNetworkPolicy defines rules for the pods of the whole cluster, evaluated before or after the policies of namespaces.",
     status = "PolicyStatus",
     derive = "PartialEq",
     shortname = "cnp",
@@ -29,189 +30,179 @@ use super::status::PolicyStatus;
 )]
 #[serde(rename_all = "camelCase")]
 pub struct ClusterNetworkPolicySpec {
-    /// Admin: before NetworkPolicy. Baseline: only for pods that NetworkPolicy does not isolate.
+    /// tier is the tier of the policy. Admin is evaluated before NetworkPolicy. Baseline applies only to
+    /// pods that NetworkPolicy does not isolate.
     pub tier: ClusterTier,
-    /// From 0 to 1000; the lowest is evaluated first.
+    /// priority orders the policies of a tier: the lowest number is evaluated first. Must be between 0 and
+    /// 1000.
     #[schemars(range(min = 0, max = 1000))]
     pub priority: i32,
-    /// The pods that the policy applies to.
+    /// subject selects the pods to which the policy applies.
     pub subject: ClusterSubject,
-    /// Rules for traffic to the pods, in order; at most 25.
+    /// ingress lists the rules for traffic to the pods, in order; at most 25.
     #[serde(default)]
     #[schemars(length(max = 25))]
     pub ingress: Option<Vec<IngressRule>>,
-    /// Rules for traffic from the pods, in order; at most 25.
+    /// egress lists the rules for traffic from the pods, in order; at most 25.
     #[serde(default)]
     #[schemars(length(max = 25))]
     pub egress: Option<Vec<EgressRule>>,
 }
 
-/// Which pods; exactly one field is set. Pods of the host's network are never included.
+/// ClusterSubject selects pods. Exactly one field must be set. Pods with hostNetwork are not selected.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("minProperties" = 1, "maxProperties" = 1))]
 pub struct ClusterSubject {
-    /// All pods of these namespaces.
+    /// namespaces selects all pods in the matching namespaces.
     pub namespaces: Option<LabelSelector>,
-    /// Some pods of some namespaces.
+    /// pods selects the matching pods in the matching namespaces.
     pub pods: Option<NamespacedPod>,
 }
 
-/// Some pods of some namespaces.
+/// NamespacedPod selects pods in namespaces.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct NamespacedPod {
-    /// The namespaces; empty: all.
+    /// namespaceSelector selects namespaces. An empty selector selects all.
     #[serde(default)]
     pub namespace_selector: LabelSelector,
-    /// The pods in them; empty: all.
+    /// podSelector selects pods in these namespaces. An empty selector selects all.
     pub pod_selector: LabelSelector,
 }
 
-/// What a rule does.
+/// ClusterRuleAction is the action of a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum ClusterRuleAction {
-    /// What matches is accepted, and nothing further is asked.
+    /// Accept allows the traffic and skips the remaining rules and policies.
     Accept,
-    /// What matches is refused.
+    /// Deny denies the traffic.
     Deny,
-    /// What matches is left to the next tier.
+    /// Pass leaves the decision to the next tier.
     Pass,
 }
 
-/// A rule in one direction, over peers of type `P`: what [`IngressRule`] and [`EgressRule`] share.
-#[derive(Clone, Debug)]
-pub struct ClusterRule<'a, P> {
-    /// What the rule is called.
-    pub name: &'a str,
-    /// What it does.
-    pub action: ClusterRuleAction,
-    /// From or to whom.
-    pub peers: &'a [P],
-    /// With which protocols and ports; `None` = any.
-    pub protocols: Option<&'a [ClusterProtocol]>,
-}
-
-/// A rule for traffic to the pods.
+/// IngressRule is a rule for traffic to the pods.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct IngressRule {
-    /// What the rule is called; at most 100 characters.
+    /// name is the name of the rule; at most 100 characters.
     #[serde(default)]
     #[schemars(length(max = 100))]
     pub name: Option<String>,
-    /// What the rule does.
+    /// action is the action of the rule.
     pub action: ClusterRuleAction,
-    /// From whom; 1 to 25.
+    /// from lists the sources, 1 to 25. Traffic matches if any source matches.
     #[schemars(length(min = 1, max = 25))]
     pub from: Vec<IngressPeer>,
-    /// With which protocols; 1 to 25. Missing: any.
+    /// protocols lists the protocols and ports, 1 to 25. If unset, the rule matches all.
     #[serde(default)]
     #[schemars(length(min = 1, max = 25))]
     pub protocols: Option<Vec<ClusterProtocol>>,
 }
 
-/// A rule for traffic from the pods.
+/// EgressRule is a rule for traffic from the pods.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = schema::rules(&[(
     "!has(self.protocols) || !self.protocols.exists(p, has(p.destinationNamedPort)) || self.to.all(t, !has(t.networks) && !has(t.nodes) && !has(t.domainNames))",
-    "networks, nodes and domainNames have no named ports",
+    "must not use destinationNamedPort with networks, nodes or domainNames",
 )])))]
 pub struct EgressRule {
-    /// What the rule is called; at most 100 characters.
+    /// name is the name of the rule; at most 100 characters.
     #[serde(default)]
     #[schemars(length(max = 100))]
     pub name: Option<String>,
-    /// What the rule does.
+    /// action is the action of the rule.
     pub action: ClusterRuleAction,
-    /// To whom; 1 to 25.
+    /// to lists the destinations, 1 to 25. Traffic matches if any destination matches.
     #[schemars(length(min = 1, max = 25))]
     pub to: Vec<EgressPeer>,
-    /// With which protocols; 1 to 25. Missing: any.
+    /// protocols lists the protocols and ports, 1 to 25. If unset, the rule matches all.
     #[serde(default)]
     #[schemars(length(min = 1, max = 25))]
     pub protocols: Option<Vec<ClusterProtocol>>,
 }
 
-/// From whom; exactly one field is set.
+/// IngressPeer is a source of traffic. Exactly one field must be set.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("minProperties" = 1, "maxProperties" = 1))]
 pub struct IngressPeer {
-    /// All pods of these namespaces.
+    /// namespaces selects all pods in the matching namespaces.
     pub namespaces: Option<LabelSelector>,
-    /// Some pods of some namespaces.
+    /// pods selects the matching pods in the matching namespaces.
     pub pods: Option<NamespacedPod>,
 }
 
-/// To whom; exactly one field is set.
+/// EgressPeer is a destination of traffic. Exactly one field must be set.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("minProperties" = 1, "maxProperties" = 1))]
 pub struct EgressPeer {
-    /// All pods of these namespaces.
+    /// namespaces selects all pods in the matching namespaces.
     pub namespaces: Option<LabelSelector>,
-    /// Some pods of some namespaces.
+    /// pods selects the matching pods in the matching namespaces.
     pub pods: Option<NamespacedPod>,
-    /// Nodes with these labels; empty: all.
+    /// nodes selects nodes by label. An empty selector selects all.
     pub nodes: Option<LabelSelector>,
-    /// Addresses, pods' addresses too; 1 to 25.
+    /// networks lists IP blocks in CIDR notation, 1 to 25. They also match pod addresses.
     #[schemars(schema_with = "schema::networks")]
     pub networks: Option<Vec<String>>,
-    /// Names, of Accept rules only; 1 to 25. Nothing resolves them here: they match nothing.
+    /// domainNames lists domain names for Accept rules, 1 to 25. The mesh does not resolve names: they match
+    /// nothing.
     #[schemars(schema_with = "schema::domain_names")]
     pub domain_names: Option<Vec<String>>,
 }
 
-/// A protocol, with ports; exactly one field is set.
+/// ClusterProtocol is a protocol with ports. Exactly one field must be set.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("minProperties" = 1, "maxProperties" = 1))]
 pub struct ClusterProtocol {
-    /// TCP.
+    /// tcp matches TCP.
     pub tcp: Option<ClusterProtocolPorts>,
-    /// UDP.
+    /// udp matches UDP.
     pub udp: Option<ClusterProtocolPorts>,
-    /// SCTP.
+    /// sctp matches SCTP.
     pub sctp: Option<ClusterProtocolPorts>,
-    /// A named port of the destination pod, of any protocol.
+    /// destinationNamedPort matches a named port of the destination pod, with its protocol.
     pub destination_named_port: Option<String>,
 }
 
-/// Ports of a protocol.
+/// ClusterProtocolPorts matches ports of a protocol.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("minProperties" = 1))]
 pub struct ClusterProtocolPorts {
-    /// The destination port.
+    /// destinationPort matches the destination port.
     pub destination_port: Option<ClusterPort>,
 }
 
-/// A port or a range; exactly one field is set.
+/// ClusterPort is a port or a range of ports. Exactly one field must be set.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("minProperties" = 1, "maxProperties" = 1))]
 pub struct ClusterPort {
-    /// A port from 1 to 65535.
+    /// number is a port. Must be between 1 and 65535.
     #[schemars(range(min = 1, max = 65535))]
     pub number: Option<i32>,
-    /// Several.
+    /// range is a range of ports.
     pub range: Option<ClusterPortRange>,
 }
 
-/// A range of ports, both ends included.
+/// ClusterPortRange is an inclusive range of ports.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = schema::rules(&[(
     "self.start < self.end",
-    "start must be below end: the range is upside down",
+    "start must be less than end",
 )])))]
 pub struct ClusterPortRange {
-    /// The first, from 1 to 65535.
+    /// start is the first port. Must be between 1 and 65535.
     #[schemars(range(min = 1, max = 65535))]
     pub start: i32,
-    /// The last, above the first.
+    /// end is the last port. Must be greater than start.
     #[schemars(range(min = 1, max = 65535))]
     pub end: i32,
 }

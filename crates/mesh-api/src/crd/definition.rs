@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! CustomResourceDefinitions of every kind, from the types.
+//! Generates the CustomResourceDefinitions from the types.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
     CustomResourceColumnDefinition as Column, CustomResourceDefinition,
@@ -12,10 +12,10 @@ use super::{
     MeshTrafficPolicy,
 };
 
-/// A CustomResourceDefinition, ready to be applied, by the plural name of its kind.
+/// The CustomResourceDefinition of every own kind and of ClusterNetworkPolicy, with its plural name.
 ///
 /// # Errors
-/// A type has no JSON form; tests hold that none is so.
+/// A definition cannot be serialized; tests prove that all can.
 pub fn definitions() -> Result<Vec<(String, Value)>, serde_json::Error> {
     let policies = [
         MeshPolicy::crd(),
@@ -37,10 +37,10 @@ pub fn definitions() -> Result<Vec<(String, Value)>, serde_json::Error> {
         .collect()
 }
 
-/// Name, type and path of a column of `kubectl get`.
+/// The name, type and JSON path of a column of `kubectl get`.
 type PrintColumn = (&'static str, &'static str, &'static str);
 
-/// What the status that all policies of the mesh have says in short.
+/// The summary of a policy status.
 const ACCEPTED: PrintColumn = (
     "Accepted",
     "string",
@@ -49,7 +49,7 @@ const ACCEPTED: PrintColumn = (
 const NODES: PrintColumn = ("Nodes", "string", ".status.nodes");
 const AGE: PrintColumn = ("Age", "date", ".metadata.creationTimestamp");
 
-/// Adds columns behind those of the kind itself.
+/// Adds columns after the kind's own columns.
 fn with_columns(
     mut definition: CustomResourceDefinition,
     columns: &[PrintColumn],
@@ -66,11 +66,11 @@ fn with_columns(
     definition
 }
 
-/// Takes out what the schemas of Rust types say and Kubernetes should not:
-/// - `nullable`: a template that leaves `from: null` behind would mean "everybody"; null is refused.
-/// - Defaults that say nothing, so that objects are stored as they were written.
-/// - Formats of numbers that Kubernetes does not know, and warns about.
-/// - Ends of lines inside sentences, which `kubectl explain` would keep.
+/// Removes parts of the generated schemas that do not fit Kubernetes:
+/// - `nullable`: `from: null` of a careless template would match everything, so null is refused.
+/// - Empty defaults, so that objects are stored as they were written.
+/// - Number formats that Kubernetes does not know and warns about.
+/// - Line breaks inside paragraphs, which `kubectl explain` would keep.
 fn tidy(value: &mut Value) {
     match value {
         Value::Array(items) => items.iter_mut().for_each(tidy),

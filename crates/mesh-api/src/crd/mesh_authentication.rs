@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! MeshAuthentication.
+//! The type MeshAuthentication.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::CustomResource;
@@ -9,15 +9,15 @@ use serde::{Deserialize, Serialize};
 use super::schema;
 use super::status::PolicyStatus;
 
-/// What enrolled pods accept and send without mutual TLS. The most specific object decides: with a
-/// podSelector, then the namespace's, then the mesh's (`default` in `mesh-system`); of two of one
-/// rank the stricter.
+/// MeshAuthenticationSpec defines which traffic of enrolled pods requires mutual TLS. The most specific
+/// object applies: one with a podSelector, then one for the namespace, then the one for the mesh
+/// (`default` in `mesh-system`). If two equally specific objects differ, the stricter value applies.
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "mesh.rs",
     version = "v1alpha1",
     kind = "MeshAuthentication",
-    doc = "What enrolled pods accept and send without mutual TLS.",
+    doc = "MeshAuthentication defines which traffic of enrolled pods requires mutual TLS.",
     namespaced,
     status = "PolicyStatus",
     derive = "PartialEq",
@@ -30,62 +30,65 @@ use super::status::PolicyStatus;
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("x-kubernetes-validations" = schema::rules(&[(
     "has(self.mtls) || has(self.ports) || has(self.outbound) || has(self.udp)",
-    "says nothing: needs mtls, ports, outbound or udp",
+    "must set mtls, ports, outbound or udp",
 )])))]
 pub struct MeshAuthenticationSpec {
-    /// The pods of the namespace that it applies to. Missing: all of them.
+    /// podSelector selects the pods in the namespace to which the object applies. If unset, it applies to
+    /// all pods in the namespace.
     #[schemars(schema_with = "schema::label_selector")]
     pub pod_selector: Option<LabelSelector>,
-    /// What TCP connections the pods accept. Missing: as the less specific object says.
+    /// mtls is the mode for TCP connections to the pods. If unset, a less specific object decides.
     pub mtls: Option<MtlsMode>,
-    /// The same for single ports.
+    /// ports overrides the mode for individual ports.
     #[schemars(length(min = 1, max = 64), extend(
         "x-kubernetes-list-type" = "map",
         "x-kubernetes-list-map-keys" = ["port"],
     ))]
     pub ports: Option<Vec<PortAuthentication>>,
-    /// What the pods may send in clear. Missing: as the less specific object says.
+    /// outbound is the mode for plaintext TCP connections from the pods. If unset, a less specific object
+    /// decides.
     pub outbound: Option<OutboundTraffic>,
-    /// UDP, which the mesh does not encrypt. Missing: as the less specific object says.
+    /// udp is the mode for UDP, which the mesh does not encrypt. If unset, a less specific object decides.
     pub udp: Option<UdpTraffic>,
 }
 
-/// What one port accepts.
+/// PortAuthentication is the mode for one port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PortAuthentication {
-    /// The port of the pod, from 1 to 65535.
+    /// port is the port number of the pod. Must be between 1 and 65535.
     #[schemars(range(min = 1, max = 65535))]
     pub port: i32,
-    /// What TCP connections it accepts.
+    /// mtls is the mode for TCP connections to the port.
     pub mtls: MtlsMode,
 }
 
-/// What TCP connections a pod accepts.
+/// MtlsMode is a mode for TCP connections to a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum MtlsMode {
-    /// Only with mutual TLS, from enrolled pods of the same node, and from the node itself.
+    /// Strict accepts mutual TLS, connections from enrolled pods on the same node, and connections from
+    /// the node itself.
     Strict,
-    /// Also in clear, from whom policy allows.
+    /// Permissive also accepts plaintext from sources that policy allows.
     Permissive,
 }
 
-/// What a pod may send in clear.
+/// OutboundTraffic is a mode for plaintext TCP connections from a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum OutboundTraffic {
-    /// TCP to pods that are not enrolled, counted.
+    /// Opportunistic allows plaintext to pods that are not enrolled, and counts it.
     Opportunistic,
-    /// No TCP to pods that are not enrolled, also of the same node.
+    /// Required denies TCP connections to pods that are not enrolled, also on the same node.
     Required,
 }
 
-/// What a pod may do with UDP.
+/// UdpTraffic is a mode for UDP traffic of a pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum UdpTraffic {
-    /// What policy allows, counted as not encrypted.
+    /// Allow allows UDP that policy allows, and counts it as not encrypted.
     Allow,
-    /// Only with pods of the same node.
+    /// SameNode allows UDP only with pods on the same node.
     SameNode,
-    /// Nothing.
+    /// Deny denies UDP.
     Deny,
 }

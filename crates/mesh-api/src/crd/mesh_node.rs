@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! MeshNode.
+//! The type MeshNode.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// What nobody asks of a node: a MeshNode only reports.
+/// MeshNodeSpec is empty: a MeshNode only has a status.
 #[derive(
     CustomResource, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema,
 )]
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
     group = "mesh.rs",
     version = "v1alpha1",
     kind = "MeshNode",
-    doc = "What the agent of one node reports; its name is the node's. Written by that agent only.",
+    doc = "MeshNode is the report of the agent on one node. It has the name of the Node, and only that agent writes it.",
     status = "MeshNodeStatus",
     derive = "PartialEq",
     shortname = "mn",
@@ -29,92 +29,93 @@ use serde::{Deserialize, Serialize};
 )]
 pub struct MeshNodeSpec {}
 
-/// What the agent reports. It is written when something changed, and not as a sign of life: what a
-/// node that is silent reported last is still in force in its kernel.
+/// MeshNodeStatus is the report of the agent. It is written after a change and is not a heartbeat: the last
+/// report of a silent node is still in force in its kernel.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct MeshNodeStatus {
-    /// The agent's version.
+    /// version is the version of the agent.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub version: String,
-    /// When the agent saw what it reports here.
+    /// observedAt is the time of the report.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_at: Option<Time>,
-    /// Kernel features that the agent uses.
+    /// features lists the kernel features that the agent uses.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub features: Vec<String>,
-    /// Kernel features that it misses.
+    /// missingFeatures lists the kernel features that the agent would use and the kernel does not have.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub missing_features: Vec<String>,
-    /// UIDs of the namespaces whose pods of this node accept tunnels.
+    /// enrolledNamespaces lists the UIDs of the namespaces whose pods on this node accept tunnels.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub enrolled_namespaces: Vec<String>,
-    /// UIDs of the pods of this node that accept tunnels by their own label.
+    /// enrolledPods lists the UIDs of the pods on this node that accept tunnels because of their own label.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub enrolled_pods: Vec<String>,
-    /// What is in force on the node, as it was accepted.
+    /// inForce lists the object versions that are in force on the node.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub in_force: Vec<ReportedObject>,
-    /// What the agent could not use, at most 1,000. Of a kind that names no object: the kind alone.
+    /// rejections lists the fields that the agent rejected, at most 1,000. An object without a usable name
+    /// has only its kind.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub rejections: Vec<ReportedField>,
-    /// What is in force and says something that this version does not support, or that is probably
-    /// not meant so, at most 1,000. `domainNames` is among it.
+    /// warnings lists fields of accepted objects that this version does not support (such as
+    /// `domainNames`), or that are probably mistakes, at most 1,000.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<ReportedField>,
-    /// Enrolled pods of the node that are not protected.
+    /// unprotected lists the enrolled pods on the node that are not protected.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub unprotected: Vec<UnprotectedPod>,
 }
 
-/// One version of one object.
+/// ReportedObject is a version of an object.
 #[derive(
     Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
 )]
 #[serde(rename_all = "camelCase", default)]
 pub struct ReportedObject {
-    /// Its kind.
+    /// kind is the kind of the object.
     pub kind: String,
-    /// Its namespace; empty: it has none.
+    /// namespace is the namespace of the object. Empty for cluster-scoped objects.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub namespace: String,
-    /// Its name.
+    /// name is the name of the object.
     pub name: String,
-    /// Its UID.
+    /// uid is the UID of the object.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub uid: String,
-    /// Its metadata.generation.
+    /// generation is the metadata.generation of the object.
     pub generation: i64,
 }
 
-/// A field, and what an agent makes of it.
+/// ReportedField is a rejection of, or a warning about, a field.
 #[derive(
     Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
 )]
 #[serde(rename_all = "camelCase", default)]
 pub struct ReportedField {
-    /// Of which object.
+    /// object is the object that has the field.
     pub object: ReportedObject,
-    /// The field's path; empty: the object as a whole.
+    /// field is the path of the field. Empty for the object as a whole.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub field: String,
-    /// What is wrong or not supported, and what holds instead.
+    /// message is the problem, and its consequence.
     pub message: String,
 }
 
-/// A pod that is enrolled and not protected.
+/// UnprotectedPod is an enrolled pod that is not protected.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct UnprotectedPod {
-    /// Its namespace.
+    /// namespace is the namespace of the pod.
     pub namespace: String,
-    /// Its name.
+    /// name is the name of the pod.
     pub name: String,
-    /// Its UID.
+    /// uid is the UID of the pod.
     pub uid: String,
-    /// Why, as docs/reasons.md and `meshctl status` have it.
+    /// reason is the reason, as in docs/reasons.md and `meshctl status`.
     pub reason: String,
-    /// Since when.
+    /// since is the time since which the pod is not protected.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub since: Option<Time>,
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! MeshPolicy and ClusterMeshPolicy.
+//! The types MeshPolicy and ClusterMeshPolicy.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -10,16 +10,16 @@ use serde::{Deserialize, Serialize};
 use super::schema;
 use super::status::PolicyStatus;
 
-/// Who may talk to whom in one namespace: what NetworkPolicy can say, and service accounts,
-/// entities, denials and audit. It joins with the NetworkPolicies of the namespace: a matching Deny
-/// beats every Allow, and pods that an enforced Allow policy selects accept nothing else in that
-/// direction.
+/// MeshPolicySpec defines the allowed or denied traffic of pods in a namespace. In addition to
+/// NetworkPolicy, it supports service accounts, entities, Deny rules and audit mode. It is combined with
+/// the NetworkPolicies of the namespace: a matching Deny rule overrides every Allow rule, and pods that an
+/// enforced Allow policy selects accept only allowed traffic in that direction.
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "mesh.rs",
     version = "v1alpha1",
     kind = "MeshPolicy",
-    doc = "Who may talk to whom in one namespace: what NetworkPolicy can say, and service accounts, entities, denials and audit.",
+    doc = "MeshPolicy defines the allowed or denied traffic of pods in a namespace. In addition to NetworkPolicy, it supports service accounts, entities, Deny rules and audit mode.",
     namespaced,
     status = "PolicyStatus",
     derive = "PartialEq",
@@ -32,38 +32,41 @@ use super::status::PolicyStatus;
 #[schemars(extend("x-kubernetes-validations" = schema::rules(&[
     (
         "has(self.ingress) || has(self.egress)",
-        "needs ingress or egress rules",
+        "must set ingress or egress",
     ),
     (
         "self.action == 'Allow' || ((!has(self.ingress) || size(self.ingress) > 0) && (!has(self.egress) || size(self.egress) > 0))",
-        "an empty list of rules says nothing in a Deny policy: leave it out, or add a rule",
+        "ingress and egress must not be empty in a Deny policy: remove the field, or add a rule",
     ),
 ])))]
 pub struct MeshPolicySpec {
-    /// The pods of the namespace that the policy applies to. Empty or missing: all of them.
+    /// podSelector selects the pods in the namespace to which the policy applies. If empty or unset, it
+    /// applies to all pods.
     #[schemars(schema_with = "schema::label_selector")]
     pub pod_selector: Option<LabelSelector>,
-    /// What the rules do with what they match. Default: Allow.
+    /// action is the action of all rules. Defaults to Allow.
     pub action: MeshAction,
-    /// Whether the policy is enforced, or only counts and records what it would refuse. Default:
-    /// Enforce.
+    /// mode is the enforcement mode: Enforce, or Audit to only count and record the traffic that the policy
+    /// would deny. Defaults to Enforce.
     pub mode: PolicyMode,
-    /// Rules for traffic to the pods. Missing: the policy says nothing about it. An empty list of an
-    /// Allow policy: nothing is allowed.
+    /// ingress lists the rules for traffic to the pods. If unset, the policy does not apply to ingress. An
+    /// empty list in an Allow policy allows no traffic.
     #[schemars(length(max = 64), extend("x-kubernetes-validations" = schema::named_rules()))]
     pub ingress: Option<Vec<MeshIngressRule>>,
-    /// Rules for traffic from the pods.
+    /// egress lists the rules for traffic from the pods. If unset, the policy does not apply to egress. An
+    /// empty list in an Allow policy allows no traffic.
     #[schemars(length(max = 64), extend("x-kubernetes-validations" = schema::named_rules()))]
     pub egress: Option<Vec<MeshEgressRule>>,
 }
 
-/// The same for the whole cluster, before or behind what namespaces say.
+/// ClusterMeshPolicySpec defines the allowed or denied traffic of pods in the whole cluster, evaluated
+/// before or after the policies of namespaces.
 #[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "mesh.rs",
     version = "v1alpha1",
     kind = "ClusterMeshPolicy",
-    doc = "Who may talk to whom in the whole cluster, before or behind what namespaces say.",
+    doc = "ClusterMeshPolicy defines the allowed or denied traffic of pods in the whole cluster, evaluated before or after the policies of namespaces.",
     status = "PolicyStatus",
     derive = "PartialEq",
     shortname = "cmp",
@@ -76,144 +79,149 @@ pub struct MeshPolicySpec {
 #[schemars(extend("x-kubernetes-validations" = schema::rules(&[
     (
         "has(self.ingress) || has(self.egress)",
-        "needs ingress or egress rules",
+        "must set ingress or egress",
     ),
     (
         "self.tier == 'Admin' || (self.action != 'Pass' && (!has(self.ingress) || self.ingress.all(r, !has(r.action) || r.action != 'Pass')) && (!has(self.egress) || self.egress.all(r, !has(r.action) || r.action != 'Pass')))",
-        "Pass is for the Admin tier: behind the Baseline tier there is no other",
+        "Pass is valid in the Admin tier only",
     ),
 ])))]
 pub struct ClusterMeshPolicySpec {
-    /// Admin: before NetworkPolicy and MeshPolicy, which cannot override it. Baseline: only for pods
-    /// that those do not isolate.
+    /// tier is the tier of the policy. Admin is evaluated before NetworkPolicy and MeshPolicy, which cannot
+    /// override it. Baseline applies only to pods that those do not isolate.
     pub tier: ClusterTier,
-    /// From 0 to 1000; the lowest is evaluated first. In one tier, the first rule that matches
-    /// decides.
+    /// priority orders the policies of a tier: the lowest number is evaluated first, and the first matching
+    /// rule decides. Must be between 0 and 1000.
     #[schemars(range(min = 0, max = 1000))]
     pub priority: i32,
-    /// The namespaces that the policy applies to. Missing: all of them.
+    /// namespaceSelector selects the namespaces to which the policy applies. If unset, it applies to all.
     #[serde(default)]
     #[schemars(schema_with = "schema::label_selector")]
     pub namespace_selector: Option<LabelSelector>,
-    /// The pods in them. Missing: all of them.
+    /// podSelector selects the pods in these namespaces. If unset, the policy applies to all pods.
     #[serde(default)]
     #[schemars(schema_with = "schema::label_selector")]
     pub pod_selector: Option<LabelSelector>,
-    /// What rules without an action of their own do. Default: Allow.
+    /// action is the action of rules without an action. Defaults to Allow.
     #[serde(default)]
     pub action: ClusterAction,
-    /// Whether the policy is enforced, or only counts and records. Default: Enforce.
+    /// mode is the enforcement mode: Enforce, or Audit to only count and record the traffic that the policy
+    /// would deny. Defaults to Enforce.
     #[serde(default)]
     pub mode: PolicyMode,
-    /// Rules for traffic to the pods, in order.
+    /// ingress lists the rules for traffic to the pods, in order.
     #[serde(default)]
     #[schemars(length(max = 64), extend("x-kubernetes-validations" = schema::cluster_rules()))]
     pub ingress: Option<Vec<MeshIngressRule>>,
-    /// Rules for traffic from the pods, in order.
+    /// egress lists the rules for traffic from the pods, in order.
     #[serde(default)]
     #[schemars(length(max = 64), extend("x-kubernetes-validations" = schema::cluster_rules()))]
     pub egress: Option<Vec<MeshEgressRule>>,
 }
 
-/// What the rules of a MeshPolicy do.
+/// MeshAction is the action of a MeshPolicy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum MeshAction {
-    /// What matches is allowed; everything else of that direction is refused.
+    /// Allow allows matching traffic. Other traffic in that direction is denied.
     #[default]
     Allow,
-    /// What matches is refused, whatever else allows it.
+    /// Deny denies matching traffic, even if another policy allows it.
     Deny,
 }
 
-/// What the rules of a ClusterMeshPolicy do.
+/// ClusterAction is the action of a rule of a ClusterMeshPolicy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum ClusterAction {
-    /// What matches is allowed, and nothing further is asked.
+    /// Allow allows the traffic and skips the remaining rules and policies.
     #[default]
     Allow,
-    /// What matches is refused.
+    /// Deny denies the traffic.
     Deny,
-    /// What matches is left to the next tier (Admin only).
+    /// Pass leaves the decision to the next tier. Valid in the Admin tier only.
     Pass,
 }
 
-/// Whether a policy is enforced.
+/// PolicyMode is the enforcement mode of a policy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum PolicyMode {
-    /// It is.
+    /// Enforce enforces the policy.
     #[default]
     Enforce,
-    /// What it would refuse is counted and recorded, and passes.
+    /// Audit counts and records the traffic that the policy would deny, and allows it.
     Audit,
 }
 
-/// Where a cluster-wide policy is evaluated.
+/// ClusterTier is the tier of a cluster-scoped policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum ClusterTier {
-    /// Before everything else.
+    /// Admin is evaluated before all other policies.
     Admin,
-    /// For pods that nothing in their namespace isolates.
+    /// Baseline applies to pods that no policy in their namespace isolates.
     Baseline,
 }
 
-/// A rule for traffic to the pods.
+/// MeshIngressRule is a rule for traffic to the pods.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct MeshIngressRule {
-    /// What records and metrics call the rule. Missing: its place in the policy.
+    /// name is the name of the rule in flow records and metrics. Defaults to its position, such as
+    /// ingress[0].
     #[schemars(length(min = 1, max = 100))]
     pub name: Option<String>,
-    /// What the rule does; ClusterMeshPolicy only. Missing: what the policy's action says.
+    /// action is the action of the rule, in a ClusterMeshPolicy only. Defaults to the action of the policy.
     pub action: Option<ClusterAction>,
-    /// From whom, one or more. Missing: everybody.
+    /// from lists the sources. Traffic matches if any source matches. If unset, all sources match.
     #[schemars(length(max = 16), extend("x-kubernetes-validations" = schema::not_empty()))]
     pub from: Option<Vec<MeshPeer>>,
-    /// To which ports, one or more. Missing: all, of every protocol.
+    /// ports lists the destination ports. If unset, all ports of all protocols match.
     #[schemars(length(max = 64), extend("x-kubernetes-validations" = schema::not_empty()))]
     pub ports: Option<Vec<MeshPort>>,
 }
 
-/// A rule for traffic from the pods.
+/// MeshEgressRule is a rule for traffic from the pods.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct MeshEgressRule {
-    /// What records and metrics call the rule. Missing: its place in the policy.
+    /// name is the name of the rule in flow records and metrics. Defaults to its position, such as
+    /// ingress[0].
     #[schemars(length(min = 1, max = 100))]
     pub name: Option<String>,
-    /// What the rule does; ClusterMeshPolicy only. Missing: what the policy's action says.
+    /// action is the action of the rule, in a ClusterMeshPolicy only. Defaults to the action of the policy.
     pub action: Option<ClusterAction>,
-    /// To whom, one or more. Missing: everybody.
+    /// to lists the destinations. Traffic matches if any destination matches. If unset, all destinations
+    /// match.
     #[schemars(length(max = 16), extend("x-kubernetes-validations" = schema::not_empty()))]
     pub to: Option<Vec<MeshPeer>>,
-    /// To which ports, one or more. Missing: all, of every protocol.
+    /// ports lists the destination ports. If unset, all ports of all protocols match.
     #[schemars(length(max = 64), extend("x-kubernetes-validations" = schema::not_empty()))]
     pub ports: Option<Vec<MeshPort>>,
 }
 
-/// One alternative of who: workloads (selectors and service accounts, all of which must match), or
-/// address blocks, or entities.
+/// MeshPeer is a source or destination of traffic: workloads (selectors and service accounts, all of which
+/// must match), IP blocks, or entities.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("x-kubernetes-validations" = schema::rules(&[(
     "(has(self.podSelector) || has(self.namespaceSelector) || has(self.serviceAccounts) ? 1 : 0) + (has(self.ipBlocks) ? 1 : 0) + (has(self.entities) ? 1 : 0) == 1",
-    "needs one of: selectors and serviceAccounts, or ipBlocks, or entities",
+    "must set exactly one of: selectors and serviceAccounts, ipBlocks, entities",
 )])))]
 pub struct MeshPeer {
-    /// Pods with these labels; without a namespaceSelector, of the policy's namespace.
+    /// podSelector selects pods by label. Without a namespaceSelector, it selects pods in the namespace of
+    /// the policy.
     #[schemars(schema_with = "schema::label_selector")]
     pub pod_selector: Option<LabelSelector>,
-    /// Pods of namespaces with these labels.
+    /// namespaceSelector selects pods in namespaces by label.
     #[schemars(schema_with = "schema::label_selector")]
     pub namespace_selector: Option<LabelSelector>,
-    /// Pods with one of these service accounts: NAME (of the policy's namespace, or, with a
-    /// namespaceSelector, of each of those), NAMESPACE/NAME, NAMESPACE/* or *. An Allow needs proof
-    /// of it: mutual TLS, or a pod of the same node.
+    /// serviceAccounts lists the service accounts of pods: NAME (in the namespace of the policy, or in each
+    /// namespace that namespaceSelector selects), NAMESPACE/NAME, NAMESPACE/* or *. An Allow rule requires
+    /// a proven identity: mutual TLS, or a pod on the same node.
     #[schemars(schema_with = "schema::service_accounts")]
     pub service_accounts: Option<Vec<String>>,
-    /// Addresses, whoever has them.
+    /// ipBlocks lists IP blocks. They also match pod addresses.
     #[schemars(length(max = 16), extend("x-kubernetes-validations" = schema::not_empty()))]
     pub ip_blocks: Option<Vec<MeshIpBlock>>,
-    /// Everything of a kind.
+    /// entities lists groups of endpoints, such as host or world.
     #[schemars(length(max = 5), extend(
         "x-kubernetes-list-type" = "set",
         "x-kubernetes-validations" = schema::not_empty(),
@@ -221,88 +229,87 @@ pub struct MeshPeer {
     pub entities: Option<Vec<MeshEntity>>,
 }
 
-/// A block of addresses.
+/// MeshIpBlock is an IP block with exceptions.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("x-kubernetes-validations" = schema::rules(&[(
     "!has(self.except) || !isCIDR(self.cidr) || self.except.all(e, e != self.cidr && cidr(self.cidr).containsCIDR(e))",
-    "everything in except must be a true part of cidr",
+    "except must contain only strict subsets of cidr",
 )])))]
 pub struct MeshIpBlock {
-    /// The block, such as 10.0.0.0/8 or fd00::/8.
+    /// cidr is the IP block, such as 10.0.0.0/8 or fd00::/8.
     #[schemars(schema_with = "schema::cidr")]
     pub cidr: String,
-    /// Parts of it that do not match.
+    /// except lists parts of the IP block that do not match.
     #[serde(default)]
     #[schemars(schema_with = "schema::exceptions")]
     pub except: Vec<String>,
 }
 
-/// Everything of a kind.
+/// MeshEntity is a group of endpoints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum MeshEntity {
-    /// The node that the pod runs on.
+    /// host is the node of the pod.
     Host,
-    /// Every other node; may hide clients behind source NAT.
+    /// remote-node is every other node. Source NAT can hide other clients behind it.
     RemoteNode,
-    /// The Kubernetes API server.
+    /// kube-apiserver is the Kubernetes API server.
     KubeApiserver,
-    /// Every pod and node.
+    /// cluster is every pod and node.
     Cluster,
-    /// Everything outside the cluster.
+    /// world is every endpoint outside the cluster.
     World,
 }
 
-/// A port, a range of ports, or a named port of the destination pod.
+/// MeshPort is a port, a range of ports, or a named port of the destination pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 #[schemars(extend("x-kubernetes-validations" = schema::rules(&[
     (
         "!has(self.port) || type(self.port) != int || (self.port >= 1 && self.port <= 65535)",
-        "port must be from 1 to 65535",
+        "port must be between 1 and 65535",
     ),
     (
         "!has(self.port) || type(self.port) != string || self.port.matches('^[a-z0-9]([-a-z0-9]{0,13}[a-z0-9])?$')",
-        "port must be a number, or a name of at most 15 of a-z, 0-9 and '-'",
+        "port must be a number, or a name of at most 15 lowercase letters, digits and '-'",
     ),
     (
         "!has(self.endPort) || (has(self.port) && type(self.port) == int)",
-        "endPort needs a port that is a number",
+        "endPort must not be set without a numeric port",
     ),
     (
         "!has(self.endPort) || !has(self.port) || type(self.port) != int || self.endPort >= self.port",
-        "endPort is below port: the range is upside down",
+        "endPort must be greater than or equal to port",
     ),
 ])))]
 pub struct MeshPort {
-    /// A number from 1 to 65535, or a name. Missing: all ports of the protocol.
+    /// port is a port number between 1 and 65535, or a port name. If unset, all ports of the protocol match.
     #[schemars(schema_with = "schema::port")]
     pub port: Option<IntOrString>,
-    /// The last port of a range that begins with port.
+    /// endPort is the last port of the range that starts at port.
     #[schemars(range(min = 1, max = 65535))]
     pub end_port: Option<i32>,
-    /// TCP, UDP or SCTP. Default: TCP.
+    /// protocol is TCP, UDP or SCTP. Defaults to TCP.
     pub protocol: PortProtocol,
 }
 
-/// A protocol with ports.
+/// PortProtocol is a protocol with ports.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum PortProtocol {
-    /// TCP.
+    /// The Transmission Control Protocol.
     #[default]
     Tcp,
-    /// UDP.
+    /// The User Datagram Protocol.
     Udp,
-    /// SCTP.
+    /// The Stream Control Transmission Protocol.
     Sctp,
 }
 
 impl PortProtocol {
-    /// As in manifests.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
+    /// The protocol name as in manifests.
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Tcp => "TCP",
             Self::Udp => "UDP",

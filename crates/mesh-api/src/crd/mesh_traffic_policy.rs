@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! MeshTrafficPolicy.
+//! The type MeshTrafficPolicy.
 
 use kube::CustomResource;
 use schemars::JsonSchema;
@@ -7,13 +7,13 @@ use serde::{Deserialize, Serialize};
 
 use super::status::PolicyStatus;
 
-/// How connections to one service are made.
+/// MeshTrafficPolicySpec defines how connections to a service are made.
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(
     group = "mesh.rs",
     version = "v1alpha1",
     kind = "MeshTrafficPolicy",
-    doc = "How connections to one service are made. This version does not act on it.",
+    doc = "MeshTrafficPolicy defines how connections to a service are made. It has no effect in this version.",
     namespaced,
     status = "PolicyStatus",
     derive = "PartialEq",
@@ -24,67 +24,67 @@ use super::status::PolicyStatus;
 )]
 #[serde(rename_all = "camelCase")]
 pub struct MeshTrafficPolicySpec {
-    /// The service, in the policy's namespace.
+    /// targetRef is the service, in the namespace of the policy.
     pub target_ref: ServiceTarget,
-    /// How an endpoint is chosen. Default: Random.
+    /// loadBalancing is the algorithm that selects an endpoint. Defaults to Random.
     #[serde(default)]
     pub load_balancing: LoadBalancing,
-    /// Limits of open connections.
+    /// connections limits the connections to the service.
     #[serde(default)]
     pub connections: Option<ConnectionLimits>,
-    /// When and how often connecting is tried again.
+    /// retry defines how often a failed connection attempt is retried.
     #[serde(default)]
     pub retry: Option<RetryPolicy>,
-    /// When an endpoint that fails is left out.
+    /// outlierEjection defines when a failing endpoint is not selected any more.
     #[serde(default)]
     pub outlier_ejection: Option<OutlierEjection>,
 }
 
-/// A service.
+/// ServiceTarget is a reference to a service.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ServiceTarget {
-    /// Its name.
+    /// name is the name of the service.
     pub name: String,
 }
 
-/// How an endpoint is chosen.
+/// LoadBalancing is an algorithm that selects an endpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum LoadBalancing {
-    /// By chance.
+    /// Random selects a random endpoint.
     #[default]
     Random,
-    /// The one with fewer open connections, of two taken by chance.
+    /// LeastConnections selects the endpoint with fewer open connections of two random ones.
     LeastConnections,
 }
 
-/// Limits of open connections.
+/// ConnectionLimits limits the connections to a service.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ConnectionLimits {
-    /// Of one source pod to the service.
+    /// maxPerSource is the largest number of open connections of one source pod to the service.
     pub max_per_source: Option<u32>,
-    /// Seconds until connecting to an endpoint counts as failed.
+    /// connectTimeoutSeconds is the timeout of a connection attempt, in seconds.
     pub connect_timeout_seconds: Option<u32>,
 }
 
-/// When and how often connecting is tried again.
+/// RetryPolicy defines how often a failed connection attempt is retried.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct RetryPolicy {
-    /// How often, beside the first time.
+    /// attempts is the number of retries after the first attempt.
     pub attempts: u32,
 }
 
-/// When an endpoint that fails is left out.
+/// OutlierEjection defines when a failing endpoint is not selected any more.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct OutlierEjection {
-    /// After how many failures in a row.
+    /// consecutiveFailures is the number of consecutive failures that ejects an endpoint.
     pub consecutive_failures: u32,
-    /// For how many seconds.
+    /// baseEjectionSeconds is the duration of an ejection, in seconds.
     pub base_ejection_seconds: u32,
-    /// At most how many per cent of the endpoints.
+    /// maxEjectedPercent is the largest percentage of ejected endpoints.
     #[schemars(range(min = 0, max = 100))]
     pub max_ejected_percent: u32,
 }

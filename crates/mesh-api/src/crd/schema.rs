@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Parts of schemas that several kinds share: CEL rules with their messages, label selectors,
-//! address blocks.
+//! Parts of schemas that several kinds share: CEL rules with their messages, label selectors, IP blocks.
 //!
-//! The API server estimates what a rule can cost at worst from the bounds of all lists around it, and
-//! refuses a CRD over its budget: so every list has a bound.
+//! The API server estimates the worst-case cost of a rule from the bounds of the lists around it, and
+//! refuses a CRD over its budget. Therefore every list has a bound.
 
 use schemars::{Schema, SchemaGenerator, json_schema};
 use serde_json::{Value, json};
 
-/// `x-kubernetes-validations` of (rule, what is wrong if it does not hold).
+/// Builds `x-kubernetes-validations` from pairs of a rule and its error message.
 pub(super) fn rules(rules: &[(&str, &str)]) -> Value {
     rules
         .iter()
@@ -16,32 +15,32 @@ pub(super) fn rules(rules: &[(&str, &str)]) -> Value {
         .collect()
 }
 
-/// The rule of a list that means nobody or everybody if it is empty: generated manifests make such
-/// by accident.
+/// The rule for a list that must not be empty: templates produce an empty list by accident, and it could
+/// mean nothing or everything.
 pub(super) fn not_empty() -> Value {
     rules(&[(
         "size(self) > 0",
-        "is empty: leave it out to match everything",
+        "must not be empty: remove the field to match everything",
     )])
 }
 
-/// The rules of a list of rules of a MeshPolicy.
+/// The validations of the rule lists of a MeshPolicy.
 pub(super) fn named_rules() -> Value {
     rules(&[
         (
             "self.all(a, !has(a.action))",
-            "action of a single rule is for ClusterMeshPolicy; here spec.action holds for all rules",
+            "action must not be set in a rule of a MeshPolicy: spec.action applies to all rules",
         ),
         UNIQUE_NAMES,
     ])
 }
 
-/// The rules of a list of rules of a ClusterMeshPolicy.
+/// The validations of the rule lists of a ClusterMeshPolicy.
 pub(super) fn cluster_rules() -> Value {
     rules(&[
         (
             "size(self) > 0",
-            "is empty and says nothing: leave it out, or add a rule",
+            "must not be empty: remove the field, or add a rule",
         ),
         UNIQUE_NAMES,
     ])
@@ -49,24 +48,24 @@ pub(super) fn cluster_rules() -> Value {
 
 const UNIQUE_NAMES: (&str, &str) = (
     "self.all(a, !has(a.name) || self.exists_one(b, has(b.name) && b.name == a.name))",
-    "two rules have the same name",
+    "rule names must be unique",
 );
 
-/// A selector of the mesh's own kinds. `{}` selects everything; parts that are there and empty are a
-/// mistake, which would select everything as well.
+/// The schema of a label selector of the mesh's own kinds. `{}` selects everything. An empty matchLabels
+/// or matchExpressions would also select everything, and is refused as a mistake.
 pub(super) fn label_selector(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "object",
         "x-kubernetes-map-type": "atomic",
         "properties": {
             "matchLabels": {
-                "description": "Labels that must have exactly these values.",
+                "description": "matchLabels lists labels and the values that they must have.",
                 "type": "object",
                 "maxProperties": 32,
                 "additionalProperties": {"type": "string", "maxLength": 63},
             },
             "matchExpressions": {
-                "description": "Tests of labels, all of which must hold.",
+                "description": "matchExpressions lists requirements, all of which must be satisfied.",
                 "type": "array",
                 "x-kubernetes-list-type": "atomic",
                 "maxItems": 32,
@@ -76,13 +75,13 @@ pub(super) fn label_selector(_: &mut SchemaGenerator) -> Schema {
         "x-kubernetes-validations": rules(&[
             (
                 "!has(self.matchLabels) || size(self.matchLabels) > 0",
-                "matchLabels is empty and would match everything: leave it out, or write {} for the \
-                 whole selector if everything is meant",
+                "matchLabels must not be empty: remove the field, or use {} as the selector to match \
+                 everything",
             ),
             (
                 "!has(self.matchExpressions) || size(self.matchExpressions) > 0",
-                "matchExpressions is empty and would match everything: leave it out, or write {} for \
-                 the whole selector if everything is meant",
+                "matchExpressions must not be empty: remove the field, or use {} as the selector to \
+                 match everything",
             ),
         ]),
     })
@@ -94,19 +93,19 @@ fn label_test() -> Value {
         "required": ["key", "operator"],
         "properties": {
             "key": {
-                "description": "The label's key.",
+                "description": "key is the key of the label.",
                 "type": "string",
                 "minLength": 1,
                 "maxLength": 317,
             },
             "operator": {
-                "description": "In, NotIn: the value is, or is not, one of values. Exists, \
-                                DoesNotExist: there is, or is not, such a label.",
+                "description": "operator compares the label with values: In, NotIn, Exists or \
+                                DoesNotExist.",
                 "type": "string",
                 "enum": ["In", "NotIn", "Exists", "DoesNotExist"],
             },
             "values": {
-                "description": "Values for In and NotIn.",
+                "description": "values lists the values for In and NotIn.",
                 "type": "array",
                 "x-kubernetes-list-type": "atomic",
                 "maxItems": 64,
@@ -115,16 +114,16 @@ fn label_test() -> Value {
         },
         "x-kubernetes-validations": rules(&[(
             "self.operator in ['In', 'NotIn'] == (has(self.values) && size(self.values) > 0)",
-            "In and NotIn need at least one value, Exists and DoesNotExist take none",
+            "values must not be empty for In and NotIn, and must be empty for Exists and DoesNotExist",
         )]),
     })
 }
 
-/// Longest text of a CIDR: eight groups of four digits, and `/128`.
+/// The length of the longest CIDR: eight groups of four digits, and `/128`.
 const CIDR_MAX: u32 = 43;
 
-/// An address block of the mesh's own kinds: bits behind the prefix are a mistake that matches more
-/// than it seems to.
+/// The schema of a CIDR of the mesh's own kinds. Address bits after the prefix are refused: they suggest
+/// a smaller block than the CIDR matches.
 pub(super) fn cidr(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "string",
@@ -133,15 +132,18 @@ pub(super) fn cidr(_: &mut SchemaGenerator) -> Schema {
             IS_CIDR,
             (
                 "!isCIDR(self) || cidr(self) == cidr(self).masked()",
-                "has address bits behind its prefix, and would match more than it says",
+                "must not have address bits after the prefix",
             ),
         ]),
     })
 }
 
-const IS_CIDR: (&str, &str) = ("isCIDR(self)", "is no CIDR, such as 10.0.0.0/8 or fd00::/8");
+const IS_CIDR: (&str, &str) = (
+    "isCIDR(self)",
+    "must be a CIDR such as 10.0.0.0/8 or fd00::/8",
+);
 
-/// A number of a port, or its name.
+/// The schema of a port number or port name.
 pub(super) fn port(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "x-kubernetes-int-or-string": true,
@@ -149,18 +151,18 @@ pub(super) fn port(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
-/// Parts of an address block. Their rules are at the block.
+/// The schema of the exceptions of an IP block, whose validations are at the block.
 pub(super) fn exceptions(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "array",
         "x-kubernetes-list-type": "atomic",
         "maxItems": 8,
-        // By format and not by CEL, which is beyond the budget here.
+        // A CEL rule would exceed the cost budget here.
         "items": {"type": "string", "maxLength": CIDR_MAX, "format": "cidr"},
     })
 }
 
-/// The networks of a ClusterNetworkPolicy, as its API bounds them.
+/// The schema of the networks of a ClusterNetworkPolicy, with the bounds of its API.
 pub(super) fn networks(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "array",
@@ -175,7 +177,7 @@ pub(super) fn networks(_: &mut SchemaGenerator) -> Schema {
     })
 }
 
-/// The names of a ClusterNetworkPolicy, as its API bounds them.
+/// The schema of the domain names of a ClusterNetworkPolicy, with the bounds of its API.
 pub(super) fn domain_names(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "array",
@@ -184,14 +186,14 @@ pub(super) fn domain_names(_: &mut SchemaGenerator) -> Schema {
         "maxItems": 25,
         "items": {
             "type": "string",
-            // A name of the DNS (RFC 1035, 2.3.4), and the wildcard.
+            // A DNS name (RFC 1035, 2.3.4) with the wildcard prefix.
             "maxLength": 255,
             "pattern": "^([*][.])?([a-zA-Z0-9]([-_a-zA-Z0-9]*[a-zA-Z0-9])?[.])+[a-zA-Z0-9]([-_a-zA-Z0-9]*[a-zA-Z0-9])?[.]?$",
         },
     })
 }
 
-/// Service accounts, as they are written.
+/// The schema of a list of service accounts.
 pub(super) fn service_accounts(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
         "type": "array",
@@ -201,14 +203,14 @@ pub(super) fn service_accounts(_: &mut SchemaGenerator) -> Schema {
             "type": "string",
             "minLength": 1,
             "maxLength": 317,
-            // No CEL: a rule over so many strings is beyond the budget.
+            // A CEL rule over so many strings would exceed the cost budget.
             "pattern": "^([*]|([a-z0-9]([-a-z0-9]*[a-z0-9])?/)?([*]|[a-z0-9]([-.a-z0-9]*[a-z0-9])?))$",
         },
         "x-kubernetes-validations": rules(&[
-            ("size(self) > 0", "is empty: leave it out to match everything"),
+            ("size(self) > 0", "must not be empty: remove the field to match everything"),
             (
                 "size(self) < 2 || !('*' in self)",
-                "* matches every service account: the others beside it say nothing",
+                "must not contain other items beside *, which matches every service account",
             ),
         ]),
     })

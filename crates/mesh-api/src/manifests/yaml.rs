@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! YAML events to JSON values, within bounds.
+//! Converts YAML to JSON values, within bounds.
 
 use std::collections::BTreeMap;
 
@@ -8,10 +8,11 @@ use serde_json::{Map, Number, Value};
 
 use super::{Error, MAX_DEPTH};
 
-/// Aliases may make a text this many times as large,
+/// The largest growth of a text by alias expansion, as a factor.
 const MAX_GROWTH: usize = 10;
-/// and, however small it is, this large (in bytes of strings, a node counting 16).
+/// The size to which even a small text may grow, in bytes of strings plus [`NODE_WEIGHT`] per node.
 const MIN_BUDGET: usize = 1 << 20;
+/// The size of a node without its strings.
 const NODE_WEIGHT: usize = 16;
 
 pub(super) fn documents(text: &str) -> Result<Vec<Value>, Error> {
@@ -37,9 +38,9 @@ pub(super) fn documents(text: &str) -> Result<Vec<Value>, Error> {
 
 struct Reader<'a> {
     parser: Parser<'a, StrInput<'a>>,
-    /// What anchors stand for, and its weight.
+    /// The value of each anchor, and its size.
     anchors: BTreeMap<usize, (Value, usize)>,
-    /// What may still be made.
+    /// The remaining size.
     budget: usize,
 }
 
@@ -64,7 +65,7 @@ impl<'a> Reader<'a> {
                 self.budget = rest;
                 Ok(())
             }
-            None => Err(fail(at, "aliases expand to too much")),
+            None => Err(fail(at, "alias expansion exceeds the size limit")),
         }
     }
 
@@ -93,7 +94,7 @@ impl<'a> Reader<'a> {
             }
             Event::Alias(anchor) => {
                 let Some((value, weight)) = self.anchors.get(&anchor).cloned() else {
-                    return Err(fail(at, "an alias inside of what it stands for"));
+                    return Err(fail(at, "alias refers to a value that contains it"));
                 };
                 self.spend(weight, at)?;
                 return Ok(value);
@@ -140,12 +141,12 @@ impl<'a> Reader<'a> {
                     }
                     (text.into_owned(), at)
                 }
-                (_, at) => return Err(fail(at, "a key must be a string")),
+                (_, at) => return Err(fail(at, "key must be a string")),
             };
             let event = self.next()?;
             let value = self.node(event, depth + 1)?;
             if map.contains_key(&key) {
-                return Err(fail(at, format!("key {key:?} is given twice")));
+                return Err(fail(at, format!("duplicate key {key:?}")));
             }
             map.insert(key, value);
         }
@@ -156,7 +157,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// What `<<` names, a mapping or a list of them, fills in what the mapping itself does not say.
+/// Merges the value of `<<`, a mapping or a list of mappings, into a mapping. Its own keys win.
 fn merge(map: &mut Map<String, Value>, merged: Value, at: Span) -> Result<(), Error> {
     let sources = if let Value::Array(sources) = merged {
         sources
@@ -165,7 +166,10 @@ fn merge(map: &mut Map<String, Value>, merged: Value, at: Span) -> Result<(), Er
     };
     for source in sources {
         let Value::Object(source) = source else {
-            return Err(fail(at, "<< needs mappings"));
+            return Err(fail(
+                at,
+                "the value of << must be a mapping or a list of mappings",
+            ));
         };
         for (key, value) in source {
             map.entry(key).or_insert(value);
@@ -194,7 +198,7 @@ fn only_core(tag: Option<&Tag>, name: &str, at: Span) -> Result<(), Error> {
 }
 
 fn unknown_tag(tag: &Tag, at: Span) -> Error {
-    fail(at, format!("tag {}{} is not known", tag.handle, tag.suffix))
+    fail(at, format!("unknown tag {}{}", tag.handle, tag.suffix))
 }
 
 fn scalar(text: &str, style: ScalarStyle, tag: Option<&Tag>, at: Span) -> Result<Value, Error> {
@@ -209,7 +213,7 @@ fn scalar(text: &str, style: ScalarStyle, tag: Option<&Tag>, at: Span) -> Result
     }
 }
 
-/// An unquoted word.
+/// Converts an unquoted scalar.
 fn plain(text: &str) -> Value {
     match text {
         "" | "~" | "null" | "Null" | "NULL" => Value::Null,
@@ -275,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn scalars_are_read_as_kubectl_reads_them() {
+    fn scalars_are_converted_like_kubectl() {
         let rows = [
             ("80", json!(80)),
             ("-1", json!(-1)),
@@ -306,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn documents_aliases_and_merges() {
+    fn documents_aliases_and_merge_keys_are_read() {
         assert_eq!(documents("a: 1\n---\nb: 2\n...\n").unwrap().len(), 2);
         assert_eq!(documents("").unwrap(), Vec::<Value>::new());
         assert_eq!(
@@ -320,14 +324,14 @@ mod tests {
     }
 
     #[test]
-    fn errors_say_where() {
+    fn errors_have_line_and_column() {
         assert_eq!(
             error("a: 1\na: 2\n"),
-            "line 2, column 1: key \"a\" is given twice"
+            "line 2, column 1: duplicate key \"a\""
         );
         assert!(error("a: [1\n").starts_with("line "));
-        assert!(error("a: !secret b\n").contains("tag !secret is not known"));
-        assert!(error("? [a]\n: b\n").contains("a key must be a string"));
+        assert!(error("a: !secret b\n").contains("unknown tag !secret"));
+        assert!(error("? [a]\n: b\n").contains("key must be a string"));
     }
 
     #[test]
@@ -341,6 +345,6 @@ mod tests {
             let of = vec![format!("*a{}", i - 1); 10].join(",");
             bomb += &format!("a{i}: &a{i} [{of}]\n");
         }
-        assert!(error(&bomb).contains("expand to too much"));
+        assert!(error(&bomb).contains("alias expansion exceeds"));
     }
 }

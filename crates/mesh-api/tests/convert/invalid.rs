@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Invalid never opens: what a new object that is rejected does instead.
+//! Tests that a rejected object without a last good version never allows traffic.
 
 use mesh_plan::cluster::{
     Mtls, ObjectName, OutboundMode, Policy, RuleAction, Subject, Tier, UdpMode,
@@ -28,7 +28,7 @@ fn rejected(group: &str, kind: &str, spec: &str) -> (Option<Policy>, String) {
 }
 
 #[test]
-fn a_network_policy_isolates_what_it_selects_in_the_directions_it_names() {
+fn network_policy_isolates_its_pods_in_its_directions() {
     const BAD: &str = "ingress: [{ports: [{port: 0}]}]";
     let rows = [
         (
@@ -68,7 +68,7 @@ fn a_network_policy_isolates_what_it_selects_in_the_directions_it_names() {
 }
 
 #[test]
-fn a_broken_selector_isolates_the_namespace() {
+fn invalid_pod_selector_isolates_the_namespace() {
     for kind in ["NetworkPolicy", "MeshPolicy"] {
         let group = match kind {
             "NetworkPolicy" => "networking.k8s.io/v1",
@@ -81,14 +81,14 @@ fn a_broken_selector_isolates_the_namespace() {
             Subject::WholeNamespace("shop".to_owned())
         );
         assert!(
-            consequence.contains("every pod of namespace shop for ingress"),
+            consequence.contains("every pod in namespace shop for ingress"),
             "{consequence}"
         );
     }
 }
 
 #[test]
-fn a_mesh_policy() {
+fn mesh_policy_isolates_its_pods_and_audit_isolates_none() {
     let group = "mesh.rs/v1alpha1";
     let rows = [
         ("{action: Permit, ingress: [{}]}", (true, false)),
@@ -112,11 +112,11 @@ fn a_mesh_policy() {
         "{mode: Audit, ingress: [{ports: [{port: 0}]}]}",
     );
     assert_eq!(policy, None);
-    assert!(consequence.contains("isolates nothing"));
+    assert!(consequence.contains("neither audits nor isolates"));
 }
 
 #[test]
-fn a_cluster_wide_policy_denies_in_its_tier_or_isolates_nothing() {
+fn cluster_policy_denies_in_its_tier_if_its_subject_is_valid() {
     let group = "mesh.rs/v1alpha1";
     let (policy, _) = rejected(
         group,
@@ -138,7 +138,7 @@ fn a_cluster_wide_policy_denies_in_its_tier_or_isolates_nothing() {
         "{tier: Admin, priority: 1, podSelector: {matchLabels: {a: 1}}, ingress: [{}]}",
     );
     assert_eq!(policy, None);
-    assert!(consequence.contains("isolates nothing"));
+    assert!(consequence.contains("does not apply to any pod"));
     let group = "policy.networking.k8s.io/v1alpha2";
     let (policy, _) = rejected(
         group,
@@ -153,7 +153,7 @@ fn a_cluster_wide_policy_denies_in_its_tier_or_isolates_nothing() {
 }
 
 #[test]
-fn a_mesh_authentication_is_in_force_with_broken_fields_at_their_strictest() {
+fn mesh_authentication_gets_strictest_value_in_invalid_fields() {
     let rows = [
         ("{mtls: strict}", Some(Mtls::Strict), None, None),
         (
@@ -209,17 +209,20 @@ fn a_mesh_authentication_is_in_force_with_broken_fields_at_their_strictest() {
 }
 
 #[test]
-fn heads_and_kinds() {
+fn invalid_metadata_and_unsupported_kinds_are_rejected() {
     let rows = [
-        ("{kind: Pod, metadata: {name: x}}", "apiVersion: is missing"),
-        ("{apiVersion: v1, metadata: {name: x}}", "kind: is missing"),
+        (
+            "{kind: Pod, metadata: {name: x}}",
+            "apiVersion: is required",
+        ),
+        ("{apiVersion: v1, metadata: {name: x}}", "kind: is required"),
         (
             "{apiVersion: v1, kind: Pod, metadata: {}}",
-            "Pod test.yaml: metadata.name: is missing",
+            "Pod test.yaml: metadata.name: is required",
         ),
         (
             "{apiVersion: v1, kind: Pod, metadata: {name: 'a b'}}",
-            "metadata.name: \"a b\" is no name",
+            "metadata.name: invalid name \"a b\"",
         ),
         (
             "{apiVersion: v1, kind: Pod, metadata: {name: 3}}",
@@ -227,19 +230,19 @@ fn heads_and_kinds() {
         ),
         (
             "{apiVersion: networking.k8s.io/v1beta1, kind: NetworkPolicy, metadata: {name: x, namespace: y}}",
-            "NetworkPolicy y/x: apiVersion: \"v1beta1\" is not read; use \"v1\"",
+            "NetworkPolicy y/x: apiVersion: version \"v1beta1\" is not supported; use \"v1\"",
         ),
         (
             "{apiVersion: mesh.rs/v1alpha1, kind: MeshPolice, metadata: {name: x}}",
-            "kind: mesh.rs has no kind",
+            "kind: \"MeshPolice\" is not a kind of the API group mesh.rs",
         ),
         (
             "{apiVersion: policy.networking.k8s.io/v1alpha1, kind: AdminNetworkPolicy, metadata: {name: x}}",
-            "AdminNetworkPolicy x: kind: \"AdminNetworkPolicy\" is not read; use ClusterNetworkPolicy",
+            "AdminNetworkPolicy x: kind: \"AdminNetworkPolicy\" is not supported; use ClusterNetworkPolicy",
         ),
         (
             "{apiVersion: extensions/v1beta1, kind: NetworkPolicy, metadata: {name: x, namespace: y}}",
-            "NetworkPolicy y/x: apiVersion: \"extensions/v1beta1\" is not read",
+            "NetworkPolicy y/x: apiVersion: \"extensions/v1beta1\" is not supported",
         ),
     ];
     for (text, expected) in rows {
@@ -256,7 +259,7 @@ fn heads_and_kinds() {
 }
 
 #[test]
-fn one_bad_object_leaves_all_others_in_force() {
+fn rejected_object_does_not_affect_other_objects() {
     let bad = object("networking.k8s.io/v1", "NetworkPolicy", "{ingress: 3}");
     let good = bad
         .replace("name: p", "name: q")
@@ -267,7 +270,7 @@ fn one_bad_object_leaves_all_others_in_force() {
 }
 
 #[test]
-fn a_typo_in_the_enrolment_label_enrols() {
+fn invalid_enrollment_label_enrolls() {
     let outcome = standalone(
         "{apiVersion: v1, kind: Namespace, metadata: {name: x, labels: {mesh.rs/dataplane: enable}}}",
     );
@@ -275,7 +278,7 @@ fn a_typo_in_the_enrolment_label_enrols() {
         outcome.cluster.namespaces["x"].labels["mesh.rs/dataplane"],
         "enabled"
     );
-    assert!(rejections(&outcome)[0].contains("counts as enabled"));
+    assert!(rejections(&outcome)[0].contains("the namespace is enrolled"));
     let outcome = standalone(
         "{apiVersion: v1, kind: Pod, metadata: {name: x, uid: u, labels: {mesh.rs/dataplane: required}}, status: {podIPs: [{ip: 10.0.0.1}]}}",
     );

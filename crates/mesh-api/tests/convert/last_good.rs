@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The last good version of an object.
+//! Tests of last good versions.
 
 use mesh_api::{LastGood, Outcome, convert};
 
@@ -16,7 +16,7 @@ fn next(text: &str, last: &LastGood) -> Outcome {
 }
 
 #[test]
-fn a_rejected_update_leaves_it_in_force_as_long_as_it_takes() {
+fn rejected_update_keeps_last_good_version_until_the_next_valid_one() {
     let first = next(&object("u1", 80), &LastGood::default());
     let good = policy(&first, "NetworkPolicy", "shop/p").cloned().unwrap();
     let second = next(&object("u1", 0), &first.last_good);
@@ -33,7 +33,7 @@ fn a_rejected_update_leaves_it_in_force_as_long_as_it_takes() {
 }
 
 #[test]
-fn an_object_that_was_made_again_is_new() {
+fn recreated_object_has_no_last_good_version() {
     let first = next(&object("u1", 80), &LastGood::default());
     let isolating = next(&object("u1", 0), &LastGood::default());
     let again = next(&object("u2", 0), &first.last_good);
@@ -45,7 +45,7 @@ fn an_object_that_was_made_again_is_new() {
 }
 
 #[test]
-fn it_survives_as_json() {
+fn last_good_version_survives_serialization() {
     let first = next(
         &format!(
             "{}\n---\n{{apiVersion: v1, kind: Pod, metadata: {{name: x}}, status: {{podIPs: [{{ip: 10.0.0.1}}]}}}}\n---\n{{apiVersion: mesh.rs/v1alpha1, kind: MeshAuthentication, metadata: {{name: x}}, spec: {{ports: [{{port: 80, mtls: Strict}}]}}}}\n---\n{{apiVersion: v1, kind: Service, metadata: {{name: x}}, spec: {{clusterIP: 10.96.0.1, ports: [{{port: 80, targetPort: http}}], selector: {{a: b}}}}}}",
@@ -62,7 +62,7 @@ fn it_survives_as_json() {
 }
 
 #[test]
-fn the_order_of_objects_does_not_matter() {
+fn order_of_objects_does_not_matter() {
     let text = format!(
         "{}\n---\n{{apiVersion: v1, kind: Pod, metadata: {{name: x, labels: {{a: b}}}}, status: {{podIPs: [{{ip: 10.0.0.1}}]}}}}\n---\n{{apiVersion: v1, kind: Service, metadata: {{name: x}}, spec: {{clusterIP: 10.96.0.1, ports: [{{name: a, port: 80}}, {{name: b, port: 81}}], selector: {{a: b}}}}}}\n---\n{{kind: Pod}}",
         object("u1", 0)

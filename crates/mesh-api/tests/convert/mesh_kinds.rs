@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The mesh's own kinds, and ClusterNetworkPolicy.
+//! Tests of the mesh's own kinds and of ClusterNetworkPolicy.
 
 use std::collections::BTreeSet;
 
@@ -56,7 +56,7 @@ fn everywhere() -> NamespaceMatch {
 }
 
 #[test]
-fn actions_and_modes() {
+fn mesh_policy_has_action_and_mode() {
     let allow = mesh_policy("{ingress: [{}], egress: []}");
     assert_eq!(allow.ingress.unwrap()[0].action, RuleAction::Allow);
     assert_eq!(allow.egress, Some(Vec::new()));
@@ -72,7 +72,7 @@ fn actions_and_modes() {
 }
 
 #[test]
-fn service_accounts_of_a_peer() {
+fn service_account_forms_of_a_peer() {
     let rows = [
         (
             "{serviceAccounts: [web]}",
@@ -124,7 +124,7 @@ fn service_accounts_of_a_peer() {
 }
 
 #[test]
-fn selectors_entities_and_blocks() {
+fn peer_is_selectors_or_entities_or_ip_blocks() {
     let rule = |peer: &str| {
         let rules = mesh_policy(&format!("{{egress: [{{to: [{peer}]}}]}}"))
             .egress
@@ -165,7 +165,7 @@ fn selectors_entities_and_blocks() {
 }
 
 #[test]
-fn cluster_mesh_policies_have_a_rank_and_actions_per_rule() {
+fn cluster_mesh_policy_has_priority_and_actions_per_rule() {
     let made = cluster_policy(
         "{tier: Admin, priority: 10, namespaceSelector: {matchLabels: {a: b}}, ingress: [{action: Pass, from: [{entities: [host]}]}, {action: Deny}, {}]}",
     );
@@ -198,7 +198,7 @@ fn cluster_mesh_policies_have_a_rank_and_actions_per_rule() {
 }
 
 #[test]
-fn mesh_authentications() {
+fn mesh_authentication_has_modes_per_port() {
     let outcome = clean(&object(
         "mesh.rs/v1alpha1",
         "MeshAuthentication",
@@ -222,7 +222,7 @@ fn mesh_authentications() {
 }
 
 #[test]
-fn cluster_network_policies() {
+fn cluster_network_policy_has_ordered_rules_and_ports() {
     let (made, warnings) = network(
         "{tier: Baseline, priority: 0, subject: {pods: {podSelector: {}}}, egress: [
           {name: first, action: Deny, to: [{nodes: {}}, {networks: [10.0.0.0/8, 'fd00::/8']}]},
@@ -268,7 +268,7 @@ fn cluster_network_policies() {
 }
 
 #[test]
-fn peers_that_nobody_knows_fail_closed() {
+fn unknown_peer_fails_closed() {
     let spec = |action: &str, peer: &str| {
         format!(
             "{{tier: Admin, priority: 1, subject: {{namespaces: {{}}}}, egress: [{{action: {action}, to: [{{namespaces: {{}}}}, {peer}]}}]}}"
@@ -289,7 +289,7 @@ fn peers_that_nobody_knows_fail_closed() {
         assert!(
             warnings
                 .iter()
-                .any(|w| w.contains("spec.egress[0].to[1]: is no peer"))
+                .any(|w| w.contains("spec.egress[0].to[1]: this version cannot match this peer"))
         );
     }
     let (made, warnings) = network(&spec("Accept", "{domainNames: [example.org]}"));
@@ -298,20 +298,20 @@ fn peers_that_nobody_knows_fail_closed() {
         matches!(&peers[1], PeerMatch::Nothing { what } if what == "spec.egress[0].to[1].domainNames")
     );
     assert!(warnings[0].contains("matches nothing"));
-    // Names are of Accept rules only.
+    // Names are valid in Accept rules only.
     for action in ["Deny", "Pass"] {
         let (made, warnings) = network(&spec(action, "{domainNames: [example.org]}"));
         let rule = &made.egress.unwrap()[0];
         assert_eq!((rule.action, &rule.peers), (RuleAction::Deny, &None));
         assert!(
-            warnings[0].contains("domainNames: is no peer"),
+            warnings[0].contains("domainNames: this version cannot match this peer"),
             "{warnings:?}"
         );
     }
 }
 
 #[test]
-fn what_the_api_of_cluster_network_policies_refuses_is_refused_by_field() {
+fn values_that_the_policy_api_refuses_are_rejected_by_field() {
     let egress = |rule: &str| {
         format!("{{tier: Admin, priority: 1, subject: {{namespaces: {{}}}}, egress: [{rule}]}}")
     };
@@ -326,34 +326,38 @@ fn what_the_api_of_cluster_network_policies_refuses_is_refused_by_field() {
         (
             to("{networks: [10.0.0.0/8, 10.0.0.0/8]}"),
             "to[0].networks[1]",
-            "is there twice",
+            "duplicate value",
         ),
         (
             to("{domainNames: [a.b, a.b]}"),
             "to[0].domainNames[1]",
-            "is there twice",
+            "duplicate value",
         ),
-        (to("{domainNames: []}"), "to[0].domainNames", "has 0 items"),
+        (
+            to("{domainNames: []}"),
+            "to[0].domainNames",
+            "must have 1 to 25 items, has 0",
+        ),
         (
             to("{domainNames: ['not a name!']}"),
             "to[0].domainNames[0]",
-            "is no domain name",
+            "invalid domain name",
         ),
-        (to(&many), "to", "has 26 items, and must have 1 to 25"),
+        (to(&many), "to", "must have 1 to 25 items, has 26"),
         (
             ports("{tcp: {}}"),
             "protocols[0].tcp.destinationPort",
-            "is missing",
+            "is required",
         ),
         (
             ports("{tcp: {sourcePort: 80}}"),
             "protocols[0].tcp.destinationPort",
-            "is missing",
+            "is required",
         ),
         (
             egress("{action: Accept, to: [{nodes: {}}], protocols: [{destinationNamedPort: web}]}"),
             "protocols",
-            "no named ports",
+            "must not use named ports",
         ),
     ] {
         let text = object(

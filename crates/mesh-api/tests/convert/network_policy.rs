@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! NetworkPolicy, clause by clause.
+//! Tests of NetworkPolicy conversion.
 
 use std::collections::BTreeSet;
 
@@ -39,7 +39,7 @@ fn errors(spec: &str) -> Vec<String> {
 }
 
 #[test]
-fn policy_types_default_to_ingress_and_to_egress_where_it_has_rules() {
+fn policy_types_default_to_ingress_and_to_egress_with_egress_rules() {
     let rows = [
         ("{podSelector: {}}", (true, false)),
         ("{}", (true, false)),
@@ -74,7 +74,7 @@ fn policy_types_default_to_ingress_and_to_egress_where_it_has_rules() {
 }
 
 #[test]
-fn missing_and_empty_lists_of_a_rule_match_everything() {
+fn absent_and_empty_rule_lists_match_everything() {
     for spec in ["{}", "{from: [], ports: []}", "{from: null, ports: null}"] {
         let rule = only_ingress(spec);
         assert_eq!(
@@ -208,87 +208,87 @@ fn selector_operators() {
     assert!(!pods.matches(&labels(&[("z", "1"), ("a", "y"), ("c", ""), ("d", "")])));
 }
 
-/// A spec, and how its only rejection begins.
+/// A spec, and the beginning of its only rejection.
 const REFUSED: &[(&str, &str)] = &[
     (
         "{ingress: [{from: [{}]}]}",
-        "spec.ingress[0].from[0]: needs a podSelector",
+        "spec.ingress[0].from[0]: must set podSelector",
     ),
     (
         "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/33}}]}]}",
-        "spec.ingress[0].from[0].ipBlock.cidr: \"10.0.0.0/33\" is no CIDR",
+        "spec.ingress[0].from[0].ipBlock.cidr: invalid CIDR \"10.0.0.0/33\"",
     ),
     (
         "{ingress: [{from: [{ipBlock: {}}]}]}",
-        "spec.ingress[0].from[0].ipBlock.cidr: \"\" is no CIDR",
+        "spec.ingress[0].from[0].ipBlock.cidr: invalid CIDR \"\"",
     ),
     (
         "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [11.0.0.0/16]}}]}]}",
-        "spec.ingress[0].from[0].ipBlock.except[0]: 11.0.0.0/16 must be a true part",
+        "spec.ingress[0].from[0].ipBlock.except[0]: 11.0.0.0/16 must be a strict subset",
     ),
     (
         "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8, except: [10.0.0.0/8]}}]}]}",
-        "spec.ingress[0].from[0].ipBlock.except[0]: 10.0.0.0/8 must be a true part",
+        "spec.ingress[0].from[0].ipBlock.except[0]: 10.0.0.0/8 must be a strict subset",
     ),
     (
         "{ingress: [{from: [{ipBlock: {cidr: 10.0.0.0/8}, podSelector: {}}]}]}",
-        "spec.ingress[0].from[0].ipBlock: stands alone",
+        "spec.ingress[0].from[0].ipBlock: must not be set with podSelector",
     ),
     (
         "{ingress: [{ports: [{port: 0}]}]}",
-        "spec.ingress[0].ports[0].port: 0 is no port",
+        "spec.ingress[0].ports[0].port: invalid port 0",
     ),
     (
         "{egress: [{ports: [{port: 65536}]}]}",
-        "spec.egress[0].ports[0].port: 65536 is no port",
+        "spec.egress[0].ports[0].port: invalid port 65536",
     ),
     (
         "{ingress: [{ports: [{port: 90, endPort: 80}]}]}",
-        "spec.ingress[0].ports[0].endPort: 80 is below port 90",
+        "spec.ingress[0].ports[0].endPort: must be greater than or equal to port 90",
     ),
     (
         "{ingress: [{ports: [{port: http, endPort: 80}]}]}",
-        "spec.ingress[0].ports[0].endPort: needs a port that is a number",
+        "spec.ingress[0].ports[0].endPort: must not be set with a named port",
     ),
     (
         "{ingress: [{ports: [{endPort: 80}]}]}",
-        "spec.ingress[0].ports[0].endPort: needs a port",
+        "spec.ingress[0].ports[0].endPort: must not be set without port",
     ),
     (
         "{ingress: [{ports: [{port: HTTP}]}]}",
-        "spec.ingress[0].ports[0].port: \"HTTP\" is no port name",
+        "spec.ingress[0].ports[0].port: invalid port name \"HTTP\"",
     ),
     (
         "{ingress: [{ports: [{port: '80'}]}]}",
-        "spec.ingress[0].ports[0].port: \"80\" is no port name",
+        "spec.ingress[0].ports[0].port: invalid port name \"80\"",
     ),
     (
         "{ingress: [{ports: [{protocol: ICMP}]}]}",
-        "spec.ingress[0].ports[0].protocol: \"ICMP\" is no protocol",
+        "spec.ingress[0].ports[0].protocol: unsupported value \"ICMP\"",
     ),
     (
         "{policyTypes: [Both]}",
-        "spec.policyTypes[0]: \"Both\" must be Ingress or Egress",
+        "spec.policyTypes[0]: unsupported value \"Both\": must be Ingress or Egress",
     ),
     (
         "{podSelector: {matchLabels: {'a b': c}}}",
-        "spec.podSelector.matchLabels.a b: \"a b\" is no label key",
+        "spec.podSelector.matchLabels.a b: invalid label key \"a b\"",
     ),
     (
         "{podSelector: {matchLabels: {a: 'b c'}}}",
-        "spec.podSelector.matchLabels.a: \"b c\" is no label value",
+        "spec.podSelector.matchLabels.a: invalid label value \"b c\"",
     ),
     (
         "{podSelector: {matchExpressions: [{key: a, operator: Is}]}}",
-        "spec.podSelector.matchExpressions[0].operator: \"Is\" is no operator",
+        "spec.podSelector.matchExpressions[0].operator: unsupported value \"Is\"",
     ),
     (
         "{podSelector: {matchExpressions: [{key: a, operator: In}]}}",
-        "spec.podSelector.matchExpressions[0].values: In needs at least one value",
+        "spec.podSelector.matchExpressions[0].values: must not be empty for operator In",
     ),
     (
         "{podSelector: {matchExpressions: [{key: a, operator: Exists, values: [b]}]}}",
-        "spec.podSelector.matchExpressions[0].values: Exists takes no values",
+        "spec.podSelector.matchExpressions[0].values: must be empty for operator Exists",
     ),
     (
         "{podSelector: {matchLabels: {a: 1}}}",
@@ -302,7 +302,7 @@ const REFUSED: &[(&str, &str)] = &[
 ];
 
 #[test]
-fn what_the_api_server_refuses_is_refused_with_its_path() {
+fn values_that_the_api_server_refuses_are_rejected_by_field() {
     for (spec, expected) in REFUSED {
         let errors = errors(spec);
         assert!(
@@ -313,18 +313,18 @@ fn what_the_api_server_refuses_is_refused_with_its_path() {
 }
 
 #[test]
-fn every_mistake_is_named() {
+fn every_problem_is_reported() {
     let errors =
         errors("{ingress: [{ports: [{port: 0}]}, {ports: [{port: 0}, {port: 1}, {protocol: X}]}]}");
     assert_eq!(errors.len(), 3, "{errors:?}");
 }
 
 #[test]
-fn an_unknown_field_is_a_warning() {
+fn unknown_field_is_a_warning() {
     let outcome = standalone(&with_spec("{podSelector: {}, ingress: [{form: []}]}"));
     assert_eq!(rejections(&outcome), [""; 0]);
     assert_eq!(
         warnings(&outcome),
-        ["NetworkPolicy shop/p: spec.ingress[0].form: is no field of this kind; ignored"]
+        ["NetworkPolicy shop/p: spec.ingress[0].form: unknown field; it is ignored"]
     );
 }

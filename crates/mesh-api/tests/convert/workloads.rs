@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Pods, namespaces, nodes, services and endpoints.
+//! Tests of pods, namespaces, nodes, services and endpoints.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -23,7 +23,7 @@ fn ip(text: &str) -> IpAddr {
 }
 
 #[test]
-fn what_a_pod_is_without_saying_it() {
+fn pod_defaults() {
     let pod = pod("", "", "");
     assert_eq!(pod.service_account, "default");
     assert_eq!(pod.node, "n1");
@@ -41,7 +41,7 @@ fn what_a_pod_is_without_saying_it() {
 }
 
 #[test]
-fn owners() {
+fn workload_is_the_owner_or_a_label() {
     let owned = |kind: &str, name: &str, labels: &str| {
         let metadata = format!(
             "labels: {{{labels}}}, ownerReferences: [{{apiVersion: v1, kind: X, name: other, uid: x}}, {{apiVersion: v1, kind: {kind}, name: {name}, uid: x, controller: true}}]"
@@ -67,7 +67,7 @@ fn owners() {
 }
 
 #[test]
-fn named_ports_are_those_of_containers_that_keep_running() {
+fn named_ports_come_from_containers_and_sidecars() {
     let pod = pod(
         "",
         "initContainers: [{name: i, ports: [{name: gone, containerPort: 1}]}, {name: s, restartPolicy: Always, ports: [{name: side, containerPort: 2}]}], containers: [{name: a, ports: [{name: http, containerPort: 8080}, {containerPort: 9}]}, {name: b, ports: [{name: http, containerPort: 8081}, {name: http, containerPort: 53, protocol: UDP}]}]",
@@ -89,7 +89,7 @@ fn named_ports_are_those_of_containers_that_keep_running() {
 }
 
 #[test]
-fn phases_and_conditions() {
+fn readiness_follows_phase_and_conditions() {
     for phase in ["Succeeded", "Failed"] {
         let text = pod_object("", "containers: 3", &format!("phase: {phase}"));
         assert!(clean(&text).cluster.pods.is_empty(), "{phase}");
@@ -117,17 +117,17 @@ fn phases_and_conditions() {
 }
 
 #[test]
-fn addresses_are_required_where_nobody_else_gives_them() {
+fn pod_addresses_are_required_without_a_control_plane() {
     let text = "{apiVersion: v1, kind: Pod, metadata: {name: a}}";
-    assert!(rejections(&standalone(text))[0].contains("status.podIPs: is missing"));
+    assert!(rejections(&standalone(text))[0].contains("status.podIPs: is required"));
     assert!(rejections(&in_cluster(text)).is_empty());
     for (ips, expected) in [
         (
             "[{ip: 10.0.0.1}, {ip: 10.0.0.2}]",
-            "second address of its family",
+            "second address of the same IP family",
         ),
-        ("[{ip: 127.0.0.1}]", "cannot be a pod's"),
-        ("[{ip: x}]", "is no IP address"),
+        ("[{ip: 127.0.0.1}]", "not valid as a pod address"),
+        ("[{ip: x}]", "invalid IP address"),
     ] {
         let text = format!(
             "{{apiVersion: v1, kind: Pod, metadata: {{name: a}}, status: {{podIPs: {ips}}}}}"
@@ -139,7 +139,7 @@ fn addresses_are_required_where_nobody_else_gives_them() {
 }
 
 #[test]
-fn only_a_standalone_pod_names_its_network_namespace() {
+fn netns_annotation_is_used_only_without_a_control_plane() {
     let text = pod_object("annotations: {mesh.rs/netns: /run/netns/a}", "", "");
     let path = |cluster: &Cluster| cluster.pods["u1"].netns_path.clone();
     assert_eq!(
@@ -150,30 +150,32 @@ fn only_a_standalone_pod_names_its_network_namespace() {
 }
 
 #[test]
-fn the_mirror_of_a_static_pod_names_the_uid_that_its_kubelet_knows() {
+fn mirror_pod_has_the_uid_of_its_static_pod() {
     let mirror = "annotations: {kubernetes.io/config.mirror: 0f4c9f5e2b1d4c1e9a573d2f1c0b9a88}";
     let uid = |text: &str| in_cluster(text).cluster.pods["u1"].static_uid.clone();
     let found = uid(&pod_object(mirror, "", ""));
     assert_eq!(found.as_deref(), Some("0f4c9f5e2b1d4c1e9a573d2f1c0b9a88"));
-    // Anybody may write this one.
+    // Any user can set this annotation.
     let hash = "annotations: {kubernetes.io/config.hash: 0f4c9f5e2b1d4c1e9a573d2f1c0b9a88}";
     assert_eq!(uid(&pod_object(hash, "", "")), None);
 }
 
 #[test]
-fn two_pods_of_one_uid_are_one_pod_and_a_rejection() {
+fn second_pod_with_the_same_uid_is_rejected() {
     let one = pod_object("", "", "");
     let two = one.replace("web-1", "web-2");
     let outcome = standalone(&format!("{one}\n---\n{two}"));
     assert_eq!(outcome.cluster.pods["u1"].name.name, "web-1");
     assert_eq!(
         rejections(&outcome),
-        ["Pod shop/web-2: metadata.uid: is the UID of pod shop/web-1 too; the pod is not known"]
+        [
+            "Pod shop/web-2: metadata.uid: duplicate UID: pod shop/web-1 has the same; the pod is ignored"
+        ]
     );
 }
 
 #[test]
-fn nodes() {
+fn node_has_addresses_and_pod_cidrs() {
     let outcome = clean(
         "{apiVersion: v1, kind: Node, metadata: {name: n1, labels: {a: b}}, spec: {podCIDR: 10.0.0.0/24, podCIDRs: [10.0.0.0/24, 'fd00::/64']}, status: {addresses: [{type: InternalIP, address: 192.0.2.1}, {type: Hostname, address: n1}]}}",
     );
@@ -208,7 +210,7 @@ fn endpoints(outcome: &super::Outcome, name: &str) -> Vec<String> {
 const SERVICE: &str = "{apiVersion: v1, kind: Service, metadata: {name: web, namespace: shop}, spec: {clusterIPs: [10.96.0.1, 'fd00:96::1'], ports: [{name: http, port: 80, targetPort: http, nodePort: 30080}, {name: dns, port: 53, protocol: UDP}], selector: {app: web}, externalIPs: [192.0.2.9], internalTrafficPolicy: Local, externalTrafficPolicy: Cluster}, status: {loadBalancer: {ingress: [{ip: 192.0.2.10}, {ip: 192.0.2.11, ipMode: Proxy}, {hostname: x}]}}}";
 
 #[test]
-fn services() {
+fn service_has_addresses_ports_and_traffic_policies() {
     let outcome = clean(SERVICE);
     let made = service(&outcome, "shop/web");
     assert_eq!(made.cluster_ips, [ip("10.96.0.1"), ip("fd00:96::1")].into());
@@ -238,7 +240,7 @@ fn services() {
 }
 
 #[test]
-fn endpoints_of_a_selector() {
+fn service_without_slices_selects_endpoints() {
     let pod = |name: &str, ip: &str, more: &str, labels: &str| {
         format!(
             "---\n{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, namespace: shop, labels: {{{labels}}} {more}}}, spec: {{containers: [{{name: a, ports: [{{name: http, containerPort: 8080}}]}}]}}, status: {{podIPs: [{{ip: {ip}}}]}}}}\n"
@@ -276,7 +278,7 @@ fn endpoints_of_a_selector() {
 }
 
 #[test]
-fn endpoint_slices_take_the_place_of_selectors() {
+fn endpoint_slices_replace_selected_endpoints() {
     let slice = |name: &str, endpoints: &str| {
         format!(
             "---\n{{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {{name: {name}, namespace: shop, labels: {{kubernetes.io/service-name: web}}}}, addressType: IPv4, ports: [{{name: http, port: 8080}}], endpoints: [{endpoints}]}}\n"
@@ -313,7 +315,7 @@ fn endpoint_slices_take_the_place_of_selectors() {
 }
 
 #[test]
-fn broken_services_and_slices_are_named() {
+fn invalid_service_fields_are_rejected_by_field() {
     let rows = [
         ("{ports: [{port: 0}]}", "spec.ports[0].port"),
         ("{ports: [{port: 80}, {port: 81}]}", "spec.ports[0].name"),
@@ -323,7 +325,7 @@ fn broken_services_and_slices_are_named() {
         ),
         (
             "{ports: [{name: a, port: 80}, {name: b, port: 80}]}",
-            "spec.ports: port 80 is given twice",
+            "spec.ports: duplicate port 80",
         ),
         ("{clusterIP: x, ports: []}", "spec.clusterIPs[0]"),
         ("{type: Odd}", "spec.type"),
@@ -350,7 +352,7 @@ fn broken_services_and_slices_are_named() {
 }
 
 #[test]
-fn the_api_servers_addresses() {
+fn api_server_addresses_come_from_the_kubernetes_service() {
     let outcome = clean(
         "{apiVersion: v1, kind: Service, metadata: {name: kubernetes, namespace: default}, spec: {clusterIP: 10.96.0.1, ports: [{name: https, port: 443}]}}\n---\n{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, metadata: {name: kubernetes, namespace: default, labels: {kubernetes.io/service-name: kubernetes}}, addressType: IPv4, ports: [{name: https, port: 6443}], endpoints: [{addresses: [192.0.2.1]}]}",
     );
@@ -358,7 +360,7 @@ fn the_api_servers_addresses() {
 }
 
 #[test]
-fn readiness_is_what_a_pods_own_node_reports() {
+fn pod_is_ready_for_tunnels_if_its_own_node_reports_it() {
     let node = |name: &str, status: &str| {
         format!(
             "---\n{{apiVersion: mesh.rs/v1alpha1, kind: MeshNode, metadata: {{name: {name}}}, status: {status}}}\n"

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Numbers for random histories: of tests here, and beside what they test.
+//! A random number generator for tests.
 
 /// SplitMix64 (Steele, Lea and Flood 2014).
 pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    /// A number below a bound.
+    /// A random number less than a bound.
     pub(crate) fn below(&mut self, bound: usize) -> usize {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `meshctl policy diff`: what new manifests would change for connections that are open or were seen
-//! lately. The agent only tells what it knows; everything is decided here, by its compiler.
+//! `meshctl policy diff`: the effect of new manifests on open and recent connections. The agent only
+//! provides its snapshot and connections; the decisions are made here, with the agent's compiler.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -13,13 +13,14 @@ use mesh_common::identity::Evidence;
 use mesh_common::verdict::Verdict;
 use mesh_common::{Protocol, Reason};
 use mesh_plan::Cluster;
+use mesh_plan::evaluate::{Connection, Verdicts};
 use serde_json::Value;
 
-use super::world::{self, Connection, Party, Verdicts, World};
+use super::world::{self, Party, World};
 use crate::args::Diff;
 use crate::{Outcome, agent, input};
 
-/// Connections that are decided alike.
+/// Connections with the same decision.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Seen {
     source: IpAddr,
@@ -29,18 +30,18 @@ struct Seen {
     tunnelled: bool,
 }
 
-/// How many there are of them.
+/// The number of connections of one kind.
 #[derive(Clone, Copy, Debug, Default)]
 struct Count {
     open: usize,
     seen: usize,
-    /// What a record says of the last one.
+    /// The verdict of the latest record: whether it was allowed.
     recorded: Option<bool>,
 }
 
 type Connections = BTreeMap<Seen, Count>;
 
-/// Compares. Bad if something would change.
+/// Compares the decisions. The outcome is bad if any would change.
 pub(crate) fn run(args: &Diff, out: &mut impl Write) -> Result<Outcome> {
     let objects = read(&args.manifests.paths)?;
     let mut connections = Connections::new();
@@ -51,19 +52,20 @@ pub(crate) fn run(args: &Diff, out: &mut impl Write) -> Result<Outcome> {
             let old = read(&args.old)?;
             let old = (!old.is_empty()).then(|| World::new(&old));
             let new = match &old {
-                Some(old) => merged(&old.cluster, &objects, args.replace),
+                Some(old) => merged(old.cluster(), &objects, args.replace),
                 None => World::new(&objects),
             };
             (old, new)
         }
         None => {
-            let facts = agent::get(&args.agent, "/facts")?;
-            let facts: Cluster =
-                serde_json::from_str(&facts).context("the agent is of another version")?;
+            let text = agent::get(&args.agent, "/facts")?;
+            let snapshot: Cluster = serde_json::from_str(&text).context(
+                "cannot parse the agent's snapshot: the agent may be of another version",
+            )?;
             records(&agent::get(&args.agent, "/flows")?, &mut connections)?;
             open(&agent::get(&args.agent, "/connections")?, &mut connections)?;
-            let new = merged(&facts, &objects, args.replace);
-            (Some(World::of(facts, Vec::new())), new)
+            let new = merged(&snapshot, &objects, args.replace);
+            (Some(World::of(snapshot, Vec::new())), new)
         }
     };
     for note in &new.notes {
@@ -80,14 +82,14 @@ fn read(paths: &[std::path::PathBuf]) -> Result<Vec<Object>> {
     Ok(objects)
 }
 
-/// The facts as they would be with other manifests. An update that is rejected changes nothing, as
-/// with an agent.
-fn merged(facts: &Cluster, objects: &[Object], replace: bool) -> World {
+/// The cluster with new manifests applied. A rejected update changes nothing, as in an agent.
+fn merged(snapshot: &Cluster, objects: &[Object], replace: bool) -> World {
     let mut outcome = convert(objects, &LastGood::default(), Options { standalone: true });
     for rejection in &mut outcome.rejections {
         let object = rejection.object.to_string();
-        let mut known = (facts.policies.keys().map(ToString::to_string))
-            .chain((facts.authentications.keys()).map(|name| format!("MeshAuthentication {name}")));
+        let mut known = (snapshot.policies.keys().map(ToString::to_string)).chain(
+            (snapshot.authentications.keys()).map(|name| format!("MeshAuthentication {name}")),
+        );
         if known.any(|known| known == object) {
             "the version in force stays".clone_into(&mut rejection.consequence);
         }
@@ -99,7 +101,7 @@ fn merged(facts: &Cluster, objects: &[Object], replace: bool) -> World {
         .iter()
         .map(|r| r.object.to_string())
         .collect();
-    let mut cluster = facts.clone();
+    let mut cluster = snapshot.clone();
     if replace {
         cluster
             .policies
@@ -128,6 +130,12 @@ fn merged(facts: &Cluster, objects: &[Object], replace: bool) -> World {
     World::of(cluster, notes)
 }
 
+/// Whether the reason of a record is the policy decision.
+fn is_policy(label: &str) -> bool {
+    let mut reasons = Reason::ALL.iter();
+    reasons.any(|reason| reason.label() == label && reason.is_policy_or_missing())
+}
+
 fn protocol(value: &Value) -> Option<Protocol> {
     match value.as_str()? {
         "tcp" => Some(Protocol::TCP),
@@ -137,15 +145,13 @@ fn protocol(value: &Value) -> Option<Protocol> {
     }
 }
 
-/// Takes the lines of a flow log: connections, and refusals by policy.
+/// Adds the records of a flow log: connections, and refusals by policy.
 fn records(text: &str, into: &mut Connections) -> Result<()> {
     let lines = text.lines().enumerate();
     for (number, line) in lines.filter(|(_, line)| !line.trim().is_empty()) {
         let record: Value = serde_json::from_str(line)
             .with_context(|| format!("line {} of the flow log", number + 1))?;
-        let by_policy = ["policy", "default_deny"]
-            .map(Value::from)
-            .contains(&record["reason"]);
+        let by_policy = record["reason"].as_str().is_some_and(is_policy);
         let counts = match record["kind"].as_str() {
             Some("connection") => true,
             Some("denied" | "dropped") => by_policy,
@@ -176,10 +182,11 @@ fn records(text: &str, into: &mut Connections) -> Result<()> {
     Ok(())
 }
 
-/// Takes what an agent says is open.
+/// Adds the open connections of an agent.
 fn open(text: &str, into: &mut Connections) -> Result<()> {
     for line in text.lines() {
-        let line: Value = serde_json::from_str(line).context("the agent's connections")?;
+        let line: Value =
+            serde_json::from_str(line).context("cannot parse the agent's connections")?;
         let end = |name: &str| -> Option<SocketAddr> { line[name].as_str()?.parse().ok() };
         let (Some(source), Some(destination), Some(protocol)) = (
             end("source"),
@@ -252,32 +259,28 @@ fn compare(
     })
 }
 
-/// Whether both ends let it pass, and why.
+/// Whether both ends allow a connection, and the reason.
 fn decide(world: &World, seen: &Seen) -> Result<(bool, String)> {
     let (from, to) = (seen.source.to_string(), seen.destination.to_string());
     let connection = Connection {
-        from: world.party(&from)?,
-        to: world.party(&to)?,
+        from: world.party(&from)?.pod(),
+        to: world.party(&to)?.pod(),
         source: seen.source,
         destination: seen.destination,
         protocol: seen.protocol,
         port: seen.port,
     };
-    let same_node = match (connection.from, connection.to) {
-        (Party::Pod(from, _), Party::Pod(to, _)) => from.node == to.node,
-        _ => false,
-    };
-    let evidence = match (seen.tunnelled, same_node) {
+    let evidence = match (seen.tunnelled, connection.on_one_node()) {
         (_, true) => Evidence::Node,
         (true, false) => Evidence::Tls,
         (false, false) => Evidence::Address,
     };
-    let verdicts = world.verdicts(&connection, evidence);
+    let verdicts = world.evaluator.verdicts(&connection, evidence);
     let why = why(world, &connection, &verdicts);
     Ok((verdicts.allowed(), why))
 }
 
-/// The verdict that decides, in words.
+/// The deciding verdict, in words.
 fn why(world: &World, connection: &Connection<'_>, verdicts: &Verdicts) -> String {
     let refuses = |verdict: &Verdict| !verdict.allowed;
     let by_rule = |verdict: &Verdict| verdict.reason == Reason::Policy;
@@ -287,11 +290,11 @@ fn why(world: &World, connection: &Connection<'_>, verdicts: &Verdicts) -> Strin
     ];
     let find = |which: &dyn Fn(&Verdict) -> bool| {
         both.into_iter()
-            .find_map(|(party, verdict)| verdict.filter(which).map(|v| (party, v)))
+            .find_map(|(pod, verdict)| verdict.filter(which).map(|v| (pod, v)))
     };
-    if let Some((party, verdict)) = find(&refuses) {
+    if let Some((pod, verdict)) = find(&refuses) {
         return world
-            .words(party, &verdict)
+            .words(pod, &verdict)
             .trim_start_matches("deny ")
             .to_owned();
     }
@@ -299,8 +302,8 @@ fn why(world: &World, connection: &Connection<'_>, verdicts: &Verdicts) -> Strin
         return format!("({})", reason.label());
     }
     match find(&by_rule) {
-        Some((party, verdict)) => world
-            .words(party, &verdict)
+        Some((pod, verdict)) => world
+            .words(pod, &verdict)
             .trim_start_matches("allow ")
             .to_owned(),
         None => "(no_policy)".to_owned(),

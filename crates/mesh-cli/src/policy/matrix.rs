@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `meshctl policy matrix`: who reaches whom.
+//! `meshctl policy matrix`: the connections that are allowed between pods.
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
@@ -10,12 +10,12 @@ use mesh_common::identity::Evidence;
 use mesh_common::policy::PortKey;
 use mesh_plan::cluster::Pod;
 
-use super::explain::Way;
+use super::explain::Transport;
 use super::world::{Party, World, evidence, number};
 use crate::args::{self, Matrix};
 use crate::{Outcome, input};
 
-/// Prints a table for one port, or a line for each pair and its ports.
+/// Prints a table for one port, or a line with the allowed ports for each pair of pods.
 pub(crate) fn run(args: &Matrix, out: &mut impl Write) -> Result<Outcome> {
     let mut objects = Vec::new();
     for path in &args.manifests.paths {
@@ -25,9 +25,9 @@ pub(crate) fn run(args: &Matrix, out: &mut impl Write) -> Result<Outcome> {
     for note in &world.notes {
         writeln!(io::stderr(), "{note}")?;
     }
-    let mut pods: Vec<&Pod> = world.cluster.pods.values().map(|pod| &**pod).collect();
+    let mut pods: Vec<&Pod> = world.cluster().pods.values().map(|pod| &**pod).collect();
     pods.sort_by(|a, b| a.name.cmp(&b.name));
-    let asks = Asks {
+    let question = Question {
         world: &world,
         protocol: number(args.protocol),
         evidence: args.evidence.map(evidence),
@@ -39,13 +39,13 @@ pub(crate) fn run(args: &Matrix, out: &mut impl Write) -> Result<Outcome> {
     };
     if let Some(name) = &args.namespace {
         let has_any = pods.iter().any(|pod| pod.name.namespace == *name);
-        ensure!(has_any, "there are no pods in namespace {name}");
+        ensure!(has_any, "namespace {name} has no pods");
     }
     match &args.port {
         Some(port) => {
             pods.retain(|pod| concerns(pod, pod));
             let ports = ports(&pods, args.protocol, port)?;
-            grid(&asks, &pods, &ports, out)?;
+            grid(&question, &pods, &ports, out)?;
         }
         None => {
             for from in &pods {
@@ -53,7 +53,7 @@ pub(crate) fn run(args: &Matrix, out: &mut impl Write) -> Result<Outcome> {
                     .iter()
                     .filter(|to| from.uid != to.uid && concerns(from, to))
                 {
-                    let ports = asks.ranges(from, to);
+                    let ports = question.ranges(from, to);
                     writeln!(out, "{} -> {}: {}", from.name, to.name, describe(&ports))?;
                 }
             }
@@ -62,14 +62,14 @@ pub(crate) fn run(args: &Matrix, out: &mut impl Write) -> Result<Outcome> {
     Ok(Outcome::Good)
 }
 
-struct Asks<'a> {
+struct Question<'a> {
     world: &'a World,
     protocol: Protocol,
-    /// `None` = as it would be on the wire.
+    /// The assumed evidence; `None` = as on the wire.
     evidence: Option<Evidence>,
 }
 
-impl Asks<'_> {
+impl Question<'_> {
     fn allows(&self, from: &Pod, to: &Pod, port: u16) -> bool {
         let what = (self.protocol, port);
         // Without a common family there is no connection.
@@ -78,17 +78,22 @@ impl Asks<'_> {
             return false;
         };
         let evidence = self.evidence.or_else(|| {
-            let way = Way::of(self.world, &connection);
-            (!way.refused).then_some(way.evidence)
+            let transport = Transport::of(self.world, &connection);
+            (!transport.refused).then_some(transport.evidence)
         });
-        evidence.is_some_and(|evidence| self.world.verdicts(&connection, evidence).allowed())
+        evidence.is_some_and(|evidence| {
+            self.world
+                .evaluator
+                .verdicts(&connection, evidence)
+                .allowed()
+        })
     }
 
-    /// The ports that are allowed: asked once for each stretch that no rule divides.
+    /// The allowed ports, by one decision for each range that no rule divides.
     fn ranges(&self, from: &Pod, to: &Pod) -> Vec<(u16, u16)> {
         let mut starts = BTreeSet::from([1_u32]);
         for pod in [from, to] {
-            for prefix in self.world.plan(pod).ports.keys() {
+            for prefix in self.world.index(pod).ports.keys() {
                 let bits = prefix.bits - PortKey::FIXED_BITS;
                 let first = u32::from(prefix.data.port.get());
                 starts.extend([first.max(1), first + (1 << (16 - bits.min(16)))]);
@@ -136,7 +141,7 @@ fn describe(ranges: &[(u16, u16)]) -> String {
     }
 }
 
-/// The port at each destination; `None` = it has none of that name.
+/// The port at each destination; `None` = it has no port of that name.
 fn ports(pods: &[&Pod], protocol: args::Protocol, text: &str) -> Result<Vec<Option<u16>>> {
     let asked: Vec<_> = pods
         .iter()
@@ -145,15 +150,20 @@ fn ports(pods: &[&Pod], protocol: args::Protocol, text: &str) -> Result<Vec<Opti
     if !pods.is_empty() && asked.iter().all(Result::is_err) {
         ensure!(
             World::is_name(text),
-            "port {text:?} is none from 1 to 65535"
+            "invalid port {text:?}: must be between 1 and 65535"
         );
         bail!("no pod has a {protocol} port named {text:?}");
     }
     Ok(asked.into_iter().map(Result::ok).collect())
 }
 
-/// Rows connect to columns: `+` reaches, `.` is refused, `?` has no such port.
-fn grid(asks: &Asks<'_>, pods: &[&Pod], ports: &[Option<u16>], out: &mut impl Write) -> Result<()> {
+/// Prints a table in which rows connect to columns: `+` = allowed, `.` = refused, `?` = no such port.
+fn grid(
+    question: &Question<'_>,
+    pods: &[&Pod],
+    ports: &[Option<u16>],
+    out: &mut impl Write,
+) -> Result<()> {
     let names: Vec<String> = pods.iter().map(|pod| pod.name.to_string()).collect();
     let width = names.iter().map(String::len).max().unwrap_or(0);
     for (i, name) in names.iter().enumerate() {
@@ -170,7 +180,7 @@ fn grid(asks: &Asks<'_>, pods: &[&Pod], ports: &[Option<u16>], out: &mut impl Wr
         for (to, port) in pods.iter().zip(ports) {
             let mark = match port {
                 _ if from.uid == to.uid => "-",
-                Some(port) if asks.allows(from, to, *port) => "+",
+                Some(port) if question.allows(from, to, *port) => "+",
                 Some(_) => ".",
                 None => "?",
             };
@@ -178,9 +188,9 @@ fn grid(asks: &Asks<'_>, pods: &[&Pod], ports: &[Option<u16>], out: &mut impl Wr
         }
         writeln!(out)?;
     }
-    write!(out, "+ reaches, . is refused")?;
+    write!(out, "+ allowed, . refused")?;
     if ports.contains(&None) {
-        write!(out, ", ? has no port of that name")?;
+        write!(out, ", ? no port of that name")?;
     }
     writeln!(out)?;
     Ok(())

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Truth tables from files.
+//! Reads truth tables from files.
 
 use std::path::Path;
 
@@ -9,13 +9,13 @@ use mesh_api::truth::{Manifest, Table, tables};
 
 use crate::input;
 
-/// The tables of a file.
+/// Reads the tables of a file.
 pub(crate) fn read(path: &Path) -> Result<Vec<Table>> {
     let (text, format) = input::read(path)?;
     tables(&text, format).with_context(|| path.display().to_string())
 }
 
-/// The objects of a table.
+/// Reads the objects of a table.
 pub(crate) fn objects(table: &Table, file: &Path) -> Result<Vec<Object>> {
     let base = file.parent().unwrap_or(Path::new(""));
     let mut objects = Vec::new();

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `meshctl policy test`.
+//! `meshctl policy test`: runs truth tables.
 
 use std::io::{self, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use mesh_api::truth::{Check, Expected, Known, Table};
+use mesh_plan::evaluate::{Connection, Verdicts};
 
 use super::table;
-use super::world::{Party, Verdicts, World, evidence, number};
+use super::world::{World, evidence, number};
 use crate::Outcome;
 use crate::args::{Evidence, Protocol, Test};
 
@@ -40,10 +41,10 @@ pub(crate) fn run(args: &Test, out: &mut impl Write) -> Result<Outcome> {
     }
     match unasked {
         0 => writeln!(out, "{checks} checks, {wrong} wrong")?,
-        _ => writeln!(out, "{checks} checks, {wrong} wrong, {unasked} not asked")?,
+        _ => writeln!(out, "{checks} checks, {wrong} wrong, {unasked} invalid")?,
     }
-    ensure!(checks > 0, "there are no checks");
-    ensure!(unasked == 0, "{unasked} checks cannot be asked");
+    ensure!(checks > 0, "no checks found");
+    ensure!(unasked == 0, "{unasked} invalid checks");
     Ok(if wrong == 0 {
         Outcome::Good
     } else {
@@ -51,7 +52,7 @@ pub(crate) fn run(args: &Test, out: &mut impl Write) -> Result<Outcome> {
     })
 }
 
-/// The wrong rows of a table, and how many of them are no questions.
+/// The failed checks of a table, and the number of invalid ones.
 fn one(
     table: &Table,
     file: &Path,
@@ -88,18 +89,20 @@ fn one(
     Ok((wrong, unasked))
 }
 
-/// What is wrong with a row, in lines; `None` = nothing.
+/// The difference between a check and the decision, in lines; `None` = the check passes.
 fn difference(world: &World, check: &Check) -> Result<Option<String>> {
     let (from, to) = (world.party(&check.from)?, world.party(&check.to)?);
     let protocol = Protocol::from(check.protocol);
     let port = World::port(to, protocol, &check.port)?;
     let connection = world.connection(from, to, (number(protocol), port))?;
-    // What crosses nodes without a tunnel carries no certificate.
+    // Only a tunnel carries a certificate, and only TCP is tunneled.
     ensure!(
         check.evidence != Known::Tls || protocol == Protocol::Tcp || connection.on_one_node(),
-        "evidence: tls: {protocol} from another node is known by its address only"
+        "evidence: tls: the peer of {protocol} from another node is known by its address only"
     );
-    let verdicts = world.verdicts(&connection, evidence(Evidence::from(check.evidence)));
+    let verdicts = world
+        .evaluator
+        .verdicts(&connection, evidence(Evidence::from(check.evidence)));
     let got = |verdict: Option<mesh_common::verdict::Verdict>| {
         Expected::of(verdict.is_none_or(|verdict| verdict.allowed))
     };
@@ -135,23 +138,23 @@ fn difference(world: &World, check: &Check) -> Result<Option<String>> {
         check.evidence.word(),
         wrong.join("; ")
     );
-    Ok(Some(head + &reasons(world, from, to, &verdicts)))
+    Ok(Some(head + &reasons(world, &connection, &verdicts)))
 }
 
-fn reasons(world: &World, from: Party<'_>, to: Party<'_>, verdicts: &Verdicts) -> String {
+fn reasons(world: &World, connection: &Connection<'_>, verdicts: &Verdicts) -> String {
     let mut text = String::new();
-    for (direction, party, verdict) in [
-        ("egress", from, &verdicts.egress),
-        ("ingress", to, &verdicts.ingress),
+    for (direction, pod, verdict) in [
+        ("egress", connection.from, &verdicts.egress),
+        ("ingress", connection.to, &verdicts.ingress),
     ] {
         let words = match verdict {
-            Some(verdict) => world.words(party, verdict),
-            None => "nothing is decided there".to_owned(),
+            Some(verdict) => world.words(pod, verdict),
+            None => "no policy is evaluated there".to_owned(),
         };
         text += &format!("    {direction}: {words}\n");
     }
     if let Some(reason) = verdicts.refused {
-        text += &format!("    refused whatever policy says ({})\n", reason.label());
+        text += &format!("    refused regardless of policy ({})\n", reason.label());
     }
     text
 }

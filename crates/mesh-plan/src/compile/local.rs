@@ -8,7 +8,7 @@ use mesh_common::identity::IdentityId;
 use mesh_common::pod::{ModeKey, PodState, PodView};
 use mesh_common::policy::PolicySetId;
 
-use super::{Limits, Options, Scope, pod_ref};
+use super::{Limits, Options, pod_ref};
 use crate::authentication::{self, Enrolment};
 use crate::cluster::{Cluster, Pod, Rejection};
 use crate::identities::{Identifier, Identities};
@@ -18,11 +18,12 @@ use crate::policies::select::Matcher;
 use crate::policies::sets::SetCompiler;
 use crate::policies::{Digests, Places, Table};
 
-/// The pods in scope, by UID, with their policy. `digests` are those of the same policies, or empty.
+/// Adds the pods of the node, by UID, with their policy. `digests` are those of the same policies, or
+/// empty.
 pub(super) fn pods(
     plan: &mut Plan,
     cluster: &Cluster,
-    (scope, mut pods, places): (Scope<'_>, Vec<&Pod>, &Places<'_>),
+    (mut pods, places): (Vec<&Pod>, &Places<'_>),
     (identities, identifier, digests): (&Identities, &Identifier<'_>, &mut Digests),
     options: &Options,
     rejections: &mut Vec<Rejection>,
@@ -30,9 +31,8 @@ pub(super) fn pods(
     let table = Table::of(cluster, places, digests);
     let matcher = Matcher::new(identities);
     let mut compiler = SetCompiler::new(&table, places, matcher, options);
-    let everywhere = scope.node().is_none();
-    pods.retain(|pod| everywhere || !pod.addresses.is_empty());
-    bound_pods(&mut pods, everywhere, &options.limits, rejections);
+    pods.retain(|pod| !pod.addresses.is_empty());
+    bound_pods(&mut pods, &options.limits, rejections);
     let mut of_set: BTreeMap<PolicySetId, Vec<String>> = BTreeMap::new();
     for pod in pods {
         let mut set = compiler.set_of(cluster, pod);
@@ -55,19 +55,15 @@ pub(super) fn pods(
         plan.pods
             .insert(pod.uid.to_string(), LocalPod { view, ..local });
     }
-    let limits = if everywhere {
-        &Limits {
-            sets: usize::MAX,
-            selects: usize::MAX,
-            cidrs: usize::MAX,
-            ports: usize::MAX,
-            ..options.limits
-        }
-    } else {
-        &options.limits
-    };
     let unusable = compiler.unusable(rejections);
-    let fitting = fit(&compiler, &unusable, &of_set, limits, rejections, &table);
+    let fitting = fit(
+        &compiler,
+        &unusable,
+        &of_set,
+        &options.limits,
+        rejections,
+        &table,
+    );
     for pod in plan.pods.values_mut() {
         let set = pod.view.set;
         if set != PolicySetId::NONE && !fitting.sets.contains(&set) {
@@ -84,7 +80,7 @@ pub(super) fn pods(
     write_sets(plan, &compiler, &fitting.sets, &used);
 }
 
-/// The maps' content of the sets that are used, their shadows among them.
+/// Adds the map entries of the sets in use and of their audit sets.
 fn write_sets(
     plan: &mut Plan,
     compiler: &SetCompiler<'_, '_, '_>,
@@ -110,7 +106,7 @@ fn write_sets(
     plan.names.rules = compiler.rules.clone().into();
 }
 
-/// A local pod but for its set and identity.
+/// Compiles a local pod, without its set and identity.
 fn local_pod(
     plan: &mut Plan,
     cluster: &Cluster,
@@ -162,7 +158,7 @@ fn local_pod(
     }
 }
 
-/// Adds them all, or none if they do not fit or their key has another meaning.
+/// Adds all entries, or none if they do not fit or their key has another meaning.
 fn add_port_modes(to: &mut BTreeMap<ModeKey, u8>, add: &[(ModeKey, u8)], limit: usize) -> bool {
     let Some((first, _)) = add.first() else {
         return true;
@@ -178,7 +174,7 @@ fn add_port_modes(to: &mut BTreeMap<ModeKey, u8>, add: &[(ModeKey, u8)], limit: 
     true
 }
 
-/// Whether a plan gives a pod all of its addresses.
+/// Whether a pod owns all of its addresses in a plan.
 fn owns_addresses(plan: &Plan, pod: &Pod) -> bool {
     pod.addresses.iter().all(|address| {
         let owner = plan.names.workloads.get(&Addr::from(*address));
@@ -186,7 +182,8 @@ fn owns_addresses(plan: &Plan, pod: &Pod) -> bool {
     })
 }
 
-/// A pod that ends yields its address in the course of things.
+/// Rejects a pod with a disputed address or identity. A terminating pod yields its address as
+/// usual.
 fn disputed(pod: &Pod, rejections: &mut Vec<Rejection>) {
     if !pod.terminating {
         rejections.push(Rejection {
@@ -198,13 +195,8 @@ fn disputed(pod: &Pod, rejections: &mut Vec<Rejection>) {
     }
 }
 
-fn bound_pods(
-    pods: &mut Vec<&Pod>,
-    everywhere: bool,
-    limits: &Limits,
-    rejections: &mut Vec<Rejection>,
-) {
-    if everywhere || pods.len() <= limits.pods {
+fn bound_pods(pods: &mut Vec<&Pod>, limits: &Limits, rejections: &mut Vec<Rejection>) {
+    if pods.len() <= limits.pods {
         return;
     }
     for pod in pods.split_off(limits.pods) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Address blocks to longest-prefix entries: each prefix says everything about the addresses for
-//! which it is the longest.
+//! Compiles address blocks into longest-prefix entries: each prefix has the complete answer for the
+//! addresses of which it is the longest prefix.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -12,7 +12,7 @@ use mesh_common::policy::ListId;
 use super::work::Work;
 use crate::plan::{Prefix, masked};
 
-/// The prefix under which IPv4 lies among IPv6 addresses.
+/// The bits of the prefix of IPv4-mapped addresses.
 const V4_BITS: u32 = 96;
 
 /// A block as a longest-prefix key.
@@ -31,15 +31,15 @@ fn is_v4(prefix: &Prefix<Addr>) -> bool {
     prefix.bits >= V4_BITS && prefix.data.is_v4()
 }
 
-/// Whether one block is inside another of the same family (`::/0` holds no IPv4 address).
+/// Whether one block is inside another of the same family (`::/0` contains no IPv4 address).
 fn inside(inner: &Prefix<Addr>, outer: &Prefix<Addr>) -> bool {
     is_v4(inner) == is_v4(outer)
         && outer.bits <= inner.bits
         && masked(inner.data, outer.bits) == outer.data
 }
 
-/// What may enclose a prefix, itself among it, of these lengths, ascending. To look these up takes the
-/// same time however many blocks there are.
+/// The prefixes of the given lengths that contain a prefix, including itself, ascending. Looking
+/// them up takes the same time for any number of blocks.
 fn enclosing(
     prefix: &Prefix<Addr>,
     lengths: &BTreeSet<u32>,
@@ -51,8 +51,7 @@ fn enclosing(
     lengths.range(..=prefix.bits).map(shorter)
 }
 
-/// A block, and by what number `entries` names the rule that means it: in this one, but in none of
-/// these.
+/// A block without its exceptions, and the number of its rule in `entries`.
 #[derive(Clone, Debug)]
 pub(crate) struct Block {
     pub(crate) rule: usize,
@@ -63,7 +62,7 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    /// A block of a rule.
+    /// Creates the block of a rule.
     pub(crate) fn new(rule: usize, cidr: &IpNet, except: &BTreeSet<IpNet>) -> Self {
         let except: BTreeSet<Prefix<Addr>> = except.iter().map(prefix).collect();
         Self {
@@ -84,8 +83,8 @@ impl Block {
     }
 }
 
-/// The entries for some blocks; `list` makes the list of some rules (indices, ascending). Entries
-/// that say what the next shorter one says are left out. Incomplete when the work is spent.
+/// Compiles the entries of blocks; `list` creates the list of some rules (indices, ascending).
+/// Entries equal to their next shorter one are left out. Incomplete if the work limit is reached.
 pub(crate) fn entries(
     blocks: &[Block],
     work: &Work,
@@ -110,7 +109,7 @@ pub(crate) fn entries(
         by_cidr.entry(block.cidr).or_default().push(block);
     }
     let lengths: BTreeSet<u32> = points.iter().map(|point| point.bits).collect();
-    // Ascending by length, so that what encloses comes first.
+    // Ascending by length, so that enclosing prefixes come first.
     let mut kept: BTreeMap<Prefix<Addr>, ListId> = BTreeMap::new();
     for point in points {
         let around = enclosing(&point, &lengths).filter_map(|outer| by_cidr.get(&outer));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What fits into the maps. Sets are taken from the smallest up; one that does not fit is left out
-//! whole, its pods are isolated, and a rejection says so with numbers.
+//! Chooses the sets that fit into the maps, the smallest first. A set that does not fit is left out
+//! as a whole, its pods are isolated, and a rejection reports the numbers.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,7 +11,7 @@ use super::sets::{Set, SetCompiler};
 use crate::cluster::{ObjectRef, Rejection};
 use crate::compile::Limits;
 
-/// How much is used.
+/// The number of used entries.
 #[derive(Clone, Copy, Debug, Default)]
 struct Usage {
     sets: usize,
@@ -21,7 +21,7 @@ struct Usage {
 }
 
 impl Usage {
-    /// The first thing that is over its limit: its name, how much would be used, and the limit.
+    /// The first exceeded limit: its name, the required entries, and the limit.
     fn over(&self, limits: &Limits) -> Option<(&'static str, usize, usize)> {
         [
             ("sets", self.sets, limits.sets),
@@ -43,7 +43,7 @@ impl Usage {
     }
 }
 
-/// What of a compiler's sets goes into the maps.
+/// The sets of a compiler that fit into the maps.
 #[derive(Debug, Default)]
 pub(crate) struct Fitting {
     pub(crate) sets: BTreeSet<PolicySetId>,

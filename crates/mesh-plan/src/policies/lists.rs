@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Lists of answers by protocol and port, shared by everything that has the same content.
+//! Lists of answers by protocol and port. Equal content shares one list.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,7 +14,7 @@ use crate::compile::Options;
 use crate::identities::NamedPorts;
 use crate::plan::Prefix;
 
-/// Every protocol that has entries of its own, and its transport.
+/// The protocols with entries of their own, and their transports.
 const PROTOCOLS: [(Protocol, Option<Transport>); 4] = [
     (Protocol::OTHER, None),
     (Protocol::TCP, Some(Transport::Tcp)),
@@ -22,33 +22,34 @@ const PROTOCOLS: [(Protocol, Option<Transport>); 4] = [
     (Protocol::SCTP, Some(Transport::Sctp)),
 ];
 
-/// A list that is never loaded: what has it is refused.
+/// A list that is never loaded: traffic with it is refused.
 pub(crate) const REFUSED: ListId = ListId(1);
 
-/// What a list says.
+/// The content of a list.
 type Content = [Vec<Span>; 4];
 
-/// What the names of ports in a rule mean.
+/// The meaning of named ports in a rule.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Names<'n> {
-    /// These.
+    /// These ports.
     Of(&'n NamedPorts<'n>),
-    /// Every port of the transport: a Deny whose names cannot mean anything is not to open.
+    /// Every port of the transport: a Deny with names that cannot be resolved must not allow
+    /// anything.
     Every,
 }
 
-/// Every list, by id.
+/// All lists, by id.
 #[derive(Debug, Default)]
 pub(crate) struct Lists {
     contents: BTreeMap<ListId, Content>,
     entries: BTreeMap<ListId, Vec<(Prefix<PortKey>, Answer)>>,
-    /// Ids under which there are two contents.
+    /// Ids with two contents.
     pub(crate) collided: BTreeSet<ListId>,
 }
 
 impl Lists {
-    /// The list of some rules, which match a peer in everything but the port, each with what
-    /// its names of ports mean. Incomplete when the work is spent.
+    /// Creates the list of rules that match a peer in everything but the port, each with the
+    /// meaning of its named ports. Incomplete if the work limit is reached.
     pub(crate) fn add<'r, 'a: 'r>(
         &mut self,
         rules: impl Iterator<Item = (&'r Ranked<'a>, Names<'r>)> + Clone,
@@ -100,14 +101,15 @@ impl Lists {
 
 const ALL: (u16, u16) = (0, u16::MAX);
 
-/// The ports of a transport (`None` = a protocol without ports) that a rule's alternative means.
+/// The ports of a transport (`None` = a protocol without ports) that an alternative of a rule
+/// matches.
 fn range(port: &PortMatch, transport: Option<Transport>, names: Names<'_>) -> Option<(u16, u16)> {
     if port.transport.is_some() && port.transport != transport {
         return None;
     }
     match &port.ports {
         PortRange::All => Some(ALL),
-        // Without a transport only `All` means something.
+        // Without a transport only `All` is meaningful.
         PortRange::Range(..) | PortRange::Named(_) if port.transport.is_none() => None,
         PortRange::Range(first, last) => (first <= last).then_some((*first, *last)),
         PortRange::Named(name) => match names {

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Answers by port as the fewest longest-prefix entries.
+//! Compiles answers by port into the fewest longest-prefix entries.
 //!
-//! Every port of every protocol is covered: a list that is silent about a port must say so, since
-//! a missing answer denies.
+//! Every port of every protocol is covered, because a missing answer denies.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,14 +9,15 @@ use mesh_common::policy::Answer;
 
 use super::work::Work;
 
-/// Answers for the ports from the one before's last to this `last`, ascending, up to 65535.
+/// The answer for the ports after the previous span, up to `last`. Spans are ascending, up to
+/// 65535.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Span {
     pub(crate) last: u16,
     pub(crate) answer: Answer,
 }
 
-/// One entry: the first `bits` bits of `port` count.
+/// One entry; the first `bits` bits of `port` are significant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct PortPrefix {
     pub(crate) port: u16,
@@ -25,8 +25,8 @@ pub(crate) struct PortPrefix {
     pub(crate) answer: Answer,
 }
 
-/// Both answers as one: in the ranked tiers the earlier rule decides, in the namespaced tier Deny
-/// beats Allow. What `decide` makes of the answers of two lists.
+/// Joins two answers, as `decide` does: in the ranked tiers the earlier rule decides, in the
+/// namespaced tier Deny beats Allow.
 pub(crate) fn join(a: Answer, b: Answer) -> Answer {
     let mut joined = a;
     if b.admin_rank < a.admin_rank {
@@ -47,9 +47,11 @@ pub(crate) fn join(a: Answer, b: Answer) -> Answer {
     joined
 }
 
-/// The answers of rules with ranges as spans; neighbours differ. Incomplete when the work is spent.
+/// The answers of rules with ranges, as spans; adjacent spans differ. Incomplete if the work limit
+/// is reached.
 pub(crate) fn spans(rules: &[(u16, u16, Answer)], work: &Work) -> Vec<Span> {
-    // Where something changes: each range's first port, and the port behind its last.
+    // The ports at which rules begin or end: the first port of each range, and the port after its
+    // last.
     let mut borders: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
     borders.extend([0, u32::from(u16::MAX) + 1].map(|end| (end, Vec::new())));
     for (index, (first, last, _)) in rules.iter().enumerate() {
@@ -91,8 +93,8 @@ pub(crate) fn prefixes(spans: &[Span]) -> Vec<PortPrefix> {
     out
 }
 
-/// A node of the binary trie: the answers, ascending, that its subtree could inherit with the fewest
-/// entries.
+/// A node of the binary trie: the answers, ascending, with which its subtree needs the fewest
+/// entries if it inherits one of them.
 struct Node {
     candidates: Vec<Answer>,
     children: Option<Box<[Self; 2]>>,
@@ -144,44 +146,6 @@ fn emit(node: &Node, port: u16, bits: u32, inherited: Option<Answer>, out: &mut 
         emit(&children[0], low, bits + 1, holds, out);
         emit(&children[1], high, bits + 1, holds, out);
     }
-}
-
-/// How many bits of a port count, the port, and what holds where no longer one does.
-pub(crate) type PortEntry = (u32, u16, Answer);
-
-/// A first and a last port, and what holds for them and those between.
-pub(crate) type Range = (u16, u16, Answer);
-
-/// What longest-prefix entries mean, neighbours that say the same as one.
-pub(crate) fn ranges(entries: Vec<PortEntry>) -> Vec<Range> {
-    let mask = |bits: u32| !u16::MAX.checked_shr(bits).unwrap_or(0);
-    let entries: BTreeMap<(u32, u16), Answer> = entries
-        .into_iter()
-        .map(|(bits, port, answer)| ((bits, port), answer))
-        .collect();
-    let mut starts: BTreeSet<u16> = BTreeSet::new();
-    for (bits, port) in entries.keys() {
-        starts.insert(*port);
-        starts.extend((port | !mask(*bits)).checked_add(1));
-    }
-    let answer = |at: u16| {
-        let mut longest = (0..=u16::BITS).rev();
-        longest.find_map(|bits| entries.get(&(bits, at & mask(bits))))
-    };
-    let mut ranges: Vec<Range> = Vec::new();
-    let ends = starts.iter().skip(1).map(|next| next - 1).chain([u16::MAX]);
-    for (start, end) in starts.iter().zip(ends) {
-        let Some(answer) = answer(*start).copied() else {
-            continue;
-        };
-        match ranges.last_mut() {
-            Some((_, before, same)) if *same == answer && before.checked_add(1) == Some(*start) => {
-                *before = end;
-            }
-            _ => ranges.push((*start, end, answer)),
-        }
-    }
-    ranges
 }
 
 #[cfg(test)]
@@ -264,26 +228,5 @@ mod tests {
     fn equal_neighbours_are_one_span() {
         let rules = [(10, 20, answer(1)), (21, 30, answer(1))];
         assert_eq!(of(&rules).len(), 3);
-    }
-
-    #[test]
-    fn entries_become_ranges_again() {
-        let says = |n| Answer {
-            namespaced: n,
-            ..Answer::SILENT
-        };
-        let entries = vec![
-            (0, 0, says(0)),
-            (16, 80, says(1)),
-            (16, 81, says(1)),
-            (1, 32768, says(2)),
-        ];
-        let expected = vec![
-            (0, 79, says(0)),
-            (80, 81, says(1)),
-            (82, 32767, says(0)),
-            (32768, 65535, says(2)),
-        ];
-        assert_eq!(ranges(entries), expected);
     }
 }

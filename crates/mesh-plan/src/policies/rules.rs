@@ -19,7 +19,7 @@ pub(crate) struct Ranked<'a> {
     pub(crate) id: RuleId,
 }
 
-/// Where a rule is evaluated; ranks count from 0.
+/// The position of a rule in the evaluation; ranks count from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Place {
     Admin(u32),
@@ -28,7 +28,7 @@ pub(crate) enum Place {
 }
 
 impl Ranked<'_> {
-    /// What it answers where it matches.
+    /// The answer of the rule where it matches.
     pub(crate) fn answer(&self) -> Answer {
         let says = match self.rule.action {
             RuleAction::Allow => action::ALLOW,
@@ -42,7 +42,7 @@ impl Ranked<'_> {
                 admin_rule: self.id,
                 ..Answer::SILENT
             },
-            // There is no tier to pass to from here that would not be asked anyway.
+            // The next tier is evaluated in any case.
             Place::Namespaced if says == action::PASS => Answer::SILENT,
             Place::Namespaced => Answer {
                 namespaced: says,
@@ -58,7 +58,7 @@ impl Ranked<'_> {
         }
     }
 
-    /// The name behind its id.
+    /// The name of the rule.
     pub(crate) fn name(&self) -> RuleName {
         RuleName {
             object: self.object.clone(),
@@ -136,9 +136,10 @@ fn queue<'a>(entry: &Entry<'a>, direction: Direction) -> Queue<'a> {
         .collect()
 }
 
-/// Policies of one priority as one list. Each keeps its order, and what leads to a Deny comes
-/// first, so that a Deny decides even where another policy's first match is none; of the rest Pass
-/// goes before Allow. (The ClusterNetworkPolicy API leaves the order of equal priorities open.)
+/// Merges policies of one priority. Each keeps its order, and rules that lead to a Deny come first,
+/// so that a Deny decides even if the first match of another policy is not one; of the others, Pass
+/// comes before Allow. (The ClusterNetworkPolicy API does not define the order of equal
+/// priorities.)
 fn merge<'a>(mut queues: Vec<Queue<'a>>) -> Vec<Named<'a>> {
     let mut merged = Vec::new();
     let is = |action, named: &Named<'_>| named.1.action == action;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Which identities a rule's peers mean; each distinct peer is evaluated once.
+//! Matches identities with the peers of rules; each distinct peer is evaluated once.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -10,7 +10,7 @@ use crate::cluster::{Entity, NamespaceMatch, PeerMatch, Selector, ServiceAccount
 use crate::identities::Identities;
 use crate::plan::IdentityName;
 
-/// The identities of a cluster, entities among them, and who matched whom so far.
+/// The identities of a cluster, including entities, and the cached matches.
 #[derive(Debug)]
 pub(crate) struct Matcher<'i, 'a> {
     identities: &'i Identities,
@@ -19,7 +19,7 @@ pub(crate) struct Matcher<'i, 'a> {
 }
 
 impl<'i, 'a> Matcher<'i, 'a> {
-    /// For these identities.
+    /// Creates the matcher of identities.
     pub(crate) fn new(identities: &'i Identities) -> Self {
         let mut by_namespace: BTreeMap<&str, Vec<_>> = BTreeMap::new();
         for (id, content) in &identities.names {
@@ -33,24 +33,24 @@ impl<'i, 'a> Matcher<'i, 'a> {
         }
     }
 
-    /// The workloads that have named ports.
+    /// The workloads with named ports.
     pub(crate) fn with_ports(&self) -> impl Iterator<Item = IdentityId> {
         let all = self.identities.names.iter();
         all.filter(|(_, content)| !content.ports.is_empty())
             .map(|(id, _)| *id)
     }
 
-    /// Identities that nothing can be said about.
+    /// Identities without a known meaning.
     pub(crate) fn collided(&self) -> impl Iterator<Item = IdentityId> {
         self.identities.collided.iter().copied()
     }
 
-    /// What an identity stands for; `None` for entities.
+    /// The name of an identity; `None` for entities.
     pub(crate) fn content(&self, id: IdentityId) -> Option<&'i IdentityName> {
         self.identities.names.get(&id).map(|name| &**name)
     }
 
-    /// The identities that a peer of a rule matches, addresses apart.
+    /// The identities that a peer of a rule matches, other than by address.
     pub(crate) fn matching(&mut self, peer: &'a PeerMatch) -> Rc<[IdentityId]> {
         if let Some(known) = self.known.get(peer) {
             return Rc::clone(known);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Sets: everything that the policies that select a pod say about it.
+//! Sets: the compiled policies that select a pod.
 
 use std::collections::{BTreeMap, BTreeSet, btree_map};
 
@@ -20,8 +20,8 @@ use crate::compile::Options;
 use crate::identities::{NamedPorts, named_ports};
 use crate::plan::{IdentityName, Prefix, RuleName};
 
-/// What makes a set: policies by their position in the table, and the pod's own ports that their
-/// ingress rules name.
+/// The content of a set: policies by their position in the table, and the pod's own named ports
+/// that their ingress rules use.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Spec<'a> {
     pub(crate) enforced: Vec<usize>,
@@ -30,7 +30,7 @@ pub(crate) struct Spec<'a> {
 }
 
 impl<'a> Spec<'a> {
-    /// The set of a pod.
+    /// The policy set of a pod.
     pub(crate) fn of(table: &Table<'a>, cluster: &Cluster, pod: &'a Pod) -> Self {
         let selecting = table.selecting(cluster, pod);
         let entries = selecting
@@ -51,7 +51,7 @@ impl<'a> Spec<'a> {
         self.enforced.is_empty() && self.audit.is_empty()
     }
 
-    /// The same with its audit policies enforced.
+    /// The set with its audit policies enforced.
     fn shadow(&self) -> Self {
         let mut enforced = self.enforced.clone();
         enforced.extend(&self.audit);
@@ -102,9 +102,9 @@ pub(crate) struct SetCompiler<'c, 'i, 'a> {
     pub(crate) lists: Lists,
     pub(crate) sets: BTreeMap<PolicySetId, Set>,
     pub(crate) rules: BTreeMap<RuleId, RuleName>,
-    /// Ids under which there are two specs.
+    /// Ids with two specs.
     pub(crate) collided: BTreeSet<PolicySetId>,
-    /// Sets that would take too many steps.
+    /// Sets that exceed the work limit.
     endless: BTreeSet<PolicySetId>,
     work: Work,
 }
@@ -131,7 +131,7 @@ impl<'c, 'i, 'a> SetCompiler<'c, 'i, 'a> {
         }
     }
 
-    /// The set of a pod.
+    /// The policy set of a pod.
     pub(crate) fn set_of(&mut self, cluster: &Cluster, pod: &'a Pod) -> PolicySetId {
         let spec = Spec::of(self.table, cluster, pod);
         self.set(spec)
@@ -279,8 +279,8 @@ impl<'c, 'i, 'a> SetCompiler<'c, 'i, 'a> {
         Some(id)
     }
 
-    /// For every identity that some rule means in particular: the rules that hold when it is
-    /// proven, and those that hold by address.
+    /// For every identity that a rule names in particular: the rules that apply if it is proven,
+    /// and those that apply by address.
     fn rows(
         &mut self,
         rules: &[Ranked<'a>],
@@ -363,7 +363,7 @@ impl<'c, 'i, 'a> SetCompiler<'c, 'i, 'a> {
         })
     }
 
-    /// Sets that cannot be used: an id stands for two contents, or there is too much to compile.
+    /// Sets that cannot be used: an id has two contents, or compiling exceeds the work limit.
     pub(crate) fn unusable(&self, rejections: &mut Vec<Rejection>) -> BTreeSet<PolicySetId> {
         let mut unusable = self.collided.clone();
         for (id, set) in &self.sets {
@@ -398,7 +398,7 @@ impl<'c, 'i, 'a> SetCompiler<'c, 'i, 'a> {
     }
 }
 
-/// An Allow that names service accounts is not given to who is only known by address.
+/// Whether a rule applies to a peer known by address only. An Allow for service accounts does not.
 fn needs_proof(peer: &PeerMatch, action: RuleAction) -> bool {
     let by_account = matches!(
         peer,
@@ -421,7 +421,7 @@ fn uses_names(rule: &Ranked<'_>) -> bool {
     names(rule.rule).next().is_some()
 }
 
-/// Lists that were made in this direction of this set, by rules and named ports.
+/// The lists of this direction of this set, by rules and named ports.
 #[derive(Default)]
 struct Memo<'a> {
     known: BTreeMap<(Vec<usize>, NamedPorts<'a>), ListId>,

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Lists of answers as text: longest-prefix entries back to ranges of ports.
+//! Renders lists of answers, with ranges of ports instead of longest-prefix entries.
 
 use std::collections::BTreeMap;
 
 use mesh_common::Protocol;
-use mesh_common::policy::{Answer, ListId, PortKey, action};
+use mesh_common::policy::{Answer, ListId, action};
 
 use super::{protocol, rule};
+use crate::index;
 use crate::plan::Plan;
-use crate::policies::ports::{PortEntry, Range, ranges};
+use crate::ranges::Range;
 
 const PROTOCOLS: [Protocol; 4] = [
     Protocol::TCP,
@@ -17,31 +18,24 @@ const PROTOCOLS: [Protocol; 4] = [
     Protocol::OTHER,
 ];
 
-/// Every list's ranges.
+/// The ranges of every list.
 pub(super) struct Lists {
-    ranges: BTreeMap<(ListId, Protocol), Vec<Range>>,
+    ranges: BTreeMap<(ListId, Protocol), Vec<Range<u16, Answer>>>,
 }
 
 impl Lists {
     pub(super) fn of(plan: &Plan) -> Self {
-        let mut entries: BTreeMap<(ListId, Protocol), Vec<PortEntry>> = BTreeMap::new();
-        for (prefix, answer) in &plan.ports {
-            let bits = prefix.bits.saturating_sub(PortKey::FIXED_BITS);
-            let list = entries
-                .entry((prefix.data.list(), prefix.data.protocol()))
-                .or_default();
-            list.push((bits, prefix.data.port.get(), *answer));
+        let lists = index::ports(plan).into_iter();
+        Self {
+            ranges: lists
+                .map(|(key, ports)| (key, ports.iter().collect()))
+                .collect(),
         }
-        let ranges = entries
-            .into_iter()
-            .map(|(key, entries)| (key, ranges(entries)))
-            .collect();
-        Self { ranges }
     }
 
-    /// A line for each range about which the list says something, below a line for the peer.
+    /// Appends a line for the peer, and a line for each range with a rule.
     pub(super) fn append(&self, plan: &Plan, list: ListId, peer: &str, out: &mut Vec<String>) {
-        let silent = |range: &&Range| range.2 != Answer::SILENT;
+        let silent = |range: &&Range<u16, Answer>| range.2 != Answer::SILENT;
         let of = |p: Protocol| self.ranges.get(&(list, p)).map_or(&[][..], Vec::as_slice);
         let [first, rest @ ..] = PROTOCOLS.map(of);
         if let [(0, u16::MAX, answer)] = first

@@ -10,7 +10,7 @@ use mesh_plan::cluster::{
     Policy, PortMatch, PortRange, Rule, RuleAction, Selector, ServiceAccountMatch, Subject, Tier,
     Transport,
 };
-use mesh_plan::compile;
+use mesh_plan::{Index, compile};
 
 use crate::naive::{Packet, Side, Via, judge};
 use crate::world::{ip, net};
@@ -151,7 +151,7 @@ fn passes(cluster: &Cluster, packet: &Packet) -> bool {
 }
 
 fn answer(cluster: &Cluster, packet: &Packet) -> Outbound {
-    decided(&compile(cluster, "node-1").0, packet)
+    decided(&Index::new(compile(cluster, "node-1").0), packet)
 }
 
 /// CNP, networks: "0.0.0.0/0 will match both IPv4 and ICMP traffic, while ::/0 will match both IPv6

@@ -12,9 +12,9 @@ mod world;
 
 use std::collections::BTreeMap;
 
-use mesh_common::path::{Origin, Outbound, inbound, outbound, tunnelled, who};
+use mesh_common::path::{Arrival, Origin, Outbound, inbound, outbound, tunnelled, who};
 use mesh_common::{Addr, Endpoint, Port, Protocol};
-use mesh_plan::{Cluster, Plan, compile};
+use mesh_plan::{Cluster, Index, compile};
 
 use naive::{Packet, Side, Via, judge};
 use world::{Places, Random};
@@ -23,7 +23,7 @@ const CLUSTERS: u64 = 2_000;
 const PACKETS: usize = 50;
 
 /// What the kernel programs answer with the plan of the pod's node.
-fn decided(plan: &Plan, packet: &Packet) -> Outbound {
+fn decided(plan: &Index, packet: &Packet) -> Outbound {
     let view = plan.pods[&packet.pod].view;
     let other = Addr::from(packet.other);
     let protocol = Protocol(packet.protocol);
@@ -33,13 +33,26 @@ fn decided(plan: &Plan, packet: &Packet) -> Outbound {
         Via::Clear | Via::Tunnel => Origin::Address,
     };
     match (packet.side, packet.via) {
-        (Side::Egress, _) => outbound(plan, &view, Endpoint::new(other, port), protocol).action,
+        (Side::Egress, _) => {
+            outbound(plan, &view, view.set, Endpoint::new(other, port), protocol).action
+        }
         (Side::Ingress, Via::Clear | Via::Translated) => {
-            inbound(plan, &view, &other, origin, protocol, port).action
+            inbound(
+                plan,
+                &view,
+                view.set,
+                Arrival {
+                    from: &other,
+                    origin,
+                    protocol,
+                    port,
+                },
+            )
+            .action
         }
         (Side::Ingress, Via::Tunnel) => {
             let peer = who(plan, &other).id;
-            match tunnelled(plan, &view, peer, &other, port).allowed {
+            match tunnelled(plan, view.set, peer, &other, port).allowed {
                 true => Outbound::Direct,
                 false => Outbound::Refuse,
             }
@@ -56,7 +69,7 @@ fn disagrees(cluster: &Cluster, packet: &Packet) -> bool {
         return false;
     }
     let (plan, _) = compile(cluster, &pod.node);
-    !agrees(cluster, packet, decided(&plan, packet))
+    !agrees(cluster, packet, decided(&Index::new(plan), packet))
 }
 
 /// Allowed or not as the texts say; and what is allowed out is tunnelled exactly if both ends are
@@ -95,7 +108,7 @@ fn check(seed: u64, counts: &mut Counts) {
         let node = &cluster.pods[&*packet.pod].node;
         let plan = plans
             .entry(node.clone())
-            .or_insert_with(|| compile(&cluster, node).0);
+            .or_insert_with(|| Index::new(compile(&cluster, node).0));
         let answer = decided(plan, &packet);
         assert!(
             agrees(&cluster, &packet, answer),
@@ -119,7 +132,7 @@ fn report(cluster: Cluster, packet: Packet) -> String {
     let (cluster, packet) = shrink::shrink(cluster, packet, disagrees);
     let (plan, rejections) = compile(&cluster, &cluster.pods[&*packet.pod].node);
     let admitted = judge(&cluster, &packet);
-    let decided = decided(&plan, &packet);
+    let decided = decided(&Index::new(plan), &packet);
     let mut text = format!("the texts admit {admitted:?}, decided {decided:?}\n");
     text += &shrink::text(&cluster, &packet);
     for rejection in rejections {

@@ -162,3 +162,26 @@ fn a_pod_that_is_an_api_server_keeps_its_identity_and_is_reached_as_one() {
     let who = mesh_common::path::who(&plan.plan, &Addr::from(ip("10.1.2.9")));
     assert_eq!(who.evidence, Evidence::Address);
 }
+
+#[test]
+fn own_addresses_in_the_nodes_pod_cidrs_are_the_nodes() {
+    let world = World::new().pod("shop/web", "10.1.2.9", "");
+    let own = ["127.0.0.1", "10.96.0.1", "10.1.2.1", "10.1.1.7"].map(ip);
+    let cluster = std::sync::Arc::new(world.0);
+    let mut compiler = mesh_plan::Compiler::new("n2");
+    let of = |plan: mesh_plan::Plan, address: &str| {
+        mesh_plan::Index::new(plan).identity(&Addr::from(ip(address)))
+    };
+    let (plan, rejections) = compiler.compile(&cluster, &own.into());
+    assert_eq!(rejections, []);
+    assert_eq!(of(plan.clone(), "10.1.2.1"), IdentityId::HOST, "a gateway");
+    assert_eq!(
+        of(plan.clone(), "10.96.0.1"),
+        IdentityId::WORLD,
+        "a service"
+    );
+    assert_eq!(of(plan, "10.1.1.7"), IdentityId::UNKNOWN, "of another node");
+    let (plan, _) = compiler.compile(&cluster, &[].into());
+    assert_eq!(plan, mesh_plan::compile(&cluster, "n2").0);
+    assert_eq!(of(plan, "10.1.2.1"), IdentityId::UNKNOWN);
+}

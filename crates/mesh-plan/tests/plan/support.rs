@@ -10,7 +10,7 @@ use mesh_common::path::who;
 use mesh_common::policy::{Direction, Question, RuleId, decide};
 use mesh_common::{Addr, Port, Protocol, Reason};
 use mesh_plan::cluster::*;
-use mesh_plan::{Plan, Rejection, compile};
+use mesh_plan::{Index, Rejection, compile};
 
 /// A cluster under construction. Nodes `n1` (10.0.0.1, fd00::1) and `n2` (10.0.0.2, fd00::2) are
 /// there from the start.
@@ -99,12 +99,15 @@ impl World {
 
     pub(crate) fn on(&self, node: &str) -> Compiled {
         let (plan, rejections) = compile(&self.0, node);
-        Compiled { plan, rejections }
+        Compiled {
+            plan: Index::new(plan),
+            rejections,
+        }
     }
 }
 
 pub(crate) struct Compiled {
-    pub(crate) plan: Plan,
+    pub(crate) plan: Index,
     pub(crate) rejections: Vec<Rejection>,
 }
 

@@ -12,7 +12,7 @@ use mesh_common::{Addr, Direction, Endpoint, Port, Protocol, Verdict};
 use mesh_plan::compile::Compiler;
 use mesh_plan::diff::apply;
 use mesh_plan::plan::{Entry, Key};
-use mesh_plan::{MapOp, Plan, compile, diff};
+use mesh_plan::{Index, MapOp, Plan, compile, diff};
 
 use crate::random::{ADDRESSES, change, pod, world};
 use crate::support::*;
@@ -31,7 +31,7 @@ fn maps(plan: &Plan) -> Plan {
 
 /// What a reader decides for a pod and an address.
 fn verdict(
-    state: &Plan,
+    state: &Index,
     uid: &str,
     addr: Addr,
     direction: Direction,
@@ -97,8 +97,9 @@ fn follow(old: &Plan, new: &Plan) -> Seen {
     let ops = diff(old, new);
     let questions = questions(old, new);
     let ask = |state: &Plan| -> Vec<Verdict> {
+        let state = Index::new(state.clone());
         let one = |(uid, addr, direction, at): &(String, Addr, Direction, (Protocol, u16))| {
-            verdict(state, uid, *addr, *direction, *at)
+            verdict(&state, uid, *addr, *direction, *at)
         };
         questions.iter().map(one).collect()
     };
@@ -236,13 +237,14 @@ fn services_switch_with_their_backends_in_place() {
     ];
     for pair in steps.windows(2) {
         let (old, new) = (plan(pair[0].clone()), plan(pair[1].clone()));
-        let mut state = old.clone();
+        let mut state = old.plan().clone();
         for op in diff(&old, &new) {
             apply(&mut state, &op);
             for port in [80, 81, 82] {
                 let to = Endpoint::new(Addr::from(ip("10.96.0.1")), Port::new(port));
                 for random in 0..2 {
-                    let at = |plan: &Plan| route(plan, to, Protocol::TCP, random);
+                    let at =
+                        |plan: &Plan| route(&Index::new(plan.clone()), to, Protocol::TCP, random);
                     let now = at(&state);
                     assert!(now == at(&old) || now == at(&new), "{op:?}: {to}: {now:?}");
                 }
@@ -305,7 +307,7 @@ fn compiling_again_is_compiling() {
                 _ => change(&mut r, at),
             };
             let expected = compile(&at.0, "n1");
-            let got = compiler.compile(&Arc::new(at.0.clone()));
+            let got = compiler.compile(&Arc::new(at.0.clone()), &Default::default());
             assert!(got == expected, "step {step}");
         }
     }

@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::fs;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -50,7 +51,7 @@ impl Config {
             machine: Machine::this()?,
             congestion_control: congestion_control(testbed)?,
             agents: agents.collect::<Result<_>>()?,
-            agent_rss_idle_bytes: resident_idle(testbed)?,
+            agent_rss_idle_bytes: resident_idle(testbed, options.idle(SETTLED))?,
             agent_rss_end_bytes: Vec::new(),
             flow_records_lost: 0.0,
         })
@@ -148,11 +149,14 @@ fn congestion_control(testbed: &Testbed) -> Result<String> {
 }
 
 /// After its start an agent lets go of what has run once, within 20 s: idle is what it is then.
-const SETTLED: std::time::Duration = std::time::Duration::from_secs(25);
+const SETTLED: Duration = Duration::from_secs(25);
 
 /// What agents hold once they have let go of what only their start took.
-fn resident_idle(testbed: &Testbed) -> Result<Vec<u64>> {
-    std::thread::sleep(SETTLED);
+fn resident_idle(testbed: &Testbed, settled: Duration) -> Result<Vec<u64>> {
+    // Without agents there is nothing to wait for.
+    if !testbed.mesh.agents().is_empty() {
+        std::thread::sleep(settled);
+    }
     resident(testbed)
 }
 

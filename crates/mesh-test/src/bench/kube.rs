@@ -7,9 +7,9 @@
 //! it: their CPU time is told beside the agent's.
 
 mod api;
-mod crowd;
+mod cluster;
+mod objects;
 mod report;
-mod stage;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -23,8 +23,8 @@ use super::measure::Cpu;
 use crate::agent::Agent;
 use crate::kube::Kube;
 use api::{Proxy, Request, Verb};
-use crowd::Crowd;
-use stage::Stage;
+use cluster::BenchCluster;
+use objects::ObjectCounts;
 
 pub use report::{Report, Row};
 
@@ -43,25 +43,25 @@ const IN_FORCE: Duration = Duration::from_secs(60);
 
 /// Runs it.
 pub(super) fn run(options: &Options, say: &mut dyn FnMut(&str)) -> Result<Report> {
-    let crowd = Crowd::of(usize::try_from(options.pods)?);
-    let report = Report::of(options, crowd)?;
+    let counts = ObjectCounts::of(usize::try_from(options.pods)?);
+    let report = Report::of(options, counts)?;
     say("API server, node, real pods");
-    let (kube, mut stage) = Stage::open()?;
+    let (kube, mut cluster) = BenchCluster::open()?;
     let proxy = Proxy::start(&kube)?;
-    say(&format!("objects: {crowd:?}"));
-    let namespaces = fill(&proxy, crowd)?;
-    stage.add_pods(&proxy)?;
+    say(&format!("objects: {counts:?}"));
+    let namespaces = fill(&proxy, counts)?;
+    cluster.add_pods(&proxy)?;
     say("filled");
     let mut run = Run {
         report,
-        crowd,
-        stage: &stage,
+        counts,
+        cluster: &cluster,
         kube: &kube,
         proxy: &proxy,
     };
     let agent = run.start()?;
     say("in force; idle");
-    run.idle(&agent)?;
+    run.idle(&agent, options.idle(QUIET))?;
     say("pod changes, without connections");
     let time = Duration::from_secs_f64(options.seconds.unwrap_or(CHURN));
     let rounds = run.changes(&agent, time)?;
@@ -75,25 +75,26 @@ pub(super) fn run(options: &Options, say: &mut dyn FnMut(&str)) -> Result<Report
 /// What all parts of a run need.
 struct Run<'r> {
     report: Report,
-    crowd: Crowd,
-    stage: &'r Stage,
+    counts: ObjectCounts,
+    cluster: &'r BenchCluster,
     kube: &'r Kube,
     proxy: &'r Proxy<'r>,
 }
 
 impl Run<'_> {
     fn servers(&self) -> Result<Cpu> {
-        Cpu::of(self.kube.place().cgroup())
+        Cpu::of(self.kube.host().cgroup())
     }
 
     /// Starts the agent; until then everybody reaches everybody.
     fn start(&mut self) -> Result<Agent> {
-        let watcher = self.stage.watch()?;
+        let watcher = self.cluster.watch()?;
         watcher.until(true, IN_FORCE)?;
         let (servers, began) = (self.servers()?, Instant::now());
-        let (stage, kube) = (self.stage, self.kube);
+        let (cluster, kube) = (self.cluster, self.kube);
         let (agent, ready, closed) = std::thread::scope(|scope| {
-            let start = scope.spawn(|| Ok::<_, Error>((stage.start_agent(kube)?, began.elapsed())));
+            let start =
+                scope.spawn(|| Ok::<_, Error>((cluster.start_agent(kube)?, began.elapsed())));
             let closed = watcher.until(false, IN_FORCE);
             let (agent, ready) = match start.join() {
                 Ok(started) => started?,
@@ -110,11 +111,11 @@ impl Run<'_> {
         Ok(agent)
     }
 
-    fn idle(&mut self, agent: &Agent) -> Result<()> {
-        std::thread::sleep(QUIET);
+    fn idle(&mut self, agent: &Agent, quiet: Duration) -> Result<()> {
+        std::thread::sleep(quiet);
         let before = used(agent)?;
-        std::thread::sleep(QUIET);
-        let idle = (used(agent)? - before).total() / QUIET.as_secs_f64();
+        std::thread::sleep(quiet);
+        let idle = (used(agent)? - before).total() / quiet.as_secs_f64();
         self.report.add("idle_cpu", "cores", idle);
         self.resident("rss_idle", agent.process().resident_bytes()?);
         Ok(())
@@ -123,7 +124,7 @@ impl Run<'_> {
     /// Pods of other nodes change, and nothing else happens; how many were replaced.
     fn changes(&mut self, agent: &Agent, time: Duration) -> Result<usize> {
         let before = (used(agent)?, self.servers()?);
-        let churned = churn(self.proxy, self.crowd, 0, |began| began.elapsed() < time)?;
+        let churned = churn(self.proxy, self.counts, 0, |began| began.elapsed() < time)?;
         let seconds = churned.took.as_secs_f64();
         let of_agent = (used(agent)? - before.0).total() / seconds;
         let of_servers = (self.servers()? - before.1).total() / seconds;
@@ -139,7 +140,7 @@ impl Run<'_> {
     /// As the agents of all nodes do when one policy changes.
     fn reports(&mut self, agent: &Agent, namespaces: &[String]) -> Result<()> {
         let before = used(agent)?;
-        let reports = self.crowd.report_statuses(namespaces, 2);
+        let reports = self.counts.report_statuses(namespaces, 2);
         self.proxy.send_all(&reports)?;
         std::thread::sleep(SETTLE);
         let used = (used(agent)? - before).total();
@@ -148,16 +149,16 @@ impl Run<'_> {
     }
 
     fn in_force(&mut self, agent: &Agent, rounds: usize) -> Result<()> {
-        let watcher = self.stage.watch()?;
+        let watcher = self.cluster.watch()?;
         watcher.until(false, IN_FORCE)?;
-        let (proxy, crowd, pods) = (self.proxy, self.crowd, &self.stage.pods);
+        let (proxy, counts, pods) = (self.proxy, self.counts, &self.cluster.pods);
         let (policies, labels) = latencies(proxy, &watcher, pods)?;
         self.report.latency("idle_policy", &policies);
         self.report.latency("idle_label", &labels);
         let done = AtomicBool::new(false);
         let (policies, labels) = std::thread::scope(|scope| {
             let goes_on = |_: Instant| !done.load(Ordering::Relaxed);
-            let changes = scope.spawn(move || churn(proxy, crowd, rounds, goes_on));
+            let changes = scope.spawn(move || churn(proxy, counts, rounds, goes_on));
             let found = latencies(proxy, &watcher, pods);
             done.store(true, Ordering::Relaxed);
             match changes.join() {
@@ -180,29 +181,29 @@ impl Run<'_> {
 
 /// What the agent has used so far.
 fn used(agent: &Agent) -> Result<Cpu> {
-    Cpu::of(agent.node().agent_place().cgroup())
+    Cpu::of(agent.node().agent_host().cgroup())
 }
 
 /// Puts everything but the real pods into the API server; the UIDs of the namespaces.
-fn fill(proxy: &Proxy<'_>, crowd: Crowd) -> Result<Vec<String>> {
-    proxy.send_all(&crowd.namespaces())?;
-    proxy.send_all(&crowd.accounts())?;
-    proxy.send_all(&crowd.nodes())?;
-    proxy.send_all(&crowd.policies())?;
-    proxy.send_all(&crowd.services())?;
-    let [objects, statuses] = crowd.pods();
+fn fill(proxy: &Proxy<'_>, counts: ObjectCounts) -> Result<Vec<String>> {
+    proxy.send_all(&counts.namespaces())?;
+    proxy.send_all(&counts.accounts())?;
+    proxy.send_all(&counts.nodes())?;
+    proxy.send_all(&counts.policies())?;
+    proxy.send_all(&counts.services())?;
+    let [objects, statuses] = counts.pods();
     proxy.send_all(&objects)?;
     proxy.send_all(&statuses)?;
     let mut api = proxy.connect()?;
     let uid = |index| -> Result<String> {
-        let path = format!("/api/v1/namespaces/{}", Crowd::namespace(index));
+        let path = format!("/api/v1/namespaces/{}", ObjectCounts::namespace(index));
         let found = api.send(&Request::merge(path, json!({})))?;
         let uid = found["metadata"]["uid"].as_str().context("a UID")?;
         Ok(uid.to_owned())
     };
-    let namespaces: Vec<String> = (0..crowd.namespaces).map(uid).collect::<Result<_>>()?;
-    proxy.send_all(&crowd.reports())?;
-    proxy.send_all(&crowd.report_statuses(&namespaces, 1))?;
+    let namespaces: Vec<String> = (0..counts.namespaces).map(uid).collect::<Result<_>>()?;
+    proxy.send_all(&counts.reports())?;
+    proxy.send_all(&counts.report_statuses(&namespaces, 1))?;
     Ok(namespaces)
 }
 
@@ -216,7 +217,7 @@ struct Churned {
 /// rate: what a rollout looks like from another node.
 fn churn(
     proxy: &Proxy<'_>,
-    crowd: Crowd,
+    counts: ObjectCounts,
     first: usize,
     goes_on: impl Fn(Instant) -> bool,
 ) -> Result<Churned> {
@@ -225,8 +226,8 @@ fn churn(
     let mut changes = 0;
     let mut round = first;
     while goes_on(began) {
-        let pod = round % crowd.pods;
-        let [object, status] = crowd.pod(pod, 1 + round / crowd.pods);
+        let pod = round % counts.pods;
+        let [object, status] = counts.pod(pod, 1 + round / counts.pods);
         let name = object.body["metadata"]["name"].as_str().context("a name")?;
         let gone = Request {
             verb: Verb::Delete,
@@ -253,8 +254,8 @@ fn churn(
 /// the label of a pod that a policy asks for.
 fn latencies(
     proxy: &Proxy<'_>,
-    watcher: &stage::Watcher,
-    pods: &stage::Names,
+    watcher: &cluster::Watcher,
+    pods: &cluster::Names,
 ) -> Result<(Histogram, Histogram)> {
     let mut api = proxy.connect()?;
     let mut change = |request: &Request, open: bool| -> Result<u64> {

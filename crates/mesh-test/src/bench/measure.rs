@@ -73,7 +73,7 @@ impl Orders {
         let lab = side.lab();
         let agents = || -> Result<Cpu> {
             let nodes = side.agents().iter().map(|agent| agent.node());
-            nodes.map(|node| Cpu::of(node.agent_place().cgroup())).sum()
+            nodes.map(|node| Cpu::of(node.agent_host().cgroup())).sum()
         };
         let tunnelled = side.tunnelled()?;
         let before = (Cpu::of(lab.cgroup())?, agents()?, busy()?, Instant::now());
@@ -208,7 +208,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn busy_is_all_but_idle_and_waiting() {
+    fn cpu_busy_time_excludes_idle_and_iowait() {
         let stat = "cpu  100 20 30 4000 500 6 7 8 0 0\ncpu0 1 1 1 1 1 1 1 1 0 0\n";
         let busy = busy_of(stat).expect("a cpu line");
         assert!((busy - 1.71).abs() < 1e-9, "{busy}");

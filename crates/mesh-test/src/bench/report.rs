@@ -256,7 +256,7 @@ mod tests {
     use crate::bench::datapath::METRICS;
 
     #[test]
-    fn medians() {
+    fn median_of_odd_and_even_counts() {
         for (values, expected) in [
             (vec![], "0"),
             (vec![3.0], "3"),
@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn throughput_is_mesh_to_plain_and_cost_is_the_agents() {
+    fn ratio_compares_mesh_to_plain_and_cost_is_agent_cpu() {
         let row = row(
             "bulk_1",
             &[
@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn pinned_requests_are_compared_in_time() {
+    fn pinned_requests_are_compared_by_duration() {
         let row = row("rr_1", &[(sample(1e5, 50.0, 0.0), sample(1e4, 100.0, 0.5))]);
         near(row.ratio, 0.5);
         near(row.plain, 50.0);

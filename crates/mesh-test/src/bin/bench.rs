@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cargo xtask bench [GROUP]`: what the mesh costs, as ratios to the same programs without it.
+//! `cargo xtask bench [GROUP]`: cost of the mesh, as ratios to the same programs without it.
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -11,7 +11,7 @@ use mesh_test::remove_on_interrupt;
 
 #[derive(Parser)]
 #[command(
-    about = "What the mesh costs: two labs, one with agents, the same load in turns",
+    about = "Measures the cost of the mesh: two labs, one with agents, the same load in turns",
     args_conflicts_with_subcommands = true
 )]
 struct Cli {

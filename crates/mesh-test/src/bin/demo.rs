@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `cargo xtask demo [--keep]`: the shop of deploy/examples on two nodes of this machine, and the
-//! evidence for each thing that the mesh promises. Exits with 1 if a line fails.
+//! `cargo xtask demo [--keep]`: the shop of deploy/examples on two nodes of this machine, with
+//! evidence for each promise of the mesh. Exits with 1 if a line fails.
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -11,9 +11,9 @@ use mesh_test::demo::{Demo, LINES};
 use mesh_test::remove_on_interrupt;
 
 #[derive(Parser)]
-#[command(about = "Two nodes, two agents, a small shop, and what the mesh does for it")]
+#[command(about = "Shows the mesh at work: two nodes, two agents, a small shop")]
 struct Cli {
-    /// Leave it running until Ctrl-C, and say how to look around
+    /// Keep the demo running until Ctrl-C and print commands to look around
     #[arg(long)]
     keep: bool,
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cargo xtask e2e`: the mesh installed on a real cluster of two nodes, by the chart and by the
-//! kustomize base, and the evidence for what is promised. Exits with 1 if a line fails.
+//! kustomize base, with evidence for each promise. Exits with 1 if a line fails.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -12,24 +12,24 @@ use mesh_test::e2e::{CHANGES, DEMO, Installed, Installer, Line};
 use mesh_test::remove_on_interrupt;
 
 #[derive(Parser)]
-#[command(about = "The mesh as it is installed, on a real cluster of two nodes")]
+#[command(about = "Installs the mesh on a real cluster of two nodes and checks it")]
 struct Cli {
     /// The image (an OCI archive)
     #[arg(long, default_value = "target/image/image.tar")]
     image: PathBuf,
-    /// One way to install only (else: both, one after the other)
+    /// Install in this way only (default: both, one after the other)
     #[arg(long)]
     only: Option<Way>,
-    /// Show what the mesh does, and leave out what takes it apart
+    /// Run only the lines that show the mesh, not those that change its installation
     #[arg(long)]
     demo: bool,
-    /// Only lines whose title has this in it
+    /// Run only lines whose title contains this
     #[arg(long, value_name = "TEXT")]
     line: Option<String>,
-    /// Each line that often
+    /// Run each line this many times
     #[arg(long, value_name = "N", default_value_t = 1)]
     repeat: usize,
-    /// Leave the last cluster running until Ctrl-C, and say how to look around
+    /// Keep the last cluster running until Ctrl-C and print commands to look around
     #[arg(long)]
     keep: bool,
 }

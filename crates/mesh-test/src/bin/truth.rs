@@ -13,13 +13,13 @@ use mesh_test::truth::{self, Report};
 #[derive(Parser)]
 #[command(about = "Truth tables over real connections between real pods")]
 struct Cli {
-    /// Tables, in YAML or JSON, as `meshctl policy test` takes them
+    /// Tables in YAML or JSON, in the format of `meshctl policy test`
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// on: all namespaces are enrolled, or those that the table's own labels enrol; off: none is
+    /// on: enroll all namespaces, or those with the table's own labels; off: enroll none
     #[arg(long, default_value = "on")]
     mtls: Switch,
-    /// Only tables whose name contains this
+    /// Run only tables whose name contains this
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
 }

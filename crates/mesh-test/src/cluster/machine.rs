@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::kube::{Kube, Programs};
 use crate::names::LabId;
 use crate::netns::Netns;
-use crate::process::{Cmd, Output, Place, Proc, tail};
+use crate::process::{Cmd, Host, Output, Proc, tail};
 use crate::topology::{self, Topology};
 use crate::wait::eventually;
 use crate::{cgroup, sys};
@@ -43,7 +43,7 @@ pub struct Machine {
     containerd: Proc,
     /// Keeps the namespaces; its cgroup holds everything of the node, so it is dropped last.
     holder: Proc,
-    place: Place,
+    host: Host,
     name: String,
     address: IpAddr,
     /// Of the node, in the cgroup2 hierarchy.
@@ -56,7 +56,7 @@ impl Machine {
     pub(super) fn start(
         id: LabId,
         (number, count): (u8, u8),
-        wire: &Place,
+        wire: &Host,
         given: &Given<'_>,
     ) -> Result<Self> {
         let name = format!("node{number}");
@@ -68,19 +68,19 @@ impl Machine {
         make_groups(&group)?;
         let cgroup = cgroup::mount_point()?.join(&group);
         let dir = id.dir().join(&name);
-        let place = Place::new(&name, netns, cgroup.join("host"), dir)?;
+        let host = Host::new(&name, netns, cgroup.join("host"), dir)?;
         register(given.kube, &name, number)?;
-        let holder = hold(&place, &group, &cgroup, &name)?;
+        let holder = hold(&host, &group, &cgroup, &name)?;
         let prefix = Prefix {
             holder: holder.id(),
             group: &group,
         };
-        let config = write_config(&place, number)?;
+        let config = write_config(&host, number)?;
         let containerd = Cmd::new("containerd").args([
             "--config".to_owned(),
             config.join("containerd.toml").display().to_string(),
         ]);
-        let containerd = place.spawn(prefix.spawned(containerd))?;
+        let containerd = host.spawn(prefix.spawned(containerd))?;
         let programs = Programs::find()?;
         let kubelet = kubelet(&programs, given.kube, (&name, address), &config)?;
         let proxy = programs.all().display().to_string();
@@ -94,26 +94,26 @@ impl Machine {
             "--conntrack-tcp-timeout-established=0".to_owned(),
             "--conntrack-tcp-timeout-close-wait=0".to_owned(),
         ]);
-        let proxy = place.spawn(prefix.spawned(proxy))?;
+        let proxy = host.spawn(prefix.spawned(proxy))?;
         let answers = |containerd: &Proc| {
-            let what = format!("containerd of {}", place.label());
+            let what = format!("containerd of {}", host.label());
             eventually(&what, START, || {
                 std::thread::sleep(Duration::from_millis(100));
-                let output = place.run(prefix.joined(Cmd::line("ctr version")), START);
+                let output = host.run(prefix.joined(Cmd::line("ctr version")), START);
                 output.is_ok_and(|said| said.status.success()).then_some(())
             })
             .with_context(|| containerd.log_tail())
         };
         answers(&containerd)?;
         let import = prefix.joined(ctr_import(given.base));
-        place.run(import, START)?.ok()?;
-        let kubelet = place.spawn(prefix.spawned(kubelet))?;
+        host.run(import, START)?.ok()?;
+        let kubelet = host.spawn(prefix.spawned(kubelet))?;
         Ok(Self {
             kubelet,
             proxy,
             containerd,
             holder,
-            place,
+            host,
             name,
             address,
             cgroup,
@@ -135,8 +135,8 @@ impl Machine {
 
     /// Its network namespace; [`Machine::run`] also has its mounts.
     #[must_use]
-    pub fn place(&self) -> &Place {
-        &self.place
+    pub fn host(&self) -> &Host {
+        &self.host
     }
 
     /// What is the root of its cgroups, seen from outside.
@@ -160,7 +160,7 @@ impl Machine {
     /// Where the kubelet looks for manifests of static pods.
     #[must_use]
     pub fn static_pods(&self) -> PathBuf {
-        static_pods(&config_dir(&self.place))
+        static_pods(&config_dir(&self.host))
     }
 
     fn prefix(&self) -> Prefix<'_> {
@@ -175,7 +175,7 @@ impl Machine {
     /// # Errors
     /// It cannot be started, or has not ended within `deadline`.
     pub fn run(&self, cmd: Cmd, deadline: Duration) -> Result<Output> {
-        self.place.run(self.prefix().joined(cmd), deadline)
+        self.host.run(self.prefix().joined(cmd), deadline)
     }
 
     /// Imports an image.
@@ -298,10 +298,10 @@ exec unshare --mount --propagation private --cgroup --uts /bin/sh -euc '
 
 /// Starts what keeps the namespaces. Its own cgroup is the node's root: a cgroup namespace begins
 /// where the process that makes it is.
-fn hold(place: &Place, group: &str, root: &Path, name: &str) -> Result<Proc> {
+fn hold(host: &Host, group: &str, root: &Path, name: &str) -> Result<Proc> {
     let script = Cmd::new("/bin/sh").args(["-euc", HOLDER]);
     let script = script.env("GROUP", group).env("NAME", name);
-    let holder = place.spawn_lines_in(script, (0, root.to_owned()))?;
+    let holder = host.spawn_lines_in(script, (0, root.to_owned()))?;
     let line = holder.line(START)?;
     ensure!(
         line.as_deref() == Some("ready"),
@@ -311,8 +311,8 @@ fn hold(place: &Place, group: &str, root: &Path, name: &str) -> Result<Proc> {
     Ok(holder)
 }
 
-fn config_dir(place: &Place) -> PathBuf {
-    place.dir().join("etc")
+fn config_dir(host: &Host) -> PathBuf {
+    host.dir().join("etc")
 }
 
 fn static_pods(config: &Path) -> PathBuf {
@@ -320,8 +320,8 @@ fn static_pods(config: &Path) -> PathBuf {
 }
 
 /// The files that containerd and the kubelet read; gives their directory.
-fn write_config(place: &Place, number: u8) -> Result<PathBuf> {
-    let dir = config_dir(place);
+fn write_config(host: &Host, number: u8) -> Result<PathBuf> {
+    let dir = config_dir(host);
     let cni = dir.join("cni");
     fs::create_dir_all(&cni)?;
     fs::create_dir_all(static_pods(&dir))?;

@@ -80,7 +80,7 @@ impl Held {
         let exec = ["exec", "--namespace", namespace, &target, "--"];
         let program = ["python3", "-c", PROGRAM, host, &count];
         let cmd = kube.kubectl_cmd(exec.into_iter().chain(program))?;
-        let process = kube.place().spawn_lines(cmd)?;
+        let process = kube.host().spawn_lines(cmd)?;
         let opened = process.line(Duration::from_secs(30))?;
         opened.context("the connections cannot be opened")?;
         Ok(Self {

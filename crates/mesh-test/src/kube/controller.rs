@@ -61,7 +61,7 @@ impl Kube {
     pub fn controller(&self, replica: &str, address: IpAddr, flags: &[&str]) -> Result<Controller> {
         let token = self.token((NAMESPACE, "mesh-controller"), None, None)?;
         let config = self.token_kubeconfig(&format!("controller-{replica}"), &token)?;
-        let [listen, metrics] = self.place().in_ns(|| {
+        let [listen, metrics] = self.host().in_ns(|| {
             let held = [
                 TcpListener::bind((address, 0))?,
                 TcpListener::bind((address, 0))?,
@@ -76,7 +76,7 @@ impl Kube {
             .args(["--serving-name", &address.to_string()])
             .args(flags);
         let mut controller = Controller {
-            process: self.place().spawn(command)?,
+            process: self.host().spawn(command)?,
             listen,
             metrics,
         };
@@ -101,7 +101,7 @@ impl Kube {
     pub fn ca_bundle(&self) -> Result<PathBuf> {
         let map = self.get(["configmap", "mesh-ca-root", "-n", NAMESPACE])?;
         let bundle = map["data"]["ca.crt"].as_str().context("no roots")?;
-        let path = self.place().dir().join("mesh-ca.crt");
+        let path = self.host().dir().join("mesh-ca.crt");
         fs::write(&path, bundle)?;
         Ok(path)
     }
@@ -132,7 +132,7 @@ impl Controller {
     pub fn page(&self, kube: &Kube, path: &str) -> Result<String> {
         let url = format!("http://{}{path}", self.metrics);
         let get = Cmd::new("curl").args(["-sSf", "--max-time", "5", &url]);
-        Ok(kube.place().run(get, REQUEST)?.ok()?.text())
+        Ok(kube.host().run(get, REQUEST)?.ok()?.text())
     }
 
     /// The sum of a metric's samples with these labels.

@@ -43,7 +43,7 @@ impl Kube {
         let kubectl = Programs::find()?.command("kubectl");
         Ok(kubectl
             .env("KUBECONFIG", kubeconfig)
-            .env("HOME", self.place().dir())
+            .env("HOME", self.host().dir())
             .args(args))
     }
 
@@ -60,11 +60,11 @@ impl Kube {
     /// # Errors
     /// It cannot be run, or hangs.
     pub fn try_kubectl<'a>(&self, args: impl IntoIterator<Item = &'a str>) -> Result<Output> {
-        self.place().run(self.kubectl_cmd(args)?, REQUEST)
+        self.host().run(self.kubectl_cmd(args)?, REQUEST)
     }
 
     fn run(&self, cmd: Cmd) -> Result<String> {
-        Ok(self.place().run(cmd, REQUEST)?.ok()?.text())
+        Ok(self.host().run(cmd, REQUEST)?.ok()?.text())
     }
 
     /// Waits until the API server serves the kind of every CustomResourceDefinition that is there.
@@ -172,7 +172,7 @@ impl Kube {
         let ask = self
             .kubectl_cmd(["auth", "can-i", "--as", user])?
             .args(what);
-        let output = self.place().run(ask, REQUEST)?;
+        let output = self.host().run(ask, REQUEST)?;
         match output.text().trim() {
             "yes" => Ok(true),
             no if no.starts_with("no") => Ok(false),

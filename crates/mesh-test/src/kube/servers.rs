@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use super::pki::Pki;
 use super::programs::Programs;
 use super::{Builder, REQUEST};
-use crate::process::{Cmd, Place, Proc};
+use crate::process::{Cmd, Host, Proc};
 use crate::wait::eventually;
 
 /// The API server of an idle machine needs 5 s; one that also compiles needs several times that.
@@ -35,19 +35,14 @@ pub(super) struct Servers {
 }
 
 impl Servers {
-    pub(super) fn start(
-        wanted: &Builder,
-        place: &Place,
-        pki: &Pki,
-        address: IpAddr,
-    ) -> Result<Self> {
+    pub(super) fn start(wanted: &Builder, host: &Host, pki: &Pki, address: IpAddr) -> Result<Self> {
         let programs = Programs::find()?;
         // All at once, so that no two are the same.
-        let [port, etcd_port, peer_port] = free_ports(place)?;
-        let etcd = place.spawn(etcd(&programs, place.dir(), etcd_port, peer_port))?;
+        let [port, etcd_port, peer_port] = free_ports(host)?;
+        let etcd = host.spawn(etcd(&programs, host.dir(), etcd_port, peer_port))?;
         let mut api_args = api_args(pki, address, (port, etcd_port));
         api_args.extend(wanted.api_flags.iter().cloned());
-        let api = place.spawn(programs.command("kube-apiserver").args(&api_args))?;
+        let api = host.spawn(programs.command("kube-apiserver").args(&api_args))?;
         let mut this = Self {
             etcd,
             etcd_port,
@@ -59,11 +54,11 @@ impl Servers {
             ca: pki.ca().display().to_string(),
             others: Vec::new(),
         };
-        this.wait_ready(place)?;
+        this.wait_ready(host)?;
         if wanted.controllers {
             let args = controller_args(pki, &this.url(), wanted)?;
             let command = this.programs.command("kube-controller-manager").args(args);
-            this.others.push(place.spawn(command)?);
+            this.others.push(host.spawn(command)?);
         }
         if wanted.scheduler {
             let config = pki.client(&this.url(), "system:kube-scheduler", None)?;
@@ -72,7 +67,7 @@ impl Servers {
                 "--leader-elect=false".to_owned(),
                 "--secure-port=0".to_owned(),
             ]);
-            this.others.push(place.spawn(command)?);
+            this.others.push(host.spawn(command)?);
         }
         Ok(this)
     }
@@ -81,7 +76,7 @@ impl Servers {
         format!("https://{}:{}", self.address, self.port)
     }
 
-    fn wait_ready(&mut self, place: &Place) -> Result<()> {
+    fn wait_ready(&mut self, host: &Host) -> Result<()> {
         let ready = eventually("the API server to be ready", READY, || {
             for server in [&mut self.etcd, &mut self.api] {
                 match server.ended() {
@@ -97,7 +92,7 @@ impl Servers {
             }
             let url = format!("https://{}:{}/readyz", self.address, self.port);
             let ask = Cmd::new("curl").args(["--silent", "--max-time", "2", "--cacert", &self.ca]);
-            let said = place.run(ask.args([url]), REQUEST);
+            let said = host.run(ask.args([url]), REQUEST);
             // Anonymous requests may ask for health, and nothing else.
             if said.is_ok_and(|output| output.text() == "ok") {
                 return Some(Ok(()));
@@ -115,10 +110,10 @@ impl Servers {
         self.api.kill().map(drop)
     }
 
-    pub(super) fn start_api_server(&mut self, place: &Place) -> Result<()> {
+    pub(super) fn start_api_server(&mut self, host: &Host) -> Result<()> {
         let command = self.programs.command("kube-apiserver").args(&self.api_args);
-        self.api = place.spawn(command)?;
-        self.wait_ready(place)
+        self.api = host.spawn(command)?;
+        self.wait_ready(host)
     }
 
     pub(super) fn pause_api_server(&self, pause: bool) -> Result<()> {
@@ -127,11 +122,11 @@ impl Servers {
     }
 
     /// By etcd's own JSON gateway, so that no client of its is needed.
-    pub(super) fn compact(&self, place: &Place) -> Result<u64> {
+    pub(super) fn compact(&self, host: &Host) -> Result<u64> {
         let ask = |path: &str, body: String| -> Result<serde_json::Value> {
             let url = format!("http://{LOCAL}:{}/v3/kv/{path}", self.etcd_port);
             let post = Cmd::new("curl").args(["--silent", "--fail", "--data", &body, &url]);
-            place.run(post, REQUEST)?.ok()?.json()
+            host.run(post, REQUEST)?.ok()?.json()
         };
         // "AA==" is the key of one zero byte, which nobody has.
         let state = ask("range", r#"{"key": "AA=="}"#.to_owned())?;
@@ -156,8 +151,8 @@ impl Servers {
 }
 
 /// Ports that nobody in the namespace listens on.
-fn free_ports<const N: usize>(place: &Place) -> Result<[u16; N]> {
-    let ports = place.in_ns(|| {
+fn free_ports<const N: usize>(host: &Host) -> Result<[u16; N]> {
+    let ports = host.in_ns(|| {
         let held: Vec<TcpListener> = (0..N)
             .map(|_| TcpListener::bind((LOCAL, 0)))
             .collect::<Result<_, _>>()?;

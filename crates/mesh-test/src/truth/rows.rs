@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Rows of a table: which connection each is in the lab, what must become of it there, or why it
+//! Rows of a table: the connection of each in the lab with its expected result, or the reason why it
 //! cannot be run.
 
 use std::net::{IpAddr, SocketAddr};
@@ -8,21 +8,21 @@ use anyhow::{Context, Result};
 use mesh_api::truth::{Check, Expected, Known};
 use mesh_common::identity::Evidence;
 use mesh_common::{Protocol, Verdict};
-use mesh_plan::cluster::Transport;
-use mesh_plan::evaluate::{self, Compiled, Outcome};
+use mesh_plan::cluster::{Pod, Transport};
+use mesh_plan::evaluate::{Connection, Evaluator, Verdicts};
 use mesh_plan::text;
 
-use super::cast::{Cast, End, Place};
-use super::errand::Errand;
+use super::attempt::Attempt;
+use super::cluster::{End, Endpoint, TableCluster};
 use crate::agent::METRICS_PORT;
 use crate::mesh::TUNNEL_PORT;
 
 /// A row.
 #[derive(Debug)]
 pub(crate) struct Row {
-    /// What it is, for people.
+    /// Title of the row.
     pub(crate) title: String,
-    /// What the compiler says, for people.
+    /// Verdict of the compiler, as text.
     pub(crate) compiler: String,
     pub(crate) what: What,
 }
@@ -37,7 +37,7 @@ impl Row {
     }
 }
 
-/// What is to be done about a row.
+/// Whether a row can be run.
 #[derive(Debug)]
 pub(crate) enum What {
     /// It is run.
@@ -49,18 +49,18 @@ pub(crate) enum What {
 /// A connection of a row.
 #[derive(Debug)]
 pub(crate) struct Run {
-    pub(crate) from: Place,
-    pub(crate) to: Place,
-    pub(crate) errand: Errand,
+    pub(crate) from: Endpoint,
+    pub(crate) to: Endpoint,
+    pub(crate) attempt: Attempt,
     pub(crate) expected: Expected,
 }
 
 /// Plans the rows of a table.
-pub(crate) fn rows(cast: &Cast, checks: &[Check]) -> Result<Vec<Row>> {
-    let (compiled, _rejections) = evaluate::compile_policies(&cast.cluster);
+pub(crate) fn rows(cluster: &TableCluster, checks: &[Check]) -> Result<Vec<Row>> {
+    let evaluator = Evaluator::new(cluster.cluster.clone());
     let planner = Planner {
-        cast,
-        compiled: &compiled,
+        cluster,
+        evaluator: &evaluator,
         sctp: has_sctp(),
     };
     let row = |(id, check): (usize, &Check)| {
@@ -77,8 +77,8 @@ fn has_sctp() -> bool {
 }
 
 struct Planner<'a> {
-    cast: &'a Cast,
-    compiled: &'a Compiled,
+    cluster: &'a TableCluster,
+    evaluator: &'a Evaluator,
     sctp: bool,
 }
 
@@ -105,29 +105,31 @@ impl Planner<'_> {
             check.evidence.word()
         );
         let ends = self.ends(check)?;
-        let real = self.evaluate(check, &ends, None)?;
+        let connection = self.connection(check, &ends);
+        let evidence = self.evaluator.evidence(&connection);
+        let real = self.evaluator.verdicts(&connection, evidence);
         let compiler = format!(
             "egress: {}; ingress: {}",
-            self.words(real.egress),
-            self.words(real.ingress)
+            self.words(connection.from, real.egress),
+            self.words(connection.to, real.ingress)
         );
-        let what = match self.cannot(check, &ends, &real)? {
+        let what = match self.cannot(check, &ends, &real) {
             Some(why) => What::Leave(why),
             None => match expected(check, &real) {
                 Err(why) => What::Leave(why.to_owned()),
                 Ok(expected) => What::Run(Run {
-                    errand: Errand {
+                    attempt: Attempt {
                         id,
                         transport: check.protocol,
-                        from: match ends.from.place {
+                        from: match ends.from.endpoint {
                             // The kernel's choice is part of what is tried.
-                            Place::Pod(_) => None,
-                            Place::Node(_) | Place::Outside => Some(ends.source),
+                            Endpoint::Pod(_) => None,
+                            Endpoint::Node(_) | Endpoint::Outside => Some(ends.source),
                         },
                         to: SocketAddr::new(ends.destination, ends.port),
                     },
-                    from: ends.from.place,
-                    to: ends.to.place,
+                    from: ends.from.endpoint,
+                    to: ends.to.endpoint,
                     expected,
                 }),
             },
@@ -140,7 +142,7 @@ impl Planner<'_> {
     }
 
     fn ends(&self, check: &Check) -> Result<Ends> {
-        let (from, to) = (self.cast.end(&check.from)?, self.cast.end(&check.to)?);
+        let (from, to) = (self.cluster.end(&check.from)?, self.cluster.end(&check.to)?);
         let pick = |is: fn(&IpAddr) -> bool| {
             let source = from.addresses.iter().copied().find(is)?;
             Some((source, to.addresses.iter().copied().find(is)?))
@@ -154,7 +156,7 @@ impl Planner<'_> {
                 let pod = to
                     .pod
                     .as_ref()
-                    .map(|uid| &self.cast.cluster.pods[uid.as_str()]);
+                    .map(|uid| &self.cluster.cluster.pods[uid.as_str()]);
                 let named = pod.and_then(|pod| {
                     let key = (check.port.clone(), check.protocol);
                     pod.named_ports.get(&key).copied()
@@ -171,37 +173,29 @@ impl Planner<'_> {
         })
     }
 
-    /// What the compiler says, with some evidence or with the real one.
-    fn evaluate(&self, check: &Check, ends: &Ends, evidence: Option<Evidence>) -> Result<Outcome> {
-        let find = |address: IpAddr| {
-            let end = self.compiled.find(&address.to_string());
-            end.context("an address is an end")
+    fn connection(&self, check: &Check, ends: &Ends) -> Connection<'_> {
+        let protocol = match check.protocol {
+            Transport::Tcp => Protocol::TCP,
+            Transport::Udp => Protocol::UDP,
+            Transport::Sctp => Protocol::SCTP,
         };
-        Ok(self.compiled.evaluate(&evaluate::Check {
-            from: find(ends.source)?,
-            to: find(ends.destination)?,
-            protocol: match check.protocol {
-                Transport::Tcp => Protocol::TCP,
-                Transport::Udp => Protocol::UDP,
-                Transport::Sctp => Protocol::SCTP,
-            },
-            port: ends.port,
-            evidence,
-        }))
+        let addresses = [ends.source, ends.destination];
+        self.evaluator.connection(addresses, protocol, ends.port)
     }
 
-    fn words(&self, verdict: Option<Verdict>) -> String {
-        let Some(verdict) = verdict else {
-            return "nothing is decided there".to_owned();
+    fn words(&self, pod: Option<&Pod>, verdict: Option<Verdict>) -> String {
+        let (Some(verdict), Some(index)) = (verdict, pod.and_then(|p| self.evaluator.index(p)))
+        else {
+            return "no policy is evaluated there".to_owned();
         };
         let verb = if verdict.allowed { "allow" } else { "deny" };
-        let rule = text::rule(&self.compiled.plan, verdict.rule);
+        let rule = text::rule(index, verdict.rule);
         format!("{verb} ({}, {rule})", verdict.reason.label())
     }
 
     /// Why a row cannot be run, if so.
-    fn cannot(&self, check: &Check, ends: &Ends, real: &Outcome) -> Result<Option<String>> {
-        let in_pod = |end: &End| matches!(end.place, Place::Pod(_));
+    fn cannot(&self, check: &Check, ends: &Ends, real: &Verdicts) -> Option<String> {
+        let in_pod = |end: &End| matches!(end.endpoint, Endpoint::Pod(_));
         let why = match check.protocol {
             Transport::Sctp if !self.sctp => Some("this kernel has no SCTP"),
             Transport::Tcp if ends.port == TUNNEL_PORT && in_pod(&ends.to) => {
@@ -212,7 +206,7 @@ impl Planner<'_> {
             }
             _ if ends.port == 0 => Some("there is no port 0 on the wire"),
             _ if !in_pod(&ends.from) && !in_pod(&ends.to) => Some("no pod takes part in it"),
-            _ if self.cast.is_service(&ends.destination) => {
+            _ if self.cluster.is_service(&ends.destination) => {
                 Some("a service's address stands for one of its endpoints")
             }
             _ if [ends.source, ends.destination].iter().any(is_special) => {
@@ -221,24 +215,26 @@ impl Planner<'_> {
             Transport::Tcp | Transport::Udp | Transport::Sctp => None,
         };
         if let Some(why) = why {
-            return Ok(Some(why.to_owned()));
+            return Some(why.to_owned());
         }
         let (claimed, proof) = match check.evidence {
             Known::Address => (Evidence::Address, false),
             Known::Tls => (Evidence::Tls, true),
         };
-        if self.evaluate(check, ends, Some(claimed))?.allowed() == real.allowed() {
-            return Ok(None);
+        let connection = self.connection(check, ends);
+        let assumed = self.evaluator.verdicts(&connection, claimed);
+        if assumed.policy_allows() == real.policy_allows() {
+            return None;
         }
         let instead = if proof {
             "its address is all that is known"
         } else {
             "its identity is proven"
         };
-        Ok(Some(format!(
+        Some(format!(
             "the row is about evidence {}, and here {instead}",
             check.evidence.word()
-        )))
+        ))
     }
 }
 
@@ -251,7 +247,7 @@ fn is_special(address: &IpAddr) -> bool {
 }
 
 /// What must become of the connection as a whole.
-fn expected(check: &Check, compiler: &Outcome) -> Result<Expected, &'static str> {
+fn expected(check: &Check, compiler: &Verdicts) -> Result<Expected, &'static str> {
     if let Some(expected) = check.expect {
         return Ok(expected);
     }

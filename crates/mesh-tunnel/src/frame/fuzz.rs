@@ -2,8 +2,9 @@
 //! Takes any bytes as frames: the result does not depend on how they are cut, no more than one control
 //! frame is allocated, and decoded frames encode to what they were.
 
+use mesh_fixtures::Seen;
+
 use super::*;
-use crate::fuzzing::Seen;
 
 /// The decoded frames, with data joined, and the end of decoding.
 #[derive(Debug, Default, PartialEq)]
@@ -101,8 +102,9 @@ fn way(control: &Control) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use mesh_fixtures::replay;
+
     use super::*;
-    use crate::fuzzing::corpus::replay;
 
     const WAYS: &[&str] = &[
         "open",

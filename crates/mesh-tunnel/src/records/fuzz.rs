@@ -2,9 +2,10 @@
 //! Takes any bytes as records after the handshake. Because random bytes never authenticate, pieces of the
 //! input are sealed with the right key where their first byte says so; data is then decoded as frames.
 
+use mesh_fixtures::{Seen, pieces};
+
 use super::*;
 use crate::frame::{Decoder, Event};
-use crate::fuzzing::{Seen, pieces};
 
 fn keyed() -> RecordKey {
     let key = UnboundKey::new(&AES_128_GCM, &[7; 16]).expect("a key of 16 bytes");
@@ -113,8 +114,9 @@ fn way(error: &RecordError) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use mesh_fixtures::{join, replay};
+
     use super::*;
-    use crate::fuzzing::corpus::{join, replay};
 
     const WAYS: &[&str] = &[
         "all",

@@ -5,7 +5,8 @@ use std::net::IpAddr;
 
 use mesh_common::identity::IdentityId;
 use mesh_common::policy::{PolicySetId, SetHead};
-use mesh_common::service::Service;
+use mesh_common::service::{Service, ServiceKey};
+use mesh_plan::Plan;
 
 use super::*;
 
@@ -21,7 +22,11 @@ fn addr(text: &str) -> mesh_common::Addr {
     text.parse::<IpAddr>().expect("an address").into()
 }
 
-fn plan(peer: u32) -> Plan {
+fn plan(peer: u32) -> Index {
+    Index::new(bare(peer))
+}
+
+fn bare(peer: u32) -> Plan {
     let mut plan = Plan::default();
     let peer = Peer {
         id: IdentityId(400),
@@ -59,7 +64,7 @@ enum Becomes {
 }
 use Becomes::{Ended, Kept, Old};
 
-fn first(plan: &Plan, pod: &PodView, sockets: &[Socket]) -> Becomes {
+fn first(plan: &Index, pod: &PodView, sockets: &[Socket]) -> Becomes {
     let how = (true, pod.has(MEMBER));
     becomes(&judge(plan, pod, sockets, how, NOTHING), sockets)
 }
@@ -276,7 +281,7 @@ fn udp_ends_only_where_both_directions_are_denied() {
 #[test]
 fn what_the_hooks_know_of_a_direction_counts_more_than_who_listens() {
     // A set that isolates ingress, one that isolates egress; a port that is listened on, and not.
-    let mut plan = plan(Peer::POD);
+    let mut plan = bare(Peer::POD);
     for (set, flags) in [
         (1, SetHead::ISOLATED_INGRESS),
         (2, SetHead::ISOLATED_EGRESS),
@@ -287,6 +292,7 @@ fn what_the_hooks_know_of_a_direction_counts_more_than_who_listens() {
         };
         plan.sets.insert(PolicySetId(set), head);
     }
+    let plan = Index::new(plan);
     let listener = tcp(state::LISTEN, ["0.0.0.0:80", "0.0.0.0:0"], 0);
     let [ingress, egress] = [1, 2].map(|set| pod(0, set));
     for (ends, listened) in [([SERVED, PEER], true), ([OWN, PEER], false)] {
@@ -311,12 +317,13 @@ fn what_the_hooks_know_of_a_direction_counts_more_than_who_listens() {
 
 #[test]
 fn a_node_s_address_is_the_node_s_only_on_its_own_sockets() {
-    let mut plan = plan(Peer::POD);
+    let mut plan = bare(Peer::POD);
     let node = Peer {
         id: IdentityId::HOST,
         ..Peer::default()
     };
     plan.peers.insert(addr("192.0.2.1"), node);
+    let plan = Index::new(plan);
     let listener = tcp(state::LISTEN, ["0.0.0.0:80", "0.0.0.0:0"], 0);
     let arrived = tcp(ESTABLISHED, [SERVED, "192.0.2.1:4000"], 0);
     for (gated, own, expected) in [

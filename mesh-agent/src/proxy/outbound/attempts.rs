@@ -5,9 +5,9 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use mesh_common::Endpoint;
+use mesh_datapath::pods::PodHandle;
 
 use super::target::{self, Target};
-use crate::pods::PodHandle;
 use crate::proxy::pool::Pooled;
 use crate::proxy::worker::Worker;
 

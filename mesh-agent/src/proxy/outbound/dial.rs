@@ -7,19 +7,30 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use mesh_backoff::Backoff;
 use mesh_common::Reason;
+use mesh_datapath::pods::PodHandle;
+use mesh_identity::{Epoch, Refusal, server_name};
 use mesh_tunnel::tls::{self, HandshakeError};
 use mesh_tunnel::{Socket, Tunnel};
 use tokio::time::{Instant as Deadline, sleep, timeout_at};
 
 use super::target::Target;
-use crate::identity::{self, Epoch, Refusal, server_name};
 use crate::metrics::Role;
-use crate::pods::PodHandle;
+use crate::proxy::Timing;
 use crate::proxy::handshake_scheduler::PodHandshakes;
 use crate::proxy::pod_sockets::PeerAddress;
 use crate::proxy::pool::Pooled;
 use crate::proxy::worker::{PodResources, Worker};
+
+/// The delay before a peer that refuses TCP is asked again.
+const fn backoff(timing: &Timing) -> Backoff {
+    Backoff {
+        first: timing.first_retry,
+        longest: timing.retry,
+        jitter: 0.5..=1.0,
+    }
+}
 
 /// Makes tunnels to one target.
 pub(super) struct Dialer<'a> {
@@ -139,7 +150,7 @@ impl Dialer<'_> {
     async fn connect(&self, to: SocketAddr, retry: Duration) -> io::Result<Socket> {
         let worker = self.worker;
         let begun = Deadline::now();
-        let mut pause = worker.timing.first_retry;
+        let mut failures = 0;
         let address = PeerAddress {
             from: self.target.from,
             to,
@@ -148,17 +159,16 @@ impl Dialer<'_> {
         loop {
             let stream = worker.sockets.peer(self.pod, address)?;
             let socket = Socket::new(stream)?;
-            match socket.connected().await {
-                Ok(()) => return Ok(socket),
-                Err(error)
-                    if error.kind() == io::ErrorKind::ConnectionRefused
-                        && begun.elapsed() + pause < retry =>
-                {
-                    sleep(pause).await;
-                    pause *= 2;
-                }
-                Err(error) => return Err(error),
+            let Err(error) = socket.connected().await else {
+                return Ok(socket);
+            };
+            let delay = backoff(&worker.timing).delay(failures, rand::random());
+            if error.kind() != io::ErrorKind::ConnectionRefused || begun.elapsed() + delay >= retry
+            {
+                return Err(error);
             }
+            failures += 1;
+            sleep(delay).await;
         }
     }
 
@@ -200,7 +210,7 @@ pub(crate) enum HandshakeFailure {
     Refused(#[from] Refusal),
     /// The pod has no usable certificate.
     #[error(transparent)]
-    Identity(#[from] identity::Error),
+    Identity(#[from] mesh_identity::Error),
 }
 
 impl From<HandshakeError> for HandshakeFailure {

@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use mesh_common::path::{Outbound, Path, outbound};
 use mesh_common::pod::PodState;
-use mesh_common::service::{BackendKey, ServiceKey, Services as _};
+use mesh_common::service::{ServiceKey, Services as _};
 use mesh_common::{Endpoint, Protocol, Reason, Verdict};
-use mesh_plan::Plan;
+use mesh_datapath::pods::PodHandle;
+use mesh_plan::Index;
 use mesh_tunnel::frame::Open;
 
-use crate::pods::PodHandle;
 use crate::proxy::pool::Key;
 use crate::proxy::worker::Worker;
 
@@ -36,7 +36,7 @@ pub(super) struct Target {
 /// Decides the connection again: the mark that brought it here proves nothing.
 pub(super) fn decide(
     worker: &Worker,
-    plan: &Plan,
+    plan: &Index,
     pod: &PodHandle,
     request: Open,
 ) -> Result<Target, Verdict> {
@@ -52,7 +52,7 @@ pub(super) fn decide(
         verdict,
         peer: id,
         ..
-    } = outbound(plan, &view, request.destination, Protocol::TCP);
+    } = outbound(plan, &view, view.set, request.destination, Protocol::TCP);
     match action {
         Outbound::Tunnel => {}
         Outbound::Refuse => return Err(verdict),
@@ -104,11 +104,7 @@ pub(super) fn another(
     // Clients that lose the same endpoint do not all choose the same alternative.
     let first = u32::from(request.source.port.get()) % service.count.max(1);
     (0..service.count.min(MAX_CANDIDATES)).find_map(|step| {
-        let destination = plan.backend(&BackendKey {
-            list: service.backends,
-            index: (first + step) % service.count,
-            pad: 0,
-        })?;
+        let destination = plan.backend(&service.choose(first + step)?)?;
         if tried.contains(&destination) {
             return None;
         }

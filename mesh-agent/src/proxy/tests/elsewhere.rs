@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use mesh_common::policy::{PolicySetId, SetHead};
 use mesh_common::service::{BackendKey, BackendListId, Service, ServiceKey};
 use mesh_common::{Endpoint, Protocol};
+use mesh_plan::Plan;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;

@@ -2,6 +2,7 @@
 //! Peers with a good certificate and bad intentions, and peers without one.
 
 use mesh_common::{Endpoint, Reason};
+use mesh_identity::{SpiffeId, server_name};
 use mesh_tunnel::buffers::BufferAccount;
 use mesh_tunnel::frame::{CloseReason, Control, Open, StreamId};
 use mesh_tunnel::tls::{self, Unscheduled};
@@ -13,7 +14,6 @@ use tokio::task::LocalSet;
 use super::super::outbound::HandshakeFailure;
 use super::super::*;
 use super::rig::*;
-use crate::identity::{SpiffeId, server_name};
 
 /// A tunnel to the server's node, by somebody with the client's certificate and address.
 async fn tunnel(rig: &Rig) -> Tunnel {

@@ -2,6 +2,7 @@
 //! Connections that are open when something changes.
 
 use mesh_common::policy::{PolicySetId, SetHead};
+use mesh_plan::Plan;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::super::*;

@@ -3,6 +3,7 @@
 
 use mesh_common::policy::{PolicySetId, RuleId, SetHead};
 use mesh_common::{Peer, PodState, Reason};
+use mesh_plan::Plan;
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::task::JoinSet;
@@ -305,4 +306,26 @@ async fn silent_refusals_are_held_open_within_a_bound() {
     });
     let mut told = rig.connect(&route).await;
     assert!(is_reset(&mut told).await);
+}
+
+/// A missing policy is a fault and not a refusal by policy: the client is told at once, also by a pod
+/// that refuses silently.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_refusal_without_a_policy_is_not_silent() {
+    let (rig, route) = Rig::with(Timing {
+        silence: Duration::from_secs(60),
+        ..timing()
+    })
+    .await;
+    rig.far.change(|plan| {
+        let view = &mut plan.pods.get_mut("server").unwrap().view;
+        view.set = PolicySetId::ISOLATED;
+        view.flags |= PodState::SILENT;
+    });
+    let mut client = rig.connect(&route).await;
+    client.write_all(b"hello").await.unwrap();
+    assert!(is_reset(&mut client).await);
+    let missing = Reason::PolicyMissing.label();
+    assert_eq!(rig.near.records(1).await[0]["close"], missing);
+    assert_eq!(rig.far.records(1).await[0]["close"], missing);
 }

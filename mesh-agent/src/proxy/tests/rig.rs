@@ -10,9 +10,14 @@ use std::time::{Duration, Instant, SystemTime};
 
 use mesh_common::pod::{PodIndex, PodView};
 use mesh_common::{Addr, Endpoint, IdentityId, Peer, PodState, Port};
-use mesh_plan::Plan;
+use mesh_config::FlowLog;
+use mesh_datapath::pods::{Listeners, PodHandle};
+pub(super) use mesh_identity::Config as IdentityConfig;
+use mesh_identity::{Ca, Clock, SpiffeId, TrustDomain};
 use mesh_plan::cluster::{ObjectName, Pod};
 use mesh_plan::plan::LocalPod;
+use mesh_plan::{Index, Plan};
+use mesh_sys::netns::NetNs;
 use mesh_tunnel::Socket;
 use serde_json::Value;
 use socket2::{Domain, Socket as RawSocket, Type};
@@ -22,13 +27,8 @@ use tokio::sync::watch;
 
 use super::super::pod_sockets::{Addresses, Connecting, PeerAddress, PodSockets};
 use super::super::*;
-use crate::config::FlowLog;
 use crate::flows::Flows;
-pub(super) use crate::identity::Config as IdentityConfig;
-use crate::identity::{Ca, Clock, SpiffeId, TrustDomain};
 use crate::metrics::Metrics;
-use crate::pods::{Listeners, PodHandle};
-use crate::sys::netns::NetNs;
 
 pub(super) const CLIENT: &str = "10.244.0.2";
 pub(super) const SERVER: &str = "10.244.1.3";
@@ -151,7 +151,7 @@ pub(super) fn addr(text: &str) -> Addr {
 /// One node.
 pub(super) struct Node {
     pub(super) proxy: ProxyHandle,
-    pub(super) plan: watch::Sender<Arc<Plan>>,
+    pub(super) plan: watch::Sender<Arc<Index>>,
     pub(super) pods: watch::Sender<Arc<PodTable>>,
     pub(super) metrics: Metrics,
     flows: Flows,
@@ -179,7 +179,11 @@ impl Node {
     }
 
     pub(super) fn change(&self, change: impl FnOnce(&mut Plan)) {
-        self.plan.send_modify(|plan| change(Arc::make_mut(plan)));
+        self.plan.send_modify(|index| {
+            let mut plan = index.plan().clone();
+            change(&mut plan);
+            *index = Arc::new(Index::new(plan));
+        });
     }
 
     /// The records so far, once there are `count`.
@@ -325,6 +329,7 @@ impl Rig {
             ca: Ca::SelfSigned(ca.path().to_owned()),
             trust_domain: TrustDomain::new("cluster.local").unwrap(),
             aliases: Vec::new(),
+            alpn: mesh_tunnel::ALPN,
             crls: Vec::new(),
             clock: Clock::new(now),
             seed: 1,
@@ -415,7 +420,7 @@ fn node(
 ) -> Node {
     let metrics = Metrics::new();
     let flows = Flows::start(&FlowLog::Off, &metrics).unwrap();
-    let (plan_sender, plan_receiver) = watch::channel(Arc::new(plan(name)));
+    let (plan_sender, plan_receiver) = watch::channel(Arc::new(Index::new(plan(name))));
     let pods = table(&plan_receiver.borrow(), listeners);
     let (pods_sender, pods) = watch::channel(pods);
     let recorder = Recorder::new(

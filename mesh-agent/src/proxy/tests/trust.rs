@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use mesh_identity::{Ca, Clock, SpiffeId};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, ExtendedKeyUsagePurpose,
     IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber,
@@ -14,7 +15,6 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::super::*;
 use super::rig::*;
-use crate::identity::{Ca, Clock, SpiffeId};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const NAMES: [&str; 3] = ["client-sa", "server-sa", "other-sa"];

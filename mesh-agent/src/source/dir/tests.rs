@@ -8,7 +8,7 @@ use tempfile::TempDir;
 use tokio::time::timeout;
 
 use super::*;
-use crate::config::Source;
+use mesh_config::Source;
 
 struct Bench {
     manifests: TempDir,
@@ -44,7 +44,7 @@ impl Bench {
     }
 }
 
-/// Waits until the facts, or the report, are as wanted.
+/// Waits until the snapshot or the report matches a condition.
 async fn until<T: std::fmt::Debug>(
     receiver: &mut watch::Receiver<Arc<T>>,
     what: &str,
@@ -76,14 +76,14 @@ fn web(cluster: &Cluster) -> Option<&Policy> {
 }
 
 #[tokio::test]
-async fn files_come_change_and_go() {
+async fn created_changed_and_deleted_files_are_read() {
     let bench = Bench::new();
     bench.write("a.yaml", &pod("a", "10.0.0.1"));
     let Watched { mut cluster, .. } = bench.start().await;
     assert_eq!(
         cluster.borrow().pods.len(),
         1,
-        "the first facts are complete"
+        "the first snapshot is complete"
     );
     assert_eq!(cluster.borrow().pod_cidrs.len(), 1);
     bench.write(
@@ -114,7 +114,7 @@ async fn files_come_change_and_go() {
 }
 
 #[tokio::test]
-async fn a_broken_file_keeps_its_objects_also_over_a_restart() {
+async fn invalid_file_keeps_its_objects_across_a_restart() {
     let bench = Bench::new();
     bench.write("a.yaml", &pod("a", "10.0.0.1"));
     bench.write("p.yaml", &policy("80"));
@@ -137,7 +137,7 @@ async fn a_broken_file_keeps_its_objects_also_over_a_restart() {
 }
 
 #[tokio::test]
-async fn a_rejected_update_leaves_the_last_good_version_also_over_a_restart() {
+async fn rejected_update_keeps_last_good_version_across_a_restart() {
     let bench = Bench::new();
     bench.write("p.yaml", &policy("80"));
     let mut first = bench.start().await;
@@ -153,7 +153,7 @@ async fn a_rejected_update_leaves_the_last_good_version_also_over_a_restart() {
     assert_eq!(web(&second.cluster.borrow()), Some(&good));
     let report = second.report.borrow().clone();
     assert_eq!(report.rejections[0].field, "spec.ingress[0].ports[0].port");
-    // Without what was kept, the object is new, and isolates.
+    // Without the saved state the object is new, and isolates.
     let bare = Bench {
         state: TempDir::new().unwrap(),
         manifests: bench.manifests,
@@ -164,7 +164,7 @@ async fn a_rejected_update_leaves_the_last_good_version_also_over_a_restart() {
 }
 
 #[tokio::test]
-async fn the_first_of_two_files_wins_and_both_are_named() {
+async fn first_of_two_files_wins_and_the_warning_names_both() {
     let bench = Bench::new();
     bench.write("b.yaml", &pod("a", "10.0.0.2"));
     bench.write("a.yaml", &pod("a", "10.0.0.1"));
@@ -182,7 +182,7 @@ async fn the_first_of_two_files_wins_and_both_are_named() {
 }
 
 #[tokio::test]
-async fn a_directory_that_vanishes_leaves_everything_in_force() {
+async fn deleted_directory_leaves_the_snapshot_in_force() {
     let bench = Bench::new();
     bench.write("d/a.yaml", &pod("a", "10.0.0.1"));
     let settings = Settings {

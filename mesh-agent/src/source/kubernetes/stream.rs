@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! One kind, followed for ever: a list in pages, then a watch, resumed where it ended; a new list
-//! where the server has forgotten that place.
+//! Lists and watches one kind: a list in pages, then watches that each resume at the last resource
+//! version, and a new list after the API server has compacted that version.
 //!
-//! What is learnt goes to the room through a bounded queue: a room that is slow slows down the
-//! reading of its connection.
+//! Events go to the source through a bounded channel, so a slow source slows down the reading of the
+//! connection.
 
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use futures_util::AsyncBufReadExt as _;
 use kube::Client;
 use kube::core::Request;
 use kube::core::params::{ListParams, WatchParams};
+use mesh_api::{Kind, Origin};
 use rand::Rng as _;
 use serde::Deserialize;
 use serde_json::Value;
@@ -18,58 +19,54 @@ use serde_json::value::RawValue;
 use tokio::sync::mpsc::Sender;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::kinds::Kind;
-use super::lean;
+use super::RETRY;
 
-/// Objects in a page: bounds what a list takes of memory (a Pod as JSON is some 10 KB).
+/// The number of objects in a page. It bounds the memory of a list (a Pod is about 10 KB of JSON).
 const PAGE: u32 = 250;
-/// A page that takes longer is asked for again.
+/// The timeout of a page, and of the response headers of a watch.
 const ANSWER: Duration = Duration::from_secs(30);
-/// How long the server keeps a watch: between this and twice as long.
+/// The shortest time after which the API server ends a watch, in seconds. The longest is twice this.
 const WATCH: u32 = 300;
-/// A watch is silent no longer than this while its connection is alive: servers send a bookmark
-/// about once a minute.
+/// The time without an event after which a watch is considered dead. API servers send a bookmark about
+/// once a minute.
 const SILENCE: Duration = Duration::from_secs(150);
-/// The first pause after an error, and the longest. Each is a random part of its bound.
-const PAUSE: Duration = Duration::from_millis(400);
-const LONGEST_PAUSE: Duration = Duration::from_secs(20);
-/// A watch that ended after less than this did not end because its time was over.
+/// A watch that ended earlier than this did not end because of its timeout.
 const BRIEF: Duration = Duration::from_secs(1);
-/// After so many refusals in a row the place in the history may be the reason: one of another
-/// server, or of before a backup was restored.
+/// The number of consecutive error responses after which the resource version may be the cause (it may be
+/// of another server, or older than a restored backup), and the kind is listed again.
 const REFUSALS: u32 = 4;
-/// A kind that was there is gone when the server has said so for this long: one that starts, or one
-/// of several, may not know it yet.
+/// A kind that was served before is absent when the API server has not served it for this long. A server
+/// that is starting, or one of several servers, may not know the kind yet.
 const GONE: Duration = Duration::from_secs(10);
 
-/// What is learnt about the objects of a kind.
+/// An event of a kind.
 #[derive(Debug)]
-pub(super) enum News {
-    /// A list begins: what it does not have is gone.
+pub(super) enum Event {
+    /// A list begins. Objects that it does not contain are deleted.
     Listing,
-    /// An object as it is now.
-    Is(Value),
-    /// An object is gone; its last state.
-    Gone(Value),
+    /// The current version of an object.
+    Applied(Value),
+    /// The last version of a deleted object.
+    Deleted(Value),
     /// The list is complete.
     Listed,
     /// The kind is not installed.
     Absent,
-    /// Why it cannot be followed at the moment; `None` = it is, and what is known is new.
+    /// The error of the watch; `None` if the watch works and its objects are current.
     Health(Option<String>),
 }
 
-/// Nobody listens any more.
+/// The receiver of the events was dropped.
 struct Closed;
 
-/// Why a list or a watch ended.
+/// The reason why a list or a watch ended.
 enum End {
     Closed,
-    /// The server has forgotten the place in its history.
+    /// The API server has compacted the resource version.
     Expired,
-    /// The kind is not there.
+    /// The API server does not serve the kind.
     Absent,
-    /// The server answers, and cannot do it.
+    /// The API server returned an error.
     Refused(String),
     Failed(String),
 }
@@ -83,21 +80,25 @@ impl From<Closed> for End {
 impl From<kube::Error> for End {
     fn from(error: kube::Error) -> Self {
         let kube::Error::Api(status) = &error else {
-            return Self::Failed(crate::logging::Chain(&error).to_string());
+            return Self::Failed(mesh_log::Chain(&error).to_string());
         };
         match status.code {
             410 => Self::Expired,
             404 => Self::Absent,
-            code => Self::Refused(format!("the API server says: {} ({code})", status.message)),
+            code => Self::Refused(format!(
+                "the API server returned an error: {} ({code})",
+                status.message
+            )),
         }
     }
 }
 
-/// Follows a kind until nobody listens.
-pub(super) async fn follow(client: Client, kind: &'static Kind, to: Sender<(&'static Kind, News)>) {
+/// Lists and watches a kind until the receiver is dropped.
+pub(super) async fn follow(client: Client, kind: Kind, to: Sender<(Kind, Event)>) {
     let mut stream = Stream {
         client,
         kind,
+        path: kind.path(),
         to,
         at: None,
         failures: 0,
@@ -109,7 +110,10 @@ pub(super) async fn follow(client: Client, kind: &'static Kind, to: Sender<(&'st
         let went_on = match end {
             End::Closed => return,
             End::Expired => {
-                tracing::info!(kind = kind.name, "too far behind: listing again");
+                tracing::info!(
+                    kind = kind.name(),
+                    "resource version is too old; listing again"
+                );
                 stream.at = None;
                 stream.failed(None).await
             }
@@ -125,23 +129,25 @@ pub(super) async fn follow(client: Client, kind: &'static Kind, to: Sender<(&'st
 
 struct Stream {
     client: Client,
-    kind: &'static Kind,
-    to: Sender<(&'static Kind, News)>,
-    /// The place in the server's history up to which everything is known.
+    kind: Kind,
+    path: String,
+    to: Sender<(Kind, Event)>,
+    /// The resource version up to which every change is known.
     at: Option<String>,
-    /// In a row.
+    /// The number of consecutive failures.
     failures: u32,
-    /// Of these, since the server last took a watch.
+    /// The number of error responses since the last successful watch.
     refusals: u32,
-    /// Since when the server says that there is no such kind.
+    /// The time since which the API server does not serve the kind.
     missing: Option<Instant>,
+    /// Whether the API server has served the kind before.
     was_there: bool,
 }
 
 #[derive(Deserialize)]
 struct Page<'a> {
     metadata: PageMetadata,
-    /// `null` in an empty list of some servers.
+    /// The objects; some API servers send `null` for an empty list.
     #[serde(borrow, default)]
     items: Option<Vec<&'a RawValue>>,
 }
@@ -163,7 +169,7 @@ struct Line<'a> {
     object: &'a RawValue,
 }
 
-/// The object of an ERROR.
+/// The object of an ERROR event.
 #[derive(Deserialize)]
 struct Refusal {
     #[serde(default)]
@@ -181,14 +187,14 @@ impl Stream {
             let began = Instant::now();
             self.watch().await?;
             if began.elapsed() < BRIEF {
-                // Something between here and there ends every answer: not faster than this.
-                sleep(pause(2)).await;
+                // A proxy on the path may end every response: do not retry in a busy loop.
+                sleep(delay(2)).await;
             }
         }
     }
 
-    async fn tell(&self, news: News) -> Result<(), Closed> {
-        let sent = self.to.send((self.kind, news)).await;
+    async fn send(&self, event: Event) -> Result<(), Closed> {
+        let sent = self.to.send((self.kind, event)).await;
         sent.map_err(|_unsent| Closed)
     }
 
@@ -196,30 +202,30 @@ impl Stream {
         let mut params = ListParams::default().limit(PAGE);
         let mut started = false;
         loop {
-            let request = Request::new(self.kind.path).list(&params);
+            let request = Request::new(&*self.path).list(&params);
             let request = request.map_err(|error| End::Failed(error.to_string()))?;
             let answer = timeout(ANSWER, self.client.request_text(request)).await;
             let text = answer.map_err(|_elapsed| too_slow())??;
             let page: Page<'_> = serde_json::from_str(&text).map_err(unreadable)?;
             if !started {
                 started = true;
-                self.tell(News::Listing).await?;
+                self.send(Event::Listing).await?;
             }
             for item in page.items.iter().flatten() {
                 let object = self.read(item)?;
-                self.tell(News::Is(object)).await?;
+                self.send(Event::Applied(object)).await?;
             }
             if page.metadata.next.is_empty() {
                 self.at = Some(page.metadata.resource_version);
                 self.was_there = true;
                 self.missing = None;
-                return Ok(self.tell(News::Listed).await?);
+                return Ok(self.send(Event::Listed).await?);
             }
             params.continue_token = Some(page.metadata.next);
         }
     }
 
-    /// Returns when the server ended the watch, as it does now and then.
+    /// Watches the kind. Returns when the API server ends the watch, as it does after its timeout.
     async fn watch(&mut self) -> Result<(), End> {
         let params = WatchParams {
             bookmarks: true,
@@ -227,7 +233,7 @@ impl Stream {
             ..WatchParams::default()
         };
         let at = self.at.clone().unwrap_or_default();
-        let request = Request::new(self.kind.path).watch(&params, &at);
+        let request = Request::new(&*self.path).watch(&params, &at);
         let mut request = request.map_err(|error| End::Failed(error.to_string()))?;
         let plain = http::HeaderValue::from_static("identity");
         request
@@ -238,13 +244,17 @@ impl Stream {
         self.failures = 0;
         self.refusals = 0;
         self.missing = None;
-        self.tell(News::Health(None)).await?;
+        self.send(Event::Health(None)).await?;
         loop {
             let line = match timeout(SILENCE, lines.next()).await {
                 Ok(Ok(Some(line))) => line,
                 Ok(Ok(None)) => return Ok(()),
-                Ok(Err(error)) => return Err(End::Failed(format!("the watch broke: {error}"))),
-                Err(_elapsed) => return Err(End::Failed("the watch fell silent".to_owned())),
+                Ok(Err(error)) => return Err(End::Failed(format!("the watch failed: {error}"))),
+                Err(_elapsed) => {
+                    return Err(End::Failed(
+                        "the watch received no event in time".to_owned(),
+                    ));
+                }
             };
             self.event(line).await?;
         }
@@ -256,16 +266,19 @@ impl Stream {
             let refusal: Refusal = serde_json::from_str(line.object.get()).map_err(unreadable)?;
             return Err(match refusal.code {
                 410 => End::Expired,
-                code => End::Refused(format!("the watch ended: {} ({code})", refusal.message)),
+                code => End::Refused(format!(
+                    "the API server ended the watch: {} ({code})",
+                    refusal.message
+                )),
             });
         }
         let object = self.read(line.object)?;
         let at = object.pointer("/metadata/resourceVersion");
         let at = at.and_then(Value::as_str).map(str::to_owned);
         match line.what {
-            "ADDED" | "MODIFIED" => self.tell(News::Is(object)).await?,
-            "DELETED" => self.tell(News::Gone(object)).await?,
-            // BOOKMARK: only a place. Others are not sent without being asked for.
+            "ADDED" | "MODIFIED" => self.send(Event::Applied(object)).await?,
+            "DELETED" => self.send(Event::Deleted(object)).await?,
+            // BOOKMARK has only a resource version. Other types are not sent without a request.
             _ => {}
         }
         if at.is_some() {
@@ -274,21 +287,15 @@ impl Stream {
         Ok(())
     }
 
-    /// An object as manifests have it: those of lists do not say what they are.
     fn read(&self, text: &RawValue) -> Result<Value, End> {
-        let mut object = lean::read(text.get(), *self.kind.keep).map_err(unreadable)?;
-        if let Value::Object(fields) = &mut object {
-            fields.insert("apiVersion".to_owned(), self.kind.api_version.into());
-            fields.insert("kind".to_owned(), self.kind.name.into());
-        }
-        Ok(object)
+        self.kind.read_pruned(text.get()).map_err(unreadable)
     }
 
     async fn failed(&mut self, why: Option<String>) -> Result<(), Closed> {
         if why.is_some() {
-            self.tell(News::Health(why)).await?;
+            self.send(Event::Health(why)).await?;
         }
-        sleep(pause(self.failures)).await;
+        sleep(delay(self.failures)).await;
         self.failures = self.failures.saturating_add(1);
         Ok(())
     }
@@ -303,12 +310,12 @@ impl Stream {
     }
 
     async fn absent(&mut self) -> Result<(), Closed> {
-        if !self.kind.optional {
+        if self.kind.origin() == Origin::BuiltIn {
             return self
-                .failed(Some("the API server does not know it".to_owned()))
+                .failed(Some("the API server does not serve this kind".to_owned()))
                 .await;
         }
-        // A server that starts does not know every kind yet, and is not ready.
+        // A server that is starting does not serve every kind yet, and is not ready.
         if let Err(why) = self.server_is_ready().await {
             return self.failed(Some(why)).await;
         }
@@ -318,7 +325,7 @@ impl Stream {
         }
         self.was_there = false;
         self.at = None;
-        self.tell(News::Absent).await?;
+        self.send(Event::Absent).await?;
         self.failed(None).await
     }
 
@@ -327,30 +334,25 @@ impl Stream {
         let request = request.map_err(|error| error.to_string())?;
         match timeout(ANSWER, self.client.request_text(request)).await {
             Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(crate::logging::Chain(&error).to_string()),
-            Err(_elapsed) => Err("the API server does not answer".to_owned()),
+            Ok(Err(error)) => Err(mesh_log::Chain(&error).to_string()),
+            Err(_elapsed) => Err("the API server did not answer in time".to_owned()),
         }
     }
 }
 
 fn too_slow() -> End {
-    End::Failed("the API server does not answer".to_owned())
+    End::Failed("the API server did not answer in time".to_owned())
 }
 
 fn unreadable(error: serde_json::Error) -> End {
-    End::Failed(format!("the API server's answer cannot be read: {error}"))
+    End::Failed(format!("invalid response of the API server: {error}"))
 }
 
-/// A random time, up to a bound that doubles with every failure: agents of many nodes that lost one
-/// server do not return at the same moment.
-pub(in crate::source) fn pause(failures: u32) -> Duration {
-    let bound = PAUSE
-        .saturating_mul(1 << failures.min(16))
-        .min(LONGEST_PAUSE);
-    bound.mul_f64(rand::rng().random_range(0.5..=1.0))
+fn delay(earlier_failures: u32) -> Duration {
+    RETRY.delay(earlier_failures, rand::random())
 }
 
-/// The lines of a body, one at a time in one buffer.
+/// Reads the lines of a body one at a time into one buffer.
 struct Lines<R> {
     body: R,
     line: String,
@@ -375,7 +377,7 @@ impl<R: futures_util::AsyncBufRead + Unpin> Lines<R> {
         self.line.clear();
         self.line.shrink_to(64 << 10);
         self.body.read_line(&mut self.line).await?;
-        // A line that was cut off comes again with the next watch.
+        // The next watch repeats an incomplete line.
         Ok(self.line.strip_suffix('\n'))
     }
 }
@@ -385,16 +387,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pauses_grow_to_a_bound_and_differ() {
-        assert!(pause(0) <= PAUSE && pause(0) >= PAUSE / 2);
-        assert!(pause(3) >= PAUSE * 4);
-        assert!(pause(u32::MAX) <= LONGEST_PAUSE);
-        let some: Vec<Duration> = (0..8).map(|_| pause(9)).collect();
+    fn retry_delays_grow_to_a_bound_and_differ() {
+        let (first, longest) = (RETRY.first, RETRY.longest);
+        assert!(delay(0) <= first && delay(0) >= first / 2);
+        assert!(delay(3) >= first * 4);
+        assert!(delay(u32::MAX) <= longest);
+        let some: Vec<Duration> = (0..8).map(|_| delay(9)).collect();
         assert!(some.iter().any(|one| *one != some[0]));
     }
 
     #[test]
-    fn an_empty_page_may_be_null() {
+    fn empty_page_may_have_null_items() {
         let page: Page<'_> =
             serde_json::from_str(r#"{"metadata":{"resourceVersion":"5"},"items":null}"#).unwrap();
         assert!(page.items.is_none() && page.metadata.resource_version == "5");

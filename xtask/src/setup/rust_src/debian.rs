@@ -150,7 +150,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_release_is_matched_whole() {
+    fn release_name_is_matched_exactly() {
         let madison = " rust-src | 1.95.1+dfsg1-1 | m\n rust-src | 1.95.0+dfsg1-2~bpo13+1 | m\n";
         assert_eq!(
             choose(madison, "1.95.0").as_deref(),

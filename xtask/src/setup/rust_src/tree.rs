@@ -215,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_is_found_below_checked_and_takes_the_place_of_the_old() {
+    fn rust_src_tree_is_found_checked_and_replaced() {
         let dir = std::env::temp_dir().join(format!("xtask-tree-{}", process::id()));
         let toolchain = Toolchain {
             sysroot: dir.join("root"),
@@ -248,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_set_aside_returns() {
+    fn replaced_rust_src_tree_is_restored() {
         let dir = std::env::temp_dir().join(format!("xtask-aside-{}", process::id()));
         let library = dir.join("library");
         fs::create_dir_all(&library).expect("it is ours");
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn versions_compare_as_numbers() {
+    fn rust_versions_compare_numerically() {
         assert_eq!(minor("1.95.0"), Some((1, 95)));
         assert_eq!(minor("1.100.0-nightly"), Some((1, 100)));
         assert_eq!(minor("CURRENT"), None);

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::kube::Kube;
-use crate::process::{Place, Proc};
+use crate::process::{Host, Proc};
 
 /// A request that takes longer has failed.
 const ANSWER: Duration = Duration::from_secs(60);
@@ -22,7 +22,7 @@ const WRITERS: usize = 16;
 /// A running `kubectl proxy`.
 #[derive(Debug)]
 pub(super) struct Proxy<'k> {
-    place: &'k Place,
+    host: &'k Host,
     address: SocketAddr,
     #[expect(dead_code, reason = "held for its drop")]
     kubectl: Proc,
@@ -69,13 +69,13 @@ impl Request {
 
 impl<'k> Proxy<'k> {
     pub(super) fn start(kube: &'k Kube) -> Result<Self> {
-        let place = kube.place();
-        let kubectl = place.spawn_lines(kube.kubectl_cmd(["proxy", "--port=0"])?)?;
+        let host = kube.host();
+        let kubectl = host.spawn_lines(kube.kubectl_cmd(["proxy", "--port=0"])?)?;
         let line = kubectl.line(LISTENS)?.context("kubectl proxy ended")?;
         let address = line.rsplit(' ').next().unwrap_or_default().parse();
         let address = address.with_context(|| line)?;
         Ok(Self {
-            place,
+            host,
             address,
             kubectl,
         })
@@ -83,7 +83,7 @@ impl<'k> Proxy<'k> {
 
     /// A connection of one's own.
     pub(super) fn connect(&self) -> Result<Api> {
-        let stream = self.place.in_ns(|| Ok(TcpStream::connect(self.address)?))?;
+        let stream = self.host.in_ns(|| Ok(TcpStream::connect(self.address)?))?;
         stream.set_read_timeout(Some(ANSWER))?;
         stream.set_nodelay(true)?;
         Ok(Api {

@@ -6,7 +6,7 @@ use std::fmt;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use super::crowd::Crowd;
+use super::objects::ObjectCounts;
 use crate::bench::Options;
 use crate::bench::config::Machine;
 use crate::bench::load::Histogram;
@@ -35,7 +35,7 @@ pub struct Report {
 #[derive(Clone, Debug, Serialize)]
 struct Config {
     machine: Machine,
-    objects: Crowd,
+    objects: ObjectCounts,
     /// Seconds of pod changes without connections; none: 30.
     seconds: Option<f64>,
     pod_changes_per_second: u32,
@@ -44,7 +44,7 @@ struct Config {
 }
 
 impl Report {
-    pub(super) fn of(options: &Options, objects: Crowd) -> Result<Self> {
+    pub(super) fn of(options: &Options, objects: ObjectCounts) -> Result<Self> {
         let config = Config {
             machine: Machine::this()?,
             objects,

@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_value_is_found_again_within_a_sixty_fourth() {
+    fn histogram_values_are_exact_to_a_sixty_fourth() {
         let mut values: Vec<u64> = (0..200).collect();
         values.extend((6..64).flat_map(|bit| {
             let power = 1_u64 << bit;
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn percentiles_of_a_row() {
+    fn histogram_reports_percentiles() {
         let mut histogram = Histogram::default();
         assert_eq!(histogram.micros(0.5).to_string(), "0");
         let mut other = Histogram::default();

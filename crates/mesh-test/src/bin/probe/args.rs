@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Values on the command line, and sockets made as they say.
+//! Values of the command line, and sockets with these options.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
@@ -24,7 +24,7 @@ impl FromStr for Ports {
         let (first, last) = text.split_once('-').unwrap_or((text, text));
         let (first, last) = (first.parse()?, last.parse()?);
         if first > last {
-            bail!("{text} is no range");
+            bail!("invalid port range {text}: must be A-B or A");
         }
         Ok(Self { first, last })
     }
@@ -48,11 +48,11 @@ pub(crate) struct Net {
 impl FromStr for Net {
     type Err = anyhow::Error;
     fn from_str(text: &str) -> Result<Self> {
-        let (address, length) = text.split_once('/').context("no ADDRESS/LENGTH")?;
+        let (address, length) = text.split_once('/').context("must be ADDRESS/LENGTH")?;
         let (address, length): (IpAddr, u32) = (address.parse()?, length.parse()?);
         let most = if address.is_ipv4() { 32 } else { 128 };
         if length > most {
-            bail!("{text} is no network");
+            bail!("invalid network {text}: must be ADDRESS/LENGTH");
         }
         Ok(Self { address, length })
     }
@@ -75,7 +75,7 @@ impl Net {
     }
 }
 
-/// SplitMix64: small, and the same for the same seed.
+/// SplitMix64: a small generator with reproducible numbers.
 #[derive(Clone, Debug)]
 pub(crate) struct Random(pub(crate) u64);
 
@@ -109,7 +109,7 @@ pub(crate) struct SocketArgs {
     /// Reach an IPv4 destination through an IPv6 socket (::ffff:a.b.c.d)
     #[arg(long)]
     pub(crate) mapped: bool,
-    /// Give up after so many milliseconds without progress
+    /// Milliseconds without progress after which the attempt fails
     #[arg(long, default_value_t = 5000)]
     pub(crate) timeout_ms: u64,
 }

@@ -9,36 +9,36 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use mesh_plan::cluster::Transport;
 use mesh_test::talk::{Identity, ask_identity};
-use mesh_test::truth::errand::{Errand, Tried};
+use mesh_test::truth::attempt::{Attempt, Outcome};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::say;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Threads, each with one errand at a time
+    /// Threads, each with one attempt at a time
     #[arg(long, default_value_t = 64)]
     threads: usize,
-    /// Give up after so many milliseconds without progress
+    /// Milliseconds without progress after which the attempt fails
     #[arg(long, default_value_t = 1500)]
     timeout_ms: u64,
 }
 
-/// The standard input is a JSON list of errands; one line for each result, in any order.
+/// The standard input is a JSON list of attempts; one line for each result, in any order.
 pub(crate) fn run(args: &Args) -> Result<bool> {
     let mut input = String::new();
     io::stdin().read_to_string(&mut input)?;
-    let errands: Vec<Errand> = serde_json::from_str(&input).context("the list of errands")?;
+    let attempts: Vec<Attempt> = serde_json::from_str(&input).context("the list of attempts")?;
     let timeout = Duration::from_millis(args.timeout_ms);
     let next = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         let work = || {
-            while let Some(errand) = errands.get(next.fetch_add(1, Ordering::Relaxed)) {
-                say(&tried(errand, timeout))?;
+            while let Some(attempt) = attempts.get(next.fetch_add(1, Ordering::Relaxed)) {
+                say(&tried(attempt, timeout))?;
             }
             Ok(())
         };
-        let threads: Vec<_> = (0..args.threads.min(errands.len()))
+        let threads: Vec<_> = (0..args.threads.min(attempts.len()))
             .map(|_| scope.spawn(work))
             .collect();
         let join = |thread: std::thread::ScopedJoinHandle<'_, Result<()>>| {
@@ -51,17 +51,17 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     Ok(true)
 }
 
-fn tried(errand: &Errand, timeout: Duration) -> Tried {
-    let result = match errand.transport {
-        Transport::Udp => datagram(errand, timeout),
-        Transport::Tcp | Transport::Sctp => connection(errand, timeout),
+fn tried(attempt: &Attempt, timeout: Duration) -> Outcome {
+    let result = match attempt.transport {
+        Transport::Udp => datagram(attempt, timeout),
+        Transport::Tcp | Transport::Sctp => connection(attempt, timeout),
     };
     let (answer, error) = match result {
         Ok(answer) => (Some(answer), None),
         Err(error) => (None, Some(error)),
     };
-    Tried {
-        id: errand.id,
+    Outcome {
+        id: attempt.id,
         answer,
         errno: error.as_ref().and_then(|error| {
             error
@@ -72,35 +72,37 @@ fn tried(errand: &Errand, timeout: Duration) -> Tried {
     }
 }
 
-fn socket(errand: &Errand, timeout: Duration) -> Result<Socket> {
-    let (kind, protocol) = match errand.transport {
+fn socket(attempt: &Attempt, timeout: Duration) -> Result<Socket> {
+    let (kind, protocol) = match attempt.transport {
         Transport::Tcp => (Type::STREAM, Protocol::TCP),
         Transport::Udp => (Type::DGRAM, Protocol::UDP),
         Transport::Sctp => (Type::STREAM, Protocol::from(libc::IPPROTO_SCTP)),
     };
-    let socket = Socket::new(Domain::for_address(errand.to), kind, Some(protocol))?;
+    let socket = Socket::new(Domain::for_address(attempt.to), kind, Some(protocol))?;
     socket.set_read_timeout(Some(timeout))?;
     // A blocking connect() ends after this, too.
     socket.set_write_timeout(Some(timeout))?;
-    if let Some(from) = errand.from {
+    if let Some(from) = attempt.from {
         let from = SocketAddr::new(from, 0);
         socket.bind(&SockAddr::from(from)).context("bind")?;
     }
     Ok(socket)
 }
 
-fn connection(errand: &Errand, timeout: Duration) -> Result<Identity> {
-    let socket = socket(errand, timeout)?;
+fn connection(attempt: &Attempt, timeout: Duration) -> Result<Identity> {
+    let socket = socket(attempt, timeout)?;
     socket
-        .connect(&SockAddr::from(errand.to))
+        .connect(&SockAddr::from(attempt.to))
         .context("connect")?;
     ask_identity(&mut socket.into()).context("identity")
 }
 
-fn datagram(errand: &Errand, timeout: Duration) -> Result<Identity> {
-    let socket = UdpSocket::from(socket(errand, timeout)?);
-    let said = format!("errand-{}", errand.id);
-    socket.send_to(said.as_bytes(), errand.to).context("send")?;
+fn datagram(attempt: &Attempt, timeout: Duration) -> Result<Identity> {
+    let socket = UdpSocket::from(socket(attempt, timeout)?);
+    let said = format!("attempt-{}", attempt.id);
+    socket
+        .send_to(said.as_bytes(), attempt.to)
+        .context("send")?;
     let until = Instant::now() + timeout;
     let mut buffer = [0; 1024];
     loop {
@@ -108,7 +110,7 @@ fn datagram(errand: &Errand, timeout: Duration) -> Result<Identity> {
         socket.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
         let (length, from) = socket.recv_from(&mut buffer).context("receive")?;
         let text = String::from_utf8_lossy(&buffer[..length]);
-        if from == errand.to && text.ends_with(&said) {
+        if from == attempt.to && text.ends_with(&said) {
             return Ok(text.parse()?);
         }
     }

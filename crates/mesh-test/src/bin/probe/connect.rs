@@ -16,7 +16,7 @@ use crate::say;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Where to
+    /// Destination
     #[arg(long)]
     to: SocketAddr,
     #[command(flatten)]
@@ -27,24 +27,24 @@ pub(crate) struct Args {
     /// Use an MPTCP socket
     #[arg(long)]
     mptcp: bool,
-    /// Connect without blocking, and call connect() again once it is through
+    /// Connect without blocking, and call connect() again once the socket is writable
     #[arg(long)]
     nonblocking: bool,
-    /// Do not ask the server for its identity: it is not one of ours
+    /// Do not ask for the identity: the server is another program than `probe serve`
     #[arg(long)]
     no_id: bool,
-    /// Send this; a server of ours sends it back, of others at most 64 KiB are read to the end
+    /// Send this text; `probe serve` returns it, other servers may send up to 64 KiB
     #[arg(long)]
     say: Option<String>,
     /// Close with a reset
     #[arg(long)]
     reset: bool,
-    /// Stay connected for so long before closing
+    /// Milliseconds to stay connected before closing
     #[arg(long, default_value_t = 0)]
     stay_ms: u64,
 }
 
-/// What others than our servers may send at most.
+/// Bound of the answer of other servers.
 const FOREIGN: u64 = 64 << 10;
 
 pub(crate) fn run(args: &Args) -> Result<bool> {
@@ -117,7 +117,10 @@ fn exchange(stream: &mut TcpStream, text: &str, foreign: bool) -> Result<String>
         stream.write_all(text.as_bytes()).context("write")?;
         stream.shutdown(Shutdown::Write).context("shutdown")?;
         stream.read_to_end(&mut received).context("read")?;
-        anyhow::ensure!(received == text.as_bytes(), "the echo is not what was said");
+        anyhow::ensure!(
+            received == text.as_bytes(),
+            "the echo differs from the text"
+        );
     }
     Ok(String::from_utf8_lossy(&received).into_owned())
 }

@@ -15,24 +15,24 @@ use crate::say;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Where to; several destinations of one unconnected socket take turns
+    /// Destination; several of one unconnected socket take turns
     #[arg(long, required = true)]
     to: Vec<SocketAddr>,
     #[command(flatten)]
     socket: SocketArgs,
-    /// connect() first
+    /// Connect the socket first
     #[arg(long)]
     connected: bool,
-    /// Datagrams
+    /// Number of datagrams
     #[arg(long, default_value_t = 1)]
     count: u64,
     /// Pause between datagrams
     #[arg(long, default_value_t = 0)]
     interval_ms: u64,
-    /// What to send
+    /// Payload
     #[arg(long, default_value = "datagram")]
     say: String,
-    /// Wait for no answer
+    /// Do not wait for answers
     #[arg(long)]
     no_answer: bool,
 }

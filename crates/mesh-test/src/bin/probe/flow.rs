@@ -45,21 +45,21 @@ fn on_threads<T: Send>(count: usize, work: impl Fn(usize) -> Result<T> + Sync) -
 
 #[derive(clap::Args)]
 pub(crate) struct BulkArgs {
-    /// Where to
+    /// Destination
     #[arg(long)]
     to: SocketAddr,
     #[command(flatten)]
     socket: SocketArgs,
-    /// Connections
+    /// Number of connections
     #[arg(long, default_value_t = 1)]
     streams: usize,
     /// Bytes of each connection
     #[arg(long)]
     bytes: Option<u64>,
-    /// Go on for so many seconds (if no bytes are given: 1)
+    /// Duration in seconds (default without --bytes: 1)
     #[arg(long)]
     seconds: Option<f64>,
-    /// The server sends
+    /// Transfer from the server to the client
     #[arg(long)]
     reverse: bool,
     /// Bind the sending (or receiving) threads to this CPU
@@ -128,7 +128,7 @@ fn receive(stream: &mut TcpStream, bytes: Option<u64>, until: Option<Instant>) -
 
 #[derive(clap::Args)]
 pub(crate) struct RrArgs {
-    /// Where to
+    /// Destination
     #[arg(long)]
     to: SocketAddr,
     #[command(flatten)]
@@ -142,7 +142,7 @@ pub(crate) struct RrArgs {
     /// Requests of each connection
     #[arg(long)]
     count: Option<u64>,
-    /// Go on for so many seconds (if no count is given: 1)
+    /// Duration in seconds (default without --count: 1)
     #[arg(long)]
     seconds: Option<f64>,
     /// Bind the threads to this CPU
@@ -168,7 +168,7 @@ pub(crate) fn rr(args: &RrArgs) -> Result<bool> {
             let asked = Instant::now();
             stream.write_all(&request).context("write")?;
             stream.read_exact(&mut answer).context("read")?;
-            ensure!(answer == request, "another answer than the request");
+            ensure!(answer == request, "the answer differs from the request");
             nanos.push(u64::try_from(asked.elapsed().as_nanos()).unwrap_or(u64::MAX));
         }
         Ok((nanos, begun.elapsed()))
@@ -195,12 +195,12 @@ pub(crate) fn rr(args: &RrArgs) -> Result<bool> {
 
 #[derive(clap::Args)]
 pub(crate) struct HoldArgs {
-    /// Where to
+    /// Destination
     #[arg(long)]
     to: SocketAddr,
     #[command(flatten)]
     socket: SocketArgs,
-    /// Connections
+    /// Number of connections
     #[arg(long, default_value_t = 1)]
     count: usize,
     /// Send this every --pulse-ms and expect it back
@@ -209,7 +209,7 @@ pub(crate) struct HoldArgs {
     /// 0: send nothing, only wait for the end
     #[arg(long, default_value_t = 50)]
     pulse_ms: u64,
-    /// End after so many seconds
+    /// Duration in seconds
     #[arg(long, default_value_t = 3600.0)]
     seconds: f64,
 }

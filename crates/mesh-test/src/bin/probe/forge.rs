@@ -48,10 +48,10 @@ pub(crate) struct PacketArgs {
 
 #[derive(clap::Args)]
 struct Repeat {
-    /// How often
+    /// Number of packets
     #[arg(long, default_value_t = 1)]
     count: u64,
-    /// Pause between
+    /// Pause between packets
     #[arg(long, default_value_t = 0)]
     interval_ms: u64,
 }
@@ -211,10 +211,10 @@ pub(crate) struct AdvertiseArgs {
     /// IPv6 destination
     #[arg(long, default_value = "ff02::1")]
     dst: Ipv6Addr,
-    /// Whose hardware address is told
+    /// Address whose hardware address is advertised
     #[arg(long)]
     target: Ipv6Addr,
-    /// The hardware address that is told (else: the Ethernet source)
+    /// Advertised hardware address (default: the Ethernet source)
     #[arg(long)]
     lladdr: Option<Mac>,
 }

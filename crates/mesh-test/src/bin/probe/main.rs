@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Real small clients and servers for pods of the lab. Each prints JSON lines (`reports.rs`) and
-//! exits with 0 if everything asked for came to pass, 1 if not, 2 if asked wrongly.
+//! exits with 0 if every step succeeded, 1 if not, 2 for invalid arguments.
 
 mod args;
 mod checks;
@@ -49,9 +49,9 @@ enum Command {
     Raw(forge::RawArgs),
     /// Ethernet frames of any source through a packet socket.
     Frame(forge::FrameArgs),
-    /// ARP packets that say anything.
+    /// ARP packets with any content.
     Arp(forge::ArpArgs),
-    /// Neighbour advertisements that say anything.
+    /// Neighbor advertisements with any content.
     Advertise(forge::AdvertiseArgs),
 }
 

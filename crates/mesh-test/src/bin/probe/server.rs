@@ -35,10 +35,10 @@ pub(crate) struct Args {
     /// SCTP address (one-to-one sockets), may be repeated
     #[arg(long)]
     sctp: Vec<SocketAddr>,
-    /// Name that is told to clients
+    /// Name in the identity that clients receive
     #[arg(long, default_value = "server")]
     name: String,
-    /// Speak first: say the identity unasked, then send everything back
+    /// Send the identity first, then return everything received
     #[arg(long)]
     greet: bool,
     /// Each UDP socket answers only its first client, by a connected socket
@@ -101,7 +101,10 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         let server = Arc::clone(&server);
         Builder::new().spawn(move || datagrams(&socket, &server))?;
     }
-    ensure!(!listening.is_empty(), "no --tcp, --udp and --sctp");
+    ensure!(
+        !listening.is_empty(),
+        "one of --tcp, --udp and --sctp is required"
+    );
     say(&Served::Listening(listening))?;
     loop {
         std::thread::park();

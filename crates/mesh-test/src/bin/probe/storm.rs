@@ -1,17 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `probe storm`: many short connections, the client closing first, each answer checked.
+//! `probe storm`: many short connections, the client closing first, each answer checked. SIGTERM ends
+//! it before its time, with its report.
 
 use std::net::{SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use mesh_test::reports::Storm;
+use mesh_test::sys::{block_interrupts, wait_for_interrupt};
 use mesh_test::talk::{Identity, ask_identity, canonical};
 use socket2::SockAddr;
 
 use crate::args::{Net, Ports, Random, SocketArgs, percentile};
 use crate::say;
+
+/// Set by SIGTERM: no further connection begins.
+static STOPPED: AtomicBool = AtomicBool::new(false);
 
 /// Wrong answers that are reported in full.
 const EXAMPLES: usize = 10;
@@ -32,10 +37,10 @@ pub(crate) struct Args {
     /// Threads, each with one connection at a time
     #[arg(long, default_value_t = 1)]
     threads: u64,
-    /// Connections altogether
+    /// Total number of connections
     #[arg(long)]
     count: Option<u64>,
-    /// Go on for so many seconds (if no count is given: 1)
+    /// Duration in seconds (default without --count: 1)
     #[arg(long)]
     seconds: Option<f64>,
     /// The server's own address is another than the destination (behind a service)
@@ -64,6 +69,12 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
         args.net.is_empty() || args.ports.is_some(),
         "--net needs --ports"
     );
+    block_interrupts()?;
+    let _waiter = std::thread::spawn(|| {
+        if wait_for_interrupt().is_ok() {
+            STOPPED.store(true, Ordering::Relaxed);
+        }
+    });
     let left = AtomicU64::new(args.count.unwrap_or(u64::MAX));
     let seconds = args.seconds.or_else(|| args.count.is_none().then_some(1.0));
     let begun = Instant::now();
@@ -117,6 +128,7 @@ fn storm(args: &Args, thread: u64, left: &AtomicU64, until: Option<Instant>) -> 
     let mut share = Share::default();
     let take_one = |left: u64| left.checked_sub(1);
     while until.is_none_or(|until| Instant::now() < until)
+        && !STOPPED.load(Ordering::Relaxed)
         && left
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take_one)
             .is_ok()

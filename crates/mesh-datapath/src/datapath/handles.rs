@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What other rooms may do with the datapath without owning it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use mesh_common::counter::{COUNTERS, Counter};
+use mesh_common::maps::{
+    CapturedKey, ConnectionKey, MARK_STEERED, MAX_BACKENDS, MAX_MARKED, MAX_OLD_CONNECTIONS,
+    MAX_PEERS, MAX_POD_CIDRS, MAX_PODS, MAX_POLICY_CIDRS, MAX_POLICY_PORTS, MAX_POLICY_SELECTS,
+    MAX_POLICY_SETS, MAX_PORT_MODES, MAX_SERVICES, MAX_TUNNELS,
+};
+use mesh_common::socket::Exempt;
+use mesh_common::{Endpoint, Port, Protocol};
+use mesh_plan::Plan;
+use zerocopy::{FromBytes as _, IntoBytes as _};
+
+use mesh_sys::bpf;
+use mesh_sys::sock_diag::{Socket, state};
+
+/// Maps that a plan fills, whose filling is reported, with their capacities.
+const REPORTED: [(&str, u32); 10] = [
+    ("PODS", MAX_PODS),
+    ("PEERS", MAX_PEERS),
+    ("POD_CIDRS", MAX_POD_CIDRS),
+    ("POLICY_SETS", MAX_POLICY_SETS),
+    ("POLICY_SELECT", MAX_POLICY_SELECTS),
+    ("POLICY_CIDRS", MAX_POLICY_CIDRS),
+    ("POLICY_PORTS", MAX_POLICY_PORTS),
+    ("PORT_MODES", MAX_PORT_MODES),
+    ("SERVICES", MAX_SERVICES),
+    ("BACKENDS", MAX_BACKENDS),
+];
+
+/// Maps of connections, with their capacities: counted when somebody asks.
+const COUNTED: [(&str, u32); 3] = [
+    ("OLD_CONNECTIONS", MAX_OLD_CONNECTIONS),
+    ("TUNNELS", MAX_TUNNELS),
+    ("MARKED", MAX_MARKED),
+];
+
+/// Cheap to clone; every call is one system call.
+#[derive(Clone, Debug)]
+pub struct Handles {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    exempt: OwnedFd,
+    decided: OwnedFd,
+    captured: OwnedFd,
+    counters: OwnedFd,
+    cpus: usize,
+    usage: [AtomicU64; REPORTED.len()],
+    counted: [OwnedFd; COUNTED.len()],
+}
+
+impl Handles {
+    pub(super) fn open(pins: &Path) -> io::Result<Self> {
+        let [old, tunnels, marked] = COUNTED.map(|(name, _)| bpf::open_pin(&pins.join(name)));
+        Ok(Self {
+            inner: Arc::new(Inner {
+                exempt: bpf::open_pin(&pins.join("EXEMPT"))?,
+                decided: bpf::open_pin(&pins.join("SOCKETS"))?,
+                captured: bpf::open_pin(&pins.join("CAPTURED"))?,
+                counters: bpf::open_pin(&pins.join("COUNTERS"))?,
+                cpus: possible_cpus()?,
+                usage: std::array::from_fn(|_| AtomicU64::new(0)),
+                counted: [old?, tunnels?, marked?],
+            }),
+        })
+    }
+
+    /// Makes a socket known as the agent's own: the hooks leave it alone. `marked` = its SYN is to
+    /// say that it is a tunnel. To be called before connect().
+    ///
+    /// # Errors
+    /// When the descriptor is no socket.
+    pub fn exempt(&self, socket: BorrowedFd<'_>, marked: bool) -> io::Result<()> {
+        let value = Exempt {
+            exempt: if marked {
+                Exempt::MARKED
+            } else {
+                Exempt::PLAIN
+            },
+            spare: 0,
+        };
+        bpf::put(
+            self.inner.exempt.as_fd(),
+            &socket.as_raw_fd().to_ne_bytes(),
+            value.as_bytes(),
+        )
+    }
+
+    /// The storage in which the hooks leave with a socket what they decided about it.
+    #[must_use]
+    pub fn decided(&self) -> BorrowedFd<'_> {
+        self.inner.decided.as_fd()
+    }
+
+    /// The service that a captured connection asked for; a second call finds nothing.
+    #[must_use]
+    pub fn take_captured(
+        &self,
+        netns_cookie: u64,
+        to: Endpoint,
+        local_port: Port,
+    ) -> Option<Endpoint> {
+        let key = CapturedKey {
+            netns_cookie,
+            to,
+            local_port,
+            pad: 0,
+        };
+        let mut value = [0u8; size_of::<Endpoint>()];
+        let map = self.inner.captured.as_fd();
+        if !matches!(bpf::get(map, key.as_bytes(), &mut value), Ok(true)) {
+            return None;
+        }
+        // Left behind it would only be evicted later.
+        bpf::remove(map, key.as_bytes()).ok()?;
+        Endpoint::read_from_bytes(&value).ok()
+    }
+
+    /// Whether a socket is the agent's end of a tunnel on an application's own port, which no port
+    /// tells; also one that is just beginning. False when the maps cannot be read.
+    #[must_use]
+    pub fn is_tunnel(&self, socket: &Socket) -> bool {
+        if socket.protocol != Protocol::TCP {
+            return false;
+        }
+        let key = ConnectionKey {
+            local: socket.local,
+            remote: socket.remote,
+        };
+        let value_in = |map: &OwnedFd| {
+            let mut value = [0u8; size_of::<u32>()];
+            let found = bpf::get(map.as_fd(), key.as_bytes(), &mut value);
+            matches!(found, Ok(true)).then_some(u32::from_ne_bytes(value))
+        };
+        // In this order: one that is established meanwhile has moved from the first to the second.
+        let [_, tunnels, marked] = &self.inner.counted;
+        let begins = socket.state == state::SYN_RECV && value_in(marked) == Some(MARK_STEERED);
+        begins || value_in(tunnels).is_some()
+    }
+
+    /// A counter's sum over all CPUs; 0 when it cannot be read.
+    #[must_use]
+    pub fn counter(&self, counter: Counter) -> u64 {
+        debug_assert!(
+            counter.index() < COUNTERS,
+            "the map has room for every counter"
+        );
+        let mut values = vec![0u8; 8 * self.inner.cpus];
+        let key = counter.index().to_ne_bytes();
+        match bpf::get(self.inner.counters.as_fd(), &key, &mut values) {
+            Ok(true) => values
+                .as_chunks::<8>()
+                .0
+                .iter()
+                .map(|bytes| u64::from_ne_bytes(*bytes))
+                .sum(),
+            _ => 0,
+        }
+    }
+
+    /// Name, entries and capacity of the maps that a plan fills, and of those of connections; one
+    /// that cannot be counted is left out.
+    #[must_use]
+    pub fn map_usage(&self) -> Vec<(&'static str, u64, u64)> {
+        let filled = REPORTED.iter().zip(&self.inner.usage);
+        let filled = filled.map(|((name, capacity), used)| {
+            (*name, used.load(Ordering::Relaxed), u64::from(*capacity))
+        });
+        let sizes = (size_of::<ConnectionKey>(), size_of::<u32>());
+        let counted = COUNTED.iter().zip(&self.inner.counted);
+        let counted = counted.filter_map(|((name, capacity), map)| {
+            let used = bpf::count(map.as_fd(), sizes).ok()?;
+            Some((*name, used, u64::from(*capacity)))
+        });
+        filled.chain(counted).collect()
+    }
+
+    /// Remembers how full the maps are once `plan` is in them.
+    pub(super) fn note(&self, plan: &Plan) {
+        for (map, entries, _) in plan.fill() {
+            let slots = REPORTED.iter().zip(&self.inner.usage);
+            for (_, slot) in slots.filter(|((name, _), _)| *name == map) {
+                slot.store(entries as u64, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// How many values a per-CPU map has: the kernel's possible CPUs, as a range list.
+fn possible_cpus() -> io::Result<usize> {
+    use std::io::Read as _;
+    let mut text = String::new();
+    File::open("/sys/devices/system/cpu/possible")?.read_to_string(&mut text)?;
+    text.trim()
+        .rsplit([',', '-'])
+        .next()
+        .and_then(|last| last.parse::<usize>().ok())
+        .map(|last| last + 1)
+        .ok_or_else(|| io::Error::other(format!("{text:?} is no list of CPUs")))
+}

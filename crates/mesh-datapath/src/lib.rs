@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The datapath in user space: loads and attaches the kernel programs, fills their maps, and manages the
+//! network namespaces of the pods of this node.
+//!
+//! The only crate that depends on aya. Links and maps are pinned below `BPFFS/mesh/v1` from the first
+//! attach, so that what protects a pod does not depend on this process. A restart updates links in place and
+//! reuses the maps. Nothing here makes a policy decision.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+pub mod check;
+pub mod cleanup;
+pub mod cni;
+pub mod datapath;
+pub mod pods;
+
+/// The paths of the machine that the datapath uses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Host {
+    /// The cgroup (of the cgroup2 hierarchy) below which all pods of the node are.
+    pub cgroup: PathBuf,
+    /// The mount of the BPF file system.
+    pub bpffs: PathBuf,
+    /// The directory of the CNI plugins' configuration.
+    pub cni_conf: PathBuf,
+}

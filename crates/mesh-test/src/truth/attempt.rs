@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Input and output of `probe checks`: connections to try, and their outcomes.
+
+use std::net::{IpAddr, SocketAddr};
+
+use mesh_plan::cluster::Transport;
+use serde::{Deserialize, Serialize};
+
+use crate::talk::Identity;
+
+/// One connection or datagram to try.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attempt {
+    /// Number of the attempt, repeated in its outcome.
+    pub id: usize,
+    /// A datagram (UDP) or a connection.
+    pub transport: Transport,
+    /// Source address (default: the kernel's choice).
+    pub from: Option<IpAddr>,
+    /// Destination.
+    pub to: SocketAddr,
+}
+
+/// Outcome of an attempt.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Number of the attempt.
+    pub id: usize,
+    /// What the server saw, if it answered.
+    pub answer: Option<Identity>,
+    /// The call that failed, with its error.
+    pub error: Option<String>,
+    /// Its `errno`.
+    pub errno: Option<i32>,
+}
+
+impl Outcome {
+    /// Whether the connection was allowed (true) or refused (false).
+    ///
+    /// # Errors
+    /// The attempt failed in another way than a refusal.
+    pub fn allowed(&self) -> Result<bool, String> {
+        const REFUSED: [i32; 8] = [
+            libc::ECONNREFUSED,
+            libc::ECONNRESET,
+            libc::EPIPE,
+            libc::ETIMEDOUT,
+            libc::EAGAIN,
+            // A blocking connect() whose time is over.
+            libc::EINPROGRESS,
+            libc::EPERM,
+            libc::EACCES,
+        ];
+        match (&self.answer, &self.error, self.errno) {
+            (Some(_), _, _) => Ok(true),
+            (None, _, Some(errno)) if REFUSED.contains(&errno) => Ok(false),
+            // The other end closed before it answered.
+            (None, Some(_), None) => Ok(false),
+            (None, error, _) => Err(error.clone().unwrap_or_default()),
+        }
+    }
+}

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The addresses of this node's own interfaces, which its Node object need not list: the gateway of
+//! the pods on a bridge above all, from which the kubelet's probes come.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::IpAddr;
+
+use mesh_sys::route::Routing;
+
+/// Reads the addresses of this node's interfaces.
+pub type Read = fn() -> io::Result<BTreeSet<IpAddr>>;
+
+/// Reads them from the kernel.
+///
+/// # Errors
+/// When netlink fails.
+pub fn read() -> io::Result<BTreeSet<IpAddr>> {
+    let addresses = Routing::open()?.addresses()?;
+    Ok(addresses.into_iter().map(|(_, address)| address).collect())
+}
+
+/// The addresses as they were read last.
+#[derive(Debug)]
+pub(super) struct OwnAddresses {
+    read: Read,
+    known: BTreeSet<IpAddr>,
+    failed: bool,
+}
+
+impl OwnAddresses {
+    pub(super) const fn new(read: Read) -> Self {
+        Self {
+            read,
+            known: BTreeSet::new(),
+            failed: false,
+        }
+    }
+
+    /// Reads the addresses again; whether they changed. They stay if they cannot be read.
+    pub(super) fn refresh(&mut self) -> bool {
+        match (self.read)() {
+            Ok(addresses) => {
+                self.failed = false;
+                let changed = addresses != self.known;
+                self.known = addresses;
+                changed
+            }
+            Err(error) => {
+                if !self.failed {
+                    tracing::warn!(
+                        %error,
+                        "cannot read this node's own addresses: probes of the kubelet may be refused"
+                    );
+                }
+                self.failed = true;
+                false
+            }
+        }
+    }
+
+    pub(super) const fn get(&self) -> &BTreeSet<IpAddr> {
+        &self.known
+    }
+}
