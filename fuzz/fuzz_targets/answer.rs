@@ -3,5 +3,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    let _seen = mesh_identity::fuzz::answer(data);
+    let _seen = mesh_identity::fuzzing::answer(data);
 });

@@ -3,5 +3,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    let _seen = mesh_controller::fuzz::csr(data);
+    let _seen = mesh_controller::fuzzing::csr(data);
 });

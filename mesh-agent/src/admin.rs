@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use mesh_plan::{Cluster, Plan, Rejection};
+use mesh_plan::{ClusterSnapshot, Plan, Rejection};
 use mesh_telemetry::flows::FlowSink;
 use mesh_telemetry::http::{self, Listener, Probes};
 use mesh_telemetry::metrics::Metrics;
@@ -64,7 +64,7 @@ pub struct Views {
     /// The metrics.
     pub metrics: Metrics,
     /// The newest snapshot of the cluster.
-    pub snapshots: watch::Receiver<Arc<Cluster>>,
+    pub snapshots: watch::Receiver<Arc<ClusterSnapshot>>,
     /// The policy in force, the managed pods and their status.
     pub in_force: watch::Receiver<Arc<InForce>>,
     /// Formats a plan.

@@ -14,7 +14,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use mesh_plan::{Cluster, Rejection};
+use mesh_plan::{ClusterSnapshot, Rejection};
 use mesh_telemetry::flows::{self, Flows};
 use mesh_telemetry::metrics::Metrics;
 use mesh_telemetry::readiness::Readiness;
@@ -147,7 +147,7 @@ async fn serve(config: Config, level: Option<Level>) -> Result<(), Error> {
 /// The interval at which the heap is trimmed while the cluster changes.
 const TRIM_HEAP: Duration = Duration::from_secs(5);
 
-async fn trim_heap_after_changes(mut snapshots: watch::Receiver<Arc<Cluster>>) {
+async fn trim_heap_after_changes(mut snapshots: watch::Receiver<Arc<ClusterSnapshot>>) {
     while snapshots.changed().await.is_ok() {
         sleep(TRIM_HEAP).await;
         memory::trim_heap();
@@ -158,7 +158,7 @@ async fn trim_heap_after_changes(mut snapshots: watch::Receiver<Arc<Cluster>>) {
 struct Components {
     metrics: Metrics,
     readiness: Readiness,
-    snapshots: watch::Receiver<Arc<Cluster>>,
+    snapshots: watch::Receiver<Arc<ClusterSnapshot>>,
     in_force: watch::Receiver<Arc<InForce>>,
     rejections: watch::Receiver<Arc<Vec<Rejection>>>,
     source: watch::Receiver<Arc<source::Report>>,

@@ -33,7 +33,7 @@ use std::time::{Duration, Instant};
 use mesh_common::PodState;
 use mesh_common::pod::PodIndex;
 use mesh_common::policy::PolicySetId;
-use mesh_plan::cluster::Cluster;
+use mesh_plan::cluster::ClusterSnapshot;
 use mesh_plan::{Index, Plan};
 use mesh_telemetry::record::CloseReporter;
 use tokio::sync::{mpsc, watch};
@@ -96,7 +96,7 @@ pub async fn run(
     settings: Settings,
     kernel: impl Kernel,
     finder: impl Find,
-    mut snapshots: watch::Receiver<Arc<Cluster>>,
+    mut snapshots: watch::Receiver<Arc<ClusterSnapshot>>,
     publisher: Publisher,
     mut stop: watch::Receiver<bool>,
 ) -> Result<(), Error> {
@@ -254,7 +254,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
     }
 
     /// Compiles a new snapshot.
-    fn set_snapshot(&mut self, snapshot: &Arc<Cluster>) {
+    fn set_snapshot(&mut self, snapshot: &Arc<ClusterSnapshot>) {
         self.desired.compile(snapshot);
         self.progress.is_dirty = true;
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Reads the cluster snapshot from manifests or from the Kubernetes API.
 //!
-//! [`watch`] publishes the latest [`Cluster`] snapshot, the latest [`Report`] of objects that could not
+//! [`watch`] publishes the latest [`ClusterSnapshot`] snapshot, the latest [`Report`] of objects that could not
 //! be used, and whether the snapshot is complete: nothing may be decided on an incomplete one. This
 //! module knows nothing of local pods, plans or maps.
 
@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use mesh_api::Warning;
-use mesh_plan::cluster::{Cluster, ObjectRef, Rejection, Version};
+use mesh_plan::cluster::{ClusterSnapshot, ObjectRef, Rejection, Version};
 use tokio::sync::watch;
 
 use mesh_config::Source;
@@ -40,7 +40,7 @@ pub struct Settings {
 #[derive(Clone, Debug)]
 pub struct Watched {
     /// The snapshot. It is replaced only by a different one.
-    pub cluster: watch::Receiver<Arc<Cluster>>,
+    pub cluster: watch::Receiver<Arc<ClusterSnapshot>>,
     /// The report of rejections and warnings.
     pub report: watch::Receiver<Arc<Report>>,
     /// Whether the snapshot is complete. Until then it is empty, and nothing may be decided on it.

@@ -20,10 +20,7 @@ use crate::run;
 const PARSERS: &[(&str, &[(&str, &str)])] = &[
     (
         "mesh-tunnel",
-        &[
-            ("frames", "tunnel/frame.rs"),
-            ("records", "tls/records.rs"),
-        ],
+        &[("frames", "tunnel/frame.rs"), ("records", "tls/records.rs")],
     ),
     (
         "mesh-controller",

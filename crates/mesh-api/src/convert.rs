@@ -30,7 +30,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use mesh_plan::cluster::{Authentication, Cluster, Namespace, Node, ObjectRef, Policy, Rejection};
+use mesh_plan::cluster::{
+    Authentication, ClusterSnapshot, Namespace, Node, ObjectRef, Policy, Rejection,
+};
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
@@ -86,7 +88,7 @@ impl fmt::Display for Warning {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Outcome {
     /// The cluster snapshot.
-    pub cluster: Cluster,
+    pub cluster: ClusterSnapshot,
     /// The last good version of every object, for the next conversion.
     pub last_good: LastGood,
     /// The rejected objects and their consequences, sorted.

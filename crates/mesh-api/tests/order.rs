@@ -14,7 +14,7 @@ use mesh_api::manifests::Format;
 use mesh_api::truth::{Manifest, tables};
 use mesh_api::{IncrementalConverter, Kind, LastGood, Object, Options, convert};
 use mesh_plan::diff::{apply, diff};
-use mesh_plan::{Cluster, Compiler, Plan, Rejection, compile};
+use mesh_plan::{ClusterSnapshot, Compiler, Plan, Rejection, compile};
 use serde_json::{Value, json};
 
 #[path = "order/random.rs"]
@@ -207,7 +207,7 @@ fn maps(plan: &Plan) -> Plan {
 }
 
 /// The snapshot, plan and rejections of a node that reads objects for the first time.
-fn fresh(objects: &[Value]) -> (Cluster, Plan, Vec<Rejection>) {
+fn fresh(objects: &[Value]) -> (ClusterSnapshot, Plan, Vec<Rejection>) {
     let objects: Vec<Object> = objects.iter().cloned().map(object).collect();
     let outcome = convert(&objects, &LastGood::default(), STANDALONE);
     let (plan, rejections) = compile(&outcome.cluster, NODE);

@@ -14,7 +14,7 @@ mod authority;
 mod caller;
 mod fold;
 #[cfg(any(test, fuzzing))]
-pub mod fuzz;
+pub mod fuzzing;
 mod keeper;
 mod lease;
 mod limits;

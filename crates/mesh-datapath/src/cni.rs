@@ -15,7 +15,7 @@ use std::{fs, io};
 use aya::programs::loaded_programs;
 use mesh_plan::authentication::is_enrolled;
 use mesh_plan::cluster::{
-    Cluster, ObjectRef, Pod, PortMatch, PortRange, Rule, Subject, Tier, Transport,
+    ClusterSnapshot, ObjectRef, Pod, PortMatch, PortRange, Rule, Subject, Tier, Transport,
 };
 use serde::Serialize;
 use serde_json::Value;
@@ -292,7 +292,7 @@ pub fn balancers(cgroup: &Path) -> io::Result<Vec<String>> {
 
 /// The rules of NetworkPolicies for enrolled pods that allow some ports and not the tunnel's.
 #[must_use]
-pub fn blocked(cluster: &Cluster, port: u16) -> Vec<Blocked> {
+pub fn blocked(cluster: &ClusterSnapshot, port: u16) -> Vec<Blocked> {
     let mut enrolled: BTreeMap<&str, Vec<&Pod>> = BTreeMap::new();
     for pod in cluster.pods.values() {
         if is_enrolled(cluster, pod) {

@@ -27,7 +27,7 @@ mod certificate;
 mod clock;
 mod configs;
 #[cfg(any(test, fuzzing))]
-pub mod fuzz;
+pub mod fuzzing;
 mod issuer;
 mod key;
 mod refusal;

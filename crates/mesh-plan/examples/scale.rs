@@ -74,8 +74,8 @@ fn main() {
     println!("{:?}", Decisions::of(&plan));
 }
 
-fn cluster(pods: usize, policies: usize) -> Cluster {
-    let mut cluster = Cluster::default();
+fn cluster(pods: usize, policies: usize) -> ClusterSnapshot {
+    let mut cluster = ClusterSnapshot::default();
     for n in 0..NODES {
         let node = Node {
             addresses: [address(100, n)].into(),
@@ -107,7 +107,7 @@ fn cluster(pods: usize, policies: usize) -> Cluster {
 }
 
 /// A pod of the node gets another label; every other time a pod elsewhere comes, too.
-fn change(cluster: &mut Cluster, pods: usize, round: usize) {
+fn change(cluster: &mut ClusterSnapshot, pods: usize, round: usize) {
     let changed = pod(3 + NODES * round);
     let mut labels = Labels::clone(&changed.labels);
     labels.insert("app".into(), format!("app-{round}"));
@@ -133,7 +133,7 @@ enum Change {
 impl Change {
     const ALL: [Self; 4] = [Self::Add, Self::Ready, Self::Label, Self::Delete];
 
-    fn apply(self, cluster: &mut Cluster, pods: usize, round: usize) {
+    fn apply(self, cluster: &mut ClusterSnapshot, pods: usize, round: usize) {
         let of_node = round.is_multiple_of(2);
         let mut pod = pod(pods + 3 + if of_node { NODES * round } else { round });
         let uid = Arc::clone(&pod.uid);

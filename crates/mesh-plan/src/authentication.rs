@@ -11,8 +11,8 @@ use mesh_common::Port;
 use mesh_common::pod::{ModeKey, PodState, port_mode};
 
 use crate::cluster::{
-    Authentication, Cluster, Labels, Mtls, ObjectName, ObjectRef, OutboundMode, Pod, Rejection,
-    UdpMode,
+    Authentication, ClusterSnapshot, Labels, Mtls, ObjectName, ObjectRef, OutboundMode, Pod,
+    Rejection, UdpMode,
 };
 use crate::compile::{Options, pod_ref};
 use crate::plan::Deny;
@@ -39,7 +39,7 @@ pub(crate) enum Enrolment {
 }
 
 /// Determines whether a pod is enrolled, and how.
-pub(crate) fn enrolment(cluster: &Cluster, pod: &Pod) -> Enrolment {
+pub(crate) fn enrolment(cluster: &ClusterSnapshot, pod: &Pod) -> Enrolment {
     let namespace = pod.name.namespace.as_str();
     if pod.host_network || namespace == MESH_NAMESPACE {
         return Enrolment::No;
@@ -63,13 +63,13 @@ pub(crate) fn enrolment(cluster: &Cluster, pod: &Pod) -> Enrolment {
 
 /// Whether a pod is enrolled in the mesh.
 #[must_use]
-pub fn is_enrolled(cluster: &Cluster, pod: &Pod) -> bool {
+pub fn is_enrolled(cluster: &ClusterSnapshot, pod: &Pod) -> bool {
     enrolment(cluster, pod) != Enrolment::No
 }
 
 /// Whether a namespace enrolls its pods by default.
 #[must_use]
-pub fn enrols(cluster: &Cluster, namespace: &str) -> bool {
+pub fn enrols(cluster: &ClusterSnapshot, namespace: &str) -> bool {
     let label = cluster
         .namespaces
         .get(namespace)
@@ -81,7 +81,7 @@ pub fn enrols(cluster: &Cluster, namespace: &str) -> bool {
 
 /// Whether the node of an enrolled pod has reported that it accepts tunnels; in standalone mode the
 /// label is enough.
-pub(crate) fn ready(cluster: &Cluster, pod: &Pod, enrolment: Enrolment) -> bool {
+pub(crate) fn ready(cluster: &ClusterSnapshot, pod: &Pod, enrolment: Enrolment) -> bool {
     let Some(ready) = &cluster.ready else {
         return true;
     };
@@ -96,7 +96,7 @@ pub(crate) fn ready(cluster: &Cluster, pod: &Pod, enrolment: Enrolment) -> bool 
 }
 
 /// How a pod refuses traffic, if its namespace specifies it.
-pub(crate) fn deny(cluster: &Cluster, pod: &Pod) -> Option<Deny> {
+pub(crate) fn deny(cluster: &ClusterSnapshot, pod: &Pod) -> Option<Deny> {
     let namespace = cluster.namespaces.get(&pod.name.namespace)?;
     match namespace.labels.get(DENY_LABEL)?.as_str() {
         "reject" => Some(Deny::Reject),
@@ -106,7 +106,7 @@ pub(crate) fn deny(cluster: &Cluster, pod: &Pod) -> Option<Deny> {
 }
 
 /// Rejects labels of the mesh with an unknown value; they count as missing.
-pub(crate) fn check_labels(cluster: &Cluster, rejections: &mut Vec<Rejection>) {
+pub(crate) fn check_labels(cluster: &ClusterSnapshot, rejections: &mut Vec<Rejection>) {
     let mut check = |object: ObjectRef, labels: &Labels, label: &str, known: &[&str]| {
         let value = labels.get(label).filter(|v| !known.contains(&v.as_str()));
         rejections.extend(value.map(|value| Rejection {
@@ -190,7 +190,7 @@ impl Modes {
 type Named<'a> = (&'a ObjectName, &'a Authentication);
 
 /// The objects that apply to a pod, most specific rank first.
-fn ranks<'a>(cluster: &'a Cluster, pod: &Pod) -> [Vec<Named<'a>>; 3] {
+fn ranks<'a>(cluster: &'a ClusterSnapshot, pod: &Pod) -> [Vec<Named<'a>>; 3] {
     let first = ObjectName::new(pod.name.namespace.as_str(), "");
     let own: Vec<Named<'a>> = cluster
         .authentications
@@ -215,7 +215,7 @@ fn ranks<'a>(cluster: &'a Cluster, pod: &Pod) -> [Vec<Named<'a>>; 3] {
 }
 
 /// The modes of a pod.
-pub(crate) fn modes(cluster: &Cluster, pod: &Pod) -> Modes {
+pub(crate) fn modes(cluster: &ClusterSnapshot, pod: &Pod) -> Modes {
     let ranks = ranks(cluster, pod);
     let mtls = strictest(&ranks, |a| a.mtls).unwrap_or_default();
     let all_ports: BTreeSet<u16> = ranks
@@ -250,7 +250,7 @@ fn strictest<T: Ord>(
 }
 
 /// Rejects objects of one rank with different settings for one pod.
-pub(crate) fn conflicts(cluster: &Cluster, pod: &Pod, rejections: &mut Vec<Rejection>) {
+pub(crate) fn conflicts(cluster: &ClusterSnapshot, pod: &Pod, rejections: &mut Vec<Rejection>) {
     for rank in ranks(cluster, pod) {
         let differs = |field: &dyn Fn(&Authentication) -> Option<u8>| {
             let said: BTreeSet<u8> = rank.iter().filter_map(|(_, a)| field(a)).collect();

@@ -16,7 +16,7 @@ use crate::shared::Shared;
 
 /// A snapshot of everything that an agent needs to know about the cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Cluster {
+pub struct ClusterSnapshot {
     /// Namespaces by name.
     pub namespaces: Shared<BTreeMap<String, Namespace>>,
     /// Nodes by name.

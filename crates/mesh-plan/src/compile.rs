@@ -17,7 +17,7 @@ use mesh_common::maps;
 
 pub use self::incremental::Compiler;
 use crate::authentication;
-use crate::cluster::{Cluster, ObjectRef, Pod, Rejection};
+use crate::cluster::{ClusterSnapshot, ObjectRef, Pod, Rejection};
 use crate::digest::Ids;
 use crate::identities::{Identifier, Identities, Relevant};
 use crate::peers;
@@ -96,18 +96,18 @@ fn is_local(pod: &Pod, node: &str) -> bool {
 }
 
 /// The pods of a node.
-fn local_pods<'a>(cluster: &'a Cluster, node: &str) -> impl Iterator<Item = &'a Arc<Pod>> {
+fn local_pods<'a>(cluster: &'a ClusterSnapshot, node: &str) -> impl Iterator<Item = &'a Arc<Pod>> {
     cluster.pods.values().filter(move |pod| is_local(pod, node))
 }
 
 /// Compiles the plan of a node. Rejections are sorted and unique.
 #[must_use]
-pub fn compile(cluster: &Cluster, node: &str) -> (Plan, Vec<Rejection>) {
+pub fn compile(cluster: &ClusterSnapshot, node: &str) -> (Plan, Vec<Rejection>) {
     compile_with(cluster, node, &Options::default())
 }
 
 pub(crate) fn compile_with(
-    cluster: &Cluster,
+    cluster: &ClusterSnapshot,
     node: &str,
     options: &Options,
 ) -> (Plan, Vec<Rejection>) {
@@ -119,7 +119,7 @@ pub(crate) fn compile_with(
 }
 
 fn build(
-    cluster: &Cluster,
+    cluster: &ClusterSnapshot,
     node: &str,
     options: &Options,
     rejections: &mut Vec<Rejection>,
@@ -146,7 +146,7 @@ fn build(
 /// Compiles the parts of a plan that concern all pods of the cluster: owners of addresses, and
 /// identities.
 fn addresses(
-    cluster: &Cluster,
+    cluster: &ClusterSnapshot,
     node: &str,
     identifier: &Identifier<'_>,
     rejections: &mut Vec<Rejection>,
@@ -171,7 +171,7 @@ fn put_services(plan: &mut Plan, services: &Services) {
     plan.names.services = services.names.clone();
 }
 
-fn pod_cidrs(cluster: &Cluster) -> BTreeSet<Prefix<Addr>> {
+fn pod_cidrs(cluster: &ClusterSnapshot) -> BTreeSet<Prefix<Addr>> {
     let of_nodes = cluster.nodes.values().flat_map(|node| &node.pod_cidrs);
     of_nodes
         .chain(&cluster.pod_cidrs)
@@ -188,7 +188,7 @@ pub(crate) fn pod_ref(pod: &Pod) -> ObjectRef {
 /// cluster.
 fn bound_addresses(
     plan: &mut Plan,
-    cluster: &Cluster,
+    cluster: &ClusterSnapshot,
     node: &str,
     limits: &Limits,
     rejections: &mut Vec<Rejection>,

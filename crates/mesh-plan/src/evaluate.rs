@@ -12,7 +12,7 @@ use mesh_common::pod::PodView;
 use mesh_common::policy::{Direction, Policies as _, PolicySetId, Question};
 use mesh_common::{Addr, Endpoint, Port, Protocol, Reason, Verdict};
 
-use crate::cluster::{Cluster, Pod, Rejection};
+use crate::cluster::{ClusterSnapshot, Pod, Rejection};
 use crate::compile::compile;
 use crate::index::Index;
 use crate::{modes, peers};
@@ -20,7 +20,7 @@ use crate::{modes, peers};
 /// A cluster and the indexed plan of each node that has pods.
 #[derive(Debug)]
 pub struct Evaluator {
-    cluster: Cluster,
+    cluster: ClusterSnapshot,
     nodes: BTreeMap<String, Index>,
     rejections: Vec<Rejection>,
     by_address: HashMap<Addr, Arc<Pod>>,
@@ -90,7 +90,7 @@ impl Verdicts {
 impl Evaluator {
     /// Compiles the plan of every node that has pods.
     #[must_use]
-    pub fn new(cluster: Cluster) -> Self {
+    pub fn new(cluster: ClusterSnapshot) -> Self {
         let mut nodes = BTreeMap::new();
         let mut rejections = Vec::new();
         for pod in cluster.pods.values() {
@@ -114,7 +114,7 @@ impl Evaluator {
 
     /// The cluster.
     #[must_use]
-    pub const fn cluster(&self) -> &Cluster {
+    pub const fn cluster(&self) -> &ClusterSnapshot {
         &self.cluster
     }
 

@@ -14,8 +14,8 @@ use mesh_common::policy::{Direction, Question, RuleId};
 use mesh_common::{Addr, Protocol, Reason, Verdict};
 
 use crate::cluster::{
-    Cluster, Entity, NamespaceMatch, ObjectRef, PeerMatch, Pod, PortRange, Rule, RuleAction,
-    Transport,
+    ClusterSnapshot, Entity, NamespaceMatch, ObjectRef, PeerMatch, Pod, PortRange, Rule,
+    RuleAction, Transport,
 };
 use crate::compile::Options;
 use crate::policies::rules::{Place, Ranked, ranked};
@@ -73,7 +73,7 @@ impl fmt::Display for Conclusion {
 /// is the one of the compiled policy.
 #[must_use]
 pub fn walk(
-    cluster: &Cluster,
+    cluster: &ClusterSnapshot,
     pod: &Pod,
     peer: Option<&Pod>,
     question: Question,
@@ -94,7 +94,7 @@ pub fn walk(
 }
 
 struct Walk<'w, 'a> {
-    cluster: &'a Cluster,
+    cluster: &'a ClusterSnapshot,
     table: &'w Table<'a>,
     places: &'w Places<'a>,
     pod: &'a Pod,

@@ -12,8 +12,8 @@ use std::sync::Arc;
 use mesh_common::identity::IdentityId;
 
 use crate::cluster::{
-    Cluster, Labels, NamespaceMatch, PeerMatch, Pod, Policy, PortRange, Rejection, Rule, Selector,
-    Transport,
+    ClusterSnapshot, Labels, NamespaceMatch, PeerMatch, Pod, Policy, PortRange, Rejection, Rule,
+    Selector, Transport,
 };
 use crate::compile::{Options, pod_ref};
 use crate::plan::IdentityName;
@@ -175,7 +175,11 @@ pub(crate) struct Identifier<'c> {
 
 impl<'c> Identifier<'c> {
     /// Creates the identifier of a cluster; `relevant` is of its policies.
-    pub(crate) fn of(cluster: &'c Cluster, relevant: &'c Relevant, options: &'c Options) -> Self {
+    pub(crate) fn of(
+        cluster: &'c ClusterSnapshot,
+        relevant: &'c Relevant,
+        options: &'c Options,
+    ) -> Self {
         let namespaces = cluster
             .namespaces
             .iter()
@@ -227,7 +231,7 @@ pub(crate) struct Identities {
 impl Identities {
     /// The identities of a cluster's pods, and the identity of each pod.
     pub(crate) fn of<'a>(
-        cluster: &'a Cluster,
+        cluster: &'a ClusterSnapshot,
         identifier: &'a Identifier<'a>,
         rejections: &mut Vec<Rejection>,
     ) -> (Self, OfPods<'a>) {

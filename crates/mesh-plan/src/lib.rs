@@ -2,7 +2,7 @@
 //! Compiles a snapshot of a cluster into the desired state of a node's kernel, as values: no async,
 //! no clock, no I/O.
 //!
-//! [`compile()`] turns a [`cluster::Cluster`] into the [`plan::Plan`] of one node; [`diff::diff`]
+//! [`compile()`] turns a [`cluster::ClusterSnapshot`] into the [`plan::Plan`] of one node; [`diff::diff`]
 //! turns two plans into ordered operations on maps; an [`Index`] decides connections by a plan. All
 //! are pure: equal snapshots give equal plans in any order and on any node.
 
@@ -38,7 +38,7 @@ mod support;
 #[cfg(test)]
 mod tests;
 
-pub use cluster::{Cluster, Rejection};
+pub use cluster::{ClusterSnapshot, Rejection};
 pub use compile::{Compiler, compile};
 pub use diff::diff;
 pub use index::Index;

@@ -12,7 +12,7 @@ use mesh_common::Addr;
 use mesh_common::identity::{IdentityId, Peer};
 
 use crate::authentication::{self, Enrolment};
-use crate::cluster::{Cluster, ObjectRef, Pod, Rejection};
+use crate::cluster::{ClusterSnapshot, ObjectRef, Pod, Rejection};
 use crate::compile::pod_ref;
 use crate::identities::OfPods;
 
@@ -44,7 +44,7 @@ pub(crate) enum Owner<'a> {
 
 /// The owners of all addresses of pods and nodes.
 pub(crate) fn owners<'a>(
-    cluster: &'a Cluster,
+    cluster: &'a ClusterSnapshot,
     node: Option<&str>,
     rejections: &mut Vec<Rejection>,
 ) -> BTreeMap<Addr, Owner<'a>> {
@@ -129,7 +129,7 @@ fn settle<'a>(
 
 /// The content of the map `PEERS` of a node.
 pub(crate) fn peers(
-    cluster: &Cluster,
+    cluster: &ClusterSnapshot,
     node: &str,
     owners: &BTreeMap<Addr, Owner<'_>>,
     of_pods: &OfPods<'_>,
@@ -171,7 +171,7 @@ pub(crate) fn peers(
 }
 
 /// The flags of a pod as a peer.
-pub(crate) fn flags(cluster: &Cluster, pod: &Pod) -> u32 {
+pub(crate) fn flags(cluster: &ClusterSnapshot, pod: &Pod) -> u32 {
     let enrolment = authentication::enrolment(cluster, pod);
     if enrolment == Enrolment::No {
         return Peer::POD;

@@ -24,7 +24,7 @@ use mesh_common::Addr;
 use mesh_common::policy::Direction;
 
 use crate::cluster::{
-    Cluster, Entity, Labels, ObjectRef, PeerMatch, Pod, Policy, PortRange, Rejection, Rule,
+    ClusterSnapshot, Entity, Labels, ObjectRef, PeerMatch, Pod, Policy, PortRange, Rejection, Rule,
     RuleAction, Subject, Tier,
 };
 use crate::digest::digest;
@@ -90,7 +90,7 @@ pub(crate) type Net = (IpNet, BTreeSet<IpNet>);
 /// The addresses behind peers of rules.
 #[derive(Clone, Debug)]
 pub(crate) struct Places<'a> {
-    cluster: &'a Cluster,
+    cluster: &'a ClusterSnapshot,
     /// API servers whose address is also that of a pod or another node, and which have its
     /// identity.
     api_servers: BTreeSet<IpAddr>,
@@ -99,7 +99,7 @@ pub(crate) struct Places<'a> {
 impl<'a> Places<'a> {
     /// The places of a cluster, seen from a node. The node's own addresses are matched by identity,
     /// because packets of others may have them.
-    pub(crate) fn of(cluster: &'a Cluster, node: Option<&str>) -> Self {
+    pub(crate) fn of(cluster: &'a ClusterSnapshot, node: Option<&str>) -> Self {
         let servers = &cluster.api_servers;
         let of_pods: BTreeSet<&IpAddr> = pods(cluster)
             .flat_map(|pod| &pod.addresses)
@@ -110,7 +110,7 @@ impl<'a> Places<'a> {
 
     /// The places of a cluster in which every pod owns its addresses.
     pub(crate) fn among(
-        cluster: &'a Cluster,
+        cluster: &'a ClusterSnapshot,
         node: Option<&str>,
         workloads: &BTreeMap<Addr, Arc<Pod>>,
     ) -> Self {
@@ -119,7 +119,11 @@ impl<'a> Places<'a> {
         })
     }
 
-    fn with(cluster: &'a Cluster, node: Option<&str>, is_pod: impl Fn(&IpAddr) -> bool) -> Self {
+    fn with(
+        cluster: &'a ClusterSnapshot,
+        node: Option<&str>,
+        is_pod: impl Fn(&IpAddr) -> bool,
+    ) -> Self {
         let others = cluster.nodes.iter();
         let others = others.filter(|(name, _)| Some(name.as_str()) != node);
         let of_others: BTreeSet<&IpAddr> = others.flat_map(|(_, node)| &node.addresses).collect();
@@ -176,7 +180,7 @@ impl<'a> Places<'a> {
     }
 }
 
-fn pods(cluster: &Cluster) -> impl Iterator<Item = &Pod> {
+fn pods(cluster: &ClusterSnapshot) -> impl Iterator<Item = &Pod> {
     let pods = cluster.pods.values().map(|pod| &**pod);
     pods.filter(|pod| !pod.host_network)
 }
@@ -201,7 +205,11 @@ pub(crate) struct Table<'a> {
 impl<'a> Table<'a> {
     /// Creates the table of a cluster's policies. `known` are earlier digests of the same policies,
     /// or empty; they are updated.
-    pub(crate) fn of(cluster: &'a Cluster, places: &Places<'a>, known: &mut Digests) -> Self {
+    pub(crate) fn of(
+        cluster: &'a ClusterSnapshot,
+        places: &Places<'a>,
+        known: &mut Digests,
+    ) -> Self {
         let mut table = Self::default();
         known.0.resize(cluster.policies.len(), None);
         for (index, (object, policy)) in cluster.policies.iter().enumerate() {
@@ -231,7 +239,7 @@ impl<'a> Table<'a> {
     }
 
     /// The policies that select a pod, in order.
-    pub(crate) fn selecting(&self, cluster: &Cluster, pod: &Pod) -> Vec<usize> {
+    pub(crate) fn selecting(&self, cluster: &ClusterSnapshot, pod: &Pod) -> Vec<usize> {
         let namespace = pod.name.namespace.as_str();
         let own = self.by_namespace.get(namespace).into_iter().flatten();
         let mut selecting: Vec<usize> = own
@@ -280,7 +288,7 @@ fn speaks_for_itself(policy: &Policy) -> bool {
 }
 
 /// Whether a policy's subject selects a pod.
-pub(crate) fn selects(cluster: &Cluster, subject: &Subject, pod: &Pod) -> bool {
+pub(crate) fn selects(cluster: &ClusterSnapshot, subject: &Subject, pod: &Pod) -> bool {
     let namespace = pod.name.namespace.as_str();
     match subject {
         Subject::Pods {
@@ -297,7 +305,7 @@ pub(crate) fn selects(cluster: &Cluster, subject: &Subject, pod: &Pod) -> bool {
 }
 
 /// Rejects rules that cannot be enforced as they are written.
-pub(crate) fn check(cluster: &Cluster, rejections: &mut Vec<Rejection>) {
+pub(crate) fn check(cluster: &ClusterSnapshot, rejections: &mut Vec<Rejection>) {
     let is_place = |peer: &PeerMatch| matches!(peer, PeerMatch::Cidr { .. } | PeerMatch::Nodes(_));
     for (object, policy) in &cluster.policies {
         for rule in policy.egress.iter().flatten() {

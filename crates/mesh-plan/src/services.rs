@@ -15,7 +15,8 @@ use mesh_common::service::{BackendKey, BackendListId, Service as Entry, ServiceK
 use mesh_common::{Addr, Endpoint, Port, Protocol};
 
 use crate::cluster::{
-    Cluster, ObjectName, ObjectRef, Rejection, Service, ServiceEndpoint, ServicePort, Transport,
+    ClusterSnapshot, ObjectName, ObjectRef, Rejection, Service, ServiceEndpoint, ServicePort,
+    Transport,
 };
 use crate::compile::Options;
 use crate::plan::Plan;
@@ -49,7 +50,7 @@ enum Scope<'a> {
 
 /// Compiles every service. `plan` has the owners of addresses.
 pub(crate) fn services(
-    cluster: &Cluster,
+    cluster: &ClusterSnapshot,
     node: &str,
     plan: &Plan,
     options: &Options,
@@ -278,7 +279,7 @@ impl Builder<'_> {
     }
 
     /// Adds the node ports of this node, or of all others.
-    fn node_ports(&mut self, cluster: &Cluster, node: &str, own: bool) {
+    fn node_ports(&mut self, cluster: &ClusterSnapshot, node: &str, own: bool) {
         for (name, service) in &cluster.services {
             let ports = service.ports.iter();
             let ports: Vec<_> = ports.filter_map(|p| Some((p, p.node_port?))).collect();
@@ -309,7 +310,7 @@ impl Builder<'_> {
     }
 
     /// Adds headless services, which only have names.
-    fn headless(&mut self, cluster: &Cluster) {
+    fn headless(&mut self, cluster: &ClusterSnapshot) {
         for (name, service) in cluster.services.iter().filter(|(_, s)| s.headless) {
             for endpoint in &service.endpoints {
                 if let Some(key) = key(endpoint.address, endpoint.port, endpoint.transport) {

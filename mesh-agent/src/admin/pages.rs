@@ -9,7 +9,7 @@ use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
 use mesh_common::Protocol;
 use mesh_common::pod::PodState;
-use mesh_plan::cluster::{Cluster, PeerMatch};
+use mesh_plan::cluster::{ClusterSnapshot, PeerMatch};
 use mesh_plan::plan::LocalPod;
 use mesh_telemetry::http::{
     Answer, Handler, JSON, JSON_LINES, Probes, TEXT, answer, internal_error, method_not_allowed,
@@ -123,7 +123,7 @@ fn source(report: &Report) -> Value {
 }
 
 /// Lists the peers of policies that match nothing, because the mesh does not support them.
-fn match_nothing(snapshot: &Cluster) -> Vec<String> {
+fn match_nothing(snapshot: &ClusterSnapshot) -> Vec<String> {
     let mut all = Vec::new();
     for (object, policy) in &snapshot.policies {
         let rules = policy.ingress.iter().chain(&policy.egress).flatten();

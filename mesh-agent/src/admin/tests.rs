@@ -20,7 +20,7 @@ struct Rig {
 }
 
 /// A policy with a peer that the mesh does not support.
-fn unsupported_policy() -> mesh_plan::Cluster {
+fn unsupported_policy() -> mesh_plan::ClusterSnapshot {
     use mesh_plan::cluster::{ObjectRef, PeerMatch, Policy, Rule, RuleAction, Subject, Tier};
     let rule = Rule {
         name: "egress[0]".to_owned(),
@@ -38,9 +38,9 @@ fn unsupported_policy() -> mesh_plan::Cluster {
         audit: false,
     };
     let object = ObjectRef::new("ClusterNetworkPolicy", "", "names");
-    mesh_plan::Cluster {
+    mesh_plan::ClusterSnapshot {
         policies: [(object, policy.into())].into_iter().collect(),
-        ..mesh_plan::Cluster::default()
+        ..mesh_plan::ClusterSnapshot::default()
     }
 }
 

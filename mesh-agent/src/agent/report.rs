@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use mesh_api::crd::{MeshNodeStatus, ReportedField, ReportedObject, UnprotectedPod};
-use mesh_plan::cluster::{Cluster, ObjectRef, Rejection, Version};
+use mesh_plan::cluster::{ClusterSnapshot, ObjectRef, Rejection, Version};
 use tokio::sync::{oneshot, watch};
 use tokio::time::sleep;
 
@@ -203,7 +203,7 @@ fn why_not(pod: &PodStatus) -> Option<String> {
     None
 }
 
-fn in_force(snapshot: &Cluster) -> Vec<ReportedObject> {
+fn in_force(snapshot: &ClusterSnapshot) -> Vec<ReportedObject> {
     let accepted = snapshot
         .versions
         .iter()

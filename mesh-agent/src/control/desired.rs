@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use mesh_plan::cluster::{Cluster, Rejection};
+use mesh_plan::cluster::{ClusterSnapshot, Rejection};
 use mesh_plan::{Compiler, Plan};
 
 use super::own_addresses::{self, OwnAddresses};
@@ -17,7 +17,7 @@ pub(super) struct Desired {
     compiler: Compiler,
     own_addresses: OwnAddresses,
     /// The snapshot that the plan was compiled from.
-    pub(super) snapshot: Arc<Cluster>,
+    pub(super) snapshot: Arc<ClusterSnapshot>,
     /// The plan as the cluster requests it.
     pub(super) plan: Plan,
     /// Fields that the compiler rejected.
@@ -41,7 +41,7 @@ impl Desired {
     }
 
     /// Compiles a snapshot.
-    pub(super) fn compile(&mut self, snapshot: &Arc<Cluster>) {
+    pub(super) fn compile(&mut self, snapshot: &Arc<ClusterSnapshot>) {
         let (mut plan, rejections) = self.compiler.compile(snapshot, self.own_addresses.get());
         plan.unite(&self.plan);
         for rejection in rejections.iter().filter(|it| !self.rejections.contains(it)) {

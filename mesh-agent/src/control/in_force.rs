@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use mesh_plan::plan::LocalPod;
-use mesh_plan::{Cluster, Index};
+use mesh_plan::{ClusterSnapshot, Index};
 use mesh_telemetry::record::Policy;
 use tokio::sync::watch;
 
@@ -21,7 +21,7 @@ pub struct InForce {
     /// Revision of the plan: 1 for the first plan of this process; 0 = no plan yet.
     pub revision: u64,
     /// Snapshot of the cluster that the newest completely applied plan was compiled from.
-    pub snapshot: Arc<Cluster>,
+    pub snapshot: Arc<ClusterSnapshot>,
     /// The plan, with the protection that pods have and not the one they request.
     pub plan: Arc<Index>,
     /// The managed pods. The plan has each of them.

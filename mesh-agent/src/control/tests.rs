@@ -474,8 +474,8 @@ fn a_pod_is_detached_within_a_second_of_its_namespace_going() {
 }
 
 /// The snapshot of a cluster with one enrolled pod.
-fn snapshot(local: &LocalPod) -> Cluster {
-    let mut cluster = Cluster::default();
+fn snapshot(local: &LocalPod) -> ClusterSnapshot {
+    let mut cluster = ClusterSnapshot::default();
     let labels = [("mesh.rs/dataplane".to_owned(), "enabled".to_owned())];
     let namespace = mesh_plan::cluster::Namespace {
         uid: "ns".to_owned(),

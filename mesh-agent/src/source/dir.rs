@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mesh_api::{LastGood, Options, convert};
-use mesh_plan::cluster::Cluster;
+use mesh_plan::cluster::ClusterSnapshot;
 use notify::event::{AccessKind, AccessMode};
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::{oneshot, watch};
@@ -56,7 +56,7 @@ struct DirSource {
     files: Files,
     last_good: LastGood,
     saved: LastGoodFile,
-    cluster: watch::Sender<Arc<Cluster>>,
+    cluster: watch::Sender<Arc<ClusterSnapshot>>,
     report: watch::Sender<Arc<Report>>,
 }
 

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use kube::Client;
 use mesh_api::{IncrementalConverter, Kind, Options};
-use mesh_plan::cluster::{Cluster, ObjectRef};
+use mesh_plan::cluster::{ClusterSnapshot, ObjectRef};
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -104,7 +104,7 @@ struct KubernetesSource {
     changed: Option<Instant>,
     /// The earliest time of the next publication.
     rested: Option<Instant>,
-    cluster: watch::Sender<Arc<Cluster>>,
+    cluster: watch::Sender<Arc<ClusterSnapshot>>,
     report: watch::Sender<Arc<Report>>,
     complete: watch::Sender<bool>,
 }

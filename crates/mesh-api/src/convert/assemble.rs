@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use mesh_plan::cluster::{
-    Authentication, Cluster, Namespace, Node, ObjectName, ObjectRef, Rejection, Service,
+    Authentication, ClusterSnapshot, Namespace, Node, ObjectName, ObjectRef, Rejection, Service,
     ServiceEndpoint,
 };
 
@@ -26,7 +26,7 @@ pub(super) fn assemble<'f>(
     options: Options,
     outcome: &mut Outcome,
 ) {
-    let mut cluster = Cluster::default();
+    let mut cluster = ClusterSnapshot::default();
     let mut pods: BTreeMap<&str, &ParsedPod> = BTreeMap::new();
     let mut services: BTreeMap<ObjectName, &ParsedService> = BTreeMap::new();
     let mut slices: BTreeMap<&ObjectName, Vec<&[ServiceEndpoint]>> = BTreeMap::new();
@@ -161,7 +161,7 @@ fn selected(
 /// The pods whose own node reports that it accepts tunnels for them.
 fn ready(
     pods: &BTreeMap<&str, &ParsedPod>,
-    cluster: &Cluster,
+    cluster: &ClusterSnapshot,
     reports: &BTreeMap<&str, &NodeReport>,
 ) -> BTreeSet<Arc<str>> {
     let report_of = |namespace: &str, node: &str| {
@@ -189,7 +189,7 @@ pub(super) fn accepts_all(report: &NodeReport, namespace: Option<&Namespace>) ->
 }
 
 /// Adds a namespace with only its name label for pods whose Namespace object is missing.
-fn name_namespaces(cluster: &mut Cluster) {
+fn name_namespaces(cluster: &mut ClusterSnapshot) {
     let pods = cluster.pods.values();
     let names: HashSet<&String> = pods.map(|pod| &pod.name.namespace).collect();
     for name in names {

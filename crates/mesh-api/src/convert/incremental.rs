@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use mesh_plan::authentication;
 use mesh_plan::cluster::{
-    Authentication, Cluster, Labels, Namespace, Node, ObjectName, ObjectRef, Pod, Rejection,
-    Service, Transport, Version,
+    Authentication, ClusterSnapshot, Labels, Namespace, Node, ObjectName, ObjectRef, Pod,
+    Rejection, Service, Transport, Version,
 };
 use mesh_plan::shared::Shared;
 use serde_json::Value;
@@ -30,7 +30,7 @@ pub struct IncrementalConverter {
     /// The objects that have rejections or warnings.
     diagnosed: BTreeSet<ObjectRef>,
     /// The snapshot, valid except for the stale parts.
-    cluster: Cluster,
+    cluster: ClusterSnapshot,
     stale: Stale,
     interned: Interned,
     changes: u64,
@@ -143,7 +143,7 @@ impl IncrementalConverter {
             before,
             entries: BTreeMap::new(),
             diagnosed: BTreeSet::new(),
-            cluster: Cluster::default(),
+            cluster: ClusterSnapshot::default(),
             stale: Stale {
                 all: true,
                 ..Stale::default()
@@ -452,7 +452,7 @@ impl IncrementalConverter {
 /// to these pods plaintext. A pod that is enrolled again is not ready until its node reports it: before
 /// that, the replies to its plaintext traffic would be dropped.
 fn still_ready(
-    cluster: &Cluster,
+    cluster: &ClusterSnapshot,
     reported: &BTreeSet<Arc<str>>,
     before: &BTreeSet<Arc<str>>,
 ) -> BTreeSet<Arc<str>> {
@@ -469,13 +469,18 @@ fn still_ready(
 
 impl Stale {
     /// Whether a namespace was deleted that pods may still be in.
-    fn lost_namespace(&self, cluster: &Cluster) -> bool {
+    fn lost_namespace(&self, cluster: &ClusterSnapshot) -> bool {
         let mut names = self.namespaces.iter();
         names.any(|name| !cluster.namespaces.contains_key(name))
     }
 
     /// Removes the content of an object from the snapshot.
-    fn removed(&mut self, cluster: &mut Cluster, object: &ObjectRef, parsed: &ParsedObject) {
+    fn removed(
+        &mut self,
+        cluster: &mut ClusterSnapshot,
+        object: &ObjectRef,
+        parsed: &ParsedObject,
+    ) {
         let name = || ObjectName::new(&*object.namespace, &*object.name);
         match parsed {
             ParsedObject::Namespace(_) => {
@@ -499,7 +504,7 @@ impl Stale {
     }
 
     /// Adds the content of an object to the snapshot.
-    fn added(&mut self, cluster: &mut Cluster, object: &ObjectRef, parsed: &ParsedObject) {
+    fn added(&mut self, cluster: &mut ClusterSnapshot, object: &ObjectRef, parsed: &ParsedObject) {
         let name = || ObjectName::new(&*object.namespace, &*object.name);
         match parsed {
             ParsedObject::Namespace(namespace) => {

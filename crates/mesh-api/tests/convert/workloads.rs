@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use mesh_plan::cluster::{Cluster, Pod, ServiceEndpoint, Transport};
+use mesh_plan::cluster::{ClusterSnapshot, Pod, ServiceEndpoint, Transport};
 
 use super::{clean, in_cluster, rejections, service, standalone};
 
@@ -141,7 +141,7 @@ fn pod_addresses_are_required_without_a_control_plane() {
 #[test]
 fn netns_annotation_is_used_only_without_a_control_plane() {
     let text = pod_object("annotations: {mesh.rs/netns: /run/netns/a}", "", "");
-    let path = |cluster: &Cluster| cluster.pods["u1"].netns_path.clone();
+    let path = |cluster: &ClusterSnapshot| cluster.pods["u1"].netns_path.clone();
     assert_eq!(
         path(&standalone(&text).cluster).as_deref(),
         Some("/run/netns/a")

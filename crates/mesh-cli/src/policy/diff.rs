@@ -12,7 +12,7 @@ use mesh_api::{LastGood, Object, Options, convert};
 use mesh_common::identity::Evidence;
 use mesh_common::verdict::Verdict;
 use mesh_common::{Protocol, Reason};
-use mesh_plan::Cluster;
+use mesh_plan::ClusterSnapshot;
 use mesh_plan::evaluate::{Connection, Verdicts};
 use serde_json::Value;
 
@@ -59,7 +59,7 @@ pub(crate) fn run(args: &Diff, out: &mut impl Write) -> Result<Outcome> {
         }
         None => {
             let text = agent::get(&args.agent, "/facts")?;
-            let snapshot: Cluster = serde_json::from_str(&text).context(
+            let snapshot: ClusterSnapshot = serde_json::from_str(&text).context(
                 "cannot parse the agent's snapshot: the agent may be of another version",
             )?;
             records(&agent::get(&args.agent, "/flows")?, &mut connections)?;
@@ -83,7 +83,7 @@ fn read(paths: &[std::path::PathBuf]) -> Result<Vec<Object>> {
 }
 
 /// The cluster with new manifests applied. A rejected update changes nothing, as in an agent.
-fn merged(snapshot: &Cluster, objects: &[Object], replace: bool) -> World {
+fn merged(snapshot: &ClusterSnapshot, objects: &[Object], replace: bool) -> World {
     let mut outcome = convert(objects, &LastGood::default(), Options { standalone: true });
     for rejection in &mut outcome.rejections {
         let object = rejection.object.to_string();

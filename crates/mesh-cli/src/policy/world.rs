@@ -12,7 +12,7 @@ use mesh_common::Protocol;
 use mesh_common::identity::Evidence;
 use mesh_common::policy::RuleId;
 use mesh_common::verdict::Verdict;
-use mesh_plan::cluster::{Cluster, Pod, Transport};
+use mesh_plan::cluster::{ClusterSnapshot, Pod, Transport};
 use mesh_plan::evaluate::{Connection, Evaluator};
 use mesh_plan::{Index, text};
 
@@ -96,7 +96,7 @@ impl World {
     }
 
     /// The world of a cluster; `notes` are about its manifests.
-    pub(crate) fn of(cluster: Cluster, mut notes: Vec<String>) -> Self {
+    pub(crate) fn of(cluster: ClusterSnapshot, mut notes: Vec<String>) -> Self {
         let evaluator = Evaluator::new(cluster);
         let cluster = evaluator.cluster();
         let mut by_name = HashMap::new();
@@ -127,7 +127,7 @@ impl World {
     }
 
     /// The cluster.
-    pub(crate) const fn cluster(&self) -> &Cluster {
+    pub(crate) const fn cluster(&self) -> &ClusterSnapshot {
         self.evaluator.cluster()
     }
 

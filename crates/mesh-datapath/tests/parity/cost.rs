@@ -10,8 +10,8 @@ use aya::programs::{TestRun as _, TestRunOptions};
 use mesh_common::pod::{PodState, PodView};
 use mesh_common::{Addr, Endpoint, Port};
 use mesh_plan::cluster::{
-    Cluster, LabelTest, NamespaceMatch, ObjectName, ObjectRef, PeerMatch, Pod, Policy, PortMatch,
-    PortRange, Requirement, Rule, RuleAction, Selector, Subject, Tier, Transport,
+    ClusterSnapshot, LabelTest, NamespaceMatch, ObjectName, ObjectRef, PeerMatch, Pod, Policy,
+    PortMatch, PortRange, Requirement, Rule, RuleAction, Selector, Subject, Tier, Transport,
 };
 use mesh_plan::{Plan, compile};
 
@@ -52,8 +52,8 @@ fn pod(number: usize, role: &str, node: &str) -> Pod {
 /// Returns a cluster in which pod 1 is the server: the last of its policies allows pod 2, and none
 /// allows pod 3. A tenth of all policies selects the server, at most 100. The others select other pods
 /// of the node, so that the maps are as full as in a real cluster.
-fn cluster(policies: usize) -> Cluster {
-    let mut cluster = Cluster::default();
+fn cluster(policies: usize) -> ClusterSnapshot {
+    let mut cluster = ClusterSnapshot::default();
     let mut add = |pod: Pod| drop(cluster.pods.insert(Arc::clone(&pod.uid), pod.into()));
     add(pod(1, "server", "n1"));
     add(pod(2, "right", "n2"));

@@ -17,8 +17,8 @@ use mesh_common::policy::{
 };
 use mesh_common::{Addr, Endpoint, Port};
 use mesh_plan::cluster::{
-    Cluster, LabelTest, NamespaceMatch, ObjectName, ObjectRef, PeerMatch, Pod, Policy, PortMatch,
-    PortRange, Requirement, Rule, RuleAction, Selector, Subject, Tier, Transport,
+    ClusterSnapshot, LabelTest, NamespaceMatch, ObjectName, ObjectRef, PeerMatch, Pod, Policy,
+    PortMatch, PortRange, Requirement, Rule, RuleAction, Selector, Subject, Tier, Transport,
 };
 use mesh_plan::plan::{Entry, Key, MapOp};
 use mesh_plan::{Plan, compile, diff};
@@ -48,8 +48,8 @@ fn role(value: &str) -> Selector {
 }
 
 /// Returns the cluster of a revision, which allows one of two roles: the first client always has it.
-fn cluster(revision: usize) -> Cluster {
-    let mut cluster = Cluster::default();
+fn cluster(revision: usize) -> ClusterSnapshot {
+    let mut cluster = ClusterSnapshot::default();
     let roles = ["x", "y"];
     let mut pod = |name: &str, address: &str, node: &str, role: &str| {
         let pod = Pod {

@@ -19,7 +19,7 @@ use mesh_common::identity::Evidence;
 use mesh_common::path;
 use mesh_common::policy::{Direction, Question, decide};
 use mesh_common::{Endpoint, Port, Protocol, Reason};
-use mesh_plan::cluster::{Cluster, Pod, Transport};
+use mesh_plan::cluster::{ClusterSnapshot, Pod, Transport};
 use mesh_plan::evaluate::Evaluator;
 use mesh_plan::{compile, modes};
 use serde_json::json;
@@ -61,7 +61,7 @@ struct Tally {
 
 /// The cluster of a table, and a kernel for each of its nodes.
 struct World {
-    cluster: Cluster,
+    cluster: ClusterSnapshot,
     evaluator: Evaluator,
     nodes: BTreeMap<String, Node>,
 }
@@ -135,7 +135,7 @@ impl World {
     }
 
     /// Returns the pod that a text names, and its addresses.
-    fn party<'a>(cluster: &'a Cluster, text: &str) -> (Option<&'a Pod>, Vec<IpAddr>) {
+    fn party<'a>(cluster: &'a ClusterSnapshot, text: &str) -> (Option<&'a Pod>, Vec<IpAddr>) {
         let pods = || cluster.pods.values().map(|pod| &**pod);
         if let Ok(address) = text.parse() {
             let pod = pods().find(|pod| pod.addresses.contains(&address));
@@ -151,7 +151,7 @@ impl World {
     }
 
     /// Returns a row for each address family that both endpoints have, IPv4 first.
-    fn rows<'a>(cluster: &'a Cluster, check: &Check) -> Vec<Row<'a>> {
+    fn rows<'a>(cluster: &'a ClusterSnapshot, check: &Check) -> Vec<Row<'a>> {
         let (from, sources) = Self::party(cluster, &check.from);
         let (to, destinations) = Self::party(cluster, &check.to);
         let port = check.port.parse().unwrap_or_else(|_name| {

@@ -9,7 +9,7 @@ use rustls::pki_types::{CertificateRevocationListDer, pem::PemObject as _};
 
 use super::pki::{DAY, Leaf, Root};
 use crate::{
-    fuzz::{self, NOW},
+    fuzzing::{self as fuzz, NOW},
     wire::CertificateResponse,
 };
 use mesh_fixtures::{join, replay};

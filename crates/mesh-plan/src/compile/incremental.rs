@@ -17,7 +17,7 @@ use mesh_common::identity::Peer;
 
 use super::{Options, addresses, bound_addresses, is_local, local, local_pods, put_services};
 use crate::authentication;
-use crate::cluster::{Cluster, Pod, Rejection, Service};
+use crate::cluster::{ClusterSnapshot, Pod, Rejection, Service};
 use crate::identities::{Identifier, Identities, Relevant};
 use crate::peers;
 use crate::plan::Plan;
@@ -37,7 +37,7 @@ pub struct Compiler {
 /// The reusable parts of a compilation.
 #[derive(Debug)]
 struct Previous {
-    cluster: Arc<Cluster>,
+    cluster: Arc<ClusterSnapshot>,
     /// The result of [`addresses`].
     plan: Plan,
     /// The pods of this node, by UID.
@@ -73,7 +73,7 @@ impl Compiler {
     /// inside the node's pod CIDRs count as the node's, like those of its Node object.
     pub fn compile(
         &mut self,
-        cluster: &Arc<Cluster>,
+        cluster: &Arc<ClusterSnapshot>,
         own_addresses: &BTreeSet<IpAddr>,
     ) -> (Plan, Vec<Rejection>) {
         let cluster = &self.with_own_addresses(cluster, own_addresses);
@@ -125,9 +125,9 @@ impl Compiler {
     /// the node's, for example those of all services: only addresses of the pod CIDRs count.
     fn with_own_addresses(
         &self,
-        cluster: &Arc<Cluster>,
+        cluster: &Arc<ClusterSnapshot>,
         own_addresses: &BTreeSet<IpAddr>,
-    ) -> Arc<Cluster> {
+    ) -> Arc<ClusterSnapshot> {
         let Some(node) = cluster.nodes.get(&self.node) else {
             return Arc::clone(cluster);
         };
@@ -139,7 +139,7 @@ impl Compiler {
         if missing.peek().is_none() {
             return Arc::clone(cluster);
         }
-        let mut extended = Cluster::clone(cluster);
+        let mut extended = ClusterSnapshot::clone(cluster);
         if let Some(node) = extended.nodes.get_mut(&self.node) {
             node.addresses.extend(missing);
         }
@@ -149,7 +149,7 @@ impl Compiler {
         extended.into()
     }
 
-    fn start(&self, cluster: &Arc<Cluster>) -> Previous {
+    fn start(&self, cluster: &Arc<ClusterSnapshot>) -> Previous {
         let relevant = Relevant::of(cluster.policies.values());
         let identifier = Identifier::of(cluster, &relevant, &self.options);
         let mut rejections = Vec::new();
@@ -179,7 +179,12 @@ impl Compiler {
 
 impl Previous {
     /// Updates the parts for the next cluster; `None` = it must be compiled in full.
-    fn carry(mut self, cluster: &Arc<Cluster>, node: &str, options: &Options) -> Option<Self> {
+    fn carry(
+        mut self,
+        cluster: &Arc<ClusterSnapshot>,
+        node: &str,
+        options: &Options,
+    ) -> Option<Self> {
         if !self.ordinary || !same_world(&self.cluster, cluster) {
             return None;
         }
@@ -239,7 +244,7 @@ impl Previous {
 
     /// Updates the parts that depend on policies alone, and returns the labels and ports that
     /// policies use now.
-    fn change_policies(&mut self, cluster: &Cluster) -> Relevant {
+    fn change_policies(&mut self, cluster: &ClusterSnapshot) -> Relevant {
         self.digests = (self.digests).carried(&self.cluster.policies, &cluster.policies);
         self.rejections.clear();
         policies::check(cluster, &mut self.rejections);
@@ -265,7 +270,7 @@ impl Previous {
 
     fn add(
         &mut self,
-        cluster: &Cluster,
+        cluster: &ClusterSnapshot,
         identifier: &Identifier<'_>,
         pod: &Arc<Pod>,
     ) -> Option<()> {
@@ -301,7 +306,7 @@ struct Asked<'a> {
 }
 
 impl<'a> Asked<'a> {
-    fn between(cluster: &'a Cluster, old: &'a Relevant, new: &'a Relevant) -> Self {
+    fn between(cluster: &'a ClusterSnapshot, old: &'a Relevant, new: &'a Relevant) -> Self {
         let differ = |a: &'a BTreeSet<String>, b: &'a BTreeSet<String>| -> Vec<&'a str> {
             a.symmetric_difference(b).map(String::as_str).collect()
         };
@@ -352,8 +357,8 @@ fn readied<'c>(
 }
 
 /// Whether everything that incremental compilation does not handle is unchanged.
-fn same_world(a: &Cluster, b: &Cluster) -> bool {
-    let Cluster {
+fn same_world(a: &ClusterSnapshot, b: &ClusterSnapshot) -> bool {
+    let ClusterSnapshot {
         namespaces,
         nodes,
         pods: _,

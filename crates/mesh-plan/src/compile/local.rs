@@ -10,7 +10,7 @@ use mesh_common::policy::PolicySetId;
 
 use super::{Limits, Options, pod_ref};
 use crate::authentication::{self, Enrolment};
-use crate::cluster::{Cluster, Pod, Rejection};
+use crate::cluster::{ClusterSnapshot, Pod, Rejection};
 use crate::identities::{Identifier, Identities};
 use crate::plan::{LocalPod, Plan};
 use crate::policies::fit::fit;
@@ -22,7 +22,7 @@ use crate::policies::{Digests, Places, Table};
 /// empty.
 pub(super) fn pods(
     plan: &mut Plan,
-    cluster: &Cluster,
+    cluster: &ClusterSnapshot,
     (mut pods, places): (Vec<&Pod>, &Places<'_>),
     (identities, identifier, digests): (&Identities, &Identifier<'_>, &mut Digests),
     options: &Options,
@@ -109,7 +109,7 @@ fn write_sets(
 /// Compiles a local pod, without its set and identity.
 fn local_pod(
     plan: &mut Plan,
-    cluster: &Cluster,
+    cluster: &ClusterSnapshot,
     pod: &Pod,
     options: &Options,
     rejections: &mut Vec<Rejection>,

@@ -15,7 +15,7 @@ use super::rules::{Ranked, ranked, rule_id};
 use super::select::Matcher;
 use super::work::Work;
 use super::{Entry, Places, Table, names};
-use crate::cluster::{Cluster, PeerMatch, Pod, Rejection, RuleAction};
+use crate::cluster::{ClusterSnapshot, PeerMatch, Pod, Rejection, RuleAction};
 use crate::compile::Options;
 use crate::identities::{NamedPorts, named_ports};
 use crate::plan::{IdentityName, Prefix, RuleName};
@@ -31,7 +31,7 @@ pub(crate) struct Spec<'a> {
 
 impl<'a> Spec<'a> {
     /// The policy set of a pod.
-    pub(crate) fn of(table: &Table<'a>, cluster: &Cluster, pod: &'a Pod) -> Self {
+    pub(crate) fn of(table: &Table<'a>, cluster: &ClusterSnapshot, pod: &'a Pod) -> Self {
         let selecting = table.selecting(cluster, pod);
         let entries = selecting
             .iter()
@@ -132,7 +132,7 @@ impl<'c, 'i, 'a> SetCompiler<'c, 'i, 'a> {
     }
 
     /// The policy set of a pod.
-    pub(crate) fn set_of(&mut self, cluster: &Cluster, pod: &'a Pod) -> PolicySetId {
+    pub(crate) fn set_of(&mut self, cluster: &ClusterSnapshot, pod: &'a Pod) -> PolicySetId {
         let spec = Spec::of(self.table, cluster, pod);
         self.set(spec)
     }

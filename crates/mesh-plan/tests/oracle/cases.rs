@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use mesh_common::path::Outbound;
 use mesh_plan::cluster::{
-    Cluster, Entity, Namespace, NamespaceMatch, Node, ObjectName, ObjectRef, PeerMatch, Pod,
-    Policy, PortMatch, PortRange, Rule, RuleAction, Selector, ServiceAccountMatch, Subject, Tier,
-    Transport,
+    ClusterSnapshot, Entity, Namespace, NamespaceMatch, Node, ObjectName, ObjectRef, PeerMatch,
+    Pod, Policy, PortMatch, PortRange, Rule, RuleAction, Selector, ServiceAccountMatch, Subject,
+    Tier, Transport,
 };
 use mesh_plan::{Index, compile};
 
@@ -23,8 +23,8 @@ const POD: &str = "10.1.1.10";
 const REMOTE: &str = "10.1.2.20";
 
 /// Pod `pod` on `node-1`, pod `remote` on `node-2`, both of namespace `shop`, not enrolled.
-fn cluster() -> Cluster {
-    let mut cluster = Cluster::default();
+fn cluster() -> ClusterSnapshot {
+    let mut cluster = ClusterSnapshot::default();
     cluster
         .namespaces
         .insert("shop".to_owned(), Namespace::default());
@@ -53,7 +53,7 @@ fn cluster() -> Cluster {
 type Rules<'a> = &'a [(RuleAction, Option<PeerMatch>)];
 
 /// Adds a policy for every pod of `shop`, of one direction.
-fn add(cluster: &mut Cluster, name: &str, tier: Tier, side: Side, rules: Rules<'_>) {
+fn add(cluster: &mut ClusterSnapshot, name: &str, tier: Tier, side: Side, rules: Rules<'_>) {
     let direction = match side {
         Side::Ingress => "ingress",
         Side::Egress => "egress",
@@ -91,7 +91,7 @@ fn add(cluster: &mut Cluster, name: &str, tier: Tier, side: Side, rules: Rules<'
 }
 
 /// Gives every rule of every policy this port of TCP.
-fn on_port(cluster: &mut Cluster, ports: &PortRange) {
+fn on_port(cluster: &mut ClusterSnapshot, ports: &PortRange) {
     let rules = cluster.policies.values_mut().flat_map(|policy| {
         let policy = Arc::make_mut(policy);
         policy
@@ -139,7 +139,7 @@ fn packet(side: Side, other: &str) -> Packet {
 }
 
 /// Whether the pod's node lets it pass; the naive reading must admit that.
-fn passes(cluster: &Cluster, packet: &Packet) -> bool {
+fn passes(cluster: &ClusterSnapshot, packet: &Packet) -> bool {
     let answer = answer(cluster, packet);
     assert!(
         agrees(cluster, packet, answer),
@@ -150,7 +150,7 @@ fn passes(cluster: &Cluster, packet: &Packet) -> bool {
     answer != Outbound::Refuse
 }
 
-fn answer(cluster: &Cluster, packet: &Packet) -> Outbound {
+fn answer(cluster: &ClusterSnapshot, packet: &Packet) -> Outbound {
     decided(&Index::new(compile(cluster, "node-1").0), packet)
 }
 

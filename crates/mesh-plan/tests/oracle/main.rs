@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 
 use mesh_common::path::{Arrival, Origin, Outbound, inbound, outbound, tunnelled, who};
 use mesh_common::{Addr, Endpoint, Port, Protocol};
-use mesh_plan::{Cluster, Index, compile};
+use mesh_plan::{ClusterSnapshot, Index, compile};
 
 use naive::{Packet, Side, Via, judge};
 use world::{Places, Random};
@@ -61,7 +61,7 @@ fn decided(plan: &Index, packet: &Packet) -> Outbound {
 }
 
 /// Whether the plan's answer is not among those that the texts admit.
-fn disagrees(cluster: &Cluster, packet: &Packet) -> bool {
+fn disagrees(cluster: &ClusterSnapshot, packet: &Packet) -> bool {
     let Some(pod) = cluster.pods.get(&*packet.pod) else {
         return false;
     };
@@ -74,7 +74,7 @@ fn disagrees(cluster: &Cluster, packet: &Packet) -> bool {
 
 /// Allowed or not as the texts say; and what is allowed out is tunnelled exactly if both ends are
 /// enrolled, on two nodes, and speak TCP.
-fn agrees(cluster: &Cluster, packet: &Packet, decided: Outbound) -> bool {
+fn agrees(cluster: &ClusterSnapshot, packet: &Packet, decided: Outbound) -> bool {
     let admitted = judge(cluster, packet);
     let tunnel = packet.side == Side::Egress && packet.can_be_tunnelled(cluster);
     match decided {
@@ -128,7 +128,7 @@ fn check(seed: u64, counts: &mut Counts) {
 }
 
 /// A disagreement for people, as small as it gets.
-fn report(cluster: Cluster, packet: Packet) -> String {
+fn report(cluster: ClusterSnapshot, packet: Packet) -> String {
     let (cluster, packet) = shrink::shrink(cluster, packet, disagrees);
     let (plan, rejections) = compile(&cluster, &cluster.pods[&*packet.pod].node);
     let admitted = judge(&cluster, &packet);

@@ -10,7 +10,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use mesh_plan::cluster::{
-    Cluster, Entity, LabelTest, Labels, NamespaceMatch, PeerMatch, Pod, Policy, PortMatch,
+    ClusterSnapshot, Entity, LabelTest, Labels, NamespaceMatch, PeerMatch, Pod, Policy, PortMatch,
     PortRange, Rule, RuleAction, Selector, ServiceAccountMatch, Subject, Tier, Transport,
 };
 
@@ -84,7 +84,7 @@ struct Peer<'a> {
 
 impl Packet {
     /// TCP between enrolled pods of two nodes.
-    pub(crate) fn can_be_tunnelled(&self, cluster: &Cluster) -> bool {
+    pub(crate) fn can_be_tunnelled(&self, cluster: &ClusterSnapshot) -> bool {
         let Some(pod) = cluster.pods.get(&*self.pod) else {
             return false;
         };
@@ -98,7 +98,7 @@ impl Packet {
 }
 
 /// What the policies of the pod admit.
-pub(crate) fn judge(cluster: &Cluster, packet: &Packet) -> Admitted {
+pub(crate) fn judge(cluster: &ClusterSnapshot, packet: &Packet) -> Admitted {
     let pod = &cluster.pods[&*packet.pod];
     if pod.addresses.contains(&packet.other) {
         // A pod talking to itself is no traffic to or from a pod.
@@ -125,7 +125,7 @@ pub(crate) fn judge(cluster: &Cluster, packet: &Packet) -> Admitted {
 }
 
 struct Case<'a> {
-    cluster: &'a Cluster,
+    cluster: &'a ClusterSnapshot,
     packet: &'a Packet,
     pod: &'a Pod,
     peer: Peer<'a>,
@@ -340,7 +340,7 @@ impl Case<'_> {
     }
 }
 
-fn peer<'a>(cluster: &'a Cluster, pod: &Pod, packet: &Packet) -> Peer<'a> {
+fn peer<'a>(cluster: &'a ClusterSnapshot, pod: &Pod, packet: &Packet) -> Peer<'a> {
     let address = packet.other;
     if packet.via == Via::Translated {
         // "Traffic that was translated to a node's address on its way is world, not host".
@@ -369,7 +369,7 @@ fn peer<'a>(cluster: &'a Cluster, pod: &Pod, packet: &Packet) -> Peer<'a> {
 /// Ours: host: "The node that the pod runs on." remote-node: "Every other node". kube-apiserver:
 /// "The Kubernetes API server." cluster: "Every pod, node and unknown pod address." world:
 /// "Everything outside the cluster." An API server that is on no node is the cluster's too.
-fn entities(cluster: &Cluster, pod: &Pod, address: IpAddr) -> BTreeSet<Entity> {
+fn entities(cluster: &ClusterSnapshot, pod: &Pod, address: IpAddr) -> BTreeSet<Entity> {
     let mut entities = BTreeSet::new();
     for (name, node) in &cluster.nodes {
         if node.addresses.contains(&address) {
@@ -399,7 +399,7 @@ fn entities(cluster: &Cluster, pod: &Pod, address: IpAddr) -> BTreeSet<Entity> {
 }
 
 /// "Addresses of hostNetwork pods never become ids."
-fn pod_at(cluster: &Cluster, address: IpAddr) -> Option<&Pod> {
+fn pod_at(cluster: &ClusterSnapshot, address: IpAddr) -> Option<&Pod> {
     cluster
         .pods
         .values()
@@ -410,7 +410,7 @@ fn pod_at(cluster: &Cluster, address: IpAddr) -> Option<&Pod> {
 /// Ours: "label mesh.rs/dataplane on a Namespace (enabled, disabled, or required: pods may not opt
 /// out) or a Pod (enabled, disabled; wins unless required). hostNetwork pods are never enrolled
 /// ...; kube-system only pod by pod."
-fn enrolled(cluster: &Cluster, pod: &Pod) -> bool {
+fn enrolled(cluster: &ClusterSnapshot, pod: &Pod) -> bool {
     let label = |labels: &Labels| labels.get("mesh.rs/dataplane").cloned();
     let of_namespace = match pod.name.namespace.as_str() {
         "kube-system" => None,
@@ -426,7 +426,7 @@ fn enrolled(cluster: &Cluster, pod: &Pod) -> bool {
 }
 
 /// CNP: "host-networked pods are not included in subject selection."
-fn selects(cluster: &Cluster, policy: &Policy, pod: &Pod) -> bool {
+fn selects(cluster: &ClusterSnapshot, policy: &Policy, pod: &Pod) -> bool {
     let namespace = &pod.name.namespace;
     !pod.host_network
         && match &policy.subject {
@@ -440,7 +440,7 @@ fn selects(cluster: &Cluster, policy: &Policy, pod: &Pod) -> bool {
         }
 }
 
-fn in_namespace(cluster: &Cluster, namespaces: &NamespaceMatch, pod: &Pod) -> bool {
+fn in_namespace(cluster: &ClusterSnapshot, namespaces: &NamespaceMatch, pod: &Pod) -> bool {
     match namespaces {
         NamespaceMatch::Name(name) => *name == pod.name.namespace,
         NamespaceMatch::Labels(selector) => {

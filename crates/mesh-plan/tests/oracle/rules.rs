@@ -6,8 +6,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use mesh_plan::cluster::{
-    Cluster, Entity, LabelTest, NamespaceMatch, ObjectRef, PeerMatch, Policy, PortMatch, PortRange,
-    Requirement, Rule, RuleAction, Selector, ServiceAccountMatch, Subject, Tier,
+    ClusterSnapshot, Entity, LabelTest, NamespaceMatch, ObjectRef, PeerMatch, Policy, PortMatch,
+    PortRange, Requirement, Rule, RuleAction, Selector, ServiceAccountMatch, Subject, Tier,
 };
 
 use crate::naive::Side;
@@ -312,7 +312,7 @@ fn selector(random: &mut Random) -> Selector {
 }
 
 /// Every rule of every policy.
-pub(crate) fn all(cluster: &Cluster) -> impl Iterator<Item = &Rule> {
+pub(crate) fn all(cluster: &ClusterSnapshot) -> impl Iterator<Item = &Rule> {
     cluster
         .policies
         .values()

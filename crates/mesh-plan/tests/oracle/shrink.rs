@@ -6,17 +6,18 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use mesh_plan::cluster::{
-    Cluster, LabelTest, NamespaceMatch, PeerMatch, Policy, PortRange, Rule, Selector, Subject,
+    ClusterSnapshot, LabelTest, NamespaceMatch, PeerMatch, Policy, PortRange, Rule, Selector,
+    Subject,
 };
 
 use crate::naive::Packet;
 
 /// The smallest cluster found that `fails` for the packet.
 pub(crate) fn shrink(
-    mut cluster: Cluster,
+    mut cluster: ClusterSnapshot,
     packet: Packet,
-    fails: fn(&Cluster, &Packet) -> bool,
-) -> (Cluster, Packet) {
+    fails: fn(&ClusterSnapshot, &Packet) -> bool,
+) -> (ClusterSnapshot, Packet) {
     loop {
         let smaller = candidates(&cluster)
             .into_iter()
@@ -29,9 +30,9 @@ pub(crate) fn shrink(
 }
 
 /// The cluster with one thing less, in every way, big things first.
-fn candidates(cluster: &Cluster) -> Vec<Cluster> {
+fn candidates(cluster: &ClusterSnapshot) -> Vec<ClusterSnapshot> {
     let mut all = Vec::new();
-    let mut with = |change: &dyn Fn(&mut Cluster)| {
+    let mut with = |change: &dyn Fn(&mut ClusterSnapshot)| {
         let mut smaller = cluster.clone();
         change(&mut smaller);
         if smaller != *cluster {
@@ -281,7 +282,7 @@ fn smaller_selectors(selector: &Selector) -> Vec<Selector> {
 }
 
 /// A cluster and a packet as people read them.
-pub(crate) fn text(cluster: &Cluster, packet: &Packet) -> String {
+pub(crate) fn text(cluster: &ClusterSnapshot, packet: &Packet) -> String {
     let mut text = format!("packet: {packet:?}\n");
     for (name, namespace) in &cluster.namespaces {
         line(&mut text, "Namespace", name, &namespace.labels);

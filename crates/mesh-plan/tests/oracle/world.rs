@@ -8,7 +8,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use mesh_plan::cluster::{Cluster, Labels, Namespace, Node, ObjectName, Pod, PortRange, Transport};
+use mesh_plan::cluster::{
+    ClusterSnapshot, Labels, Namespace, Node, ObjectName, Pod, PortRange, Transport,
+};
 
 use crate::naive::{Packet, Side, Via};
 use crate::rules;
@@ -78,8 +80,8 @@ const STRANGERS: [&str; 6] = [
 const DATAPLANE: &str = "mesh.rs/dataplane";
 
 /// A cluster with policies of every kind.
-pub(crate) fn cluster(random: &mut Random) -> Cluster {
-    let mut cluster = Cluster::default();
+pub(crate) fn cluster(random: &mut Random) -> ClusterSnapshot {
+    let mut cluster = ClusterSnapshot::default();
     for name in NAMESPACES {
         let namespace = namespace(random, name);
         cluster.namespaces.insert(name.to_owned(), namespace);
@@ -202,7 +204,7 @@ fn labels(random: &mut Random) -> Labels {
 }
 
 /// Every address that means something in the cluster, and some that mean nothing.
-pub(crate) fn addresses(cluster: &Cluster) -> Vec<IpAddr> {
+pub(crate) fn addresses(cluster: &ClusterSnapshot) -> Vec<IpAddr> {
     let pods = cluster.pods.values().flat_map(|pod| &pod.addresses);
     let nodes = cluster.nodes.values().flat_map(|node| &node.addresses);
     pods.chain(nodes)
@@ -222,7 +224,7 @@ pub(crate) struct Places {
 }
 
 impl Places {
-    pub(crate) fn new(cluster: &Cluster) -> Self {
+    pub(crate) fn new(cluster: &ClusterSnapshot) -> Self {
         let mut places = Self {
             subjects: Vec::new(),
             pods: Vec::new(),
@@ -256,7 +258,7 @@ impl Places {
     }
 
     /// A packet between a pod and anything; `None` if there is no pod with an address.
-    pub(crate) fn packet(&self, random: &mut Random, cluster: &Cluster) -> Option<Packet> {
+    pub(crate) fn packet(&self, random: &mut Random, cluster: &ClusterSnapshot) -> Option<Packet> {
         if self.subjects.is_empty() {
             return None;
         }

@@ -343,7 +343,7 @@ fn what_a_set_says_about_a_peer_does_not_change_with_other_peers() {
 
 #[test]
 fn nothing_is_left_without_objects() {
-    let empty = mesh_plan::Cluster::default();
+    let empty = mesh_plan::ClusterSnapshot::default();
     assert_eq!(
         mesh_plan::compile(&empty, "n1"),
         (mesh_plan::Plan::default(), vec![])

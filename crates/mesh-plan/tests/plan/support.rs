@@ -15,11 +15,11 @@ use mesh_plan::{Index, Rejection, compile};
 /// A cluster under construction. Nodes `n1` (10.0.0.1, fd00::1) and `n2` (10.0.0.2, fd00::2) are
 /// there from the start.
 #[derive(Clone, Debug)]
-pub(crate) struct World(pub(crate) Cluster);
+pub(crate) struct World(pub(crate) ClusterSnapshot);
 
 impl World {
     pub(crate) fn new() -> Self {
-        let mut world = Self(Cluster::default());
+        let mut world = Self(ClusterSnapshot::default());
         for n in [1, 2] {
             let node = Node {
                 labels: labels(&format!("zone=z{n}")),

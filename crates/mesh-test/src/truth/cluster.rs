@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use mesh_api::manifests::{Format, flatten, objects};
 use mesh_api::truth::{Manifest, Table, give_addresses};
 use mesh_api::{LastGood, Object, Options, convert};
-use mesh_plan::cluster::{Cluster, Pod};
+use mesh_plan::cluster::{ClusterSnapshot, Pod};
 use serde_json::{Value, json};
 
 use crate::mesh::ENROLLED;
@@ -29,7 +29,7 @@ pub(crate) struct TableCluster {
     /// Objects for the agents.
     pub(crate) objects: Vec<Value>,
     /// The same as facts.
-    pub(crate) cluster: Cluster,
+    pub(crate) cluster: ClusterSnapshot,
     /// How many nodes there are.
     pub(crate) nodes: u8,
     /// Warnings and rejections of the manifests.

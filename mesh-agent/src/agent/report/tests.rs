@@ -9,7 +9,7 @@ use super::*;
 use crate::control::Status;
 
 fn node(pods: &[(&str, bool, bool)], ready: &[&str]) -> InForce {
-    let mut snapshot = Cluster::default();
+    let mut snapshot = ClusterSnapshot::default();
     let label = ("mesh.rs/dataplane".to_owned(), "enabled".to_owned());
     let namespace = Namespace {
         uid: "uid-shop".to_owned(),

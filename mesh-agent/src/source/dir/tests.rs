@@ -68,7 +68,7 @@ fn policy(port: &str) -> String {
     )
 }
 
-fn web(cluster: &Cluster) -> Option<&Policy> {
+fn web(cluster: &ClusterSnapshot) -> Option<&Policy> {
     cluster
         .policies
         .get(&ObjectRef::new("NetworkPolicy", "shop", "web"))
