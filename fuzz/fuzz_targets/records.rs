@@ -3,5 +3,5 @@
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| {
-    let _seen = mesh_agent::fuzz::records(data);
+    let _seen = mesh_tunnel::fuzzing::records(data);
 });

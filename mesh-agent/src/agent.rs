@@ -112,7 +112,7 @@ fn tried(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 /// When a component cannot be built, or fails.
 pub fn run(config: Config, level: Option<Level>) -> Result<(), Error> {
     limits::raise_open_files().map_err(tried("raise the limit of open files"))?;
-    memory::keep_little();
+    memory::configure_allocator();
     limits::forbid_dumps().map_err(tried("keep keys out of core dumps"))?;
     let runtime = Builder::new_multi_thread()
         .worker_threads(CONTROL_THREADS)
@@ -130,39 +130,27 @@ async fn serve(config: Config, level: Option<Level>) -> Result<(), Error> {
     let mut components = Components::build(&config).await?;
     components.report(&config).await?;
     components.answer(&config, level).await?;
-    // Reading a whole cluster leaves free memory behind.
-    memory::give_back();
-    let giving = tokio::spawn(give_back_memory(components.snapshots.clone()));
-    let starting = tokio::spawn(give_back_startup_code());
+    // Reading a whole cluster leaves holes in the heap.
+    memory::trim_heap();
+    let trimming = tokio::spawn(trim_heap_after_changes(components.snapshots.clone()));
     let successor = Successor::of(&config.admin);
     let result = components.until_the_end(&mut requests, &successor).await;
     let drain = match result {
         Ok(()) => config.drain,
         Err(_) => Duration::ZERO,
     };
-    giving.abort();
-    starting.abort();
+    trimming.abort();
     components.finish(&mut requests, &successor, drain).await;
     result
 }
 
-/// Time after which the code of the start has run: the first certificates exist, the host is probed.
-const STARTED: Duration = Duration::from_secs(20);
+/// The interval at which the heap is trimmed while the cluster changes.
+const TRIM_HEAP: Duration = Duration::from_secs(5);
 
-async fn give_back_startup_code() {
-    sleep(STARTED).await;
-    if let Err(error) = memory::let_go_of_code() {
-        tracing::debug!(%error, "cannot give back the memory of startup code");
-    }
-}
-
-/// The shortest time between giving back memory of old snapshots.
-const GIVE_BACK: Duration = Duration::from_secs(5);
-
-async fn give_back_memory(mut snapshots: watch::Receiver<Arc<Cluster>>) {
+async fn trim_heap_after_changes(mut snapshots: watch::Receiver<Arc<Cluster>>) {
     while snapshots.changed().await.is_ok() {
-        sleep(GIVE_BACK).await;
-        memory::give_back();
+        sleep(TRIM_HEAP).await;
+        memory::trim_heap();
     }
 }
 
@@ -238,12 +226,12 @@ impl Components {
         });
 
         // Connections. The proxy starts before the first pod is attached.
-        let doors = proxy::Doors {
+        let dependencies = proxy::Dependencies {
             in_force: in_force.clone(),
             identities: identities.clone(),
             recorder,
         };
-        let proxy = proxy::start(proxy_config(config), doors, handles.clone())
+        let proxy = proxy::start(proxy_config(config), dependencies, handles.clone())
             .map_err(tried("start the workers"))?;
 
         // From here on the node follows the snapshots.
@@ -510,8 +498,8 @@ fn identity_config(
         }),
     };
     Ok(mesh_identity::Config {
-        alpn: proxy::ALPN,
         ca,
+        alpn: mesh_tunnel::ALPN,
         trust_domain: trust_domain.clone(),
         aliases,
         crls: config.crls.clone(),

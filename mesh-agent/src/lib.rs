@@ -33,6 +33,3 @@ pub fn host(config: &HostConfig) -> Host {
         cni_conf: config.cni_conf.clone(),
     }
 }
-
-#[cfg(any(test, fuzzing))]
-pub mod fuzz;

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The data path in user space: what the kernel hands to the agent goes through a tunnel to the
-//! agent of the other node, and from there to the application.
+//! The proxy: relays captured connections through tunnels to other nodes' agents, and from tunnels to
+//! applications.
 //!
 //! ```text
-//! application -> listener -> outbound -> (pool | dial, tls) -> tunnel ~~~> listener -> inbound -> application
-//!                                \------------- relay -------------/            \------ relay ------/
+//! application -> listener -> outbound -> (pool | dial) -> tunnel ~~~> listener -> inbound -> application
+//!                                \-------- relay --------/                 \-------- relay --------/
 //! ```
-//! Worker threads, each with a runtime of its own; a connection never changes its thread. This
-//! room asks policy and identity, and makes neither; it never sends a byte in clear to another
-//! node, and reads no configuration from anywhere but its arguments.
+//! Worker threads have a runtime each; a connection never changes its thread. This module asks policy
+//! and identity, and makes neither. It never sends a byte in plaintext to another node, and reads no
+//! configuration but its arguments. The protocol itself is the crate `mesh-tunnel`.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -16,63 +16,53 @@ use std::num::NonZeroUsize;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mesh_common::Port;
 use mesh_common::settings::TUNNEL_PORT;
-use mesh_telemetry::record::{Bytes, Recorder};
+use mesh_datapath::datapath::Handles;
+use mesh_identity::Identities;
+use mesh_telemetry::record::Recorder;
 use tokio::sync::{mpsc, watch};
 use tokio::task::LocalSet;
 
-use self::dial::{Dial, InPod};
-use self::worker::{Crew, Load, Moved, Worker};
+use self::fair_scheduler::FairScheduler;
+use self::handshake_scheduler::HandshakeScheduler;
+use self::pod_sockets::{NamespaceSockets, PodSockets};
+use self::worker::{PassedJob, Worker, WorkerPool};
 use crate::control::InForce;
-use mesh_datapath::datapath::Handles;
-use mesh_identity::Identities;
 
 pub mod admission;
-mod buffers;
-mod dial;
-mod fair;
-mod follow;
+mod connection_registry;
+mod cpu_affinity;
+mod fair_scheduler;
+mod handshake_scheduler;
 mod inbound;
 mod listener;
-mod live;
 mod outbound;
+mod pod_sockets;
 mod pool;
-mod relay;
-mod socket;
-#[cfg(test)]
-mod testing;
-mod tls;
-pub mod tunnel;
-mod turns;
+mod traffic;
 mod worker;
 
-#[cfg(any(test, fuzzing))]
-pub use self::{tls::records::fuzz::records, tunnel::frame::fuzz::frames};
-
-/// The tunnel protocol `mesh/1`, as ALPN (RFC 7301) names it.
-pub const ALPN: &[u8] = b"mesh/1";
-
-/// Connections that wait to be taken over by another worker.
+/// The most connections that wait to be taken over by one worker.
 const JOBS: usize = 1024;
 
-/// What the proxy is told.
+/// Configuration of the proxy.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Threads that carry connections.
+    /// Number of worker threads.
     pub workers: NonZeroUsize,
-    /// The port on which other nodes' agents are reached, and this one is.
+    /// The port on which agents accept tunnels.
     pub tunnel_port: Port,
-    /// Whether other nodes' agents are tried on the application's own port first.
+    /// Whether agents are tried on the application's own port first.
     pub real_ports: bool,
-    /// Bounds in time and number.
+    /// Time limits and bounds.
     pub timing: Timing,
 }
 
 impl Config {
-    /// With so many workers, and the defaults for all else.
+    /// Makes a configuration with the defaults for everything else.
     #[must_use]
     pub fn new(workers: NonZeroUsize) -> Self {
         Self {
@@ -84,37 +74,36 @@ impl Config {
     }
 }
 
-/// Bounds in time and number.
+/// Time limits and bounds.
 #[derive(Clone, Copy, Debug)]
 pub struct Timing {
-    /// Captured connections of one pod.
+    /// Maximum number of captured connections of one pod.
     pub captured_per_pod: usize,
-    /// Accepted tunnels of one pod.
+    /// Maximum number of accepted tunnels of one pod.
     pub tunnels_per_pod: usize,
-    /// Handshakes.
+    /// Bounds of concurrent handshakes.
     pub handshakes: admission::Bounds,
-    /// For a TLS handshake, either side.
+    /// Time limit of a TLS handshake, on either side.
     pub handshake: Duration,
-    /// The same on an application's own port: who answers there may be the application.
+    /// Time limit of a TLS handshake on an application's own port, where the application may answer.
     pub handshake_first: Duration,
-    /// To reach another node's agent, or an application.
+    /// Time limit of connecting to another node's agent or to an application.
     pub connect: Duration,
-    /// The same, where another endpoint of the service can be tried.
+    /// Time limit of connecting to an agent while another endpoint of the service can be tried.
     pub connect_first: Duration,
-    /// How long a peer that refuses connections may be just starting.
+    /// How long a peer that refuses TCP connections is asked again.
     pub retry: Duration,
-    /// The first pause between two attempts; it doubles.
+    /// The first pause between two attempts, before jitter; it doubles.
     pub first_retry: Duration,
     /// How long a captured connection waits for its pod's certificate.
     pub certificate: Duration,
-    /// How long the plan may be behind the node of a pod that is not known here yet.
+    /// How long a connection of a pod that is not known yet waits for the plan.
     pub unknown_peer: Duration,
-    /// How long an accepted tunnel may wait for its next connection: longer than any opener keeps
-    /// one.
+    /// How long an accepted tunnel may be idle: longer than any opener keeps one.
     pub tunnel_idle: Duration,
-    /// How long a refused connection is held that is to meet silence.
+    /// How long a refused connection is held open in silence.
     pub silence: Duration,
-    /// How many of these a pod may have.
+    /// Maximum number of connections of one pod that are held open in silence.
     pub silent_per_pod: usize,
 }
 
@@ -140,9 +129,9 @@ impl Default for Timing {
     }
 }
 
-/// What other rooms provide.
+/// What the proxy needs of other modules.
 #[derive(Clone, Debug)]
-pub struct Doors {
+pub struct Dependencies {
     /// The policy in force and the pods of this node.
     pub in_force: watch::Receiver<Arc<InForce>>,
     /// Certificates.
@@ -151,7 +140,7 @@ pub struct Doors {
     pub recorder: Recorder,
 }
 
-/// How far the agent is on its way out.
+/// Phase of the agent's shutdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Phase {
     Serving,
@@ -164,17 +153,17 @@ pub(crate) enum Phase {
 pub struct ProxyHandle {
     phase: watch::Sender<Phase>,
     loads: Arc<[AtomicUsize]>,
-    gone: mpsc::Receiver<()>,
+    exits: mpsc::Receiver<()>,
 }
 
 impl ProxyHandle {
-    /// Connections and tunnels that are open.
+    /// Number of open connections and tunnels.
     #[must_use]
     pub fn open(&self) -> usize {
         self.loads.iter().map(|load| load.load(Relaxed)).sum()
     }
 
-    /// Accepts nothing more and closes idle tunnels; open connections go on.
+    /// Accepts nothing more and closes idle tunnels. Open connections go on.
     pub fn drain(&self) {
         self.phase.send_replace(Phase::Draining);
     }
@@ -186,41 +175,47 @@ impl ProxyHandle {
         }
     }
 
-    /// Resets what is still open (`agent_shutdown`) and waits for the workers to end.
+    /// Resets open connections (`agent_shutdown`) and waits until all workers have ended.
     pub async fn finish(mut self) {
         self.phase.send_replace(Phase::Ended);
-        while self.gone.recv().await.is_some() {}
+        while self.exits.recv().await.is_some() {}
     }
 
-    /// Waits for a worker to end although nobody wanted it to. Cancel safe.
+    /// Waits until a worker fails. Cancel safe.
     pub async fn failed(&mut self) {
-        if self.gone.recv().await.is_none() {
+        if self.exits.recv().await.is_none() {
             std::future::pending().await
         }
     }
 }
 
-/// Starts the workers. Pods in the table get their connections accepted; the connections of a pod
-/// that leaves it are ended.
+/// Starts the workers. They accept the connections of the pods in the table, and end those of a pod that
+/// leaves it.
 ///
 /// # Errors
 /// When threads or runtimes cannot be made.
-pub fn start(config: Config, doors: Doors, datapath: Handles) -> io::Result<ProxyHandle> {
-    start_with(config, doors, move || Box::new(InPod(datapath.clone())))
+pub fn start(
+    config: Config,
+    dependencies: Dependencies,
+    datapath: Handles,
+) -> io::Result<ProxyHandle> {
+    start_with(config, dependencies, move || {
+        Box::new(NamespaceSockets(datapath.clone()))
+    })
 }
 
 fn start_with(
     config: Config,
-    doors: Doors,
-    dial: impl Fn() -> Box<dyn Dial> + Clone + Send + 'static,
+    dependencies: Dependencies,
+    sockets: impl Fn() -> Box<dyn PodSockets> + Clone + Send + 'static,
 ) -> io::Result<ProxyHandle> {
-    let workers = config.workers.get();
+    let count = config.workers.get();
     let (phase, phases) = watch::channel(Phase::Serving);
-    let (going, gone) = mpsc::channel(workers);
+    let (exit, exits) = mpsc::channel(count);
     let (senders, receivers): (Vec<_>, Vec<_>) =
-        (0..workers).map(|_| mpsc::channel::<Moved>(JOBS)).unzip();
-    let loads: Arc<[AtomicUsize]> = (0..workers).map(|_| AtomicUsize::new(0)).collect();
-    let crew = Crew {
+        (0..count).map(|_| mpsc::channel::<PassedJob>(JOBS)).unzip();
+    let loads: Arc<[AtomicUsize]> = (0..count).map(|_| AtomicUsize::new(0)).collect();
+    let workers = WorkerPool {
         jobs: senders.into(),
         loads: Arc::clone(&loads),
         handshakes: admission::Total::new(&config.timing.handshakes),
@@ -228,100 +223,56 @@ fn start_with(
     for (number, jobs) in receivers.into_iter().enumerate() {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
-            .on_thread_park(follow::park)
-            .on_thread_unpark(follow::unpark)
+            .on_thread_park(cpu_affinity::park)
+            .on_thread_unpark(cpu_affinity::unpark)
             .build()?;
-        let (config, doors, crew) = (config.clone(), doors.clone(), crew.clone());
-        let (phases, going, dial) = (phases.clone(), going.clone(), dial.clone());
+        let (config, dependencies, workers) =
+            (config.clone(), dependencies.clone(), workers.clone());
+        let (phases, exit, sockets) = (phases.clone(), exit.clone(), sockets.clone());
         std::thread::Builder::new()
             .name(format!("mesh-worker-{number}"))
             .spawn(move || {
-                let _going = Going(going);
-                if let Err(error) = follow::begin() {
-                    tracing::debug!(%error, "a worker runs where the scheduler likes");
+                let _exit = WorkerExit(exit);
+                if let Err(error) = cpu_affinity::begin() {
+                    tracing::debug!(%error, "CPU affinity is not available to a worker");
                 }
-                let pooled = doors.recorder.metrics().clone();
+                let metrics = dependencies.recorder.metrics().clone();
                 let worker = Rc::new(Worker {
                     number,
-                    crew,
-                    in_force: doors.in_force,
-                    identities: doors.identities,
-                    recorder: doors.recorder,
-                    dial: dial(),
+                    workers,
+                    in_force: dependencies.in_force,
+                    identities: dependencies.identities,
+                    recorder: dependencies.recorder,
+                    sockets: sockets(),
                     tunnel_port: config.tunnel_port,
                     real_ports: config.real_ports,
                     unmarked: RefCell::default(),
                     timing: config.timing,
                     buffers: Rc::default(),
-                    turns: turns::Turns::default(),
-                    fair: fair::Fair::new(std::time::Instant::now()),
-                    pool: pool::Pool::new(pool::Bounds::default(), pooled),
-                    live: Rc::default(),
+                    handshakes: HandshakeScheduler::default(),
+                    fair: FairScheduler::new(Instant::now()),
+                    pool: pool::Pool::new(pool::Bounds::default(), metrics),
+                    connections: Rc::default(),
                     draining: Cell::new(false),
                 });
                 LocalSet::new().block_on(&runtime, worker.run(jobs, phases));
             })?;
     }
-    Ok(ProxyHandle { phase, loads, gone })
+    Ok(ProxyHandle {
+        phase,
+        loads,
+        exits,
+    })
 }
 
-/// Says that a worker ended, however it did.
-struct Going(mpsc::Sender<()>);
+/// Reports that a worker has ended, however it did.
+struct WorkerExit(mpsc::Sender<()>);
 
-impl Drop for Going {
+impl Drop for WorkerExit {
     fn drop(&mut self) {
-        // Full = somebody else has said so already.
+        // Full: another worker has reported its end.
         if let Err(error) = self.0.try_send(()) {
-            tracing::debug!(%error, "nobody waits for a worker's end");
-        }
-    }
-}
-
-/// Counts a relay's bytes as seen from who opened the connection.
-struct Counted<'a> {
-    bytes: &'a Bytes,
-    /// At the end that opened it: its part of its worker's load.
-    source: Option<&'a Load>,
-}
-
-impl<'a> Counted<'a> {
-    /// At the end that opened it.
-    const fn source(bytes: &'a Bytes, load: &'a Load) -> Self {
-        Self {
-            bytes,
-            source: Some(load),
-        }
-    }
-
-    /// At the end that was reached.
-    const fn destination(bytes: &'a Bytes) -> Self {
-        Self {
-            bytes,
-            source: None,
-        }
-    }
-}
-
-impl relay::Count for Counted<'_> {
-    fn taken(&self, bytes: u64) {
-        if self.source.is_some() {
-            self.bytes.add_sent(bytes);
-        } else {
-            self.bytes.add_received(bytes);
-        }
-    }
-
-    fn given(&self, bytes: u64) {
-        if self.source.is_some() {
-            self.bytes.add_received(bytes);
-        } else {
-            self.bytes.add_sent(bytes);
-        }
-    }
-
-    fn finished(&self) {
-        if let Some(load) = self.source {
-            load.give_back();
+            tracing::debug!(%error, "the end of a worker was not awaited");
         }
     }
 }

@@ -3,8 +3,8 @@
 //! of a pod's namespace.
 //!
 //! The agent's own sockets are never judged. A tunnel is known by its port, or by the kernel if it has an
-//! application's port; a socket with a foreign address is known by that address. Connections through a
-//! tunnel are closed by the proxy, which knows the authenticated identity.
+//! application's port; a socket with a foreign address is known by that address. Connections that the proxy
+//! carries, both captured ones and those that arrive through a tunnel, are closed by the proxy.
 
 use mesh_common::identity::Peer;
 use mesh_common::path::{self, Arrival, Origin, Outbound, Path, Peers as _};
@@ -216,6 +216,8 @@ impl<'a> Scene<'a> {
         let path = path::outbound(self.plan, self.pod, set, socket.remote, Protocol::TCP);
         match path.action {
             Outbound::Refuse if self.meets_silence(socket, path.verdict.reason) => Fate::Keep,
+            // The proxy ends it, and records why.
+            Outbound::Refuse if self.carried && self.is_captured(socket) => Fate::Keep,
             Outbound::Refuse => Fate::Deny(path.verdict),
             Outbound::Direct => Fate::Keep,
             Outbound::Tunnel if self.is_captured(socket) => Fate::Keep,

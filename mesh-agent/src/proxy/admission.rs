@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! How many handshakes may be under way: of one source towards a pod, of a pod, and of the agent.
+//! Bounds the number of concurrent TLS handshakes: per source and pod, per pod, and per agent.
 //!
-//! Who waits waits in the order of coming, and not longer than a handshake may take. What has not
-//! sent a byte takes no place: it is only counted against its source.
+//! Handshakes beyond a bound wait in order of arrival, not longer than the time limit of a handshake. A
+//! connection that has not sent a byte takes no place: it is only counted against its source.
 
 use std::collections::BTreeMap;
 #[expect(
@@ -18,13 +18,13 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 /// Bounds of handshakes.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
-    /// Under way towards one pod, or by it.
+    /// Concurrent handshakes of one pod, in both directions.
     pub pod: usize,
-    /// Under way from one address towards one pod.
+    /// Concurrent handshakes from one address to one pod.
     pub source: usize,
-    /// Connections from one address to one pod that have not proven anything yet.
+    /// Connections from one address to one pod that have not proven an identity yet.
     pub unproven: usize,
-    /// Under way in the whole agent.
+    /// Concurrent handshakes of the agent.
     pub total: usize,
 }
 
@@ -39,7 +39,7 @@ impl Default for Bounds {
     }
 }
 
-/// Places in the whole agent.
+/// The places of the whole agent.
 #[derive(Clone, Debug)]
 pub(crate) struct Total(Arc<Semaphore>);
 
@@ -49,14 +49,14 @@ impl Total {
     }
 }
 
-/// Places of one source.
+/// The places of one source.
 #[derive(Debug)]
 struct Source {
     unproven: Arc<Semaphore>,
     handshakes: Arc<Semaphore>,
 }
 
-/// Places of one pod.
+/// The places of one pod.
 #[derive(Debug)]
 #[expect(clippy::disallowed_types, reason = "see the import")]
 pub(crate) struct Admission {
@@ -66,25 +66,25 @@ pub(crate) struct Admission {
     sources: Mutex<Sources>,
 }
 
-/// Sources that were seen.
+/// The sources that were seen.
 #[derive(Debug, Default)]
 struct Sources {
     known: BTreeMap<Addr, Weak<Source>>,
-    /// With so many, those that are gone are forgotten.
+    /// The number of entries at which those of sources without connections are removed.
     room: usize,
 }
 
-/// Sources that are remembered although they are gone.
+/// Sources without connections that are kept all the same.
 const REMEMBERED: usize = 64;
 
-/// A connection that has not proven anything yet, counted against its source.
+/// A connection that has not proven an identity yet, counted against its source.
 #[derive(Debug)]
 pub(crate) struct Unproven {
     source: Arc<Source>,
     _counted: OwnedSemaphorePermit,
 }
 
-/// A handshake's places; given back when dropped.
+/// The places of a handshake; returned when dropped.
 #[derive(Debug)]
 pub(crate) struct Admitted {
     _places: [Option<OwnedSemaphorePermit>; 3],
@@ -101,7 +101,7 @@ impl Admission {
         }
     }
 
-    /// Counts a connection against its source; `None` = the source has too many.
+    /// Counts a connection against its source. `None` if the source has too many.
     pub(crate) fn arrived(&self, from: Addr) -> Option<Unproven> {
         let source = self.source(from);
         let _counted = Arc::clone(&source.unproven).try_acquire_owned().ok()?;
@@ -125,7 +125,7 @@ impl Admission {
         source
     }
 
-    /// Waits for the places of a handshake with who has dialled. Cancel safe.
+    /// Waits for the places of a handshake with a client. Cancel safe.
     pub(crate) async fn accept(&self, from: &Unproven) -> Admitted {
         let source = place(&from.source.handshakes).await;
         let [_, pod, total] = self.dial().await._places;
@@ -134,7 +134,7 @@ impl Admission {
         }
     }
 
-    /// Waits for the places of a handshake with whom the pod dials. Cancel safe.
+    /// Waits for the places of a handshake with a server. Cancel safe.
     pub(crate) async fn dial(&self) -> Admitted {
         let pod = place(&self.pod).await;
         let total = place(&self.total.0).await;
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_source_a_pod_and_the_agent_are_bounded_each() {
+    async fn handshakes_are_bounded_per_source_pod_and_agent() {
         let total = Total(Arc::new(Semaphore::new(5)));
         let (one, two) = (admission(&total), admission(&total));
         let waits = async |pod: &Admission, from: &Unproven| {
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_proven_nothing_is_bounded_by_source_and_forgotten() {
+    fn unproven_connections_are_bounded_per_source_and_forgotten() {
         let total = Total(Arc::new(Semaphore::new(5)));
         let pod = admission(&total);
         let all: Vec<_> = (0..4).map(|_| pod.arrived(addr(1)).unwrap()).collect();

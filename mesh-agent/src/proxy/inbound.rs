@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Tunnels of other agents: the peer is proven, each connection is decided with the proven
-//! identity and the real port, and handed over to the application from the client's own address
-//! and port.
+//! Serves tunnels of other agents: the peer proves its identity, each connection is decided with that
+//! identity and the real port, and relayed to the application from the client's own address and port.
 
 use std::io;
 use std::net::SocketAddr;
@@ -12,64 +11,68 @@ use mesh_common::path::tunnelled;
 use mesh_common::{
     Addr, Direction, Endpoint, Evidence, IdentityId, PodState, Port, Reason, Verdict,
 };
-use mesh_plan::Index;
-use tokio::time::{Instant as Deadline, timeout, timeout_at};
-
-use super::Counted;
-use super::live::{Entry, Subject};
-use super::outbound::{Failure, reset, text};
-use super::relay::{End, Relay, cause};
-use super::socket::Socket;
-use super::tls::{self, HandshakeError};
-use super::tunnel::frame::{Cause, Control, Open, StreamId, Why};
-use super::tunnel::{Tunnel, TunnelError};
-use super::turns::{self, Computing};
-use super::worker::{Job, Share, Worker};
-use crate::control::InForce;
 use mesh_datapath::pods::PodHandle;
 use mesh_identity::{Proof, Refusal, SpiffeId};
+use mesh_plan::Index;
 use mesh_telemetry::metrics::Role;
 use mesh_telemetry::record::{
     Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security,
 };
+use mesh_tunnel::frame::{Cause, CloseReason, Open, StreamId};
+use mesh_tunnel::relay::{Outcome, Relay, cause};
+use mesh_tunnel::tls::{self, HandshakeError, SecureConnection};
+use mesh_tunnel::{Carrier as _, CarrierError as _, Socket, Tunnel, TunnelError};
+use tokio::time::{Instant as Deadline, timeout, timeout_at};
+
+use super::connection_registry::{ConnectionEntry, DecisionInput};
+use super::handshake_scheduler::{self, PodHandshakes};
+use super::outbound::{HandshakeFailure, reset, text};
+use super::pod_sockets::Connecting;
+use super::traffic::{Traffic, transport};
+use super::worker::{Job, PodResources, Worker};
+use crate::control::InForce;
 
 /// Serves a tunnel from its acceptance to its end.
 pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
     let Job {
-        share,
-        place: _place,
+        resources,
+        slot: _slot,
         kind,
     } = job;
-    let (Ok((here, from)), Some(pod)) = (worker.dial.ends(&socket), worker.pod(&share.uid)) else {
+    let (Ok(addresses), Some(pod)) = (
+        worker.sockets.addresses(&socket),
+        worker.pod(&resources.uid),
+    ) else {
         return;
     };
-    let Some(unproven) = share.admission.arrived(Endpoint::from(from).addr) else {
+    let from = Endpoint::from(addresses.peer);
+    let Some(unproven) = resources.admission.arrived(from.addr) else {
         super::listener::refuse(worker, kind, &socket);
         return;
     };
-    let entry = worker.live.register(&share.uid);
+    let entry = worker.connections.register(&resources.uid);
     let proven = async {
-        // Who says nothing takes no place.
+        // A connection that has sent nothing takes no place.
         socket.readable().await.map_err(HandshakeError::from)?;
-        let admitted = share.admission.accept(&unproven).await;
-        let proven = prove(worker, &share, &socket).await;
+        let admitted = resources.admission.accept(&unproven).await;
+        let proven = prove(worker, &resources, &socket).await;
         drop(admitted);
         proven
     };
     let proven = timeout(worker.timing.handshake, proven);
     let proven = tokio::select! {
         biased;
-        _why = entry.ended() => return,
-        proven = proven => proven.unwrap_or(Err(Failure::Refused(Refusal::Timeout))),
+        _why = entry.terminated() => return,
+        proven = proven => proven.unwrap_or(Err(HandshakeFailure::Refused(Refusal::Timeout))),
     };
     drop(unproven);
-    let refused = |failure: &Failure| failure.refusal().label();
+    let refused = |failure: &HandshakeFailure| failure.refusal().label();
     let result = proven.as_ref().map(|_| ()).map_err(refused);
     worker.metrics().handshake(Role::Server, result);
     let (secured, proof) = match proven {
         Ok(proven) => proven,
         Err(failure) => {
-            tracing::debug!(%from, uid = %share.uid, %failure, "refused a tunnel");
+            tracing::debug!(%from, uid = %resources.uid, %failure, "tunnel refused");
             return;
         }
     };
@@ -77,20 +80,20 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
     entry.set_proof(&proof);
     let serving = Serving {
         worker,
-        uid: &share.uid,
-        pod: turns::number(&share.uid),
-        here: Endpoint::from(here).port,
-        from: Endpoint::from(from).addr,
+        uid: &resources.uid,
+        pod: handshake_scheduler::number(&resources.uid),
+        port: Endpoint::from(addresses.local).port,
+        from: from.addr,
         text: text(&proof.id),
         peer: &proof.id,
         proof: &proof,
         entry: &entry,
     };
-    let mut tunnel = Tunnel::new(socket, secured, worker.lender(&share));
+    let mut tunnel = Tunnel::new(socket, secured, worker.buffer_account(&resources));
     match serving.run(&mut tunnel).await {
-        Ok(()) | Err(TunnelError::Ended) => {}
+        Ok(()) | Err(TunnelError::Closed) => {}
         Err(error) => {
-            tracing::debug!(%from, peer = %serving.peer, error = %error, "a tunnel ended");
+            tracing::debug!(%from, peer = %serving.peer, %error, "tunnel failed");
             if error.is_violation() {
                 worker.metrics().violated(Role::Server);
             }
@@ -103,47 +106,49 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
 
 async fn prove(
     worker: &Worker,
-    share: &Share,
+    resources: &PodResources,
     socket: &Socket,
-) -> Result<(tls::Secured, Rc<Proof>), Failure> {
+) -> Result<(SecureConnection, Rc<Proof>), HandshakeFailure> {
     let own = worker
-        .own_identity(&share.uid)
-        .ok_or(Failure::Refused(Refusal::Failed))?;
+        .own_identity(&resources.uid)
+        .ok_or(HandshakeFailure::Refused(Refusal::Failed))?;
     let config = worker.identities.server(&own)?;
-    let verify = |connection: &_| Ok::<_, Failure>(Rc::new(worker.identities.peer(connection)?));
-    let computing = Computing::of(&worker.turns, &share.uid);
-    tls::accept((socket, computing), config, verify).await
+    let verify =
+        |connection: &_| Ok::<_, HandshakeFailure>(Rc::new(worker.identities.peer(connection)?));
+    let cpu = PodHandshakes::new(&worker.handshakes, &resources.uid);
+    tls::accept(socket, &cpu, config, verify).await
 }
 
-/// A tunnel whose peer is proven.
+/// A tunnel whose peer has proven its identity.
 struct Serving<'a> {
     worker: &'a Rc<Worker>,
     uid: &'a str,
-    /// The pod, as its worker's time is parted.
+    /// The pod, for the scheduler of its worker's time.
     pod: u64,
-    /// The port that the tunnel has reached.
-    here: Port,
+    /// The port that the tunnel was opened to.
+    port: Port,
     from: Addr,
     peer: &'a SpiffeId,
     proof: &'a Proof,
     text: Arc<str>,
-    entry: &'a Entry,
+    entry: &'a ConnectionEntry,
 }
 
-/// What a refused stream is refused with.
+/// A request that is refused.
 struct Refused {
-    why: Why,
+    /// What the peer is told.
+    reason: CloseReason,
     close: Close,
     verdict: Verdict,
 }
 
 impl Refused {
-    /// By a decision.
+    /// A refusal by a decision.
     fn decided(verdict: Verdict) -> Self {
         Self {
-            why: Why {
+            reason: CloseReason {
                 rule: verdict.rule,
-                ..Why::new(verdict.reason)
+                ..CloseReason::new(verdict.reason)
             },
             close: Close::Refused(verdict),
             verdict,
@@ -151,72 +156,61 @@ impl Refused {
     }
 }
 
-/// A stream that may be carried.
+/// The decision about a request.
 struct Allowed {
     verdict: Verdict,
-    /// The refusal of policies in audit mode.
+    /// The refusal by policies in audit mode.
     audit: Option<Verdict>,
-    /// What the pod's policy refuses is met with silence.
+    /// Whether the client must see silence if the pod's policy refuses.
     silent: bool,
     id: IdentityId,
 }
 
 impl Serving<'_> {
-    /// One stream after another.
+    /// Serves one stream after another.
     async fn run(&self, tunnel: &mut Tunnel) -> Result<(), TunnelError> {
         loop {
             self.entry.set_idle(true);
             let next = tokio::select! {
                 biased;
-                _why = self.entry.ended() => return Ok(()),
-                next = timeout(self.worker.timing.tunnel_idle, tunnel.control()) => next,
+                _why = self.entry.terminated() => return Ok(()),
+                next = timeout(self.worker.timing.tunnel_idle, tunnel.accept()) => next,
             };
             let Ok(next) = next else {
                 return Ok(());
             };
-            match next? {
-                // Unanswered: who opens it asks again with a certificate that has not ended, if
-                // there is one.
-                (_, Control::Open(_)) if !self.stands() => return Ok(()),
-                (stream, Control::Open(open)) => {
-                    tunnel.accept(stream)?;
-                    self.entry.set_idle(false);
-                    let again = self.stream(tunnel, stream, open).await;
-                    self.entry.set_subject(None);
-                    if !again || self.worker.draining.get() {
-                        return Ok(());
-                    }
-                }
-                // The opener's last word on a stream that has ended here.
-                (stream, Control::FinAck) if stream == tunnel.streams() => {}
-                // Its application went away after both directions had ended.
-                (stream, Control::Reset(_)) if stream == tunnel.streams() => return Ok(()),
-                (_, Control::FinAck | Control::Reset(_)) => {
-                    return Err(TunnelError::Unexpected("the end of another stream"));
-                }
-                (_, Control::Opened | Control::Refused(_) | Control::Fin) => {
-                    return Err(TunnelError::Unexpected("a frame between streams"));
-                }
+            let Some((stream, request)) = next? else {
+                return Ok(());
+            };
+            // Unanswered: its opener asks again with a certificate that is valid, if there is one.
+            if !self.is_proven() {
+                return Ok(());
+            }
+            self.entry.set_idle(false);
+            let may_continue = self.stream(tunnel, stream, request).await;
+            self.entry.set_input(None);
+            if !may_continue || self.worker.draining.get() {
+                return Ok(());
             }
         }
     }
 
-    /// Whether the tunnel's certificates have not ended.
-    fn stands(&self) -> bool {
+    /// Whether the tunnel's certificates are still valid.
+    fn is_proven(&self) -> bool {
         self.worker
             .own_identity(self.uid)
             .is_some_and(|own| self.worker.identities.stands(&own, self.proof))
     }
 
-    /// One stream; whether the tunnel may carry another.
+    /// Serves one stream; returns whether the tunnel may carry another.
     async fn stream(&self, tunnel: &mut Tunnel, stream: StreamId, open: Open) -> bool {
         let Some(pod) = self.worker.pod(self.uid) else {
             return false;
         };
         let outcome = tokio::select! {
             biased;
-            // A pod that is deleted does not wait for anybody's policy: it would stay until then.
-            why = self.entry.ended() => Err(Refused::decided(Verdict::refuse(why.reason()))),
+            // A deleted pod does not wait for a policy: its namespace would stay until then.
+            why = self.entry.terminated() => Err(Refused::decided(Verdict::refuse(why.reason()))),
             outcome = self.admit(&pod, &open) => outcome,
         };
         drop(pod);
@@ -229,16 +223,15 @@ impl Serving<'_> {
         match outcome {
             Ok((_verdict, app)) => self.carry(tunnel, stream, &app, record).await,
             Err(refused) => {
-                tunnel.queue(stream, &Control::Refused(refused.why));
-                tunnel.refuse();
-                record.set_cause(refused.why.cause.label());
+                tunnel.refuse(stream, &refused.reason);
+                record.set_cause(refused.reason.cause.label());
                 record.finish(refused.close);
                 true
             }
         }
     }
 
-    /// Decides, and connects to the application.
+    /// Decides a request, and connects to the application.
     async fn admit(&self, pod: &PodHandle, open: &Open) -> Result<(Verdict, Socket), Refused> {
         let known = async {
             let mut in_force = self.worker.in_force.clone();
@@ -247,7 +240,7 @@ impl Serving<'_> {
                 let plan = Arc::clone(&in_force.borrow_and_update().plan);
                 let is_newer = |now: &Arc<InForce>| !Arc::ptr_eq(&now.plan, &plan);
                 match self.decide(&plan, open) {
-                    // Another node's pod may be known here a moment later than there.
+                    // A pod of another node may become known here a moment later than there.
                     Err(Reason::UnknownPeer | Reason::IdentityRefused)
                         if timeout_at(until, in_force.wait_for(is_newer))
                             .await
@@ -262,7 +255,7 @@ impl Serving<'_> {
         if !allowed.verdict.allowed {
             let mut refused = Refused::decided(allowed.verdict);
             if allowed.silent && allowed.verdict.reason.is_policy() {
-                refused.why.cause = Cause::Silent;
+                refused.reason.cause = Cause::Silent;
             }
             return Err(refused);
         }
@@ -270,7 +263,7 @@ impl Serving<'_> {
             let opening = self.opening(open, allowed.verdict);
             self.worker.recorder.audited(&opening, audit);
         }
-        self.entry.set_subject(Some(Subject::Inbound {
+        self.entry.set_input(Some(DecisionInput::Inbound {
             from: open.source,
             peer: allowed.id,
             to: open.destination,
@@ -278,11 +271,11 @@ impl Serving<'_> {
         match self.connect(pod, open).await {
             Ok(app) => Ok((allowed.verdict, app)),
             Err(error) => {
-                tracing::debug!(to = %open.destination, %error, "cannot connect to an application");
+                tracing::debug!(to = %open.destination, %error, "cannot connect to the application");
                 Err(Refused {
-                    why: Why {
+                    reason: CloseReason {
                         cause: cause(&error),
-                        ..Why::new(Reason::ConnectFailed)
+                        ..CloseReason::new(Reason::ConnectFailed)
                     },
                     close: Close::Failed(Reason::ConnectFailed),
                     verdict: allowed.verdict,
@@ -291,7 +284,7 @@ impl Serving<'_> {
         }
     }
 
-    /// The decision, or why there cannot be one.
+    /// Decides a request, or tells why it cannot be decided.
     fn decide(&self, plan: &Index, open: &Open) -> Result<Allowed, Reason> {
         let view = plan.pods.get(self.uid).ok_or(Reason::PodDeleted)?.view;
         if open.source.addr != self.from {
@@ -303,8 +296,8 @@ impl Serving<'_> {
         if open.destination.port == self.worker.tunnel_port || open.destination.port.get() == 0 {
             return Err(Reason::TunnelPort);
         }
-        // Who looked at the packets on the way was told this port.
-        if self.here != self.worker.tunnel_port && self.here != open.destination.port {
+        // Packet filters between the nodes have seen this port.
+        if self.port != self.worker.tunnel_port && self.port != open.destination.port {
             return Err(Reason::NotTunnelled);
         }
         let (Some(workload), Some(peer)) = (
@@ -335,8 +328,9 @@ impl Serving<'_> {
         let timing = &self.worker.timing;
         let until = Deadline::now() + timing.connect;
         loop {
-            let begun = self.worker.dial.application(pod, client, to);
-            let begun = begun.and_then(|(stream, done)| Ok((Socket::new(stream)?, done)));
+            let begun = self.worker.sockets.application(pod, client, to);
+            let begun = begun
+                .and_then(|Connecting { stream, connected }| Ok((Socket::new(stream)?, connected)));
             let connected = match begun {
                 Ok((socket, true)) => Ok(socket),
                 Ok((socket, false)) => timeout_at(until, socket.connected())
@@ -346,8 +340,8 @@ impl Serving<'_> {
                 Err(error) => Err(error),
             };
             match connected {
-                // The last connection from this very port has ended a moment ago: the kernel lets
-                // the port be used again after a second (tcp_tw_reuse).
+                // The last connection from this port ended a moment ago: the kernel allows its reuse
+                // after a second (tcp_tw_reuse).
                 Err(error)
                     if error.kind() == io::ErrorKind::AddrNotAvailable
                         && Deadline::now() + timing.first_retry < until =>
@@ -376,7 +370,7 @@ impl Serving<'_> {
         }
     }
 
-    /// Carries a stream to its end; whether the tunnel may carry another.
+    /// Relays a stream to its end; returns whether the tunnel may carry another.
     async fn carry(
         &self,
         tunnel: &mut Tunnel,
@@ -384,23 +378,23 @@ impl Serving<'_> {
         app: &Socket,
         mut record: ConnectionRecord,
     ) -> bool {
-        // Until it is known to have ended in order.
+        // Reset, until it is known to have ended in order.
         app.reset_on_drop();
-        tunnel.queue(stream, &Control::Opened);
-        let end = {
-            let count = Counted::destination(record.bytes());
-            let relay = Relay::acceptor(app, tunnel, stream, &count);
+        tunnel.confirm(stream);
+        let outcome = {
+            let traffic = Traffic::of_destination(record.bytes());
+            let relay = Relay::acceptor(app, tunnel.stream(stream), &traffic);
             tokio::select! {
                 biased;
-                end = self.worker.fair.carry(self.pod, relay.run()) => Ok(end),
-                why = self.entry.ended() => Err(why),
+                outcome = self.worker.fair.carry(self.pod, relay.run()) => Ok(outcome),
+                why = self.entry.terminated() => Err(why),
             }
         };
-        let (rtt, retransmits) = tunnel.transport();
+        let (rtt, retransmits) = transport(tunnel);
         record.set_transport(rtt, retransmits);
-        let close = match end {
-            Ok(End::Finished { local_first }) => {
-                tunnel.end();
+        let close = match outcome {
+            Ok(Outcome::Finished { local_first }) => {
+                tunnel.end_stream();
                 app.close_on_drop();
                 let by = if local_first {
                     ClosedBy::Local
@@ -410,28 +404,28 @@ impl Serving<'_> {
                 record.finish(Close::Finished(by));
                 return true;
             }
-            Ok(End::AppReset(error)) => {
-                tracing::trace!(%error, "an application reset its connection");
-                tunnel.queue(stream, &Control::Reset(Why::APPLICATION));
+            Ok(Outcome::AppReset(error)) => {
+                tracing::trace!(%error, "application reset its connection");
+                tunnel.reset(stream, &CloseReason::APPLICATION);
                 Close::Reset(ClosedBy::Local)
             }
-            Ok(End::PeerReset(why) | End::Refused(why)) => reset(why),
-            Ok(End::Tunnel { error, .. }) => {
-                tracing::debug!(from = %self.from, error = %error, "a tunnel failed");
+            Ok(Outcome::PeerReset(reason) | Outcome::Refused(reason)) => reset(reason),
+            Ok(Outcome::CarrierFailed { error, .. }) => {
+                tracing::debug!(from = %self.from, %error, "tunnel failed");
                 if error.is_violation() {
                     self.worker.metrics().violated(Role::Server);
-                    tunnel.queue(stream, &Control::Reset(Why::new(Reason::Protocol)));
+                    tunnel.reset(stream, &CloseReason::new(Reason::Protocol));
                     Close::Failed(Reason::Protocol)
                 } else {
                     Close::Reset(ClosedBy::Remote)
                 }
             }
             Err(why) => {
-                tunnel.queue(stream, &Control::Reset(why.why()));
+                tunnel.reset(stream, &why.reason_for_peer());
                 why.close()
             }
         };
-        tunnel.end();
+        tunnel.end_stream();
         record.finish(close);
         false
     }

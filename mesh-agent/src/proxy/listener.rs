@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Accepts what the kernel steers to the agent's listeners in pods, and hands it to a worker.
+//! Accepts the connections that the kernel steers to the agent's listeners in pods, and assigns them to
+//! workers.
 //!
-//! Each pod is accepted by one worker, which keeps a connection itself unless another carries
-//! fewer. Here connections are only counted against the pod's bounds; nothing is read from them.
+//! One worker accepts for a pod. It keeps a connection unless another worker carries fewer. Connections
+//! are only counted against the pod's bounds here; nothing is read from them.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -14,20 +15,20 @@ use std::time::Duration;
 
 use mesh_common::Reason;
 use mesh_common::pod::ListenerSlot;
+use mesh_datapath::pods::{Listeners, PodHandle, PodTable};
+use mesh_identity::Refusal;
+use mesh_tunnel::Socket;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::{JoinHandle, spawn_local};
 
 use super::admission::Admission;
-use super::dial::KEEPALIVE;
-use super::socket::Socket;
-use super::worker::{Job, JobKind, Place, Share, Worker};
-use mesh_datapath::pods::{Listeners, PodHandle, PodTable};
-use mesh_identity::Refusal;
+use super::pod_sockets::KEEPALIVE;
+use super::worker::{Job, JobKind, PodResources, Slot, Worker};
 use mesh_telemetry::metrics::Role;
 
-/// Pause after accept() failed for want of descriptors or memory.
-const BREATH: Duration = Duration::from_millis(50);
+/// The pause after accept() failed for lack of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// The pods that this worker accepts for.
 #[derive(Debug, Default)]
@@ -36,12 +37,12 @@ pub(crate) struct Listening(BTreeMap<String, Accepting>);
 #[derive(Debug)]
 struct Accepting {
     listeners: Arc<Listeners>,
-    share: Arc<Share>,
+    resources: Arc<PodResources>,
     tasks: Vec<JoinHandle<()>>,
 }
 
 impl Listening {
-    /// Accepts nothing more. The listeners themselves belong to the pods' room.
+    /// Accepts nothing more. The listeners themselves belong to the module `pods`.
     pub(crate) fn stop(&mut self) {
         self.0.clear();
     }
@@ -55,7 +56,7 @@ impl Drop for Accepting {
 
 /// Accepts for the pods of `table` that are this worker's, and no longer for others.
 pub(crate) fn reconcile(worker: &Rc<Worker>, table: &PodTable, listening: &mut Listening) {
-    let workers = worker.crew.jobs.len();
+    let workers = worker.workers.jobs.len();
     let own = |pod: &PodHandle| pod.index.0 as usize % workers == worker.number;
     listening.0.retain(|uid, accepting| {
         table
@@ -75,7 +76,7 @@ pub(crate) fn reconcile(worker: &Rc<Worker>, table: &PodTable, listening: &mut L
                 listening.0.insert(uid.clone(), accepting);
             }
             Err(error) => {
-                tracing::error!(uid, %error, "cannot accept connections for a pod; they are refused");
+                tracing::error!(uid, %error, "cannot accept connections of a pod: they are refused");
             }
         }
     }
@@ -89,12 +90,12 @@ fn start(
     let bounds = worker.timing.handshakes;
     let mut accepting = Accepting {
         listeners: Arc::clone(listeners),
-        share: Arc::new(Share {
+        resources: Arc::new(PodResources {
             uid: pod.uid.as_str().into(),
             captured: AtomicUsize::new(0),
             tunnels: AtomicUsize::new(0),
             silent: AtomicUsize::new(0),
-            admission: Admission::new(bounds, worker.crew.handshakes.clone()),
+            admission: Admission::new(bounds, worker.workers.handshakes.clone()),
             usage: worker.usage(pod),
         }),
         tasks: Vec::new(),
@@ -104,70 +105,79 @@ fn start(
             ListenerSlot::Outbound4 | ListenerSlot::Outbound6 => JobKind::Captured,
             ListenerSlot::Tunnel4 | ListenerSlot::Tunnel6 => JobKind::Tunnel,
         };
-        // Accepted sockets inherit these: no system call for each.
+        // Accepted sockets inherit these options, which saves a system call for each.
         socket2::SockRef::from(listener).set_tcp_nodelay(true)?;
         if kind == JobKind::Tunnel {
             socket2::SockRef::from(listener).set_tcp_keepalive(&KEEPALIVE)?;
         }
         let listener = TcpListener::from_std(listener.try_clone()?)?;
         let worker = Rc::clone(worker);
-        let share = Arc::clone(&accepting.share);
-        let task = spawn_local(async move { accept(&worker, &listener, kind, &share).await });
+        let resources = Arc::clone(&accepting.resources);
+        let task = spawn_local(async move { accept(&worker, &listener, kind, &resources).await });
         accepting.tasks.push(task);
     }
     Ok(accepting)
 }
 
-async fn accept(worker: &Rc<Worker>, listener: &TcpListener, kind: JobKind, share: &Arc<Share>) {
+async fn accept(
+    worker: &Rc<Worker>,
+    listener: &TcpListener,
+    kind: JobKind,
+    resources: &Arc<PodResources>,
+) {
     loop {
         match listener.accept().await {
-            Ok((stream, _from)) => hand_over(worker, kind, share, stream),
-            // A connection that went away before it was accepted.
+            Ok((stream, _from)) => hand_over(worker, kind, resources, stream),
+            // The connection was closed before it was accepted.
             Err(error)
                 if matches!(
                     error.kind(),
                     io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted
                 ) => {}
             Err(error) => {
-                tracing::warn!(uid = %share.uid, %error, "cannot accept connections for a pod");
-                tokio::time::sleep(BREATH).await;
+                tracing::warn!(uid = %resources.uid, %error, "cannot accept connections of a pod");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
     }
 }
 
-/// Counts a connection against its pod's bound and gives it to the worker that is to carry it.
-fn hand_over(worker: &Rc<Worker>, kind: JobKind, share: &Arc<Share>, stream: TcpStream) {
+/// Counts a connection against its pod's bound, and gives it to a worker.
+fn hand_over(worker: &Rc<Worker>, kind: JobKind, resources: &Arc<PodResources>, stream: TcpStream) {
     let timing = &worker.timing;
-    let place = match kind {
-        JobKind::Captured => Place::take(share, |s| &s.captured, timing.captured_per_pod),
-        JobKind::Tunnel => Place::take(share, |s| &s.tunnels, timing.tunnels_per_pod),
+    let slot = match kind {
+        JobKind::Captured => Slot::take(resources, |s| &s.captured, timing.captured_per_pod),
+        JobKind::Tunnel => Slot::take(resources, |s| &s.tunnels, timing.tunnels_per_pod),
     };
-    let Some(place) = place else {
+    let Some(slot) = slot else {
         refuse(worker, kind, &stream);
         return;
     };
-    let share = Arc::clone(share);
-    let job = Job { kind, share, place };
-    let to = worker.crew.choose(worker.number);
+    let resources = Arc::clone(resources);
+    let job = Job {
+        kind,
+        resources,
+        slot,
+    };
+    let to = worker.workers.choose(worker.number);
     if to == worker.number {
-        worker.carry(job, Socket::from_tokio(stream));
+        worker.spawn(job, Socket::from_tokio(stream));
         return;
     }
     // From here on the socket is registered with no runtime, until the other worker does it.
     let moved = stream.into_std().map(|stream| {
-        match worker.crew.jobs[to].try_send((job, stream)) {
+        match worker.workers.jobs[to].try_send((job, stream)) {
             Ok(()) => {}
-            // It has fallen behind: better here than nowhere.
+            // The other worker has fallen behind: this one carries the connection.
             Err(TrySendError::Full(back) | TrySendError::Closed(back)) => worker.adopt(back),
         }
     });
     if let Err(error) = moved {
-        tracing::warn!(%error, "cannot hand a connection to another worker");
+        tracing::warn!(%error, "cannot pass a connection to another worker");
     }
 }
 
-/// Refuses a connection beyond a bound: the other end sees a reset.
+/// Refuses a connection beyond a bound: the peer sees a reset.
 pub(crate) fn refuse(worker: &Worker, kind: JobKind, stream: &impl AsFd) {
     let verdict = mesh_common::Verdict::refuse(Reason::LimitReached);
     match kind {

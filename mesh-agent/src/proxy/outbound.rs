@@ -1,59 +1,60 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A captured connection on its way out: decided again, given a tunnel to the destination's node,
-//! and carried.
+//! Carries a captured connection: decides it again, finds a tunnel to the destination's node, and relays.
 
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
 use mesh_common::{Direction, Endpoint, Evidence, Reason, Verdict};
-
-use self::target::Target;
-use super::Counted;
-use super::live::{Entry, Subject};
-use super::pool::Pooled;
-use super::relay::{End, Relay, Retained};
-use super::socket::Socket;
-use super::tunnel::Tunnel;
-use super::tunnel::frame::{Cause, Control, Open, StreamId, Why};
-use super::turns;
-use super::worker::{Job, Load, Place, Share, Worker};
 use mesh_datapath::pods::PodHandle;
 use mesh_identity::SpiffeId;
 use mesh_telemetry::metrics::Role;
 use mesh_telemetry::record::{
     Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security,
 };
+use mesh_tunnel::frame::{Cause, CloseReason, Open, StreamId};
+use mesh_tunnel::relay::{Outcome, Relay, ReplayBuffer};
+use mesh_tunnel::{Carrier as _, CarrierError as _, Socket, Tunnel, TunnelError};
 
-pub(crate) use self::reach::Failure;
+use self::attempts::{Attempt, Attempts};
+use self::target::Target;
+use super::connection_registry::{ConnectionEntry, DecisionInput};
+use super::handshake_scheduler;
+use super::pool::Pooled;
+use super::traffic::{Traffic, transport};
+use super::worker::{Job, Load, PodResources, Slot, Worker};
 
-mod reach;
+pub(crate) use self::dial::HandshakeFailure;
+
+mod attempts;
+mod dial;
 mod target;
-
-/// Other endpoints that are tried when one cannot be connected to.
-const OTHERS: usize = 2;
 
 /// Carries a captured connection from its acceptance to its record.
 pub(crate) async fn carry(worker: &Rc<Worker>, job: Job, app: Socket, load: &Load) {
     let Job {
-        share,
-        place: _place,
+        resources,
+        slot: _slot,
         kind: _,
     } = job;
-    let entry = worker.live.register(&share.uid);
+    let entry = worker.connections.register(&resources.uid);
     // Reset, until it is known to have ended otherwise.
     app.reset_on_drop();
-    let (Ok((to, from)), Some(pod)) = (worker.dial.ends(&app), worker.pod(&share.uid)) else {
+    let (Ok(addresses), Some(pod)) = (worker.sockets.addresses(&app), worker.pod(&resources.uid))
+    else {
         return;
     };
-    let (from, to) = (Endpoint::from(from), Endpoint::from(to));
-    let service = worker.dial.service(&pod, to, from.port);
-    let open = Open {
+    let (from, to) = (
+        Endpoint::from(addresses.peer),
+        Endpoint::from(addresses.local),
+    );
+    let service = worker.sockets.service(&pod, to, from.port);
+    let request = Open {
         destination: to,
         source: from,
         service,
     };
-    let decided = target::decide(worker, &worker.plan(), &pod, open);
+    let decided = target::decide(worker, &worker.plan(), &pod, request);
     let record = |verdict, peer: Option<&SpiffeId>| {
         worker.recorder.open(ConnectionOpen {
             reporter: Reporter::Source,
@@ -78,14 +79,15 @@ pub(crate) async fn carry(worker: &Rc<Worker>, job: Job, app: Socket, load: &Loa
     let connection = Connection {
         worker,
         pod: &pod,
-        share: &share,
+        resources: &resources,
         app: &app,
         load,
+        entry: &entry,
     };
-    let (close, silent) = connection.relay(target, &mut record, &entry).await;
-    record.finish(close);
-    if silent {
-        hold(worker, &share, &app, &entry).await;
+    let ended = connection.relay(target, &mut record).await;
+    record.finish(ended.close);
+    if ended.silent {
+        hold(worker, &resources, &app, &entry).await;
     }
 }
 
@@ -93,231 +95,192 @@ pub(crate) async fn carry(worker: &Rc<Worker>, job: Job, app: Socket, load: &Loa
 struct Connection<'a> {
     worker: &'a Rc<Worker>,
     pod: &'a PodHandle,
-    share: &'a Share,
+    resources: &'a PodResources,
     app: &'a Socket,
-    /// Its part of its worker's.
+    /// The connection's part of its worker's load.
     load: &'a Load,
+    entry: &'a ConnectionEntry,
 }
 
-/// What came of a tunnel or an endpoint.
-enum Outcome {
+/// How a connection ended.
+struct Ended {
+    close: Close,
+    /// Whether the application must not notice.
+    silent: bool,
+}
+
+/// The result of one attempt to carry a connection.
+enum AttemptResult {
     /// The connection has ended.
-    Ended(Close),
-    /// The same, and the application is not to be told.
-    Silent(Close),
-    /// The peer closed the tunnel before it acted on OPEN: another tunnel may be tried.
+    Ended(Ended),
+    /// The peer closed the tunnel before it acted on the request: another tunnel may be tried.
     Unused,
-    /// There is no connection to this endpoint, and nothing was given to an application: another
-    /// one may be tried.
+    /// There is no connection to this endpoint, and no data was given to an application: another
+    /// endpoint may be tried.
     NotMade(Close),
 }
 
+impl AttemptResult {
+    /// The connection has ended, and the application notices.
+    const fn ended(close: Close) -> Self {
+        Self::Ended(Ended {
+            close,
+            silent: false,
+        })
+    }
+}
+
 impl Connection<'_> {
-    /// Relays to the endpoint, or where that cannot be connected to, to another of its service. Also
-    /// returns whether the application is not to be told of the end.
-    async fn relay(
-        &self,
-        mut target: Target,
-        record: &mut ConnectionRecord,
-        entry: &Entry,
-    ) -> (Close, bool) {
-        let mut retained = Retained::default();
-        let mut tried = Vec::new();
-        loop {
-            let to = target.open.destination;
-            entry.set_subject(Some(Subject::Outbound { to }));
-            tried.push(to);
-            let endpoint = Endpoints {
-                connection: self,
-                target: &target,
-                tried: &tried,
-            };
-            let (close, next) = match endpoint.relay(&mut retained, record, entry).await {
-                (Outcome::Ended(close), _) => return (close, false),
-                (Outcome::Silent(close), _) => return (close, true),
-                (Outcome::Unused, next) => (Close::Failed(Reason::PeerUnreachable), next),
-                (Outcome::NotMade(close), next) => (close, next),
-            };
-            let Some(next) = next else {
-                return (close, false);
-            };
-            tracing::debug!(%to, instead = %next.open.destination, why = close.label(), "tries another endpoint");
-            self.worker.metrics().retried(&close);
-            target = next;
-            record.redirect(
-                target.open.destination,
-                target.verdict,
-                text(&target.key.expected),
-            );
-        }
-    }
-}
-
-/// Keeps a refused connection open as if its other end were not there: nothing is read of it any
-/// more, and it is reset when a connect() that meets silence would give up. A pod has a bound of
-/// them, beyond which they are reset at once.
-async fn hold(worker: &Worker, share: &Arc<Share>, app: &Socket, entry: &Entry) {
-    let most = worker.timing.silent_per_pod;
-    let place = Place::take(share, |share| &share.silent, most);
-    worker.metrics().silent(place.is_some());
-    if place.is_none() {
-        return;
-    }
-    tokio::select! {
-        biased;
-        _why = entry.ended() => {}
-        // A client that has closed in order cannot be told from one that only sends no more.
-        _error = app.failed() => {}
-        () = tokio::time::sleep(worker.timing.silence) => {}
-    }
-}
-
-/// A captured connection and one of its endpoints.
-struct Endpoints<'a> {
-    connection: &'a Connection<'a>,
-    target: &'a Target,
-    tried: &'a [Endpoint],
-}
-
-impl<'a> std::ops::Deref for Endpoints<'a> {
-    type Target = Connection<'a>;
-
-    fn deref(&self) -> &Connection<'a> {
-        self.connection
-    }
-}
-
-impl Endpoints<'_> {
-    /// Another endpoint, if one more may be tried.
-    fn another(&self) -> Option<Target> {
-        if self.tried.len() > OTHERS {
-            return None;
-        }
-        target::another(self.worker, self.pod, self.target.open, self.tried)
-    }
-
-    /// Relays through a tunnel that waits, or a new one. A tunnel that the peer closed before it
-    /// acted on OPEN is replaced by a new one, once. Also returns where to try instead.
-    async fn relay(
-        &self,
-        retained: &mut Retained,
-        record: &mut ConnectionRecord,
-        entry: &Entry,
-    ) -> (Outcome, Option<Target>) {
-        let key = &self.target.key;
-        let epoch = self.worker.identities.epoch(&key.own);
-        let waiting = epoch.and_then(|now| self.worker.pool.take(key, now, Instant::now()));
-        let stands = |it: &Pooled| self.worker.identities.stands(&key.own, &it.proof);
-        let waiting = waiting.filter(stands);
-        if let Some(pooled) = waiting {
-            match self.attempt(pooled, retained, record, entry).await {
-                Outcome::Unused => {}
-                ended @ (Outcome::Ended(_) | Outcome::Silent(_)) => return (ended, None),
-                not_made @ Outcome::NotMade(_) => return (not_made, self.another()),
+    /// Tries one tunnel after another until one carries the connection to its end.
+    async fn relay(&self, target: Target, record: &mut ConnectionRecord) -> Ended {
+        let mut replay = ReplayBuffer::default();
+        let mut endpoint = target.request.destination;
+        let mut close = Close::Failed(Reason::PeerUnreachable);
+        let mut attempts = Attempts::new(self.worker, self.pod, target);
+        while let Some(attempt) = attempts.next() {
+            let target = Rc::clone(&attempt.target);
+            let to = target.request.destination;
+            if to != endpoint {
+                tracing::debug!(%endpoint, instead = %to, reason = close.label(), "trying another endpoint of the service");
+                self.worker.metrics().retried(&close);
+                record.redirect(to, target.verdict, text(&target.key.expected));
+                endpoint = to;
+            }
+            self.entry.set_input(Some(DecisionInput::Outbound { to }));
+            match self.attempt(attempt, &mut replay, record).await {
+                AttemptResult::Ended(ended) => return ended,
+                AttemptResult::Unused => close = Close::Failed(Reason::PeerUnreachable),
+                AttemptResult::NotMade(because) => {
+                    close = because;
+                    attempts.skip_endpoint();
+                }
             }
         }
-        let next = self.another();
-        let made = tokio::select! {
-            biased;
-            why = entry.ended() => return (Outcome::Ended(why.close()), None),
-            made = reach::tunnel(self.worker, (self.pod, self.share), self.target, next.is_some()) => made,
-        };
-        let outcome = match made {
-            Ok(pooled) => self.attempt(pooled, retained, record, entry).await,
-            Err(reason @ (Reason::PeerUnreachable | Reason::TlsFailed)) => {
-                Outcome::NotMade(Close::Failed(reason))
+        Ended {
+            close,
+            silent: false,
+        }
+    }
+
+    /// Relays through the attempt's tunnel, which is made first if it is a new one.
+    async fn attempt(
+        &self,
+        attempt: Attempt,
+        replay: &mut ReplayBuffer,
+        record: &mut ConnectionRecord,
+    ) -> AttemptResult {
+        let target = &*attempt.target;
+        let pooled = match attempt.pooled {
+            Some(pooled) => pooled,
+            None => {
+                let dial = dial::Dialer {
+                    worker: self.worker,
+                    pod: self.pod,
+                    resources: self.resources,
+                    target,
+                };
+                let made = tokio::select! {
+                    biased;
+                    why = self.entry.terminated() => return AttemptResult::ended(why.close()),
+                    made = dial.tunnel(attempt.has_alternative) => made,
+                };
+                match made {
+                    Ok(pooled) => pooled,
+                    Err(reason @ (Reason::PeerUnreachable | Reason::TlsFailed)) => {
+                        return AttemptResult::NotMade(Close::Failed(reason));
+                    }
+                    Err(reason) => return AttemptResult::ended(Close::Failed(reason)),
+                }
             }
-            Err(reason) => Outcome::Ended(Close::Failed(reason)),
         };
-        (outcome, next)
+        self.relay_through(pooled, target, replay, record).await
     }
 
     /// Relays through one tunnel.
-    async fn attempt(
+    async fn relay_through(
         &self,
         mut pooled: Pooled,
-        retained: &mut Retained,
+        target: &Target,
+        replay: &mut ReplayBuffer,
         record: &mut ConnectionRecord,
-        entry: &Entry,
-    ) -> Outcome {
+    ) -> AttemptResult {
         let tunnel = &mut pooled.tunnel;
-        let Some(stream) = tunnel.begin() else {
-            return Outcome::Unused;
+        let Some(stream) = tunnel.open(&target.request) else {
+            return AttemptResult::Unused;
         };
-        tunnel.queue(stream, &Control::Open(self.target.open));
-        entry.set_proof(&pooled.proof);
-        let end = {
-            let count = Counted::source(record.bytes(), self.load);
-            let relay = Relay::opener(self.app, tunnel, stream, &count, retained);
-            let pod = turns::number(&self.share.uid);
+        self.entry.set_proof(&pooled.proof);
+        let outcome = {
+            let traffic = Traffic::of_source(record.bytes(), self.load);
+            let relay = Relay::opener(self.app, tunnel.stream(stream), &traffic, replay);
+            let pod = handshake_scheduler::number(&self.resources.uid);
             tokio::select! {
                 biased;
-                end = self.worker.fair.carry(pod, relay.run()) => Ok(end),
-                why = entry.ended() => Err(why),
+                outcome = self.worker.fair.carry(pod, relay.run()) => Ok(outcome),
+                why = self.entry.terminated() => Err(why),
             }
         };
-        let (rtt, retransmits) = tunnel.transport();
+        let (rtt, retransmits) = transport(tunnel);
         record.set_transport(rtt, retransmits);
-        if let Ok(End::Refused(why)) = &end {
-            record.set_cause(why.cause.label());
-        }
-        // What policy refuses is ended at the application's socket too, once the plan is published:
-        // that may be noticed here first.
-        let end = match end {
-            Ok(End::AppReset(error)) => match entry.refused(&self.worker.plan()) {
-                Some(why) => Err(why),
-                None => Ok(End::AppReset(error)),
-            },
-            end => end,
-        };
-        match end {
-            Ok(end) => self.conclude(pooled, stream, end),
+        match outcome {
+            Ok(outcome) => {
+                if let Outcome::Refused(reason) = &outcome {
+                    record.set_cause(reason.cause.label());
+                }
+                self.conclude(pooled, target, stream, outcome)
+            }
             Err(why) => {
-                self.give_up(pooled.tunnel, stream, why.why());
-                Outcome::Ended(why.close())
+                self.give_up(pooled.tunnel, stream, why.reason_for_peer());
+                AttemptResult::ended(why.close())
             }
         }
     }
 
-    /// What becomes of the tunnel, and how the connection ended.
-    fn conclude(&self, mut pooled: Pooled, stream: StreamId, end: End) -> Outcome {
-        Outcome::Ended(match end {
-            End::Finished { local_first } => {
+    /// Keeps or closes the tunnel, and tells how the connection ended.
+    fn conclude(
+        &self,
+        mut pooled: Pooled,
+        target: &Target,
+        stream: StreamId,
+        outcome: Outcome<TunnelError>,
+    ) -> AttemptResult {
+        AttemptResult::ended(match outcome {
+            Outcome::Finished { local_first } => {
                 self.app.close_on_drop();
-                self.keep(pooled);
+                self.keep(pooled, target);
                 Close::Finished(if local_first {
                     ClosedBy::Local
                 } else {
                     ClosedBy::Remote
                 })
             }
-            End::Refused(why) => {
-                pooled.tunnel.end();
-                self.keep(pooled);
-                let close = refused(why);
+            Outcome::Refused(reason) => {
+                pooled.tunnel.end_stream();
+                self.keep(pooled, target);
+                let close = refused(reason);
                 if is_about_the_endpoint(&close) {
-                    return Outcome::NotMade(close);
+                    return AttemptResult::NotMade(close);
                 }
-                if why.cause == Cause::Silent {
-                    return Outcome::Silent(close);
-                }
-                close
+                let silent = reason.cause == Cause::Silent;
+                return AttemptResult::Ended(Ended { close, silent });
             }
-            End::AppReset(error) => {
-                tracing::trace!(%error, "an application reset its connection");
-                self.give_up(pooled.tunnel, stream, Why::APPLICATION);
+            Outcome::AppReset(error) => {
+                tracing::trace!(%error, "application reset its connection");
+                self.give_up(pooled.tunnel, stream, CloseReason::APPLICATION);
                 Close::Reset(ClosedBy::Local)
             }
-            End::PeerReset(why) => {
+            Outcome::PeerReset(reason) => {
                 self.worker.close(vec![pooled.tunnel]);
-                reset(why)
+                reset(reason)
             }
-            End::Tunnel { unused: true, .. } => return Outcome::Unused,
-            End::Tunnel { error, .. } => {
-                tracing::debug!(to = %self.target.key.to, error = %error, "a tunnel failed");
+            Outcome::CarrierFailed {
+                may_retry: true, ..
+            } => return AttemptResult::Unused,
+            Outcome::CarrierFailed { error, .. } => {
+                tracing::debug!(to = %target.key.to, %error, "tunnel failed");
                 if error.is_violation() {
                     self.worker.metrics().violated(Role::Client);
-                    self.give_up(pooled.tunnel, stream, Why::new(Reason::Protocol));
+                    let reason = CloseReason::new(Reason::Protocol);
+                    self.give_up(pooled.tunnel, stream, reason);
                     Close::Failed(Reason::Protocol)
                 } else {
                     Close::Reset(ClosedBy::Remote)
@@ -327,39 +290,60 @@ impl Endpoints<'_> {
     }
 
     /// Keeps a tunnel for the next connection.
-    fn keep(&self, mut pooled: Pooled) {
-        pooled.tunnel.end();
+    fn keep(&self, mut pooled: Pooled, target: &Target) {
+        pooled.tunnel.end_stream();
         if self.worker.draining.get() {
             self.worker.close(vec![pooled.tunnel]);
             return;
         }
-        let put = self
-            .worker
-            .pool
-            .put(&self.target.key, pooled, Instant::now());
-        if let Some(tunnel) = put {
+        let rejected = self.worker.pool.put(&target.key, pooled, Instant::now());
+        if let Some(tunnel) = rejected {
             self.worker.close(vec![tunnel]);
         }
     }
 
-    /// Ends a stream in the middle, and with it the tunnel.
-    fn give_up(&self, mut tunnel: Tunnel, stream: StreamId, why: Why) {
-        tunnel.queue(stream, &Control::Reset(why));
+    /// Resets a stream, and closes its tunnel.
+    fn give_up(&self, mut tunnel: Tunnel, stream: StreamId, reason: CloseReason) {
+        tunnel.reset(stream, &reason);
         self.worker.close(vec![tunnel]);
     }
 }
 
-/// How a connection ended that the other end refused.
-pub(crate) fn refused(why: Why) -> Close {
-    let reason = why.reason.unwrap_or(Reason::Protocol);
+/// Keeps a refused connection open as if its destination did not exist: nothing more is read of it, and
+/// it is reset when a connect() that meets silence would give up. The number of these is bounded per
+/// pod; beyond the bound they are reset at once.
+async fn hold(
+    worker: &Worker,
+    resources: &Arc<PodResources>,
+    app: &Socket,
+    entry: &ConnectionEntry,
+) {
+    let most = worker.timing.silent_per_pod;
+    let slot = Slot::take(resources, |resources| &resources.silent, most);
+    worker.metrics().silent(slot.is_some());
+    if slot.is_none() {
+        return;
+    }
+    tokio::select! {
+        biased;
+        _why = entry.terminated() => {}
+        // A client that has closed in order cannot be told from one that only sends no more.
+        _error = app.failed() => {}
+        () = tokio::time::sleep(worker.timing.silence) => {}
+    }
+}
+
+/// How a connection ended that the peer refused.
+pub(crate) fn refused(by_peer: CloseReason) -> Close {
+    let reason = by_peer.reason.unwrap_or(Reason::Protocol);
     if reason.is_policy_or_missing() {
-        Close::Refused(Verdict::deny(reason, why.rule))
+        Close::Refused(Verdict::deny(reason, by_peer.rule))
     } else {
         Close::Failed(reason)
     }
 }
 
-/// Whether a refusal says nothing about who asks: another endpoint may answer otherwise.
+/// Whether a refusal concerns the endpoint and not the client: another endpoint may answer otherwise.
 const fn is_about_the_endpoint(close: &Close) -> bool {
     matches!(
         close,
@@ -373,16 +357,16 @@ const fn is_about_the_endpoint(close: &Close) -> bool {
     )
 }
 
-/// How a connection ended that the other end reset.
-pub(crate) fn reset(why: Why) -> Close {
-    match why.reason {
-        Some(reason @ Reason::PolicyChanged) => Close::Changed(Verdict::deny(reason, why.rule)),
+/// How a connection ended that the peer reset.
+pub(crate) fn reset(by_peer: CloseReason) -> Close {
+    match by_peer.reason {
+        Some(reason @ Reason::PolicyChanged) => Close::Changed(Verdict::deny(reason, by_peer.rule)),
         Some(reason) => Close::Failed(reason),
         None => Close::Reset(ClosedBy::Remote),
     }
 }
 
-/// An `Arc<str>` of an identity, for records.
+/// Formats an identity for records.
 pub(crate) fn text(id: &SpiffeId) -> Arc<str> {
     id.to_string().into()
 }

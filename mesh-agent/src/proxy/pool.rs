@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Tunnels of one worker that wait for their next connection.
+//! Idle tunnels of one worker.
 //!
 //! A tunnel is used again only by the same pod, as the same identity and under the same policy,
 //! towards the same pod at the same address, which proved the same identity, and only while the
@@ -13,29 +13,28 @@ use std::time::{Duration, Instant};
 
 use mesh_common::policy::PolicySetId;
 use mesh_common::{Endpoint, IdentityId};
-
-use super::tunnel::Tunnel;
 use mesh_identity::{Epoch, Proof, SpiffeId};
 use mesh_telemetry::metrics::{Metrics, Role};
+use mesh_tunnel::{Carrier, CarrierError as _, Tunnel};
 
-/// What two connections must have in common to use the same tunnel.
+/// What two connections must share to use the same tunnel.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Key {
-    /// Where the tunnel ends: the pod's address and the tunnel port.
+    /// The destination pod's address, and the port of its agent.
     pub(crate) to: Endpoint,
-    /// Where it begins: the pod's own address.
+    /// The source pod's own address.
     pub(crate) from: mesh_common::Addr,
-    /// The pod it begins in.
+    /// The source pod.
     pub(crate) uid: Arc<str>,
-    /// The pod it ends in.
+    /// The destination pod.
     pub(crate) peer_uid: Arc<str>,
-    /// The policy of the pod it begins in.
+    /// The policy of the source pod.
     pub(crate) set: PolicySetId,
-    /// Who the peer is to policy.
+    /// The destination's identity in policies.
     pub(crate) peer: IdentityId,
-    /// Its identity.
+    /// The source's identity.
     pub(crate) own: SpiffeId,
-    /// The identity the peer has proven.
+    /// The identity that the peer has proven.
     pub(crate) expected: SpiffeId,
 }
 
@@ -63,13 +62,16 @@ impl Default for Bounds {
     }
 }
 
-/// A tunnel with what is to be known about it.
+/// A pooled tunnel is lent to one connection at a time.
+const _: () = assert!(!<Tunnel as Carrier>::PROTOCOL.multiplexed);
+
+/// A tunnel that can be pooled.
 pub(crate) struct Pooled {
     /// The tunnel.
     pub(crate) tunnel: Tunnel,
-    /// Under which certificate and roots it was made.
+    /// The certificate and roots under which it was made.
     pub(crate) epoch: Epoch,
-    /// How the peer has proven itself.
+    /// The peer's proof of its identity.
     pub(crate) proof: Rc<Proof>,
     /// When it was made.
     pub(crate) made: Instant,
@@ -99,7 +101,7 @@ impl Pool {
         }
     }
 
-    /// The tunnel that was used last, if one is left that can still be used.
+    /// Takes the tunnel that was used last, if one is left that can still be used.
     pub(crate) fn take(&self, key: &Key, epoch: Epoch, now: Instant) -> Option<Pooled> {
         let mut idle = self.idle.borrow_mut();
         let tunnels = idle.get_mut(key)?;
@@ -117,8 +119,8 @@ impl Pool {
         found
     }
 
-    /// Keeps a tunnel for the next connection, or hands it back where there is no room.
-    #[must_use = "a tunnel that does not fit is to be closed"]
+    /// Keeps a tunnel for the next connection, or returns it if there is no room.
+    #[must_use = "close a tunnel that the pool does not take"]
     pub(crate) fn put(&self, key: &Key, pooled: Pooled, now: Instant) -> Option<Tunnel> {
         let mut idle = self.idle.borrow_mut();
         if self.count.get() >= self.bounds.total {
@@ -133,7 +135,7 @@ impl Pool {
         None
     }
 
-    /// Takes out what is too old, or was closed by the peer, or fails `keep`.
+    /// Removes tunnels that are too old, were closed by the peer, or fail `keep`.
     pub(crate) fn sweep(
         &self,
         now: Instant,
@@ -159,7 +161,7 @@ impl Pool {
         out
     }
 
-    /// Takes out everything.
+    /// Removes all tunnels.
     pub(crate) fn drain(&self) -> Vec<Tunnel> {
         self.sweep(Instant::now(), |_, _| false)
     }
@@ -167,7 +169,7 @@ impl Pool {
     fn is_quiet(&self, tunnel: &mut Tunnel) -> bool {
         tunnel.is_quiet().unwrap_or_else(|error| {
             if error.is_violation() {
-                tracing::debug!(%error, "a tunnel that waited is not used again");
+                tracing::debug!(%error, "protocol violation in an idle tunnel");
                 self.metrics.violated(Role::Client);
             }
             false

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! One thread that carries connections, and all that its connections share. A connection never
-//! changes its thread, so nothing here is locked.
+//! One thread that carries connections, and the state that they share. A connection never changes its
+//! thread, so nothing here is locked.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -10,118 +10,116 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use mesh_common::{Addr, Endpoint, Port, Reason};
+use mesh_datapath::pods::{PodHandle, PodTable};
+use mesh_identity::{Epoch, Identities, SpiffeId};
 use mesh_plan::Index;
+use mesh_telemetry::metrics::{Metrics, Usage};
+use mesh_telemetry::record::Recorder;
+use mesh_tunnel::buffers::{BufferAccount, BufferPool, BufferUsage};
+use mesh_tunnel::{Carrier as _, Socket, Tunnel};
 use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_local;
 use tokio::time::MissedTickBehavior;
 
 use super::admission::{Admission, Total};
-use super::buffers::{Buffers, Lender};
-use super::dial::Dial;
-use super::fair::Fair;
+use super::connection_registry::ConnectionRegistry;
+use super::fair_scheduler::FairScheduler;
+use super::handshake_scheduler::{self, HandshakeScheduler};
 use super::listener::{self, Listening};
-use super::live::Live;
+use super::pod_sockets::PodSockets;
 use super::pool::{Key, Pool};
-use super::socket::Socket;
-use super::tunnel::Tunnel;
-use super::turns::{self, Turns};
 use super::{Phase, Timing};
-use mesh_identity::{Epoch, Identities, SpiffeId};
-use mesh_telemetry::metrics::{Metrics, Usage};
-use mesh_telemetry::record::Recorder;
-
 use crate::control::InForce;
-use mesh_datapath::pods::{PodHandle, PodTable};
 
-/// How often idle tunnels are looked after.
+/// The interval at which idle tunnels are swept.
 const SWEEP: Duration = Duration::from_secs(1);
 
-/// How long a peer is not asked on applications' ports after the mark was lost.
+/// How long a peer is reached on the tunnel port after the mark of tunnels was lost on the way to it.
 const UNMARKED: Duration = Duration::from_secs(60);
 
-/// A pod's share of the agent, over all workers.
+/// The use of the agent by one pod, over all workers.
 #[derive(Debug)]
-pub(crate) struct Share {
+pub(crate) struct PodResources {
     /// The pod.
     pub(crate) uid: Arc<str>,
-    /// Captured connections that are open.
+    /// Number of open captured connections.
     pub(crate) captured: AtomicUsize,
-    /// Tunnels that were accepted and are open.
+    /// Number of open accepted tunnels.
     pub(crate) tunnels: AtomicUsize,
-    /// Refused connections that are held in silence.
+    /// Number of refused connections that are held open in silence.
     pub(crate) silent: AtomicUsize,
-    /// Places for handshakes.
+    /// Bounds of handshakes.
     pub(crate) admission: Admission,
-    /// What its connections use.
+    /// CPU time and buffers of the pod's workload.
     pub(crate) usage: Arc<Usage>,
 }
 
-/// A place in a bounded count; given back when dropped.
+/// One slot of a bounded count; returned when dropped.
 #[derive(Debug)]
-pub(crate) struct Place {
-    share: Arc<Share>,
-    count: fn(&Share) -> &AtomicUsize,
+pub(crate) struct Slot {
+    resources: Arc<PodResources>,
+    count: fn(&PodResources) -> &AtomicUsize,
 }
 
-impl Place {
-    /// Takes a place, unless `most` are taken.
+impl Slot {
+    /// Takes a slot, unless `most` are taken.
     pub(crate) fn take(
-        share: &Arc<Share>,
-        count: fn(&Share) -> &AtomicUsize,
+        resources: &Arc<PodResources>,
+        count: fn(&PodResources) -> &AtomicUsize,
         most: usize,
     ) -> Option<Self> {
-        let place = Self {
-            share: Arc::clone(share),
+        let slot = Self {
+            resources: Arc::clone(resources),
             count,
         };
-        // Taken first: so no two can have the last one.
-        (count(share).fetch_add(1, Relaxed) < most).then_some(place)
+        // Taken first, so that no two take the last slot.
+        (count(resources).fetch_add(1, Relaxed) < most).then_some(slot)
     }
 }
 
-impl Drop for Place {
+impl Drop for Slot {
     fn drop(&mut self) {
-        (self.count)(&self.share).fetch_sub(1, Relaxed);
+        (self.count)(&self.resources).fetch_sub(1, Relaxed);
     }
 }
 
-/// A connection to be carried.
+/// An accepted connection for a worker.
 #[derive(Debug)]
 pub(crate) struct Job {
-    /// What it is.
+    /// Kind of connection.
     pub(crate) kind: JobKind,
-    /// The pod it belongs to.
-    pub(crate) share: Arc<Share>,
-    /// Its place among the pod's connections.
-    pub(crate) place: Place,
+    /// The pod that it belongs to.
+    pub(crate) resources: Arc<PodResources>,
+    /// Its slot among the pod's connections.
+    pub(crate) slot: Slot,
 }
 
 /// A connection on its way to another worker; its socket is registered with no runtime.
-pub(crate) type Moved = (Job, std::net::TcpStream);
+pub(crate) type PassedJob = (Job, std::net::TcpStream);
 
-/// What was accepted.
+/// Kind of an accepted connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum JobKind {
-    /// An application's connection, captured on its way out.
+    /// A captured connection of an application.
     Captured,
-    /// Another agent's tunnel.
+    /// A tunnel of another agent.
     Tunnel,
 }
 
-/// The other workers, as one that accepts sees them.
+/// All workers, as each of them sees the others.
 #[derive(Clone, Debug)]
-pub(crate) struct Crew {
-    /// Where each takes jobs.
-    pub(crate) jobs: Arc<[mpsc::Sender<Moved>]>,
-    /// How many each carries.
+pub(crate) struct WorkerPool {
+    /// The queue of each worker.
+    pub(crate) jobs: Arc<[mpsc::Sender<PassedJob>]>,
+    /// The number of connections that each worker carries.
     pub(crate) loads: Arc<[AtomicUsize]>,
-    /// Places for handshakes of all.
+    /// Handshakes of all workers.
     pub(crate) handshakes: Total,
 }
 
-impl Crew {
-    /// Who is to carry the next connection: `own`, unless another carries fewer. A connection that
-    /// stays saves a wake-up of another thread.
+impl WorkerPool {
+    /// Chooses the worker of the next connection: `own`, unless another carries fewer. A connection
+    /// that stays saves a wake-up of another thread.
     pub(crate) fn choose(&self, own: usize) -> usize {
         let load = |worker: usize| self.loads[worker].load(Relaxed);
         let least = (0..self.loads.len()).min_by_key(|worker| load(*worker));
@@ -129,7 +127,7 @@ impl Crew {
     }
 }
 
-/// One worker's part of [`Crew::loads`]; given back when dropped, if not before.
+/// One connection's part of [`WorkerPool::loads`]; returned when dropped, if not before.
 #[derive(Debug)]
 pub(crate) struct Load {
     loads: Arc<[AtomicUsize]>,
@@ -138,17 +136,17 @@ pub(crate) struct Load {
 }
 
 impl Load {
-    pub(crate) fn new(crew: &Crew, worker: usize) -> Self {
-        crew.loads[worker].fetch_add(1, Relaxed);
+    pub(crate) fn new(workers: &WorkerPool, worker: usize) -> Self {
+        workers.loads[worker].fetch_add(1, Relaxed);
         Self {
-            loads: Arc::clone(&crew.loads),
+            loads: Arc::clone(&workers.loads),
             worker,
             counts: Cell::new(true),
         }
     }
 
-    /// The connection is about to end. Who closes one and opens the next at once must not find its
-    /// worker loaded with the first, and be carried by a colder one.
+    /// Stops counting a connection that is about to end. A client that closes one connection and opens
+    /// the next at once stays with its worker that way, and with that worker's tunnels.
     pub(crate) fn give_back(&self) {
         if self.counts.replace(false) {
             self.loads[self.worker].fetch_sub(1, Relaxed);
@@ -162,39 +160,39 @@ impl Drop for Load {
     }
 }
 
-/// What the connections of one thread share.
+/// The state of one worker thread.
 pub(crate) struct Worker {
-    /// Which one this is.
+    /// Number of this worker.
     pub(crate) number: usize,
-    /// All of them.
-    pub(crate) crew: Crew,
+    /// All workers.
+    pub(crate) workers: WorkerPool,
     /// The policy in force and the pods of this node.
     pub(crate) in_force: watch::Receiver<Arc<InForce>>,
     /// Certificates.
     pub(crate) identities: Identities,
     /// Records.
     pub(crate) recorder: Recorder,
-    /// How sockets are made.
-    pub(crate) dial: Box<dyn Dial>,
-    /// Where tunnels are accepted.
+    /// Makes sockets in pods.
+    pub(crate) sockets: Box<dyn PodSockets>,
+    /// The port on which agents accept tunnels.
     pub(crate) tunnel_port: Port,
-    /// Whether the application's own port is tried first.
+    /// Whether agents are tried on the application's own port first.
     pub(crate) real_ports: bool,
-    /// Peers on the way to which the mark of tunnels was lost, and when that was found.
+    /// Peers on the way to which the mark of tunnels was lost, and when that was noticed.
     pub(crate) unmarked: RefCell<BTreeMap<Addr, Instant>>,
     /// Bounds in time and number.
     pub(crate) timing: Timing,
-    /// Buffers.
-    pub(crate) buffers: Rc<Buffers>,
-    /// Whose handshakes may compute.
-    pub(crate) turns: Turns,
-    /// Whose open connections are carried on.
-    pub(crate) fair: Fair,
+    /// BufferPool.
+    pub(crate) buffers: Rc<BufferPool>,
+    /// Schedules handshakes.
+    pub(crate) handshakes: HandshakeScheduler,
+    /// Schedules open connections.
+    pub(crate) fair: FairScheduler,
     /// Idle tunnels.
     pub(crate) pool: Pool,
     /// Open connections.
-    pub(crate) live: Rc<Live>,
-    /// Whether open connections may only come to their end.
+    pub(crate) connections: Rc<ConnectionRegistry>,
+    /// Whether no new connections are accepted.
     pub(crate) draining: Cell<bool>,
 }
 
@@ -214,7 +212,7 @@ impl Worker {
         self.recorder.metrics()
     }
 
-    /// On which port the agent of a destination is asked for.
+    /// The port on which the agent of a destination is tried first.
     pub(crate) fn port_of(&self, to: &Endpoint) -> Port {
         let found = self.unmarked.borrow().get(&to.addr).copied();
         let lost = found.is_some_and(|at| at.elapsed() < UNMARKED);
@@ -225,16 +223,16 @@ impl Worker {
         }
     }
 
-    /// The mark was lost on the way to a peer: it is asked on the tunnel port for a while.
+    /// Reaches a peer on the tunnel port for a while, because the mark of tunnels was lost on the way.
     pub(crate) fn mark_lost(&self, peer: Addr) {
-        tracing::warn!(%peer, "the network takes the mark of tunnels away: the peer is reached on the tunnel port");
+        tracing::warn!(%peer, "the network removes the TCP option of tunnels: using the tunnel port for this peer");
         let mut unmarked = self.unmarked.borrow_mut();
         unmarked.retain(|_, at| at.elapsed() < UNMARKED);
         unmarked.insert(peer, Instant::now());
         self.metrics().mark_lost();
     }
 
-    /// Where is counted what a pod of this node uses.
+    /// The counters of a pod's workload.
     pub(crate) fn usage(&self, pod: &PodHandle) -> Arc<Usage> {
         let plan = self.plan();
         let Some(local) = plan.pods.get(&pod.uid) else {
@@ -249,11 +247,12 @@ impl Worker {
     }
 
     /// Buffers for a pod's connections.
-    pub(crate) fn lender(&self, share: &Share) -> Lender {
-        Lender::new(Rc::clone(&self.buffers), Arc::clone(&share.usage))
+    pub(crate) fn buffer_account(&self, resources: &PodResources) -> BufferAccount {
+        let usage = WorkloadBuffers(Arc::clone(&resources.usage));
+        BufferAccount::new(Rc::clone(&self.buffers), Arc::new(usage))
     }
 
-    /// The identity of a workload of the trust domain.
+    /// The SPIFFE ID of a workload of the trust domain.
     pub(crate) fn identity(&self, namespace: &str, service_account: &str) -> Option<SpiffeId> {
         SpiffeId::new(self.identities.trust_domain(), namespace, service_account).ok()
     }
@@ -265,11 +264,11 @@ impl Worker {
         self.identity(&local.name.namespace, &local.service_account)
     }
 
-    /// Carries a connection, here and from now on.
-    pub(crate) fn carry(self: &Rc<Self>, job: Job, socket: Socket) {
+    /// Spawns the task that carries a connection.
+    pub(crate) fn spawn(self: &Rc<Self>, job: Job, socket: Socket) {
         let worker = Rc::clone(self);
-        let load = Load::new(&self.crew, self.number);
-        let measured = (Rc::clone(self), Arc::clone(&job.share));
+        let load = Load::new(&self.workers, self.number);
+        let measured = (Rc::clone(self), Arc::clone(&job.resources));
         let task = async move {
             let _counted = CountPanic(worker.metrics().clone());
             match job.kind {
@@ -279,27 +278,27 @@ impl Worker {
         };
         let mut task = Box::pin(task);
         spawn_local(std::future::poll_fn(move |cx| {
-            let (worker, share) = &measured;
+            let (worker, resources) = &measured;
             let begun = Instant::now();
             let polled = task.as_mut().poll(cx);
             let ended = Instant::now();
-            let pod = turns::number(&share.uid);
-            worker.turns.ran(pod, ended);
+            let pod = handshake_scheduler::number(&resources.uid);
+            worker.handshakes.ran(pod, ended);
             worker.fair.used(pod, ended - begun, ended);
-            share.usage.worked(ended - begun);
+            resources.usage.worked(ended - begun);
             polled
         }));
     }
 
-    /// Carries a connection that another worker has accepted.
-    pub(crate) fn adopt(self: &Rc<Self>, (job, stream): Moved) {
+    /// Takes over a connection that another worker has accepted.
+    pub(crate) fn adopt(self: &Rc<Self>, (job, stream): PassedJob) {
         match Socket::new(stream) {
-            Ok(socket) => self.carry(job, socket),
-            Err(error) => tracing::warn!(%error, "cannot take over a connection"),
+            Ok(socket) => self.spawn(job, socket),
+            Err(error) => tracing::warn!(%error, "cannot register a connection with this worker"),
         }
     }
 
-    /// Ends tunnels, each with its last words.
+    /// Closes tunnels in order.
     pub(crate) fn close(&self, tunnels: Vec<Tunnel>) {
         for tunnel in tunnels {
             spawn_local(tunnel.close());
@@ -309,7 +308,7 @@ impl Worker {
     /// Runs until the agent ends.
     pub(crate) async fn run(
         self: Rc<Self>,
-        mut jobs: mpsc::Receiver<Moved>,
+        mut jobs: mpsc::Receiver<PassedJob>,
         mut phase: watch::Receiver<Phase>,
     ) {
         let mut in_force = self.in_force.clone();
@@ -319,13 +318,13 @@ impl Worker {
         let mut sweep = tokio::time::interval(SWEEP);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
         in_force.mark_changed();
-        let turns = Rc::clone(&self);
-        let turns = spawn_local(async move { turns.turns.run().await });
-        let rounds = Rc::clone(&self);
-        let rounds = spawn_local(async move { rounds.fair.run().await });
+        let worker = Rc::clone(&self);
+        let handshakes = spawn_local(async move { worker.handshakes.run().await });
+        let worker = Rc::clone(&self);
+        let rounds = spawn_local(async move { worker.fair.run().await });
         loop {
             tokio::select! {
-                Some(moved) = jobs.recv() => self.adopt(moved),
+                Some(passed) = jobs.recv() => self.adopt(passed),
                 Ok(()) = in_force.changed() => {
                     let now = Arc::clone(&in_force.borrow_and_update());
                     if !Arc::ptr_eq(&now.pods, &pods) {
@@ -334,13 +333,13 @@ impl Worker {
                     }
                     if !Arc::ptr_eq(&now.plan, &plan) {
                         plan = Arc::clone(&now.plan);
-                        self.live.decide_again(&plan);
+                        self.connections.decide_again(&plan);
                         self.sweep();
                     }
                 }
                 Ok(()) = certificates.changed() => {
                     certificates.mark_unchanged();
-                    self.live.prove_again(&self.identities);
+                    self.connections.prove_again(&self.identities);
                     self.sweep();
                 }
                 _ = sweep.tick() => self.sweep(),
@@ -355,7 +354,7 @@ impl Worker {
             }
         }
         self.end(&mut listening).await;
-        turns.abort();
+        handshakes.abort();
         rounds.abort();
     }
 
@@ -363,11 +362,11 @@ impl Worker {
         if !self.draining.get() {
             listener::reconcile(self, table, listening);
         }
-        self.live.end_pods(|uid| !table.contains_key(uid));
+        self.connections.end_pods(|uid| !table.contains_key(uid));
         self.sweep();
     }
 
-    /// Drops idle tunnels that must not be used again.
+    /// Closes idle tunnels that must not be used again.
     fn sweep(&self) {
         let table = Arc::clone(&self.in_force.borrow().pods);
         let plan = self.plan();
@@ -391,29 +390,50 @@ impl Worker {
         self.close(self.pool.sweep(Instant::now(), keep));
     }
 
-    /// No new connections; what is open may come to its end.
+    /// Accepts nothing more and closes idle tunnels.
     fn drain(&self, listening: &mut Listening) {
         self.draining.set(true);
         listening.stop();
-        self.live.end_idle(Reason::AgentShutdown);
+        self.connections.end_idle(Reason::AgentShutdown);
         self.close(self.pool.drain());
     }
 
-    /// Resets what is still open, and waits until that is said.
+    /// Resets open connections, and waits until the peers are told.
     async fn end(&self, listening: &mut Listening) {
         self.drain(listening);
-        self.live.end_all(Reason::AgentShutdown);
-        let said = async {
-            while self.live.len() > 0 {
+        self.connections.end_all(Reason::AgentShutdown);
+        let ended = async {
+            while self.connections.len() > 0 {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        if tokio::time::timeout(Duration::from_secs(2), said)
+        if tokio::time::timeout(Duration::from_secs(2), ended)
             .await
             .is_err()
         {
-            tracing::warn!(left = self.live.len(), "connections did not end in time");
+            tracing::warn!(
+                left = self.connections.len(),
+                "connections did not close in time"
+            );
         }
+    }
+}
+
+/// Counts the buffers of a pod's connections for its workload.
+#[derive(Debug)]
+struct WorkloadBuffers(Arc<Usage>);
+
+impl BufferUsage for WorkloadBuffers {
+    fn lent(&self, bytes: usize) {
+        self.0.lent(bytes);
+    }
+
+    fn returned(&self, bytes: usize) {
+        self.0.gave_back(bytes);
+    }
+
+    fn bytes(&self) -> u64 {
+        self.0.buffers()
     }
 }
 

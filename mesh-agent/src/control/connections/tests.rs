@@ -135,7 +135,22 @@ fn what_the_pod_opened() {
         ),
         ("to a stranger", direct, MEMBER, 0, Peer::POD, Kept),
         ("captured", captured, STRICT, 0, READY, Kept),
-        ("captured, denied now", captured, MEMBER, 9, READY, Ended),
+        (
+            "captured, denied now: the proxy's to end",
+            captured,
+            MEMBER,
+            9,
+            READY,
+            Kept,
+        ),
+        (
+            "captured, denied now, not carried",
+            captured,
+            0,
+            9,
+            READY,
+            Ended,
+        ),
         ("outside, denied now", direct, 0, 9, Peer::POD, Ended),
         ("connecting, denied", connecting, 0, 9, Peer::POD, Ended),
         (

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Where a captured connection may go: the endpoint that it was captured for, and the others of
-//! the service that it asked for. Each is decided as if it had been captured for it.
+//! Chooses the destinations of a captured connection: the endpoint that it was captured for, and other
+//! endpoints of its service. Each is decided as if the connection had been captured for it.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -9,36 +9,36 @@ use mesh_common::path::{Outbound, Path, outbound};
 use mesh_common::pod::PodState;
 use mesh_common::service::{ServiceKey, Services as _};
 use mesh_common::{Endpoint, Protocol, Reason, Verdict};
+use mesh_datapath::pods::PodHandle;
 use mesh_plan::Index;
+use mesh_tunnel::frame::Open;
 
 use crate::proxy::pool::Key;
-use crate::proxy::tunnel::frame::Open;
 use crate::proxy::worker::Worker;
-use mesh_datapath::pods::PodHandle;
 
-/// Endpoints of a service that are looked at for one that may be tried instead.
-const LOOKS: u32 = 64;
+/// The most endpoints of a service that are considered as alternatives.
+const MAX_CANDIDATES: u32 = 64;
 
-/// Who may be behind a tunnel's other end, and how it is reached.
+/// A destination that is decided, and how its agent is reached.
 pub(super) struct Target {
-    /// What a tunnel must have been made for.
+    /// The key of tunnels that may be used.
     pub(super) key: Key,
-    /// What the peer's agent is asked for.
-    pub(super) open: Open,
+    /// The request to the peer's agent.
+    pub(super) request: Open,
     /// The pod's own address, any port.
     pub(super) from: SocketAddr,
-    /// The other agent.
+    /// The peer's agent.
     pub(super) to: SocketAddr,
     /// The decision.
     pub(super) verdict: Verdict,
 }
 
-/// Decides: the mark that brought a connection here is no proof of anything.
+/// Decides the connection again: the mark that brought it here proves nothing.
 pub(super) fn decide(
     worker: &Worker,
     plan: &Index,
     pod: &PodHandle,
-    open: Open,
+    request: Open,
 ) -> Result<Target, Verdict> {
     let refused = Err(Verdict::refuse(Reason::NotTunnelled));
     let Some(local) = plan.pods.get(&pod.uid) else {
@@ -46,7 +46,7 @@ pub(super) fn decide(
     };
     let mut view = local.view;
     if pod.listeners.is_some() {
-        // Captured right before the pod left the mesh: carried as it was meant.
+        // Captured right before the pod left the mesh: relayed all the same.
         view.flags |= PodState::ENROLLED;
     }
     let Path {
@@ -54,16 +54,16 @@ pub(super) fn decide(
         verdict,
         peer: id,
         ..
-    } = outbound(plan, &view, view.set, open.destination, Protocol::TCP);
+    } = outbound(plan, &view, view.set, request.destination, Protocol::TCP);
     match action {
         Outbound::Tunnel => {}
         Outbound::Refuse => return Err(verdict),
         Outbound::Direct => return refused,
     }
-    if !local.view.owns(&open.source.addr) {
+    if !local.view.owns(&request.source.addr) {
         return refused;
     }
-    let Some(peer) = plan.names.workloads.get(&open.destination.addr) else {
+    let Some(peer) = plan.names.workloads.get(&request.destination.addr) else {
         return Err(Verdict::refuse(Reason::UnknownPeer));
     };
     let (Some(own), Some(expected)) = (
@@ -73,8 +73,11 @@ pub(super) fn decide(
         return Err(Verdict::refuse(Reason::IdentityRefused));
     };
     let key = Key {
-        to: Endpoint::new(open.destination.addr, worker.port_of(&open.destination)),
-        from: open.source.addr,
+        to: Endpoint::new(
+            request.destination.addr,
+            worker.port_of(&request.destination),
+        ),
+        from: request.source.addr,
         uid: pod.uid.as_str().into(),
         peer_uid: Arc::clone(&peer.uid),
         set: local.view.set,
@@ -83,34 +86,34 @@ pub(super) fn decide(
         expected,
     };
     Ok(Target {
-        open,
-        from: SocketAddr::new(IpAddr::from(open.source.addr), 0),
+        request,
+        from: SocketAddr::new(IpAddr::from(request.source.addr), 0),
         to: SocketAddr::from(key.to),
         key,
         verdict,
     })
 }
 
-/// Another endpoint of the service, that is also to be tunnelled to and was not tried yet.
+/// Another endpoint of the service that is reached through a tunnel and was not tried yet.
 pub(super) fn another(
     worker: &Worker,
     pod: &PodHandle,
-    open: Open,
+    request: Open,
     tried: &[Endpoint],
 ) -> Option<Target> {
     let plan = worker.plan();
-    let service = plan.service(&ServiceKey::new(open.service?, Protocol::TCP))?;
-    // Clients that lose the same endpoint do not all turn to the same other one.
-    let first = u32::from(open.source.port.get()) % service.count.max(1);
-    (0..service.count.min(LOOKS)).find_map(|step| {
+    let service = plan.service(&ServiceKey::new(request.service?, Protocol::TCP))?;
+    // Clients that lose the same endpoint do not all choose the same alternative.
+    let first = u32::from(request.source.port.get()) % service.count.max(1);
+    (0..service.count.min(MAX_CANDIDATES)).find_map(|step| {
         let destination = plan.backend(&service.choose(first + step)?)?;
         if tried.contains(&destination) {
             return None;
         }
-        let open = Open {
+        let request = Open {
             destination,
-            ..open
+            ..request
         };
-        decide(worker, &plan, pod, open).ok()
+        decide(worker, &plan, pod, request).ok()
     })
 }

@@ -74,7 +74,7 @@ fn port(record: &Value) -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn an_application_that_is_gone_is_replaced_by_another_of_its_service() {
+async fn unreachable_application_is_replaced_by_another_endpoint() {
     let (rig, mut route) = Rig::new().await;
     let (second, listener) = application(&rig).await;
     serve(&rig, &[route.to, second]);
@@ -97,7 +97,7 @@ async fn an_application_that_is_gone_is_replaced_by_another_of_its_service() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn an_agent_that_is_gone_is_not_waited_for_where_there_is_another() {
+async fn unreachable_agent_is_not_awaited_if_another_endpoint_exists() {
     let (rig, route) = Rig::new().await;
     let (second, listener) = application(&rig).await;
     serve(&rig, &[route.to, second]);
@@ -108,7 +108,7 @@ async fn an_agent_that_is_gone_is_not_waited_for_where_there_is_another() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn two_others_are_tried_and_no_more() {
+async fn at_most_two_other_endpoints_are_tried() {
     let (rig, mut route) = Rig::new().await;
     let others = closed(&rig, 6).await;
     serve(&rig, &[&[route.to][..], &others].concat());
@@ -129,7 +129,7 @@ async fn two_others_are_tried_and_no_more() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn what_policy_denies_is_not_tried_elsewhere() {
+async fn policy_denial_is_not_retried_elsewhere() {
     let (rig, route) = Rig::new().await;
     let (second, _listener) = application(&rig).await;
     serve(&rig, &[route.to, second]);
@@ -151,7 +151,7 @@ async fn what_policy_denies_is_not_tried_elsewhere() {
 type Change = fn(&mut Plan);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_tunnel_is_used_again_by_the_same_pods_under_the_same_policy_only() {
+async fn tunnel_is_reused_by_the_same_pods_under_the_same_policy_only() {
     let (rig, route) = Rig::new().await;
     let changes: [(&str, Change, usize); 5] = [
         ("the first", |_| {}, 1),

@@ -2,20 +2,18 @@
 //! Peers with a good certificate and bad intentions, and peers without one.
 
 use mesh_common::{Endpoint, Reason};
+use mesh_identity::{SpiffeId, server_name};
+use mesh_tunnel::buffers::BufferAccount;
+use mesh_tunnel::frame::{CloseReason, Control, Open, StreamId};
+use mesh_tunnel::tls::{self, Unscheduled};
+use mesh_tunnel::{Socket, Tunnel, TunnelError};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::LocalSet;
 
-use super::super::buffers::Lender;
-use super::super::outbound::Failure;
-use super::super::socket::Socket;
-use super::super::tls;
-use super::super::tunnel::frame::{Control, Open, StreamId, Why};
-use super::super::tunnel::{Tunnel, TunnelError};
-use super::super::turns::Computing;
+use super::super::outbound::HandshakeFailure;
 use super::super::*;
 use super::rig::*;
-use mesh_identity::{SpiffeId, server_name};
 
 /// A tunnel to the server's node, by somebody with the client's certificate and address.
 async fn tunnel(rig: &Rig) -> Tunnel {
@@ -28,11 +26,15 @@ async fn tunnel(rig: &Rig) -> Tunnel {
     let socket = Socket::new(raw_connection(rig).into_std().unwrap()).unwrap();
     socket.connected().await.unwrap();
     let name = server_name(SERVER.parse().unwrap());
-    let proven = |c: &_| Ok::<_, Failure>(rig.identities.peer(c)?);
-    let (secured, _peer) = tls::connect((&socket, Computing::ALONE), config, name, proven)
+    let proven = |c: &_| Ok::<_, HandshakeFailure>(rig.identities.peer(c)?);
+    let (secured, _peer) = tls::connect(&socket, &Unscheduled, config, name, proven)
         .await
         .unwrap();
-    Tunnel::new(socket, secured, Lender::new(Rc::default(), Arc::default()))
+    Tunnel::new(
+        socket,
+        secured,
+        BufferAccount::new(Rc::default(), Arc::new(())),
+    )
 }
 
 fn raw_connection(rig: &Rig) -> TcpStream {
@@ -80,7 +82,7 @@ fn local<T>(test: impl Future<Output = T>) -> T {
 }
 
 #[test]
-fn an_open_that_lies_is_refused_and_the_next_one_is_not() {
+fn invalid_open_is_refused_and_the_tunnel_goes_on() {
     local(async {
         let (rig, route) = Rig::new().await;
         let good = open(&route);
@@ -118,8 +120,12 @@ fn an_open_that_lies_is_refused_and_the_next_one_is_not() {
         let mut tunnel = tunnel(&rig).await;
         for (lie, reason) in lies {
             let (_, answer) = asked(&mut tunnel, lie).await;
-            assert_eq!(answer, Control::Refused(Why::new(reason)), "{lie:?}");
-            tunnel.end();
+            assert_eq!(
+                answer,
+                Control::Refused(CloseReason::new(reason)),
+                "{lie:?}"
+            );
+            tunnel.end_stream();
         }
         let (_, answer) = asked(&mut tunnel, good).await;
         assert_eq!(answer, Control::Opened);
@@ -129,7 +135,7 @@ fn an_open_that_lies_is_refused_and_the_next_one_is_not() {
 }
 
 #[test]
-fn a_mapped_address_is_the_address() {
+fn mapped_ipv4_address_equals_the_address() {
     local(async {
         let (rig, route) = Rig::new().await;
         let mapped = |e: Endpoint| -> Endpoint {
@@ -156,14 +162,14 @@ async fn is_ended(tunnel: &mut Tunnel) -> bool {
         match tunnel.control().await {
             Ok((_, Control::Opened | Control::Refused(_) | Control::Reset(_))) => {}
             Ok(other) => panic!("{other:?}"),
-            Err(TunnelError::Ended | TunnelError::Cut | TunnelError::Io(_)) => return true,
+            Err(TunnelError::Closed | TunnelError::Cut | TunnelError::Io(_)) => return true,
             Err(_) => return false,
         }
     }
 }
 
 #[test]
-fn frames_out_of_place_end_the_tunnel() {
+fn frames_out_of_order_end_the_tunnel() {
     local(async {
         let (rig, route) = Rig::new().await;
         let good = open(&route);
@@ -214,7 +220,7 @@ fn frames_out_of_place_end_the_tunnel() {
 }
 
 #[test]
-fn who_says_nothing_or_nonsense_is_sent_away() {
+fn silent_or_invalid_handshakes_are_closed() {
     local(async {
         let (rig, _route) = Rig::with(Timing {
             handshake: Duration::from_millis(200),
@@ -272,7 +278,7 @@ fn bounds(source: usize, unproven: usize) -> Timing {
 }
 
 #[test]
-fn a_source_that_says_nothing_is_bounded_and_forgotten() {
+fn silent_connections_are_bounded_per_source() {
     local(async {
         let (rig, route) = Rig::with(bounds(64, 5)).await;
         let mut silent: Vec<_> = (0..5).map(|_| raw_connection(&rig)).collect();
@@ -294,7 +300,7 @@ fn a_source_that_says_nothing_is_bounded_and_forgotten() {
 }
 
 #[test]
-fn handshakes_that_are_begun_and_left_keep_others_waiting_only_until_their_time_ends() {
+fn abandoned_handshakes_hold_places_until_their_timeout() {
     local(async {
         let (rig, route) = Rig::with(bounds(3, 1000)).await;
         let hello = client_hello();

@@ -36,7 +36,7 @@ async fn labels(rig: &Rig, field: &str) -> [Option<String>; 2] {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_change_of_policy_ends_what_it_denies_at_either_end() {
+async fn policy_change_ends_denied_connections_from_either_end() {
     for outgoing in [true, false] {
         let (rig, route) = Rig::new().await;
         let (mut client, mut server) = rig.pair(&route).await;
@@ -66,7 +66,7 @@ async fn a_change_of_policy_ends_what_it_denies_at_either_end() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_pod_that_is_deleted_takes_its_connections_with_it() {
+async fn deleted_pod_ends_its_connections() {
     for near in [true, false] {
         let (rig, route) = Rig::new().await;
         let (mut client, mut server) = rig.pair(&route).await;
@@ -89,7 +89,7 @@ async fn a_pod_that_is_deleted_takes_its_connections_with_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn an_agent_that_drains_lets_connections_end_and_then_resets_them() {
+async fn draining_agent_waits_for_connections_and_then_resets_them() {
     let (rig, route) = Rig::new().await;
     let (mut client, mut server) = rig.pair(&route).await;
     let (mut kept, mut kept_far) = rig.pair(&route).await;
@@ -113,7 +113,7 @@ async fn an_agent_that_drains_lets_connections_end_and_then_resets_them() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_reset_is_recorded_as_whose_it_was() {
+async fn reset_is_recorded_with_its_side() {
     let (rig, route) = Rig::new().await;
     let (mut client, mut server) = rig.pair(&route).await;
     client.write_all(b"x").await.unwrap();

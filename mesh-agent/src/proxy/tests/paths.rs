@@ -45,7 +45,7 @@ struct SocketPair {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_connection_is_carried_and_recorded_at_both_ends() {
+async fn connection_is_relayed_and_recorded_on_both_nodes() {
     let (rig, route) = Rig::new().await;
     let pair = exchange(&rig, &route).await;
     let client = format!("{CLIENT}:{}", pair.client.port());
@@ -78,7 +78,7 @@ async fn a_connection_is_carried_and_recorded_at_both_ends() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn connections_one_after_another_use_one_tunnel() {
+async fn successive_connections_share_one_tunnel() {
     let (rig, route) = Rig::new().await;
     for round in 1..=50 {
         exchange(&rig, &route).await;
@@ -89,7 +89,7 @@ async fn connections_one_after_another_use_one_tunnel() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_thousand_connections_at_once() {
+async fn thousand_concurrent_connections_are_relayed() {
     let (rig, route) = Rig::new().await;
     let mut pairs = Vec::new();
     for _ in 0..1000 {
@@ -122,7 +122,7 @@ async fn a_thousand_connections_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_denied_connection_is_reset_with_its_rule_and_the_tunnel_goes_on() {
+async fn denied_connection_is_reset_and_the_tunnel_goes_on() {
     let (rig, route) = Rig::new().await;
     rig.far.change(isolate);
     let mut client = rig.connect(&route).await;
@@ -141,7 +141,7 @@ async fn a_denied_connection_is_reset_with_its_rule_and_the_tunnel_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_peer_that_is_known_a_moment_late_is_waited_for() {
+async fn connection_waits_for_a_peer_that_is_not_known_yet() {
     let (rig, route) = Rig::new().await;
     let mut known = None;
     rig.far.change(|plan| {
@@ -163,7 +163,7 @@ async fn a_peer_that_is_known_a_moment_late_is_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn who_is_not_whom_the_plan_expects_is_refused_at_either_end() {
+async fn unexpected_identity_is_refused_on_either_node() {
     for at_source in [true, false] {
         let (rig, route) = Rig::new().await;
         let (node, ip) = if at_source {
@@ -182,7 +182,7 @@ async fn who_is_not_whom_the_plan_expects_is_refused_at_either_end() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn what_is_not_to_be_tunnelled_is_refused() {
+async fn connection_to_a_peer_without_tunnels_is_refused() {
     let (rig, route) = Rig::new().await;
     rig.near.change(|plan| {
         plan.peers.get_mut(&addr(SERVER)).unwrap().flags = Peer::POD;
@@ -194,7 +194,7 @@ async fn what_is_not_to_be_tunnelled_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn an_application_that_refuses_is_a_reset_with_its_reason() {
+async fn refusing_application_is_a_reset_with_its_cause() {
     let (rig, Route { to, application }) = Rig::new().await;
     drop(application);
     let application = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -210,7 +210,7 @@ async fn an_application_that_refuses_is_a_reset_with_its_reason() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_pod_without_a_certificate_is_told_apart() {
+async fn missing_certificate_has_its_own_reason() {
     let (rig, route) = Rig::with(Timing {
         certificate: Duration::from_millis(50),
         ..timing()
@@ -226,7 +226,7 @@ async fn a_pod_without_a_certificate_is_told_apart() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_pods_connections_are_bounded_and_others_are_not_touched() {
+async fn captured_connections_are_bounded_per_pod() {
     let (rig, route) = Rig::with(Timing {
         captured_per_pod: 3,
         ..timing()
@@ -244,7 +244,7 @@ async fn a_pods_connections_are_bounded_and_others_are_not_touched() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn an_agent_that_restarts_costs_idle_tunnels_only() {
+async fn agent_restart_costs_idle_tunnels_only() {
     let (mut rig, route) = Rig::new().await;
     for round in 1..=4 {
         exchange(&rig, &route).await;
@@ -254,7 +254,7 @@ async fn an_agent_that_restarts_costs_idle_tunnels_only() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_peer_that_is_just_starting_is_asked_again() {
+async fn refused_tcp_connect_is_retried() {
     let (rig, route) = Rig::new().await;
     rig.net.refuse.store(4, Relaxed);
     exchange(&rig, &route).await;
@@ -270,7 +270,7 @@ async fn a_peer_that_is_just_starting_is_asked_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_silent_refusal_is_held_for_a_time_and_a_pod_has_only_some_of_them() {
+async fn silent_refusals_are_held_open_within_a_bound() {
     let (rig, route) = Rig::with(Timing {
         silence: Duration::from_secs(5),
         silent_per_pod: 1,

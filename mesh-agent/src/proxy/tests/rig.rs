@@ -10,24 +10,24 @@ use std::time::{Duration, Instant, SystemTime};
 
 use mesh_common::pod::{PodIndex, PodView};
 use mesh_common::{Addr, Endpoint, IdentityId, Peer, PodState, Port};
+use mesh_datapath::pods::{Listeners, PodHandle, PodTable};
+pub(super) use mesh_identity::Config as IdentityConfig;
+use mesh_identity::{Ca, Clock, SpiffeId, TrustDomain};
 use mesh_plan::cluster::{ObjectName, Pod};
 use mesh_plan::plan::LocalPod;
 use mesh_plan::{Index, Plan};
+use mesh_sys::netns::NetNs;
 use mesh_telemetry::flows::{Flows, Target};
 use mesh_telemetry::metrics::Metrics;
+use mesh_tunnel::Socket;
 use serde_json::Value;
 use socket2::{Domain, Socket as RawSocket, Type};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 
-use super::super::dial::Dial;
-use super::super::socket::Socket;
+use super::super::pod_sockets::{Addresses, Connecting, PeerAddress, PodSockets};
 use super::super::*;
-use mesh_datapath::pods::{Listeners, PodHandle, PodTable};
-pub(super) use mesh_identity::Config as IdentityConfig;
-use mesh_identity::{Ca, Clock, SpiffeId, TrustDomain};
-use mesh_sys::netns::NetNs;
 
 pub(super) const CLIENT: &str = "10.244.0.2";
 pub(super) const SERVER: &str = "10.244.1.3";
@@ -99,30 +99,24 @@ impl Loopback {
     }
 }
 
-impl Dial for Loopback {
-    fn ends(&self, socket: &Socket) -> io::Result<(SocketAddr, SocketAddr)> {
-        Ok((
-            Self::pod(socket.local_addr()?),
-            Self::pod(socket.peer_addr()?),
-        ))
+impl PodSockets for Loopback {
+    fn addresses(&self, socket: &Socket) -> io::Result<Addresses> {
+        Ok(Addresses {
+            local: Self::pod(socket.local_addr()?),
+            peer: Self::pod(socket.peer_addr()?),
+        })
     }
 
-    fn peer(
-        &self,
-        _: &PodHandle,
-        from: SocketAddr,
-        to: SocketAddr,
-        _: bool,
-    ) -> io::Result<std::net::TcpStream> {
+    fn peer(&self, _: &PodHandle, address: PeerAddress) -> io::Result<std::net::TcpStream> {
         self.dialled.fetch_add(1, Relaxed);
-        let mut to = self.real(to);
+        let mut to = self.real(address.to);
         let refuse = self
             .refuse
             .fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1));
         if refuse.is_ok() {
             to.set_port(1);
         }
-        self.connect(from, to)
+        self.connect(address.from, to)
     }
 
     fn application(
@@ -130,11 +124,14 @@ impl Dial for Loopback {
         _: &PodHandle,
         client: SocketAddr,
         to: SocketAddr,
-    ) -> io::Result<(std::net::TcpStream, bool)> {
+    ) -> io::Result<Connecting> {
         self.client.get_or_init(|| client);
         let any = SocketAddr::new(to.ip(), 0);
-        let begun = self.connect(any, Self::application(self, to))?;
-        Ok((begun, false))
+        let stream = self.connect(any, Self::application(self, to))?;
+        Ok(Connecting {
+            stream,
+            connected: false,
+        })
     }
 
     fn service(&self, _: &PodHandle, to: Endpoint, _: Port) -> Option<Endpoint> {
@@ -332,8 +329,8 @@ impl Rig {
         let mut config = IdentityConfig {
             ca: Ca::SelfSigned(ca.path().to_owned()),
             trust_domain: TrustDomain::new("cluster.local").unwrap(),
-            alpn: super::super::ALPN,
             aliases: Vec::new(),
+            alpn: mesh_tunnel::ALPN,
             crls: Vec::new(),
             clock: Clock::new(now),
             seed: 1,
@@ -440,7 +437,7 @@ fn node(
         flows.sink(),
         now,
     );
-    let doors = Doors {
+    let dependencies = Dependencies {
         in_force,
         identities: identities.clone(),
         recorder,
@@ -452,7 +449,7 @@ fn node(
         timing,
     };
     let net = net.clone();
-    let proxy = start_with(config, doors, move || Box::new(net.clone())).unwrap();
+    let proxy = start_with(config, dependencies, move || Box::new(net.clone())).unwrap();
     Node {
         proxy,
         in_force: sender,

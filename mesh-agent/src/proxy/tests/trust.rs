@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use mesh_identity::{Ca, Clock, SpiffeId};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, ExtendedKeyUsagePurpose,
     IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber,
@@ -14,7 +15,6 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::super::*;
 use super::rig::*;
-use mesh_identity::{Ca, Clock, SpiffeId};
 
 const HOUR: Duration = Duration::from_secs(3600);
 const NAMES: [&str; 3] = ["client-sa", "server-sa", "other-sa"];
@@ -111,7 +111,7 @@ async fn rig(ca: &Authority) -> (Rig, Route) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn an_open_tunnel_of_who_is_revoked_is_closed_at_either_end() {
+async fn revocation_closes_open_tunnels_on_either_node() {
     for revoked in ["client-sa", "server-sa"] {
         let ca = Authority::new();
         let (rig, route) = rig(&ca).await;
@@ -168,7 +168,7 @@ async fn load(rig: Arc<Rig>, route: Arc<Route>, stop: watch::Receiver<bool>) -> 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_tunnel_that_waits_is_not_used_beyond_the_end_of_the_peers_certificate_alone() {
+async fn idle_tunnel_is_not_reused_after_the_peers_certificate_expires() {
     let ca = Authority::new();
     let ahead = Arc::new(AtomicU64::new(0));
     let (rig, route) = Rig::of(timing(), |config, dir| {
@@ -203,7 +203,7 @@ async fn a_tunnel_that_waits_is_not_used_beyond_the_end_of_the_peers_certificate
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn roots_and_certificates_change_under_load_without_a_failed_connection() {
+async fn root_rotation_under_load_fails_no_connection() {
     let (old, new) = (Authority::new(), Authority::new());
     let (rig, route) = rig(&old).await;
     let mut kept = rig.pair(&route).await;

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Any bytes as records behind the handshake. Nobody guesses a tag: pieces of the input are sealed
-//! with the right key where its first byte says so, and what comes out is read as frames.
+//! Takes any bytes as records after the handshake. Because random bytes never authenticate, pieces of the
+//! input are sealed with the right key where their first byte says so; data is then decoded as frames.
 
-use super::*;
-use crate::proxy::tunnel::frame::{Decoder, Event};
 use mesh_fixtures::{Seen, pieces};
 
-fn keyed() -> Keyed {
+use super::*;
+use crate::frame::{Decoder, Event};
+
+fn keyed() -> RecordKey {
     let key = UnboundKey::new(&AES_128_GCM, &[7; 16]).expect("a key of 16 bytes");
-    Keyed {
+    RecordKey {
         key: LessSafeKey::new(key),
         iv: [9; NONCE_LEN],
         sequence: 0,
@@ -16,7 +17,7 @@ fn keyed() -> Keyed {
 }
 
 /// Seals content that already has its inner type and padding.
-fn sealed(by: &mut Keyed, inner: &[u8]) -> Vec<u8> {
+fn sealed(by: &mut RecordKey, inner: &[u8]) -> Vec<u8> {
     let head = head(inner.len() + TAG);
     let mut record = head.to_vec();
     let mut body = inner.to_vec();
@@ -30,8 +31,8 @@ fn sealed(by: &mut Keyed, inner: &[u8]) -> Vec<u8> {
     record
 }
 
-/// Pieces, each with a first byte: 0 = as it is; 1 = content of a record, inner type and padding
-/// included; others = the content of a data record.
+/// Opens the records in `data`: pieces whose first byte says what follows. 0: raw bytes; 1: the content of
+/// a record with inner type and padding; others: the content of a data record.
 pub fn records(data: &[u8]) -> Seen {
     let mut peer = keyed();
     let mut wire = Vec::new();
@@ -47,7 +48,7 @@ pub fn records(data: &[u8]) -> Seen {
         }
     }
     let mut seen = Seen::new();
-    let mut opener = Opener(keyed());
+    let mut opener = RecordOpener(keyed());
     let mut decoder = Decoder::default();
     let mut rest = &mut wire[..];
     loop {
@@ -84,7 +85,7 @@ pub fn records(data: &[u8]) -> Seen {
     }
 }
 
-/// Whether the content goes on as frames.
+/// Decodes content as frames; returns whether it is valid.
 fn read(decoder: &mut Decoder, mut content: &[u8], seen: &mut Seen) -> bool {
     while !content.is_empty() {
         let Ok(step) = decoder.step(content) else {
@@ -113,8 +114,9 @@ fn way(error: &RecordError) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use mesh_fixtures::{join, replay};
+
+    use super::*;
 
     const WAYS: &[&str] = &[
         "all",
@@ -181,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn the_corpus_goes_every_way() {
+    fn corpus_takes_every_branch() {
         replay("records", records, WAYS, seeds);
     }
 }

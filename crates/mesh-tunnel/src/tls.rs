@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! TLS below the tunnel: the handshake by rustls, the records by [`records`].
+//! TLS below the tunnel: the handshake by rustls, records by [`records`](crate::records).
 //!
-//! rustls decides who is believed, agrees on keys and keeps sessions; once the handshake is over
-//! it hands out the keys, answers key updates and takes tickets, and never sees a byte of data.
+//! rustls verifies the peer, agrees on keys and keeps sessions. After the handshake it hands out the
+//! keys, answers key updates and takes tickets; it never sees a byte of data.
 
 use std::sync::Arc;
 
@@ -13,93 +13,86 @@ use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, UnbufferedStatus};
 use rustls::{ClientConfig, CommonState, ConnectionTrafficSecrets, ExtractedSecrets, ServerConfig};
 
-use self::records::{Opener, RecordError, Sealer};
-use super::socket::Socket;
-use super::turns::Computing;
-use mesh_identity::Refusal;
+use crate::records::{RecordError, RecordOpener, RecordSealer};
+use crate::socket::Socket;
 
-pub(crate) mod records;
-
-/// The longest flight that a peer may send before it has proven anything.
+/// The longest flight that a peer may send before it has proven its identity.
 const MAX_FLIGHT: usize = 64 * 1024;
 
-/// Why there is no secured connection.
+/// Why a TLS handshake failed.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum HandshakeError {
-    /// The connection failed or ended.
+pub enum HandshakeError {
+    /// The connection failed or was closed.
     #[error("the connection ended during the TLS handshake")]
     Io(#[from] std::io::Error),
-    /// rustls refused the peer, or the peer us.
+    /// rustls refused the peer, or the peer refused us.
     #[error("the TLS handshake failed")]
     Tls(#[from] rustls::Error),
-    /// A flight longer than any certificate chain needs.
-    #[error("the peer's handshake is too long")]
+    /// The peer's flight is longer than any certificate chain needs.
+    #[error("the peer's handshake messages are too long")]
     TooLong,
     /// The keys cannot be used.
     #[error("the agreed keys cannot be used")]
     Keys(#[from] RecordError),
     /// rustls is in a state that our configurations exclude.
-    #[error("the TLS handshake took an unexpected turn")]
+    #[error("unexpected state of the TLS handshake")]
     Unexpected,
 }
 
-impl HandshakeError {
-    /// The same, as metrics and records say it.
-    pub(crate) fn refusal(&self) -> Refusal {
-        match self {
-            Self::Io(error) => Refusal::of_io(error),
-            Self::Tls(error) => Refusal::of_tls(error),
-            Self::TooLong => Refusal::Misbehaved,
-            Self::Keys(_) | Self::Unexpected => Refusal::Failed,
-        }
-    }
-}
-
-/// A connection after its handshake.
-pub(crate) struct Secured {
+/// A connection whose handshake has succeeded.
+pub struct SecureConnection {
     /// Seals what we send.
-    pub(crate) sealer: Sealer,
+    pub sealer: RecordSealer,
     /// Opens what the peer sends.
-    pub(crate) opener: Opener,
-    /// What is left of rustls.
-    pub(crate) rest: Rest,
-    /// The end of our last flight: to be sent before, and best together with, the first record.
-    pub(crate) unsent: Vec<u8>,
-    /// Data that the peer sent together with the end of its handshake, already opened.
-    pub(crate) early: Vec<u8>,
-    /// Records that came with it and are not opened yet.
-    pub(crate) unread: Vec<u8>,
+    pub opener: RecordOpener,
+    /// Key updates and tickets.
+    pub keys: PostHandshake,
+    /// The end of our last flight. Send it before, and best together with, the first record.
+    pub unsent: Vec<u8>,
+    /// Data that the peer sent together with the end of its handshake, already decrypted.
+    pub early: Vec<u8>,
+    /// Records that arrived with it and are not decrypted yet.
+    pub unread: Vec<u8>,
 }
 
-/// What rustls does after the handshake.
-pub(crate) enum Rest {
-    /// For who dialled.
+/// The part of rustls that is in use after the handshake.
+pub enum PostHandshake {
+    /// The client side.
     Client(KernelConnection<ClientConnectionData>),
-    /// For who was dialled.
+    /// The server side.
     Server(KernelConnection<ServerConnectionData>),
 }
 
-impl Rest {
-    /// The peer's next key.
-    pub(crate) fn next_opener(&mut self) -> Result<Opener, HandshakeError> {
+impl PostHandshake {
+    /// Switches to the peer's next key.
+    ///
+    /// # Errors
+    /// The key cannot be derived or used.
+    pub fn next_opener(&mut self) -> Result<RecordOpener, HandshakeError> {
         let (sequence, secrets) = match self {
             Self::Client(rest) => rest.update_rx_secret()?,
             Self::Server(rest) => rest.update_rx_secret()?,
         };
-        Ok(Opener::new(sequence, &secrets)?)
+        Ok(RecordOpener::new(sequence, &secrets)?)
     }
 
-    /// Our next key.
-    pub(crate) fn next_sealer(&mut self) -> Result<Sealer, HandshakeError> {
+    /// Switches to our next key.
+    ///
+    /// # Errors
+    /// The key cannot be derived or used.
+    pub fn next_sealer(&mut self) -> Result<RecordSealer, HandshakeError> {
         let (sequence, secrets) = match self {
             Self::Client(rest) => rest.update_tx_secret()?,
             Self::Server(rest) => rest.update_tx_secret()?,
         };
-        Ok(Sealer::new(sequence, &secrets)?)
+        Ok(RecordSealer::new(sequence, &secrets)?)
     }
 
-    /// Keeps a session ticket.
-    pub(crate) fn ticket(&mut self, body: &[u8]) -> Result<(), HandshakeError> {
+    /// Stores a session ticket.
+    ///
+    /// # Errors
+    /// The ticket is malformed, or came from a client.
+    pub fn ticket(&mut self, body: &[u8]) -> Result<(), HandshakeError> {
         match self {
             Self::Client(rest) => Ok(rest.handle_new_session_ticket(body)?),
             // Only servers send tickets (RFC 8446, 4.6.1).
@@ -108,41 +101,68 @@ impl Rest {
     }
 }
 
-/// Dials: proves our identity and has the peer prove the one that `config` expects. `verify` asks
-/// for the proof once the handshake is over.
-pub(crate) async fn connect<T, E: From<HandshakeError>>(
-    (socket, computing): (&Socket, Computing<'_>),
+/// Grants CPU time to handshakes, which are expensive.
+pub trait CpuScheduler {
+    /// The right to compute one step; dropped when the step is done.
+    type Permit;
+
+    /// Waits for a permit.
+    fn permit(&self) -> impl Future<Output = Self::Permit>;
+}
+
+/// Grants every permit at once.
+#[derive(Clone, Copy, Debug)]
+pub struct Unscheduled;
+
+impl CpuScheduler for Unscheduled {
+    type Permit = ();
+
+    async fn permit(&self) {}
+}
+
+/// Runs the client side of a handshake: proves our identity, and has the peer prove the identity that
+/// `config` expects. `verify` takes the proof once the handshake is over.
+///
+/// # Errors
+/// The handshake failed, or `verify` did.
+pub async fn connect<T, E: From<HandshakeError>>(
+    socket: &Socket,
+    cpu: &impl CpuScheduler,
     config: Arc<ClientConfig>,
     name: ServerName<'static>,
     verify: impl FnOnce(&CommonState) -> Result<T, E>,
-) -> Result<(Secured, T), E> {
+) -> Result<(SecureConnection, T), E> {
     let connection = UnbufferedClientConnection::new(config, name).map_err(HandshakeError::from)?;
     let mut connection = Box::new(connection);
-    let flight = drive(&mut *connection, socket, computing).await?;
+    let flight = drive(&mut *connection, socket, cpu).await?;
     let peer = verify(&connection)?;
     let (secrets, rest) = connection
         .dangerous_into_kernel_connection()
         .map_err(HandshakeError::from)?;
-    Ok((flight.secured(secrets, Rest::Client(rest))?, peer))
+    Ok((flight.secured(secrets, PostHandshake::Client(rest))?, peer))
 }
 
-/// Answers a dialler, who has to prove an identity.
-pub(crate) async fn accept<T, E: From<HandshakeError>>(
-    (socket, computing): (&Socket, Computing<'_>),
+/// Runs the server side of a handshake: the peer has to prove an identity.
+///
+/// # Errors
+/// The handshake failed, or `verify` did.
+pub async fn accept<T, E: From<HandshakeError>>(
+    socket: &Socket,
+    cpu: &impl CpuScheduler,
     config: Arc<ServerConfig>,
     verify: impl FnOnce(&CommonState) -> Result<T, E>,
-) -> Result<(Secured, T), E> {
+) -> Result<(SecureConnection, T), E> {
     let connection = UnbufferedServerConnection::new(config).map_err(HandshakeError::from)?;
     let mut connection = Box::new(connection);
-    let flight = drive(&mut *connection, socket, computing).await?;
+    let flight = drive(&mut *connection, socket, cpu).await?;
     let peer = verify(&connection)?;
     let (secrets, rest) = connection
         .dangerous_into_kernel_connection()
         .map_err(HandshakeError::from)?;
-    Ok((flight.secured(secrets, Rest::Server(rest))?, peer))
+    Ok((flight.secured(secrets, PostHandshake::Server(rest))?, peer))
 }
 
-/// Either end's connection, as [`drive`] needs it.
+/// Either side's connection, as [`drive`] needs it.
 trait Side {
     type Data;
 
@@ -183,8 +203,8 @@ struct Flight {
     early: Vec<u8>,
 }
 
-/// What [`drive`] has to do next.
-enum Turn {
+/// The next step of a handshake.
+enum Step {
     Again,
     Send,
     Receive,
@@ -196,7 +216,7 @@ enum Turn {
 async fn drive<S: Side>(
     side: &mut S,
     socket: &Socket,
-    computing: Computing<'_>,
+    cpu: &impl CpuScheduler,
 ) -> Result<Flight, HandshakeError> {
     let mut flight = Flight {
         input: vec![0; 4096],
@@ -204,28 +224,28 @@ async fn drive<S: Side>(
         output: Vec::new(),
         early: Vec::new(),
     };
-    // What has come is where the work is; what is sent was made in the same turn.
-    let mut turn = computing.turn().await;
+    // Work begins with what was received; what is sent was computed in the same step.
+    let mut permit = Some(cpu.permit().await);
     loop {
-        match flight.turn(side) {
-            Ok(Turn::Again) => {}
-            Ok(Turn::Send) if side.handshaking() => {
-                drop(turn.take());
+        match flight.step(side) {
+            Ok(Step::Again) => {}
+            Ok(Step::Send) if side.handshaking() => {
+                drop(permit.take());
                 flight.send(socket).await?;
             }
-            Ok(Turn::Send | Turn::Done) => return Ok(flight),
-            Ok(Turn::Receive) => {
-                drop(turn.take());
+            Ok(Step::Send | Step::Done) => return Ok(flight),
+            Ok(Step::Receive) => {
+                drop(permit.take());
                 flight.receive(socket).await?;
-                turn = computing.turn().await;
+                permit = Some(cpu.permit().await);
             }
             Err(error) => {
-                // The alert that tells the peer, if there is one: exactly one turn, because another
+                // Makes the alert for the peer, if there is one: exactly one step, because another
                 // would look at the peer's bytes again, which rustls does not expect.
-                let alert = flight.turn(side).is_ok();
-                drop(turn.take());
+                let alert = flight.step(side).is_ok();
+                drop(permit.take());
                 if alert && let Err(error) = flight.send(socket).await {
-                    tracing::debug!(%error, "cannot tell the peer why the handshake failed");
+                    tracing::debug!(%error, "failed to send the TLS alert");
                 }
                 return Err(error);
             }
@@ -234,9 +254,9 @@ async fn drive<S: Side>(
 }
 
 impl Flight {
-    fn turn<S: Side>(&mut self, side: &mut S) -> Result<Turn, HandshakeError> {
+    fn step<S: Side>(&mut self, side: &mut S) -> Result<Step, HandshakeError> {
         let UnbufferedStatus { discard, state } = side.process(&mut self.input[..self.filled]);
-        let turn = match state {
+        let step = match state {
             Ok(ConnectionState::EncodeTlsData(mut data)) => {
                 let at = self.output.len();
                 let mut room = 0;
@@ -245,7 +265,7 @@ impl Flight {
                     match data.encode(&mut self.output[at..]) {
                         Ok(written) => {
                             self.output.truncate(at + written);
-                            break Ok(Turn::Again);
+                            break Ok(Step::Again);
                         }
                         Err(EncodeError::InsufficientSize(size)) if size.required_size > room => {
                             room = size.required_size;
@@ -256,22 +276,22 @@ impl Flight {
             }
             Ok(ConnectionState::TransmitTlsData(data)) => {
                 data.done();
-                Ok(Turn::Send)
+                Ok(Step::Send)
             }
-            Ok(ConnectionState::BlockedHandshake) => Ok(Turn::Receive),
-            Ok(ConnectionState::WriteTraffic(_)) => Ok(Turn::Done),
+            Ok(ConnectionState::BlockedHandshake) => Ok(Step::Receive),
+            Ok(ConnectionState::WriteTraffic(_)) => Ok(Step::Done),
             Ok(ConnectionState::ReadTraffic(mut data)) => {
                 while let Some(record) = data.next_record() {
                     self.early.extend_from_slice(record?.payload);
                 }
-                Ok(Turn::Again)
+                Ok(Step::Again)
             }
             Ok(_) => Err(HandshakeError::Unexpected),
             Err(error) => Err(error.into()),
         };
         self.input.copy_within(discard..self.filled, 0);
         self.filled -= discard;
-        turn
+        step
     }
 
     async fn receive(&mut self, socket: &Socket) -> Result<(), HandshakeError> {
@@ -304,7 +324,11 @@ impl Flight {
         Ok(())
     }
 
-    fn secured(self, secrets: ExtractedSecrets, rest: Rest) -> Result<Secured, HandshakeError> {
+    fn secured(
+        self,
+        secrets: ExtractedSecrets,
+        keys: PostHandshake,
+    ) -> Result<SecureConnection, HandshakeError> {
         let Self {
             mut input,
             filled,
@@ -313,12 +337,12 @@ impl Flight {
         } = self;
         input.truncate(filled);
         let (sequence, secret): (u64, ConnectionTrafficSecrets) = secrets.tx;
-        let sealer = Sealer::new(sequence, &secret)?;
+        let sealer = RecordSealer::new(sequence, &secret)?;
         let (sequence, secret) = secrets.rx;
-        Ok(Secured {
+        Ok(SecureConnection {
             sealer,
-            opener: Opener::new(sequence, &secret)?,
-            rest,
+            opener: RecordOpener::new(sequence, &secret)?,
+            keys,
             unsent: output,
             early,
             unread: input,

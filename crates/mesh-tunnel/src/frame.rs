@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The frames of `mesh/1`, byte by byte as in `docs/tunnel.md`: a pure codec over bytes that were
-//! already decrypted.
+//! The frames of `mesh/1` as `docs/tunnel.md` specifies them: a pure codec over decrypted bytes.
 //!
-//! It never allocates more than one control frame, never holds application data, and knows nothing
-//! of connections: which frame may come when is the session's business.
+//! The decoder never allocates more than one control frame, and never holds application data. It knows
+//! nothing of connections: the tunnel and the relay decide which frame may arrive when.
 
 use mesh_common::policy::RuleId;
 use mesh_common::{Addr, Endpoint, Port, Reason};
@@ -17,10 +16,10 @@ pub const MAX_DATA: usize = 256 * 1024;
 /// The longest payload of any other frame.
 pub const MAX_CONTROL: usize = 1024;
 
-/// The version that OPEN carries. A higher one only adds fields behind those known here.
+/// The version that OPEN carries. A higher version only adds fields behind those known here.
 pub const VERSION: u8 = 1;
 
-/// Frame types at or above this one are skipped by who does not know them.
+/// Receivers skip unknown frame types from this one on.
 const OPTIONAL: u8 = 0x80;
 
 const OPEN: u8 = 1;
@@ -33,44 +32,44 @@ const RESET: u8 = 7;
 
 const OPEN_BYTES: usize = 38;
 const ENDPOINT_BYTES: usize = 18;
-const WHY_BYTES: usize = 12;
+const CLOSE_REASON_BYTES: usize = 12;
 const HAS_SERVICE: u8 = 1;
 
 /// The number of an application connection within its tunnel; the first is 1.
 pub type StreamId = u32;
 
-/// What an opener asks for.
+/// A request for a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Open {
-    /// The destination that the application's connection really has.
+    /// The destination of the application's connection, after service resolution.
     pub destination: Endpoint,
     /// The application's own address and port.
     pub source: Endpoint,
-    /// The virtual endpoint that the application asked for, where that was another one.
+    /// The virtual endpoint that the application connected to, if it is another one.
     pub service: Option<Endpoint>,
 }
 
-/// More about a refusal: what went wrong when the other side connected to its application, or what
-/// the refusal is to look like.
+/// Details of a refusal: why the acceptor could not connect to its application, or how the opener must
+/// refuse the client.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Cause {
-    /// Nothing is known, or connecting was not what failed.
+    /// Not known, or not a failure to connect.
     #[default]
     None,
     /// The application's port refused (ECONNREFUSED, ECONNRESET).
     Refused,
-    /// It did not answer (ETIMEDOUT).
+    /// The application did not answer (ETIMEDOUT).
     TimedOut,
-    /// There was no way to it (EHOSTUNREACH, ENETUNREACH).
+    /// The application was unreachable (EHOSTUNREACH, ENETUNREACH).
     Unreachable,
     /// The client's address and port were still in use (EADDRINUSE, EADDRNOTAVAIL).
     AddressInUse,
-    /// Policy refused, and the client is to see silence.
+    /// Policy refused, and the client must see silence.
     Silent,
 }
 
 impl Cause {
-    /// As records have it; `None` = not known.
+    /// The cause as records name it. `None` if it is not known.
     #[must_use]
     pub const fn label(self) -> Option<&'static str> {
         match self {
@@ -105,18 +104,18 @@ impl Cause {
     }
 }
 
-/// Why a stream was refused or ended.
+/// Why a stream was refused or reset.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Why {
-    /// The mesh's reason; `None` = the application itself reset its connection.
+pub struct CloseReason {
+    /// The mesh's reason. `None` if the application itself reset its connection.
     pub reason: Option<Reason>,
-    /// More about it.
+    /// Details.
     pub cause: Cause,
     /// The rule that decided, or [`RuleId::NONE`].
     pub rule: RuleId,
 }
 
-impl Why {
+impl CloseReason {
     /// The application reset its connection.
     pub const APPLICATION: Self = Self {
         reason: None,
@@ -124,7 +123,7 @@ impl Why {
         rule: RuleId::NONE,
     };
 
-    /// A reason that no rule made.
+    /// Makes a reason that comes from no rule.
     #[must_use]
     pub const fn new(reason: Reason) -> Self {
         Self {
@@ -138,28 +137,28 @@ impl Why {
 /// A frame without application data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Control {
-    /// A connection is asked for.
+    /// Requests a connection.
     Open(Open),
-    /// The application has accepted it.
+    /// The application has accepted the connection.
     Opened,
-    /// It was not made.
-    Refused(Why),
+    /// The connection was not made.
+    Refused(CloseReason),
     /// No more data follows in this direction.
     Fin,
-    /// All data before FIN, and the end itself, were passed on.
+    /// All data before FIN, and FIN itself, were passed on.
     FinAck,
-    /// The stream ended; what is under way is lost.
-    Reset(Why),
+    /// The stream ended; data under way is lost.
+    Reset(CloseReason),
 }
 
-/// What the other side did wrong.
+/// A protocol violation of the peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
-    /// A frame type that must be understood is not.
-    #[error("frame type {0:#04x} is not known and not optional")]
+    /// A frame type is unknown and not optional.
+    #[error("unknown frame type {0:#04x}")]
     UnknownType(u8),
     /// A length that the type does not allow.
-    #[error("a frame of type {kind:#04x} cannot have {length} bytes")]
+    #[error("invalid length {length} of a frame of type {kind:#04x}")]
     Length {
         /// The type.
         kind: u8,
@@ -167,14 +166,14 @@ pub enum FrameError {
         length: usize,
     },
     /// The stream number 0.
-    #[error("stream 0 does not exist")]
+    #[error("invalid stream number 0")]
     StreamZero,
     /// An OPEN of version 0.
-    #[error("version 0 of OPEN does not exist")]
+    #[error("invalid version 0 of OPEN")]
     VersionZero,
 }
 
-/// The next thing in the byte stream.
+/// One event of the byte stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
     /// Application data: this many bytes that end where [`Step::used`] ends.
@@ -183,16 +182,16 @@ pub enum Event {
     Control(StreamId, Control),
 }
 
-/// How far [`Decoder::step`] came.
+/// The result of [`Decoder::step`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {
-    /// Bytes of the input that are done with.
+    /// Bytes of the input that were consumed.
     pub used: usize,
-    /// What they completed; `None` = the input is used up.
+    /// The event that they completed. `None` if the input is used up.
     pub event: Option<Event>,
 }
 
-/// Splits the byte stream into frames, wherever it is cut.
+/// Splits the byte stream into frames; its input may be cut anywhere.
 #[derive(Debug)]
 pub struct Decoder {
     state: State,
@@ -239,7 +238,7 @@ impl Decoder {
     /// Takes the next event out of `input`.
     ///
     /// # Errors
-    /// The other side broke the protocol; the decoder is of no use afterwards.
+    /// The peer violated the protocol. The decoder cannot be used afterwards.
     pub fn step(&mut self, input: &[u8]) -> Result<Step, FrameError> {
         let mut used = 0;
         loop {
@@ -327,7 +326,7 @@ impl Decoder {
         (taken, Some(self.held))
     }
 
-    /// Judges a header before anything is kept for it.
+    /// Checks a header before anything is allocated for it.
     fn begin(&mut self, header: [u8; HEADER]) -> Result<Option<Event>, FrameError> {
         let [kind, a, b, c, s @ ..] = header;
         let length = u32::from_be_bytes([0, a, b, c]) as usize;
@@ -342,7 +341,7 @@ impl Decoder {
         }
         let range = match kind {
             OPEN => OPEN_BYTES..=MAX_CONTROL,
-            REFUSED | RESET => WHY_BYTES..=MAX_CONTROL,
+            REFUSED | RESET => CLOSE_REASON_BYTES..=MAX_CONTROL,
             OPENED | FIN | FIN_ACK => 0..=MAX_CONTROL,
             DATA => 1..=MAX_DATA,
             _ => return Err(FrameError::UnknownType(kind)),
@@ -394,10 +393,10 @@ pub fn encode(stream: StreamId, control: &Control, out: &mut Vec<u8>) {
             }
         }
         Control::Opened => out.extend_from_slice(&header(OPENED, stream, 0)),
-        Control::Refused(why) => put_why(REFUSED, stream, why, out),
+        Control::Refused(why) => put_close_reason(REFUSED, stream, why, out),
         Control::Fin => out.extend_from_slice(&header(FIN, stream, 0)),
         Control::FinAck => out.extend_from_slice(&header(FIN_ACK, stream, 0)),
-        Control::Reset(why) => put_why(RESET, stream, why, out),
+        Control::Reset(why) => put_close_reason(RESET, stream, why, out),
     }
 }
 
@@ -413,8 +412,8 @@ fn put_endpoint(at: Endpoint, out: &mut Vec<u8>) {
     out.extend_from_slice(&at.port.get().to_be_bytes());
 }
 
-fn put_why(kind: u8, stream: StreamId, why: &Why, out: &mut Vec<u8>) {
-    out.extend_from_slice(&header(kind, stream, WHY_BYTES));
+fn put_close_reason(kind: u8, stream: StreamId, why: &CloseReason, out: &mut Vec<u8>) {
+    out.extend_from_slice(&header(kind, stream, CLOSE_REASON_BYTES));
     let reason = why.reason.map_or(0, |reason| reason as u16);
     out.extend_from_slice(&reason.to_be_bytes());
     out.extend_from_slice(&why.cause.code().to_be_bytes());
@@ -432,8 +431,8 @@ fn parse(kind: u8, body: &[u8]) -> Result<Control, FrameError> {
         OPENED => Ok(Control::Opened),
         FIN => Ok(Control::Fin),
         FIN_ACK => Ok(Control::FinAck),
-        REFUSED => Ok(Control::Refused(why(body).ok_or_else(short)?)),
-        RESET => Ok(Control::Reset(why(body).ok_or_else(short)?)),
+        REFUSED => Ok(Control::Refused(close_reason(body).ok_or_else(short)?)),
+        RESET => Ok(Control::Reset(close_reason(body).ok_or_else(short)?)),
         _ => Err(FrameError::UnknownType(kind)),
     }
 }
@@ -468,7 +467,7 @@ fn endpoint(input: &[u8]) -> Option<(Endpoint, &[u8])> {
     Some((Endpoint::new(Addr::from_octets(*addr), port), rest))
 }
 
-fn why(body: &[u8]) -> Option<Why> {
+fn close_reason(body: &[u8]) -> Option<CloseReason> {
     let (reason, rest) = body.split_first_chunk::<2>()?;
     let (cause, rest) = rest.split_first_chunk::<2>()?;
     let rule = rest.first_chunk::<8>()?;
@@ -482,7 +481,7 @@ fn why(body: &[u8]) -> Option<Why> {
                 .unwrap_or(Reason::Protocol),
         ),
     };
-    Some(Why {
+    Some(CloseReason {
         reason,
         cause: Cause::from_code(u16::from_be_bytes(*cause)),
         rule: RuleId(u64::from_be_bytes(*rule)),
@@ -490,6 +489,6 @@ fn why(body: &[u8]) -> Option<Why> {
 }
 
 #[cfg(any(test, fuzzing))]
-pub(crate) mod fuzz;
+pub mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A TCP socket as the relay polls it: large vectored reads and writes, no system call that is
-//! known to find nothing, and a reset where TCP would reset.
+//! A TCP socket for the relay: large vectored reads and writes, no system call that is known to find
+//! nothing, and a reset where TCP would reset.
 
 use std::cell::Cell;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -11,51 +11,51 @@ use std::task::{Context, Poll, ready};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
-/// A connected, or connecting, non-blocking TCP socket.
+/// A non-blocking TCP socket that is connected or connecting.
 #[derive(Debug)]
-pub(crate) struct Socket {
+pub struct Socket {
     stream: TcpStream,
     reset: Cell<bool>,
 }
 
 impl Socket {
     /// Registers a socket with this thread's runtime.
-    pub(crate) fn new(stream: std::net::TcpStream) -> io::Result<Self> {
+    pub fn new(stream: std::net::TcpStream) -> io::Result<Self> {
         TcpStream::from_std(stream).map(Self::from_tokio)
     }
 
-    /// A socket that this thread's runtime knows already.
-    pub(crate) fn from_tokio(stream: TcpStream) -> Self {
+    /// Makes a socket of one that this thread's runtime knows already.
+    pub fn from_tokio(stream: TcpStream) -> Self {
         Self {
             stream,
             reset: Cell::new(false),
         }
     }
 
-    /// Where it is bound: for a steered connection, where the other end wanted to go.
-    pub(crate) fn local_addr(&self) -> io::Result<SocketAddr> {
+    /// The local address: for a steered connection, the address that the peer connected to.
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.stream.local_addr()
     }
 
-    /// Where the other end is.
-    pub(crate) fn peer_addr(&self) -> io::Result<SocketAddr> {
+    /// The peer's address.
+    pub fn peer_addr(&self) -> io::Result<SocketAddr> {
         self.stream.peer_addr()
     }
 
-    /// Waits until connect() has come to an end.
-    pub(crate) async fn connected(&self) -> io::Result<()> {
+    /// Waits for the result of connect().
+    pub async fn connected(&self) -> io::Result<()> {
         self.stream.writable().await?;
         self.stream.take_error()?.map_or(Ok(()), Err)
     }
 
-    /// Waits until there is something to read, or the end. Asks the kernel: readiness alone can be
-    /// reported where there is nothing.
-    pub(crate) async fn readable(&self) -> io::Result<()> {
+    /// Waits until there is data to read, or its end. Asks the kernel, because readiness can be reported
+    /// although there is nothing to read.
+    pub async fn readable(&self) -> io::Result<()> {
         self.stream.peek(&mut [0]).await.map(drop)
     }
 
-    /// Reads into `room` bytes of `buffers`. `Ok(0)` = the other end has finished.
-    pub(crate) fn poll_read(
+    /// Reads into `room` bytes of `buffers`. `Ok(0)` if the peer has finished.
+    pub fn poll_read(
         &self,
         cx: &mut Context<'_>,
         buffers: &mut [IoSliceMut<'_>],
@@ -79,7 +79,7 @@ impl Socket {
     }
 
     /// Writes some of the `length` bytes of `buffers`.
-    pub(crate) fn poll_write(
+    pub fn poll_write(
         &self,
         cx: &mut Context<'_>,
         buffers: &[IoSlice<'_>],
@@ -102,9 +102,9 @@ impl Socket {
         }
     }
 
-    /// Forgets a readiness that a short read or write has just used up, which saves the system
-    /// call that would only say so. Nothing is lost: epoll reports what comes later as a new edge,
-    /// and this thread is the one that asks epoll.
+    /// Clears a readiness that a short read or write has used up, which saves a system call that would
+    /// return EAGAIN. No event is lost: epoll reports what arrives later as a new edge, and this thread
+    /// is the one that polls epoll.
     fn exhausted(&self, interest: Interest) {
         let used_up: io::Result<()> = self
             .stream
@@ -113,13 +113,13 @@ impl Socket {
     }
 
     /// Ends the sending direction.
-    pub(crate) fn finish(&self) -> io::Result<()> {
+    pub fn finish(&self) -> io::Result<()> {
         socket2::SockRef::from(&self.stream).shutdown(std::net::Shutdown::Write)
     }
 
-    /// Waits for a reset, or any other error, that reading and writing would not meet because
-    /// neither is going on.
-    pub(crate) async fn failed(&self) -> io::Error {
+    /// Waits for a reset or another error that neither reading nor writing meets, because neither is
+    /// going on.
+    pub async fn failed(&self) -> io::Error {
         loop {
             if let Err(error) = self.stream.ready(Interest::ERROR).await {
                 return error;
@@ -134,20 +134,14 @@ impl Socket {
         }
     }
 
-    /// Lets the other end see a reset, not an end, when the socket is dropped.
-    pub(crate) fn reset_on_drop(&self) {
+    /// Resets the connection when the socket is dropped.
+    pub fn reset_on_drop(&self) {
         self.reset.set(true);
     }
 
-    /// Takes [`Socket::reset_on_drop`] back.
-    pub(crate) fn close_on_drop(&self) {
+    /// Closes the connection in order when the socket is dropped: undoes [`Socket::reset_on_drop`].
+    pub fn close_on_drop(&self) {
         self.reset.set(false);
-    }
-
-    /// Round-trip time (microseconds), and segments sent again so far.
-    pub(crate) fn transport(&self) -> (u32, u32) {
-        mesh_sys::socket::tcp_info(self.stream.as_fd())
-            .map_or((0, 0), |info| (info.rtt_us, info.retransmits))
     }
 }
 

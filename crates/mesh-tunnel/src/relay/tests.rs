@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 use std::cell::Cell;
+use std::rc::Rc;
 use std::time::Duration;
 
 use mesh_common::{Endpoint, Reason};
@@ -7,105 +8,116 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::{JoinHandle, LocalSet};
 
-use super::super::buffers::Buffers;
-use super::super::testing::{Pki, application, pattern};
-use super::super::tunnel::frame::Open;
+use self::plain::Plain;
 use super::*;
+use crate::buffers::BufferPool;
+use crate::carrier::Carrier;
+use crate::frame::{Control, Open, StreamId};
+use crate::testing::{Pki, application, pattern};
+use crate::tunnel::{Received, Tunnel, TunnelError, TunnelStream};
+
+mod plain;
+
+const MOST_EARLY: usize = <TunnelStream<'_> as Stream>::MAX_BEFORE_REPLY;
 
 #[derive(Default)]
 struct Bytes {
     taken: Cell<u64>,
-    given: Cell<u64>,
+    delivered: Cell<u64>,
 }
 
-impl Count for Bytes {
-    fn taken(&self, bytes: u64) {
+impl RelayObserver for Bytes {
+    fn taken(&self, _app: &Socket, bytes: u64) {
         self.taken.set(self.taken.get() + bytes);
     }
 
-    fn given(&self, bytes: u64) {
-        self.given.set(self.given.get() + bytes);
+    fn delivered(&self, bytes: u64) {
+        self.delivered.set(self.delivered.get() + bytes);
     }
 
     fn finished(&self) {}
 }
 
-fn open() -> Control {
-    Control::Open(Open {
-        destination: Endpoint::NONE,
-        source: Endpoint::NONE,
-        service: None,
-    })
-}
+const REQUEST: Open = Open {
+    destination: Endpoint::NONE,
+    source: Endpoint::NONE,
+    service: None,
+};
 
-/// What one end reports: how it ended, bytes from and to its application, and its tunnel.
-struct Report {
-    end: End,
+/// The result of one side: the outcome, bytes from and to its application, and its carrier.
+struct Report<C: Carrier> {
+    outcome: Outcome<C::Error>,
     taken: u64,
-    given: u64,
-    tunnel: Tunnel,
+    delivered: u64,
+    carrier: C,
 }
 
-fn conclude(app: &Socket, tunnel: &mut Tunnel, end: &End, stream: StreamId) {
-    match end {
-        End::Finished { .. } | End::Refused(_) => tunnel.end(),
-        End::AppReset(_) => tunnel.queue(stream, &Control::Reset(Why::APPLICATION)),
-        End::PeerReset(_) | End::Tunnel { .. } => app.reset_on_drop(),
+fn conclude<C: Carrier>(
+    app: &Socket,
+    carrier: &mut C,
+    outcome: &Outcome<C::Error>,
+    stream: StreamId,
+) {
+    match outcome {
+        Outcome::Finished { .. } | Outcome::Refused(_) => carrier.end(stream),
+        Outcome::AppReset(_) => carrier.reset(stream, &CloseReason::APPLICATION),
+        Outcome::PeerReset(_) | Outcome::CarrierFailed { .. } => app.reset_on_drop(),
     }
 }
 
-async fn opener(mut tunnel: Tunnel, app: Socket) -> Report {
-    let stream = tunnel.begin().unwrap();
-    tunnel.queue(stream, &open());
-    let count = Bytes::default();
-    let mut retained = Retained::default();
-    let end = Relay::opener(&app, &mut tunnel, stream, &count, &mut retained)
+async fn opener<C: Carrier>(mut carrier: C, app: Socket) -> Report<C> {
+    let stream = carrier.open(&REQUEST).unwrap();
+    let bytes = Bytes::default();
+    let mut replay = ReplayBuffer::default();
+    let outcome = Relay::opener(&app, carrier.stream(stream), &bytes, &mut replay)
         .run()
         .await;
-    conclude(&app, &mut tunnel, &end, stream);
-    report(end, &count, tunnel).await
+    conclude(&app, &mut carrier, &outcome, stream);
+    report(outcome, &bytes, carrier, stream).await
 }
 
-async fn acceptor(mut tunnel: Tunnel, app: Socket) -> Report {
-    let stream = loop {
-        match tunnel.control().await.unwrap() {
-            (_, Control::FinAck) => {}
-            (stream, Control::Open(_)) => break stream,
-            other => panic!("{other:?}"),
-        }
+async fn acceptor<C: Carrier>(mut carrier: C, app: Socket) -> Report<C> {
+    let (stream, _request) = carrier.accept().await.unwrap().unwrap();
+    carrier.confirm(stream);
+    let bytes = Bytes::default();
+    let outcome = Relay::acceptor(&app, carrier.stream(stream), &bytes)
+        .run()
+        .await;
+    conclude(&app, &mut carrier, &outcome, stream);
+    report(outcome, &bytes, carrier, stream).await
+}
+
+/// Sends queued messages before the carrier is handed back.
+async fn report<C: Carrier>(
+    outcome: Outcome<C::Error>,
+    bytes: &Bytes,
+    mut carrier: C,
+    stream: StreamId,
+) -> Report<C> {
+    let flushed = {
+        let mut stream = carrier.stream(stream);
+        std::future::poll_fn(|cx| stream.poll_flush(cx)).await
     };
-    tunnel.accept(stream).unwrap();
-    tunnel.queue(stream, &Control::Opened);
-    let count = Bytes::default();
-    let end = Relay::acceptor(&app, &mut tunnel, stream, &count)
-        .run()
-        .await;
-    conclude(&app, &mut tunnel, &end, stream);
-    report(end, &count, tunnel).await
-}
-
-/// Sends last words before the tunnel is handed back.
-async fn report(end: End, count: &Bytes, mut tunnel: Tunnel) -> Report {
-    if let Err(error) = std::future::poll_fn(|cx| tunnel.poll_flush(cx)).await {
-        assert!(matches!(end, End::Tunnel { .. }), "{error}");
+    if let Err(error) = flushed {
+        assert!(matches!(outcome, Outcome::CarrierFailed { .. }), "{error}");
     }
     Report {
-        end,
-        taken: count.taken.get(),
-        given: count.given.get(),
-        tunnel,
+        outcome,
+        taken: bytes.taken.get(),
+        delivered: bytes.delivered.get(),
+        carrier,
     }
 }
 
 /// A client and a server with both relays between them.
-struct Bridge {
+struct Bridge<C: Carrier> {
     client: TcpStream,
     server: TcpStream,
-    opener: JoinHandle<Report>,
-    acceptor: JoinHandle<Report>,
+    opener: JoinHandle<Report<C>>,
+    acceptor: JoinHandle<Report<C>>,
 }
 
-fn bridge((near, far): (Tunnel, Tunnel)) -> Bridge {
+fn bridge<C: Carrier + 'static>((near, far): (C, C)) -> Bridge<C> {
     let (client, app) = application();
     let opener = tokio::task::spawn_local(opener(near, app));
     let (server, app) = application();
@@ -118,8 +130,15 @@ fn bridge((near, far): (Tunnel, Tunnel)) -> Bridge {
     }
 }
 
-async fn fresh() -> Bridge {
-    bridge(Pki::new().tunnels(&Rc::default()).await)
+/// Makes connected carriers of one protocol.
+trait Fresh: Carrier + Sized + 'static {
+    async fn fresh() -> (Self, Self);
+}
+
+impl Fresh for Tunnel {
+    async fn fresh() -> (Self, Self) {
+        Pki::new().tunnels(&Rc::default()).await
+    }
 }
 
 fn local<T>(test: impl Future<Output = T>) -> T {
@@ -169,10 +188,19 @@ fn is_reset(result: std::io::Result<usize>) -> bool {
 }
 
 #[test]
-fn bulk_both_ways_at_once_arrives_byte_for_byte() {
+fn mesh_1_moves_bulk_data_both_ways() {
+    bulk_both_ways::<Tunnel>();
+}
+
+#[test]
+fn plain_moves_bulk_data_both_ways() {
+    bulk_both_ways::<Plain>();
+}
+
+fn bulk_both_ways<C: Fresh>() {
     const TOTAL: u64 = 64 << 20;
     local(async {
-        let bridge = fresh().await;
+        let bridge = bridge(C::fresh().await);
         let (mut client_in, mut client_out) = bridge.client.into_split();
         let (mut server_in, mut server_out) = bridge.server.into_split();
         tokio::join!(
@@ -189,21 +217,27 @@ fn bulk_both_ways_at_once_arrives_byte_for_byte() {
         );
         for report in [bridge.opener, bridge.acceptor] {
             let report = report.await.unwrap();
-            assert!(
-                matches!(report.end, End::Finished { .. }),
-                "{:?}",
-                report.end
-            );
-            assert_eq!((report.taken, report.given), (TOTAL, TOTAL));
+            let outcome = report.outcome;
+            assert!(matches!(outcome, Outcome::Finished { .. }), "{outcome:?}");
+            assert_eq!((report.taken, report.delivered), (TOTAL, TOTAL));
         }
     });
 }
 
 #[test]
-fn either_end_may_finish_first() {
+fn mesh_1_half_closes_from_either_side() {
+    half_close_from_either_side::<Tunnel>();
+}
+
+#[test]
+fn plain_half_closes_from_either_side() {
+    half_close_from_either_side::<Plain>();
+}
+
+fn half_close_from_either_side<C: Fresh>() {
     local(async {
         for client_first in [true, false] {
-            let mut bridge = fresh().await;
+            let mut bridge = bridge(C::fresh().await);
             let (first, second) = if client_first {
                 (&mut bridge.client, &mut bridge.server)
             } else {
@@ -221,22 +255,32 @@ fn either_end_may_finish_first() {
             assert_eq!(heard, "a long answer");
             let opener = bridge.opener.await.unwrap();
             let acceptor = bridge.acceptor.await.unwrap();
-            assert!(
-                matches!(opener.end, End::Finished { local_first } if local_first == client_first)
-            );
-            assert!(
-                matches!(acceptor.end, End::Finished { local_first } if local_first != client_first)
-            );
+            for (report, first) in [(opener, client_first), (acceptor, !client_first)] {
+                let outcome = report.outcome;
+                assert!(
+                    matches!(outcome, Outcome::Finished { local_first } if local_first == first),
+                    "{outcome:?}"
+                );
+            }
         }
     });
 }
 
 #[test]
-fn a_reset_reaches_the_other_end_in_both_directions() {
+fn mesh_1_passes_on_a_reset_from_either_side() {
+    reset_from_either_side::<Tunnel>();
+}
+
+#[test]
+fn plain_passes_on_a_reset_from_either_side() {
+    reset_from_either_side::<Plain>();
+}
+
+fn reset_from_either_side<C: Fresh>() {
     local(async {
         for from_client in [true, false] {
             for half_closed in [true, false] {
-                let mut bridge = fresh().await;
+                let mut bridge = bridge(C::fresh().await);
                 bridge.client.write_all(b"x").await.unwrap();
                 bridge.server.read_u8().await.unwrap();
                 bridge.server.write_all(b"y").await.unwrap();
@@ -252,8 +296,14 @@ fn a_reset_reaches_the_other_end_in_both_directions() {
                 }
                 dying.set_zero_linger().unwrap();
                 drop(dying);
-                let opener = bridge.opener.await.unwrap().end;
-                let acceptor = bridge.acceptor.await.unwrap().end;
+                // A plain carrier passes a reset on when it is dropped.
+                let (opener, acceptor) = if from_client {
+                    let opener = bridge.opener.await.unwrap().outcome;
+                    (opener, bridge.acceptor.await.unwrap().outcome)
+                } else {
+                    let acceptor = bridge.acceptor.await.unwrap().outcome;
+                    (bridge.opener.await.unwrap().outcome, acceptor)
+                };
                 if half_closed {
                     left.writable().await.unwrap();
                     assert!(left.take_error().unwrap().is_some());
@@ -265,9 +315,9 @@ fn a_reset_reaches_the_other_end_in_both_directions() {
                 } else {
                     (acceptor, opener)
                 };
-                assert!(matches!(near, End::AppReset(_)), "{near:?}");
+                assert!(matches!(near, Outcome::AppReset(_)), "{near:?}");
                 assert!(
-                    matches!(far, End::PeerReset(why) if why == Why::APPLICATION),
+                    matches!(far, Outcome::PeerReset(reason) if reason == CloseReason::APPLICATION),
                     "{far:?}"
                 );
             }
@@ -276,7 +326,7 @@ fn a_reset_reaches_the_other_end_in_both_directions() {
 }
 
 #[test]
-fn a_tunnel_that_is_cut_resets_both_applications() {
+fn cut_tunnel_resets_both_applications() {
     local(async {
         let (near, far) = Pki::new().tunnels(&Rc::default()).await;
         let cut = socket2::SockRef::from(near.socket().as_ref())
@@ -288,24 +338,24 @@ fn a_tunnel_that_is_cut_resets_both_applications() {
         cut.shutdown(std::net::Shutdown::Both).unwrap();
         assert!(is_reset(bridge.client.read(&mut [0; 9]).await));
         assert!(is_reset(bridge.server.read(&mut [0; 9]).await));
-        let end = bridge.acceptor.await.unwrap().end;
+        let outcome = bridge.acceptor.await.unwrap().outcome;
         assert!(
             matches!(
-                &end,
-                End::Tunnel {
+                &outcome,
+                Outcome::CarrierFailed {
                     error: TunnelError::Cut,
-                    unused: false
+                    may_retry: false
                 }
             ),
-            "{end:?}"
+            "{outcome:?}"
         );
     });
 }
 
 #[test]
-fn a_tunnel_carries_one_connection_after_another() {
+fn tunnel_carries_one_connection_after_another() {
     local(async {
-        let buffers = Rc::new(Buffers::default());
+        let buffers = Rc::new(BufferPool::default());
         let mut tunnels = Pki::new().tunnels(&buffers).await;
         for round in 1..=20_u32 {
             let mut bridge = bridge(tunnels);
@@ -320,10 +370,10 @@ fn a_tunnel_carries_one_connection_after_another() {
             heard.clear();
             bridge.client.read_to_string(&mut heard).await.unwrap();
             assert_eq!(heard, "answer");
-            let mut near = bridge.opener.await.unwrap().tunnel;
+            let mut near = bridge.opener.await.unwrap().carrier;
             assert!(near.is_quiet().unwrap());
             assert_eq!(near.streams(), round);
-            tunnels = (near, bridge.acceptor.await.unwrap().tunnel);
+            tunnels = (near, bridge.acceptor.await.unwrap().carrier);
         }
         assert_eq!(buffers.lent(), 0, "an idle tunnel holds no buffer");
     });
@@ -332,12 +382,16 @@ fn a_tunnel_carries_one_connection_after_another() {
 /// Reads at the acceptor's end until `done` says that enough of the stream's data has come.
 async fn hear(far: &mut Tunnel, app: &Socket, done: impl Fn(usize) -> bool) -> usize {
     let mut heard = 0;
+    let number = far.streams();
     std::future::poll_fn(|cx| {
         while !done(heard) {
             match far.next().unwrap() {
-                Arrival::Nothing => std::task::ready!(far.poll_fill(cx)).unwrap(),
-                Arrival::Data => heard += std::task::ready!(far.poll_deliver(cx, app)).unwrap(),
-                Arrival::Control(..) => panic!("nothing else was sent"),
+                Received::Nothing => std::task::ready!(far.poll_fill(cx)).unwrap(),
+                Received::Data => {
+                    let mut stream = far.stream(number);
+                    heard += std::task::ready!(stream.poll_deliver(cx, app)).unwrap();
+                }
+                Received::Control(..) => panic!("nothing else was sent"),
             }
         }
         Poll::Ready(heard)
@@ -346,7 +400,7 @@ async fn hear(far: &mut Tunnel, app: &Socket, done: impl Fn(usize) -> bool) -> u
 }
 
 #[test]
-fn what_is_sent_before_the_reply_comes_in_pieces_and_is_bounded() {
+fn data_before_the_reply_is_sent_at_once_and_bounded() {
     local(async {
         let (near, mut far) = Pki::new().tunnels(&Rc::default()).await;
         let (mut client, app) = application();
@@ -354,7 +408,7 @@ fn what_is_sent_before_the_reply_comes_in_pieces_and_is_bounded() {
         let (stream, Control::Open(_)) = far.control().await.unwrap() else {
             panic!("no OPEN");
         };
-        far.accept(stream).unwrap();
+        far.begin_accepted(stream).unwrap();
         let (mut server, app) = application();
         // A header, and then a body: neither waits for the reply.
         for piece in [b"header".as_slice(), b"body"] {
@@ -378,20 +432,20 @@ fn what_is_sent_before_the_reply_comes_in_pieces_and_is_bounded() {
 }
 
 #[test]
-fn the_reply_does_not_wait_for_an_application_that_says_nothing() {
+fn reply_does_not_wait_for_a_silent_application() {
     local(async {
         let (mut near, far) = Pki::new().tunnels(&Rc::default()).await;
         let (_server, app) = application();
         let acceptor = tokio::task::spawn_local(acceptor(far, app));
         let stream = near.begin().unwrap();
-        near.queue(stream, &open());
+        near.queue(stream, &Control::Open(REQUEST));
         assert_eq!(near.control().await.unwrap(), (stream, Control::Opened));
         acceptor.abort();
     });
 }
 
 #[test]
-fn late_bytes_of_a_refused_stream_never_reach_the_next() {
+fn late_bytes_of_a_refused_stream_never_reach_the_next_stream() {
     local(async {
         let (near, mut far) = Pki::new().tunnels(&Rc::default()).await;
         let (mut client, app) = application();
@@ -401,21 +455,20 @@ fn late_bytes_of_a_refused_stream_never_reach_the_next() {
         let (stream, Control::Open(_)) = far.control().await.unwrap() else {
             panic!("no OPEN");
         };
-        far.accept(stream).unwrap();
-        let why = Why::new(Reason::DefaultDeny);
-        far.queue(stream, &Control::Refused(why));
-        far.refuse();
+        far.begin_accepted(stream).unwrap();
+        let reason = CloseReason::new(Reason::DefaultDeny);
+        far.refuse(stream, &reason);
         let next = tokio::task::spawn_local(async move {
             let (server, app) = application();
             (acceptor(far, app).await, server)
         });
         let report = refused.await.unwrap();
-        assert!(matches!(report.end, End::Refused(got) if got == why));
+        assert!(matches!(report.outcome, Outcome::Refused(got) if got == reason));
 
         let (mut client, app) = application();
         client.write_all(b"second").await.unwrap();
         client.shutdown().await.unwrap();
-        let opener = tokio::task::spawn_local(opener(report.tunnel, app));
+        let opener = tokio::task::spawn_local(opener(report.carrier, app));
         let finish = async {
             let (report, mut server) = next.await.unwrap();
             let mut heard = String::new();
@@ -431,9 +484,9 @@ fn late_bytes_of_a_refused_stream_never_reach_the_next() {
 }
 
 #[test]
-fn a_slow_reader_holds_back_the_writer_and_not_our_memory() {
+fn slow_reader_applies_back_pressure_within_bounded_memory() {
     local(async {
-        let buffers = Rc::new(Buffers::default());
+        let buffers = Rc::new(BufferPool::default());
         let bridge = bridge(Pki::new().tunnels(&buffers).await);
         let mut chunk = vec![0; 1 << 20];
         let mut sent: u64 = 0;
@@ -470,7 +523,7 @@ fn a_slow_reader_holds_back_the_writer_and_not_our_memory() {
 }
 
 #[test]
-fn a_reset_reaches_an_application_that_reads_nothing() {
+fn reset_reaches_an_application_that_reads_nothing() {
     local(async {
         let (near, far) = Pki::new().tunnels(&Rc::default()).await;
         let dying = socket2::SockRef::from(near.socket().as_ref())
@@ -488,7 +541,10 @@ fn a_reset_reaches_an_application_that_reads_nothing() {
         dying.set_linger(Some(Duration::ZERO)).unwrap();
         drop(dying);
         bridge.opener.abort();
-        let end = bridge.acceptor.await.unwrap().end;
-        assert!(matches!(end, End::Tunnel { .. }), "{end:?}");
+        let outcome = bridge.acceptor.await.unwrap().outcome;
+        assert!(
+            matches!(outcome, Outcome::CarrierFailed { .. }),
+            "{outcome:?}"
+        );
     });
 }

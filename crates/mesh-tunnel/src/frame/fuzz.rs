@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Any bytes as frames: read the same way however they are cut, never more kept than one control
-//! frame, and what was understood is written as it was read.
+//! Takes any bytes as frames: the result does not depend on how they are cut, no more than one control
+//! frame is allocated, and decoded frames encode to what they were.
 
-use super::*;
 use mesh_fixtures::Seen;
 
-/// What was read, data joined, and how it ended.
+use super::*;
+
+/// The decoded frames, with data joined, and the end of decoding.
 #[derive(Debug, Default, PartialEq)]
 struct Read {
     controls: Vec<(StreamId, Control)>,
@@ -47,7 +48,7 @@ fn read(data: &[u8], cut: usize) -> Read {
     read
 }
 
-/// The first byte says how the others are cut.
+/// Decodes `data`; its first byte says how the others are cut.
 pub fn frames(data: &[u8]) -> Seen {
     let Some((cut, data)) = data.split_first() else {
         return Vec::new();
@@ -94,15 +95,16 @@ fn way(control: &Control) -> &'static str {
         Control::Refused(_) => "refused",
         Control::Fin => "fin",
         Control::FinAck => "fin_ack",
-        Control::Reset(Why { reason: None, .. }) => "reset_application",
+        Control::Reset(CloseReason { reason: None, .. }) => "reset_application",
         Control::Reset(_) => "reset",
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use mesh_fixtures::replay;
+
+    use super::*;
 
     const WAYS: &[&str] = &[
         "open",
@@ -155,13 +157,13 @@ mod tests {
             &Control::Open(open(Some(at("10.96.0.1:80")))),
             &mut stream,
         );
-        let refused = Why {
+        let refused = CloseReason {
             cause: Cause::Refused,
-            ..Why::new(Reason::ConnectFailed)
+            ..CloseReason::new(Reason::ConnectFailed)
         };
         encode(2, &Control::Refused(refused), &mut stream);
         stream.extend(sound(0x80, b"later"));
-        encode(3, &Control::Reset(Why::APPLICATION), &mut stream);
+        encode(3, &Control::Reset(CloseReason::APPLICATION), &mut stream);
         let mut causes = Vec::new();
         for cause in 0..=5_u8 {
             // Reason 300 is of a later version.
@@ -169,7 +171,7 @@ mod tests {
         }
         encode(
             1,
-            &Control::Reset(Why::new(Reason::PolicyChanged)),
+            &Control::Reset(CloseReason::new(Reason::PolicyChanged)),
             &mut causes,
         );
         let with_service = [&[VERSION, HAS_SERVICE][..], &[0; 36]].concat();
@@ -206,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn the_corpus_goes_every_way() {
+    fn corpus_takes_every_branch() {
         replay("frames", frames, WAYS, seeds);
     }
 }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Whose open connections a worker carries on next, when pods want more of it than there is.
+//! Schedules a worker's time fairly between the open connections of pods.
 //!
-//! A pod that has had more than its part of the worker's time, while other pods have something to
-//! do, waits between two steps until the worker has looked for packets, and its connections take
-//! one step in each such round, one after another: so what a pod gets does not follow from how
-//! many connections it opens. Who is alone waits for nobody, and a worker never idles for this.
+//! A pod that has used more than its share of the worker's time while other pods are busy waits between
+//! two steps until the worker has polled for packets; in each such round, one step of all waiting
+//! connections is taken. So a pod's share does not depend on the number of its connections. A pod that
+//! is alone never waits, and a worker never idles because of this.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -14,22 +14,22 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
-/// Time in which parts are counted, and for which a pod that has run counts as one of those that
-/// have something to do: longer than many connections take for a step each.
+/// The window in which use is counted, and for which a pod that ran counts as busy: longer than many
+/// connections take for a step each.
 const WINDOW: Duration = Duration::from_millis(100);
-/// What every pod may use of each window before it can be too much.
+/// The time of each window that every pod may use freely.
 const FREE: Duration = Duration::from_micros(500);
-/// Pods that are kept in mind; beyond, those that did nothing in the last window are forgotten.
-const MANY: usize = 256;
+/// The number of accounts beyond which those of idle pods are removed.
+const MAX_ACCOUNTS: usize = 256;
 
-/// What a pod has used of the window that began then.
+/// The time that a pod has used of a window.
 #[derive(Clone, Copy, Debug)]
 struct Account {
     window: u64,
     used: Duration,
 }
 
-/// One window, and who was at work in it and the one before.
+/// One window, and the number of busy pods in it and in the one before.
 #[derive(Clone, Copy, Debug, Default)]
 struct Window {
     number: u64,
@@ -38,29 +38,29 @@ struct Window {
     pods_before: u32,
 }
 
-/// The parts of one worker's time.
+/// Schedules the time of one worker.
 #[derive(Debug)]
-pub(crate) struct Fair {
+pub(crate) struct FairScheduler {
     epoch: Instant,
     window: Cell<Window>,
     accounts: RefCell<BTreeMap<u64, Account>>,
-    /// Of those that have had too much, one has taken its step in this round.
+    /// A connection of a pod over its share has taken its step in this round.
     stepped: Cell<bool>,
-    news: Notify,
+    waiting: Notify,
 }
 
-impl Fair {
+impl FairScheduler {
     pub(crate) fn new(now: Instant) -> Self {
         Self {
             epoch: now,
             window: Cell::default(),
             accounts: RefCell::default(),
             stepped: Cell::new(false),
-            news: Notify::new(),
+            waiting: Notify::new(),
         }
     }
 
-    /// Counts what a pod has used.
+    /// Counts time that a pod has used.
     pub(crate) fn used(&self, pod: u64, took: Duration, now: Instant) {
         let mut window = self.window_at(now);
         let mut accounts = self.accounts.borrow_mut();
@@ -78,7 +78,7 @@ impl Fair {
         account.used += took;
         window.total += took;
         self.window.set(window);
-        if accounts.len() > MANY {
+        if accounts.len() > MAX_ACCOUNTS {
             accounts.retain(|_, account| account.window.abs_diff(window.number) <= 1);
         }
     }
@@ -103,8 +103,8 @@ impl Fair {
         window
     }
 
-    /// Whether a pod has had more than its part of this window.
-    fn has_too_much(&self, pod: u64, now: Instant) -> bool {
+    /// Whether a pod has used more than its share of this window.
+    fn is_over_share(&self, pod: u64, now: Instant) -> bool {
         let window = self.window_at(now);
         let pods = window.pods.max(window.pods_before);
         if pods < 2 {
@@ -115,20 +115,19 @@ impl Fair {
         used.is_some_and(|account| account.used > FREE && account.used * pods > window.total)
     }
 
-    /// Whether a connection of this pod may take a step now; else it is woken in the next round.
+    /// Whether a connection of this pod may take a step now. Otherwise it is woken in the next round.
     fn may_step(&self, pod: u64, now: Instant) -> bool {
-        if !self.has_too_much(pod, now) {
+        if !self.is_over_share(pod, now) {
             return true;
         }
         let first = !self.stepped.replace(true);
         if first {
-            self.news.notify_one();
+            self.waiting.notify_one();
         }
         first
     }
 
-    /// Carries on with an open connection of a pod, as far as others leave room for it. Cancel safe
-    /// as `connection` is.
+    /// Polls an open connection of a pod within the pod's share. As cancel safe as `connection`.
     pub(crate) async fn carry<F: Future>(&self, pod: u64, connection: F) -> F::Output {
         let mut connection = pin!(connection);
         std::future::poll_fn(|cx| {
@@ -141,17 +140,17 @@ impl Fair {
         .await
     }
 
-    /// Begins rounds, for ever.
+    /// Starts rounds, for ever.
     pub(crate) async fn run(&self) {
         loop {
-            self.news.notified().await;
+            self.waiting.notified().await;
             tokio::task::yield_now().await;
             self.stepped.set(false);
         }
     }
 }
 
-/// Is woken when the runtime has looked for packets.
+/// Wakes the task when the runtime has polled for packets.
 fn next_round<T>(cx: &mut Context<'_>) -> Poll<T> {
     match pin!(tokio::task::yield_now()).poll(cx) {
         Poll::Ready(()) => cx.waker().wake_by_ref(),
@@ -171,42 +170,42 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     #[test]
-    fn a_pod_has_too_much_only_beside_others_and_beyond_its_part() {
+    fn pod_is_over_its_share_only_while_other_pods_are_busy() {
         let start = Instant::now();
-        let fair = Fair::new(start);
+        let fair = FairScheduler::new(start);
         fair.used(1, 5 * MS, start);
-        assert!(!fair.has_too_much(1, start), "alone");
+        assert!(!fair.is_over_share(1, start), "alone");
         fair.used(2, FREE / 2, start);
-        assert!(fair.has_too_much(1, start));
-        assert!(!fair.has_too_much(2, start));
+        assert!(fair.is_over_share(1, start));
+        assert!(!fair.is_over_share(2, start));
         fair.used(2, 5 * MS, start);
-        assert!(!fair.has_too_much(1, start), "less than half");
-        assert!(fair.has_too_much(2, start));
+        assert!(!fair.is_over_share(1, start), "less than half");
+        assert!(fair.is_over_share(2, start));
         // Three have a third each.
         fair.used(3, 2 * MS, start);
-        assert!(fair.has_too_much(1, start) && !fair.has_too_much(3, start));
-        // In the next window all begin anew, and the others count although they have not run yet.
+        assert!(fair.is_over_share(1, start) && !fair.is_over_share(3, start));
+        // In the next window all pods begin anew, and the others count although they have not run yet.
         let next = start + WINDOW;
-        assert!(!fair.has_too_much(1, next));
+        assert!(!fair.is_over_share(1, next));
         fair.used(1, FREE, next);
-        assert!(!fair.has_too_much(1, next), "what all may use");
+        assert!(!fair.is_over_share(1, next), "the free time");
         fair.used(1, FREE, next);
-        assert!(fair.has_too_much(1, next));
-        // And one after that in which nobody ran, nobody is there.
+        assert!(fair.is_over_share(1, next));
+        // After a window in which no pod ran, no other pod is busy.
         let later = next + 2 * WINDOW;
         fair.used(1, 5 * MS, later);
-        assert!(!fair.has_too_much(1, later));
+        assert!(!fair.is_over_share(1, later));
     }
 
     #[test]
-    fn pods_that_do_nothing_are_forgotten() {
+    fn accounts_of_idle_pods_are_removed() {
         let start = Instant::now();
-        let fair = Fair::new(start);
+        let fair = FairScheduler::new(start);
         for pod in 0..10_000 {
             let at = start + WINDOW * u32::try_from(pod).unwrap();
             fair.used(pod, MS, at);
         }
-        assert!(fair.accounts.borrow().len() <= MANY + 1);
+        assert!(fair.accounts.borrow().len() <= MAX_ACCOUNTS + 1);
     }
 
     /// Steps of `MS` that pods take in 300 ms of their worker's time, with so many connections each.
@@ -217,7 +216,7 @@ mod tests {
             .unwrap();
         let taken = Rc::new([Cell::new(0), Cell::new(0)]);
         LocalSet::new().block_on(&runtime, async {
-            let parts = Rc::new(Fair::new(Instant::now()));
+            let parts = Rc::new(FairScheduler::new(Instant::now()));
             let rounds = Rc::clone(&parts);
             tokio::task::spawn_local(async move { rounds.run().await });
             for (pod, count) in (0..).zip(connections) {
@@ -249,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn twenty_connections_get_no_more_than_one() {
+    fn twenty_connections_get_no_more_time_than_one() {
         let [many, one] = steps([20, 1], true);
         assert!(one * 3 > many, "{many} and {one}");
         let [many, one] = steps([20, 1], false);

@@ -16,14 +16,14 @@ fn open(service: Option<&str>) -> Control {
 }
 
 fn every_control() -> Vec<Control> {
-    let denied = Why {
+    let denied = CloseReason {
         reason: Some(Reason::Policy),
         cause: Cause::None,
         rule: RuleId(0x0102_0304_0506_0708),
     };
-    let refused = Why {
+    let refused = CloseReason {
         cause: Cause::Refused,
-        ..Why::new(Reason::ConnectFailed)
+        ..CloseReason::new(Reason::ConnectFailed)
     };
     vec![
         open(None),
@@ -33,8 +33,8 @@ fn every_control() -> Vec<Control> {
         Control::Refused(refused),
         Control::Fin,
         Control::FinAck,
-        Control::Reset(Why::APPLICATION),
-        Control::Reset(Why::new(Reason::PolicyChanged)),
+        Control::Reset(CloseReason::APPLICATION),
+        Control::Reset(CloseReason::new(Reason::PolicyChanged)),
     ]
 }
 
@@ -78,7 +78,7 @@ fn everything() -> (Vec<u8>, Said) {
 }
 
 #[test]
-fn every_frame_survives_every_cut() {
+fn every_frame_decodes_across_every_cut() {
     let (bytes, expected) = everything();
     for cut in 0..=bytes.len() {
         let mut decoder = Decoder::default();
@@ -97,7 +97,7 @@ fn every_frame_survives_every_cut() {
 }
 
 #[test]
-fn a_truncated_frame_says_nothing() {
+fn truncated_frame_yields_no_event() {
     for control in every_control() {
         let mut bytes = Vec::new();
         encode(7, &control, &mut bytes);
@@ -112,7 +112,7 @@ fn a_truncated_frame_says_nothing() {
 }
 
 #[test]
-fn the_bytes_are_those_of_the_specification() {
+fn encoding_matches_the_specification() {
     let mut bytes = Vec::new();
     encode(0x0102_0304, &open(Some("[fd00::1]:80")), &mut bytes);
     let mapped = |a: [u8; 4]| [&[0; 10][..], &[0xff, 0xff], &a].concat();
@@ -126,7 +126,11 @@ fn the_bytes_are_those_of_the_specification() {
 
     assert_eq!(data_header(9, MAX_DATA), [4, 4, 0, 0, 0, 0, 0, 9]);
     let mut bytes = Vec::new();
-    encode(1, &Control::Reset(Why::new(Reason::PodDeleted)), &mut bytes);
+    encode(
+        1,
+        &Control::Reset(CloseReason::new(Reason::PodDeleted)),
+        &mut bytes,
+    );
     assert_eq!(
         bytes,
         [7, 0, 0, 12, 0, 0, 0, 1, 0, 40, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
@@ -134,7 +138,7 @@ fn the_bytes_are_those_of_the_specification() {
 }
 
 #[test]
-fn lies_about_length_are_refused_before_anything_is_kept() {
+fn invalid_lengths_are_refused_before_allocation() {
     let cases = [
         (DATA, 0),
         (DATA, MAX_DATA + 1),
@@ -143,7 +147,7 @@ fn lies_about_length_are_refused_before_anything_is_kept() {
         (OPEN, OPEN_BYTES - 1),
         (OPEN, MAX_CONTROL + 1),
         (OPENED, MAX_CONTROL + 1),
-        (REFUSED, WHY_BYTES - 1),
+        (REFUSED, CLOSE_REASON_BYTES - 1),
         (RESET, 0),
         (RESET, 0xff_ffff),
         (FIN, 0xff_ffff),
@@ -160,7 +164,7 @@ fn lies_about_length_are_refused_before_anything_is_kept() {
 }
 
 #[test]
-fn what_is_not_known_is_refused_or_skipped_as_its_type_says() {
+fn unknown_frame_types_are_refused_or_skipped_by_range() {
     for kind in [0, 8, 0x7f] {
         let got = Decoder::default().step(&[kind, 0, 0, 0, 0, 0, 0, 1]);
         assert_eq!(got, Err(FrameError::UnknownType(kind)));
@@ -203,19 +207,23 @@ fn fields_of_a_later_version_are_skipped() {
     ));
 
     let mut unknown = Vec::new();
-    encode(1, &Control::Reset(Why::new(Reason::Policy)), &mut unknown);
+    encode(
+        1,
+        &Control::Reset(CloseReason::new(Reason::Policy)),
+        &mut unknown,
+    );
     unknown[HEADER] = 0xff;
     let mut said = Said::default();
     read(&mut Decoder::default(), &unknown, &mut said).unwrap();
     assert_eq!(
         said.controls,
-        [(1, Control::Reset(Why::new(Reason::Protocol)))]
+        [(1, Control::Reset(CloseReason::new(Reason::Protocol)))]
     );
 }
 
 /// Any bytes at all, cut anywhere, give the same frames or the same error.
 #[test]
-fn noise_is_read_the_same_way_however_it_is_cut() {
+fn random_bytes_decode_equally_for_every_cut() {
     let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
     let mut next = move || {
         seed ^= seed << 13;

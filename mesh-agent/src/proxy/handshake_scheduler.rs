@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Who of a worker's handshakes may compute next, and how many may be under way.
+//! Schedules the CPU time of TLS handshakes fairly between the pods of a worker.
 //!
-//! A handshake costs a hundred times what a packet of an open connection does, and anybody who can
-//! reach the tunnel port can ask for one. So pods take turns, one step of one handshake at a time,
-//! with everything else that is ready between two steps; and a pod whose handshakes have computed
-//! waits three times as long while others of the worker have something to do.
+//! A handshake costs a hundred times as much as a packet of an open connection, and everybody who can
+//! reach the tunnel port can ask for one. So permits go from pod to pod, one for one step of one
+//! handshake, and everything else that is ready runs between two steps. A pod whose handshake has
+//! computed then waits three times as long as that took while other pods of the worker are busy.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
@@ -12,55 +12,56 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mesh_tunnel::tls::CpuScheduler;
 use tokio::sync::{Notify, oneshot};
 
-/// While others are at work a pod's handshakes get one part in this many of the worker's time.
-const PART: u32 = 4;
-/// Others are at work if one of them was in this time.
+/// While other pods are busy, a pod's handshakes get one part in this many of the worker's time.
+const SHARE: u32 = 4;
+/// A pod counts as busy for this long after it ran.
 const RECENT: Duration = Duration::from_millis(100);
-/// A pod that has waited this long is not known as one that computed.
+/// A pod's last computation is forgotten after this time.
 const FORGET: Duration = Duration::from_secs(1);
 
-/// Who waits for a turn, and is given it.
-type Waiter = oneshot::Sender<Turn>;
+/// A handshake that waits for a permit.
+type Waiter = oneshot::Sender<Permit>;
 
 #[derive(Debug, Default)]
 struct Pod {
     waiting: VecDeque<Waiter>,
-    /// Not before this.
+    /// The earliest time of the next permit.
     after: Option<Instant>,
 }
 
-/// The turns of one worker.
+/// Schedules the handshakes of one worker.
 #[derive(Debug, Default)]
-pub(crate) struct Turns {
+pub(crate) struct HandshakeScheduler {
     pods: RefCell<BTreeMap<Arc<str>, Pod>>,
-    /// Who had the last turn: the next one in order has the next.
+    /// The pod that had the last permit: the next one in order gets the next.
     last: RefCell<Option<Arc<str>>>,
-    /// Somebody waits, or has had its turn.
-    news: Rc<Notify>,
-    /// The last pods whose tasks ran, and when: never two entries of one pod.
+    /// A handshake waits, or a permit was returned.
+    changed: Rc<Notify>,
+    /// The two pods that ran last, and when.
     ran: Cell<[Option<(u64, Instant)>; 2]>,
 }
 
-/// The right to compute one step; the next is given out when this is dropped.
+/// The right to compute one step. The next permit is granted when this one is dropped.
 #[derive(Debug)]
-pub(crate) struct Turn {
+pub(crate) struct Permit {
     begun: Instant,
     took: Rc<Cell<Option<Duration>>>,
-    news: Rc<Notify>,
+    changed: Rc<Notify>,
 }
 
-impl Drop for Turn {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.took.set(Some(self.begun.elapsed()));
-        self.news.notify_one();
+        self.changed.notify_one();
     }
 }
 
-impl Turns {
-    /// Waits for a turn of this pod. Cancel safe: who does not wait any more is passed over.
-    pub(crate) async fn turn(&self, pod: &Arc<str>) -> Option<Turn> {
+impl HandshakeScheduler {
+    /// Waits for a permit of this pod. Cancel safe: a handshake that no longer waits is left out.
+    pub(crate) async fn permit(&self, pod: &Arc<str>) -> Option<Permit> {
         let (sender, receiver) = oneshot::channel();
         self.pods
             .borrow_mut()
@@ -68,11 +69,11 @@ impl Turns {
             .or_default()
             .waiting
             .push_back(sender);
-        self.news.notify_one();
+        self.changed.notify_one();
         receiver.await.ok()
     }
 
-    /// Something of a pod has run: handshakes of other pods are held back for a while.
+    /// Records that a task of a pod ran: handshakes of other pods are held back for a while.
     pub(crate) fn ran(&self, pod: u64, now: Instant) {
         let [first, second] = self.ran.get();
         let mine = Some((pod, now));
@@ -82,7 +83,7 @@ impl Turns {
         });
     }
 
-    /// Whether another pod than this one had something to do a moment ago.
+    /// Whether another pod was busy a moment ago.
     fn others_ran(&self, pod: u64, now: Instant) -> bool {
         let recent = |at: Instant| now.saturating_duration_since(at) < RECENT;
         let ran = self.ran.get();
@@ -91,50 +92,50 @@ impl Turns {
             .any(|(it, at)| *it != pod && recent(*at))
     }
 
-    /// Gives out turns, for ever. Between two of them the runtime looks for packets.
+    /// Grants permits, for ever. Between two of them the runtime polls for packets.
     pub(crate) async fn run(&self) {
         loop {
             let now = Instant::now();
             match self.next(now) {
-                Next::Pod(pod, waiter) => self.give(&pod, waiter).await,
+                Next::Pod(pod, waiter) => self.grant(&pod, waiter).await,
                 Next::At(time) => {
                     let time = tokio::time::Instant::from_std(time);
                     tokio::select! {
-                        () = self.news.notified() => {}
+                        () = self.changed.notified() => {}
                         () = tokio::time::sleep_until(time) => {}
                     }
                 }
-                Next::Nobody => self.news.notified().await,
+                Next::Nothing => self.changed.notified().await,
             }
         }
     }
 
-    async fn give(&self, pod: &Arc<str>, waiter: Waiter) {
+    async fn grant(&self, pod: &Arc<str>, waiter: Waiter) {
         let took = Rc::new(Cell::new(None));
-        let turn = Turn {
+        let permit = Permit {
             begun: Instant::now(),
             took: Rc::clone(&took),
-            news: Rc::clone(&self.news),
+            changed: Rc::clone(&self.changed),
         };
-        if waiter.send(turn).is_err() {
+        if waiter.send(permit).is_err() {
             return;
         }
         let took = loop {
             match took.get() {
                 Some(took) => break took,
-                None => self.news.notified().await,
+                None => self.changed.notified().await,
             }
         };
         let now = Instant::now();
         if self.others_ran(number(pod), now)
             && let Some(queue) = self.pods.borrow_mut().get_mut(pod)
         {
-            queue.after = Some(now + took * (PART - 1));
+            queue.after = Some(now + took * (SHARE - 1));
         }
         tokio::task::yield_now().await;
     }
 
-    /// The next pod in order that waits and may compute.
+    /// The next pod in order that waits for a permit and may have one.
     fn next(&self, now: Instant) -> Next {
         let mut pods = self.pods.borrow_mut();
         pods.retain(|_, pod| {
@@ -151,46 +152,47 @@ impl Turns {
             .map(|(uid, _)| Arc::clone(uid));
         let soonest = waiting().filter_map(|(_, pod)| pod.after).min();
         let Some(uid) = next else {
-            return soonest.map_or(Next::Nobody, Next::At);
+            return soonest.map_or(Next::Nothing, Next::At);
         };
         let waiter = pods.get_mut(&uid).and_then(|pod| pod.waiting.pop_front());
         *self.last.borrow_mut() = Some(Arc::clone(&uid));
         match waiter {
             Some(waiter) => Next::Pod(uid, waiter),
-            None => Next::Nobody,
+            None => Next::Nothing,
         }
     }
 }
 
-/// Whose turns are taken.
+/// The handshakes of one pod, as the TLS code asks for their permits.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Computing<'a>(Option<(&'a Turns, &'a Arc<str>)>);
+pub(crate) struct PodHandshakes<'a> {
+    scheduler: &'a HandshakeScheduler,
+    pod: &'a Arc<str>,
+}
 
-impl<'a> Computing<'a> {
-    /// Without turns: there is nobody else.
-    #[cfg(test)]
-    pub(crate) const ALONE: Self = Self(None);
-
-    /// As this pod.
-    pub(crate) const fn of(turns: &'a Turns, pod: &'a Arc<str>) -> Self {
-        Self(Some((turns, pod)))
-    }
-
-    /// Waits for a turn.
-    pub(crate) async fn turn(self) -> Option<Turn> {
-        let (turns, pod) = self.0?;
-        turns.turn(pod).await
+impl<'a> PodHandshakes<'a> {
+    /// Schedules handshakes as this pod's.
+    pub(crate) const fn new(scheduler: &'a HandshakeScheduler, pod: &'a Arc<str>) -> Self {
+        Self { scheduler, pod }
     }
 }
 
-/// What is to be done next.
+impl CpuScheduler for PodHandshakes<'_> {
+    type Permit = Option<Permit>;
+
+    async fn permit(&self) -> Option<Permit> {
+        self.scheduler.permit(self.pod).await
+    }
+}
+
+/// The next permit.
 enum Next {
     Pod(Arc<str>, Waiter),
     At(Instant),
-    Nobody,
+    Nothing,
 }
 
-/// A pod in few bytes: its name's place in memory, which its connections share.
+/// Identifies a pod in few bytes: by the address of its UID in memory, which its connections share.
 pub(crate) fn number(pod: &Arc<str>) -> u64 {
     Arc::as_ptr(pod).cast::<u8>().addr() as u64
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The receiving half of a tunnel: many records per read, opened in place, and written to the
-//! application from where they lie.
+//! The receiving half of a tunnel: reads many records at once, decrypts them in place, and writes them to
+//! the application without a copy.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -8,16 +8,16 @@ use std::ops::Range;
 use std::task::{Context, Poll, ready};
 
 use super::TunnelError;
-use super::frame::{Control, Decoder, Event, StreamId};
-use crate::proxy::buffers::{Appetite, Buffer, Lender};
-use crate::proxy::socket::Socket;
-use crate::proxy::tls::Rest;
-use crate::proxy::tls::records::{self, Kind, LONGEST, Opener};
+use crate::buffers::{AdaptiveBufferSize, Buffer, BufferAccount};
+use crate::frame::{Control, Decoder, Event, StreamId};
+use crate::records::{self, Kind, LONGEST, RecordOpener};
+use crate::socket::Socket;
+use crate::tls::PostHandshake;
 
-/// Pieces of application data that are written by one system call.
+/// The most pieces of application data that one system call writes.
 const PIECES: usize = 64;
 
-/// Records without data that a peer may send in a row: tickets, key updates, empty ones.
+/// The most records without data that a peer may send in a row: tickets, key updates, empty ones.
 const IDLE_RECORDS: u32 = 32;
 
 /// The longest message after the handshake: a ticket holds the peer's certificates.
@@ -26,9 +26,9 @@ const LONGEST_MESSAGE: usize = 64 * 1024;
 const NEW_SESSION_TICKET: u8 = 4;
 const KEY_UPDATE: u8 = 24;
 
-/// The next thing that has arrived.
+/// The next item among what has arrived.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Item {
+pub(crate) enum Item {
     /// A control frame. Data before it is among the pieces.
     Control(StreamId, Control),
     /// As much data as can be written at once.
@@ -37,26 +37,26 @@ pub(super) enum Item {
     Empty,
 }
 
-/// What a tunnel has received.
-pub(super) struct Inbox {
-    opener: Opener,
+/// The receiving half of a tunnel.
+pub(crate) struct Inbox {
+    opener: RecordOpener,
     buffer: Option<Buffer>,
-    /// Received and not yet opened.
+    /// Received and not yet decrypted.
     sealed: Range<usize>,
-    /// Opened and not yet read as frames.
+    /// Decrypted and not yet parsed.
     plain: Range<usize>,
     /// Data for the application.
     pieces: VecDeque<Range<usize>>,
     decoder: Decoder,
-    appetite: Appetite,
+    next_size: AdaptiveBufferSize,
     message: Vec<u8>,
     idle_records: u32,
     ended: bool,
 }
 
 impl Inbox {
-    /// Goes on from what the handshake left: `early` was opened already, `unread` not.
-    pub(super) fn new(opener: Opener, early: &[u8], unread: &[u8]) -> Self {
+    /// Continues with what the handshake received: `early` is decrypted already, `unread` is not.
+    pub(crate) fn new(opener: RecordOpener, early: &[u8], unread: &[u8]) -> Self {
         let length = early.len() + unread.len();
         let buffer = (length > 0).then(|| {
             let mut first = Vec::with_capacity(length.max(2 * LONGEST));
@@ -72,7 +72,7 @@ impl Inbox {
             plain: 0..early.len(),
             pieces: VecDeque::new(),
             decoder: Decoder::default(),
-            appetite: Appetite::START,
+            next_size: AdaptiveBufferSize::START,
             message: Vec::new(),
             idle_records: 0,
             ended: false,
@@ -80,27 +80,27 @@ impl Inbox {
     }
 
     /// Whether data waits for the application.
-    pub(super) fn has_pieces(&self) -> bool {
+    pub(crate) fn has_pieces(&self) -> bool {
         !self.pieces.is_empty()
     }
 
     /// Whether the peer could end the connection here without cutting anything.
-    pub(super) fn at_boundary(&self) -> bool {
+    pub(crate) fn at_boundary(&self) -> bool {
         self.plain.is_empty() && self.sealed.is_empty() && self.decoder.at_boundary()
     }
 
-    /// Forgets data that nobody will take.
-    pub(super) fn discard_pieces(&mut self) {
+    /// Discards data that the application will not take.
+    pub(crate) fn discard_pieces(&mut self) {
         self.pieces.clear();
     }
 
-    /// Opens and reads what has arrived, up to the next control frame. Data of `stream` is kept for
-    /// [`Inbox::poll_deliver`], that of `late` thrown away, any other an error.
-    pub(super) fn next(
+    /// Decrypts and parses what has arrived, up to the next control frame. Data of `stream` is kept for
+    /// [`Inbox::poll_deliver`], data of `refused` is discarded, data of any other stream is an error.
+    pub(crate) fn next(
         &mut self,
-        rest: &mut Rest,
+        keys: &mut PostHandshake,
         stream: Option<StreamId>,
-        late: Option<StreamId>,
+        refused: Option<StreamId>,
     ) -> Result<Next, TunnelError> {
         let mut rekey = false;
         loop {
@@ -120,23 +120,27 @@ impl Inbox {
                         let end = self.plain.start;
                         self.pieces.push_back(end - length..end);
                     }
-                    Some(Event::Data(of, _)) if Some(of) == late => {}
+                    Some(Event::Data(of, _)) if Some(of) == refused => {}
                     Some(Event::Data(..)) => {
                         return Err(TunnelError::Unexpected("data of another stream"));
                     }
                 }
             }
             if self.ended {
-                return Err(TunnelError::Ended);
+                return Err(TunnelError::Closed);
             }
-            if !self.open_record(rest, &mut rekey)? {
+            if !self.open_record(keys, &mut rekey)? {
                 return Ok(Next::new(Item::Empty, rekey));
             }
         }
     }
 
-    /// Opens the next record, if all of it is there.
-    fn open_record(&mut self, rest: &mut Rest, rekey: &mut bool) -> Result<bool, TunnelError> {
+    /// Decrypts the next record, if all of it has arrived.
+    fn open_record(
+        &mut self,
+        keys: &mut PostHandshake,
+        rekey: &mut bool,
+    ) -> Result<bool, TunnelError> {
         let Some(buffer) = &mut self.buffer else {
             return Ok(false);
         };
@@ -169,14 +173,14 @@ impl Inbox {
             },
             Kind::Handshake => {
                 self.message.extend_from_slice(&buffer[content]);
-                self.messages(rest, rekey)?;
+                self.messages(keys, rekey)?;
             }
         }
         Ok(true)
     }
 
-    /// Messages after the handshake (RFC 8446, 4.6).
-    fn messages(&mut self, rest: &mut Rest, rekey: &mut bool) -> Result<(), TunnelError> {
+    /// Handles messages after the handshake (RFC 8446, 4.6).
+    fn messages(&mut self, keys: &mut PostHandshake, rekey: &mut bool) -> Result<(), TunnelError> {
         while let Some((&[kind, a, b, c], body)) = self.message.split_first_chunk() {
             let length = u32::from_be_bytes([0, a, b, c]) as usize;
             if length > LONGEST_MESSAGE {
@@ -186,7 +190,7 @@ impl Inbox {
                 return Ok(());
             };
             match kind {
-                NEW_SESSION_TICKET => rest.ticket(message)?,
+                NEW_SESSION_TICKET => keys.ticket(message)?,
                 KEY_UPDATE => {
                     *rekey |= match message {
                         [0] => false,
@@ -197,7 +201,7 @@ impl Inbox {
                     if body.len() != length {
                         return Err(TunnelError::Unexpected("a message behind a key update"));
                     }
-                    self.opener = rest.next_opener()?;
+                    self.opener = keys.next_opener()?;
                 }
                 _ => return Err(TunnelError::Unexpected("a handshake message")),
             }
@@ -209,13 +213,13 @@ impl Inbox {
         Ok(())
     }
 
-    /// Reads once from the tunnel's socket. Only after [`Inbox::next`] has said [`Item::Empty`] and
-    /// all pieces are delivered.
-    pub(super) fn poll_fill(
+    /// Reads once from the tunnel's socket. Call it only after [`Inbox::next`] has returned
+    /// [`Item::Empty`] and all pieces are delivered.
+    pub(crate) fn poll_fill(
         &mut self,
         cx: &mut Context<'_>,
         socket: &Socket,
-        buffers: &Lender,
+        buffers: &BufferAccount,
     ) -> Poll<Result<(), TunnelError>> {
         debug_assert!(self.plain.is_empty() && self.pieces.is_empty());
         let mut buffer = self.make_room(buffers);
@@ -232,13 +236,13 @@ impl Inbox {
             return Poll::Ready(Err(TunnelError::Cut));
         }
         self.sealed.end += read;
-        self.appetite.fed(read, room);
+        self.next_size.record_read(read, room);
         Poll::Ready(Ok(()))
     }
 
-    /// The buffer with what is left of the last record at its beginning.
-    fn make_room(&mut self, buffers: &Lender) -> Buffer {
-        let wanted = self.appetite.size();
+    /// Returns a buffer with the rest of the last record at its beginning.
+    fn make_room(&mut self, buffers: &BufferAccount) -> Buffer {
+        let wanted = self.next_size.size();
         let left = self.sealed.len();
         let Some(mut old) = self.buffer.take() else {
             self.sealed = 0..0;
@@ -257,11 +261,11 @@ impl Inbox {
     }
 
     /// Writes pieces to the application; returns how many bytes it took.
-    pub(super) fn poll_deliver(
+    pub(crate) fn poll_deliver(
         &mut self,
         cx: &mut Context<'_>,
         app: &Socket,
-        buffers: &Lender,
+        buffers: &BufferAccount,
     ) -> Poll<io::Result<usize>> {
         let Some(buffer) = &self.buffer else {
             return Poll::Ready(Ok(0));
@@ -287,8 +291,8 @@ impl Inbox {
         Poll::Ready(Ok(written))
     }
 
-    /// Gives the buffer back once nothing in it is needed.
-    pub(super) fn release_if_empty(&mut self, buffers: &Lender) {
+    /// Returns the buffer once nothing in it is needed.
+    pub(crate) fn release_if_empty(&mut self, buffers: &BufferAccount) {
         if self.pieces.is_empty()
             && self.plain.is_empty()
             && self.sealed.is_empty()
@@ -298,19 +302,19 @@ impl Inbox {
         }
     }
 
-    /// Gives back what is lent.
-    pub(super) fn release(&mut self, buffers: &Lender) {
+    /// Returns the borrowed buffer.
+    pub(crate) fn release(&mut self, buffers: &BufferAccount) {
         if let Some(buffer) = self.buffer.take() {
             buffers.give(buffer);
         }
     }
 }
 
-/// What [`Inbox::next`] found, and whether the peer asked for our next key on the way.
+/// The result of [`Inbox::next`], and whether the peer asked for our next key on the way.
 #[derive(Debug)]
-pub(super) struct Next {
-    pub(super) item: Item,
-    pub(super) rekey: bool,
+pub(crate) struct Next {
+    pub(crate) item: Item,
+    pub(crate) rekey: bool,
 }
 
 impl Next {

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The sending half of a tunnel: reads the application straight into the places where records are
+//! The sending half of a tunnel: reads from the application directly into the slots where records are
 //! sealed, and keeps at most one batch that the socket has not taken yet.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::task::{Context, Poll, ready};
 
 use super::TunnelError;
-use super::frame::{self, Control, HEADER, StreamId};
-use crate::proxy::buffers::{Appetite, Buffer, LARGE_RECORDS, Lender, Size};
-use crate::proxy::socket::Socket;
-use crate::proxy::tls::Rest;
-use crate::proxy::tls::records::{CONTENT, FULL, HEAD, Kind, Sealer};
+use crate::buffers::{AdaptiveBufferSize, Buffer, BufferAccount, LARGE_RECORDS, Size};
+use crate::carrier::TakeError;
+use crate::frame::{self, Control, HEADER, StreamId};
+use crate::records::{CONTENT, FULL, HEAD, Kind, RecordSealer};
+use crate::socket::Socket;
+use crate::tls::PostHandshake;
 
 /// KeyUpdate, `update_not_requested` (RFC 8446, 4.6.3).
 const KEY_UPDATE: [u8; 5] = [24, 0, 0, 1, 0];
@@ -18,7 +19,7 @@ const KEY_UPDATE: [u8; 5] = [24, 0, 0, 1, 0];
 /// Alert `close_notify` (RFC 8446, 6.1).
 const CLOSE_NOTIFY: [u8; 2] = [1, 0];
 
-/// Data that is kept before the reply: one DATA frame in one record.
+/// The most data that is sent before the reply: one DATA frame in one record.
 pub(crate) const MOST_EARLY: usize = CONTENT - HEADER;
 
 /// A sealed batch that waits for the socket.
@@ -29,9 +30,19 @@ struct Batch {
     end: usize,
 }
 
-/// What a tunnel has to send.
-pub(super) struct Outbox {
-    sealer: Sealer,
+/// One read of the application, and where it goes.
+pub(crate) struct Take<'a> {
+    /// The application.
+    pub(crate) app: &'a Socket,
+    /// The stream that carries it.
+    pub(crate) stream: StreamId,
+    /// Where a copy is kept.
+    pub(crate) copy: Option<&'a mut Vec<u8>>,
+}
+
+/// The sending half of a tunnel.
+pub(crate) struct Outbox {
+    sealer: RecordSealer,
     rekey: bool,
     /// Records that go before the batch: the end of the handshake, a key update.
     ahead: Vec<u8>,
@@ -39,11 +50,11 @@ pub(super) struct Outbox {
     /// Control frames that go with the next record.
     control: Vec<u8>,
     batch: Option<Batch>,
-    appetite: Appetite,
+    next_size: AdaptiveBufferSize,
 }
 
 impl Outbox {
-    pub(super) const fn new(sealer: Sealer, ahead: Vec<u8>) -> Self {
+    pub(crate) const fn new(sealer: RecordSealer, ahead: Vec<u8>) -> Self {
         Self {
             sealer,
             rekey: false,
@@ -51,35 +62,35 @@ impl Outbox {
             ahead_sent: 0,
             control: Vec::new(),
             batch: None,
-            appetite: Appetite::START,
+            next_size: AdaptiveBufferSize::START,
         }
     }
 
-    /// Keeps a control frame for the next record.
-    pub(super) fn queue(&mut self, stream: StreamId, control: &Control) {
+    /// Queues a control frame for the next record.
+    pub(crate) fn queue(&mut self, stream: StreamId, control: &Control) {
         frame::encode(stream, control, &mut self.control);
     }
 
-    /// The peer wants our next key to be used.
-    pub(super) const fn request_rekey(&mut self) {
+    /// Requests that our next key is used.
+    pub(crate) const fn request_rekey(&mut self) {
         self.rekey = true;
     }
 
-    /// Whether a batch waits for the socket; nothing more may be sealed then.
-    pub(super) const fn is_blocked(&self) -> bool {
+    /// Whether a batch waits for the socket. Nothing more may be sealed then.
+    pub(crate) const fn is_blocked(&self) -> bool {
         self.batch.is_some()
     }
 
-    /// Replaces the key where that is due. Only between batches: what is sealed under the old key
+    /// Replaces the key if that is due. Call it only between batches: what is sealed under the old key
     /// has to go first.
-    fn renew(&mut self, rest: &mut Rest) -> Result<(), TunnelError> {
+    fn renew(&mut self, keys: &mut PostHandshake) -> Result<(), TunnelError> {
         debug_assert!(self.batch.is_none());
         if !self.rekey && !self.sealer.worn() {
             return Ok(());
         }
         self.rekey = false;
         self.ahead_record(&KEY_UPDATE, Kind::Handshake)?;
-        self.sealer = rest.next_sealer()?;
+        self.sealer = keys.next_sealer()?;
         Ok(())
     }
 
@@ -91,16 +102,16 @@ impl Outbox {
         Ok(())
     }
 
-    /// Seals the control frames that wait, unless a batch is in the way.
-    pub(super) fn seal_control(
+    /// Seals the queued control frames, unless a batch waits.
+    pub(crate) fn seal_control(
         &mut self,
-        rest: &mut Rest,
-        buffers: &Lender,
+        keys: &mut PostHandshake,
+        buffers: &BufferAccount,
     ) -> Result<(), TunnelError> {
         if self.batch.is_some() || self.control.is_empty() {
             return Ok(());
         }
-        self.renew(rest)?;
+        self.renew(keys)?;
         let length = self.control.len();
         let mut buffer = buffers.take_as_is(if length <= CONTENT {
             Size::Small
@@ -120,32 +131,32 @@ impl Outbox {
         Ok(())
     }
 
-    /// Keeps `data`, at most one record of it, as a DATA frame behind what is queued.
-    pub(super) fn queue_data(&mut self, stream: StreamId, data: &[u8]) {
+    /// Queues `data`, at most one record of it, as a DATA frame.
+    pub(crate) fn queue_data(&mut self, stream: StreamId, data: &[u8]) {
         self.control
             .extend_from_slice(&frame::data_header(stream, data.len()));
         self.control.extend_from_slice(data);
     }
 
     /// Reads once from the application and seals what was read as one DATA frame, with the control
-    /// frames that wait before it. Returns the bytes read; 0 = the application has finished.
-    pub(super) fn poll_take(
+    /// frames that wait before it. Returns the number of bytes; 0 if the application has finished.
+    pub(crate) fn poll_take(
         &mut self,
         cx: &mut Context<'_>,
-        (rest, buffers): (&mut Rest, &Lender),
-        app: &Socket,
-        stream: StreamId,
-        copy: Option<&mut Vec<u8>>,
-    ) -> Poll<Result<usize, TakeError>> {
+        keys: &mut PostHandshake,
+        buffers: &BufferAccount,
+        take: Take<'_>,
+    ) -> Poll<Result<usize, TakeError<TunnelError>>> {
+        let Take { app, stream, copy } = take;
         debug_assert!(self.batch.is_none());
         let size = match copy {
-            None => self.appetite.size(),
+            None => self.next_size.size(),
             Some(_) => Size::Small,
         };
         let mut buffer = buffers.take(size);
         let prefix = self.control.len() + HEADER;
         let most = (copy.as_ref()).map_or(usize::MAX, |kept| MOST_EARLY - kept.len());
-        let (read, room) = match fill(cx, app, &mut buffer, (prefix, most)) {
+        let (read, room) = match fill(cx, app, &mut buffer, prefix, most) {
             (Poll::Ready(Ok(read)), room) => (read, room),
             (Poll::Ready(Err(error)), _) => {
                 buffers.give(buffer);
@@ -160,7 +171,7 @@ impl Outbox {
             buffers.give(buffer);
             return Poll::Ready(Ok(0));
         }
-        self.appetite.fed(read, room);
+        self.next_size.record_read(read, room);
         let waiting = self.control.len();
         buffer[HEAD..HEAD + waiting].copy_from_slice(&self.control);
         buffer[HEAD + waiting..HEAD + prefix].copy_from_slice(&frame::data_header(stream, read));
@@ -169,9 +180,9 @@ impl Outbox {
             copy.extend_from_slice(&buffer[HEAD + prefix..HEAD + prefix + read]);
         }
         let end = self
-            .renew(rest)
+            .renew(keys)
             .and_then(|()| self.seal(&mut buffer, prefix + read))
-            .map_err(TakeError::Tunnel)?;
+            .map_err(TakeError::Carrier)?;
         self.batch = Some(Batch {
             buffer,
             start: 0,
@@ -197,12 +208,12 @@ impl Outbox {
         Ok(end)
     }
 
-    /// Writes until all that was sealed is gone.
-    pub(super) fn poll_flush(
+    /// Writes until everything that was sealed is sent.
+    pub(crate) fn poll_flush(
         &mut self,
         cx: &mut Context<'_>,
         socket: &Socket,
-        buffers: &Lender,
+        buffers: &BufferAccount,
     ) -> Poll<io::Result<()>> {
         loop {
             let ahead = &self.ahead[self.ahead_sent..];
@@ -232,35 +243,28 @@ impl Outbox {
         }
     }
 
-    /// Seals the alert after which nothing follows. Only when nothing is blocked.
-    pub(super) fn seal_close(&mut self) -> Result<(), TunnelError> {
+    /// Seals the alert `close_notify`. Call it only when no batch waits.
+    pub(crate) fn seal_close(&mut self) -> Result<(), TunnelError> {
         debug_assert!(self.batch.is_none());
         self.ahead_record(&CLOSE_NOTIFY, Kind::Alert)
     }
 
-    /// Gives back what is lent.
-    pub(super) fn release(&mut self, buffers: &Lender) {
+    /// Returns the borrowed buffer.
+    pub(crate) fn release(&mut self, buffers: &BufferAccount) {
         if let Some(batch) = self.batch.take() {
             buffers.give(batch.buffer);
         }
     }
 }
 
-/// Which side failed in [`Outbox::poll_take`].
-pub(crate) enum TakeError {
-    /// The application's.
-    App(io::Error),
-    /// The tunnel's.
-    Tunnel(TunnelError),
-}
-
 /// Reads once, at most `most` bytes, into the slots of `buffer`, from `prefix` on, leaving room for
-/// the rest of each record. Also returns how much there was room for.
+/// the rest of each record. Also returns the number of bytes that there was room for.
 fn fill(
     cx: &mut Context<'_>,
     app: &Socket,
     buffer: &mut [u8],
-    (prefix, mut most): (usize, usize),
+    prefix: usize,
+    mut most: usize,
 ) -> (Poll<io::Result<usize>>, usize) {
     let mut slots: [IoSliceMut<'_>; LARGE_RECORDS] =
         std::array::from_fn(|_| IoSliceMut::new(&mut []));

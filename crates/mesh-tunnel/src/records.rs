@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The record layer of TLS 1.3 (RFC 8446, 5) on keys that rustls has agreed on.
+//! The record layer of TLS 1.3 (RFC 8446, 5), with keys that rustls has agreed on.
 //!
-//! Works in place in the caller's buffers: no copy and no allocation per record, and many records
-//! per system call, which rustls's own connection types do not offer. It owns nonces and the
-//! shape of records; keys come from rustls, ciphers from aws-lc.
+//! Records are sealed and opened in place in the caller's buffers: no copy and no allocation per
+//! record, and many records per system call, which rustls's own connection types do not offer. This
+//! module owns nonces and the layout of records; keys come from rustls, ciphers from aws-lc.
 
 use std::ops::Range;
 
@@ -13,30 +13,30 @@ use aws_lc_rs::aead::{
 use rustls::ConnectionTrafficSecrets;
 
 /// Bytes before a record's content: type, version, length.
-pub(crate) const HEAD: usize = 5;
+pub const HEAD: usize = 5;
 
 /// The most content of one record (RFC 8446, 5.1: 2^14).
-pub(crate) const CONTENT: usize = 1 << 14;
+pub const CONTENT: usize = 1 << 14;
 
-/// Bytes that a record of ours is longer than its content: head, the inner type, the tag.
-pub(crate) const OVERHEAD: usize = HEAD + 1 + TAG;
+/// Bytes of a record of ours besides its content: header, inner type and tag.
+pub const OVERHEAD: usize = HEAD + 1 + TAG;
 
-/// A full record of ours.
-pub(crate) const FULL: usize = CONTENT + OVERHEAD;
+/// The length of a full record of ours.
+pub const FULL: usize = CONTENT + OVERHEAD;
 
 /// The longest record a peer may send (RFC 8446, 5.2: content, and 256 for all else).
-pub(crate) const LONGEST: usize = HEAD + CONTENT + 256;
+pub const LONGEST: usize = HEAD + CONTENT + 256;
 
 const TAG: usize = 16;
 const APPLICATION_DATA: u8 = 23;
 
-/// Records under one key after which it is to be replaced. AES-GCM allows 2^24.5 full records
-/// (RFC 8446, 5.5); half of 2^24 leaves time for it.
+/// The number of records after which a key is replaced. AES-GCM allows 2^24.5 full records (RFC 8446,
+/// 5.5); half of 2^24 leaves time for the replacement.
 const REKEY_AFTER: u64 = 1 << 23;
 
-/// What a record holds.
+/// Type of a record's content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub enum Kind {
     /// An alert.
     Alert = 21,
     /// Messages after the handshake: tickets, key updates.
@@ -45,37 +45,37 @@ pub(crate) enum Kind {
     Data = 23,
 }
 
-/// A record that cannot be made or read. Always the end of the connection.
+/// A record cannot be sealed or opened, which always ends the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum RecordError {
+pub enum RecordError {
     /// The outer type is not "application data", as all protected records have.
     #[error("a record of type {0} is not protected")]
     Unprotected(u8),
-    /// Longer than allowed, or too short for a tag.
-    #[error("a record cannot have {0} bytes")]
+    /// The record is longer than allowed, or too short for a tag.
+    #[error("invalid record length {0}")]
     Length(usize),
     /// The tag is wrong.
-    #[error("a record does not authenticate")]
+    #[error("record authentication failed")]
     Forged,
     /// The inner type is missing or not one that may come after the handshake.
-    #[error("a record's inner type is missing or not allowed")]
+    #[error("missing or invalid inner content type")]
     Inner,
-    /// The cipher suite is none of TLS 1.3's.
-    #[error("a cipher suite that TLS 1.3 does not have")]
+    /// The cipher suite is not one of TLS 1.3.
+    #[error("unsupported cipher suite")]
     Suite,
-    /// The library refused; with correct lengths it does not.
-    #[error("the cipher refused to seal")]
+    /// The cryptographic library failed, which it does not with correct lengths.
+    #[error("the cipher failed to seal a record")]
     Seal,
 }
 
 /// One direction's key, and the number of the next record.
-struct Keyed {
+struct RecordKey {
     key: LessSafeKey,
     iv: [u8; NONCE_LEN],
     sequence: u64,
 }
 
-impl Keyed {
+impl RecordKey {
     fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, RecordError> {
         let (algorithm, key, iv) = match secrets {
             ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (&AES_128_GCM, key, iv),
@@ -110,23 +110,20 @@ impl Keyed {
 }
 
 /// Seals our records.
-pub(crate) struct Sealer(Keyed);
+pub struct RecordSealer(RecordKey);
 
-impl Sealer {
-    /// From the next record's number and the key.
+impl RecordSealer {
+    /// Makes one from the next record's sequence number and the key.
     ///
     /// # Errors
-    /// A suite that TLS 1.3 does not have.
-    pub(crate) fn new(
-        sequence: u64,
-        secrets: &ConnectionTrafficSecrets,
-    ) -> Result<Self, RecordError> {
-        Keyed::new(sequence, secrets).map(Self)
+    /// The cipher suite is not one of TLS 1.3.
+    pub fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, RecordError> {
+        RecordKey::new(sequence, secrets).map(Self)
     }
 
-    /// Whether the key is to be replaced before more is sealed.
+    /// Whether the key must be replaced before more is sealed.
     #[must_use]
-    pub(crate) const fn worn(&self) -> bool {
+    pub const fn worn(&self) -> bool {
         self.0.sequence >= REKEY_AFTER
     }
 
@@ -134,8 +131,8 @@ impl Sealer {
     /// length: `length + OVERHEAD`, from the slot's beginning.
     ///
     /// # Errors
-    /// When the slot is too short, or the content longer than [`CONTENT`].
-    pub(crate) fn seal(
+    /// The slot is too short, or the content is longer than [`CONTENT`].
+    pub fn seal(
         &mut self,
         slot: &mut [u8],
         length: usize,
@@ -162,25 +159,22 @@ impl Sealer {
 }
 
 /// Opens the peer's records.
-pub(crate) struct Opener(Keyed);
+pub struct RecordOpener(RecordKey);
 
-impl Opener {
-    /// From the next record's number and the key.
+impl RecordOpener {
+    /// Makes one from the next record's sequence number and the key.
     ///
     /// # Errors
-    /// A suite that TLS 1.3 does not have.
-    pub(crate) fn new(
-        sequence: u64,
-        secrets: &ConnectionTrafficSecrets,
-    ) -> Result<Self, RecordError> {
-        Keyed::new(sequence, secrets).map(Self)
+    /// The cipher suite is not one of TLS 1.3.
+    pub fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, RecordError> {
+        RecordKey::new(sequence, secrets).map(Self)
     }
 
-    /// Opens a whole record in place; its content is then at the returned place in `record`.
+    /// Opens a whole record in place, and returns the range of its content in `record`.
     ///
     /// # Errors
-    /// When it is not exactly what the peer sealed.
-    pub(crate) fn open(&mut self, record: &mut [u8]) -> Result<(Kind, Range<usize>), RecordError> {
+    /// The record is not exactly what the peer sealed.
+    pub fn open(&mut self, record: &mut [u8]) -> Result<(Kind, Range<usize>), RecordError> {
         let Some((front, body)) = record.split_first_chunk_mut::<HEAD>() else {
             return Err(RecordError::Length(record.len()));
         };
@@ -208,12 +202,12 @@ impl Opener {
     }
 }
 
-/// The length of the record at the beginning of `input`, head included; `None` = its head is not
-/// there yet.
+/// The length of the record at the beginning of `input`, with its header. `None` if the header is not
+/// complete.
 ///
 /// # Errors
-/// When no protected record has such a head.
-pub(crate) fn length(input: &[u8]) -> Result<Option<usize>, RecordError> {
+/// No protected record has such a header.
+pub fn length(input: &[u8]) -> Result<Option<usize>, RecordError> {
     let Some(&[kind, _, _, high, low]) = input.first_chunk::<HEAD>() else {
         return Ok(None);
     };
@@ -234,30 +228,36 @@ fn head(length: usize) -> [u8; HEAD] {
 }
 
 #[cfg(any(test, fuzzing))]
-pub(crate) mod fuzz;
+pub mod fuzz;
 #[cfg(test)]
 mod tests {
     use aws_lc_rs::aead::Algorithm;
 
     use super::*;
 
-    fn keyed(algorithm: &'static Algorithm) -> Keyed {
+    fn keyed(algorithm: &'static Algorithm) -> RecordKey {
         let key = vec![7; algorithm.key_len()];
-        Keyed {
+        RecordKey {
             key: LessSafeKey::new(UnboundKey::new(algorithm, &key).unwrap()),
             iv: [9; NONCE_LEN],
             sequence: 0,
         }
     }
 
-    fn pair() -> (Sealer, Opener) {
-        (Sealer(keyed(&AES_128_GCM)), Opener(keyed(&AES_128_GCM)))
+    fn pair() -> (RecordSealer, RecordOpener) {
+        (
+            RecordSealer(keyed(&AES_128_GCM)),
+            RecordOpener(keyed(&AES_128_GCM)),
+        )
     }
 
     #[test]
-    fn what_was_sealed_opens_once_and_in_order() {
+    fn sealed_records_open_once_and_in_order() {
         for algorithm in [&AES_128_GCM, &AES_256_GCM, &CHACHA20_POLY1305] {
-            let (mut sealer, mut opener) = (Sealer(keyed(algorithm)), Opener(keyed(algorithm)));
+            let (mut sealer, mut opener) = (
+                RecordSealer(keyed(algorithm)),
+                RecordOpener(keyed(algorithm)),
+            );
             for (kind, length) in [
                 (Kind::Data, CONTENT),
                 (Kind::Data, 1),
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn a_changed_record_does_not_open() {
+    fn modified_record_does_not_open() {
         for at in [0, 4, 5, 20, 5 + 32 + TAG] {
             let (mut sealer, mut opener) = pair();
             let mut slot = vec![1; FULL];
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_repeated_record_does_not_open() {
+    fn replayed_record_does_not_open() {
         let (mut sealer, mut opener) = pair();
         let mut slot = vec![1; FULL];
         let total = sealer.seal(&mut slot, 32, Kind::Data).unwrap();
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn heads_that_no_protected_record_has() {
+    fn invalid_record_headers_are_refused() {
         assert_eq!(length(&[23, 3, 3, 0]), Ok(None));
         assert_eq!(length(&[20, 3, 3, 0, 1]), Err(RecordError::Unprotected(20)));
         assert_eq!(length(&[23, 3, 3, 0, 16]), Err(RecordError::Length(16)));
@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn padding_is_cut_off_and_only_padding_is_an_error() {
+    fn padding_is_removed_and_padding_alone_is_refused() {
         let seal = |inner: &[u8]| {
             let mut key = keyed(&AES_128_GCM);
             let mut record = head(inner.len() + TAG).to_vec();
@@ -323,14 +323,14 @@ mod tests {
             record.extend(tag.unwrap().as_ref());
             record
         };
-        let open = |mut record: Vec<u8>| Opener(keyed(&AES_128_GCM)).open(&mut record);
+        let open = |mut record: Vec<u8>| RecordOpener(keyed(&AES_128_GCM)).open(&mut record);
         assert_eq!(open(seal(&[1, 2, 23, 0, 0])), Ok((Kind::Data, 5..7)));
         assert_eq!(open(seal(&[0, 0, 0])), Err(RecordError::Inner));
         assert_eq!(open(seal(&[1, 20])), Err(RecordError::Inner));
     }
 
     #[test]
-    fn a_worn_key_says_so_in_time() {
+    fn key_is_worn_after_its_record_limit() {
         let (mut sealer, _) = pair();
         assert!(!sealer.worn());
         sealer.0.sequence = REKEY_AFTER;
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn content_that_does_not_fit_is_refused() {
+    fn content_that_exceeds_a_record_is_refused() {
         let (mut sealer, _) = pair();
         let mut slot = vec![0; FULL - 1];
         let refused = sealer.seal(&mut slot, CONTENT, Kind::Data);

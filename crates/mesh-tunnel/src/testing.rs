@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the tests of this room share: certificates, connected sockets and tunnels over loopback.
+//! Helpers of tests: certificates, connected sockets and tunnels over loopback.
 
 use std::net::{TcpListener, TcpStream};
 use std::rc::Rc;
@@ -13,18 +13,17 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
-use super::buffers::{Buffers, Lender};
+use super::buffers::{BufferAccount, BufferPool};
 use super::socket::Socket;
-use super::tls::{self, HandshakeError};
+use super::tls::{self, HandshakeError, Unscheduled};
 use super::tunnel::Tunnel;
-use super::turns::Computing;
 
 /// The name in every test certificate.
 pub(crate) fn name() -> ServerName<'static> {
     ServerName::try_from("peer.test").unwrap()
 }
 
-/// Configurations of both ends, under one root.
+/// Configurations of both sides, under one root.
 pub(crate) struct Pki {
     pub(crate) client: Arc<ClientConfig>,
     pub(crate) server: Arc<ServerConfig>,
@@ -67,21 +66,21 @@ impl Pki {
         }
     }
 
-    /// A fresh tunnel: the opener's and the acceptor's end.
-    pub(crate) async fn tunnels(&self, buffers: &Rc<Buffers>) -> (Tunnel, Tunnel) {
+    /// A fresh tunnel: the opener's and the acceptor's side.
+    pub(crate) async fn tunnels(&self, buffers: &Rc<BufferPool>) -> (Tunnel, Tunnel) {
         let (near, far) = sockets();
         let client = Arc::clone(&self.client);
         let server = Arc::clone(&self.server);
         let dial = async {
             let done = |_: &_| Ok::<_, HandshakeError>(());
-            let (secured, ()) = tls::connect((&near, Computing::ALONE), client, name(), done)
+            let (secured, ()) = tls::connect(&near, &Unscheduled, client, name(), done)
                 .await
                 .unwrap();
             // The acceptor's handshake ends with the opener's first record.
             let mut tunnel = Tunnel::new(
                 near,
                 secured,
-                Lender::new(Rc::clone(buffers), Arc::default()),
+                BufferAccount::new(Rc::clone(buffers), Arc::new(())),
             );
             std::future::poll_fn(|cx| tunnel.poll_flush(cx))
                 .await
@@ -90,13 +89,11 @@ impl Pki {
         };
         let answer = async {
             let done = |_: &_| Ok::<_, HandshakeError>(());
-            let (secured, ()) = tls::accept((&far, Computing::ALONE), server, done)
-                .await
-                .unwrap();
+            let (secured, ()) = tls::accept(&far, &Unscheduled, server, done).await.unwrap();
             Tunnel::new(
                 far,
                 secured,
-                Lender::new(Rc::clone(buffers), Arc::default()),
+                BufferAccount::new(Rc::clone(buffers), Arc::new(())),
             )
         };
         tokio::join!(dial, answer)
@@ -129,20 +126,20 @@ pub(crate) fn streams() -> (TcpStream, TcpStream) {
     (near, far)
 }
 
-/// The same, as the relay uses them.
+/// Two connected sockets, as the relay uses them.
 pub(crate) fn sockets() -> (Socket, Socket) {
     let (near, far) = streams();
     (Socket::new(near).unwrap(), Socket::new(far).unwrap())
 }
 
-/// An application's socket, and the relay's end of it.
+/// An application's socket, and the relay's side of it.
 pub(crate) fn application() -> (tokio::net::TcpStream, Socket) {
     let (near, far) = streams();
     let near = tokio::net::TcpStream::from_std(near).unwrap();
     (near, Socket::new(far).unwrap())
 }
 
-/// Bytes that tell their place, different for each `seed`.
+/// Bytes that depend on their position and on `seed`.
 pub(crate) fn pattern(seed: u64, from: u64, to: &mut [u8]) {
     for (place, byte) in (from..).zip(to) {
         let mixed = (place ^ seed.rotate_left(17)).wrapping_mul(0x9e37_79b9_7f4a_7c15);

@@ -10,18 +10,19 @@ use mesh_common::Endpoint;
 use rustls::{ClientConnection, ServerConnection};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::super::buffers::Lender;
-use super::super::relay::{Count, End, Relay, Retained};
-use super::super::testing::{Pki, application, name, sockets, streams};
-use super::super::tunnel::frame::{self, Control, Decoder, Event, Open};
-use super::super::tunnel::{Tunnel, TunnelError};
 use super::*;
+use crate::Carrier as _;
+use crate::buffers::BufferAccount;
+use crate::frame::{self, Control, Decoder, Event, Open};
+use crate::relay::{Outcome, Relay, RelayObserver, ReplayBuffer};
+use crate::testing::{Pki, application, name, sockets, streams};
+use crate::tunnel::{Tunnel, TunnelError};
 
-struct Uncounted;
+struct Unobserved;
 
-impl Count for Uncounted {
-    fn taken(&self, _: u64) {}
-    fn given(&self, _: u64) {}
+impl RelayObserver for Unobserved {
+    fn taken(&self, _: &Socket, _: u64) {}
+    fn delivered(&self, _: u64) {}
     fn finished(&self) {}
 }
 
@@ -84,20 +85,24 @@ fn foreign_opener(stream: TcpStream, config: Arc<ClientConfig>) {
 }
 
 #[tokio::test]
-async fn data_with_the_end_of_the_handshake_and_new_keys_are_read() {
+async fn data_sent_with_the_handshake_and_key_updates_are_read() {
     let pki = Pki::new();
     let (near, far) = streams();
     near.set_nonblocking(false).unwrap();
     let config = Arc::clone(&pki.client);
     let foreign = tokio::task::spawn_blocking(move || foreign_opener(near, config));
     let far = Socket::new(far).unwrap();
-    let (secured, ()) = accept((&far, Computing::ALONE), Arc::clone(&pki.server), proven)
+    let (secured, ()) = accept(&far, &Unscheduled, Arc::clone(&pki.server), proven)
         .await
         .unwrap();
     assert!(!secured.early.is_empty() || !secured.unread.is_empty());
-    let mut tunnel = Tunnel::new(far, secured, Lender::new(Rc::default(), Arc::default()));
+    let mut tunnel = Tunnel::new(
+        far,
+        secured,
+        BufferAccount::new(Rc::default(), Arc::new(())),
+    );
     let (stream, _open) = tunnel.control().await.unwrap();
-    tunnel.accept(stream).unwrap();
+    tunnel.begin_accepted(stream).unwrap();
     tunnel.queue(stream, &Control::Opened);
     let (mut server, app) = application();
     let serve = async {
@@ -108,10 +113,10 @@ async fn data_with_the_end_of_the_handshake_and_new_keys_are_read() {
         server.shutdown().await.unwrap();
     };
     let carry = async {
-        let end = Relay::acceptor(&app, &mut tunnel, stream, &Uncounted)
+        let end = Relay::acceptor(&app, tunnel.stream(stream), &Unobserved)
             .run()
             .await;
-        assert!(matches!(end, End::Finished { .. }), "{end:?}");
+        assert!(matches!(end, Outcome::Finished { .. }), "{end:?}");
         std::future::poll_fn(|cx| tunnel.poll_flush(cx))
             .await
             .unwrap();
@@ -147,7 +152,7 @@ fn foreign_acceptor(stream: TcpStream, config: Arc<ServerConfig>) {
 }
 
 #[tokio::test]
-async fn tickets_and_new_keys_of_a_server_are_read_and_sessions_resume() {
+async fn server_tickets_and_key_updates_are_read_and_sessions_resume() {
     let pki = Pki::new();
     for round in 0..2 {
         let (near, far) = streams();
@@ -156,18 +161,17 @@ async fn tickets_and_new_keys_of_a_server_are_read_and_sessions_resume() {
         let foreign = tokio::task::spawn_blocking(move || foreign_acceptor(far, config));
         let near = Socket::new(near).unwrap();
         let kind = |c: &CommonState| Ok::<_, HandshakeError>(c.handshake_kind());
-        let (secured, kind) = connect(
-            (&near, Computing::ALONE),
-            Arc::clone(&pki.client),
-            name(),
-            kind,
-        )
-        .await
-        .unwrap();
+        let (secured, kind) = connect(&near, &Unscheduled, Arc::clone(&pki.client), name(), kind)
+            .await
+            .unwrap();
         let resumed = kind == Some(rustls::HandshakeKind::Resumed);
         assert_eq!(resumed, round > 0, "{kind:?}");
         assert!(!secured.unsent.is_empty(), "the last flight goes with OPEN");
-        let mut tunnel = Tunnel::new(near, secured, Lender::new(Rc::default(), Arc::default()));
+        let mut tunnel = Tunnel::new(
+            near,
+            secured,
+            BufferAccount::new(Rc::default(), Arc::new(())),
+        );
         let (mut client, app) = application();
         let stream = tunnel.begin().unwrap();
         tunnel.queue(stream, &open());
@@ -181,23 +185,23 @@ async fn tickets_and_new_keys_of_a_server_are_read_and_sessions_resume() {
             assert_eq!(client.read(&mut heard).await.unwrap(), 0);
         };
         let carry = async {
-            let mut retained = Retained::default();
-            let relay = Relay::opener(&app, &mut tunnel, stream, &Uncounted, &mut retained);
+            let mut replay = ReplayBuffer::default();
+            let relay = Relay::opener(&app, tunnel.stream(stream), &Unobserved, &mut replay);
             let end = relay.run().await;
             assert!(
-                matches!(end, End::Finished { local_first: true }),
+                matches!(end, Outcome::Finished { local_first: true }),
                 "{end:?}"
             );
         };
         tokio::join!(ask, carry);
         foreign.await.unwrap();
         let waiting = tunnel.is_quiet();
-        assert!(matches!(waiting, Err(TunnelError::Ended)), "{waiting:?}");
+        assert!(matches!(waiting, Err(TunnelError::Closed)), "{waiting:?}");
     }
 }
 
 #[tokio::test]
-async fn a_peer_that_hangs_up_or_babbles_is_no_peer() {
+async fn handshake_fails_if_the_peer_closes_or_sends_no_tls() {
     for babble in [&b""[..], b"GET / HTTP/1.1\r\n\r\n", &[22, 3, 1, 0xff, 0xff]] {
         let (near, far) = sockets();
         let babble = [std::io::IoSlice::new(babble)];
@@ -206,12 +210,7 @@ async fn a_peer_that_hangs_up_or_babbles_is_no_peer() {
             .await
             .unwrap();
         near.finish().unwrap();
-        let refused = accept(
-            (&far, Computing::ALONE),
-            Arc::clone(&Pki::new().server),
-            proven,
-        )
-        .await;
+        let refused = accept(&far, &Unscheduled, Arc::clone(&Pki::new().server), proven).await;
         assert!(refused.is_err());
     }
 }

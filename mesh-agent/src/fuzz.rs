@@ -1,5 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-//! Fuzz entry points: the parsers of bytes from outside, each with what must hold for any input. Compiled for
-//! tests and by `cargo xtask fuzz`.
-
-pub use crate::proxy::{frames, records};
