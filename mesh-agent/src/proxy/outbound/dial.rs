@@ -16,12 +16,12 @@ use mesh_tunnel::{Socket, Tunnel};
 use tokio::time::{Instant as Deadline, sleep, timeout_at};
 
 use super::target::Target;
-use mesh_telemetry::metrics::Role;
 use crate::proxy::Timing;
 use crate::proxy::handshake_scheduler::PodHandshakes;
 use crate::proxy::pod_sockets::PeerAddress;
 use crate::proxy::pool::Pooled;
 use crate::proxy::worker::{PodResources, Worker};
+use mesh_telemetry::metrics::Role;
 
 /// The delay before a peer that refuses TCP is asked again.
 const fn backoff(timing: &Timing) -> Backoff {
