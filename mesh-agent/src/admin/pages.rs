@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
+use std::sync::Arc;
 
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Incoming;
@@ -58,7 +59,7 @@ impl Handler for Pages {
         match request.uri().path() {
             "/status" => answer(StatusCode::OK, JSON, pretty(&status(views))),
             "/plan" => {
-                let plan = views.in_force.borrow().plan.clone();
+                let plan = Arc::clone(&views.in_force.borrow().plan);
                 answer(StatusCode::OK, TEXT, (views.plan_text)(&plan))
             }
             "/pods" => answer(StatusCode::OK, JSON, pretty(&pods(views))),

@@ -96,7 +96,7 @@ const SILENT: u32 = PodState::SILENT | PodState::GATED;
 const READY: u32 = Peer::POD | Peer::ENROLLED | Peer::READY;
 
 #[test]
-fn what_the_pod_opened() {
+fn connections_that_the_pod_opened() {
     let direct = tcp(ESTABLISHED, [OWN, PEER], 0);
     let half_closed = tcp(CLOSE_WAIT, [OWN, PEER], 0);
     let captured = tcp(ESTABLISHED, [OWN, PEER], MARK_CAPTURE | 7);
@@ -108,7 +108,7 @@ fn what_the_pod_opened() {
         ("half closed", half_closed, MEMBER, 0, READY, Old),
         ("still connecting", connecting, MEMBER, 0, READY, Old),
         (
-            "still connecting, own Strict",
+            "connecting, own Strict",
             connecting,
             STRICT,
             0,
@@ -135,51 +135,23 @@ fn what_the_pod_opened() {
         ),
         ("to a stranger", direct, MEMBER, 0, Peer::POD, Kept),
         ("captured", captured, STRICT, 0, READY, Kept),
-        (
-            "captured, denied now: the proxy's to end",
-            captured,
-            MEMBER,
-            9,
-            READY,
-            Kept,
-        ),
-        (
-            "captured, denied now, not carried",
-            captured,
-            0,
-            9,
-            READY,
-            Ended,
-        ),
+        ("captured, denied now", captured, MEMBER, 9, READY, Kept),
+        ("denied now, not carried", captured, 0, 9, READY, Ended),
         ("outside, denied now", direct, 0, 9, Peer::POD, Ended),
         ("connecting, denied", connecting, 0, 9, Peer::POD, Ended),
-        (
-            "connecting, to silence",
-            connecting,
-            SILENT,
-            9,
-            Peer::POD,
-            Kept,
-        ),
+        ("connecting, silent", connecting, SILENT, 9, Peer::POD, Kept),
         ("denied silently", direct, SILENT, 9, Peer::POD, Ended),
         ("outside, no policy", direct, 0, 0, READY, Kept),
         ("to a virtual address", virtual_one, MEMBER, 0, READY, Old),
         (
-            "to a virtual address, Strict",
+            "virtual address, Strict",
             virtual_one,
             STRICT,
             0,
             READY,
             Ended,
         ),
-        (
-            "outside, to a virtual address",
-            virtual_one,
-            0,
-            9,
-            READY,
-            Kept,
-        ),
+        ("virtual, outside", virtual_one, 0, 9, READY, Kept),
         ("to itself", own, STRICT, 9, READY, Kept),
     ] {
         let becomes = first(&plan(peer), &pod(flags, set), &[socket]);
@@ -205,7 +177,7 @@ fn a_socket_whose_reverse_is_here_leads_to_the_agent() {
 }
 
 #[test]
-fn what_the_pod_accepted() {
+fn connections_that_the_pod_accepted() {
     let listener = tcp(state::LISTEN, ["0.0.0.0:80", "0.0.0.0:0"], 0);
     let plain = tcp(ESTABLISHED, [SERVED, CLIENT], 0);
     let handed = tcp(ESTABLISHED, [SERVED, CLIENT], MARK_INBOUND);
@@ -316,7 +288,7 @@ fn what_the_hooks_know_of_a_direction_counts_more_than_who_listens() {
 }
 
 #[test]
-fn a_node_s_address_is_node_peer_only_on_its_own_sockets() {
+fn only_sockets_of_this_node_are_node_peers() {
     let mut plan = bare(Peer::POD);
     let node = Peer {
         id: IdentityId::HOST,
