@@ -1,32 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The agent as data flow: every room is built here, in the order in which things flow, and given
-//! exactly the doors it needs.
+//! Wires the agent: builds every component, in the order of the data flow, and gives each the handles
+//! that it needs.
 //!
-//! Knows all rooms and decides nothing. The one place, beside `config`, that touches the process:
+//! The only module that knows all others, and, beside `config`, the only one that touches the process:
 //! runtime, clock, limits.
 
-mod mirror;
-mod neighbour;
+mod cni_conflicts;
+mod kernel;
 mod report;
+mod status_sync;
 
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use mesh_plan::{Cluster, Rejection};
+use mesh_telemetry::flows::{self, Flows};
+use mesh_telemetry::metrics::Metrics;
+use mesh_telemetry::readiness::Readiness;
+use mesh_telemetry::record::{self, Recorder};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
-use crate::admin::{self, Admin, Readiness};
-use crate::flows::{self, Flows};
-use crate::metrics::Metrics;
+use crate::admin::{self, Admin};
+use crate::control::{self, InForce};
+use crate::host;
 use crate::proxy::{self, ProxyHandle};
-use crate::record::{self, Recorder};
 use crate::shutdown::{self, Successor};
 use crate::source;
-use crate::{control, host};
 use mesh_config::{Config, Deny, TunnelPort};
 use mesh_datapath::cni;
 use mesh_datapath::datapath::{self, Datapath, Handles};
@@ -37,14 +40,14 @@ use mesh_sys::route::Routing;
 use mesh_sys::signals::Termination;
 use mesh_sys::{limits, memory};
 
-/// Threads of the control runtime: one for what answers, one for what computes.
+/// Threads of the control runtime: one for I/O, one for computation.
 const CONTROL_THREADS: usize = 2;
-/// An agent that cannot put its first plan in force answers nevertheless after this time.
+/// Time after which the agent answers requests although its first plan is not in force.
 const ANSWER_AFTER: Duration = Duration::from_secs(5);
-/// How long the last records may take to be written.
+/// Time limit for writing the last records.
 const LAST_RECORDS: Duration = Duration::from_secs(2);
 
-/// Why the agent ended, or never ran.
+/// A failure that ends the agent.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The source of the cluster's state.
@@ -57,7 +60,7 @@ pub enum Error {
     #[error(transparent)]
     Identity(#[from] mesh_identity::Error),
     /// The trust domain.
-    #[error("{0:?} is no trust domain")]
+    #[error("invalid trust domain {0:?}")]
     TrustDomain(String),
     /// The flow log.
     #[error(transparent)]
@@ -68,24 +71,24 @@ pub enum Error {
     /// Threads, runtimes, signals.
     #[error("cannot {what}")]
     Process {
-        /// What was tried.
+        /// The operation.
         what: &'static str,
-        /// Why not.
+        /// Cause.
         source: io::Error,
     },
-    /// A room ended although nobody wanted it to.
-    #[error("{0} ended; what the kernel enforces goes on")]
-    Room(&'static str),
+    /// A component ended unexpectedly.
+    #[error("{0} ended unexpectedly; the kernel programs stay in force")]
+    Component(&'static str),
 }
 
 impl Error {
-    /// What the process exits with (sysexits.h): 1 failed, 69 a feature of the kernel is missing,
-    /// 70 internal, 78 configuration.
+    /// Returns the exit code of the process (sysexits.h): 1 failure, 69 a kernel feature is missing, 70
+    /// internal error, 78 configuration error.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Datapath(datapath::Error::Object(_) | datapath::Error::Program { .. }) => 69,
-            Self::Datapath(datapath::Error::Missing(_)) | Self::Room(_) => 70,
+            Self::Datapath(datapath::Error::Missing(_)) | Self::Component(_) => 70,
             Self::TrustDomain(_) => 78,
             Self::Source(error) if error.is_configuration() => 78,
             Self::Source(_)
@@ -98,15 +101,15 @@ impl Error {
     }
 }
 
-/// Names what was tried, for an error.
+/// Adds the operation to an error.
 fn tried(what: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Process { what, source }
 }
 
-/// Is the agent of a node until a signal ends it.
+/// Runs the agent of a node until a signal.
 ///
 /// # Errors
-/// What could not be built, or which room failed.
+/// When a component cannot be built, or fails.
 pub fn run(config: Config, level: Option<Level>) -> Result<(), Error> {
     limits::raise_open_files().map_err(tried("raise the limit of open files"))?;
     memory::configure_allocator();
@@ -124,136 +127,137 @@ pub fn run(config: Config, level: Option<Level>) -> Result<(), Error> {
 
 async fn serve(config: Config, level: Option<Level>) -> Result<(), Error> {
     let mut requests = Termination::listen().map_err(tried("listen for signals"))?;
-    let mut rooms = Rooms::build(&config).await?;
-    rooms.report(&config).await?;
-    rooms.answer(&config, level).await?;
+    let mut components = Components::build(&config).await?;
+    components.report(&config).await?;
+    components.answer(&config, level).await?;
     // Reading a whole cluster leaves holes in the heap.
     memory::trim_heap();
-    let trimming = tokio::spawn(trim_heap_after_changes(rooms.facts.clone()));
+    let trimming = tokio::spawn(trim_heap_after_changes(components.snapshots.clone()));
     let successor = Successor::of(&config.admin);
-    let result = rooms.until_the_end(&mut requests, &successor).await;
+    let result = components.until_the_end(&mut requests, &successor).await;
     let drain = match result {
         Ok(()) => config.drain,
         Err(_) => Duration::ZERO,
     };
     trimming.abort();
-    rooms.finish(&mut requests, &successor, drain).await;
+    components.finish(&mut requests, &successor, drain).await;
     result
 }
 
 /// The interval at which the heap is trimmed while the cluster changes.
 const TRIM_HEAP: Duration = Duration::from_secs(5);
 
-async fn trim_heap_after_changes(mut facts: watch::Receiver<Arc<Cluster>>) {
-    while facts.changed().await.is_ok() {
+async fn trim_heap_after_changes(mut snapshots: watch::Receiver<Arc<Cluster>>) {
+    while snapshots.changed().await.is_ok() {
         sleep(TRIM_HEAP).await;
         memory::trim_heap();
     }
 }
 
-/// The rooms that run, and what ends them.
-struct Rooms {
+/// The running components, and the channels that stop them.
+struct Components {
     metrics: Metrics,
     readiness: Readiness,
-    facts: watch::Receiver<Arc<Cluster>>,
-    views: control::Views,
+    snapshots: watch::Receiver<Arc<Cluster>>,
+    in_force: watch::Receiver<Arc<InForce>>,
     rejections: watch::Receiver<Arc<Vec<Rejection>>>,
     source: watch::Receiver<Arc<source::Report>>,
-    neighbour: watch::Receiver<Arc<cni::Neighbour>>,
+    cni_conflicts: watch::Receiver<Arc<cni::Neighbour>>,
     datapath: Handles,
     flow_log: Flows,
     identities: Identities,
     proxy: ProxyHandle,
-    /// Ends when `control` does.
+    /// Closes when `control` ends.
     control: oneshot::Receiver<()>,
-    /// Those that end when they are told to, and those that never do.
+    /// Tasks that end when they are told to.
     tasks: Vec<JoinHandle<()>>,
-    /// They end with the agent.
+    /// Tasks of the MeshNode report, which are aborted at the end.
     reporting: Vec<JoinHandle<()>>,
-    endless: JoinHandle<io::Result<()>>,
-    /// One agent writes to the kernel: this one stops when it ends, or when a successor is there.
-    quiet: watch::Sender<bool>,
-    /// No questions are answered any more: a successor does, or the agent ends.
-    silent: watch::Sender<bool>,
-    /// The agent ends.
-    ending: watch::Sender<bool>,
+    reopening: JoinHandle<io::Result<()>>,
+    /// Stops writing to the kernel: this agent ends, or there is a successor.
+    stop_writing: watch::Sender<bool>,
+    /// Stops answering requests: this agent ends, or there is a successor.
+    stop_serving: watch::Sender<bool>,
+    /// Stops the remaining tasks: this agent ends.
+    stop_all: watch::Sender<bool>,
 }
 
-impl Rooms {
-    /// Builds every room, in the order of the data's flow.
+impl Components {
+    /// Builds every component, in the order of the data flow.
     async fn build(config: &Config) -> Result<Self, Error> {
         let metrics = Metrics::new();
-        let readiness = Readiness::new(metrics.clone());
-        let conditions = mirror::Conditions {
-            in_force: readiness.task("plan in force"),
+        let readiness = metrics.readiness().clone();
+        let conditions = status_sync::Conditions {
+            applied: readiness.task("plan in force"),
             certified: readiness.task("certificates"),
             readiness: readiness.clone(),
         };
-        let (ending, mut stop) = watch::channel(false);
-        let (silent, replaced) = watch::channel(false);
-        let (quiet, writes_end) = watch::channel(false);
+        let (stop_all, mut stop) = watch::channel(false);
+        let (stop_serving, replaced) = watch::channel(false);
+        let (stop_writing, writes_end) = watch::channel(false);
 
-        // Facts, and what the kernel holds.
-        let facts = source::watch(source_settings(config)).await?;
+        // The snapshots of the cluster, and the kernel's state.
+        let source = source::watch(source_settings(config)).await?;
         let (kernel, events) = Datapath::load(&datapath_config(config))?;
         let handles = kernel.handles();
-        metrics.set_kernel(handles.clone());
-        let (outputs, views) = control::outputs();
+        metrics.set_kernel(kernel::Counters(handles.clone()));
+        let (publisher, in_force) = control::channel();
 
-        // Who the pods are, and what is written about them.
+        // Identities and records.
         let trust_domain = trust_domain(&config.trust_domain)?;
         let issuer = identity_config(config, &trust_domain)?;
-        let identities = Identities::start(issuer, views.wanted.clone()).await?;
-        let flow_log = Flows::start(&config.flow_log, &metrics)?;
-        let (plan, sink) = (views.plan.clone(), flow_log.sink());
-        let recorder = Recorder::new(&config.node, plan, metrics.clone(), sink, now);
-        // Before there is a plan, ends have no names; a predecessor reads on until then.
-        let named = mirror::first_plan(views.status.clone(), ANSWER_AFTER);
-        let (ended, endings) = record::endings();
-        let records = (recorder.clone(), endings);
+        let wanted = status_sync::identities(in_force.clone(), trust_domain);
+        let identities = Identities::start(issuer, wanted).await?;
+        let flow_log = Flows::start(&flow_log_target(&config.flow_log), &metrics)?;
+        let policy = in_force.clone();
+        let policy = move || policy.borrow().policy();
+        let (counted, sink) = (metrics.clone(), flow_log.sink());
+        let recorder = Recorder::new(&config.node, policy, counted, sink, now);
+        // Records have no names before the first plan; a predecessor reads the events until then.
+        let named = status_sync::first_plan(in_force.clone(), ANSWER_AFTER);
+        let (close_reporter, close_reasons) = record::close_reasons();
+        let records = (recorder.clone(), close_reasons);
         let events = tokio::spawn(async move {
             tokio::select! {
                 () = named => {}
                 _ = stop.wait_for(|stop| *stop) => {}
             }
-            flows::drain(events, records, replaced, stop).await;
+            flows::drain(kernel::Events(events), records, replaced, stop).await;
         });
 
-        // Connections. The proxy is there before the first pod is.
+        // Connections. The proxy starts before the first pod is attached.
         let dependencies = proxy::Dependencies {
-            pods: views.pods.clone(),
-            plan: views.plan.clone(),
+            in_force: in_force.clone(),
             identities: identities.clone(),
             recorder,
         };
         let proxy = proxy::start(proxy_config(config), dependencies, handles.clone())
             .map_err(tried("start the workers"))?;
 
-        // From here on the node becomes what the facts say.
+        // From here on the node follows the snapshots.
         let settings = control::Settings {
             node: config.node.clone(),
-            trust_domain,
             silent: config.deny == Deny::Drop,
-            ended,
+            close_reporter,
             own_addresses: control::own_addresses::read,
         };
-        let known = facts.cluster.clone();
-        let report = facts.report.clone();
+        let snapshots = source.cluster.clone();
+        let report = source.report.clone();
         let finder = finder(config).map_err(tried("start the thread that asks the runtime"))?;
         let kernel = (kernel, finder);
-        let control = start_control(settings, kernel, facts, outputs, writes_end)?;
+        let control = start_control(settings, kernel, source, publisher, writes_end)?;
         let source = report.clone();
-        let neighbour = watch_neighbour(config, &views);
-        let rejections = mirror::start(&views, report, &identities, &metrics, conditions);
+        let cni_conflicts = watch_cni_conflicts(config, &in_force);
+        let rejections = status_sync::start(&in_force, report, &identities, &metrics, conditions);
         Ok(Self {
-            endless: tokio::spawn(flows::reopen_on_hangup(flow_log.sink())),
+            reopening: tokio::spawn(flows::reopen_on_hangup(flow_log.sink())),
             metrics,
             readiness,
-            facts: known,
-            views,
+            snapshots,
+            in_force,
             rejections,
             source,
-            neighbour,
+            cni_conflicts,
             datapath: handles,
             flow_log,
             identities,
@@ -261,13 +265,13 @@ impl Rooms {
             control,
             tasks: vec![events],
             reporting: Vec::new(),
-            quiet,
-            silent,
-            ending,
+            stop_writing,
+            stop_serving,
+            stop_all,
         })
     }
 
-    /// Writes what this node reports to where others read it.
+    /// Starts to report this node in its MeshNode.
     async fn report(&mut self, config: &Config) -> Result<(), Error> {
         if config.source != mesh_config::Source::Kubernetes {
             return Ok(());
@@ -280,10 +284,10 @@ impl Rooms {
             now,
         };
         let sources = report::Sources {
-            status: self.views.status.clone(),
+            in_force: self.in_force.clone(),
             source: self.source.clone(),
             host: host(&config.host),
-            quiet: self.quiet.subscribe(),
+            replaced: self.stop_writing.subscribe(),
             now,
         };
         let (to, reports) = watch::channel(None);
@@ -294,24 +298,21 @@ impl Rooms {
         Ok(())
     }
 
-    /// Opens the doors for questions, once there is something to say.
+    /// Starts to answer requests, once the first plan was tried.
     async fn answer(&mut self, config: &Config, level: Option<Level>) -> Result<(), Error> {
         tokio::select! {
-            () = mirror::first_plan(self.views.status.clone(), ANSWER_AFTER) => {}
-            _ = &mut self.control => return Err(Error::Room("control")),
+            () = status_sync::first_plan(self.in_force.clone(), ANSWER_AFTER) => {}
+            _ = &mut self.control => return Err(Error::Component("control")),
         }
         let answers = admin::Views {
             node: config.node.clone(),
             metrics: self.metrics.clone(),
-            readiness: self.readiness.clone(),
-            facts: self.facts.clone(),
-            plan: self.views.plan.clone(),
+            snapshots: self.snapshots.clone(),
+            in_force: self.in_force.clone(),
             plan_text: mesh_plan::text::render,
             rejections: self.rejections.clone(),
-            pods: self.views.pods.clone(),
-            status: self.views.status.clone(),
             source: self.source.clone(),
-            neighbour: self.neighbour.clone(),
+            cni_conflicts: self.cni_conflicts.clone(),
             datapath: Some(self.datapath.clone()),
             flows: self.flow_log.sink(),
             level,
@@ -319,11 +320,11 @@ impl Rooms {
         let admin = Admin::bind(config.metrics, &config.admin, answers)?;
         tracing::info!(node = config.node, metrics = %admin.metrics_addr(), "serving");
         self.tasks
-            .push(tokio::spawn(admin.serve(self.silent.subscribe())));
+            .push(tokio::spawn(admin.serve(self.stop_serving.subscribe())));
         Ok(())
     }
 
-    /// Waits for a signal, or for a room that ends although nobody wanted it to.
+    /// Waits for a signal, or for a component that ends unexpectedly.
     async fn until_the_end(
         &mut self,
         requests: &mut Termination,
@@ -331,38 +332,38 @@ impl Rooms {
     ) -> Result<(), Error> {
         let replaced = async {
             successor.comes().await;
-            tracing::info!("a successor is there; it decides from now on");
-            self.quiet.send_replace(true);
-            // Both have the port of probes: who asks is to get the successor.
-            self.silent.send_replace(true);
+            tracing::info!("successor detected; it is in charge from now on");
+            self.stop_writing.send_replace(true);
+            // Both listen on the port of probes: a probe is to reach the successor.
+            self.stop_serving.send_replace(true);
             std::future::pending::<()>().await;
         };
         tokio::select! {
             signal = requests.next() => {
-                tracing::info!(signal, "ending");
+                tracing::info!(signal, "shutting down");
                 Ok(())
             }
-            () = self.proxy.failed() => Err(Error::Room("a worker")),
-            _ = &mut self.control => Err(Error::Room("control")),
+            () = self.proxy.failed() => Err(Error::Component("a worker")),
+            _ = &mut self.control => Err(Error::Component("control")),
             () = replaced => Ok(()),
         }
     }
 
-    /// Ends in order: not ready, open connections, records.
+    /// Stops in order: readiness, open connections, records.
     async fn finish(self, requests: &mut Termination, successor: &Successor, drain: Duration) {
         self.readiness.set("not shutting down", false);
-        self.quiet.send_replace(true);
+        self.stop_writing.send_replace(true);
         tokio::select! {
             () = shutdown::drain(self.proxy, successor, drain) => {}
-            signal = requests.next() => tracing::warn!(signal, "asked again: ending at once"),
+            signal = requests.next() => tracing::warn!(signal, "second signal; shutting down at once"),
         }
-        self.silent.send_replace(true);
-        self.ending.send_replace(true);
-        self.endless.abort();
+        self.stop_serving.send_replace(true);
+        self.stop_all.send_replace(true);
+        self.reopening.abort();
         self.reporting.iter().for_each(JoinHandle::abort);
         for task in self.tasks {
             if let Err(error) = task.await {
-                tracing::error!(%error, "a task failed while the agent ended");
+                tracing::error!(%error, "task failed during shutdown");
             }
         }
         drop(self.identities);
@@ -379,10 +380,10 @@ fn source_settings(config: &Config) -> source::Settings {
     }
 }
 
-/// Says what the node's network plug-in means for the mesh.
-fn watch_neighbour(
+/// Detects conflicts of the node's CNI plugin with the mesh.
+fn watch_cni_conflicts(
     config: &Config,
-    views: &control::Views,
+    in_force: &watch::Receiver<Arc<InForce>>,
 ) -> watch::Receiver<Arc<cni::Neighbour>> {
     let links = Routing::open().and_then(|mut routing| routing.links());
     let links: Vec<String> = links
@@ -390,7 +391,7 @@ fn watch_neighbour(
         .into_iter()
         .map(|link| link.name)
         .collect();
-    let found = neighbour::Found {
+    let found = cni_conflicts::Found {
         cni: cni::find(&config.host.cni_conf, &links),
         balancers: cni::balancers(&config.host.cgroup).unwrap_or_else(|error| {
             tracing::warn!(%error, "cannot see whether others balance services at the sockets");
@@ -399,12 +400,12 @@ fn watch_neighbour(
     };
     let port = match config.tunnel_port {
         TunnelPort::Fixed(port) => Some(port),
-        // The plug-in sees the ports that its policies name.
+        // The plugin sees the ports that its policies name.
         TunnelPort::Real => None,
     };
-    let (to, neighbour) = watch::channel(Arc::default());
-    tokio::spawn(neighbour::run(found, port, views.status.clone(), to));
-    neighbour
+    let (to, conflicts) = watch::channel(Arc::default());
+    tokio::spawn(cni_conflicts::run(found, port, in_force.clone(), to));
+    conflicts
 }
 
 fn finder(config: &Config) -> io::Result<Finder> {
@@ -426,13 +427,13 @@ fn datapath_config(config: &Config) -> datapath::Config {
     }
 }
 
-/// `control` on a thread of its own: it enters namespaces and makes long series of system calls.
-/// The receiver ends with it, however it ends.
+/// Starts `control` on a thread of its own: it enters namespaces and makes long series of system calls.
+/// The receiver closes when `control` ends for any reason.
 fn start_control(
     settings: control::Settings,
     (kernel, finder): (Datapath, Finder),
-    facts: source::Watched,
-    outputs: control::Outputs,
+    source: source::Watched,
+    publisher: control::Publisher,
     mut stop: watch::Receiver<bool>,
 ) -> Result<oneshot::Receiver<()>, Error> {
     let runtime = current_thread().map_err(tried("build control's runtime"))?;
@@ -445,17 +446,17 @@ fn start_control(
                 cluster,
                 mut complete,
                 ..
-            } = facts;
+            } = source;
             let run = async {
-                // What is pinned is in force until then.
+                // The pinned state stays in force until then.
                 tokio::select! {
                     _ = complete.wait_for(|complete| *complete) => {}
                     _ = stop.wait_for(|stop| *stop) => {}
                 }
-                control::run(settings, kernel, finder, cluster, outputs, stop).await
+                control::run(settings, kernel, finder, cluster, publisher, stop).await
             };
             if let Err(error) = runtime.block_on(run) {
-                tracing::error!(%error, "control ended");
+                tracing::error!(%error, "control failed");
             }
         })
         .map_err(tried("start control's thread"))?;
@@ -464,6 +465,14 @@ fn start_control(
 
 fn current_thread() -> io::Result<Runtime> {
     Builder::new_current_thread().enable_all().build()
+}
+
+fn flow_log_target(target: &mesh_config::FlowLog) -> flows::Target {
+    match target {
+        mesh_config::FlowLog::Stdout => flows::Target::Stdout,
+        mesh_config::FlowLog::Off => flows::Target::Off,
+        mesh_config::FlowLog::File(path) => flows::Target::File(path.clone()),
+    }
 }
 
 fn trust_domain(name: &str) -> Result<TrustDomain, Error> {
@@ -499,7 +508,7 @@ fn identity_config(
     })
 }
 
-/// Spreads renewals over the nodes: FNV-1a of the node's name.
+/// Spreads renewals over the nodes: the FNV-1a hash of the node's name.
 fn seed(node: &str) -> u64 {
     node.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)

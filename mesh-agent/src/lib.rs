@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The node agent, as rooms with one door each.
+//! The node agent.
 //!
-//! Listed in the order in which things flow through them: facts in, plan, kernel, connections,
-//! records out. A room imports only what it is passed and what the table of ARCHITECTURE.md allows;
-//! `agent` alone knows them all.
+//! The modules are listed in the order of the data flow: snapshot of the cluster, plan, kernel,
+//! connections, records. Only `agent` knows all of them.
 
 #![forbid(unsafe_code)]
 
@@ -18,12 +17,6 @@ pub mod source;
 pub mod control;
 
 pub mod proxy;
-
-pub mod record;
-
-pub mod flows;
-
-pub mod metrics;
 
 pub mod admin;
 

@@ -21,9 +21,8 @@ use std::time::{Duration, Instant};
 use mesh_common::Port;
 use mesh_common::settings::TUNNEL_PORT;
 use mesh_datapath::datapath::Handles;
-use mesh_datapath::pods::PodTable;
 use mesh_identity::Identities;
-use mesh_plan::Index;
+use mesh_telemetry::record::Recorder;
 use tokio::sync::{mpsc, watch};
 use tokio::task::LocalSet;
 
@@ -31,7 +30,7 @@ use self::fair_scheduler::FairScheduler;
 use self::handshake_scheduler::HandshakeScheduler;
 use self::pod_sockets::{NamespaceSockets, PodSockets};
 use self::worker::{PassedJob, Worker, WorkerPool};
-use crate::record::Recorder;
+use crate::control::InForce;
 
 pub mod admission;
 mod connection_registry;
@@ -133,10 +132,8 @@ impl Default for Timing {
 /// What the proxy needs of other modules.
 #[derive(Clone, Debug)]
 pub struct Dependencies {
-    /// The pods of this node.
-    pub pods: watch::Receiver<Arc<PodTable>>,
-    /// The plan in force.
-    pub plan: watch::Receiver<Arc<Index>>,
+    /// The policy in force and the pods of this node.
+    pub in_force: watch::Receiver<Arc<InForce>>,
     /// Certificates.
     pub identities: Identities,
     /// Records and metrics.
@@ -243,8 +240,7 @@ fn start_with(
                 let worker = Rc::new(Worker {
                     number,
                     workers,
-                    pods: dependencies.pods,
-                    plan: dependencies.plan,
+                    in_force: dependencies.in_force,
                     identities: dependencies.identities,
                     recorder: dependencies.recorder,
                     sockets: sockets(),

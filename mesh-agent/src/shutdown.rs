@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The agent's way out: what asks for it, and how open connections may end.
+//! Shutdown of the agent: the signals that request it, and the drain of open connections.
 //!
-//! Kernel programs, maps and pins stay as they are: they go on enforcing, and refuse what needs an
-//! agent.
+//! Kernel programs, maps and pins stay: they enforce policy, and refuse connections that need an agent.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
@@ -13,18 +12,18 @@ use tokio::time::{Instant, sleep, timeout_at};
 use crate::proxy::ProxyHandle;
 use mesh_config::AdminAddr;
 
-/// Listeners accept until so long before the end of the drain.
+/// Time before the end of the drain at which listeners stop accepting.
 const LAST_ACCEPT: Duration = Duration::from_millis(500);
-/// How often it is looked whether a successor is there, or nothing is open.
-const LOOK: Duration = Duration::from_millis(50);
+/// Interval of checking for a successor and for open connections.
+const CHECK: Duration = Duration::from_millis(50);
 
-/// Tells when a successor has put its admin socket over ours: it has taken over listeners and
-/// links by then.
+/// Detects a successor by its admin socket, which replaces ours once it has taken over listeners and
+/// links.
 #[derive(Debug)]
 pub struct Successor(Option<(PathBuf, u64)>);
 
 impl Successor {
-    /// Remembers our own socket; without one a successor is not noticed.
+    /// Remembers our own socket; without one a successor is not detected.
     #[must_use]
     pub fn of(admin: &[AdminAddr]) -> Self {
         let socket = admin.iter().find_map(|addr| match addr {
@@ -34,14 +33,14 @@ impl Successor {
         Self(socket)
     }
 
-    /// Waits for it. Cancel safe.
+    /// Waits for the successor. Cancel safe.
     pub async fn comes(&self) {
         while !self.is_there() {
-            sleep(LOOK).await;
+            sleep(CHECK).await;
         }
     }
 
-    /// Whether it is there.
+    /// Tells whether there is a successor.
     #[must_use]
     pub fn is_there(&self) -> bool {
         self.0
@@ -54,19 +53,19 @@ fn inode(path: &PathBuf) -> Option<u64> {
     std::fs::metadata(path).ok().map(|data| data.ino())
 }
 
-/// Ends the proxy: accepts until a successor is there, nothing is open, or the time is nearly over;
-/// then lets open connections end; then resets them.
-pub async fn drain(proxy: ProxyHandle, successor: &Successor, longest: Duration) {
-    let end = Instant::now() + longest;
-    let last_accept = end - LAST_ACCEPT.min(longest);
+/// Stops the proxy. It accepts until there is a successor, nothing is open, or the timeout is near; then
+/// open connections may close; after the timeout they are reset.
+pub async fn drain(proxy: ProxyHandle, successor: &Successor, timeout: Duration) {
+    let end = Instant::now() + timeout;
+    let last_accept = end - LAST_ACCEPT.min(timeout);
     while Instant::now() < last_accept && proxy.open() > 0 && !successor.is_there() {
-        sleep(LOOK).await;
+        sleep(CHECK).await;
     }
     proxy.drain();
     if timeout_at(end, proxy.drained()).await.is_err() {
         tracing::warn!(
             open = proxy.open(),
-            "connections are reset: the drain is over"
+            "drain timed out; resetting open connections"
         );
     }
     proxy.finish().await;

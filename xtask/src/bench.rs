@@ -77,7 +77,7 @@ fn decisions() -> Result<String> {
         "test",
         "--quiet",
         "--package",
-        "mesh-agent",
+        "mesh-datapath",
         "--test",
         "parity",
     ];

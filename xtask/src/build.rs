@@ -25,7 +25,8 @@ pub(crate) const TEST_FEATURES: [&str; 2] = ["--features", "tokio/test-util"];
 pub(crate) fn run(args: &Args) -> Result<()> {
     if args.release {
         let mut cargo = run::cargo(["build", "--release"]);
-        cargo.args(["--package", "mesh-agent", "--package", "mesh-cli"]);
+        let packages = ["mesh-agent", "mesh-controller", "mesh-cli"];
+        cargo.args(packages.iter().flat_map(|package| ["--package", package]));
         return run::timed("build", || run::show(&mut cargo));
     }
     bins()

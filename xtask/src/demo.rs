@@ -32,7 +32,7 @@ pub(crate) fn hand_over(name: &str, optimized: bool) -> Result<Command> {
     }
     setup::run(&setup::Args::default())?;
     if optimized {
-        let packages = ["mesh-agent", "mesh-cli", "mesh-test"];
+        let packages = ["mesh-agent", "mesh-controller", "mesh-cli", "mesh-test"];
         let mut cargo = run::cargo(["build", "--release", "--bins"]);
         cargo.args(packages.iter().flat_map(|package| ["--package", package]));
         run::timed("build", || run::show(&mut cargo))?;

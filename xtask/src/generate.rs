@@ -45,14 +45,16 @@ fn crds(write: bool) -> Result<()> {
     run::show(&mut test)
 }
 
-/// Runs the agent's tests that write the references of settings, metrics and reasons. The same tests
-/// compare them whenever tests run, so `--check` does not.
+/// Runs the tests that write the references of settings, metrics and reasons. They compare them whenever
+/// tests run, so `--check` leaves it to them.
 fn bless() -> Result<()> {
     let mut tests = run::cargo([
         "test",
         "--quiet",
         "--package",
-        "mesh-agent",
+        "mesh-config",
+        "--package",
+        "mesh-telemetry",
         "--lib",
         "--",
         "up_to_date",

@@ -59,7 +59,11 @@ impl Args {
 }
 
 /// The package and name of each program.
-const PROGRAMS: [(&str, &str); 2] = [("mesh-agent", "mesh-agent"), ("mesh-cli", "meshctl")];
+const PROGRAMS: [(&str, &str); 3] = [
+    ("mesh-agent", "mesh-agent"),
+    ("mesh-controller", "mesh-controller"),
+    ("mesh-cli", "meshctl"),
+];
 
 const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 const CONFIG: &str = "application/vnd.oci.image.config.v1+json";

@@ -19,16 +19,23 @@ use crate::run;
 /// What reads bytes from outside, by package and the target whose corpus is for it.
 const PARSERS: &[(&str, &[(&str, &str)])] = &[
     (
-        "mesh-agent",
+        "mesh-tunnel",
         &[
-            ("frames", "proxy/tunnel/frame.rs"),
-            ("records", "proxy/tls/records.rs"),
-            ("csr", "controller/sign.rs"),
-            ("csr", "controller/service.rs"),
-            ("csr, certificate", "identity/spiffe.rs"),
-            ("certificate", "identity/verify.rs"),
-            ("crl, certificate", "identity/revocation.rs"),
-            ("answer", "identity/issuer/grpc.rs"),
+            ("frames", "tunnel/frame.rs"),
+            ("records", "tls/records.rs"),
+        ],
+    ),
+    (
+        "mesh-controller",
+        &[("csr", "sign.rs"), ("csr", "service.rs")],
+    ),
+    (
+        "mesh-identity",
+        &[
+            ("csr, certificate", "spiffe.rs"),
+            ("certificate", "verify.rs"),
+            ("crl, certificate", "revocation.rs"),
+            ("answer", "issuer/grpc.rs"),
         ],
     ),
     (

@@ -18,27 +18,25 @@ fn manifest(path: &str) -> Vec<Value> {
     let file = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../../deploy")
         .join(path);
-    let text = fs::read_to_string(&file).unwrap_or_else(|error| panic!("{path}: {error}"));
+    let text = fs::read_to_string(&file).expect(path);
     let rendered: String = text
         .lines()
         .filter(|line| !line.starts_with("{{-"))
         .map(|line| line.replace("{{ .Release.Namespace }}", "mesh-system") + "\n")
         .collect();
-    objects(&rendered, Format::Yaml).unwrap_or_else(|error| panic!("{path}: {error}"))
+    objects(&rendered, Format::Yaml).expect(path)
 }
 
 fn find<'a>(objects: &'a [Value], kind: &str, name: &str) -> &'a Value {
     let found = objects
         .iter()
         .find(|object| object["kind"] == kind && object["metadata"]["name"] == name);
-    found.unwrap_or_else(|| panic!("no {kind} {name}"))
+    found.expect(name)
 }
 
 fn texts(value: &Value) -> impl Iterator<Item = &str> {
-    value.as_array().into_iter().flatten().map(|item| {
-        item.as_str()
-            .unwrap_or_else(|| panic!("{item} is not a string"))
-    })
+    let items = value.as_array().into_iter().flatten();
+    items.map(|item| item.as_str().expect("a list of strings"))
 }
 
 /// The pairs of API group and resource for which the rules grant a verb.

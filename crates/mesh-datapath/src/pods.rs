@@ -114,16 +114,14 @@ impl<T> Tried<T> for io::Result<T> {
     }
 }
 
-/// A pod of this node, by UID; travels as `watch::Receiver<Arc<PodTable>>`.
+/// The managed pods of this node, by UID.
 pub type PodTable = BTreeMap<String, Arc<PodHandle>>;
 
-/// An adopted pod. A change of the pod makes a new handle that shares namespace and listeners.
+/// A managed pod. A change of its listeners makes a new handle that shares the namespace.
 #[derive(Debug)]
 pub struct PodHandle {
     /// Its UID.
     pub uid: String,
-    /// What the plan says about it, as it is in force.
-    pub local: LocalPod,
     /// Its slot in the kernel's maps.
     pub index: PodIndex,
     /// Its namespace. Whoever keeps this keeps the namespace: let go when the pod leaves the table.

@@ -21,6 +21,15 @@ pub fn agent() -> Result<PathBuf> {
     find("mesh-agent", "MESH_AGENT_BIN").context("cargo build -p mesh-agent builds it")
 }
 
+/// The controller. `MESH_CONTROLLER_BIN` overrides.
+///
+/// # Errors
+/// The program is not built.
+pub fn controller() -> Result<PathBuf> {
+    find("mesh-controller", "MESH_CONTROLLER_BIN")
+        .context("cargo build -p mesh-controller builds it")
+}
+
 /// `meshctl`. `MESHCTL_BIN` overrides.
 ///
 /// # Errors

@@ -1,150 +1,99 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The answers, page by page.
+//! The pages of the admin interface.
 
 use std::collections::BTreeSet;
-use std::convert::Infallible;
 use std::fmt::Write as _;
 
-use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::body::{Bytes, Incoming};
-use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE, HeaderValue};
-use hyper::{Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt as _, Limited};
+use hyper::body::Incoming;
+use hyper::{Method, Request, StatusCode};
 use mesh_common::Protocol;
 use mesh_common::pod::PodState;
 use mesh_plan::cluster::{Cluster, PeerMatch};
+use mesh_plan::plan::LocalPod;
+use mesh_telemetry::http::{
+    Answer, Handler, JSON, JSON_LINES, Probes, TEXT, answer, internal_error, method_not_allowed,
+    not_found,
+};
 use serde_json::{Value, json};
 
-use super::{Door, Views};
-use crate::metrics::Form;
+use super::{Access, Views};
 use crate::source::Report;
 use mesh_datapath::datapath::Handles;
 use mesh_datapath::pods::{PodHandle, open};
 
-type Answer = Response<Full<Bytes>>;
-
 /// Bytes of a request's body.
-const BODY: usize = 4096;
+const MAX_BODY: usize = 4096;
 
-const TEXT: &str = "text/plain; charset=utf-8";
-const JSON: &str = "application/json";
-const LINES: &str = "application/x-ndjson";
-
-pub(super) async fn answer(
-    request: Request<Incoming>,
-    door: Door,
+/// Answers the requests of one listener.
+#[derive(Clone, Debug)]
+pub(super) struct Pages {
     views: Views,
-) -> Result<Answer, Infallible> {
-    let path = request.uri().path().to_owned();
-    if path == "/log-level" && door != Door::Public {
-        return Ok(log_level(request, door, &views).await);
-    }
-    if request.method() != Method::GET && request.method() != Method::HEAD {
-        return Ok(only("GET, HEAD"));
-    }
-    let open = match path.as_str() {
-        "/metrics" => Some(metrics(&request, views.clone()).await),
-        "/livez" => Some(page(StatusCode::OK, TEXT, "ok\n")),
-        "/readyz" => Some(readyz(&views)),
-        _ => None,
-    };
-    if let Some(answer) = open {
-        return Ok(answer);
-    }
-    if door == Door::Public {
-        return Ok(missing("/metrics, /livez and /readyz"));
-    }
-    Ok(match path.as_str() {
-        "/status" => page(StatusCode::OK, JSON, pretty(&status(&views))),
-        "/plan" => {
-            let plan = views.plan.borrow().clone();
-            page(StatusCode::OK, TEXT, (views.plan_text)(&plan))
+    access: Access,
+    probes: Probes,
+}
+
+impl Pages {
+    pub(super) fn new(views: Views, access: Access) -> Self {
+        Self {
+            probes: views.probes(),
+            views,
+            access,
         }
-        "/pods" => page(StatusCode::OK, JSON, pretty(&pods(&views))),
-        "/facts" => facts(&views),
-        "/connections" => connections(&views).await,
-        "/flows" => page(StatusCode::OK, LINES, flows(&views).await),
-        _ => missing(
-            "/status, /plan, /pods, /facts, /connections, /flows, /log-level, /metrics, /livez and /readyz",
-        ),
-    })
+    }
 }
 
-fn page(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Answer {
-    let mut answer = Response::new(Full::new(body.into()));
-    *answer.status_mut() = status;
-    let value = HeaderValue::from_static(content_type);
-    answer.headers_mut().insert(CONTENT_TYPE, value);
-    answer
-}
-
-fn missing(pages: &str) -> Answer {
-    let text = format!("no such page; there are {pages}\n");
-    page(StatusCode::NOT_FOUND, TEXT, text)
-}
-
-fn only(methods: &'static str) -> Answer {
-    let text = format!("only {methods}\n");
-    let mut answer = page(StatusCode::METHOD_NOT_ALLOWED, TEXT, text);
-    let value = HeaderValue::from_static(methods);
-    answer.headers_mut().insert(ALLOW, value);
-    answer
+impl Handler for Pages {
+    async fn answer(&self, request: Request<Incoming>) -> Answer {
+        let views = &self.views;
+        if request.uri().path() == "/log-level" {
+            return log_level(request, self.access, views).await;
+        }
+        if let Some(answer) = self.probes.try_answer(&request).await {
+            return answer;
+        }
+        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+            return method_not_allowed("GET, HEAD");
+        }
+        match request.uri().path() {
+            "/status" => answer(StatusCode::OK, JSON, pretty(&status(views))),
+            "/plan" => {
+                let plan = views.in_force.borrow().plan.clone();
+                answer(StatusCode::OK, TEXT, (views.plan_text)(&plan))
+            }
+            "/pods" => answer(StatusCode::OK, JSON, pretty(&pods(views))),
+            "/facts" => snapshot(views),
+            "/connections" => connections(views).await,
+            "/flows" => answer(StatusCode::OK, JSON_LINES, flows(views).await),
+            _ => not_found(
+                "/status, /plan, /pods, /facts, /connections, /flows, /log-level, /metrics, /livez and /readyz",
+            ),
+        }
+    }
 }
 
 fn pretty(value: &Value) -> String {
     format!("{value:#}\n")
 }
 
-async fn metrics(request: &Request<Incoming>, views: Views) -> Answer {
-    let accept = request.headers().get(ACCEPT);
-    let accept = accept.and_then(|value| value.to_str().ok()).unwrap_or("");
-    let form = Form::accepted(accept);
-    // Hundreds of system calls: not on a thread that serves connections.
-    match tokio::task::spawn_blocking(move || views.metrics.page(form)).await {
-        Ok(text) => page(StatusCode::OK, form.content_type(), text),
-        Err(error) => {
-            let text = format!("{error}\n");
-            page(StatusCode::INTERNAL_SERVER_ERROR, TEXT, text)
-        }
-    }
-}
-
-fn readyz(views: &Views) -> Answer {
-    let conditions = views.readiness.conditions();
-    let mut text = String::new();
-    for (condition, holds) in &conditions {
-        let (sign, state) = if *holds {
-            ('+', "ok")
-        } else {
-            ('-', "not yet")
-        };
-        writeln!(text, "[{sign}] {condition}: {state}").expect("a String takes everything");
-    }
-    if conditions.values().all(|holds| *holds) {
-        text.push_str("ready\n");
-        page(StatusCode::OK, TEXT, text)
-    } else {
-        text.push_str("not ready\n");
-        page(StatusCode::SERVICE_UNAVAILABLE, TEXT, text)
-    }
-}
-
 fn status(views: &Views) -> Value {
-    let plan = views.plan.borrow().clone();
+    let in_force = views.in_force.borrow().clone();
+    let plan = &in_force.plan;
     let rejections = views.rejections.borrow().clone();
-    let facts = views.facts.borrow().clone();
+    let snapshot = views.snapshots.borrow().clone();
     let report = views.source.borrow().clone();
     let rules = plan.names.rules.values();
-    let in_force: BTreeSet<String> = rules.map(|rule| rule.object.to_string()).collect();
+    let policies: BTreeSet<String> = rules.map(|rule| rule.object.to_string()).collect();
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "node": views.node,
-        "ready": views.readiness.is_ready(),
-        "conditions": views.readiness.conditions(),
-        "policy_revision": views.metrics.policy_revision(),
+        "ready": views.readiness().is_ready(),
+        "conditions": views.readiness().conditions(),
+        "policy_revision": in_force.status.applied,
         "log_level": views.level.as_ref().map(mesh_log::Level::get),
         "pods": {
             "planned": plan.pods.len(),
-            "adopted": views.pods.borrow().len(),
+            "adopted": in_force.pods.len(),
         },
         "plan": {
             "peers": plan.peers.len(),
@@ -152,15 +101,15 @@ fn status(views: &Views) -> Value {
             "services": plan.services.len(),
         },
         "policies": {
-            "known": facts.policies.len(),
-            "about_this_node": in_force.len(),
+            "known": snapshot.policies.len(),
+            "about_this_node": policies.len(),
         },
-        "policies_in_force": in_force,
-        "match_nothing": match_nothing(&facts),
+        "policies_in_force": policies,
+        "match_nothing": match_nothing(&snapshot),
         "warnings": report.warnings,
         "rejections": *rejections,
         "source": source(&report),
-        "network": **views.neighbour.borrow(),
+        "network": **views.cni_conflicts.borrow(),
     })
 }
 
@@ -173,11 +122,10 @@ fn source(report: &Report) -> Value {
     })
 }
 
-/// Parts of policies that are understood and match nobody, as their API says of what an
-/// implementation does not support.
-fn match_nothing(facts: &Cluster) -> Vec<String> {
+/// Lists the peers of policies that match nothing, because the mesh does not support them.
+fn match_nothing(snapshot: &Cluster) -> Vec<String> {
     let mut all = Vec::new();
-    for (object, policy) in &facts.policies {
+    for (object, policy) in &snapshot.policies {
         let rules = policy.ingress.iter().chain(&policy.egress).flatten();
         for peer in rules.flat_map(|rule| rule.peers.iter().flatten()) {
             if let PeerMatch::Nothing { what } = peer {
@@ -189,19 +137,17 @@ fn match_nothing(facts: &Cluster) -> Vec<String> {
 }
 
 fn pods(views: &Views) -> Value {
-    let table = views.pods.borrow().clone();
-    let status = views.status.borrow().clone();
-    let adopted = table.values().map(|pod| {
-        let mut page = handle(pod);
-        let said = status.pods.get(&pod.uid);
-        page["trouble"] = said.and_then(|said| said.trouble.clone()).into();
-        page
+    let in_force = views.in_force.borrow().clone();
+    let managed = in_force.pods.keys().filter_map(|uid| {
+        let (handle, local) = in_force.pod(uid)?;
+        let mut page = pod(handle, local);
+        let status = in_force.status.pods.get(uid);
+        page["trouble"] = status.and_then(|status| status.trouble.clone()).into();
+        Some(page)
     });
-    // Known, but its namespace was not found, or could not be prepared.
-    let missing = status
-        .pods
-        .iter()
-        .filter(|(uid, _)| !table.contains_key(*uid));
+    // Their namespace was not found, or could not be prepared.
+    let missing = in_force.status.pods.iter();
+    let missing = missing.filter(|(uid, _)| !in_force.pods.contains_key(*uid));
     let missing = missing.map(|(uid, pod)| {
         json!({
             "name": pod.name.to_string(),
@@ -210,54 +156,54 @@ fn pods(views: &Views) -> Value {
             "trouble": pod.trouble,
         })
     });
-    adopted.chain(missing).collect()
+    managed.chain(missing).collect()
 }
 
-fn handle(pod: &PodHandle) -> Value {
-    let has = |flag| pod.local.view.has(flag);
+fn pod(handle: &PodHandle, local: &LocalPod) -> Value {
+    let has = |flag| local.view.has(flag);
     json!({
-        "name": pod.local.name.to_string(),
-        "uid": pod.uid,
+        "name": local.name.to_string(),
+        "uid": handle.uid,
         "adopted": true,
-        "addresses": pod.local.addresses,
-        "service_account": pod.local.service_account,
+        "addresses": local.addresses,
+        "service_account": local.service_account,
         "enrolled": has(PodState::ENROLLED),
         "strict": has(PodState::STRICT),
         "required": has(PodState::REQUIRED),
         "gated": has(PodState::GATED),
-        "listening": pod.listeners.is_some(),
-        "index": pod.index.0,
-        "netns_cookie": pod.netns_cookie,
-        "link": pod.link,
+        "listening": handle.listeners.is_some(),
+        "index": handle.index.0,
+        "netns_cookie": handle.netns_cookie,
+        "link": handle.link,
     })
 }
 
-/// The cluster as the source has it: what `meshctl policy diff` compiles again.
-fn facts(views: &Views) -> Answer {
-    let cluster = views.facts.borrow().clone();
-    match serde_json::to_vec(&*cluster) {
-        Ok(text) => page(StatusCode::OK, JSON, text),
-        Err(error) => {
-            let text = format!("{error}\n");
-            page(StatusCode::INTERNAL_SERVER_ERROR, TEXT, text)
-        }
+/// The newest snapshot of the cluster, which `meshctl policy diff` compiles again.
+fn snapshot(views: &Views) -> Answer {
+    let snapshot = views.snapshots.borrow().clone();
+    match serde_json::to_vec(&*snapshot) {
+        Ok(text) => answer(StatusCode::OK, JSON, text),
+        Err(error) => internal_error(&error),
     }
 }
 
-/// What is open now in the adopted pods, one JSON object a line.
+/// The open connections of the managed pods, one JSON object a line.
 async fn connections(views: &Views) -> Answer {
-    let table = views.pods.borrow().clone();
+    let in_force = views.in_force.borrow().clone();
     let datapath = views.datapath.clone();
     let lines = tokio::task::spawn_blocking(move || {
         let datapath = datapath.as_ref();
         let is_tunnel = |socket: &_| datapath.is_some_and(|d| d.is_tunnel(socket));
         let decided = datapath.map(Handles::decided);
         let mut lines = String::new();
-        for pod in table.values() {
-            // A pod that is just going has nothing open that matters.
-            for one in open::open(pod, decided, is_tunnel).unwrap_or_default() {
+        for uid in in_force.pods.keys() {
+            let Some((handle, local)) = in_force.pod(uid) else {
+                continue;
+            };
+            // Fails for a pod that is being removed: it has no connections to list.
+            for one in open::open(handle, &local.view, decided, is_tunnel).unwrap_or_default() {
                 let line = json!({
-                    "pod": pod.local.name.to_string(),
+                    "pod": local.name.to_string(),
                     "direction": one.direction.label(),
                     "protocol": if one.protocol == Protocol::TCP { "tcp" } else { "udp" },
                     "source": one.source.to_string(),
@@ -270,11 +216,8 @@ async fn connections(views: &Views) -> Answer {
         lines
     });
     match lines.await {
-        Ok(lines) => page(StatusCode::OK, LINES, lines),
-        Err(error) => {
-            let text = format!("{error}\n");
-            page(StatusCode::INTERNAL_SERVER_ERROR, TEXT, text)
-        }
+        Ok(lines) => answer(StatusCode::OK, JSON_LINES, lines),
+        Err(error) => internal_error(&error),
     }
 }
 
@@ -283,34 +226,34 @@ async fn flows(views: &Views) -> String {
     lines.iter().flat_map(|line| [&**line, "\n"]).collect()
 }
 
-async fn log_level(request: Request<Incoming>, door: Door, views: &Views) -> Answer {
+async fn log_level(request: Request<Incoming>, access: Access, views: &Views) -> Answer {
     let Some(level) = &views.level else {
-        return missing("no logs here");
+        return answer(StatusCode::NOT_FOUND, TEXT, "the process does not log\n");
     };
     match *request.method() {
-        Method::GET | Method::HEAD => page(StatusCode::OK, TEXT, format!("{}\n", level.get())),
-        Method::PUT if door == Door::Root => {
-            let body = match Limited::new(request.into_body(), BODY).collect().await {
+        Method::GET | Method::HEAD => answer(StatusCode::OK, TEXT, format!("{}\n", level.get())),
+        Method::PUT if access == Access::Root => {
+            let body = match Limited::new(request.into_body(), MAX_BODY).collect().await {
                 Ok(body) => body.to_bytes(),
                 Err(error) => {
                     let text = format!("{error}\n");
-                    return page(StatusCode::BAD_REQUEST, TEXT, text);
+                    return answer(StatusCode::BAD_REQUEST, TEXT, text);
                 }
             };
             let directives = String::from_utf8_lossy(&body);
             match level.set(directives.trim()) {
                 Ok(()) => {
-                    tracing::info!(level = directives.trim(), "the level of logs was changed");
-                    page(StatusCode::OK, TEXT, format!("{}\n", level.get()))
+                    tracing::info!(level = directives.trim(), "log level changed");
+                    answer(StatusCode::OK, TEXT, format!("{}\n", level.get()))
                 }
-                Err(why) => page(StatusCode::BAD_REQUEST, TEXT, format!("{why}\n")),
+                Err(why) => answer(StatusCode::BAD_REQUEST, TEXT, format!("{why}\n")),
             }
         }
-        Method::PUT => page(
+        Method::PUT => answer(
             StatusCode::FORBIDDEN,
             TEXT,
-            "only through the Unix socket\n",
+            "allowed through the Unix socket only\n",
         ),
-        _ => only("GET, HEAD, PUT"),
+        _ => method_not_allowed("GET, HEAD, PUT"),
     }
 }

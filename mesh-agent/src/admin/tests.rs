@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The server over real sockets.
+//! The admin interface over real sockets.
 
 use std::os::unix::fs::PermissionsExt as _;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use mesh_telemetry::flows::{Flows, Target};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::{TcpStream, UnixStream};
 
 use super::*;
-use crate::flows::Flows;
-use mesh_config::FlowLog;
 
 struct Rig {
     dir: tempfile::TempDir,
@@ -19,8 +19,8 @@ struct Rig {
     _flows: Flows,
 }
 
-/// A policy with a peer that this version cannot match.
-fn odd_facts() -> mesh_plan::Cluster {
+/// A policy with a peer that the mesh does not support.
+fn unsupported_policy() -> mesh_plan::Cluster {
     use mesh_plan::cluster::{ObjectRef, PeerMatch, Policy, Rule, RuleAction, Subject, Tier};
     let rule = Rule {
         name: "egress[0]".to_owned(),
@@ -48,10 +48,9 @@ fn views(flows: &Flows) -> Views {
     let metrics = Metrics::new();
     Views {
         node: "n1".to_owned(),
-        readiness: Readiness::new(metrics.clone()),
         metrics,
-        facts: watch::channel(Arc::new(odd_facts())).1,
-        plan: watch::channel(Arc::new(mesh_plan::Index::default())).1,
+        snapshots: watch::channel(Arc::new(unsupported_policy())).1,
+        in_force: watch::channel(Arc::default()).1,
         plan_text: |plan| format!("{} services\n", plan.services.len()),
         rejections: watch::channel(Arc::new(vec![Rejection {
             object: mesh_plan::cluster::ObjectRef::new("NetworkPolicy", "shop", "web"),
@@ -60,8 +59,6 @@ fn views(flows: &Flows) -> Views {
             consequence: "isolates".to_owned(),
         }]))
         .1,
-        pods: watch::channel(Arc::new(PodTable::new())).1,
-        status: watch::channel(Arc::default()).1,
         source: watch::channel(Arc::new(Report {
             warnings: vec![mesh_api::Warning {
                 object: mesh_plan::cluster::ObjectRef::new("Service", "shop", "web"),
@@ -71,7 +68,7 @@ fn views(flows: &Flows) -> Views {
             ..Report::default()
         }))
         .1,
-        neighbour: watch::channel(Arc::default()).1,
+        cni_conflicts: watch::channel(Arc::default()).1,
         datapath: None,
         flows: flows.sink(),
         level: None,
@@ -86,7 +83,7 @@ fn free() -> SocketAddr {
 
 impl Rig {
     fn new() -> Self {
-        let flows = Flows::start(&FlowLog::Off, &Metrics::new()).unwrap();
+        let flows = Flows::start(&Target::Off, &Metrics::new()).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let views = views(&flows);
         let admin = free();
@@ -141,7 +138,7 @@ async fn ask<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, request: &str) ->
 }
 
 #[tokio::test]
-async fn metrics_and_probes_are_for_everybody_and_nothing_else_is() {
+async fn only_metrics_and_probes_are_public() {
     let rig = Rig::new();
     assert!(
         rig.public("GET /metrics")
@@ -167,36 +164,7 @@ async fn metrics_and_probes_are_for_everybody_and_nothing_else_is() {
 }
 
 #[tokio::test]
-async fn ready_when_every_task_says_so() {
-    let rig = Rig::new();
-    let (plan, listeners) = (
-        rig.views.readiness.task("plan"),
-        rig.views.readiness.task("listeners"),
-    );
-    plan.done();
-    let answer = rig.public("GET /readyz").await;
-    assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
-    assert!(
-        answer.contains("[-] listeners: not yet\n[+] plan: ok\nnot ready"),
-        "{answer}"
-    );
-    listeners.done();
-    rig.views.readiness.wait().await;
-    assert!(rig.public("GET /readyz").await.starts_with("HTTP/1.1 200"));
-    rig.views.readiness.set("running", false);
-    assert!(rig.public("GET /readyz").await.starts_with("HTTP/1.1 503"));
-    let page = rig.public("GET /metrics").await;
-    assert!(
-        page.contains("mesh_ready{condition=\"running\"} 0"),
-        "{page}"
-    );
-    // A task that dies never counts as done.
-    drop(rig.views.readiness.task("plan"));
-    assert!(!rig.views.readiness.is_ready());
-}
-
-#[tokio::test]
-async fn the_socket_is_roots_and_shows_the_state() {
+async fn the_admin_socket_is_for_root_and_shows_the_state() {
     let rig = Rig::new();
     let mode = std::fs::metadata(rig.socket())
         .unwrap()
@@ -224,9 +192,9 @@ async fn the_socket_is_roots_and_shows_the_state() {
 }
 
 #[tokio::test]
-async fn a_successor_takes_the_doors_over() {
+async fn a_successor_takes_over_the_listeners() {
     let old = Rig::new();
-    let flows = Flows::start(&FlowLog::Off, &Metrics::new()).unwrap();
+    let flows = Flows::start(&Target::Off, &Metrics::new()).unwrap();
     let mut views = views(&flows);
     views.node = "successor".to_owned();
     let doors = [AdminAddr::Unix(old.socket())];
@@ -256,23 +224,7 @@ async fn a_successor_takes_the_doors_over() {
 }
 
 #[tokio::test]
-async fn what_is_too_large_or_too_slow_is_ended() {
-    let rig = Rig::new();
-    let large = format!("GET /livez?{}", "x".repeat(HEADER_BYTES));
-    let answer = rig.public(&large).await;
-    assert!(answer.starts_with("HTTP/1.1 4"), "{answer}");
-    // More idle connections than there are places: the next one is served when they time out.
-    tokio::time::pause();
-    let mut idle = Vec::new();
-    for _ in 0..MOST_CONNECTIONS {
-        idle.push(TcpStream::connect(rig.metrics).await.unwrap());
-    }
-    let answer = rig.public("GET /livez").await;
-    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-}
-
-#[tokio::test]
-async fn the_level_of_logs_is_changed_by_root_only() {
+async fn only_root_changes_the_log_level() {
     let mut rig = Rig::new();
     // The process has one set of logs; no other test makes it.
     let level = mesh_log::init(&mesh_config::LogConfig {

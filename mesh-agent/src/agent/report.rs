@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What this node reports about itself in its MeshNode, of what the rooms say.
+//! The report of this node in its MeshNode object.
 //!
 //! Others send a pod tunnels once its node reported it, so nothing is reported before it is true:
 //! a namespace when every pod of it here accepts tunnels, and while one does not, the pods that
@@ -17,77 +17,78 @@ use mesh_plan::cluster::{Cluster, ObjectRef, Rejection, Version};
 use tokio::sync::{oneshot, watch};
 use tokio::time::sleep;
 
-use crate::control::{PodStatus, Status};
+use crate::control::{InForce, PodStatus};
 use crate::source::Report;
 use mesh_datapath::Host;
 use mesh_datapath::check;
 
-/// A pod that starts is not protected for a moment; only what lasts longer is reported.
+/// Time after which an unprotected pod is reported: a starting pod is unprotected for a moment.
 const LASTING: Duration = Duration::from_secs(3);
 
-/// Changes that come together are reported together.
-const FOLD: Duration = Duration::from_millis(100);
+/// Time in which changes are combined into one report.
+const BATCH: Duration = Duration::from_millis(100);
 
-/// At most as many rejections are reported, and as many warnings: an object has a bound of 1.5 MiB.
+/// Maximum number of reported rejections, and of warnings: the size of an object is bounded to 1.5 MiB.
 const MOST: usize = 1000;
 
-/// What a report is made of.
+/// The inputs of a report.
 pub(super) struct Sources {
-    /// How it goes with the node.
-    pub(super) status: watch::Receiver<Arc<Status>>,
-    /// How it goes with the objects.
+    /// The state of the node.
+    pub(super) in_force: watch::Receiver<Arc<InForce>>,
+    /// The state of the objects.
     pub(super) source: watch::Receiver<Arc<Report>>,
-    /// What of the machine is probed.
+    /// The host that is probed.
     pub(super) host: Host,
-    /// Turns true when another agent reports.
-    pub(super) quiet: watch::Receiver<bool>,
-    /// The time of day.
+    /// Turns true when a successor reports.
+    pub(super) replaced: watch::Receiver<bool>,
+    /// Clock of the time of day.
     pub(super) now: fn() -> SystemTime,
 }
 
-/// Reports from the first plan on, until another agent does.
+/// Reports from the first applied plan on, until a successor reports.
 pub(super) async fn run(mut from: Sources, to: watch::Sender<Option<Arc<MeshNodeStatus>>>) {
     let first = from
-        .status
-        .wait_for(|status| status.revision > 0)
+        .in_force
+        .wait_for(|now| now.status.applied > 0)
         .await
         .is_ok();
     let mut probed = probe(from.host);
     let mut is_probed = false;
     let mut reporter = Reporter::default();
-    while first && !*from.quiet.borrow() {
-        let status = Arc::clone(&from.status.borrow_and_update());
+    while first && !*from.replaced.borrow() {
+        let node = Arc::clone(&from.in_force.borrow_and_update());
         let source = Arc::clone(&from.source.borrow_and_update());
-        let (report, soon) = reporter.report(&status, &source, (from.now)());
+        let (report, soon) = reporter.report(&node, &source, (from.now)());
+        drop(node);
         to.send_if_modified(|old| {
             let changed = old.as_deref() != Some(&report);
             *old = Some(Arc::new(report));
             changed
         });
-        sleep(FOLD).await;
+        sleep(BATCH).await;
         tokio::select! {
-            news = from.status.changed() => if news.is_err() { return },
+            news = from.in_force.changed() => if news.is_err() { return },
             news = from.source.changed() => if news.is_err() { return },
             found = &mut probed, if !is_probed => {
                 is_probed = true;
                 reporter.features = found.map(|found| features(&found)).unwrap_or_default();
             }
             () = sleep(LASTING / 3), if soon => {}
-            _ = from.quiet.changed() => {}
+            _ = from.replaced.changed() => {}
         }
     }
 }
 
-/// Probes the machine, which takes seconds, on a thread of its own.
+/// Probes the host on a thread of its own, which takes seconds.
 fn probe(host: Host) -> oneshot::Receiver<check::Report> {
     let (to, found) = oneshot::channel();
     let thread = std::thread::Builder::new().name("mesh-probe".to_owned());
-    // Without it nothing is reported of the kernel's features.
+    // Without the thread, the kernel's features are not reported.
     drop(thread.spawn(move || drop(to.send(check::run(&host)))));
     found
 }
 
-/// Makes one report after the other.
+/// Makes reports, each with the knowledge of those before it.
 #[derive(Debug, Default)]
 struct Reporter {
     /// The kernel's features: used, missing.
@@ -102,12 +103,12 @@ impl Reporter {
     /// The report of this state, and whether time alone changes it.
     fn report(
         &mut self,
-        status: &Status,
+        node: &InForce,
         source: &Report,
         now: SystemTime,
     ) -> (MeshNodeStatus, bool) {
-        let (enrolled_namespaces, enrolled_pods) = self.enrolled(status);
-        let (unprotected, soon) = self.unprotected(status, now);
+        let (enrolled_namespaces, enrolled_pods) = self.enrolled(node);
+        let (unprotected, soon) = self.unprotected(node, now);
         let report = MeshNodeStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             observed_at: None,
@@ -115,32 +116,33 @@ impl Reporter {
             missing_features: self.features.1.clone(),
             enrolled_namespaces,
             enrolled_pods,
-            in_force: in_force(&status.facts),
-            rejections: rejections(status, source),
-            warnings: warnings(status, source),
+            in_force: in_force(&node.snapshot),
+            rejections: rejections(node, source),
+            warnings: warnings(node, source),
             unprotected,
         };
         (report, soon)
     }
 
-    fn enrolled(&mut self, status: &Status) -> (Vec<String>, Vec<String>) {
-        let facts = &status.facts;
+    fn enrolled(&mut self, node: &InForce) -> (Vec<String>, Vec<String>) {
+        let snapshot = &node.snapshot;
         let was_ready = |uid: &str| {
-            facts
+            snapshot
                 .ready
                 .as_ref()
                 .is_some_and(|ready| ready.contains(uid))
         };
         let mut namespaces = BTreeSet::new();
         let mut pods = BTreeSet::new();
-        for (name, namespace) in &facts.namespaces {
-            let mine = status
+        for (name, namespace) in &snapshot.namespaces {
+            let mine = node
+                .status
                 .pods
                 .iter()
                 .filter(|(_, pod)| pod.name.namespace == *name);
             let wanted: Vec<(&String, &PodStatus)> = mine.filter(|(_, pod)| pod.wanted).collect();
             let enrols =
-                mesh_plan::authentication::enrols(facts, name) && !namespace.uid.is_empty();
+                mesh_plan::authentication::enrols(snapshot, name) && !namespace.uid.is_empty();
             // An earlier agent may have reported it, and others rely on that.
             let accepted = wanted.iter().all(|(_, pod)| pod.enrolled)
                 || self.reported.contains(&namespace.uid)
@@ -163,10 +165,10 @@ impl Reporter {
         (namespaces.into_iter().collect(), pods.into_iter().collect())
     }
 
-    fn unprotected(&mut self, status: &Status, now: SystemTime) -> (Vec<UnprotectedPod>, bool) {
+    fn unprotected(&mut self, node: &InForce, now: SystemTime) -> (Vec<UnprotectedPod>, bool) {
         let mut all = BTreeMap::new();
         let mut listed = Vec::new();
-        for (uid, pod) in &status.pods {
+        for (uid, pod) in &node.status.pods {
             let Some(reason) = why_not(pod) else {
                 continue;
             };
@@ -201,8 +203,8 @@ fn why_not(pod: &PodStatus) -> Option<String> {
     None
 }
 
-fn in_force(facts: &Cluster) -> Vec<ReportedObject> {
-    let accepted = facts
+fn in_force(snapshot: &Cluster) -> Vec<ReportedObject> {
+    let accepted = snapshot
         .versions
         .iter()
         .filter(|(_, version)| version.generation > 0);
@@ -212,12 +214,13 @@ fn in_force(facts: &Cluster) -> Vec<ReportedObject> {
 }
 
 /// Those of the objects' newest versions, and those of what is in force that cannot be compiled.
-fn rejections(status: &Status, source: &Report) -> Vec<ReportedField> {
+fn rejections(node: &InForce, source: &Report) -> Vec<ReportedField> {
     let of_objects = source.rejections.iter().map(|one| (one, &source.rejected));
-    let of_plan = status
+    let of_plan = node
+        .status
         .rejections
         .iter()
-        .map(|one| (one, &*status.facts.versions));
+        .map(|one| (one, &*node.snapshot.versions));
     let reported: BTreeSet<ReportedField> = of_objects
         .chain(of_plan)
         .map(|(rejection, versions)| reported(rejection, versions))
@@ -225,9 +228,9 @@ fn rejections(status: &Status, source: &Report) -> Vec<ReportedField> {
     reported.into_iter().take(MOST).collect()
 }
 
-fn warnings(status: &Status, source: &Report) -> Vec<ReportedField> {
+fn warnings(node: &InForce, source: &Report) -> Vec<ReportedField> {
     let all = source.warnings.iter().take(MOST).map(|warning| {
-        let version = status.facts.versions.get(&warning.object);
+        let version = node.snapshot.versions.get(&warning.object);
         let version = version.cloned().unwrap_or_default();
         ReportedField {
             object: named(&warning.object, &version.uid, version.newest),

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What a plan means for connections that are already open: [`judge`], a pure function over the
-//! sockets of a pod's namespace.
+//! The effect of a plan on connections that are already open: [`judge`], a pure function over the sockets
+//! of a pod's namespace.
 //!
-//! The agent's own sockets are never judged here: tunnels are told by their port, or by the kernel
-//! where they have an application's, the ends that carry another's address by that address. Connections
-//! that the proxy carries, captured ones and those that arrived through a tunnel, are ended by the proxy.
+//! The agent's own sockets are never judged. A tunnel is known by its port, or by the kernel if it has an
+//! application's port; a socket with a foreign address is known by that address. Connections that the proxy
+//! carries, both captured ones and those that arrive through a tunnel, are closed by the proxy.
 
 use mesh_common::identity::Peer;
 use mesh_common::path::{self, Arrival, Origin, Outbound, Path, Peers as _};
@@ -16,27 +16,27 @@ use mesh_plan::Index;
 
 use mesh_sys::sock_diag::{Overview, Socket, state};
 
-/// What becomes of the open connections of one pod.
+/// The decision about the open connections of one pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Judgement {
-    /// Older than the mesh, and left in clear: (the pod's end, the other end, why).
+    /// Connections older than the enrollment that stay plaintext: local endpoint, remote endpoint, reason.
     pub old: Vec<(Endpoint, Endpoint, Reason)>,
-    /// To be ended, each with what refuses it.
+    /// Connections to close, each with the verdict that refuses it.
     pub denied: Vec<(Socket, Verdict)>,
 }
 
-/// What only the kernel can say of a socket. Asked of those that nothing else tells.
+/// Questions about a socket that only the kernel can answer, asked as a last resort.
 #[derive(Clone, Copy)]
 pub struct Ask<'a> {
-    /// Whether it is the agent's end of a tunnel that has an application's port.
+    /// Tells whether the socket is the agent's endpoint of a tunnel with an application's port.
     pub is_tunnel: &'a dyn Fn(&Socket) -> bool,
-    /// Whether its other end, which has an address of this node, is a socket of this node.
-    pub is_the_node_s: &'a dyn Fn(&Socket) -> bool,
+    /// Tells whether the peer, which has an address of this node, is a socket of this node.
+    pub is_node_peer: &'a dyn Fn(&Socket) -> bool,
 }
 
-/// Decides the open connections of a pod again. `sockets` are all of its namespace, listeners
-/// included; `fresh` tells a pod that is just being enrolled from one whose peers changed, `carried`
-/// one that the agent has tunnels for, also while it leaves the mesh.
+/// Decides about the open connections of a pod. `sockets` are all sockets of its namespace, including
+/// listeners. `fresh` tells that the pod is just being enrolled, and not that its peers changed; `carried`
+/// that the agent has tunnels for it, also while it is being unenrolled.
 #[must_use]
 pub fn judge(
     plan: &Index,
@@ -65,7 +65,8 @@ pub fn judge(
     judgement
 }
 
-/// The pod's ends of connections that lead to the agent: captured ones, and hand-overs.
+/// Selects the pod's sockets that are connected to the agent: captured connections, and connections that
+/// the agent made to the application.
 #[must_use]
 pub fn with_the_agent(pod: &PodView, sockets: &[Socket]) -> Vec<Socket> {
     let overview = Overview::of(sockets);
@@ -79,7 +80,7 @@ pub fn with_the_agent(pod: &PodView, sockets: &[Socket]) -> Vec<Socket> {
         .collect()
 }
 
-/// The agent's own ends: tunnels, and what carries another's address.
+/// Selects the agent's own sockets: tunnels, and sockets with a foreign address.
 #[must_use]
 pub fn of_the_agent(
     pod: &PodView,
@@ -93,7 +94,7 @@ pub fn of_the_agent(
     connected(sockets).filter(ours).copied().collect()
 }
 
-/// Every connection of a namespace that is going away.
+/// Selects every connection of a namespace.
 #[must_use]
 pub fn all(sockets: &[Socket]) -> Vec<Socket> {
     connected(sockets).copied().collect()
@@ -182,7 +183,7 @@ impl<'a> Scene<'a> {
     fn origin(&self, socket: &Socket) -> Origin {
         let host = || path::who(self.plan, &socket.remote.addr).id.is_host();
         let origin = Origin::of(self.pod);
-        if origin == Origin::Address && host() && !(self.ask.is_the_node_s)(socket) {
+        if origin == Origin::Address && host() && !(self.ask.is_node_peer)(socket) {
             Origin::Translated
         } else {
             origin

@@ -1,48 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What `control` says about itself and the pods of this node, for metrics, `status` and people.
+//! The status of the node and its pods, for metrics, `/status`, `/pods` and the MeshNode.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
-use mesh_plan::cluster::{Cluster, ObjectName, Rejection};
+use mesh_plan::cluster::{ObjectName, Rejection};
 
-/// The state of the node, as far as `control` knows.
+/// The result of the newest changes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Status {
-    /// How many plans were put in force by this process; 0 = none yet.
-    pub revision: u64,
-    /// How long the last one took.
+    /// Revision of the newest plan that was applied completely; 0 = none yet.
+    pub applied: u64,
+    /// Time that it took to apply.
     pub took: Duration,
-    /// Why the newest plan is not in force; the one before it is.
+    /// Error of the newest plan, if it could not be applied; the previous one stays in force.
     pub error: Option<String>,
-    /// The facts that are in force, by this process; empty at first.
-    pub facts: Arc<Cluster>,
-    /// What the compiler could not use.
+    /// Fields that the compiler rejected.
     pub rejections: Vec<Rejection>,
     /// The pods of this node, by UID.
     pub pods: BTreeMap<String, PodStatus>,
-    /// Rules, routes and sysctls of ours that somebody else removed, and that were repaired.
-    pub tampered: u64,
-    /// Open connections that were ended because policy or modes changed.
-    pub ended: u64,
+    /// Rules, routes and sysctls in pods that were removed by others and restored.
+    pub restored: u64,
+    /// Open connections that were closed because policy or modes changed.
+    pub closed: u64,
 }
 
-/// How a pod of this node is taken care of.
+/// The status of a pod of this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PodStatus {
     /// Namespace and name.
     pub name: ObjectName,
-    /// Its namespace was found, and the kernel programs know it.
-    pub adopted: bool,
-    /// It is to be enrolled.
+    /// The datapath has the pod.
+    pub managed: bool,
+    /// The pod is to be enrolled.
     pub wanted: bool,
-    /// It is enrolled.
+    /// The pod is enrolled.
     pub enrolled: bool,
-    /// Every packet of it passes the gate.
+    /// The tc gate checks every packet of the pod.
     pub gated: bool,
-    /// It is cut off, because what is asked for cannot be guaranteed.
-    pub cut_off: bool,
-    /// What is wrong, if anything.
+    /// The pod is isolated, because the requested protection cannot be guaranteed.
+    pub isolated: bool,
+    /// The problem of the pod, if it has one.
     pub trouble: Option<String>,
 }

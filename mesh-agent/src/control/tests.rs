@@ -11,10 +11,11 @@ use mesh_plan::plan::LocalPod;
 
 use super::fake::{Fake, State};
 use super::*;
-use crate::record::endings;
 use mesh_datapath::pods::find::ByAnnotation;
 use mesh_datapath::pods::lab::{Lab, V4, V6, lab};
+use mesh_identity::TrustDomain;
 use mesh_sys::lab::ip;
+use mesh_telemetry::record::close_reasons;
 
 const UID: &str = "uid-a";
 
@@ -40,35 +41,43 @@ fn plan(lab: &Lab, flags: u32, set: u64) -> Plan {
 fn settings() -> Settings {
     Settings {
         node: "n1".to_owned(),
-        trust_domain: TrustDomain::new("cluster.local").expect("valid"),
         silent: false,
-        ended: endings().0,
+        close_reporter: close_reasons().0,
         own_addresses: || Ok(BTreeSet::new()),
     }
 }
 
+fn trust_domain() -> TrustDomain {
+    TrustDomain::new("cluster.local").expect("valid")
+}
+
 struct Setup {
     control: Control<Fake, ByAnnotation>,
-    views: Views,
+    in_force: watch::Receiver<Arc<InForce>>,
     kernel: Rc<State>,
     fake: Fake,
 }
 
 fn setup(fake: &Fake) -> Setup {
-    let (outputs, views) = outputs();
+    let (publisher, in_force) = channel();
     let (changed, _) = mpsc::channel(4);
+    let pods = Pods::new(ByAnnotation, changed);
     Setup {
-        control: Control::new(settings(), fake.clone(), ByAnnotation, outputs, changed),
-        views,
+        control: Control::new(settings(), fake.clone(), pods, publisher),
+        in_force,
         kernel: Rc::clone(&fake.0),
         fake: fake.clone(),
     }
 }
 
 impl Setup {
-    fn pass(&mut self, plan: Plan) -> Result<bool, Error> {
-        self.control.desired = plan;
-        self.control.pass()
+    fn pass(&mut self, plan: Plan) -> Result<(), Error> {
+        self.control.desired.plan = plan;
+        self.control.reconcile()
+    }
+
+    fn in_force(&self) -> Arc<InForce> {
+        Arc::clone(&self.in_force.borrow())
     }
 
     fn log(&self) -> Vec<String> {
@@ -97,7 +106,7 @@ fn a_pod_is_enrolled_only_when_its_listeners_and_its_policy_are_in_place() {
     let lab = lab(&[V4, V6]);
     on_node(&lab, || {
         let mut setup = setup(&Fake::default());
-        assert!(setup.pass(plan(&lab, PodState::ENROLLED, 7)).unwrap());
+        setup.pass(plan(&lab, PodState::ENROLLED, 7)).unwrap();
         let log = setup.log();
         assert_eq!(log[0], format!("add {UID}"));
         assert!(
@@ -109,19 +118,17 @@ fn a_pod_is_enrolled_only_when_its_listeners_and_its_policy_are_in_place() {
         assert_eq!(log[7], "set 0 enrolled 7");
         assert_eq!(log.len(), 8, "{log:?}");
         assert!(setup.fake.view(UID).unwrap().has(PodState::GATED));
-        let table = setup.views.pods.borrow().clone();
-        assert!(table[UID].listeners.is_some());
-        assert!(table[UID].local.view.has(PodState::ENROLLED));
-        let wanted: Vec<String> = setup
-            .views
-            .wanted
-            .borrow()
-            .iter()
-            .map(ToString::to_string)
-            .collect();
-        assert_eq!(wanted, ["spiffe://cluster.local/ns/shop/sa/web"]);
-        // Again: nothing to do.
-        assert!(!setup.pass(plan(&lab, PodState::ENROLLED, 7)).unwrap());
+        let in_force = setup.in_force();
+        let (handle, local) = in_force.pod(UID).unwrap();
+        assert!(handle.listeners.is_some());
+        assert!(local.view.has(PodState::ENROLLED));
+        let identities = in_force.identities(&trust_domain());
+        let identities: Vec<String> = identities.iter().map(ToString::to_string).collect();
+        assert_eq!(identities, ["spiffe://cluster.local/ns/shop/sa/web"]);
+        assert_eq!(in_force.revision, 1);
+        // A repeated pass changes nothing.
+        setup.pass(plan(&lab, PodState::ENROLLED, 7)).unwrap();
+        assert!(Arc::ptr_eq(&setup.in_force(), &in_force));
         assert_eq!(setup.log(), Vec::<String>::new());
     });
 }
@@ -136,8 +143,8 @@ fn a_new_pod_with_policy_is_closed_until_its_policy_is_there() {
         let view = setup.fake.view(UID).unwrap();
         assert_eq!(view.set, PolicySetId::ISOLATED);
         setup.kernel.fails_after.set(None);
-        setup.control.base = None;
-        assert!(setup.pass(plan(&lab, PodState::ENROLLED, 7)).unwrap());
+        setup.control.kernel.plan = None;
+        setup.pass(plan(&lab, PodState::ENROLLED, 7)).unwrap();
         let view = setup.fake.view(UID).unwrap();
         assert_eq!(view.set, PolicySetId(7));
         assert!(view.has(PodState::ENROLLED));
@@ -150,20 +157,20 @@ fn a_plan_that_fails_in_the_middle_is_tried_as_a_whole_and_the_old_policy_stays(
     on_node(&lab, || {
         let mut setup = setup(&Fake::default());
         setup.pass(plan(&lab, PodState::ENROLLED, 7)).unwrap();
-        setup.control.desired = plan(&lab, PodState::ENROLLED, 8);
+        setup.control.desired.plan = plan(&lab, PodState::ENROLLED, 8);
         setup.kernel.fails_after.set(Some(1));
-        setup.control.dirty = true;
-        setup.control.pass_if_due();
+        setup.control.progress.is_dirty = true;
+        setup.control.reconcile_if_due();
         assert_eq!(setup.fake.view(UID).unwrap().set, PolicySetId(7));
-        assert!(setup.views.status.borrow().error.is_some());
+        assert!(setup.in_force().status.error.is_some());
         setup.kernel.fails_after.set(None);
         let due = Instant::now() + Duration::from_secs(5);
         while setup.fake.view(UID).unwrap().set != PolicySetId(8) {
             assert!(Instant::now() < due, "it is not tried again");
             std::thread::sleep(Duration::from_millis(10));
-            setup.control.pass_if_due();
+            setup.control.reconcile_if_due();
         }
-        assert_eq!(setup.views.status.borrow().error, None);
+        assert_eq!(setup.in_force().status.error, None);
     });
 }
 
@@ -192,7 +199,7 @@ fn a_restart_takes_pods_over_without_a_moment_outside_the_mesh() {
 }
 
 #[test]
-fn pods_of_an_earlier_agent_go_when_the_facts_do_not_have_them() {
+fn pods_of_an_earlier_agent_are_removed_unless_the_cluster_has_them() {
     let lab = lab(&[V4, V6]);
     let fake = Fake::default();
     on_node(&lab, || {
@@ -210,7 +217,7 @@ fn pods_of_an_earlier_agent_go_when_the_facts_do_not_have_them() {
             1,
             "it may be the pod that waits"
         );
-        assert!(second.control.waiting.contains_key(UID));
+        assert!(second.control.pods.waiting.contains_key(UID));
         let mut other = plan(&lab, PodState::ENROLLED, 7);
         other.pods.get_mut(UID).unwrap().netns_path = there;
         second.pass(Plan::default()).unwrap();
@@ -231,8 +238,9 @@ fn un_enrolment_switches_first_and_leaves_nothing() {
         setup.pass(plan(&lab, 0, 0)).unwrap();
         assert_eq!(setup.log(), ["set 0 plain 0"]);
         assert_eq!(rules(&lab), before);
-        assert!(setup.views.pods.borrow()[UID].listeners.is_none());
-        assert!(setup.views.wanted.borrow().is_empty());
+        let in_force = setup.in_force();
+        assert!(in_force.pods[UID].listeners.is_none());
+        assert!(in_force.identities(&trust_domain()).is_empty());
     });
 }
 
@@ -257,13 +265,10 @@ fn a_pod_with_the_tunnel_port_taken_is_not_half_captured() {
             assert_eq!(view.set, set);
             assert_eq!(rules(&lab), before);
             setup.control.publish_status();
-            let trouble = setup.views.status.borrow().pods[UID]
-                .trouble
-                .clone()
-                .unwrap();
+            let trouble = setup.in_force().status.pods[UID].trouble.clone().unwrap();
             assert!(trouble.contains("15008"), "{trouble}");
             assert_eq!(
-                setup.views.status.borrow().pods[UID].cut_off,
+                setup.in_force().status.pods[UID].isolated,
                 set == PolicySetId::ISOLATED
             );
             // The application lets go of it: enrolled without a change of facts.
@@ -272,8 +277,8 @@ fn a_pod_with_the_tunnel_port_taken_is_not_half_captured() {
             while !setup.fake.view(UID).unwrap().has(PodState::ENROLLED) {
                 assert!(Instant::now() < due, "it is not tried again");
                 std::thread::sleep(Duration::from_millis(20));
-                setup.control.look();
-                setup.control.pass_if_due();
+                setup.control.check();
+                setup.control.reconcile_if_due();
             }
             assert_eq!(setup.fake.view(UID).unwrap().set, PolicySetId(7));
         });
@@ -281,7 +286,7 @@ fn a_pod_with_the_tunnel_port_taken_is_not_half_captured() {
 }
 
 #[test]
-fn strict_without_a_gate_is_cut_off_and_named() {
+fn a_strict_pod_without_a_gate_is_isolated_and_reported() {
     let lab = lab(&[V4, V6]);
     on_node(&lab, || {
         let mut setup = setup(&Fake::default());
@@ -291,14 +296,14 @@ fn strict_without_a_gate_is_cut_off_and_named() {
             .unwrap();
         assert_eq!(setup.fake.view(UID).unwrap().set, PolicySetId::ISOLATED);
         setup.control.publish_status();
-        let status = setup.views.status.borrow().pods[UID].clone();
-        assert!(status.cut_off && !status.gated);
+        let status = setup.in_force().status.pods[UID].clone();
+        assert!(status.isolated && !status.gated);
         assert!(status.trouble.unwrap().contains("not protected"));
     });
 }
 
 #[test]
-fn a_flush_in_the_pod_is_repaired_and_counted() {
+fn removed_network_configuration_is_restored_and_counted() {
     let lab = lab(&[V4, V6]);
     on_node(&lab, || {
         let mut setup = setup(&Fake::default());
@@ -310,7 +315,7 @@ fn a_flush_in_the_pod_is_repaired_and_counted() {
         assert_ne!(rules(&lab), whole);
         setup.control.repair(UID);
         assert_eq!(rules(&lab).len(), whole.len());
-        assert_eq!(setup.views.status.borrow().tampered, 1);
+        assert_eq!(setup.in_force().status.restored, 1);
     });
 }
 
@@ -373,7 +378,7 @@ fn a_connection_older_than_the_enrolment_is_left_or_ended() {
                 .map(Vec::len)
                 .sum::<usize>();
             assert_eq!(old, usize::from(left));
-            assert_eq!(setup.control.ended, u64::from(!left));
+            assert_eq!(setup.control.progress.closed, u64::from(!left));
         });
     }
 }
@@ -415,28 +420,35 @@ fn a_peer_that_becomes_ready_later_makes_its_connections_old_and_policy_ends_the
     });
 }
 
-/// The whole room, over facts.
+/// `run`, over a snapshot.
 #[test]
-fn a_namespace_that_is_gone_is_let_go_within_a_second() {
+fn a_pod_is_detached_within_a_second_of_its_namespace_going() {
     let Lab { node, pod, local } = lab(&[V4, V6]);
-    let cluster = facts(&local);
+    let cluster = snapshot(&local);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .unwrap();
     let fake = Fake::default();
     let scenario = async {
-        let (outputs, mut views) = outputs();
-        let (_facts, receiver) = watch::channel(Arc::new(cluster));
+        let (publisher, mut in_force) = channel();
+        let (_snapshots, receiver) = watch::channel(Arc::new(cluster));
         let (_stop, stopped) = watch::channel(false);
         let kernel = fake.clone();
-        let run = run(settings(), kernel, ByAnnotation, receiver, outputs, stopped);
+        let run = run(
+            settings(),
+            kernel,
+            ByAnnotation,
+            receiver,
+            publisher,
+            stopped,
+        );
         let watcher = async {
             let limit = Duration::from_secs(10);
-            let adopted = views.pods.wait_for(|table| !table.is_empty());
-            tokio::time::timeout(limit, adopted)
+            let attached = in_force.wait_for(|now| !now.pods.is_empty());
+            tokio::time::timeout(limit, attached)
                 .await
-                .expect("it is adopted")
+                .expect("it is attached")
                 .unwrap();
             drop(pod);
             let gone = Instant::now();
@@ -449,7 +461,7 @@ fn a_namespace_that_is_gone_is_let_go_within_a_second() {
                 "{:?}",
                 gone.elapsed()
             );
-            let emptied = views.pods.wait_for(|table| table.is_empty());
+            let emptied = in_force.wait_for(|now| now.pods.is_empty());
             tokio::time::timeout(limit, emptied).await.unwrap().unwrap();
         };
         tokio::select! {
@@ -461,8 +473,8 @@ fn a_namespace_that_is_gone_is_let_go_within_a_second() {
     assert!(fake.0.pods.borrow().is_empty());
 }
 
-/// The facts of one enrolled pod.
-fn facts(local: &LocalPod) -> Cluster {
+/// The snapshot of a cluster with one enrolled pod.
+fn snapshot(local: &LocalPod) -> Cluster {
     let mut cluster = Cluster::default();
     let labels = [("mesh.rs/dataplane".to_owned(), "enabled".to_owned())];
     let namespace = mesh_plan::cluster::Namespace {

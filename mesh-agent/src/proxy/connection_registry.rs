@@ -14,7 +14,7 @@ use mesh_plan::Index;
 use mesh_tunnel::CloseReason;
 use tokio::sync::Notify;
 
-use crate::record::Close;
+use mesh_telemetry::record::Close;
 
 /// The input of the decision that allowed a connection.
 #[derive(Clone, Copy, Debug)]

@@ -14,6 +14,10 @@ use mesh_common::{
 use mesh_datapath::pods::PodHandle;
 use mesh_identity::{Proof, Refusal, SpiffeId};
 use mesh_plan::Index;
+use mesh_telemetry::metrics::Role;
+use mesh_telemetry::record::{
+    Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security,
+};
 use mesh_tunnel::frame::{Cause, CloseReason, Open, StreamId};
 use mesh_tunnel::relay::{Outcome, Relay, cause};
 use mesh_tunnel::tls::{self, HandshakeError, SecureConnection};
@@ -26,8 +30,7 @@ use super::outbound::{HandshakeFailure, reset, text};
 use super::pod_sockets::Connecting;
 use super::traffic::{Traffic, transport};
 use super::worker::{Job, PodResources, Worker};
-use crate::metrics::Role;
-use crate::record::{Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security};
+use crate::control::InForce;
 
 /// Serves a tunnel from its acceptance to its end.
 pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
@@ -52,7 +55,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
         // A connection that has sent nothing takes no place.
         socket.readable().await.map_err(HandshakeError::from)?;
         let admitted = resources.admission.accept(&unproven).await;
-        let proven = prove(worker, &pod, &resources, &socket).await;
+        let proven = prove(worker, &resources, &socket).await;
         drop(admitted);
         proven
     };
@@ -63,15 +66,13 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
         proven = proven => proven.unwrap_or(Err(HandshakeFailure::Refused(Refusal::Timeout))),
     };
     drop(unproven);
-    let result = proven
-        .as_ref()
-        .map(|_| ())
-        .map_err(HandshakeFailure::refusal);
+    let refused = |failure: &HandshakeFailure| failure.refusal().label();
+    let result = proven.as_ref().map(|_| ()).map_err(refused);
     worker.metrics().handshake(Role::Server, result);
     let (secured, proof) = match proven {
         Ok(proven) => proven,
         Err(failure) => {
-            tracing::debug!(%from, pod = %pod.local.name, %failure, "tunnel refused");
+            tracing::debug!(%from, uid = %resources.uid, %failure, "tunnel refused");
             return;
         }
     };
@@ -105,13 +106,11 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
 
 async fn prove(
     worker: &Worker,
-    pod: &PodHandle,
     resources: &PodResources,
     socket: &Socket,
 ) -> Result<(SecureConnection, Rc<Proof>), HandshakeFailure> {
-    let local = &pod.local;
     let own = worker
-        .identity(&local.name.namespace, &local.service_account)
+        .own_identity(&resources.uid)
         .ok_or(HandshakeFailure::Refused(Refusal::Failed))?;
     let config = worker.identities.server(&own)?;
     let verify =
@@ -198,12 +197,8 @@ impl Serving<'_> {
 
     /// Whether the tunnel's certificates are still valid.
     fn is_proven(&self) -> bool {
-        let Some(pod) = self.worker.pod(self.uid) else {
-            return false;
-        };
-        let local = &pod.local;
         self.worker
-            .identity(&local.name.namespace, &local.service_account)
+            .own_identity(self.uid)
             .is_some_and(|own| self.worker.identities.stands(&own, self.proof))
     }
 
@@ -239,14 +234,15 @@ impl Serving<'_> {
     /// Decides a request, and connects to the application.
     async fn admit(&self, pod: &PodHandle, open: &Open) -> Result<(Verdict, Socket), Refused> {
         let known = async {
-            let mut plan = self.worker.plan.clone();
+            let mut in_force = self.worker.in_force.clone();
             let until = Deadline::now() + self.worker.timing.unknown_peer;
             loop {
-                let now = Arc::clone(&plan.borrow_and_update());
-                match self.decide(&now, pod, open) {
+                let plan = Arc::clone(&in_force.borrow_and_update().plan);
+                let is_newer = |now: &Arc<InForce>| !Arc::ptr_eq(&now.plan, &plan);
+                match self.decide(&plan, open) {
                     // A pod of another node may become known here a moment later than there.
                     Err(Reason::UnknownPeer | Reason::IdentityRefused)
-                        if timeout_at(until, plan.changed())
+                        if timeout_at(until, in_force.wait_for(is_newer))
                             .await
                             .is_ok_and(|c| c.is_ok()) => {}
                     decided => break decided,
@@ -289,8 +285,8 @@ impl Serving<'_> {
     }
 
     /// Decides a request, or tells why it cannot be decided.
-    fn decide(&self, plan: &Index, pod: &PodHandle, open: &Open) -> Result<Allowed, Reason> {
-        let view = plan.pods.get(self.uid).unwrap_or(&pod.local).view;
+    fn decide(&self, plan: &Index, open: &Open) -> Result<Allowed, Reason> {
+        let view = plan.pods.get(self.uid).ok_or(Reason::PodDeleted)?.view;
         if open.source.addr != self.from {
             return Err(Reason::Spoofed);
         }

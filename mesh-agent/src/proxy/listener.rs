@@ -25,7 +25,7 @@ use tokio::task::{JoinHandle, spawn_local};
 use super::admission::Admission;
 use super::pod_sockets::KEEPALIVE;
 use super::worker::{Job, JobKind, PodResources, Slot, Worker};
-use crate::metrics::Role;
+use mesh_telemetry::metrics::Role;
 
 /// The pause after accept() failed for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -188,7 +188,7 @@ pub(crate) fn refuse(worker: &Worker, kind: JobKind, stream: &impl AsFd) {
         JobKind::Tunnel => {
             worker
                 .metrics()
-                .handshake(Role::Server, Err(Refusal::LimitReached));
+                .handshake(Role::Server, Err(Refusal::LimitReached.label()));
         }
     }
     let linger = Some(Duration::ZERO);

@@ -8,6 +8,10 @@ use std::time::Instant;
 use mesh_common::{Direction, Endpoint, Evidence, Reason, Verdict};
 use mesh_datapath::pods::PodHandle;
 use mesh_identity::SpiffeId;
+use mesh_telemetry::metrics::Role;
+use mesh_telemetry::record::{
+    Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security,
+};
 use mesh_tunnel::frame::{Cause, CloseReason, Open, StreamId};
 use mesh_tunnel::relay::{Outcome, Relay, ReplayBuffer};
 use mesh_tunnel::{Carrier as _, CarrierError as _, Socket, Tunnel, TunnelError};
@@ -19,8 +23,6 @@ use super::handshake_scheduler;
 use super::pool::Pooled;
 use super::traffic::{Traffic, transport};
 use super::worker::{Job, Load, PodResources, Slot, Worker};
-use crate::metrics::Role;
-use crate::record::{Close, ClosedBy, ConnectionOpen, ConnectionRecord, Reporter, Security};
 
 pub(crate) use self::dial::HandshakeFailure;
 

@@ -14,9 +14,8 @@ use std::time::{Duration, Instant};
 use mesh_common::policy::PolicySetId;
 use mesh_common::{Endpoint, IdentityId};
 use mesh_identity::{Epoch, Proof, SpiffeId};
+use mesh_telemetry::metrics::{Metrics, Role};
 use mesh_tunnel::{Carrier, CarrierError as _, Tunnel};
-
-use crate::metrics::{Metrics, Role};
 
 /// What two connections must share to use the same tunnel.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -9,7 +9,7 @@ use mesh_tunnel::{Socket, Tunnel};
 
 use super::cpu_affinity;
 use super::worker::Load;
-use crate::record::Bytes;
+use mesh_telemetry::record::Bytes;
 
 /// Counts a relay's bytes, as seen from the application that opened the connection.
 pub(crate) struct Traffic<'a> {

@@ -13,6 +13,8 @@ use mesh_common::{Addr, Endpoint, Port, Reason};
 use mesh_datapath::pods::{PodHandle, PodTable};
 use mesh_identity::{Epoch, Identities, SpiffeId};
 use mesh_plan::Index;
+use mesh_telemetry::metrics::{Metrics, Usage};
+use mesh_telemetry::record::Recorder;
 use mesh_tunnel::buffers::{BufferAccount, BufferPool, BufferUsage};
 use mesh_tunnel::{Carrier as _, Socket, Tunnel};
 use tokio::sync::{mpsc, watch};
@@ -27,8 +29,7 @@ use super::listener::{self, Listening};
 use super::pod_sockets::PodSockets;
 use super::pool::{Key, Pool};
 use super::{Phase, Timing};
-use crate::metrics::{Metrics, Usage};
-use crate::record::Recorder;
+use crate::control::InForce;
 
 /// The interval at which idle tunnels are swept.
 const SWEEP: Duration = Duration::from_secs(1);
@@ -165,10 +166,8 @@ pub(crate) struct Worker {
     pub(crate) number: usize,
     /// All workers.
     pub(crate) workers: WorkerPool,
-    /// The pods of this node.
-    pub(crate) pods: watch::Receiver<Arc<PodTable>>,
-    /// The plan in force.
-    pub(crate) plan: watch::Receiver<Arc<Index>>,
+    /// The policy in force and the pods of this node.
+    pub(crate) in_force: watch::Receiver<Arc<InForce>>,
     /// Certificates.
     pub(crate) identities: Identities,
     /// Records.
@@ -200,12 +199,12 @@ pub(crate) struct Worker {
 impl Worker {
     /// The plan in force.
     pub(crate) fn plan(&self) -> Arc<Index> {
-        Arc::clone(&self.plan.borrow())
+        Arc::clone(&self.in_force.borrow().plan)
     }
 
     /// A pod of this node.
     pub(crate) fn pod(&self, uid: &str) -> Option<Arc<PodHandle>> {
-        self.pods.borrow().get(uid).cloned()
+        self.in_force.borrow().pods.get(uid).cloned()
     }
 
     /// Metrics.
@@ -236,23 +235,33 @@ impl Worker {
     /// The counters of a pod's workload.
     pub(crate) fn usage(&self, pod: &PodHandle) -> Arc<Usage> {
         let plan = self.plan();
-        let view = &pod.local.view;
-        let workload = [view.v4, view.v6]
+        let Some(local) = plan.pods.get(&pod.uid) else {
+            // The pod is about to leave the table too.
+            return Arc::default();
+        };
+        let workload = [local.view.v4, local.view.v6]
             .iter()
             .find_map(|addr| plan.names.workloads.get(addr))
-            .map_or(pod.local.name.name.as_str(), |pod| &pod.workload.1);
-        self.metrics().usage(&pod.local.name.namespace, workload)
+            .map_or(local.name.name.as_str(), |pod| &pod.workload.1);
+        self.metrics().usage(&local.name.namespace, workload)
     }
 
     /// Buffers for a pod's connections.
     pub(crate) fn buffer_account(&self, resources: &PodResources) -> BufferAccount {
-        let usage: Arc<dyn BufferUsage> = Arc::<Usage>::clone(&resources.usage);
-        BufferAccount::new(Rc::clone(&self.buffers), usage)
+        let usage = WorkloadBuffers(Arc::clone(&resources.usage));
+        BufferAccount::new(Rc::clone(&self.buffers), Arc::new(usage))
     }
 
     /// The SPIFFE ID of a workload of the trust domain.
     pub(crate) fn identity(&self, namespace: &str, service_account: &str) -> Option<SpiffeId> {
         SpiffeId::new(self.identities.trust_domain(), namespace, service_account).ok()
+    }
+
+    /// The identity of a pod of this node.
+    pub(crate) fn own_identity(&self, uid: &str) -> Option<SpiffeId> {
+        let plan = self.plan();
+        let local = plan.pods.get(uid)?;
+        self.identity(&local.name.namespace, &local.service_account)
     }
 
     /// Spawns the task that carries a connection.
@@ -302,13 +311,13 @@ impl Worker {
         mut jobs: mpsc::Receiver<PassedJob>,
         mut phase: watch::Receiver<Phase>,
     ) {
-        let mut pods = self.pods.clone();
-        let mut plan = self.plan.clone();
+        let mut in_force = self.in_force.clone();
+        let (mut plan, mut pods) = (self.plan(), Arc::default());
         let mut certificates = self.identities.subscribe();
         let mut listening = Listening::default();
         let mut sweep = tokio::time::interval(SWEEP);
         sweep.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        pods.mark_changed();
+        in_force.mark_changed();
         let worker = Rc::clone(&self);
         let handshakes = spawn_local(async move { worker.handshakes.run().await });
         let worker = Rc::clone(&self);
@@ -316,14 +325,17 @@ impl Worker {
         loop {
             tokio::select! {
                 Some(passed) = jobs.recv() => self.adopt(passed),
-                Ok(()) = pods.changed() => {
-                    let table = Arc::clone(&pods.borrow_and_update());
-                    self.pods_changed(&table, &mut listening);
-                }
-                Ok(()) = plan.changed() => {
-                    let now = Arc::clone(&plan.borrow_and_update());
-                    self.connections.decide_again(&now);
-                    self.sweep();
+                Ok(()) = in_force.changed() => {
+                    let now = Arc::clone(&in_force.borrow_and_update());
+                    if !Arc::ptr_eq(&now.pods, &pods) {
+                        pods = Arc::clone(&now.pods);
+                        self.pods_changed(&pods, &mut listening);
+                    }
+                    if !Arc::ptr_eq(&now.plan, &plan) {
+                        plan = Arc::clone(&now.plan);
+                        self.connections.decide_again(&plan);
+                        self.sweep();
+                    }
                 }
                 Ok(()) = certificates.changed() => {
                     certificates.mark_unchanged();
@@ -356,7 +368,7 @@ impl Worker {
 
     /// Closes idle tunnels that must not be used again.
     fn sweep(&self) {
-        let table = Arc::clone(&self.pods.borrow());
+        let table = Arc::clone(&self.in_force.borrow().pods);
         let plan = self.plan();
         let keep = |key: &Key, epoch: Epoch| {
             table.contains_key(&*key.uid)
@@ -407,17 +419,21 @@ impl Worker {
     }
 }
 
-impl BufferUsage for Usage {
+/// Counts the buffers of a pod's connections for its workload.
+#[derive(Debug)]
+struct WorkloadBuffers(Arc<Usage>);
+
+impl BufferUsage for WorkloadBuffers {
     fn lent(&self, bytes: usize) {
-        Self::lent(self, bytes);
+        self.0.lent(bytes);
     }
 
     fn returned(&self, bytes: usize) {
-        self.gave_back(bytes);
+        self.0.gave_back(bytes);
     }
 
     fn bytes(&self) -> u64 {
-        self.buffers()
+        self.0.buffers()
     }
 }
 

@@ -2,7 +2,7 @@
 //! Keeps where a program was built out of it: panics name the file they are in, by its path.
 //!
 //! The kernel programs inside the agent are built by another cargo, which leaves paths out by
-//! itself (mesh-agent/build.rs).
+//! itself (crates/mesh-datapath/build.rs).
 
 use std::{
     env,

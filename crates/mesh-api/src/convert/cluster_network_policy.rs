@@ -129,11 +129,11 @@ fn applies_to(read: &ClusterSubject, issues: &mut Issues) -> Option<PolicySubjec
     let ClusterSubject { namespaces, pods } = read;
     match (namespaces, pods) {
         (Some(namespaces), None) => Some(PolicySubject::Namespaces {
-            namespaces: selector("spec.object.namespaces", namespaces, issues),
+            namespaces: selector("spec.subject.namespaces", namespaces, issues),
             pods: Selector::default(),
         }),
         (None, Some(read)) => {
-            let (namespaces, pods) = namespaced("spec.object.pods", read, issues);
+            let (namespaces, pods) = namespaced("spec.subject.pods", read, issues);
             Some(PolicySubject::Namespaces { namespaces, pods })
         }
         _ => {

@@ -374,3 +374,33 @@ fn values_that_the_policy_api_refuses_are_rejected_by_field() {
         );
     }
 }
+
+#[test]
+fn invalid_selector_of_a_subject_is_rejected_by_field() {
+    for (subject, field) in [
+        (
+            "{namespaces: {matchLabels: {'a b': c}}}",
+            "spec.subject.namespaces.matchLabels.a b",
+        ),
+        (
+            "{pods: {namespaceSelector: {matchLabels: {'a b': c}}, podSelector: {}}}",
+            "spec.subject.pods.namespaceSelector.matchLabels.a b",
+        ),
+        (
+            "{pods: {podSelector: {matchLabels: {'a b': c}}}}",
+            "spec.subject.pods.podSelector.matchLabels.a b",
+        ),
+    ] {
+        let text = object(
+            "policy.networking.k8s.io/v1alpha2",
+            "ClusterNetworkPolicy",
+            &format!("{{tier: Admin, priority: 1, subject: {subject}}}"),
+        );
+        let fields: Vec<_> = standalone(&text)
+            .rejections
+            .into_iter()
+            .map(|rejection| rejection.field)
+            .collect();
+        assert_eq!(fields, [field], "{subject}");
+    }
+}

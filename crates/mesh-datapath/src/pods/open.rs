@@ -5,7 +5,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use mesh_common::pod::PodState;
+use mesh_common::pod::{PodState, PodView};
 use mesh_common::settings::{MARK_CAPTURE, MARK_INBOUND, MARK_MASK};
 use mesh_common::{Direction, Endpoint, Protocol};
 
@@ -27,7 +27,7 @@ pub struct Open {
     pub tunnelled: bool,
 }
 
-/// What is open now; `decided` as for [`SockDiag::all`]; `is_tunnel` tells the agent's own sockets
+/// Lists the open connections of a pod whose view in the plan is `view`; `decided` as for [`SockDiag::all`]; `is_tunnel` tells the agent's own sockets
 /// that have an application's port. Enters the pod's namespace: not for a thread that serves
 /// connections.
 ///
@@ -35,15 +35,15 @@ pub struct Open {
 /// The namespace cannot be entered, or the kernel does not tell.
 pub fn open(
     pod: &PodHandle,
+    view: &PodView,
     decided: Option<BorrowedFd<'_>>,
     is_tunnel: impl Fn(&Socket) -> bool,
 ) -> io::Result<Vec<Open>> {
     let sockets = pod.netns.run(|| SockDiag::open()?.all(decided))??;
-    Ok(of(pod, &sockets, is_tunnel))
+    Ok(of(view, &sockets, is_tunnel))
 }
 
-fn of(pod: &PodHandle, sockets: &[Socket], is_tunnel: impl Fn(&Socket) -> bool) -> Vec<Open> {
-    let view = &pod.local.view;
+fn of(view: &PodView, sockets: &[Socket], is_tunnel: impl Fn(&Socket) -> bool) -> Vec<Open> {
     let overview = Overview::of(sockets);
     let enrolled = view.has(PodState::ENROLLED);
     let of_tunnel = |s: &Socket| enrolled && (s.has_tunnel_port() || is_tunnel(s));

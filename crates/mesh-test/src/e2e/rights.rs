@@ -145,7 +145,7 @@ fn others_have_a_status(on: &Installed) -> Result<()> {
 fn the_root_is_replaced(on: &Installed) -> Result<()> {
     let kube = on.cluster().kube();
     let exec = ["exec", "-n", SYSTEM, "deploy/mesh-controller", "--"];
-    let rotate = ["/mesh-agent", "rotate-root"];
+    let rotate = ["/mesh-controller", "rotate-root"];
     kube.kubectl(exec.into_iter().chain(rotate))?;
     let both = |map: &Value| {
         let mut texts = map["data"].as_object().into_iter().flatten();

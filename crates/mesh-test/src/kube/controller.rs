@@ -68,8 +68,8 @@ impl Kube {
             ];
             Ok([held[0].local_addr()?, held[1].local_addr()?])
         })?;
-        let command = Cmd::new(programs::agent()?)
-            .args(["controller", "--replica", replica, "--log-level", "debug"])
+        let command = Cmd::new(programs::controller()?)
+            .args(["run", "--replica", replica, "--log-level", "debug"])
             .args(["--kubeconfig".as_ref(), config.as_os_str()])
             .args(["--listen", &listen.to_string()])
             .args(["--metrics", &metrics.to_string()])

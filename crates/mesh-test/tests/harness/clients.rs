@@ -393,5 +393,5 @@ fn process_capabilities_are_as_requested() {
     let late = a
         .run(Cmd::line("sleep 100"), Duration::from_millis(50))
         .expect_err("deadline");
-    assert!(late.to_string().contains("has not ended"), "{late}");
+    assert!(late.to_string().contains("has not exited"), "{late}");
 }

@@ -283,7 +283,7 @@ fn rotated_without_a_loss(kube: &Kube, controller: &Controller, talk: &dyn Fn() 
             .metric(kube, "mesh_ca_roots", &[])
             .expect("metric")
     };
-    let rotate = Cmd::new(mesh_test::programs::agent().expect("agent"))
+    let rotate = Cmd::new(mesh_test::programs::controller().expect("controller"))
         .args(["rotate-root", "--replica", "cli", "--kubeconfig"])
         .args([kube.kubeconfig()]);
     let said = kube

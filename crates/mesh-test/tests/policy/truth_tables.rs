@@ -65,7 +65,7 @@ fn cluster_network_policy_between_unenrolled_pods() {
 
 #[test]
 fn mesh_authentication_over_mutual_tls() {
-    holds("mesh_authentication_over_mutual_tls", true, 0);
+    holds("mesh_authentication", true, 0);
 }
 
 /// Two clauses of each protocol, small enough to be run twice.

@@ -6,20 +6,21 @@ use mesh_api::convert::Warning;
 use mesh_plan::cluster::{Namespace, ObjectName, Version};
 
 use super::*;
+use crate::control::Status;
 
-fn status(pods: &[(&str, bool, bool)], ready: &[&str]) -> Status {
-    let mut facts = Cluster::default();
+fn node(pods: &[(&str, bool, bool)], ready: &[&str]) -> InForce {
+    let mut snapshot = Cluster::default();
     let label = ("mesh.rs/dataplane".to_owned(), "enabled".to_owned());
     let namespace = Namespace {
         uid: "uid-shop".to_owned(),
         labels: [label].into(),
     };
-    facts.namespaces.insert("shop".to_owned(), namespace);
-    facts.ready = Some(ready.iter().map(|uid| (*uid).into()).collect());
+    snapshot.namespaces.insert("shop".to_owned(), namespace);
+    snapshot.ready = Some(ready.iter().map(|uid| (*uid).into()).collect());
     let pods = pods.iter().map(|(uid, enrolled, gated)| {
         let pod = PodStatus {
             name: ObjectName::new("shop", *uid),
-            adopted: *gated,
+            managed: *gated,
             wanted: true,
             enrolled: *enrolled,
             gated: *gated,
@@ -27,44 +28,48 @@ fn status(pods: &[(&str, bool, bool)], ready: &[&str]) -> Status {
         };
         ((*uid).to_owned(), pod)
     });
-    Status {
-        revision: 1,
+    let status = Status {
+        applied: 1,
         pods: pods.collect(),
-        facts: Arc::new(facts),
         ..Status::default()
+    };
+    InForce {
+        status: Arc::new(status),
+        snapshot: Arc::new(snapshot),
+        ..InForce::default()
     }
 }
 
-fn enrolled(reporter: &mut Reporter, status: &Status) -> (Vec<String>, Vec<String>) {
-    let (report, _) = reporter.report(status, &Report::default(), SystemTime::UNIX_EPOCH);
+fn enrolled(reporter: &mut Reporter, node: &InForce) -> (Vec<String>, Vec<String>) {
+    let (report, _) = reporter.report(node, &Report::default(), SystemTime::UNIX_EPOCH);
     (report.enrolled_namespaces, report.enrolled_pods)
 }
 
 #[test]
 fn a_namespace_is_reported_when_all_its_pods_accept_and_stays_so() {
     let mut reporter = Reporter::default();
-    let half = status(&[("a", true, true), ("b", false, true)], &[]);
+    let half = node(&[("a", true, true), ("b", false, true)], &[]);
     assert_eq!(
         enrolled(&mut reporter, &half),
         (vec![], vec!["a".to_owned()])
     );
-    let full = status(&[("a", true, true), ("b", true, true)], &[]);
+    let full = node(&[("a", true, true), ("b", true, true)], &[]);
     let all = (vec!["uid-shop".to_owned()], vec![]);
     assert_eq!(enrolled(&mut reporter, &full), all);
     // A pod that starts is no reason to take it back.
     assert_eq!(enrolled(&mut reporter, &half), all);
     let mut gone = half.clone();
-    Arc::make_mut(&mut gone.facts).namespaces.clear();
+    Arc::make_mut(&mut gone.snapshot).namespaces.clear();
     assert_eq!(enrolled(&mut reporter, &gone), (vec![], vec![]));
 }
 
 #[test]
 fn an_agent_that_starts_again_takes_nothing_back() {
-    let known = status(&[("a", true, true), ("b", false, true)], &["a", "b"]);
+    let known = node(&[("a", true, true), ("b", false, true)], &["a", "b"]);
     let all = (vec!["uid-shop".to_owned()], vec![]);
     assert_eq!(enrolled(&mut Reporter::default(), &known), all);
     // Nobody was told of b.
-    let some = status(&[("a", false, true), ("b", false, true)], &["a"]);
+    let some = node(&[("a", false, true), ("b", false, true)], &["a"]);
     assert_eq!(
         enrolled(&mut Reporter::default(), &some),
         (vec![], vec!["a".to_owned()])
@@ -74,7 +79,7 @@ fn an_agent_that_starts_again_takes_nothing_back() {
 #[test]
 fn only_what_lasts_is_reported_as_unprotected() {
     let mut reporter = Reporter::default();
-    let bad = status(&[("a", true, true), ("b", false, false)], &[]);
+    let bad = node(&[("a", true, true), ("b", false, false)], &[]);
     let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
     let (report, soon) = reporter.report(&bad, &Report::default(), at(10));
     assert!(report.unprotected.is_empty() && soon);
@@ -87,14 +92,14 @@ fn only_what_lasts_is_reported_as_unprotected() {
 
 #[test]
 fn objects_are_reported_with_their_versions() {
-    let mut now = status(&[], &[]);
+    let mut now = node(&[], &[]);
     let object = ObjectRef::new("MeshPolicy", "shop", "web");
     let version = Version {
         uid: "u".to_owned(),
         generation: 3,
         newest: 4,
     };
-    Arc::make_mut(&mut now.facts)
+    Arc::make_mut(&mut now.snapshot)
         .versions
         .insert(object.clone(), version.clone());
     let source = Report {
@@ -121,15 +126,15 @@ fn objects_are_reported_with_their_versions() {
 
 #[test]
 fn what_is_not_supported_is_named_with_the_version_that_says_it() {
-    let mut status = status(&[], &[]);
+    let mut status = node(&[], &[]);
     let object = ObjectRef::new("ClusterNetworkPolicy", "", "names");
     let version = Version {
         uid: "uid-names".to_owned(),
         generation: 3,
         newest: 3,
     };
-    let facts = Arc::make_mut(&mut status.facts);
-    facts.versions.insert(object.clone(), version);
+    let snapshot = Arc::make_mut(&mut status.snapshot);
+    snapshot.versions.insert(object.clone(), version);
     let warning = |n: usize| Warning {
         object: object.clone(),
         field: format!("spec.egress[{n}].to[0].domainNames"),

@@ -72,7 +72,7 @@ fn first(plan: &Index, pod: &PodView, sockets: &[Socket]) -> Becomes {
 /// The kernel knows nothing of any socket.
 const NOTHING: Ask<'_> = Ask {
     is_tunnel: &|_| false,
-    is_the_node_s: &|_| false,
+    is_node_peer: &|_| false,
 };
 
 fn becomes(judgement: &Judgement, sockets: &[Socket]) -> Becomes {
@@ -302,7 +302,7 @@ fn what_the_hooks_know_of_a_direction_counts_more_than_who_listens() {
 }
 
 #[test]
-fn a_node_s_address_is_the_node_s_only_on_its_own_sockets() {
+fn a_node_s_address_is_node_peer_only_on_its_own_sockets() {
     let mut plan = bare(Peer::POD);
     let node = Peer {
         id: IdentityId::HOST,
@@ -318,7 +318,7 @@ fn a_node_s_address_is_the_node_s_only_on_its_own_sockets() {
         (false, true, Ended),
     ] {
         let ask = Ask {
-            is_the_node_s: &|socket| own && *socket == arrived,
+            is_node_peer: &|socket| own && *socket == arrived,
             ..NOTHING
         };
         let strict = pod(STRICT | if gated { PodState::GATED } else { 0 }, 0);

@@ -16,7 +16,7 @@ use mesh_tunnel::{Socket, Tunnel};
 use tokio::time::{Instant as Deadline, sleep, timeout_at};
 
 use super::target::Target;
-use crate::metrics::Role;
+use mesh_telemetry::metrics::Role;
 use crate::proxy::Timing;
 use crate::proxy::handshake_scheduler::PodHandshakes;
 use crate::proxy::pod_sockets::PeerAddress;
@@ -124,7 +124,8 @@ impl Dialer<'_> {
             Ok(made) => made,
             Err(_elapsed) => Err(HandshakeFailure::Refused(Refusal::Timeout)),
         };
-        let result = made.as_ref().map(|_| ()).map_err(HandshakeFailure::refusal);
+        let refused = |failure: &HandshakeFailure| failure.refusal().label();
+        let result = made.as_ref().map(|_| ()).map_err(refused);
         self.worker.metrics().handshake(Role::Client, result);
         made.map_err(|failure| {
             let expected = &self.target.key.expected;

@@ -41,7 +41,9 @@ pub(super) fn decide(
     request: Open,
 ) -> Result<Target, Verdict> {
     let refused = Err(Verdict::refuse(Reason::NotTunnelled));
-    let local = plan.pods.get(&pod.uid).unwrap_or(&pod.local);
+    let Some(local) = plan.pods.get(&pod.uid) else {
+        return Err(Verdict::refuse(Reason::PodDeleted));
+    };
     let mut view = local.view;
     if pod.listeners.is_some() {
         // Captured right before the pod left the mesh: relayed all the same.

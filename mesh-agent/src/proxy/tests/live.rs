@@ -73,8 +73,9 @@ async fn deleted_pod_ends_its_connections() {
         client.write_all(b"x").await.unwrap();
         server.read_u8().await.unwrap();
         let node = if near { &rig.near } else { &rig.far };
-        let pod = Arc::downgrade(node.pods.borrow().values().next().unwrap());
-        node.pods.send_replace(Arc::default());
+        let pod = Arc::downgrade(node.in_force.borrow().pods.values().next().unwrap());
+        node.in_force
+            .send_modify(|now| Arc::make_mut(now).pods = Arc::default());
         assert!(is_reset(&mut client).await);
         assert!(is_reset(&mut server).await);
         assert_eq!(closes(&rig).await, ["pod_deleted", "pod_deleted"]);

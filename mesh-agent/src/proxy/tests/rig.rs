@@ -10,14 +10,15 @@ use std::time::{Duration, Instant, SystemTime};
 
 use mesh_common::pod::{PodIndex, PodView};
 use mesh_common::{Addr, Endpoint, IdentityId, Peer, PodState, Port};
-use mesh_config::FlowLog;
-use mesh_datapath::pods::{Listeners, PodHandle};
+use mesh_datapath::pods::{Listeners, PodHandle, PodTable};
 pub(super) use mesh_identity::Config as IdentityConfig;
 use mesh_identity::{Ca, Clock, SpiffeId, TrustDomain};
 use mesh_plan::cluster::{ObjectName, Pod};
 use mesh_plan::plan::LocalPod;
 use mesh_plan::{Index, Plan};
 use mesh_sys::netns::NetNs;
+use mesh_telemetry::flows::{Flows, Target};
+use mesh_telemetry::metrics::Metrics;
 use mesh_tunnel::Socket;
 use serde_json::Value;
 use socket2::{Domain, Socket as RawSocket, Type};
@@ -27,8 +28,6 @@ use tokio::sync::watch;
 
 use super::super::pod_sockets::{Addresses, Connecting, PeerAddress, PodSockets};
 use super::super::*;
-use crate::flows::Flows;
-use crate::metrics::Metrics;
 
 pub(super) const CLIENT: &str = "10.244.0.2";
 pub(super) const SERVER: &str = "10.244.1.3";
@@ -151,8 +150,7 @@ pub(super) fn addr(text: &str) -> Addr {
 /// One node.
 pub(super) struct Node {
     pub(super) proxy: ProxyHandle,
-    pub(super) plan: watch::Sender<Arc<Index>>,
-    pub(super) pods: watch::Sender<Arc<PodTable>>,
+    pub(super) in_force: watch::Sender<Arc<InForce>>,
     pub(super) metrics: Metrics,
     flows: Flows,
 }
@@ -160,7 +158,9 @@ pub(super) struct Node {
 impl Node {
     /// A number on the page of metrics; 0 if it is not there.
     pub(super) fn metric(&self, series: &str) -> u64 {
-        let page = self.metrics.page(crate::metrics::Form::Prometheus);
+        let page = self
+            .metrics
+            .page(mesh_telemetry::metrics::Format::Prometheus);
         let line = page.lines().find_map(|line| line.strip_prefix(series));
         line.map_or(0, |number| number.trim().parse().unwrap())
     }
@@ -179,10 +179,12 @@ impl Node {
     }
 
     pub(super) fn change(&self, change: impl FnOnce(&mut Plan)) {
-        self.plan.send_modify(|index| {
-            let mut plan = index.plan().clone();
+        self.in_force.send_modify(|now| {
+            let mut plan = now.plan.plan().clone();
             change(&mut plan);
-            *index = Arc::new(Index::new(plan));
+            let now = Arc::make_mut(now);
+            now.plan = Arc::new(Index::new(plan));
+            now.revision += 1;
         });
     }
 
@@ -277,10 +279,9 @@ fn local_pod(name: &str, ip: &str, id: IdentityId) -> LocalPod {
 }
 
 fn table(plan: &Plan, listeners: Listeners) -> Arc<PodTable> {
-    let (uid, local) = plan.pods.iter().next().unwrap();
+    let uid = plan.pods.keys().next().unwrap();
     let handle = PodHandle {
         uid: uid.clone(),
-        local: local.clone(),
         index: PodIndex(0),
         netns: Arc::new(NetNs::own().unwrap()),
         netns_cookie: 0,
@@ -419,20 +420,25 @@ fn node(
     tunnel_port: Port,
 ) -> Node {
     let metrics = Metrics::new();
-    let flows = Flows::start(&FlowLog::Off, &metrics).unwrap();
-    let (plan_sender, plan_receiver) = watch::channel(Arc::new(Index::new(plan(name))));
-    let pods = table(&plan_receiver.borrow(), listeners);
-    let (pods_sender, pods) = watch::channel(pods);
+    let flows = Flows::start(&Target::Off, &metrics).unwrap();
+    let plan = Index::new(plan(name));
+    let first = InForce {
+        revision: 1,
+        pods: table(&plan, listeners),
+        plan: Arc::new(plan),
+        ..InForce::default()
+    };
+    let (sender, in_force) = watch::channel(Arc::new(first));
+    let policy = in_force.clone();
     let recorder = Recorder::new(
         name,
-        plan_receiver.clone(),
+        move || policy.borrow().policy(),
         metrics.clone(),
         flows.sink(),
         now,
     );
     let dependencies = Dependencies {
-        pods,
-        plan: plan_receiver,
+        in_force,
         identities: identities.clone(),
         recorder,
     };
@@ -446,8 +452,7 @@ fn node(
     let proxy = start_with(config, dependencies, move || Box::new(net.clone())).unwrap();
     Node {
         proxy,
-        plan: plan_sender,
-        pods: pods_sender,
+        in_force: sender,
         metrics,
         flows,
     }

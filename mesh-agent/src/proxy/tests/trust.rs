@@ -254,7 +254,9 @@ async fn root_rotation_under_load_fails_no_connection() {
     kept.1.write_all(b"y").await.unwrap();
     assert_eq!(kept.0.read_u8().await.unwrap(), b'y');
     for node in [&rig.near, &rig.far] {
-        let page = node.metrics.page(crate::metrics::Form::Prometheus);
+        let page = node
+            .metrics
+            .page(mesh_telemetry::metrics::Format::Prometheus);
         let failed = page.lines().filter(|line| {
             line.starts_with("mesh_tcp_connections_failed_total")
                 || (line.starts_with("mesh_tls_handshakes_total") && !line.contains("\"ok\""))
