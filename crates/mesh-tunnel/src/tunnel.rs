@@ -193,7 +193,7 @@ impl Tunnel {
     ///
     /// # Errors
     /// The tunnel can no longer be used.
-    pub fn next(&mut self) -> Result<Received, TunnelError> {
+    pub fn received(&mut self) -> Result<Received, TunnelError> {
         loop {
             let found = self.inbox.next(&mut self.keys, self.stream, self.refused)?;
             if found.rekey {
@@ -212,7 +212,7 @@ impl Tunnel {
         }
     }
 
-    /// Receives more. Call it only after [`Tunnel::next`] has returned [`Received::Nothing`].
+    /// Receives more. Call it only after [`Tunnel::received`] has returned [`Received::Nothing`].
     ///
     /// # Errors
     /// The tunnel can no longer be used.
@@ -229,7 +229,7 @@ impl Tunnel {
             loop {
                 // Pending is polled again together with the other direction.
                 let _sent: Poll<()> = self.poll_flush(cx)?;
-                match self.next()? {
+                match self.received()? {
                     Received::Control(stream, control) => {
                         return Poll::Ready(Ok((stream, control)));
                     }
@@ -249,7 +249,7 @@ impl Tunnel {
     pub fn is_quiet(&mut self) -> Result<bool, TunnelError> {
         let mut cx = Context::from_waker(std::task::Waker::noop());
         loop {
-            match self.next()? {
+            match self.received()? {
                 Received::Nothing => {}
                 Received::Control(..) | Received::Data => {
                     return Err(TunnelError::Unexpected("a frame between streams"));
@@ -423,7 +423,7 @@ impl Stream for TunnelStream<'_> {
     }
 
     fn next(&mut self) -> Result<Arrival, TunnelError> {
-        let control = match self.tunnel.next()? {
+        let control = match self.tunnel.received()? {
             Received::Control(stream, control) if stream == self.number => control,
             Received::Control(..) => {
                 return Err(TunnelError::Unexpected("a frame of another stream"));

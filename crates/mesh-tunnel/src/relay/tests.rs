@@ -385,7 +385,7 @@ async fn hear(far: &mut Tunnel, app: &Socket, done: impl Fn(usize) -> bool) -> u
     let number = far.streams();
     std::future::poll_fn(|cx| {
         while !done(heard) {
-            match far.next().unwrap() {
+            match far.received().unwrap() {
                 Received::Nothing => std::task::ready!(far.poll_fill(cx)).unwrap(),
                 Received::Data => {
                     let mut stream = far.stream(number);

@@ -136,7 +136,7 @@ fn connections_that_the_pod_opened() {
         ("to a stranger", direct, MEMBER, 0, Peer::POD, Kept),
         ("captured", captured, STRICT, 0, READY, Kept),
         ("captured, denied now", captured, MEMBER, 9, READY, Kept),
-        ("denied now, not carried", captured, 0, 9, READY, Ended),
+        ("captured, not carried", captured, 0, 9, READY, Ended),
         ("outside, denied now", direct, 0, 9, Peer::POD, Ended),
         ("connecting, denied", connecting, 0, 9, Peer::POD, Ended),
         ("connecting, silent", connecting, SILENT, 9, Peer::POD, Kept),
