@@ -365,7 +365,7 @@ impl<'a> Row<'a> {
 }
 
 fn committed() -> Vec<(String, Table)> {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/mesh-test/truth");
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../mesh-test/truth");
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).expect("the tables") {
         let path = entry.expect("a table").path();
