@@ -3,6 +3,8 @@
 //!
 //! xtask calls cargo and the tools of the machine, and prints the duration of each part. It depends on
 //! no crate that needs the kernel programs, so that it builds before the machine is set up.
+
+#![forbid(unsafe_code)]
 #![expect(
     clippy::print_stdout,
     clippy::print_stderr,

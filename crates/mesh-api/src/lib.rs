@@ -6,6 +6,8 @@
 //! object and field, and [`truth`] reads tables of expected connections. This crate does no I/O, keeps
 //! no state and has no Kubernetes client.
 
+#![forbid(unsafe_code)]
+
 pub mod convert;
 pub mod crd;
 #[cfg(any(test, fuzzing))]

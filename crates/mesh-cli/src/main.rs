@@ -3,6 +3,8 @@
 //!
 //! Exit codes: 0 success; 1 a check failed or a problem was found; 2 invalid usage or input.
 
+#![forbid(unsafe_code)]
+
 mod agent;
 mod args;
 mod input;

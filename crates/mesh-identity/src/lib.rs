@@ -10,6 +10,8 @@
 //! Private keys stay inside this room and in memory; nothing of them is ever logged. The room
 //! opens no connection between workloads and knows no addresses: it says who may be believed.
 
+#![forbid(unsafe_code)]
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::PathBuf,

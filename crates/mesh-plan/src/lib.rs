@@ -6,6 +6,8 @@
 //! turns two plans into ordered operations on maps; an [`Index`] decides connections by a plan. All
 //! are pure: equal snapshots give equal plans in any order and on any node.
 
+#![forbid(unsafe_code)]
+
 pub mod authentication;
 pub mod cluster;
 pub mod compile;

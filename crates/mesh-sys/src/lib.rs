@@ -21,4 +21,5 @@ pub mod signals;
 pub mod sock_diag;
 pub mod socket;
 pub mod sysctls;
+pub mod testbed;
 pub mod thread;

@@ -16,8 +16,8 @@ use anyhow::{Context, Result, ensure};
 use crate::agent::http_get;
 use crate::pod::Pod;
 use crate::process::{Cmd, Host, Proc, tail};
-use crate::sys::Rights;
 use crate::wait::eventually;
+use mesh_sys::testbed::Rights;
 
 const START: Duration = Duration::from_secs(20);
 
@@ -289,7 +289,7 @@ fn postgres_template(pod: &Pod, binaries: &Path, user: Rights) -> Result<PathBuf
     let (uid, gid) = match user {
         Rights::User(uid, gid) => (uid, gid),
         Rights::Root | Rights::Nobody | Rights::NetRawOnly => {
-            (crate::sys::NOBODY, crate::sys::NOBODY)
+            (mesh_sys::testbed::NOBODY, mesh_sys::testbed::NOBODY)
         }
     };
     chown(&draft, Some(uid), Some(gid))?;

@@ -21,8 +21,8 @@ use anyhow::{Context, Result, ensure};
 use memchr::memmem::Finder;
 
 use crate::process::Host;
-use crate::sys;
-use crate::sys::packet::{PacketSocket, ifindex};
+use mesh_sys::testbed;
+use mesh_sys::testbed::packet::{PacketSocket, ifindex};
 
 use frame::{Packet, Transport};
 
@@ -105,7 +105,7 @@ impl Capture {
 
 fn open(scope: &Scope) -> Result<(PacketSocket, Option<i32>)> {
     let socket = PacketSocket::new().context("cannot open a packet socket")?;
-    sys::set_option(
+    testbed::set_option(
         &socket,
         libc::SOL_SOCKET,
         libc::SO_RCVBUFFORCE,
@@ -137,7 +137,7 @@ fn run(
     let mut command = [0];
     loop {
         let fds = [socket.as_fd(), orders.as_fd()];
-        let ready = sys::poll_any(&fds, Duration::from_secs(3600))?;
+        let ready = testbed::poll_any(&fds, Duration::from_secs(3600))?;
         // Commands first look, then drain: every frame before the command is then included.
         let order = if ready[1] {
             Some(orders.read(&mut command)?)

@@ -23,7 +23,8 @@ use crate::lab::{Cleaner, Lab};
 use crate::names::LabId;
 use crate::netns::Netns;
 use crate::process::{Host, Output};
-use crate::{cgroup, sweep, sys, topology};
+use crate::{cgroup, sweep, topology};
+use mesh_sys::testbed;
 
 pub use image::BASE;
 use machine::Given;
@@ -83,7 +84,7 @@ impl Cluster {
     /// Not root, or something does not start; the error carries its last words.
     pub fn start(count: u8, progress: impl Fn(&str)) -> Result<Self> {
         ensure!(
-            sys::effective_uid() == 0,
+            testbed::effective_uid() == 0,
             "nodes are made of namespaces: run this as root"
         );
         sweep::sweep()?;

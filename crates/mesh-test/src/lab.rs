@@ -19,8 +19,8 @@ use crate::node::Node;
 use crate::pod::{Pod, PodSpec};
 use crate::process::Host;
 use crate::sweep;
-use crate::sys;
 use crate::topology::{self, OUTSIDE_HOST, Topology};
+use mesh_sys::testbed;
 
 /// First host number that is assigned to pods.
 const FIRST_POD: u8 = 10;
@@ -81,7 +81,7 @@ impl Builder {
     pub fn build(self) -> Result<Lab> {
         static SWEPT: Once = Once::new();
         ensure!(
-            sys::effective_uid() == 0,
+            testbed::effective_uid() == 0,
             "labs are made of namespaces: run this as root"
         );
         let mut swept = Ok(Vec::new());

@@ -7,6 +7,8 @@
 //! lab removes everything; the next lab removes what a killed one left. Without root tests fail, they
 //! do not skip.
 
+#![forbid(unsafe_code)]
+
 pub mod agent;
 pub mod apps;
 pub mod authority;
@@ -27,7 +29,6 @@ pub mod programs;
 pub mod reports;
 pub mod sockets;
 pub mod sweep;
-pub mod sys;
 pub mod talk;
 pub mod truth;
 

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use crate::names::NETNS_DIR;
-use crate::sys;
+use mesh_sys::testbed;
 
 /// Set in every namespace before anything else is in it. The machine's default congestion control
 /// may be anything and is inherited; bbr on a veth reads far too low. Duplicate address detection
@@ -43,17 +43,18 @@ impl Netns {
     pub(crate) fn create(name: &str) -> Result<Self> {
         allow_cubic()?;
         let dir = File::open(prepare_dir()?)?;
-        sys::lock(&dir)?;
+        testbed::lock(&dir)?;
         let path = Path::new(NETNS_DIR).join(name);
         File::create_new(&path).with_context(|| format!("cannot create {}", path.display()))?;
         let made = on_thread(|| {
-            sys::new_netns().context("unshare(CLONE_NEWNET)")?;
-            sys::mount_bind(Path::new("/proc/thread-self/ns/net"), &path).context("bind mount")?;
+            testbed::new_netns().context("unshare(CLONE_NEWNET)")?;
+            testbed::mount_bind(Path::new("/proc/thread-self/ns/net"), &path)
+                .context("bind mount")?;
             for (key, value) in SYSCTLS {
                 write_sysctl(key, value)?;
             }
             let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
-            Ok(sys::netns_cookie(&socket)?)
+            Ok(testbed::netns_cookie(&socket)?)
         });
         let cookie = match made {
             Ok(cookie) => cookie,
@@ -72,7 +73,7 @@ impl Netns {
     /// The one that this process is in, which has no file of its own.
     pub(crate) fn of_this_process() -> Result<Self> {
         let path = PathBuf::from(format!("/proc/{}/ns/net", std::process::id()));
-        let cookie = sys::netns_cookie(&std::net::UdpSocket::bind("127.0.0.1:0")?)?;
+        let cookie = testbed::netns_cookie(&std::net::UdpSocket::bind("127.0.0.1:0")?)?;
         Ok(Self {
             name: String::new(),
             path,
@@ -125,7 +126,7 @@ impl Netns {
     pub fn enter<T: Send>(&self, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         let netns = self.descriptor()?;
         on_thread(|| {
-            sys::enter_netns(&netns)
+            testbed::enter_netns(&netns)
                 .with_context(|| format!("cannot enter namespace {}", self.name))?;
             f()
         })
@@ -144,7 +145,7 @@ impl Netns {
     /// # Errors
     /// The namespace cannot be entered.
     pub fn has_link(&self, link: &str) -> Result<bool> {
-        self.enter(|| Ok(sys::packet::ifindex(link).is_ok()))
+        self.enter(|| Ok(testbed::packet::ifindex(link).is_ok()))
     }
 }
 
@@ -177,12 +178,12 @@ fn prepare_dir() -> Result<&'static Path> {
     let dir = Path::new(NETNS_DIR);
     fs::create_dir_all(dir)?;
     let lock = File::open(dir)?;
-    sys::lock(&lock)?;
-    match sys::make_shared(dir) {
+    testbed::lock(&lock)?;
+    match testbed::make_shared(dir) {
         Ok(()) => {}
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-            sys::mount_self(dir).context("cannot bind-mount /run/netns on itself")?;
-            sys::make_shared(dir).context("cannot make /run/netns shared")?;
+            testbed::mount_self(dir).context("cannot bind-mount /run/netns on itself")?;
+            testbed::make_shared(dir).context("cannot make /run/netns shared")?;
         }
         Err(e) => bail!("cannot make /run/netns shared: {e}"),
     }
@@ -191,7 +192,7 @@ fn prepare_dir() -> Result<&'static Path> {
 
 /// Removes a namespace's file; the namespace itself lives on while processes or sockets hold it.
 pub(crate) fn remove_file(path: &Path) -> Result<()> {
-    match sys::unmount(path) {
+    match testbed::unmount(path) {
         Ok(()) => {}
         Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::ENOENT)) => {}
         Err(e) => return Err(e).with_context(|| format!("cannot unmount {}", path.display())),

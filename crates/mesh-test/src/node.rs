@@ -12,8 +12,8 @@ use crate::agent::{Agent, AgentConfig};
 use crate::names::LabId;
 use crate::netns::Netns;
 use crate::process::Host;
-use crate::sys;
 use crate::topology::{self, Topology};
+use mesh_sys::testbed;
 
 /// A node of the lab. Its programs run outside the pods' cgroup.
 #[derive(Debug)]
@@ -60,7 +60,7 @@ impl Node {
         crate::cgroup::create(&cgroup.join("kubepods"))?;
         let bpffs = dir.join("bpf");
         std::fs::create_dir(&bpffs)?;
-        sys::mount_bpffs(&bpffs)?;
+        testbed::mount_bpffs(&bpffs)?;
         let manifests = id.dir().join("manifests");
         Ok(Self {
             host,

@@ -21,7 +21,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cgroup;
 use crate::netns::{Netns, ignore_absent};
-use crate::sys::{self, Placement, Rights};
+use mesh_sys::testbed::{self, Placement, Rights};
 
 /// Unread lines of a program whose output is piped.
 #[expect(
@@ -323,7 +323,7 @@ impl Host {
         let mut process = self.launch(cmd, group, pipes, PathBuf::new())?;
         let stdout = drain(process.child.stdout.take().context("stdout is piped")?);
         let stderr = drain(process.child.stderr.take().context("stderr is piped")?);
-        let ended = sys::wait_exit(process.id(), deadline)?;
+        let ended = testbed::wait_exit(process.id(), deadline)?;
         // Whatever it left behind would hold the pipes open.
         let status = process.kill()?;
         let collect = |pipe: JoinHandle<Vec<u8>>| pipe.join().unwrap_or_default();
@@ -359,7 +359,7 @@ impl Host {
             rights: cmd.rights,
         };
         let what = format!("{:?} in {}", cmd.command, self.name);
-        sys::place(&mut cmd.command, placement);
+        testbed::place(&mut cmd.command, placement);
         let stdin = if cmd.input.is_empty() {
             Stdio::null()
         } else {
@@ -505,7 +505,7 @@ impl Proc {
         if let Some(status) = self.status {
             return Ok(status);
         }
-        if !sys::wait_exit(self.child.id(), deadline)? {
+        if !testbed::wait_exit(self.child.id(), deadline)? {
             bail!(
                 "{} still runs after {deadline:?}: {}",
                 self.what,
@@ -523,7 +523,7 @@ impl Proc {
     /// The program has exited already.
     pub fn signal(&self, signal: i32) -> Result<()> {
         anyhow::ensure!(self.status.is_none(), "{} has exited", self.what);
-        sys::signal(self.child.id(), signal).with_context(|| format!("signal to {}", self.what))
+        testbed::signal(self.child.id(), signal).with_context(|| format!("signal to {}", self.what))
     }
 
     /// Kills the program and everything that it started (SIGKILL), and reaps it.

@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use crate::cgroup;
 use crate::names::{LabId, NETNS_DIR};
 use crate::netns::{ignore_absent, remove_file};
-use crate::sys;
+use mesh_sys::testbed;
 
 /// Removes all labs whose owner is dead and tells which those were.
 ///
@@ -39,9 +39,9 @@ pub fn sweep() -> Result<Vec<LabId>> {
 /// # Errors
 /// The signals cannot be held back.
 pub fn remove_on_interrupt() -> Result<()> {
-    sys::block_interrupts()?;
+    testbed::block_interrupts()?;
     let _waiter = std::thread::Builder::new().spawn(|| {
-        let Ok(signal) = sys::wait_for_interrupt() else {
+        let Ok(signal) = testbed::wait_for_interrupt() else {
             return;
         };
         for id in found()
@@ -122,7 +122,7 @@ pub(crate) fn remove(id: LabId) -> Result<()> {
     cgroup::kill(&cgroup)?;
     for point in mounts_below(&dir)? {
         // Another sweeper may have been faster; what counts is checked below.
-        drop(sys::unmount(&point));
+        drop(testbed::unmount(&point));
     }
     let left = mounts_below(&dir)?;
     anyhow::ensure!(left.is_empty(), "still mounted: {left:?}");

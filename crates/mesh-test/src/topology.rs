@@ -12,8 +12,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use crate::netns::Netns;
-use crate::sys::{self, Placement, Rights};
 use crate::wait::eventually;
+use mesh_sys::testbed::{self, Placement, Rights};
 
 /// Shape of the pod network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,7 +102,7 @@ fn ip(netns: &Netns, args: &[&str], input: &str) -> Result<Vec<u8>> {
         cgroup_procs: None,
         rights: Rights::Root,
     };
-    sys::place(&mut command, placement);
+    testbed::place(&mut command, placement);
     let mut child = command.spawn().context("cannot start ip")?;
     let mut stdin = child.stdin.take().context("stdin is piped")?;
     stdin.write_all(input.as_bytes())?;

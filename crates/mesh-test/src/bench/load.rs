@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 pub use histogram::Histogram;
 
-use crate::sys;
+use mesh_sys::testbed;
 
 /// Port of bulk transfers.
 pub(super) const BULK_PORT: u16 = 5001;
@@ -106,7 +106,7 @@ impl Scheduling {
         if self.ahead {
             go_ahead("self")?;
         }
-        self.cpu.map_or(Ok(()), sys::pin_to_cpu)?;
+        self.cpu.map_or(Ok(()), testbed::pin_to_cpu)?;
         Ok(())
     }
 }

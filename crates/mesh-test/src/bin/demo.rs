@@ -2,6 +2,8 @@
 //! `cargo xtask demo [--keep]`: the shop of deploy/examples on two nodes of this machine, with
 //! evidence for each promise of the mesh. Exits with 1 if a line fails.
 
+#![forbid(unsafe_code)]
+
 use std::process::ExitCode;
 use std::time::Instant;
 

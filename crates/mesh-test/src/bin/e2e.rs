@@ -2,6 +2,8 @@
 //! `cargo xtask e2e`: the mesh installed on a real cluster of two nodes, by the chart and by the
 //! kustomize base, with evidence for each promise. Exits with 1 if a line fails.
 
+#![forbid(unsafe_code)]
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;

@@ -2,6 +2,8 @@
 //! `cargo xtask truth FILE...`: truth tables over real connections. Exits with 1 if a row differs,
 //! with 2 if a table cannot be run.
 
+#![forbid(unsafe_code)]
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 

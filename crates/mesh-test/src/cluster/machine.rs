@@ -18,7 +18,8 @@ use crate::netns::Netns;
 use crate::process::{Cmd, Host, Output, Proc, tail};
 use crate::topology::{self, Topology};
 use crate::wait::eventually;
-use crate::{cgroup, sys};
+use crate::cgroup;
+use mesh_sys::testbed;
 
 /// Until containerd answers.
 const START: Duration = Duration::from_secs(60);
@@ -410,6 +411,6 @@ impl Drop for Machine {
             crate::lab::complain(&format_args!("{}:\n{}", self.name, self.log_tails()));
         }
         // Everything in the node's cgroup, containers included.
-        drop(sys::signal(self.holder.id(), libc::SIGKILL));
+        drop(testbed::signal(self.holder.id(), libc::SIGKILL));
     }
 }

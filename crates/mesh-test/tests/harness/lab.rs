@@ -185,7 +185,7 @@ fn terminated_program_removes_its_labs() {
         let id: LabId = made["id"].as_str().expect("id").parse().expect("id");
         assert_eq!(made["pods"].as_array().expect("pods").len(), 2);
         assert!(!remains(id).expect("remains").is_empty());
-        mesh_test::sys::signal(child.id(), signal).expect("signal");
+        mesh_sys::testbed::signal(child.id(), signal).expect("signal");
         assert_eq!(child.wait().expect("end").code(), Some(128 + signal));
         assert_eq!(remains(id).expect("remains"), Vec::<PathBuf>::new());
     }

@@ -6,8 +6,8 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use mesh_sys::testbed;
 use mesh_test::reports::Tcp;
-use mesh_test::sys;
 use mesh_test::talk::{ask_identity, canonical, read_line};
 use socket2::{SockAddr, Socket};
 
@@ -65,7 +65,7 @@ fn converse(args: &Args, socket: Socket, report: &mut Tcp) -> Result<()> {
     let begun = Instant::now();
     if args.fastopen {
         // Connects; what is sent is asked for again below, so that both ways go on alike.
-        sys::send_to(&socket, b"ID\n", libc::MSG_FASTOPEN, &to).context("MSG_FASTOPEN")?;
+        testbed::send_to(&socket, b"ID\n", libc::MSG_FASTOPEN, &to).context("MSG_FASTOPEN")?;
     } else if args.nonblocking {
         socket
             .connect_timeout(&to, args.socket.timeout())

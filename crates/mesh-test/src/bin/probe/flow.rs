@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use mesh_sys::testbed;
 use mesh_test::reports::{Bulk, Held, RequestResponse};
-use mesh_test::sys;
 use mesh_test::talk::{CHUNK, canonical, read_line};
 use socket2::SockAddr;
 
@@ -73,7 +73,7 @@ pub(crate) fn bulk(args: &BulkArgs) -> Result<bool> {
     let together = Barrier::new(args.streams);
     let begun = Instant::now();
     let shares = on_threads(args.streams, |_| {
-        args.cpu.map_or(Ok(()), sys::pin_to_cpu)?;
+        args.cpu.map_or(Ok(()), testbed::pin_to_cpu)?;
         let connected = connect(&args.socket, args.to);
         together.wait();
         let mut stream = connected?;
@@ -155,7 +155,7 @@ pub(crate) fn rr(args: &RrArgs) -> Result<bool> {
     let limit = args.count.unwrap_or(u64::MAX);
     let together = Barrier::new(args.connections);
     let shares = on_threads(args.connections, |_| {
-        args.cpu.map_or(Ok(()), sys::pin_to_cpu)?;
+        args.cpu.map_or(Ok(()), testbed::pin_to_cpu)?;
         let connected = connect(&args.socket, args.to);
         together.wait();
         let mut stream = connected?;
@@ -258,7 +258,7 @@ fn live(
     while Instant::now() < until {
         if args.pulse_ms == 0 {
             let pause = until.saturating_duration_since(Instant::now());
-            match sys::poll_readable(&**stream, pause) {
+            match testbed::poll_readable(&**stream, pause) {
                 Ok(true) => {}
                 Ok(false) => return None,
                 Err(e) => return Some(ending(&e)),

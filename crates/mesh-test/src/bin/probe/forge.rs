@@ -5,8 +5,8 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use mesh_sys::testbed::packet::{PacketSocket, ifindex};
 use mesh_test::forge::{self, ArpClaim, Mac, Segment};
-use mesh_test::sys::packet::{PacketSocket, ifindex};
 use serde_json::json;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 

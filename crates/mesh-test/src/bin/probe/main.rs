@@ -2,6 +2,8 @@
 //! Real small clients and servers for pods of the lab. Each prints JSON lines (`reports.rs`) and
 //! exits with 0 if every step succeeded, 1 if not, 2 for invalid arguments.
 
+#![forbid(unsafe_code)]
+
 mod args;
 mod checks;
 mod connect;

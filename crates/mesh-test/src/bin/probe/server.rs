@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::Builder;
 
 use anyhow::{Context, Result, ensure};
+use mesh_sys::testbed;
 use mesh_test::reports::Served;
-use mesh_test::sys;
 use mesh_test::talk::{self, Identity, canonical};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
@@ -65,7 +65,7 @@ struct Server {
 
 pub(crate) fn run(args: &Args) -> Result<bool> {
     // Before any thread is made: they inherit it.
-    args.cpu.map_or(Ok(()), sys::pin_to_cpu)?;
+    args.cpu.map_or(Ok(()), testbed::pin_to_cpu)?;
     let server = Arc::new(Server {
         name: args.name.clone(),
         greet: args.greet,

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use mesh_sys::testbed::{block_interrupts, wait_for_interrupt};
 use mesh_test::reports::Storm;
-use mesh_test::sys::{block_interrupts, wait_for_interrupt};
 use mesh_test::talk::{Identity, ask_identity, canonical};
 use socket2::SockAddr;
 

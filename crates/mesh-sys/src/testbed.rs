@@ -1,12 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Raw system calls, one safe function each: the only unsafe code of this crate.
-//!
-//! Owns the argument checking that makes each call sound. Never decides what a lab looks like,
-//! and keeps no state.
-#![expect(
-    unsafe_code,
-    reason = "namespaces, mounts, capabilities and packet sockets have no safe interface in std"
-)]
+//! System calls that only the test bed makes: namespaces, mounts, credentials and packet sockets.
 
 pub mod packet;
 
