@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The CA's keys and certificates as a value, and the steps of its life. No I/O, no clock.
+//! The CA's keys and certificates, and the rotation of its roots. Pure: no I/O and no clock.
 //!
-//! A root signs an intermediate, which signs leaves. A root is replaced in three steps, so that
-//! every peer knows a root before it meets it: the new one is published; after the overlap it signs;
-//! when the last leaf of the old one has ended, the old one is no longer published.
+//! A root signs an intermediate, which signs leaves. A root is replaced in three steps, so that every
+//! peer trusts a root before it sees a leaf of it: the new root is published; after the overlap it
+//! signs; when the last leaf of the old root has expired, the old root is no longer published.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -24,66 +24,67 @@ use super::sign::serial;
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 const ROOT_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
-/// A root is replaced without being asked when so little of its life is left.
-const ROOT_LEFT: Duration = Duration::from_secs(365 * 24 * 3600);
+/// The remaining life at which a root is replaced without a request.
+const ROOT_RENEWAL: Duration = Duration::from_secs(365 * 24 * 3600);
 const INTERMEDIATE_LIFE: Duration = Duration::from_secs(365 * 24 * 3600);
-/// An intermediate is replaced when so little of its life is left.
-const INTERMEDIATE_LEFT: Duration = Duration::from_secs(120 * 24 * 3600);
+/// The remaining life at which an intermediate is replaced.
+const INTERMEDIATE_RENEWAL: Duration = Duration::from_secs(120 * 24 * 3600);
+/// The time between the start of a certificate's validity and its issuance, for clocks that differ.
 const BACKDATED: Duration = Duration::from_secs(600);
 
-/// Why there is no usable CA.
+/// A failure to load or create the CA.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
-    #[error("{0} is no certificate in PEM")]
+    #[error("{0} is not a PEM certificate")]
     Certificate(&'static str),
-    #[error("{0} is no private key in PEM")]
+    #[error("{0} is not a PEM private key")]
     Key(&'static str),
     #[error("{0} was not signed by {1}")]
     Issuer(&'static str, &'static str),
-    #[error("{0} does not belong to its key")]
+    #[error("{0} does not match its private key")]
     OtherKey(&'static str),
-    #[error("root.key is missing: nothing new can be signed with the root")]
+    #[error("cannot sign an intermediate: root.key is missing")]
     NoRootKey,
-    #[error("cannot make a certificate")]
-    Make(#[from] rcgen::Error),
-    #[error("cannot serve with the key")]
+    #[error("cannot create a certificate")]
+    Create(#[from] rcgen::Error),
+    #[error("cannot use the serving key for TLS")]
     Serve(#[from] rustls::Error),
 }
 
-/// A certificate and its key, in PEM.
+/// A certificate and its private key, in PEM.
 #[derive(Clone, PartialEq, Eq, Default)]
-pub(super) struct Pair {
+pub(super) struct CertificateAndKey {
     pub(super) certificate: String,
-    /// Empty: it is kept elsewhere.
+    /// Private key; empty if it is stored elsewhere.
     pub(super) key: Zeroizing<String>,
 }
 
-/// Everything of the CA that is kept.
+/// The stored state of the CA.
 #[derive(Clone, PartialEq, Eq, Default)]
 pub(super) struct Material {
     /// The root that signs.
-    pub(super) root: Pair,
-    /// What the root has signed, and what signs leaves.
-    pub(super) intermediate: Pair,
-    /// The root that is published and does not sign yet, since when (UNIX time).
-    pub(super) next: Option<(Pair, u64)>,
-    /// Roots that sign no more, since when.
+    pub(super) root: CertificateAndKey,
+    /// The certificate that the root has signed and that signs leaves.
+    pub(super) intermediate: CertificateAndKey,
+    /// The root that is published and does not sign yet, with the time of its publication (UNIX time).
+    pub(super) next: Option<(CertificateAndKey, u64)>,
+    /// Roots that no longer sign, with the time of their replacement (UNIX time).
     pub(super) old: Option<(String, u64)>,
-    /// The request for a rotation that was the last to be followed.
-    pub(super) followed: String,
+    /// The rotation request that was carried out last.
+    pub(super) last_request: String,
 }
 
-/// How long things last.
+/// The lifetimes of the CA's certificates.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Times {
-    /// The longest life of a leaf.
+pub(super) struct Lifetimes {
+    /// The maximum lifetime of a leaf.
     pub(super) leaf: Duration,
-    /// How long a new root is published before it signs.
+    /// The time that a new root is published before it signs.
     pub(super) overlap: Duration,
 }
 
 impl Material {
-    /// All roots, in PEM.
+    /// Returns all roots, in PEM.
     pub(super) fn bundle(&self) -> String {
         let next = self.next.as_ref().map(|(pair, _)| &pair.certificate);
         let old = self.old.as_ref().map(|(roots, _)| roots);
@@ -98,56 +99,55 @@ impl Material {
         bundle
     }
 
-    /// A CA that there was not before.
+    /// Creates a new CA.
     pub(super) fn new(trust_domain: &str, now: SystemTime) -> Result<Self, Error> {
-        let root = make_root(trust_domain, now)?;
+        let root = create_root(trust_domain, now)?;
         Ok(Self {
-            intermediate: make_intermediate(&root, trust_domain, now)?,
+            intermediate: create_intermediate(&root, trust_domain, now)?,
             root,
             ..Self::default()
         })
     }
 
-    /// The CA's next state, if it is time for one. `asked` = the request for a rotation that
-    /// stands.
+    /// Returns the CA's next state if a step is due. `request` = the rotation request in the Secret.
     pub(super) fn next(
         &self,
-        asked: Option<&str>,
+        request: Option<&str>,
         trust_domain: &str,
-        times: Times,
+        lifetimes: Lifetimes,
         now: SystemTime,
     ) -> Result<Option<Self>, Error> {
         let since = |then: u64| now.duration_since(UNIX_EPOCH + Duration::from_secs(then));
         let passed = |then: u64, wait: Duration| since(then).is_ok_and(|passed| passed >= wait);
         let mut next = self.clone();
         if let Some((pair, published)) = &self.next {
-            if !passed(*published, times.overlap) {
+            if !passed(*published, lifetimes.overlap) {
                 return Ok(None);
             }
             next.old = Some((self.root.certificate.clone(), unix(now)));
             next.root = pair.clone();
-            next.intermediate = make_intermediate(pair, trust_domain, now)?;
+            next.intermediate = create_intermediate(pair, trust_domain, now)?;
             next.next = None;
             return Ok(Some(next));
         }
         if let Some((_, switched)) = &self.old {
-            if !passed(*switched, times.leaf + times.overlap) {
+            if !passed(*switched, lifetimes.leaf + lifetimes.overlap) {
                 return Ok(None);
             }
             next.old = None;
             return Ok(Some(next));
         }
-        let asked = asked.filter(|asked| *asked != self.followed);
-        let root = read(&self.root.certificate, "root.crt")?;
-        if asked.is_some() || ends(&root)? < now + ROOT_LEFT {
-            next.next = Some((make_root(trust_domain, now)?, unix(now)));
-            next.followed = asked.unwrap_or(&self.followed).to_owned();
+        let request = request.filter(|request| *request != self.last_request);
+        let root = parse_certificate(&self.root.certificate, "root.crt")?;
+        if request.is_some() || not_after(&root)? < now + ROOT_RENEWAL {
+            next.next = Some((create_root(trust_domain, now)?, unix(now)));
+            next.last_request = request.unwrap_or(&self.last_request).to_owned();
             return Ok(Some(next));
         }
         let missing = self.intermediate.certificate.is_empty();
         if missing
-            || ends(&read(&self.intermediate.certificate, "intermediate.crt")?)?
-                < now + INTERMEDIATE_LEFT
+            || not_after(&read(&self.intermediate.certificate, "intermediate.crt")?)?
+                < now + INTERMEDIATE_RENEWAL
         {
             if self.root.key.is_empty() {
                 return if missing {
@@ -156,79 +156,85 @@ impl Material {
                     Ok(None)
                 };
             }
-            next.intermediate = make_intermediate(&self.root, trust_domain, now)?;
+            next.intermediate = create_intermediate(&self.root, trust_domain, now)?;
             return Ok(Some(next));
         }
         Ok(None)
     }
 }
 
+/// Returns the seconds since 1970.
 pub(super) fn unix(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_secs())
 }
 
-fn named(trust_domain: &str, what: &str, now: SystemTime) -> CertificateParams {
+/// Returns the parameters of a CA certificate. `role` = root or intermediate.
+fn ca_params(trust_domain: &str, role: &str, now: SystemTime) -> CertificateParams {
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
     params
         .distinguished_name
         .push(DnType::OrganizationName, trust_domain);
-    // Two roots of one name would make peers try both.
+    // Peers try every root whose name matches: each root has a name of its own.
     params
         .distinguished_name
-        .push(DnType::CommonName, format!("mesh {what} {}", unix(now)));
+        .push(DnType::CommonName, format!("mesh {role} {}", unix(now)));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     params.not_before = OffsetDateTime::from(now - BACKDATED);
     params
 }
 
-fn make_root(trust_domain: &str, now: SystemTime) -> Result<Pair, Error> {
+fn create_root(trust_domain: &str, now: SystemTime) -> Result<CertificateAndKey, Error> {
     let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
-    let mut params = named(trust_domain, "root", now);
+    let mut params = ca_params(trust_domain, "root", now);
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(1));
     params.serial_number = Some(serial()?);
     params.not_after = OffsetDateTime::from(now + ROOT_LIFE);
-    Ok(Pair {
+    Ok(CertificateAndKey {
         certificate: params.self_signed(&key)?.pem(),
         key: Zeroizing::new(key.serialize_pem()),
     })
 }
 
-fn make_intermediate(root: &Pair, trust_domain: &str, now: SystemTime) -> Result<Pair, Error> {
+fn create_intermediate(
+    root: &CertificateAndKey,
+    trust_domain: &str,
+    now: SystemTime,
+) -> Result<CertificateAndKey, Error> {
     if root.key.is_empty() {
         return Err(Error::NoRootKey);
     }
     let root_key = KeyPair::from_pem(&root.key).map_err(|_unusable| Error::Key("root.key"))?;
-    let root_ends = ends(&read(&root.certificate, "root.crt")?)?;
+    let root_not_after = not_after(&read(&root.certificate, "root.crt")?)?;
     let root = Issuer::from_ca_cert_pem(&root.certificate, root_key)?;
     let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
-    let mut params = named(trust_domain, "intermediate", now);
+    let mut params = ca_params(trust_domain, "intermediate", now);
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.serial_number = Some(serial()?);
     params.use_authority_key_identifier_extension = true;
-    params.not_after = OffsetDateTime::from((now + INTERMEDIATE_LIFE).min(root_ends));
-    Ok(Pair {
+    params.not_after = OffsetDateTime::from((now + INTERMEDIATE_LIFE).min(root_not_after));
+    Ok(CertificateAndKey {
         certificate: params.signed_by(&key, &root)?.pem(),
         key: Zeroizing::new(key.serialize_pem()),
     })
 }
 
-fn read(pem: &str, what: &'static str) -> Result<CertificateDer<'static>, Error> {
-    CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|_none| Error::Certificate(what))
+fn parse_certificate(pem: &str, file: &'static str) -> Result<CertificateDer<'static>, Error> {
+    CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|_none| Error::Certificate(file))
 }
 
-fn ends(certificate: &CertificateDer<'_>) -> Result<SystemTime, Error> {
+fn not_after(certificate: &CertificateDer<'_>) -> Result<SystemTime, Error> {
     let (_, parsed) = X509Certificate::from_der(certificate)
         .map_err(|_not_x509| Error::Certificate("a certificate of the CA"))?;
     let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0);
     Ok(UNIX_EPOCH + Duration::from_secs(seconds))
 }
 
-/// What signs leaves.
+/// The intermediate and its key, which sign leaves.
 pub(super) struct Signer {
     issuer: Issuer<'static, KeyPair>,
-    ends: SystemTime,
+    not_after: SystemTime,
 }
 
 impl Signer {
@@ -237,8 +243,8 @@ impl Signer {
     }
 
     /// When the signing certificate ends; nothing that it signs may last longer.
-    pub(super) fn ends(&self) -> SystemTime {
-        self.ends
+    pub(super) fn not_after(&self) -> SystemTime {
+        self.not_after
     }
 }
 
@@ -249,49 +255,53 @@ pub(super) struct Authority {
     pub(super) intermediate: String,
     /// All roots, in PEM.
     pub(super) bundle: String,
-    /// How many roots there are.
+    /// Number of roots.
     pub(super) roots: usize,
-    /// When the root ends.
-    pub(super) root_ends: SystemTime,
-    /// The controller's own certificate.
+    /// Expiry of the root that signs.
+    pub(super) root_not_after: SystemTime,
+    /// The controller's own serving certificate.
     pub(super) serving: Arc<CertifiedKey>,
-    /// When that is to be replaced.
+    /// The time at which the serving certificate is to be replaced.
     pub(super) renew: SystemTime,
 }
 
 impl Authority {
-    /// Checks what is kept, and makes the controller's own certificate for `names`.
+    /// Validates the stored state, and creates the controller's serving certificate for `names`.
     pub(super) fn new(
         material: &Material,
         names: &[String],
-        times: Times,
+        lifetimes: Lifetimes,
         now: SystemTime,
     ) -> Result<Self, Error> {
-        let root = read(&material.root.certificate, "root.crt")?;
-        let der = read(&material.intermediate.certificate, "intermediate.crt")?;
+        let root = parse_certificate(&material.root.certificate, "root.crt")?;
+        let der = parse_certificate(&material.intermediate.certificate, "intermediate.crt")?;
         let key = KeyPair::from_pem(&material.intermediate.key)
             .map_err(|_unusable| Error::Key("intermediate.key"))?;
-        check(&root, &der, &key)?;
+        check_chain(&root, &der, &key)?;
         let signer = Signer {
             issuer: Issuer::from_ca_cert_der(&der, key)?,
-            ends: ends(&der)?,
+            not_after: not_after(&der)?,
         };
-        let serving = serving(&signer, &der, names, (now, times.leaf))?;
+        let serving = create_serving(&signer, &der, names, (now, lifetimes.leaf))?;
         let bundle = material.bundle();
         Ok(Self {
             signer,
             intermediate: material.intermediate.certificate.clone(),
             roots: CertificateDer::pem_slice_iter(bundle.as_bytes()).count(),
             bundle,
-            root_ends: ends(&root)?,
+            root_not_after: not_after(&root)?,
             serving: Arc::new(serving),
-            renew: now + times.leaf.min(DAY) / 2,
+            renew: now + lifetimes.leaf.min(DAY) / 2,
         })
     }
 }
 
-/// The intermediate is the root's, and the key the intermediate's.
-fn check(root: &CertificateDer<'_>, der: &CertificateDer<'_>, key: &KeyPair) -> Result<(), Error> {
+/// Checks that the root has signed the intermediate, and that the key is the intermediate's.
+fn check_chain(
+    root: &CertificateDer<'_>,
+    der: &CertificateDer<'_>,
+    key: &KeyPair,
+) -> Result<(), Error> {
     let (_, root) =
         X509Certificate::from_der(root).map_err(|_no| Error::Certificate("root.crt"))?;
     let (_, intermediate) =
@@ -306,8 +316,8 @@ fn check(root: &CertificateDer<'_>, der: &CertificateDer<'_>, key: &KeyPair) -> 
     Ok(())
 }
 
-/// The controller's own certificate, signed as any leaf is.
-fn serving(
+/// Creates the controller's serving certificate, signed by the intermediate.
+fn create_serving(
     signer: &Signer,
     intermediate: &CertificateDer<'static>,
     names: &[String],
@@ -330,7 +340,7 @@ fn serving(
     leaf.use_authority_key_identifier_extension = true;
     leaf.serial_number = Some(serial()?);
     leaf.not_before = OffsetDateTime::from(now - BACKDATED);
-    leaf.not_after = OffsetDateTime::from((now + life).min(signer.ends));
+    leaf.not_after = OffsetDateTime::from((now + life).min(signer.not_after));
     let certificate = leaf.signed_by(&key, signer.issuer())?;
     let der = PrivateKeyDer::from_pem_slice(Zeroizing::new(key.serialize_pem()).as_bytes())
         .map_err(|_none| Error::Key("the serving key"))?;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Who asks: a token, reviewed by the API server.
+//! Authentication of callers: the API server reviews the token of each request.
 //!
-//! Only the agents' service account may ask, with a token for this CA's audience that is bound to a
-//! pod, and so to a node: the node is what the caller proves.
+//! A caller must present a token of the agents' service account, for this CA's audience and bound to
+//! a pod. Such a token proves the node of the caller.
 
 use std::time::Duration;
 
@@ -11,35 +11,44 @@ use kube::api::PostParams;
 use kube::{Api, Client};
 use tokio::time::timeout;
 
-use super::numbers::Outcome;
+use super::outcome::Outcome;
 use mesh_log::warn_limited;
 
-/// What the API server calls the node of a token (KEP-4193).
+/// The key of the node's name in the user information of a token (KEP-4193).
 const NODE: &str = "authentication.kubernetes.io/node-name";
-/// How long the API server may take.
-const REVIEW: Duration = Duration::from_secs(5);
-/// Longest token. Those of Kubernetes have one to two KiB.
-const TOKEN_MAX: usize = 16 << 10;
+/// The time that the API server may take.
+const REVIEW_TIMEOUT: Duration = Duration::from_secs(5);
+/// Maximum length of a token. Tokens of Kubernetes have one to two KiB.
+const MAX_TOKEN_BYTES: usize = 16 << 10;
 
-pub(super) struct Callers {
-    api: Api<TokenReview>,
-    audience: String,
-    /// The agents, as the API server names users.
-    agents: String,
+/// A service account.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ServiceAccount<'a> {
+    pub(super) namespace: &'a str,
+    pub(super) name: &'a str,
 }
 
-impl Callers {
-    pub(super) fn new(client: Client, (namespace, account): (&str, &str), audience: &str) -> Self {
+/// Authenticates agents by TokenReview.
+pub(super) struct Authenticator {
+    api: Api<TokenReview>,
+    audience: String,
+    /// User name of the agents' service account.
+    agent_user: String,
+}
+
+impl Authenticator {
+    pub(super) fn new(client: Client, agents: ServiceAccount<'_>, audience: &str) -> Self {
+        let ServiceAccount { namespace, name } = agents;
         Self {
             api: Api::all(client),
             audience: audience.to_owned(),
-            agents: format!("system:serviceaccount:{namespace}:{account}"),
+            agent_user: format!("system:serviceaccount:{namespace}:{name}"),
         }
     }
 
-    /// The node of the agent that this is a token of.
+    /// Returns the node of the agent that the token belongs to.
     pub(super) async fn node(&self, token: &str) -> Result<String, Outcome> {
-        if token.is_empty() || token.len() > TOKEN_MAX {
+        if token.is_empty() || token.len() > MAX_TOKEN_BYTES {
             return Err(Outcome::Unauthenticated);
         }
         let review = TokenReview {
@@ -50,17 +59,18 @@ impl Callers {
             ..TokenReview::default()
         };
         let params = PostParams::default();
-        match timeout(REVIEW, self.api.create(&params, &review)).await {
-            Ok(Ok(review)) => self.judge(review.status.unwrap_or_default()),
+        match timeout(REVIEW_TIMEOUT, self.api.create(&params, &review)).await {
+            Ok(Ok(review)) => self.check(review.status.unwrap_or_default()),
             Ok(Err(error)) => {
-                warn_limited!("token_review", error, "tokens cannot be reviewed");
+                warn_limited!("token_review", error, "cannot review a token");
                 Err(Outcome::Unavailable)
             }
             Err(_elapsed) => Err(Outcome::Unavailable),
         }
     }
 
-    fn judge(&self, status: TokenReviewStatus) -> Result<String, Outcome> {
+    /// Checks the answer to a review. Returns the name of the node.
+    fn check(&self, status: TokenReviewStatus) -> Result<String, Outcome> {
         if status.authenticated != Some(true) {
             let why = status.error.unwrap_or_default();
             return Err(if why.contains("audience") {
@@ -69,7 +79,7 @@ impl Callers {
                 Outcome::Unauthenticated
             });
         }
-        // An API server that knows no audiences says none.
+        // An API server without support for audiences returns none.
         if !status
             .audiences
             .unwrap_or_default()
@@ -78,7 +88,7 @@ impl Callers {
             return Err(Outcome::WrongAudience);
         }
         let user = status.user.unwrap_or_default();
-        if user.username.as_deref() != Some(&*self.agents) {
+        if user.username.as_deref() != Some(&*self.agent_user) {
             return Err(Outcome::NotAnAgent);
         }
         let mut nodes = user
@@ -98,10 +108,14 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn only_an_agents_token_for_this_ca_that_says_its_node() {
+    async fn token_must_be_an_agents_for_this_audience_and_bound_to_a_node() {
         let config = kube::Config::new("http://127.0.0.1:1".parse().unwrap());
         let client = Client::try_from(config).unwrap();
-        let callers = Callers::new(client, ("mesh-system", "mesh-agent"), "mesh-ca");
+        let agents = ServiceAccount {
+            namespace: "mesh-system",
+            name: "mesh-agent",
+        };
+        let authenticator = Authenticator::new(client, agents, "mesh-ca");
         let good = serde_json::json!({
             "authenticated": true,
             "audiences": ["mesh-ca"],
@@ -110,14 +124,14 @@ mod tests {
                 "extra": {NODE: ["n1"]},
             },
         });
-        let judge = |change: &[(&str, serde_json::Value)]| {
+        let check = |change: &[(&str, serde_json::Value)]| {
             let mut value = good.clone();
             for (path, to) in change {
                 *value.pointer_mut(path).unwrap() = to.clone();
             }
-            callers.judge(serde_json::from_value(value).unwrap())
+            authenticator.check(serde_json::from_value(value).unwrap())
         };
-        assert_eq!(judge(&[]), Ok("n1".to_owned()));
+        assert_eq!(check(&[]), Ok("n1".to_owned()));
         let node = "/user/extra/authentication.kubernetes.io~1node-name";
         for (path, to, why) in [
             ("/authenticated", false.into(), Outcome::Unauthenticated),
@@ -133,7 +147,7 @@ mod tests {
             (node, serde_json::json!(["n1", "n2"]), Outcome::NotBound),
             (node, serde_json::json!([""]), Outcome::NotBound),
         ] {
-            assert_eq!(judge(&[(path, to)]), Err(why), "{path}");
+            assert_eq!(check(&[(path, to)]), Err(why), "{path}");
         }
     }
 }

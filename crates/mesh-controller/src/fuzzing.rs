@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Any bytes as a request to the CA: what is certified is the identity that was asked for, over the
-//! key that signed the request, and nothing else that the request says.
+//! Fuzz target for requests to the CA: a certificate contains the requested identity and the key that
+//! signed the request, and nothing else from the request.
 
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prost::Message as _;
 
-use super::authority::{Authority, Material, Times};
-use super::numbers::Outcome;
+use super::authority::{Authority, Lifetimes, Material};
+use super::outcome::Outcome;
 use super::{service, sign};
 use mesh_fixtures::{Seen, pem};
 use mesh_identity::TrustDomain;
@@ -23,29 +23,30 @@ fn now() -> SystemTime {
 fn authority() -> &'static Authority {
     static AUTHORITY: OnceLock<Authority> = OnceLock::new();
     AUTHORITY.get_or_init(|| {
-        let times = Times {
+        let lifetimes = Lifetimes {
             leaf: LEAF,
             overlap: LEAF,
         };
-        let material = Material::new("cluster.local", now()).expect("a CA can be made");
-        Authority::new(&material, &["ca.test".to_owned()], times, now()).expect("and used")
+        let material = Material::new("cluster.local", now()).expect("a CA can be created");
+        Authority::new(&material, &["ca.test".to_owned()], lifetimes, now())
+            .expect("a new CA is valid")
     })
 }
 
 fn request(der: &[u8]) -> CertificateRequest {
-    let whose = Value {
+    let identity = Value {
         string: Some("spiffe://cluster.local/ns/shop/sa/web".to_owned()),
     };
     CertificateRequest {
         csr: pem("CERTIFICATE REQUEST", der),
         validity_duration: 0,
         metadata: Some(Struct {
-            fields: [(IMPERSONATED.to_owned(), whose)].into(),
+            fields: [(IMPERSONATED.to_owned(), identity)].into(),
         }),
     }
 }
 
-/// Behind a first byte of 0 the message as it comes over gRPC, else a signing request in DER.
+/// Reads a gRPC message after a first byte of 0, and a signing request in DER after any other byte.
 pub fn csr(data: &[u8]) -> Seen {
     let request = match data.split_first() {
         None => return Seen::new(),
@@ -56,19 +57,23 @@ pub fn csr(data: &[u8]) -> Seen {
         Some((_, der)) => request(der),
     };
     let domain = TrustDomain::new("cluster.local").expect("a trust domain");
-    let id = match service::whose(&request, &domain) {
+    let id = match service::requested_identity(&request, &domain) {
         Ok(id) => id,
         Err((outcome, why)) => {
             assert!(!why.is_empty());
             return vec![outcome.label()];
         }
     };
-    let asked = match sign::read(&request.csr) {
-        Ok(asked) => asked,
+    let csr = match sign::parse(&request.csr) {
+        Ok(csr) => csr,
         Err(outcome) => return vec![outcome.label()],
     };
-    let leaf = sign::leaf(&authority().signer, &id, &asked, (now(), LEAF));
-    let leaf = leaf.expect("what was read can be signed");
+    let validity = sign::Validity {
+        now: now(),
+        life: LEAF,
+    };
+    let leaf = sign::leaf(&authority().signer, &id, &csr, validity);
+    let leaf = leaf.expect("a parsed request can be signed");
     assert_eq!(mesh_identity::identity_of(&leaf), Some(id));
     vec![Outcome::Issued.label()]
 }
@@ -80,7 +85,7 @@ mod tests {
     use super::*;
     use mesh_fixtures::replay;
 
-    const WAYS: &[&str] = &[
+    const OUTCOMES: &[&str] = &[
         "issued",
         "undecodable",
         "no_identity",
@@ -93,7 +98,7 @@ mod tests {
     fn der(algorithm: &'static rcgen::SignatureAlgorithm) -> Vec<u8> {
         let key = KeyPair::generate_for(algorithm).unwrap();
         let mut params = CertificateParams::default();
-        // Wishes that nobody reads.
+        // The CA ignores these fields.
         params.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
         params.distinguished_name.push(DnType::CommonName, "root");
         params.subject_alt_names = vec![SanType::URI(
@@ -111,13 +116,13 @@ mod tests {
         [vec![0], message.encode_to_vec()].concat()
     }
 
-    fn whose(text: Option<&str>) -> Vec<u8> {
+    fn with_identity(text: Option<&str>) -> Vec<u8> {
         message(|message| {
-            let whose = Value {
+            let identity = Value {
                 string: text.map(str::to_owned),
             };
             let fields = &mut message.metadata.as_mut().unwrap().fields;
-            fields.insert(IMPERSONATED.to_owned(), whose);
+            fields.insert(IMPERSONATED.to_owned(), identity);
         })
     }
 
@@ -140,38 +145,41 @@ mod tests {
             ),
             ("text", message(|message| message.csr = "no PEM".to_owned())),
             ("long", message(|message| message.csr = "x".repeat(9000))),
-            ("no-text", whose(None)),
+            ("no-text", with_identity(None)),
             (
                 "no-spiffe",
-                whose(Some("https://cluster.local/ns/shop/sa/web")),
+                with_identity(Some("https://cluster.local/ns/shop/sa/web")),
             ),
-            ("no-domain", whose(Some("spiffe:///ns/shop/sa/web"))),
+            ("no-domain", with_identity(Some("spiffe:///ns/shop/sa/web"))),
             (
                 "domain-in-capitals",
-                whose(Some("spiffe://Cluster.local/ns/shop/sa/web")),
+                with_identity(Some("spiffe://Cluster.local/ns/shop/sa/web")),
             ),
-            ("no-path", whose(Some("spiffe://cluster.local"))),
+            ("no-path", with_identity(Some("spiffe://cluster.local"))),
             (
                 "longer-path",
-                whose(Some("spiffe://cluster.local/ns/shop/sa/web/")),
+                with_identity(Some("spiffe://cluster.local/ns/shop/sa/web/")),
             ),
             (
                 "namespace",
-                whose(Some("spiffe://cluster.local/ns/-shop/sa/web")),
+                with_identity(Some("spiffe://cluster.local/ns/-shop/sa/web")),
             ),
             (
                 "account",
-                whose(Some("spiffe://cluster.local/ns/shop/sa/web..a")),
+                with_identity(Some("spiffe://cluster.local/ns/shop/sa/web..a")),
             ),
             (
                 "digits",
-                whose(Some("spiffe://cluster.local/ns/shop-2/sa/web.2-b")),
+                with_identity(Some("spiffe://cluster.local/ns/shop-2/sa/web.2-b")),
             ),
             (
                 "long-name",
-                whose(Some(&"spiffe://cluster.local/".repeat(100))),
+                with_identity(Some(&"spiffe://cluster.local/".repeat(100))),
             ),
-            ("foreign", whose(Some("spiffe://elsewhere/ns/shop/sa/web"))),
+            (
+                "foreign",
+                with_identity(Some("spiffe://elsewhere/ns/shop/sa/web")),
+            ),
             ("p256", behind(good.clone())),
             ("p384", behind(der(&rcgen::PKCS_ECDSA_P384_SHA384))),
             ("p521", behind(der(&rcgen::PKCS_ECDSA_P521_SHA512))),
@@ -184,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn the_corpus_goes_every_way() {
-        replay("csr", csr, WAYS, seeds);
+    fn corpus_reaches_every_outcome() {
+        replay("csr", csr, OUTCOMES, seeds);
     }
 }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Who leads: a Lease of `coordination.k8s.io/v1`, as client-go uses it.
+//! Leader election by a Lease of `coordination.k8s.io/v1`, compatible with client-go.
 //!
-//! Another's lease counts as ended when it did not change for its own duration by our clock, so that
-//! clocks need not agree. A leader that cannot renew stops to lead before others may begin.
+//! The lease of another replica has expired if this replica has seen no change of it for its duration;
+//! the clocks of the replicas need not agree. A leader that cannot renew the lease stops leading
+//! before another replica may start.
 
 use std::time::Duration;
 
@@ -19,13 +20,28 @@ use mesh_log::warn_limited;
 /// The name of the Lease.
 const NAME: &str = "mesh-controller";
 
-/// One replica's view of the lease.
+/// The lease of another replica.
+struct Observed {
+    renew_time: Option<MicroTime>,
+    holder: Option<String>,
+    /// The time at which this version was first observed.
+    since: Instant,
+}
+
+/// The use of the lease that a replica wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Goal {
+    Hold,
+    Release,
+}
+
+/// A replica that takes part in the election.
 pub(super) struct Candidate {
     api: Api<Lease>,
     replica: String,
     duration: Duration,
-    /// What another holder wrote last, and when that was first seen.
-    seen: Option<(Option<MicroTime>, Option<String>, Instant)>,
+    /// The last observed lease of another replica.
+    observed: Option<Observed>,
 }
 
 impl Candidate {
@@ -34,11 +50,12 @@ impl Candidate {
             api: Api::namespaced(client, namespace),
             replica: replica.to_owned(),
             duration,
-            seen: None,
+            observed: None,
         }
     }
 
-    /// Leads whenever it can, and says so, until `stop` turns true; then lets go of the lease.
+    /// Acquires and renews the lease, and reports leadership in `leads`, until `stop` turns true. Then
+    /// releases the lease.
     pub(super) async fn run(
         mut self,
         leads: watch::Sender<bool>,
@@ -48,7 +65,7 @@ impl Candidate {
         let pause = self.duration / 5;
         let mut renewed = Instant::now();
         loop {
-            let attempt = timeout(self.duration / 4, self.hold(now(), true)).await;
+            let attempt = timeout(self.duration / 4, self.update(now(), Goal::Hold)).await;
             let begun = Instant::now();
             let holds = match attempt {
                 Ok(Ok(holds)) => {
@@ -58,7 +75,7 @@ impl Candidate {
                     holds
                 }
                 Ok(Err(error)) => {
-                    warn_limited!("lease", error, "the lease cannot be read or renewed");
+                    warn_limited!("lease", error, "cannot read or renew the lease");
                     *leads.borrow() && renewed.elapsed() < self.duration / 2
                 }
                 Err(_elapsed) => *leads.borrow() && renewed.elapsed() < self.duration / 2,
@@ -73,17 +90,17 @@ impl Candidate {
             }
         }
         if leads.send_replace(false) {
-            let release = timeout(self.duration / 4, self.hold(now(), false)).await;
+            let release = timeout(self.duration / 4, self.update(now(), Goal::Release)).await;
             if !matches!(release, Ok(Ok(_))) {
-                tracing::info!("the lease was not released; another replica leads when it ends");
+                tracing::info!("lease not released; another replica leads once it expires");
             }
         }
     }
 
-    /// Takes or renews the lease (or lets go of it, if it is ours); whether it is ours then.
-    async fn hold(&mut self, now: Timestamp, want: bool) -> kube::Result<bool> {
+    /// Acquires, renews or releases the lease. Returns whether this replica holds it afterwards.
+    async fn update(&mut self, now: Timestamp, goal: Goal) -> kube::Result<bool> {
         let Some(mut lease) = self.api.get_opt(NAME).await? else {
-            if !want {
+            if goal == Goal::Release {
                 return Ok(false);
             }
             let lease = Lease {
@@ -99,26 +116,26 @@ impl Candidate {
         let holder = spec.holder_identity.clone().filter(|name| !name.is_empty());
         let ours = holder.as_deref() == Some(&*self.replica);
         let transitions = spec.lease_transitions.unwrap_or(0);
-        let next = match (ours, want) {
-            (true, true) => {
+        let next = match (ours, goal) {
+            (true, Goal::Hold) => {
                 let acquired = spec.acquire_time.clone();
                 let mut next = self.spec(now, transitions);
                 next.acquire_time = acquired;
                 next
             }
-            (true, false) => {
+            (true, Goal::Release) => {
                 let mut next = self.spec(now, transitions);
                 next.holder_identity = Some(String::new());
                 next
             }
-            (false, true) if holder.is_none() || self.has_ended(spec) => {
+            (false, Goal::Hold) if holder.is_none() || self.has_expired(spec) => {
                 self.spec(now, transitions.saturating_add(1))
             }
             (false, _) => return Ok(false),
         };
         lease.spec = Some(next);
         let written = self.api.replace(NAME, &PostParams::default(), &lease).await;
-        self.write(written).map(|done| done && want)
+        self.write(written).map(|done| done && goal == Goal::Hold)
     }
 
     fn spec(&self, now: Timestamp, transitions: i32) -> LeaseSpec {
@@ -132,24 +149,29 @@ impl Candidate {
         }
     }
 
-    /// Whether another's lease did not change for its whole duration.
-    fn has_ended(&mut self, spec: &LeaseSpec) -> bool {
-        let (renewed, holder) = (spec.renew_time.clone(), spec.holder_identity.clone());
-        match &self.seen {
-            Some((time, name, since)) if *time == renewed && *name == holder => {
+    /// Tells whether the lease of another replica has not changed for its duration.
+    fn has_expired(&mut self, spec: &LeaseSpec) -> bool {
+        match &self.observed {
+            Some(seen)
+                if seen.renew_time == spec.renew_time && seen.holder == spec.holder_identity =>
+            {
                 let seconds = spec
                     .lease_duration_seconds
                     .and_then(|s| u64::try_from(s).ok());
-                since.elapsed() > seconds.map_or(self.duration, Duration::from_secs)
+                seen.since.elapsed() > seconds.map_or(self.duration, Duration::from_secs)
             }
             _ => {
-                self.seen = Some((renewed, holder, Instant::now()));
+                self.observed = Some(Observed {
+                    renew_time: spec.renew_time.clone(),
+                    holder: spec.holder_identity.clone(),
+                    since: Instant::now(),
+                });
                 false
             }
         }
     }
 
-    /// A conflict means that another replica was faster.
+    /// Evaluates a write. On a conflict, another replica was faster.
     fn write(&self, result: kube::Result<Lease>) -> kube::Result<bool> {
         match result {
             Ok(_) => Ok(true),

@@ -1,29 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The cluster's controller: its CA, and the status of policies.
+//! The controller of the mesh: the CA, the status of policies, and the uninstallation.
 //!
 //! ```text
-//! Secret -> authority -> (leaf of a CSR) -> service <- caller (TokenReview), workloads (pods)
-//! MeshNodes, policies -> status (the leader only) -> conditions
+//! Secret -> ca_store -> authority -> sign (CSR) -> service <- caller (TokenReview), workloads (pods)
+//! MeshNodes, policies -> status_aggregation -> status (the leader only)
 //! ```
-//! Every replica signs; only the one that holds the lease writes: the Secret, the ConfigMap with the
-//! roots, and status.
+//! Every replica issues certificates. Only the holder of the lease writes the Secret, the ConfigMap
+//! with the roots, and status.
 
 #![forbid(unsafe_code)]
 
 mod authority;
+mod ca_store;
 mod caller;
-mod fold;
 #[cfg(any(test, fuzzing))]
 pub mod fuzzing;
-mod keeper;
 mod lease;
 mod limits;
-mod numbers;
-mod probes;
+mod metrics;
+mod outcome;
 mod run;
 mod service;
 mod sign;
 mod status;
+mod status_aggregation;
 mod tls;
 pub mod uninstall;
 mod workloads;
@@ -32,43 +32,42 @@ use std::io;
 
 pub use run::{rotate_root, run};
 
-/// Why the controller ended, or never ran.
+/// A failure of the controller.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// There is no client of the Kubernetes API.
+    /// The Kubernetes API cannot be reached.
     #[error(transparent)]
     Client(#[from] mesh_kube::Error),
-    /// The Kubernetes API refused what the controller cannot do without.
+    /// The Kubernetes API refused a request.
     #[error("cannot {what}: {why}")]
     Api {
-        /// What was tried.
+        /// Failed operation.
         what: &'static str,
-        /// What the API server said.
+        /// Message of the API server.
         why: String,
     },
-    /// The trust domain.
+    /// The trust domain is invalid.
     #[error("--trust-domain: invalid trust domain {0:?}")]
     TrustDomain(String),
-    /// The TLS library.
+    /// TLS cannot be configured.
     #[error("cannot configure TLS")]
     Tls(#[from] rustls::Error),
-    /// Threads, sockets, signals.
+    /// An operation of the operating system failed.
     #[error("cannot {what}")]
     Process {
-        /// What was tried.
+        /// Failed operation.
         what: String,
-        /// Why not.
+        /// Cause.
         source: io::Error,
     },
-    /// A task ended that runs for as long as the controller does.
+    /// A task ended that must run as long as the controller.
     #[error("{0} ended unexpectedly")]
     Task(&'static str),
 }
 
 impl Error {
-    /// What the process exits with (sysexits.h): 1 failed, 69 a feature is missing, 70 internal, 78
-    /// configuration.
+    /// Returns the exit code of the process (sysexits.h): 1 failed, 70 internal, 78 configuration.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {

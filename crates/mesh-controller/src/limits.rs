@@ -1,61 +1,62 @@
 // SPDX-License-Identifier: Apache-2.0
-//! How much one caller may ask, and which keys were certified before; both bounded.
+//! Rate limits per caller, and the memory of certified keys. Both have a maximum size.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use tokio::time::{Duration, Instant};
 
-/// So many may come at once: an agent that starts on a full node.
+/// Requests that a caller may send at once: an agent that starts on a full node.
 const BURST: f64 = 256.0;
-/// So many a second may follow.
+/// Requests per second that a caller may send in the long run.
 const RATE: f64 = 16.0;
-/// Callers that are told apart; beyond, those that asked little lately are forgotten first.
-const MOST_CALLERS: usize = 8192;
-/// Keys that are remembered. A key that is forgotten can be certified again, which takes a token of
-/// its node all the same.
-const MOST_KEYS: usize = 65_536;
+/// Maximum number of tracked callers. Idle callers are removed first; while none is idle, new callers
+/// are refused.
+const MAX_CALLERS: usize = 8192;
+/// Maximum number of remembered keys. A forgotten key can be certified again, which still requires a
+/// token of its node.
+const MAX_KEYS: usize = 65_536;
 
-/// A bucket of tokens for each caller.
+/// A token bucket for each caller.
 #[derive(Debug, Default)]
-pub(super) struct Buckets(BTreeMap<String, (f64, Instant)>);
+pub(super) struct RateLimiter(BTreeMap<String, (f64, Instant)>);
 
-impl Buckets {
-    /// Whether `caller` may ask once more now.
+impl RateLimiter {
+    /// Takes a token of the caller. Returns false if the caller exceeds its rate.
     pub(super) fn take(&mut self, caller: &str, now: Instant) -> bool {
-        if self.0.len() >= MOST_CALLERS && !self.0.contains_key(caller) {
+        if self.0.len() >= MAX_CALLERS && !self.0.contains_key(caller) {
             let idle = Duration::from_secs_f64(BURST / RATE);
             self.0
                 .retain(|_, (_, last)| now.duration_since(*last) < idle);
-            if self.0.len() >= MOST_CALLERS {
+            if self.0.len() >= MAX_CALLERS {
                 return false;
             }
         }
         let (left, last) = self.0.entry(caller.to_owned()).or_insert((BURST, now));
         *left = (*left + now.duration_since(*last).as_secs_f64() * RATE).min(BURST);
         *last = now;
-        let may = *left >= 1.0;
-        if may {
+        let allowed = *left >= 1.0;
+        if allowed {
             *left -= 1.0;
         }
-        may
+        allowed
     }
 }
 
-/// The keys that were certified last.
+/// The most recently certified keys.
 #[derive(Debug, Default)]
-pub(super) struct Keys {
+pub(super) struct CertifiedKeys {
     known: BTreeSet<[u8; 32]>,
     order: VecDeque<[u8; 32]>,
 }
 
-impl Keys {
-    /// Remembers a key, by its digest; whether it is new.
+impl CertifiedKeys {
+    /// Remembers the digest of a key. Returns false if the key is already known.
     pub(super) fn add(&mut self, key: [u8; 32]) -> bool {
         if !self.known.insert(key) {
             return false;
         }
         self.order.push_back(key);
-        if self.order.len() > MOST_KEYS
+        if self.order.len() > MAX_KEYS
             && let Some(oldest) = self.order.pop_front()
         {
             self.known.remove(&oldest);
@@ -69,8 +70,8 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_burst_then_a_rate_for_each_caller_by_itself() {
-        let mut buckets = Buckets::default();
+    async fn burst_and_rate_are_per_caller() {
+        let mut buckets = RateLimiter::default();
         let start = Instant::now();
         let taken = (0..1000).filter(|_| buckets.take("a", start)).count();
         assert_eq!(taken, 256);
@@ -81,40 +82,40 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn more_callers_than_are_told_apart_take_nothing_from_those_that_are() {
-        let mut buckets = Buckets::default();
+    async fn excess_callers_do_not_affect_tracked_callers() {
+        let mut buckets = RateLimiter::default();
         let start = Instant::now();
-        for caller in 0..MOST_CALLERS {
+        for caller in 0..MAX_CALLERS {
             assert!(buckets.take(&caller.to_string(), start));
         }
-        let lately = start + Duration::from_secs(10);
-        assert!(buckets.take("0", lately));
+        let soon = start + Duration::from_secs(10);
+        assert!(buckets.take("0", soon));
         for caller in 0..100 {
-            assert!(!buckets.take(&format!("stranger {caller}"), lately));
-            assert!(buckets.take("0", lately) && buckets.take("1", lately));
+            assert!(!buckets.take(&format!("stranger {caller}"), soon));
+            assert!(buckets.take("0", soon) && buckets.take("1", soon));
         }
-        assert_eq!(buckets.0.len(), MOST_CALLERS);
-        while buckets.take("0", lately) {}
-        // Room is made of those that asked nothing for as long as an empty bucket takes to fill.
+        assert_eq!(buckets.0.len(), MAX_CALLERS);
+        while buckets.take("0", soon) {}
+        // A caller is removed after the time that an empty bucket takes to fill.
         let later = start + Duration::from_secs(17);
         assert!(buckets.take("stranger", later));
         let known: Vec<_> = buckets.0.keys().map(String::as_str).collect();
         assert_eq!(known, ["0", "1", "stranger"]);
-        // Nobody has a new burst by that.
+        // The removal gives no caller a new burst.
         let taken = (0..1000).filter(|_| buckets.take("0", later)).count();
         assert_eq!(taken, 7 * 16);
     }
 
     #[test]
-    fn a_key_is_new_once() {
-        let mut keys = Keys::default();
+    fn key_is_new_only_once() {
+        let mut keys = CertifiedKeys::default();
         assert!(keys.add([1; 32]) && keys.add([2; 32]));
         assert!(!keys.add([1; 32]));
-        for n in 0..u32::try_from(MOST_KEYS).unwrap() {
+        for n in 0..u32::try_from(MAX_KEYS).unwrap() {
             let mut key = [0; 32];
             key[..4].copy_from_slice(&n.to_be_bytes());
             keys.add(key);
         }
-        assert!(keys.order.len() <= MOST_KEYS && keys.known.len() == keys.order.len());
+        assert!(keys.order.len() <= MAX_KEYS && keys.known.len() == keys.order.len());
     }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `mesh-controller`: runs the controller, asks for a new root, or uninstalls the mesh. Exit codes follow
-//! sysexits.h: 0 done, 1 failed, 2 usage, 70 internal, 78 configuration.
+//! `mesh-controller`: runs the controller, requests a new root, or uninstalls the mesh. Exit codes
+//! follow sysexits.h: 0 done, 1 failed, 2 usage, 70 internal, 78 configuration.
 
 #![forbid(unsafe_code)]
 
@@ -30,14 +30,14 @@ fn run(command: ControllerCommand) -> u8 {
         ControllerCommand::RotateRoot(config) => mesh_controller::rotate_root(&config).map_or_else(
             |error| fail(&error, error.exit_code()),
             |done| {
-                say(&done);
+                print(&done);
                 0
             },
         ),
         ControllerCommand::Uninstall(config) => {
             match uninstall::run(&config.namespace, config.kubeconfig.as_deref()) {
                 Ok(nodes) => {
-                    say(&format_args!("removed the mesh from {nodes} nodes"));
+                    print(&format_args!("removed the mesh from {nodes} nodes"));
                     0
                 }
                 Err(error) => fail(&error, 1),
@@ -47,11 +47,11 @@ fn run(command: ControllerCommand) -> u8 {
 }
 
 fn fail(error: &(dyn Error + 'static), code: u8) -> u8 {
-    say(&format_args!("mesh-controller: {}", Chain(error)));
+    print(&format_args!("mesh-controller: {}", Chain(error)));
     code
 }
 
-/// Writes a line for people. A closed standard error is no reason to fail.
-fn say(text: &dyn std::fmt::Display) {
+/// Writes a line to standard error, and ignores failures.
+fn print(text: &dyn std::fmt::Display) {
     drop(writeln!(std::io::stderr(), "{text}"));
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The controller as a whole: its parts, and what ends it.
+//! Starts the tasks of the controller, and stops them at a signal or when one of them ends.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -15,39 +15,41 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::authority::{Times, unix};
-use super::caller::Callers;
-use super::keeper::{self, Keeper, SECRET};
+use super::authority::{Lifetimes, unix};
+use super::ca_store::{self, CaStore, Current, SECRET};
+use super::caller::{Authenticator, ServiceAccount};
 use super::lease::Candidate;
-use super::numbers::Numbers;
-use super::service::{CertificateService, Desk};
-use super::status::Folder;
+use super::metrics::Metrics;
+use super::service::{CertificateService, Dependencies};
+use super::status::StatusWriter;
 use super::workloads::Workloads;
-use super::{Error, probes, tls};
+use super::{Error, tls};
 use mesh_config::ControllerConfig;
 use mesh_identity::TrustDomain;
 use mesh_kube::connect;
 use mesh_sys::signals::Termination;
+use mesh_telemetry::http::{self, Listener, Probes};
+use mesh_telemetry::readiness::{Readiness, ReadyTask};
 
 const THREADS: usize = 2;
-/// How long the lease may take to be let go of.
-const LAST_WRITE: Duration = Duration::from_secs(5);
+/// The time that releasing the lease may take.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Is the controller until a signal ends it.
+/// Runs the controller until a signal ends it.
 ///
 /// # Errors
-/// What could not be built, or which part failed.
+/// When the controller cannot start, or one of its tasks ends.
 pub fn run(config: ControllerConfig) -> Result<(), Error> {
     let runtime = runtime()?;
     let result = runtime.block_on(serve(config));
-    runtime.shutdown_timeout(LAST_WRITE);
+    runtime.shutdown_timeout(RELEASE_TIMEOUT);
     result
 }
 
-/// Has the controllers replace the root of the CA; what was done, for people.
+/// Requests a new root from the running controllers. Returns a message for the user.
 ///
 /// # Errors
-/// The Kubernetes API cannot be reached or refuses.
+/// When the Kubernetes API cannot be reached or refuses the request.
 pub fn rotate_root(config: &ControllerConfig) -> Result<String, Error> {
     runtime()?.block_on(async {
         let secrets: Api<Secret> = Api::namespaced(
@@ -55,17 +57,17 @@ pub fn rotate_root(config: &ControllerConfig) -> Result<String, Error> {
             &config.namespace,
         );
         let value = unix(now()).to_string();
-        let patch = json!({"metadata": {"annotations": {keeper::ASKED: value}}});
+        let patch = json!({"metadata": {"annotations": {ca_store::ROTATE_ROOT: value}}});
         let patched = secrets
             .patch(SECRET, &PatchParams::default(), &Patch::Merge(patch))
             .await;
         patched.map_err(|error| Error::Api {
-            what: "ask for a new root",
+            what: "request a new root",
             why: error.to_string(),
         })?;
         Ok(format!(
-            "asked for a new root: it is published at once and signs after the controllers' \
-             --root-overlap; follow it by `kubectl -n {namespace} get secret {SECRET} -o yaml`",
+            "new root requested: it is published at once and signs after the controllers' \
+             --root-overlap; to follow the rotation, run `kubectl -n {namespace} get secret {SECRET} -o yaml`",
             namespace = config.namespace
         ))
     })
@@ -77,33 +79,36 @@ fn runtime() -> Result<Runtime, Error> {
         .thread_name("mesh-controller")
         .enable_all()
         .build()
-        .map_err(tried("build the runtime"))
+        .map_err(cannot("build the runtime"))
 }
 
-fn tried(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
+fn cannot(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
     let what = what.into();
     move |source| Error::Process { what, source }
 }
 
 async fn serve(config: ControllerConfig) -> Result<(), Error> {
-    let mut termination = Termination::listen().map_err(tried("listen for signals"))?;
+    let mut termination = Termination::listen().map_err(cannot("listen for signals"))?;
     let trust_domain = TrustDomain::new(&config.trust_domain)
         .map_err(|_invalid| Error::TrustDomain(config.trust_domain.clone()))?;
     let client = connect(config.kubeconfig.as_deref()).await?;
-    let numbers = Numbers::default();
+    let metrics = Metrics::default();
     let (leads, leading) = watch::channel(false);
     let (ending, stop) = watch::channel(false);
-    let mut parts = JoinSet::new();
+    let mut tasks = JoinSet::new();
 
-    // The CA: kept by the leader, served by all.
-    let (keeper, authority) = Keeper::new(&client, keeper_settings(&config), numbers.clone());
+    // Every replica issues certificates; the leader writes the CA's Secret.
+    let (ca_store, authority) = CaStore::new(&client, ca_settings(&config), metrics.clone());
     let (workloads, pods) = Workloads::watch(client.clone());
-    let agents = (config.namespace.as_str(), config.agent_account.as_str());
-    let service = CertificateService::new(Desk {
+    let agents = ServiceAccount {
+        namespace: &config.namespace,
+        name: &config.agent_account,
+    };
+    let service = CertificateService::new(Dependencies {
         authority: authority.clone(),
-        callers: Callers::new(client.clone(), agents, &config.audience),
+        authenticator: Authenticator::new(client.clone(), agents, &config.audience),
         workloads: workloads.clone(),
-        numbers: numbers.clone(),
+        metrics: metrics.clone(),
         trust_domain,
         life: config.certificate_life,
         now,
@@ -111,46 +116,44 @@ async fn serve(config: ControllerConfig) -> Result<(), Error> {
     let listener = bind(config.listen).await?;
     let tls = tls::config(authority.clone())?;
     let follower = leading.clone();
-    parts.spawn(async move {
-        keeper.run(follower).await;
-        "the CA's keeper"
+    tasks.spawn(async move {
+        ca_store.run(follower).await;
+        "the watch of the CA's Secret"
     });
-    parts.spawn(async move {
+    tasks.spawn(async move {
         pods.await;
         "the watch of pods"
     });
-    parts.spawn(async move {
+    tasks.spawn(async move {
         if let Err(error) = tls::serve(listener, tls, service).await {
-            tracing::error!(%error, "certificates are not served any more");
+            tracing::error!(%error, "certificate service failed");
         }
         "the certificate service"
     });
 
-    // Status: the leader's.
-    let folder = Folder::watch(client.clone(), numbers.clone(), timestamp);
+    // The leader writes status.
+    let status = StatusWriter::watch(client.clone(), metrics.clone(), timestamp);
     let follower = leading.clone();
-    parts.spawn(async move {
-        folder.run(follower).await;
-        "the watch of policies"
+    tasks.spawn(async move {
+        status.run(follower).await;
+        "the status writer"
     });
 
-    // Probes.
-    let (ready, is_ready) = watch::channel(false);
-    let metrics = bind(config.metrics).await?;
-    parts.spawn(show(leading.clone(), numbers.clone()));
-    parts.spawn(async move {
-        probes::serve(metrics, numbers, is_ready).await;
-        "probes"
-    });
-    parts.spawn(async move {
-        let mut authority = authority;
-        workloads.known().await;
-        if authority.wait_for(Option::is_some).await.is_ok() {
-            ready.send_replace(true);
-            tracing::info!("certificates are served");
-        }
-        std::future::pending::<()>().await;
-        "readiness"
+    // Metrics and probes.
+    let listener =
+        Listener::tcp(config.metrics).map_err(cannot(format!("listen on {}", config.metrics)))?;
+    let readiness = Readiness::new();
+    let conditions = [
+        readiness.task("pods are known"),
+        readiness.task("the CA is known"),
+    ];
+    tasks.spawn(report_leadership(leading, metrics.clone()));
+    tasks.spawn(become_ready(workloads, authority, conditions));
+    let probes = Probes::new(move |format| metrics.page(format), readiness);
+    let stopping = stop.clone();
+    tasks.spawn(async move {
+        http::serve(listener, probes, stopping).await;
+        "the server of metrics and probes"
     });
 
     let candidate = Candidate::new(client, &config.namespace, &config.replica, config.lease);
@@ -160,30 +163,45 @@ async fn serve(config: ControllerConfig) -> Result<(), Error> {
             tracing::info!(signal, "controller shutting down");
             Ok(())
         }
-        part = parts.join_next() => Err(Error::Task(match part {
-            Some(Ok(part)) => part,
-            Some(Err(_)) | None => "a part of the controller",
+        ended = tasks.join_next() => Err(Error::Task(match ended {
+            Some(Ok(task)) => task,
+            Some(Err(_)) | None => "a task of the controller",
         })),
     };
     ending.send_replace(true);
-    if tokio::time::timeout(LAST_WRITE, lease).await.is_err() {
-        tracing::warn!("the lease was not let go of in time");
+    if tokio::time::timeout(RELEASE_TIMEOUT, lease).await.is_err() {
+        tracing::warn!("lease not released in time; another replica leads once it expires");
     }
     result
 }
 
-/// Shows in the metrics who leads.
-async fn show(mut leading: watch::Receiver<bool>, numbers: Numbers) -> &'static str {
+/// Waits until certificates can be issued.
+async fn become_ready(
+    workloads: Workloads,
+    mut authority: Current,
+    [pods_known, ca_known]: [ReadyTask; 2],
+) -> &'static str {
+    workloads.known().await;
+    pods_known.done();
+    if authority.wait_for(Option::is_some).await.is_ok() {
+        ca_known.done();
+        tracing::info!("controller ready; issuing certificates");
+    }
+    std::future::pending().await
+}
+
+/// NodeReports leadership in the metrics.
+async fn report_leadership(mut leading: watch::Receiver<bool>, metrics: Metrics) -> &'static str {
     loop {
-        numbers.leads(*leading.borrow_and_update());
+        metrics.leader(*leading.borrow_and_update());
         if leading.changed().await.is_err() {
-            // The lease's task ends when the controller does.
+            // The sender lives until the controller shuts down.
             std::future::pending::<()>().await;
         }
     }
 }
 
-fn keeper_settings(config: &ControllerConfig) -> keeper::Settings {
+fn ca_settings(config: &ControllerConfig) -> ca_store::Settings {
     let service = format!("mesh-controller.{}", config.namespace);
     let mut names = vec![
         format!("{service}.svc"),
@@ -191,11 +209,11 @@ fn keeper_settings(config: &ControllerConfig) -> keeper::Settings {
         service,
     ];
     names.extend(config.serving_names.iter().cloned());
-    keeper::Settings {
+    ca_store::Settings {
         namespace: config.namespace.clone(),
         trust_domain: config.trust_domain.clone(),
         names,
-        times: Times {
+        lifetimes: Lifetimes {
             leaf: config.certificate_life,
             overlap: config.root_overlap,
         },
@@ -205,18 +223,18 @@ fn keeper_settings(config: &ControllerConfig) -> keeper::Settings {
 
 async fn bind(address: SocketAddr) -> Result<TcpListener, Error> {
     let bound = match TcpListener::bind(address).await {
-        // A host without IPv6.
+        // The host may have no IPv6.
         Err(_) if address.ip() == IpAddr::from([0_u16; 8]) => {
             TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
         }
         bound => bound,
     };
-    bound.map_err(tried(format!("listen on {address}")))
+    bound.map_err(cannot(format!("listen on {address}")))
 }
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "the outermost wiring is where the clock is read"
+    reason = "the clock is read here, and passed on"
 )]
 fn now() -> SystemTime {
     SystemTime::now()

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `istio.v1.auth.IstioCertificateService`, served to the mesh's agents.
+//! The gRPC service `istio.v1.auth.IstioCertificateService` for the mesh's agents.
 //!
-//! The identity is the one that the request's metadata names (`ImpersonatedIdentity`); it is signed
-//! if a pod with that service account runs on the node that the caller's token is bound to. What the
-//! signing request itself says of names is not read. The answer is the leaf, the intermediate, and
-//! last, in one text, every root.
+//! The request's metadata (`ImpersonatedIdentity`) names the identity. It is certified if a pod with
+//! that service account runs on the node that the caller's token is bound to. Names in the signing
+//! request are ignored. The response contains the leaf, the intermediate, and last all roots in one
+//! string.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -21,43 +21,46 @@ use tonic::server::{Grpc, UnaryService};
 use tonic::{Code, Request, Response, Status};
 use tonic_prost::ProstCodec;
 
-use super::caller::Callers;
-use super::keeper::Current;
-use super::limits::{Buckets, Keys};
-use super::numbers::{Numbers, Outcome};
+use super::ca_store::Current;
+use super::caller::Authenticator;
+use super::limits::{CertifiedKeys, RateLimiter};
+use super::metrics::Metrics;
+use super::outcome::Outcome;
 use super::sign;
-use super::workloads::Workloads;
+use super::workloads::{PodIdentity, Workloads};
 use mesh_identity::wire::{
     CREATE_CERTIFICATE, CertificateRequest, CertificateResponse, IMPERSONATED,
 };
 use mesh_identity::{SpiffeId, TrustDomain};
 use mesh_log::warn_limited;
 
-/// Longest message; a signing request is shorter by far.
-const MESSAGE_MAX: usize = 64 << 10;
-/// How long a pod is waited for that an agent knows before this controller does.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// Maximum size of a message.
+const MAX_MESSAGE_BYTES: usize = 64 << 10;
+/// The time to wait for a pod that the agent knows before this controller does.
+const POD_WAIT: Duration = Duration::from_secs(2);
 
-/// What requests are judged by.
-pub(super) struct Desk {
+/// The dependencies of the service.
+pub(super) struct Dependencies {
     pub(super) authority: Current,
-    pub(super) callers: Callers,
+    pub(super) authenticator: Authenticator,
     pub(super) workloads: Workloads,
-    pub(super) numbers: Numbers,
+    pub(super) metrics: Metrics,
     pub(super) trust_domain: TrustDomain,
-    /// The longest life of a leaf.
+    /// The maximum lifetime of a leaf.
     pub(super) life: Duration,
     pub(super) now: fn() -> SystemTime,
 }
 
 struct Inner {
-    desk: Desk,
-    /// By address, before the API server is asked; by node, after.
-    buckets: Mutex<(Buckets, Buckets)>,
-    keys: Mutex<Keys>,
+    deps: Dependencies,
+    /// Limits requests by source address, before the token is reviewed.
+    by_address: Mutex<RateLimiter>,
+    /// Limits requests by node, after the token is reviewed.
+    by_node: Mutex<RateLimiter>,
+    certified_keys: Mutex<CertifiedKeys>,
 }
 
-/// The service; clones are the same.
+/// The service. Clones share its state.
 #[derive(Clone)]
 pub(super) struct CertificateService(Arc<Inner>);
 
@@ -65,11 +68,12 @@ type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 type Answer = Result<Response<CertificateResponse>, Status>;
 
 impl CertificateService {
-    pub(super) fn new(desk: Desk) -> Self {
+    pub(super) fn new(deps: Dependencies) -> Self {
         Self(Arc::new(Inner {
-            desk,
-            buckets: Mutex::default(),
-            keys: Mutex::default(),
+            deps,
+            by_address: Mutex::default(),
+            by_node: Mutex::default(),
+            certified_keys: Mutex::default(),
         }))
     }
 
@@ -84,11 +88,17 @@ impl CertificateService {
             ),
             Err((outcome, why)) => {
                 let error = format!("{}: {why}", outcome.label());
-                warn_limited!("ca_refused", error, from, node, "a certificate is refused");
+                warn_limited!(
+                    "ca_refused",
+                    error,
+                    from,
+                    node,
+                    "certificate request refused"
+                );
                 (Err(Status::new(code(outcome), error)), outcome)
             }
         };
-        self.0.desk.numbers.request(outcome);
+        self.0.deps.metrics.request(outcome);
         result
     }
 
@@ -98,46 +108,61 @@ impl CertificateService {
         from: &str,
         node: &mut String,
     ) -> Result<Vec<String>, (Outcome, String)> {
-        let desk = &self.0.desk;
-        if !self.0.buckets.lock().await.0.take(from, Instant::now()) {
+        let deps = &self.0.deps;
+        if !self.0.by_address.lock().await.take(from, Instant::now()) {
             return Err((
                 Outcome::RateLimited,
-                "too many from this address".to_owned(),
+                "too many requests from this address".to_owned(),
             ));
         }
         let token = request.metadata().get("authorization");
         let token = token.and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
         let token = token.ok_or_else(|| (Outcome::Unauthenticated, "no token".to_owned()))?;
-        *node = desk.callers.node(token).await.map_err(|outcome| {
-            let why = "the token must be one of the agents' account, for this CA, bound to a pod";
+        *node = deps.authenticator.node(token).await.map_err(|outcome| {
+            let why = "the token must belong to the agents' service account, have this CA's audience, and be \
+                       bound to a pod";
             (outcome, why.to_owned())
         })?;
-        if !self.0.buckets.lock().await.1.take(node, Instant::now()) {
-            return Err((Outcome::RateLimited, "too many from this node".to_owned()));
+        if !self.0.by_node.lock().await.take(node, Instant::now()) {
+            return Err((
+                Outcome::RateLimited,
+                "too many requests from this node".to_owned(),
+            ));
         }
         let request = request.into_inner();
-        let id = whose(&request, &desk.trust_domain)?;
-        let asked = sign::read(&request.csr)
-            .map_err(|outcome| (outcome, format!("the request for {id} is not usable")))?;
-        let place = (&**node, id.namespace(), id.service_account());
-        if !desk.workloads.is_there(place, PATIENCE).await {
-            let why = format!("no pod with the identity {id} runs on node {node}");
+        let id = requested_identity(&request, &deps.trust_domain)?;
+        let csr = sign::parse(&request.csr)
+            .map_err(|outcome| (outcome, format!("invalid signing request for {id}")))?;
+        let pod = PodIdentity {
+            node: node.clone(),
+            namespace: id.namespace().to_owned(),
+            service_account: id.service_account().to_owned(),
+        };
+        if !deps.workloads.wait_for(&pod, POD_WAIT).await {
+            let why = format!("no pod with identity {id} runs on node {node}");
             return Err((Outcome::NotOnNode, why));
         }
-        let authority = desk.authority.borrow().clone();
-        let authority =
-            authority.ok_or_else(|| (Outcome::Unavailable, "there is no CA yet".to_owned()))?;
-        if !self.0.keys.lock().await.add(asked.digest) {
-            let why = format!("the key in the request for {id} was certified before");
+        let authority = deps.authority.borrow().clone();
+        let authority = authority.ok_or_else(|| (Outcome::Unavailable, "no CA yet".to_owned()))?;
+        if !self.0.certified_keys.lock().await.add(csr.digest) {
+            let why = format!("the key in the request for {id} already has a certificate");
             return Err((Outcome::Replayed, why));
         }
         let life = match u64::try_from(request.validity_duration) {
-            Ok(0) | Err(_) => desk.life,
-            Ok(seconds) => Duration::from_secs(seconds).min(desk.life),
+            Ok(0) | Err(_) => deps.life,
+            Ok(seconds) => Duration::from_secs(seconds).min(deps.life),
         };
-        let leaf = sign::leaf(&authority.signer, &id, &asked, ((desk.now)(), life))
-            .map_err(|error| (Outcome::Unavailable, error.to_string()))?;
-        tracing::debug!(%id, node, "a certificate is issued");
+        let leaf = sign::leaf(
+            &authority.signer,
+            &id,
+            &csr,
+            sign::Validity {
+                now: (deps.now)(),
+                life,
+            },
+        )
+        .map_err(|error| (Outcome::Unavailable, error.to_string()))?;
+        tracing::debug!(%id, node, "certificate issued");
         Ok(vec![
             leaf,
             authority.intermediate.clone(),
@@ -146,8 +171,8 @@ impl CertificateService {
     }
 }
 
-/// The identity that is asked for.
-pub(super) fn whose(
+/// Returns the requested identity.
+pub(super) fn requested_identity(
     request: &CertificateRequest,
     trust_domain: &TrustDomain,
 ) -> Result<SpiffeId, (Outcome, String)> {
@@ -157,7 +182,7 @@ pub(super) fn whose(
         .ok_or_else(|| {
             (
                 Outcome::NoIdentity,
-                format!("the metadata has no {IMPERSONATED}"),
+                format!("the metadata lacks {IMPERSONATED}"),
             )
         })?;
     let id = SpiffeId::parse(text).map_err(|why| (Outcome::NoIdentity, why.to_string()))?;
@@ -168,6 +193,7 @@ pub(super) fn whose(
     Ok(id)
 }
 
+/// Returns the gRPC code of an outcome.
 fn code(outcome: Outcome) -> Code {
     match outcome {
         Outcome::Issued => Code::Ok,
@@ -209,7 +235,7 @@ impl Service<http::Request<Body>> for CertificateService {
                 return Ok(Status::unimplemented("only CreateCertificate is served").into_http());
             }
             let codec = ProstCodec::<CertificateResponse, CertificateRequest>::default();
-            let mut grpc = Grpc::new(codec).max_decoding_message_size(MESSAGE_MAX);
+            let mut grpc = Grpc::new(codec).max_decoding_message_size(MAX_MESSAGE_BYTES);
             Ok(grpc.unary(service, request).await)
         })
     }

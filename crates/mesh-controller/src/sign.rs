@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! From a signing request to a certificate.
+//! Issues a certificate for a signing request.
 //!
-//! Of a request only its public key counts, and that whoever made it has the private one. Names,
-//! usages and validity that it asks for are not read: who the certificate is for was proven
-//! otherwise.
+//! Only the public key of a request is used; the signature proves that the requester has the private
+//! key. Names, usages and validity in the request are ignored: the identity is proven otherwise.
 
 use std::time::{Duration, SystemTime};
 
@@ -22,27 +21,27 @@ use x509_parser::public_key::PublicKey;
 use x509_parser::x509::SubjectPublicKeyInfo as ReadKey;
 
 use super::authority::Signer;
-use super::numbers::Outcome;
+use super::outcome::Outcome;
 use mesh_identity::SpiffeId;
 
-/// Longest request in PEM. One with an RSA key of 8192 bits and a few names has 3 KiB.
-const CSR_MAX: usize = 8 << 10;
-/// Keeps certificates valid where clocks differ a little.
+/// Maximum size of a request in PEM. A request with an RSA key of 8192 bits and some names has 3 KiB.
+const MAX_CSR_BYTES: usize = 8 << 10;
+/// The time between the start of a certificate's validity and its issuance, for clocks that differ.
 const BACKDATED: Duration = Duration::from_secs(600);
-/// Bits of RSA keys.
-const RSA: std::ops::RangeInclusive<usize> = 2048..=8192;
+/// Accepted sizes of RSA keys, in bits.
+const RSA_BITS: std::ops::RangeInclusive<usize> = 2048..=8192;
 
-/// What a request asks to be certified.
+/// A verified signing request.
 #[derive(Debug)]
-pub(super) struct Asked {
+pub(super) struct SigningRequest {
     key: SubjectPublicKeyInfo,
-    /// Tells keys apart.
+    /// SHA-256 of the public key.
     pub(super) digest: [u8; 32],
 }
 
-/// Reads a request in PEM.
-pub(super) fn read(pem: &str) -> Result<Asked, Outcome> {
-    if pem.len() > CSR_MAX {
+/// Parses and verifies a signing request in PEM.
+pub(super) fn parse(pem: &str) -> Result<SigningRequest, Outcome> {
+    if pem.len() > MAX_CSR_BYTES {
         return Err(Outcome::Oversized);
     }
     let mut all = CertificateSigningRequestDer::pem_slice_iter(pem.as_bytes());
@@ -63,27 +62,34 @@ pub(super) fn read(pem: &str) -> Result<Asked, Outcome> {
         .map_err(|_not_its_key| Outcome::Malformed)?;
     let mut hash = [0; 32];
     hash.copy_from_slice(digest(&SHA256, key.raw).as_ref());
-    Ok(Asked {
+    Ok(SigningRequest {
         key: SubjectPublicKeyInfo::from_der(key.raw).map_err(|_unknown| Outcome::WeakKey)?,
         digest: hash,
     })
 }
 
-/// P-256, P-384, and RSA from 2048 bits: what every peer can verify.
+/// Tells whether every peer can verify the key: P-256, P-384, or RSA with at least 2048 bits.
 fn is_strong(key: &ReadKey<'_>) -> bool {
     match key.parsed() {
-        Ok(PublicKey::RSA(rsa)) => RSA.contains(&rsa.key_size()),
+        Ok(PublicKey::RSA(rsa)) => RSA_BITS.contains(&rsa.key_size()),
         Ok(PublicKey::EC(point)) => matches!(point.key_size(), 256 | 384),
         Ok(_) | Err(_) => false,
     }
 }
 
-/// A certificate for `id` over the key that was asked for, in PEM.
+/// The validity of a certificate to issue.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Validity {
+    pub(super) now: SystemTime,
+    pub(super) life: Duration,
+}
+
+/// Issues a certificate for `id` and the key of the request. Returns PEM.
 pub(super) fn leaf(
     signer: &Signer,
     id: &SpiffeId,
-    asked: &Asked,
-    (now, life): (SystemTime, Duration),
+    csr: &SigningRequest,
+    Validity { now, life }: Validity,
 ) -> Result<String, rcgen::Error> {
     let mut leaf = CertificateParams::default();
     leaf.distinguished_name = DistinguishedName::new();
@@ -96,11 +102,11 @@ pub(super) fn leaf(
     leaf.use_authority_key_identifier_extension = true;
     leaf.serial_number = Some(serial()?);
     leaf.not_before = OffsetDateTime::from(now - BACKDATED);
-    leaf.not_after = OffsetDateTime::from((now + life).min(signer.ends()));
-    Ok(leaf.signed_by(&asked.key, signer.issuer())?.pem())
+    leaf.not_after = OffsetDateTime::from((now + life).min(signer.not_after()));
+    Ok(leaf.signed_by(&csr.key, signer.issuer())?.pem())
 }
 
-/// A serial number by chance, positive (RFC 5280, 4.1.2.2).
+/// Returns a random positive serial number (RFC 5280, 4.1.2.2).
 pub(super) fn serial() -> Result<SerialNumber, rcgen::Error> {
     let mut bytes = [0; 16];
     SystemRandom::new()

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Writes the status of the mesh's own kinds while this replica leads, and removes the MeshNodes of
-//! nodes that are gone.
+//! Writes the status of the mesh's kinds while this replica leads, and deletes the MeshNodes of deleted
+//! nodes.
 //!
-//! What is to be written follows from what the API server has now: a status that says already what
-//! it should is not written, and nothing is remembered. Writes are paced; a burst of changes is
-//! folded once.
+//! Each pass compares the wanted status with the status at the API server, and writes only
+//! differences; no state is kept between passes. Writes are paced, and a burst of changes causes one
+//! pass.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -29,24 +29,24 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use super::fold::Reports;
-use super::keeper::MANAGER;
-use super::numbers::Numbers;
+use super::ca_store::MANAGER;
+use super::metrics::Metrics;
+use super::status_aggregation::NodeReports;
 use mesh_log::warn_limited;
 
-/// From a change until it is folded: many come together.
+/// The delay from a change to a pass, so that one pass handles a burst of changes.
 const SETTLE: Duration = Duration::from_millis(500);
-/// From one write to the next: at most 20 a second.
+/// The delay between two writes: at most 20 writes per second.
 const PACE: Duration = Duration::from_millis(50);
-/// Writes until everything is folded anew.
-const PORTION: usize = 40;
-/// Folded at least so often, whatever happened.
-const ANYWAY: Duration = Duration::from_secs(60);
+/// Maximum number of writes of a pass. The next pass starts from fresh reports.
+const MAX_WRITES: usize = 40;
+/// Maximum time between two passes.
+const RESYNC: Duration = Duration::from_secs(60);
 
-/// Everything that is watched.
-pub(super) struct Folder {
+/// Watches nodes and policies, and writes the status of policies.
+pub(super) struct StatusWriter {
     client: Client,
-    numbers: Numbers,
+    metrics: Metrics,
     now: fn() -> Timestamp,
     kinds: Vec<(ApiResource, Store<DynamicObject>)>,
     nodes: Store<PartialObjectMeta<Node>>,
@@ -55,9 +55,9 @@ pub(super) struct Folder {
     watches: JoinSet<()>,
 }
 
-impl Folder {
-    /// Watches from now on.
-    pub(super) fn watch(client: Client, numbers: Numbers, now: fn() -> Timestamp) -> Self {
+impl StatusWriter {
+    /// Starts the watches.
+    pub(super) fn watch(client: Client, metrics: Metrics, now: fn() -> Timestamp) -> Self {
         let changed = Arc::new(Notify::new());
         let mut watches = JoinSet::new();
         let mut kinds = Vec::new();
@@ -89,7 +89,7 @@ impl Folder {
         let mesh_nodes = follow(events, Writer::default(), &changed, &mut watches);
         Self {
             client,
-            numbers,
+            metrics,
             now,
             kinds,
             nodes,
@@ -99,56 +99,57 @@ impl Folder {
         }
     }
 
-    /// Writes for ever, while it leads.
+    /// Writes status while this replica leads, until a watch ends.
     pub(super) async fn run(mut self, mut leads: watch::Receiver<bool>) {
         self.all_known().await;
         loop {
             if leads.wait_for(|leads| *leads).await.is_err() {
                 return;
             }
-            let complete = self.fold(&leads).await;
+            let complete = self.reconcile(&leads).await;
             sleep(SETTLE).await;
             if !complete {
                 continue;
             }
             tokio::select! {
-                _elapsed = timeout(ANYWAY, self.changed.notified()) => sleep(SETTLE).await,
+                _elapsed = timeout(RESYNC, self.changed.notified()) => sleep(SETTLE).await,
                 _ = self.watches.join_next() => return,
             }
         }
     }
 
-    /// Waits until every kind was listed once: what is not known yet is not gone.
+    /// Waits until every kind is listed: an object that is not known yet must not count as deleted.
     async fn all_known(&self) {
         for (_, store) in &self.kinds {
-            // Only a writer that is gone is an error; its task is looked after in `run`.
+            // An error means that the watch has ended; `run` notices that.
             drop(store.wait_until_ready().await);
         }
         drop(self.nodes.wait_until_ready().await);
         drop(self.mesh_nodes.wait_until_ready().await);
     }
 
-    /// Brings every status up to date; whether it came to the end.
-    async fn fold(&self, leads: &watch::Receiver<bool>) -> bool {
+    /// Updates the status of every object. Returns false if the pass is incomplete.
+    async fn reconcile(&self, leads: &watch::Receiver<bool>) -> bool {
         let nodes: BTreeSet<String> = self
             .nodes
             .state()
             .iter()
             .map(|node| node.name_any())
             .collect();
-        let (here, gone): (Vec<_>, Vec<_>) = self
+        let (current, deleted): (Vec<_>, Vec<_>) = self
             .mesh_nodes
             .state()
             .into_iter()
             .partition(|node| nodes.contains(&node.name_any()));
-        for node in gone {
+        for node in deleted {
             self.remove(&node).await;
         }
-        let reports = Reports::of(
-            here.iter()
+        let reports = NodeReports::new(
+            current
+                .iter()
                 .filter_map(|node| Some((node.metadata.name.as_deref()?, node.status.as_ref()?))),
         );
-        self.numbers.nodes(reports.nodes());
+        self.metrics.nodes(reports.nodes());
         let now = Time((self.now)());
         let mut written = 0;
         for (kind, store) in &self.kinds {
@@ -161,7 +162,7 @@ impl Folder {
                 let uid = object.metadata.uid.as_deref().unwrap_or_default();
                 let generation = object.metadata.generation.unwrap_or_default();
                 let status = if kind.kind == "MeshTrafficPolicy" {
-                    unread(generation, &before, &now)
+                    not_implemented(generation, &before, &now)
                 } else {
                     reports.status((uid, generation), &before, &now)
                 };
@@ -170,7 +171,7 @@ impl Folder {
                 }
                 self.write(kind, &object, &status).await;
                 written += 1;
-                if written == PORTION {
+                if written == MAX_WRITES {
                     return false;
                 }
                 sleep(PACE).await;
@@ -188,27 +189,27 @@ impl Folder {
         let patch = json!({
             "apiVersion": kind.api_version,
             "kind": kind.kind,
-            // Not of an object that was made anew under the same name.
+            // The UID prevents a write to a new object with the same name.
             "metadata": {"name": name, "uid": object.metadata.uid},
             "status": status,
         });
         let params = PatchParams::apply(MANAGER).force();
         let result = api.patch_status(&name, &params, &Patch::Apply(patch)).await;
-        self.numbers.status_write(result.is_ok());
+        self.metrics.status_write(result.is_ok());
         match result {
             Ok(_) => {}
-            // It is gone, or another by now.
+            // The object was deleted, or replaced by another.
             Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
             Err(error) => {
-                warn_limited!("status", error, "the status of a policy cannot be written")
+                warn_limited!("status", error, "cannot write the status of a policy")
             }
         }
     }
 
-    /// Removes the report of a node that is no more.
+    /// Deletes the MeshNode of a deleted node.
     async fn remove(&self, node: &MeshNode) {
         let name = node.name_any();
-        // The watch may be behind: a node that just came is asked for itself.
+        // The watch may lag: the API server tells whether the node is new.
         let there = Api::<Node>::all(self.client.clone())
             .get_metadata_opt(&name)
             .await;
@@ -223,9 +224,13 @@ impl Folder {
             .delete(&name, &params)
             .await;
         match deleted {
-            Ok(_) => tracing::info!(node = name, "the node is gone; its MeshNode is removed"),
+            Ok(_) => tracing::info!(node = name, "MeshNode of a deleted node removed"),
             Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
-            Err(error) => warn_limited!("mesh_node", error, "a MeshNode cannot be removed"),
+            Err(error) => warn_limited!(
+                "mesh_node",
+                error,
+                "cannot delete the MeshNode of a deleted node"
+            ),
         }
     }
 }
@@ -234,7 +239,7 @@ fn config() -> watcher::Config {
     watcher::Config::default().page_size(500)
 }
 
-/// Of a policy only who it is and its status are needed.
+/// Removes everything of a policy except its identity and status.
 fn shrink(object: &mut DynamicObject) {
     object.metadata.managed_fields = None;
     object.metadata.annotations = None;
@@ -245,7 +250,7 @@ fn shrink(object: &mut DynamicObject) {
     };
 }
 
-/// Keeps what a watch brings, and tells that something came.
+/// Stores the objects of a watch, and notifies `changed` of each event.
 fn follow<K>(
     events: impl Stream<Item = watcher::Result<watcher::Event<K>>> + Send + 'static,
     writer: Writer<K>,
@@ -264,16 +269,16 @@ where
         while let Some(event) = events.next().await {
             match event {
                 Ok(_) => changed.notify_one(),
-                Err(error) => warn_limited!("status_watch", error, "a kind cannot be watched"),
+                Err(error) => warn_limited!("status_watch", error, "cannot watch a kind"),
             }
         }
     });
     store
 }
 
-/// The status of a kind that agents do not act on.
-fn unread(generation: i64, before: &PolicyStatus, now: &Time) -> PolicyStatus {
-    let mut status = Reports::default().status(("", generation), before, now);
+/// Returns the status of a kind that agents do not implement.
+fn not_implemented(generation: i64, before: &PolicyStatus, now: &Time) -> PolicyStatus {
+    let mut status = NodeReports::default().status(("", generation), before, now);
     for condition in &mut status.conditions {
         let old = before
             .conditions

@@ -2,51 +2,51 @@
 //! `mesh-controller uninstall`: removes the mesh from every node of the cluster, before its objects are
 //! deleted.
 //!
-//! Ends the agents by deleting their DaemonSet, then runs `cleanup` on every node by another one
-//! that is made of the same pods, waits until it is done everywhere, and deletes that too. Nodes
-//! that are away keep the mesh until `mesh-agent cleanup` is run there, and are named.
+//! The command deletes the DaemonSet of the agents, runs `cleanup` on every node by a DaemonSet with
+//! the same pods, waits until every node is clean, and deletes that DaemonSet too. An unreachable node
+//! keeps the mesh until `mesh-agent cleanup` runs there; the error names such nodes.
 
 mod nodes;
 
 use std::path::Path;
 
-/// What went wrong. Everything can be tried again.
+/// A failure of the uninstallation. The command can be repeated after each.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// There is no client of the Kubernetes API.
+    /// The Kubernetes API cannot be reached.
     #[error(transparent)]
     Connect(#[from] mesh_kube::Error),
-    /// The API server refused.
+    /// The API server refused a request.
     #[error("cannot {what}: {why}")]
     Api {
-        /// What was tried.
+        /// Failed operation.
         what: &'static str,
-        /// What the API server said.
+        /// Message of the API server.
         why: String,
     },
-    /// The DaemonSet is not what the chart makes.
-    #[error("the DaemonSet of the agents is not of this release: {0}")]
+    /// The DaemonSet of the agents has an unexpected form.
+    #[error("unsupported DaemonSet of the agents: {0}")]
     Template(&'static str),
-    /// Not done in time.
-    #[error("{what} after {seconds} s: {left}")]
-    Late {
-        /// What is not done.
+    /// A step timed out.
+    #[error("timed out after {seconds} s: {what}: {left}")]
+    Timeout {
+        /// Unfinished step.
         what: &'static str,
-        /// How long it was waited for.
+        /// The time that has passed.
         seconds: u64,
-        /// On which nodes.
+        /// Unfinished nodes.
         left: String,
     },
-    /// No runtime.
-    #[error("cannot start")]
+    /// The runtime cannot be built.
+    #[error("cannot build the async runtime")]
     Runtime(#[from] std::io::Error),
 }
 
-/// Does it all; gives the number of nodes that were cleaned.
+/// Removes the mesh from all nodes. Returns the number of cleaned nodes.
 ///
 /// # Errors
-/// What could not be done; nodes that were cleaned stay clean.
+/// When a step fails. Clean nodes stay clean.
 pub fn run(namespace: &str, kubeconfig: Option<&Path>) -> Result<usize, Error> {
     nodes::run(namespace, kubeconfig)
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Which service accounts have pods on which node, from a watch of all pods.
+//! The service accounts in use on each node, from a watch of all pods.
 //!
-//! Of a pod only its node and account are kept. Pods that have ended do not count, nor do those of
-//! the host's network, which have no identity of their own.
+//! Only the node and the service account of a pod are kept. Finished pods do not count, nor do pods in
+//! the host network, which have no identity of their own.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,33 +17,38 @@ use tokio::time::timeout;
 
 use mesh_log::warn_limited;
 
-/// A pod's node, namespace and service account.
-type Place = (String, String, String);
+/// The node and the service account of a pod.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct PodIdentity {
+    pub(super) node: String,
+    pub(super) namespace: String,
+    pub(super) service_account: String,
+}
 
 #[derive(Debug, Default)]
 struct Index {
-    pods: BTreeMap<(String, String), Place>,
-    /// How many pods there are of each.
-    places: BTreeMap<Place, usize>,
+    pods: BTreeMap<(String, String), PodIdentity>,
+    /// Number of pods of each identity.
+    counts: BTreeMap<PodIdentity, usize>,
 }
 
 impl Index {
     fn put(&mut self, pod: &Pod) {
         self.remove(pod);
-        if let Some(place) = place(pod) {
-            *self.places.entry(place.clone()).or_default() += 1;
-            self.pods.insert(key(pod), place);
+        if let Some(identity) = identity(pod) {
+            *self.counts.entry(identity.clone()).or_default() += 1;
+            self.pods.insert(key(pod), identity);
         }
     }
 
     fn remove(&mut self, pod: &Pod) {
-        let Some(place) = self.pods.remove(&key(pod)) else {
+        let Some(identity) = self.pods.remove(&key(pod)) else {
             return;
         };
-        if let Some(count) = self.places.get_mut(&place) {
+        if let Some(count) = self.counts.get_mut(&identity) {
             *count -= 1;
             if *count == 0 {
-                self.places.remove(&place);
+                self.counts.remove(&identity);
             }
         }
     }
@@ -54,8 +59,8 @@ fn key(pod: &Pod) -> (String, String) {
     (text(&pod.metadata.namespace), text(&pod.metadata.name))
 }
 
-/// Where a pod runs, if it can have an identity there.
-fn place(pod: &Pod) -> Option<Place> {
+/// Returns the identity of a pod; `None` if the pod has none.
+fn identity(pod: &Pod) -> Option<PodIdentity> {
     let spec = pod.spec.as_ref()?;
     let phase = pod
         .status
@@ -65,14 +70,14 @@ fn place(pod: &Pod) -> Option<Place> {
         return None;
     }
     let account = spec.service_account_name.clone();
-    Some((
-        spec.node_name.clone().filter(|name| !name.is_empty())?,
-        pod.metadata.namespace.clone()?,
-        account.unwrap_or_else(|| "default".to_owned()),
-    ))
+    Some(PodIdentity {
+        node: spec.node_name.clone().filter(|name| !name.is_empty())?,
+        namespace: pod.metadata.namespace.clone()?,
+        service_account: account.unwrap_or_else(|| "default".to_owned()),
+    })
 }
 
-/// All pods, as far as the CA must know them. Clones share them.
+/// The identities of all pods. Clones share them.
 #[derive(Clone, Debug)]
 pub(super) struct Workloads {
     index: Arc<RwLock<Index>>,
@@ -96,19 +101,14 @@ impl Workloads {
         drop(revision.wait_for(|revision| *revision > 0).await);
     }
 
-    /// Whether a pod of that account runs on the node. The agent may know a pod before we do: it is
-    /// waited for, up to `patience`.
-    pub(super) async fn is_there(
-        &self,
-        (node, namespace, account): (&str, &str, &str),
-        patience: Duration,
-    ) -> bool {
-        let place = (node.to_owned(), namespace.to_owned(), account.to_owned());
+    /// Waits up to `wait` for a pod with this identity: the agent may know a pod before the controller
+    /// does. Returns whether there is one.
+    pub(super) async fn wait_for(&self, identity: &PodIdentity, wait: Duration) -> bool {
         let mut revision = self.revision.clone();
         let look = async {
             loop {
                 revision.mark_unchanged();
-                if self.index.read().await.places.contains_key(&place) {
+                if self.index.read().await.counts.contains_key(identity) {
                     return true;
                 }
                 if revision.changed().await.is_err() {
@@ -116,7 +116,7 @@ impl Workloads {
                 }
             }
         };
-        timeout(patience, look).await.unwrap_or(false)
+        timeout(wait, look).await.unwrap_or(false)
     }
 }
 
@@ -125,7 +125,7 @@ async fn follow(client: Client, index: Arc<RwLock<Index>>, changed: watch::Sende
     let mut events = watcher(Api::<Pod>::all(client), config)
         .default_backoff()
         .boxed();
-    // What a list that is under way has brought.
+    // The pods of a list in progress.
     let mut fresh = Index::default();
     while let Some(event) = events.next().await {
         match event {
@@ -146,7 +146,7 @@ async fn follow(client: Client, index: Arc<RwLock<Index>>, changed: watch::Sende
                 warn_limited!(
                     "pods",
                     error,
-                    "pods cannot be watched; those that are known count"
+                    "cannot watch pods; continuing with the known pods"
                 );
                 continue;
             }
@@ -172,18 +172,22 @@ mod tests {
     }
 
     #[test]
-    fn a_place_is_there_as_long_as_one_pod_is() {
-        let place = ("n1".to_owned(), "shop".to_owned(), "web".to_owned());
+    fn identity_is_present_while_a_pod_has_it() {
+        let identity = PodIdentity {
+            node: "n1".to_owned(),
+            namespace: "shop".to_owned(),
+            service_account: "web".to_owned(),
+        };
         let mut index = Index::default();
         index.put(&pod("a", "Pending", false));
         index.put(&pod("b", "Running", false));
         index.put(&pod("b", "Running", false));
-        assert_eq!(index.places.get(&place), Some(&2));
+        assert_eq!(index.counts.get(&identity), Some(&2));
         index.remove(&pod("a", "Running", false));
-        assert!(index.places.contains_key(&place));
+        assert!(index.counts.contains_key(&identity));
         index.put(&pod("b", "Succeeded", false));
-        assert!(index.places.is_empty() && index.pods.is_empty());
+        assert!(index.counts.is_empty() && index.pods.is_empty());
         index.put(&pod("c", "Running", true));
-        assert!(index.places.is_empty());
+        assert!(index.counts.is_empty());
     }
 }

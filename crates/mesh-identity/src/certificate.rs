@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A certificate of ours, proven usable before anybody is shown it.
+//! A certificate of this node's workload, validated before use.
 
 use std::{fmt, sync::Arc, time::SystemTime};
 
@@ -24,7 +24,7 @@ pub struct Certificate {
 }
 
 impl Certificate {
-    /// Checks that peers who trust the issuer's roots would accept what it gave.
+    /// Validates an issued certificate as a peer that trusts the issuer's roots would.
     pub(super) fn check(
         id: &SpiffeId,
         issued: Issued,
@@ -62,23 +62,23 @@ impl Certificate {
         })
     }
 
-    /// Whose it is.
+    /// Returns the identity.
     pub fn id(&self) -> &SpiffeId {
         &self.id
     }
 
-    /// The certificate itself, in DER.
+    /// Returns the leaf certificate, in DER.
     #[must_use]
     pub fn leaf(&self) -> &rustls::pki_types::CertificateDer<'static> {
         &self.key.cert[0]
     }
 
-    /// From when it is valid.
+    /// Returns the start of the validity.
     pub fn not_before(&self) -> SystemTime {
         self.not_before
     }
 
-    /// Until when it is valid.
+    /// Returns the expiry.
     pub fn not_after(&self) -> SystemTime {
         self.not_after
     }

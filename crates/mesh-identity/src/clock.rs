@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The wall clock and the spread of retries, as values.
+//! The wall clock, and the spread of renewals and retries.
 //!
-//! Nothing in this room reads the system's clock: who starts it says what time is, so that
-//! expiry and renewal are tested without waiting. Timers are tokio's.
+//! This crate never reads the system's clock: the program passes a clock in, so that tests of expiry
+//! and renewal need not wait. Timers are tokio's.
 
 use std::{
     fmt,
@@ -18,12 +18,12 @@ use rustls::{pki_types::UnixTime, time_provider::TimeProvider};
 pub struct Clock(Arc<dyn Fn() -> SystemTime + Send + Sync>);
 
 impl Clock {
-    /// A clock that asks `now` each time it is read.
+    /// Makes a clock that calls `now` at each reading.
     pub fn new(now: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
         Self(Arc::new(now))
     }
 
-    /// The time.
+    /// Returns the time.
     pub fn now(&self) -> SystemTime {
         (self.0)()
     }
@@ -41,18 +41,18 @@ impl TimeProvider for Clock {
     }
 }
 
-/// The same time as webpki counts it; times before 1970 are 1970.
+/// Converts a time for webpki; times before 1970 become 1970.
 pub(super) fn unix_time(time: SystemTime) -> UnixTime {
     UnixTime::since_unix_epoch(time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO))
 }
 
-/// Spreads what many agents would else do at the same moment. The same seed, subject and round
-/// give the same spread.
+/// Spreads actions that many agents would otherwise do at the same time. The spread depends on seed,
+/// subject and round only.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Spread(pub(super) u64);
 
 impl Spread {
-    /// A number in 0..1.
+    /// Returns a number in 0..1.
     pub(super) fn fraction(self, subject: &impl Hash, round: u32) -> f64 {
         let mut hasher = DefaultHasher::new();
         (self.0, subject, round).hash(&mut hasher);
@@ -60,7 +60,7 @@ impl Spread {
         f64::from((hasher.finish() >> 32) as u32) / (f64::from(u32::MAX) + 1.0)
     }
 
-    /// `middle`, up to a tenth less or more.
+    /// Returns `middle`, give or take a tenth.
     pub(super) fn around(self, middle: Duration, subject: &impl Hash, round: u32) -> Duration {
         middle.mul_f64(0.9 + 0.2 * self.fraction(subject, round))
     }
@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn spread_differs_by_agent_subject_and_round_and_stays_within_a_tenth() {
+    fn spread_differs_by_agent_subject_and_round_within_a_tenth() {
         let hour = Duration::from_secs(3600);
         let mut seen = std::collections::BTreeSet::new();
         for seed in 0..10 {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Client configurations that are kept, each with the sessions of its one (own, expected).
+//! A cache of client configurations, each with the TLS sessions of a pair (own, expected).
 //!
-//! Bounded: of too many the one that was asked for longest ago is forgotten, which costs its
-//! next connection a full handshake.
+//! The cache is bounded. The least recently used configuration is evicted, after which the next
+//! connection of its pair needs a full handshake.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -10,10 +10,10 @@ use rustls::ClientConfig;
 
 use super::{Epoch, Error, SpiffeId};
 
-/// Pairs of identities that are remembered.
+/// Maximum number of pairs of identities.
 const PAIRS: usize = 1024;
 
-/// The configurations; one for each pair, of the pair's latest epoch.
+/// The configuration of each pair, for the latest epoch of the pair.
 #[derive(Debug, Default)]
 pub(super) struct ClientConfigs {
     #[expect(
@@ -37,7 +37,7 @@ struct Entry {
 }
 
 impl ClientConfigs {
-    /// The configuration of a pair, from `make` if there is none of this epoch.
+    /// Returns the configuration of a pair; `make` creates it if there is none of this epoch.
     pub(super) fn get(
         &self,
         own: &SpiffeId,

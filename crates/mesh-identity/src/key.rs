@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A private key that never leaves the cryptographic library.
 //!
-//! ECDSA P-256 in memory of aws-lc, which clears it when the last reference goes. It signs
-//! handshakes (rustls) and certificates or requests (rcgen) without ever being written out.
+//! The key is an ECDSA P-256 key in memory of aws-lc, which clears it when the last reference is
+//! dropped. It signs handshakes (rustls) and certificates or requests (rcgen) without export.
 
 use std::{fmt, sync::Arc};
 
@@ -20,7 +20,7 @@ use rustls::{
 #[derive(Clone)]
 pub(super) struct Key(Arc<EcdsaKeyPair>);
 
-/// The library could not make, read or use a key; it does not say why.
+/// A key cannot be generated, read or used. The library reports no cause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not a usable ECDSA P-256 key")]
 pub struct KeyError;
@@ -37,6 +37,7 @@ impl Key {
         Ok(Self(Arc::new(pair.map_err(|_rejected| KeyError)?)))
     }
 
+    /// Signs a message.
     fn signature(&self, message: &[u8]) -> Result<Vec<u8>, KeyError> {
         let signature = self.0.sign(&SystemRandom::new(), message);
         Ok(signature
@@ -101,12 +102,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn debug_says_nothing_about_the_key() {
+    fn debug_output_hides_the_key() {
         assert_eq!(format!("{:?}", Key::generate().unwrap()), "Key");
     }
 
     #[test]
-    fn garbage_is_no_key() {
+    fn garbage_is_rejected() {
         assert_eq!(Key::from_pkcs8(b"garbage").map(drop), Err(KeyError));
     }
 }

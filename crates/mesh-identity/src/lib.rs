@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Who workloads are: their certificates, and TLS configurations made of them.
+//! Identities of workloads: their certificates, and the TLS configurations of tunnels.
 //!
 //! ```text
 //! wanted ids -> renewal (a task per id) -> issuer -> checked certificate
@@ -7,8 +7,8 @@
 //!                   v
 //!               Snapshot (watch) -> Identities: client(own, expected), server(own), peer(conn)
 //! ```
-//! Private keys stay inside this room and in memory; nothing of them is ever logged. The room
-//! opens no connection between workloads and knows no addresses: it says who may be believed.
+//! Private keys never leave this crate's memory and are never logged. The crate opens no connection
+//! between workloads and knows no addresses; it decides which peers are authenticated.
 
 #![forbid(unsafe_code)]
 
@@ -56,52 +56,52 @@ use self::{
     verify::{Rules, Skew, Trust},
 };
 
-/// What this room needs to know.
+/// The configuration of [`Identities`].
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Who issues certificates.
+    /// The issuer of certificates.
     pub ca: Ca,
-    /// The one trust domain whose identities are believed.
+    /// The trust domain of all identities.
     pub trust_domain: TrustDomain,
-    /// Trust domains that count as the same: an identity of theirs is that of ours.
+    /// Aliases of the trust domain: an identity in an alias equals the one in the trust domain.
     pub aliases: Vec<TrustDomain>,
     /// Files of certificate revocation lists.
     pub crls: Vec<PathBuf>,
-    /// The protocol inside a tunnel, as ALPN (RFC 7301) names it: both sides offer it, and a peer that did
-    /// not agree on it is refused.
+    /// The ALPN name (RFC 7301) of the protocol inside a tunnel. Both sides offer it; a peer that does not
+    /// agree on it is refused.
     pub alpn: &'static [u8],
-    /// What time it is.
+    /// The wall clock.
     pub clock: Clock,
-    /// Any number that differs from agent to agent: it spreads their renewals and retries.
+    /// A number that differs between agents, and spreads their renewals and retries.
     pub seed: u64,
 }
 
-/// Why there is no TLS configuration for an identity.
+/// A failure to start, or to return a TLS configuration.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The issuer cannot be used at all.
+    /// The issuer cannot be used.
     #[error("cannot use the CA")]
     Issuer(#[source] IssueError),
     /// A file of revocation lists cannot be used.
     #[error(transparent)]
     Crl(#[from] CrlError),
-    /// There is no certificate yet: the issuer has not given one, or it was not asked for.
+    /// The identity has no certificate yet: the issuer has not returned one, or nobody requested it.
     #[error("no certificate for {0} yet")]
     NotReady(SpiffeId),
-    /// The certificate has ended and the issuer gave no new one.
-    #[error("the certificate of {0} has expired and the CA gave no new one")]
+    /// The certificate has expired, and the issuer has not returned a new one.
+    #[error("the certificate of {0} has expired, and the CA has not issued a new one")]
     Expired(SpiffeId),
-    /// The identity is not of our trust domain: nobody could prove it here.
-    #[error("{0} is not of our trust domain")]
+    /// The identity belongs to another trust domain, so that no peer can prove it.
+    #[error("{0} belongs to another trust domain")]
     Foreign(SpiffeId),
-    /// The TLS library refused the configuration.
+    /// The TLS library rejects the configuration.
     #[error("cannot configure TLS")]
     Tls(#[from] rustls::Error),
 }
 
 impl Error {
-    /// The reason of the record of a connection that fails by it.
+    /// Returns the reason for the record of a connection that fails with this error.
     pub fn reason(&self) -> Reason {
         match self {
             Self::Issuer(_) | Self::Crl(_) | Self::NotReady(_) | Self::Expired(_) => {
@@ -113,13 +113,13 @@ impl Error {
     }
 }
 
-/// Which certificate and which roots a tunnel was made under. Tunnels of another epoch than the
-/// present one are not to be used for new connections.
+/// The version of the certificate and of the roots with which a tunnel was authenticated. New
+/// connections must not use a tunnel of an older epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Epoch {
-    /// Counts the certificates that this agent has taken into use.
+    /// Sequence number of the certificate in this agent.
     pub certificate: u64,
-    /// The bundle's revision.
+    /// Revision of the bundle.
     pub bundle: u64,
 }
 
@@ -130,7 +130,7 @@ struct Served {
     epoch: Epoch,
 }
 
-/// All certificates and roots at one moment.
+/// All certificates and roots at a point in time.
 pub struct Snapshot {
     bundle: Arc<Bundle>,
     served: BTreeMap<SpiffeId, Arc<Served>>,
@@ -138,22 +138,22 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// The roots that peers are proven against.
+    /// Returns the roots that authenticate peers.
     pub fn bundle(&self) -> &Arc<Bundle> {
         &self.bundle
     }
 
-    /// The epoch of an identity of this node; `None` without a certificate.
+    /// Returns the epoch of an identity of this node; `None` without a certificate.
     pub fn epoch(&self, own: &SpiffeId) -> Option<Epoch> {
         self.served.get(own).map(|served| served.epoch)
     }
 
-    /// The certificates, in the order of their names.
+    /// Returns the certificates, sorted by identity.
     pub fn certificates(&self) -> impl Iterator<Item = &Arc<Certificate>> {
         self.served.values().map(|served| &served.certificate)
     }
 
-    /// Whether a CA has revoked this certificate, which is in use.
+    /// Tells whether the certificate is in use and revoked.
     pub fn is_revoked(&self, certificate: &Arc<Certificate>) -> bool {
         let id = certificate.id();
         let in_use = |served: &Arc<Served>| Arc::ptr_eq(&served.certificate, certificate);
@@ -167,7 +167,7 @@ impl std::fmt::Debug for Snapshot {
     }
 }
 
-/// The certificates of this node's workloads: a handle, cheap to clone.
+/// The certificates of this node's workloads. Clones share them.
 #[derive(Debug, Clone)]
 pub struct Identities(Arc<Shared>);
 
@@ -182,22 +182,22 @@ struct Shared {
     clock: Clock,
 }
 
-/// What a peer has proven itself with.
+/// The proof of a peer's identity.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Proof {
-    /// Who it is.
+    /// Identity of the peer.
     pub id: SpiffeId,
     chain: Vec<CertificateDer<'static>>,
     not_after: SystemTime,
 }
 
 impl Identities {
-    /// Opens the issuer and keeps a certificate for each identity in `wanted`, until the sender
-    /// of `wanted` is gone. Returns before the first certificate is there.
+    /// Opens the issuer, and maintains a certificate for each identity in `wanted` until the sender of
+    /// `wanted` is dropped. Returns before the first certificate is issued.
     ///
     /// # Errors
-    /// [`Error::Issuer`]: the issuer cannot be used, for example a directory not be written.
-    /// [`Error::Crl`]: a revocation list cannot be read.
+    /// [`Error::Issuer`] when the issuer cannot be used, for example when a directory is not writable.
+    /// [`Error::Crl`] when a revocation list cannot be read.
     pub async fn start(
         config: Config,
         wanted: watch::Receiver<BTreeSet<SpiffeId>>,
@@ -244,14 +244,14 @@ impl Identities {
         };
         let (writer, now) = watch::channel(Arc::new(empty));
         let spread = clock::Spread(seed);
-        let keeper = renewal::Keeper {
+        let renewer = renewal::Renewer {
             issuer,
             rules,
             clock: clock.clone(),
             spread,
             revoked,
         };
-        tokio::spawn(renewal::run(keeper, wanted, writer));
+        tokio::spawn(renewal::run(renewer, wanted, writer));
         let clients = ClientConfigs::default();
         Self(Arc::new(Shared {
             now,
@@ -264,7 +264,7 @@ impl Identities {
         }))
     }
 
-    /// The latest certificate of an identity of this node.
+    /// Returns the latest certificate of an identity of this node.
     pub fn certificate(&self, id: &SpiffeId) -> Option<Arc<Certificate>> {
         let now = self.0.now.borrow();
         now.served
@@ -272,10 +272,10 @@ impl Identities {
             .map(|served| Arc::clone(&served.certificate))
     }
 
-    /// Waits until there is a certificate for `id`; for ever, if nobody wants one. Cancel safe.
+    /// Waits until `id` has a certificate; never returns if `id` is not wanted. Cancel safe.
     ///
     /// # Errors
-    /// [`Error::NotReady`] if there will never be one, because the agent ends.
+    /// [`Error::NotReady`] when the agent shuts down.
     pub async fn ready(&self, id: &SpiffeId) -> Result<Arc<Certificate>, Error> {
         let mut changes = self.0.now.clone();
         let now = changes.wait_for(|now| now.served.contains_key(id)).await;
@@ -287,19 +287,18 @@ impl Identities {
         Ok(Arc::clone(&served.certificate))
     }
 
-    /// Each change of a certificate or of the bundle; the present state counts as the first.
-    /// Compare [`Snapshot::epoch`].
+    /// Returns a receiver of each change of a certificate or of the bundle. Compare
+    /// [`Snapshot::epoch`].
     pub fn subscribe(&self) -> watch::Receiver<Arc<Snapshot>> {
         self.0.now.clone()
     }
 
-    /// The present epoch of an identity of this node; `None` without a certificate, or with one
-    /// that has ended.
+    /// Returns the current epoch of an identity of this node; `None` without a valid certificate.
     pub fn epoch(&self, own: &SpiffeId) -> Option<Epoch> {
         self.valid(own).ok().map(|(served, _bundle)| served.epoch)
     }
 
-    /// When each certificate ends, in the order of their names:
+    /// Returns the expiry of each certificate, sorted by identity, for
     /// `mesh_certificate_expiry_timestamp_seconds`.
     pub fn expiries(&self) -> Vec<(SpiffeId, SystemTime)> {
         let now = self.0.now.borrow();
@@ -308,16 +307,16 @@ impl Identities {
             .collect()
     }
 
-    /// The trust domain.
+    /// Returns the trust domain.
     pub fn trust_domain(&self) -> &TrustDomain {
         &self.0.trust.domain
     }
 
-    /// How to dial as `own` a peer that must prove to be `expected`. The same configuration, and
-    /// so the same sessions, as long as certificate and bundle are the same.
+    /// Returns the configuration for connecting as `own` to a peer that must prove to be `expected`.
+    /// The configuration, with its sessions, stays the same while certificate and bundle do.
     ///
     /// # Errors
-    /// There is no valid certificate of `own`, or `expected` is of another trust domain.
+    /// When `own` has no valid certificate, or `expected` belongs to another trust domain.
     pub fn client(&self, own: &SpiffeId, expected: &SpiffeId) -> Result<Arc<ClientConfig>, Error> {
         let shared = &*self.0;
         if *expected.trust_domain() != shared.trust.domain {
@@ -330,10 +329,11 @@ impl Identities {
         })
     }
 
-    /// How to serve as `own`: clients must prove an identity of the trust domain.
+    /// Returns the configuration for serving as `own`. Clients must prove an identity of the trust
+    /// domain.
     ///
     /// # Errors
-    /// There is no valid certificate of `own`.
+    /// When `own` has no valid certificate.
     pub fn server(&self, own: &SpiffeId) -> Result<Arc<ServerConfig>, Error> {
         let (served, _bundle) = self.valid(own)?;
         Ok(Arc::clone(&served.server))
@@ -351,11 +351,11 @@ impl Identities {
         Ok((Arc::clone(served), Arc::clone(&now.bundle)))
     }
 
-    /// Who the other end of a finished handshake is, whichever end this is. Asks also what a
-    /// resumed session would else skip: that the peer's certificate has not ended since.
+    /// Returns the identity of the peer of a finished handshake, on either side. Also checks that the
+    /// peer's certificate has not expired since, which a resumed session skips.
     ///
     /// # Errors
-    /// No proof, or not of a present member of the trust domain, or not in the tunnel protocol.
+    /// When the peer has proven no valid identity of the trust domain, or uses another protocol.
     pub fn peer(&self, connection: &CommonState) -> Result<Proof, Refusal> {
         if connection.is_handshaking() {
             return Err(Refusal::NoCertificate);
@@ -374,28 +374,28 @@ impl Identities {
             chain: chain.to_vec(),
             not_after: leaf.not_after,
         };
-        // The handshake may have begun under older lists.
+        // The lists may have changed during the handshake.
         if self.is_revoked(&proof) {
             return Err(Refusal::Revoked);
         }
         Ok(proof)
     }
 
-    /// Whether a tunnel between an identity of this node and a peer that was proven before may carry
-    /// one more connection: no certificate of either has ended.
+    /// Tells whether the certificates of both sides of a tunnel are still valid, so that the tunnel may
+    /// carry another connection.
     pub fn stands(&self, own: &SpiffeId, proof: &Proof) -> bool {
-        let own_ended = matches!(self.valid(own), Err(Error::Expired(_)));
-        !own_ended && self.0.clock.now() < proof.not_after
+        let own_expired = matches!(self.valid(own), Err(Error::Expired(_)));
+        !own_expired && self.0.clock.now() < proof.not_after
     }
 
-    /// Whether a CA has revoked a certificate of a peer that was proven before.
+    /// Tells whether the certificate of an authenticated peer is revoked now.
     pub fn is_revoked(&self, proof: &Proof) -> bool {
         let bundle = Arc::clone(&self.0.now.borrow().bundle);
         let now = clock::unix_time(self.0.clock.now());
         self.0.rules(bundle).is_revoked_now(&proof.chain, now)
     }
 
-    /// By how much this node's clock is seen to be behind others', the most so far.
+    /// Returns the largest observed lag of this node's clock.
     pub fn clock_skew(&self) -> Duration {
         self.0.skew.most()
     }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Why a handshake failed: one list, with the label of `mesh_tls_handshakes_total{role,result}`.
+//! Reasons of failed handshakes, with their labels in `mesh_tls_handshakes_total{role,result}`.
 //!
-//! Verifiers return these reasons through rustls, which turns them into an alert for the peer;
-//! here they are found again in what rustls and the socket report.
+//! Verifiers return these reasons through rustls, which sends an alert to the peer. This module finds
+//! them again in the errors of rustls and of sockets.
 
 #![expect(
     clippy::wildcard_enum_match_arm,
-    reason = "what other crates report grows; what is not named here is the general case"
+    reason = "the errors of other crates grow; errors without a case of their own are general"
 )]
 
 use std::{io, sync::Arc};
@@ -17,79 +17,79 @@ use rustls::{
     PeerMisbehaved,
 };
 
-/// Why there is no proven peer at the end of a handshake.
+/// The reason of a failed handshake.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Refusal {
-    /// The peer showed no certificate.
-    #[error("the peer showed no certificate")]
+    /// The peer presented no certificate.
+    #[error("the peer presented no certificate")]
     NoCertificate,
     /// The certificate does not chain to a root of the trust domain.
     #[error("the peer's certificate is not signed by a root of the trust domain")]
     UnknownCa,
-    /// The certificate, or one above it, has ended; or our clock is wrong.
+    /// The certificate or an issuer's certificate has expired, or this node's clock is wrong.
     #[error("the peer's certificate has expired: check its agent's CA and both nodes' clocks")]
     Expired,
-    /// The certificate is not valid yet; or our clock is wrong.
+    /// The certificate is not valid yet, or this node's clock is wrong.
     #[error("the peer's certificate is not valid yet: check both nodes' clocks")]
     NotYetValid,
-    /// The certificate was revoked.
+    /// The certificate is revoked.
     #[error("the peer's certificate is revoked")]
     Revoked,
-    /// The peer proved an identity, but another than the one expected of its address.
-    #[error("the peer has another identity than expected")]
+    /// The peer's identity differs from the identity expected at its address.
+    #[error("the peer's identity is not the expected one")]
     WrongIdentity,
     /// The identity belongs to another trust domain.
-    #[error("the peer's identity is of another trust domain")]
+    #[error("the peer's identity belongs to another trust domain")]
     WrongTrustDomain,
-    /// The certificate names no workload (no URI name, or a malformed one).
+    /// The certificate has no SPIFFE ID of a workload, or a malformed one.
     #[error("the peer's certificate has no SPIFFE ID of a workload")]
     NoSpiffeId,
     /// The certificate has more than one URI name.
     #[error("the peer's certificate has more than one URI name")]
     SeveralNames,
-    /// The certificate is not for this use (a CA, or without digitalSignature, clientAuth or
-    /// serverAuth).
-    #[error("the peer's certificate is not for this use")]
+    /// The certificate's key usage does not fit (a CA certificate, or without digitalSignature,
+    /// clientAuth or serverAuth).
+    #[error("the peer's certificate has an unsuitable key usage")]
     WrongUsage,
-    /// The certificate cannot be read, or breaks a rule of X.509.
+    /// The certificate cannot be parsed, or violates X.509.
     #[error("the peer's certificate is malformed")]
     BadCertificate,
     /// The peer does not have the certificate's private key.
-    #[error("the peer's handshake signature is wrong")]
+    #[error("the peer's handshake signature is invalid")]
     BadSignature,
-    /// The peer does not speak TLS 1.3.
-    #[error("the peer does not speak TLS 1.3")]
+    /// The peer does not support TLS 1.3.
+    #[error("the peer does not support TLS 1.3")]
     TlsVersion,
-    /// No cipher suite, key exchange or signature scheme in common.
+    /// The peer shares no cipher suite, key exchange or signature scheme.
     #[error("no TLS parameters in common with the peer")]
     NoCommonParameters,
-    /// The peer did not agree to the tunnel protocol.
-    #[error("the peer does not speak the tunnel protocol")]
+    /// The peer does not support the tunnel protocol.
+    #[error("the peer does not support the tunnel protocol")]
     Protocol,
-    /// What came is not TLS.
-    #[error("the peer does not speak TLS")]
+    /// The received bytes are not TLS.
+    #[error("the peer does not use TLS")]
     NotTls,
-    /// The peer broke the rules of TLS.
-    #[error("the peer broke the rules of TLS")]
+    /// The peer violated the TLS protocol.
+    #[error("the peer violated the TLS protocol")]
     Misbehaved,
-    /// The peer refused us, with this alert (RFC 8446, 6).
-    #[error("the peer refused, alert {0}")]
+    /// The peer refused the handshake with this alert (RFC 8446, 6).
+    #[error("the peer refused the handshake with alert {0}")]
     RefusedByPeer(u8),
     /// The peer closed or reset the connection.
-    #[error("the peer closed the connection in the handshake")]
+    #[error("the peer closed the connection during the handshake")]
     Closed,
-    /// The handshake took too long.
-    #[error("the handshake took too long")]
+    /// The handshake timed out.
+    #[error("the handshake timed out")]
     Timeout,
-    /// Anything else: ours, or the socket's.
-    #[error("the handshake failed here")]
+    /// The handshake failed for a local reason, for example a socket error.
+    #[error("the handshake failed locally")]
     Failed,
-    /// A bound on handshakes or tunnels was reached.
-    #[error("too many handshakes or tunnels at a time")]
+    /// A limit of handshakes or tunnels is reached.
+    #[error("too many concurrent handshakes or tunnels")]
     LimitReached,
-    /// There is no certificate to show the peer.
-    #[error("there is no certificate to show the peer")]
+    /// This workload has no certificate to present.
+    #[error("no certificate to present to the peer")]
     NoOwnCertificate,
 }
 
@@ -121,7 +121,7 @@ impl Refusal {
         "no_own_certificate",
     ];
 
-    /// Which of [`Self::LABELS`], for counters in an array.
+    /// Returns the index in [`Self::LABELS`].
     pub fn index(self) -> usize {
         match self {
             Self::NoCertificate => 0,
@@ -150,12 +150,12 @@ impl Refusal {
         }
     }
 
-    /// The label value of the result in metrics and records.
+    /// Returns the label of the result in metrics and records.
     pub fn label(self) -> &'static str {
         Self::LABELS[self.index()]
     }
 
-    /// The reason of the connection's record.
+    /// Returns the reason of the connection's record.
     pub fn reason(self) -> Reason {
         match self {
             Self::NoCertificate
@@ -184,7 +184,7 @@ impl Refusal {
         }
     }
 
-    /// The reason in what rustls reports.
+    /// Finds the reason in an error of rustls.
     pub fn of_tls(error: &TlsError) -> Self {
         match error {
             TlsError::InvalidCertificate(why) => Self::of_certificate(why),
@@ -207,7 +207,7 @@ impl Refusal {
         }
     }
 
-    /// The reason in what a TLS stream reports.
+    /// Finds the reason in an error of a TLS stream.
     pub fn of_io(error: &io::Error) -> Self {
         let inner = error.get_ref();
         if let Some(tls) = inner.and_then(|e| e.downcast_ref::<TlsError>()) {
@@ -256,7 +256,7 @@ impl Refusal {
     }
 }
 
-/// What rustls is told, so that the peer gets the alert that fits.
+/// Converts the reason so that rustls sends the matching alert to the peer.
 impl From<Refusal> for TlsError {
     fn from(refusal: Refusal) -> Self {
         Self::InvalidCertificate(match refusal {
@@ -276,7 +276,7 @@ impl From<webpki::Error> for Refusal {
             E::CertExpired { .. } | E::InvalidCertValidity => Self::Expired,
             E::CertNotValidYet { .. } => Self::NotYetValid,
             E::CertRevoked => Self::Revoked,
-            // A foreign root may have the name of ours: then only the signature tells.
+            // A foreign root may have the same name as a trusted root; then only the signature differs.
             E::UnknownIssuer | E::InvalidSignatureForPublicKey => Self::UnknownCa,
             E::RequiredEkuNotFoundContext(_)
             | E::CaUsedAsEndEntity
@@ -292,7 +292,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn reasons_survive_their_way_through_rustls_and_io() {
+    fn reason_survives_conversion_to_rustls_and_io_errors() {
         for refusal in [
             Refusal::Expired,
             Refusal::NotYetValid,
@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn labels_differ_and_belong_to_their_reasons() {
+    fn labels_are_distinct_and_match_their_reasons() {
         let labels: std::collections::BTreeSet<_> = Refusal::LABELS.iter().collect();
         assert_eq!(labels.len(), Refusal::LABELS.len());
         assert_eq!(Refusal::NoCertificate.label(), "no_certificate");
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn sockets_have_reasons_too() {
+    fn socket_errors_have_reasons() {
         let of = |kind| Refusal::of_io(&io::Error::from(kind)).label();
         assert_eq!(of(io::ErrorKind::UnexpectedEof), "closed");
         assert_eq!(of(io::ErrorKind::TimedOut), "timeout");

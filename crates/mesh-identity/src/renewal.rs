@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Keeps a certificate for each identity that is wanted.
+//! Renewal of the certificates of all wanted identities.
 //!
-//! A task per identity asks the issuer, checks what it gives, and asks again at half life or
-//! when the issuer's sources change; one task owns the snapshot that all of them end up in.
-//! A certificate is replaced, never taken away because a newer one cannot be had.
+//! A task per identity requests a certificate, validates it, and requests a new one at half of its
+//! lifetime or when the issuer's sources change. One task owns the snapshot with all certificates. A
+//! certificate stays in use until it is replaced, even if renewals fail.
 
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map},
@@ -28,44 +28,43 @@ use super::{
 };
 use mesh_backoff::Backoff;
 
-/// An issuer that has not answered by then is asked again.
-const PATIENCE: Duration = Duration::from_secs(15);
+/// The time that a request to the issuer may take.
+const ISSUE_TIMEOUT: Duration = Duration::from_secs(15);
 /// The delay between a failed request for a certificate and the next one.
 const RETRY: Backoff = Backoff {
     first: Duration::from_millis(250),
     longest: Duration::from_secs(60),
     jitter: 0.9..=1.1,
 };
-/// Timers are monotonic and stand still while a machine sleeps: the wall clock is asked this
-/// often whether it is time.
-const GLANCE: Duration = Duration::from_secs(300);
-/// However short-lived the certificates are that an issuer gives, it is not asked more often.
+/// Interval of checks of the wall clock: monotonic timers stand still while a machine sleeps.
+const CLOCK_CHECK: Duration = Duration::from_secs(300);
+/// Minimum time between two renewals of an identity, however short the lifetime.
 const RENEWAL_MIN: Duration = Duration::from_secs(5);
-/// Certificates on their way to the snapshot.
+/// Size of the queue of certificates for the snapshot.
 const QUEUE: usize = 64;
 
-/// What the task of each identity works with.
+/// The dependencies of the task of each identity.
 #[derive(Clone)]
-pub(super) struct Keeper {
+pub(super) struct Renewer {
     pub(super) issuer: Arc<dyn Issuer>,
     pub(super) rules: Rules,
     pub(super) clock: Clock,
     pub(super) spread: Spread,
-    /// What CAs have revoked.
+    /// The revocation lists.
     pub(super) revoked: watch::Receiver<Arc<Revoked>>,
 }
 
-/// Runs until nobody can want anything any more.
+/// Maintains the certificates of the wanted identities until the sender of `wanted` is dropped.
 pub(super) async fn run(
-    keeper: Keeper,
+    renewer: Renewer,
     mut wanted: watch::Receiver<BTreeSet<SpiffeId>>,
     writer: watch::Sender<Arc<Snapshot>>,
 ) {
     let (sender, mut fresh) = mpsc::channel::<Arc<Certificate>>(QUEUE);
     let mut tasks = Tasks::default();
-    let mut revoked = keeper.revoked.clone();
+    let mut revoked = renewer.revoked.clone();
     let mut present = Present {
-        keeper: keeper.clone(),
+        renewer: renewer.clone(),
         served: BTreeMap::new(),
         taken: 0,
         revoked: Arc::clone(&revoked.borrow_and_update()),
@@ -79,7 +78,7 @@ pub(super) async fn run(
                 }
                 let ids = wanted.borrow_and_update().clone();
                 tasks.adjust(&ids, |id| {
-                    tokio::spawn(keep(keeper.clone(), id, sender.clone(), writer.subscribe()))
+                    tokio::spawn(maintain(renewer.clone(), id, sender.clone(), writer.subscribe()))
                 });
                 present.served.retain(|id, _| ids.contains(id));
             }
@@ -98,7 +97,7 @@ pub(super) async fn run(
     }
 }
 
-/// The running tasks; they end with this.
+/// The running tasks, aborted on drop.
 #[derive(Default)]
 struct Tasks(BTreeMap<SpiffeId, AbortHandle>);
 
@@ -129,9 +128,9 @@ impl Drop for Tasks {
     }
 }
 
-/// What the next snapshot is made of.
+/// The state from which snapshots are built.
 struct Present {
-    keeper: Keeper,
+    renewer: Renewer,
     served: BTreeMap<SpiffeId, Arc<Served>>,
     taken: u64,
     revoked: Arc<Revoked>,
@@ -142,14 +141,14 @@ impl Present {
         self.taken += 1;
         let epoch = Epoch {
             certificate: self.taken,
-            bundle: self.keeper.rules.bundle.revision(),
+            bundle: self.renewer.rules.bundle.revision(),
         };
         self.serve(certificate, epoch);
     }
 
     fn serve(&mut self, certificate: Arc<Certificate>, epoch: Epoch) {
-        let rules = self.keeper.rules.clone();
-        match tls::server(&certificate, rules, &self.keeper.clock) {
+        let rules = self.renewer.rules.clone();
+        match tls::server(&certificate, rules, &self.renewer.clock) {
             Ok(server) => {
                 let id = certificate.id().clone();
                 self.served.insert(
@@ -165,20 +164,20 @@ impl Present {
         }
     }
 
-    /// The roots are those of all certificates in use: when a new root comes, whoever learns of
-    /// it first makes it known to all, and the last certificate that came with an old root
-    /// takes it away.
+    /// Builds the snapshot. The bundle holds the roots of all certificates in use: a new root is trusted
+    /// once the first certificate brings it, and an old root until the last certificate that brought
+    /// it is replaced.
     fn snapshot(&mut self) -> Snapshot {
         let roots = self
             .served
             .values()
             .flat_map(|s| s.certificate.roots.roots().iter().cloned());
-        let (bundle, _counted_before) = Bundle::new(roots);
+        let (bundle, _unreadable) = Bundle::new(roots);
         let bundle = bundle.with(Arc::clone(&self.revoked));
-        if bundle.revision() != self.keeper.rules.bundle.revision() {
-            tracing::info!(?bundle, "new trust bundle");
-            self.keeper.rules.bundle = Arc::new(bundle);
-            let revision = self.keeper.rules.bundle.revision();
+        if bundle.revision() != self.renewer.rules.bundle.revision() {
+            tracing::info!(?bundle, "trust bundle changed");
+            self.renewer.rules.bundle = Arc::new(bundle);
+            let revision = self.renewer.rules.bundle.revision();
             for served in self.served.values().cloned().collect::<Vec<_>>() {
                 let epoch = Epoch {
                     bundle: revision,
@@ -188,17 +187,17 @@ impl Present {
             }
         }
         Snapshot {
-            bundle: Arc::clone(&self.keeper.rules.bundle),
+            bundle: Arc::clone(&self.renewer.rules.bundle),
             revoked: self.revoked(),
             served: self.served.clone(),
         }
     }
 
-    /// Whose certificate every peer with the same lists refuses. It stays in use until there is
-    /// another: where peers have no lists, it does what it did.
+    /// Returns the identities whose certificate is revoked. The certificate stays in use until it is
+    /// replaced: peers without these lists still accept it.
     fn revoked(&self) -> BTreeSet<SpiffeId> {
-        let now = unix_time(self.keeper.clock.now());
-        let rules = &self.keeper.rules;
+        let now = unix_time(self.renewer.clock.now());
+        let rules = &self.renewer.rules;
         let served = self.served.iter();
         served
             .filter(|(_, served)| rules.is_revoked_now(&served.certificate.key.cert, now))
@@ -207,9 +206,9 @@ impl Present {
     }
 }
 
-/// Keeps one identity's certificate, for ever.
-async fn keep(
-    keeper: Keeper,
+/// Maintains the certificate of an identity until it is aborted.
+async fn maintain(
+    renewer: Renewer,
     id: SpiffeId,
     fresh: mpsc::Sender<Arc<Certificate>>,
     mut present: watch::Receiver<Arc<Snapshot>>,
@@ -217,14 +216,14 @@ async fn keep(
     let mut failures = 0;
     let mut round = 0;
     loop {
-        let (certificate, version) = match keeper.ask(&id).await {
+        let (certificate, version) = match renewer.request(&id).await {
             Ok(got) => got,
             Err(why) => {
-                let pause = keeper.pause(&id, failures);
+                let pause = renewer.pause(&id, failures);
                 failures += 1;
                 tracing::warn!(
                     %id, failures, ?pause, why = &why as &dyn std::error::Error,
-                    "no new certificate"
+                    "cannot obtain a certificate; retrying"
                 );
                 sleep(pause).await;
                 continue;
@@ -233,8 +232,8 @@ async fn keep(
         failures = 0;
         round += 1;
         let certificate = Arc::new(certificate);
-        tracing::info!(?certificate, "certificate");
-        let renew_at = keeper.renew_at(&certificate, round);
+        tracing::info!(?certificate, "certificate obtained");
+        let renew_at = renewer.renew_at(&certificate, round);
         if fresh.send(Arc::clone(&certificate)).await.is_err() {
             return;
         }
@@ -243,27 +242,28 @@ async fn keep(
             if present.wait_for(is_revoked).await.is_err() {
                 std::future::pending::<()>().await;
             }
-            tracing::error!(%id, "our own certificate is revoked: peers refuse it; asking for another");
+            tracing::error!(%id, "certificate revoked: peers refuse it; requesting another");
         };
         let due = async {
-            if !keeper.issuer.renews() {
-                keeper.until(renew_at).await;
-                tracing::warn!(%id, "half of the certificate's life is over: renew its files");
+            if !renewer.issuer.renews() {
+                renewer.until(renew_at).await;
+                tracing::warn!(%id, "half of the certificate's lifetime has passed: renew its files");
                 std::future::pending::<()>().await;
             }
-            tokio::join!(sleep(RENEWAL_MIN), keeper.until(renew_at));
+            tokio::join!(sleep(RENEWAL_MIN), renewer.until(renew_at));
         };
         tokio::select! {
             () = due => {}
-            () = keeper.issuer.changed(&id, version) => {}
+            () = renewer.issuer.changed(&id, version) => {}
             () = revoked => {}
         }
     }
 }
 
-impl Keeper {
-    async fn ask(&self, id: &SpiffeId) -> Result<(Certificate, Version), IssueError> {
-        let issued = timeout(PATIENCE, pin!(self.issuer.issue(id))).await;
+impl Renewer {
+    /// Requests a certificate, and validates it.
+    async fn request(&self, id: &SpiffeId) -> Result<(Certificate, Version), IssueError> {
+        let issued = timeout(ISSUE_TIMEOUT, pin!(self.issuer.issue(id))).await;
         let issued = issued.map_err(|_elapsed| IssueError::Timeout)??;
         let version = issued.version;
         let revoked = Arc::clone(&self.revoked.borrow());
@@ -272,11 +272,12 @@ impl Keeper {
         Ok((certificate, version))
     }
 
+    /// Returns the delay before the next request.
     fn pause(&self, id: &SpiffeId, failures: u32) -> Duration {
         RETRY.delay(failures, self.spread.fraction(id, failures))
     }
 
-    /// Half way between now and the end, a tenth earlier or later.
+    /// Returns half of the remaining lifetime, give or take a tenth.
     fn renew_at(&self, certificate: &Certificate, round: u32) -> SystemTime {
         let now = self.clock.now();
         let left = certificate
@@ -286,11 +287,12 @@ impl Keeper {
         now + self.spread.around(left / 2, certificate.id(), round)
     }
 
+    /// Waits for a time of the wall clock.
     async fn until(&self, time: SystemTime) {
         while let Ok(left) = time.duration_since(self.clock.now())
             && !left.is_zero()
         {
-            sleep(left.min(GLANCE)).await;
+            sleep(left.min(CLOCK_CHECK)).await;
         }
     }
 }

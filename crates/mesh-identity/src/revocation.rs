@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Certificate revocation lists (RFC 5280, 5): read from files, and again when these change.
+//! Certificate revocation lists (RFC 5280, 5), read from files and reloaded on changes.
 //!
-//! A list counts for the certificates of the CA that signed it, and for no others. One that has
-//! expired still counts: who could have it forgotten by holding back the next one could take every
-//! revocation back. A file that cannot be read leaves its last good lists in force.
+//! A list applies only to certificates of the CA that signed it. An expired list still applies:
+//! otherwise, withholding the next list would undo every revocation. When a file cannot be read, its
+//! last valid lists stay in use.
 
 use std::{
     fmt,
@@ -23,41 +23,41 @@ use x509_parser::{
 
 use super::verify::system_time;
 
-/// Polling sees what notification misses: symbolic links that are swapped, network mounts.
+/// Interval of checks for changes. Polling also sees swapped symbolic links and network mounts.
 const POLL: Duration = Duration::from_secs(2);
-/// Larger files are not read: a list of a million certificates has 40 MB.
-const MOST_BYTES: u64 = 64 << 20;
+/// Maximum size of a file. A list of a million certificates has 40 MB.
+const MAX_BYTES: u64 = 64 << 20;
 
-/// Why a file of revocation lists is of no use.
+/// A failure to load a file of revocation lists.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CrlError {
-    /// It cannot be read.
+    /// The file cannot be read.
     #[error("cannot read the revocation list {}", .path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why not.
+        /// Cause.
         source: io::Error,
     },
-    /// It is no revocation list in PEM or DER.
-    #[error("{} holds no revocation list in PEM or DER: {why}", .path.display())]
+    /// The file is not a revocation list in PEM or DER.
+    #[error("{} is not a revocation list in PEM or DER: {why}", .path.display())]
     Syntax {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Error of the parser.
         why: String,
     },
 }
 
-/// A list and where it came from.
+/// A list and its file.
 struct List {
     path: Arc<Path>,
     list: CertRevocationList<'static>,
     next_update: Option<SystemTime>,
 }
 
-/// All lists at one moment.
+/// All lists at a point in time.
 #[derive(Default)]
 pub(super) struct Revoked {
     lists: Vec<List>,
@@ -71,7 +71,7 @@ impl fmt::Debug for Revoked {
 }
 
 impl Revoked {
-    /// The lists of one file.
+    /// Makes a set of the lists of one file.
     #[cfg(any(test, fuzzing))]
     pub(super) fn of(path: &Path, lists: Lists) -> Self {
         combine(&[File {
@@ -81,19 +81,19 @@ impl Revoked {
         }])
     }
 
-    /// Tells one state of all lists from another; 0 = there is none.
+    /// Returns a hash of all lists; 0 = no lists are configured.
     pub(super) const fn version(&self) -> u64 {
         self.version
     }
 
-    /// Until when each list promises to be the latest, by file.
+    /// Returns the promised time of the next update of each list, with its file.
     pub(super) fn next_updates(&self) -> impl Iterator<Item = (&Path, SystemTime)> {
         let all = self.lists.iter();
         all.filter_map(|list| Some((&*list.path, list.next_update?)))
     }
 
-    /// The lists that name a certificate of this chain under its issuer's name. Whether the issuer
-    /// has signed them is to be asked next: CAs may have the same name.
+    /// Returns the lists that contain a certificate of this chain under its issuer's name. The caller
+    /// must verify the signature of a list, since CAs may have the same name.
     pub(super) fn naming<'a>(
         &'a self,
         leaf: &CertificateDer<'_>,
@@ -117,17 +117,17 @@ impl Revoked {
     }
 }
 
-/// One file as it was last read.
+/// The last read version of a file.
 struct File {
     path: Arc<Path>,
     version: u64,
     lists: Vec<(OwnedCertRevocationList, Option<SystemTime>)>,
 }
 
-/// Reads the files, and goes on doing so for as long as somebody wants to know.
+/// Reads the files, and reloads them until all receivers are dropped.
 ///
 /// # Errors
-/// A file that cannot be used at the start: the agent does not run without what it was told to ask.
+/// When a file cannot be loaded at the start: the agent does not run without a configured list.
 pub(super) async fn follow(paths: Vec<PathBuf>) -> Result<watch::Receiver<Arc<Revoked>>, CrlError> {
     let mut files = Vec::new();
     for path in paths {
@@ -135,7 +135,7 @@ pub(super) async fn follow(paths: Vec<PathBuf>) -> Result<watch::Receiver<Arc<Re
     }
     let (sender, receiver) = watch::channel(Arc::new(combine(&files)));
     if files.is_empty() {
-        // Nobody changes it: the receiver keeps what it has.
+        // The receiver keeps the value after the sender is dropped.
         return Ok(receiver);
     }
     tokio::spawn(async move {
@@ -144,8 +144,8 @@ pub(super) async fn follow(paths: Vec<PathBuf>) -> Result<watch::Receiver<Arc<Re
                 () = sender.closed() => return,
                 () = tokio::time::sleep(POLL) => {}
             }
-            if again(&mut files).await {
-                tracing::info!(revoked = ?combine(&files), "new revocation lists");
+            if reload(&mut files).await {
+                tracing::info!(revoked = ?combine(&files), "revocation lists changed");
                 sender.send_replace(Arc::new(combine(&files)));
             }
         }
@@ -153,8 +153,8 @@ pub(super) async fn follow(paths: Vec<PathBuf>) -> Result<watch::Receiver<Arc<Re
     Ok(receiver)
 }
 
-/// Reads all files again; whether one has changed.
-async fn again(files: &mut [File]) -> bool {
+/// Reads all files again. Returns whether one has changed.
+async fn reload(files: &mut [File]) -> bool {
     let mut changed = false;
     for file in files {
         match read(Arc::clone(&file.path)).await {
@@ -164,7 +164,7 @@ async fn again(files: &mut [File]) -> bool {
             }
             Err(why) => tracing::warn!(
                 why = &why as &dyn std::error::Error,
-                "the last good revocation list stays in force"
+                "cannot reload a revocation list; the last valid one stays in use"
             ),
         }
     }
@@ -196,7 +196,7 @@ async fn read(path: Arc<Path>) -> Result<File, CrlError> {
         source,
     };
     let size = tokio::fs::metadata(&path).await.map_err(failed)?.len();
-    if size > MOST_BYTES {
+    if size > MAX_BYTES {
         return Err(failed(io::ErrorKind::FileTooLarge.into()));
     }
     let bytes = tokio::fs::read(&path).await.map_err(failed)?;
@@ -215,7 +215,7 @@ async fn read(path: Arc<Path>) -> Result<File, CrlError> {
 
 pub(super) type Lists = Vec<(OwnedCertRevocationList, Option<SystemTime>)>;
 
-/// All lists of a PEM file, or the one of a DER file. None is as wrong as a broken one.
+/// Parses the lists of a PEM file, or the list of a DER file. A file without a list is an error.
 pub(super) fn parse(bytes: &[u8]) -> Result<Lists, String> {
     let pem: Vec<_> = CertificateRevocationListDer::pem_slice_iter(bytes)
         .collect::<Result<_, _>>()

@@ -1,28 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The name of a workload: `spiffe://TRUST_DOMAIN/ns/NAMESPACE/sa/SERVICEACCOUNT`.
+//! SPIFFE IDs of workloads: `spiffe://TRUST_DOMAIN/ns/NAMESPACE/sa/SERVICEACCOUNT`.
 //!
-//! Owns parsing and formatting. A value of these types is always well formed, so that it can be
-//! compared byte by byte and be used as a path component; nothing here is ever normalised.
+//! A value of these types is always valid: it can be compared byte by byte, and its parts are safe as
+//! path components. Nothing is normalized.
 
 use std::{fmt, str::FromStr, sync::Arc};
 
-/// Longest SPIFFE ID, in bytes (SPIFFE-ID 2.3).
+/// Maximum length of a SPIFFE ID, in bytes (SPIFFE-ID 2.3).
 const ID_MAX: usize = 2048;
-/// Longest trust domain name, in bytes (SPIFFE-ID 2.3).
+/// Maximum length of a trust domain, in bytes (SPIFFE-ID 2.3).
 const TRUST_DOMAIN_MAX: usize = 255;
-/// Longest RFC 1123 label, in bytes: names of namespaces.
+/// Maximum length of an RFC 1123 label (names of namespaces), in bytes.
 const LABEL_MAX: usize = 63;
-/// Longest RFC 1123 subdomain, in bytes: names of service accounts.
+/// Maximum length of an RFC 1123 subdomain (names of service accounts), in bytes.
 const SUBDOMAIN_MAX: usize = 253;
 
-/// Why a text is no SPIFFE ID of a workload.
+/// A violation of the form of a workload's SPIFFE ID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SpiffeError {
-    /// Not the scheme `spiffe`, in lower case.
+    /// The scheme is not `spiffe` in lower case.
     #[error("does not begin with spiffe://")]
     Scheme,
-    /// Longer than 2048 bytes.
+    /// The ID is longer than 2048 bytes.
     #[error("longer than {ID_MAX} bytes")]
     TooLong,
     /// The trust domain is empty, too long, or has other characters than `a-z 0-9 . - _`.
@@ -31,10 +31,10 @@ pub enum SpiffeError {
     /// The path is not `/ns/NAMESPACE/sa/SERVICEACCOUNT`.
     #[error("the path is not /ns/NAMESPACE/sa/SERVICEACCOUNT")]
     Path,
-    /// The namespace is no RFC 1123 label.
+    /// The namespace is not an RFC 1123 label.
     #[error("the namespace is not an RFC 1123 label")]
     Namespace,
-    /// The service account is no RFC 1123 subdomain.
+    /// The service account is not an RFC 1123 subdomain.
     #[error("the service account is not an RFC 1123 subdomain")]
     ServiceAccount,
 }
@@ -44,10 +44,10 @@ pub enum SpiffeError {
 pub struct TrustDomain(Arc<str>);
 
 impl TrustDomain {
-    /// Checks the name.
+    /// Validates a name.
     ///
     /// # Errors
-    /// [`SpiffeError::TrustDomain`]; upper case is refused, not folded.
+    /// [`SpiffeError::TrustDomain`]. Upper case is rejected, not converted.
     pub fn new(name: &str) -> Result<Self, SpiffeError> {
         let allowed = |b: u8| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'-' | b'_');
         if name.is_empty() || name.len() > TRUST_DOMAIN_MAX || !name.bytes().all(allowed) {
@@ -56,7 +56,7 @@ impl TrustDomain {
         Ok(Self(name.into()))
     }
 
-    /// The name.
+    /// Returns the name.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -85,10 +85,10 @@ pub struct SpiffeId {
 }
 
 impl SpiffeId {
-    /// Puts an identity together.
+    /// Builds an identity.
     ///
     /// # Errors
-    /// The namespace is no RFC 1123 label, or the service account no RFC 1123 subdomain.
+    /// When the namespace is not an RFC 1123 label, or the service account not an RFC 1123 subdomain.
     pub fn new(
         trust_domain: &TrustDomain,
         namespace: &str,
@@ -107,11 +107,11 @@ impl SpiffeId {
         })
     }
 
-    /// Reads a URI. Only the one spelling that [`fmt::Display`] writes is accepted: no upper
-    /// case, port, user, percent-encoding, query, fragment, empty segment or trailing slash.
+    /// Parses a URI. Only the form that [`fmt::Display`] writes is accepted: no upper case, port, user,
+    /// percent-encoding, query, fragment, empty segment or trailing slash.
     ///
     /// # Errors
-    /// The first thing that is wrong with it.
+    /// The first violation.
     pub fn parse(uri: &str) -> Result<Self, SpiffeError> {
         if uri.len() > ID_MAX {
             return Err(SpiffeError::TooLong);
@@ -134,7 +134,7 @@ impl SpiffeId {
         }
     }
 
-    /// The same workload under another name of its trust domain.
+    /// Returns the identity with another trust domain.
     pub(super) fn in_domain(self, trust_domain: &TrustDomain) -> Self {
         Self {
             trust_domain: trust_domain.clone(),
@@ -142,17 +142,17 @@ impl SpiffeId {
         }
     }
 
-    /// The trust domain.
+    /// Returns the trust domain.
     pub fn trust_domain(&self) -> &TrustDomain {
         &self.trust_domain
     }
 
-    /// The Kubernetes namespace.
+    /// Returns the Kubernetes namespace.
     pub fn namespace(&self) -> &str {
         &self.namespace
     }
 
-    /// The Kubernetes service account.
+    /// Returns the Kubernetes service account.
     pub fn service_account(&self) -> &str {
         &self.service_account
     }
@@ -184,7 +184,7 @@ fn is_label(text: &str) -> bool {
     text.len() <= LABEL_MAX && is_sub_label(text)
 }
 
-// Kubernetes bounds only the whole length of a subdomain, not that of its labels.
+// Kubernetes limits the length of a subdomain, but not of its labels.
 fn is_sub_label(text: &str) -> bool {
     let inner = |b: u8| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-');
     !text.is_empty() && text.bytes().all(inner) && !text.starts_with('-') && !text.ends_with('-')
@@ -195,7 +195,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn writes_what_it_reads() {
+    fn parsed_id_is_written_unchanged() {
         for uri in [
             "spiffe://cluster.local/ns/shop/sa/default",
             "spiffe://a_b-c.9/ns/1/sa/frontend.v2-x",
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_every_other_spelling() {
+    fn other_forms_are_rejected() {
         let long = format!("spiffe://td/ns/a/sa/{}", "x".repeat(254));
         let longest = format!("spiffe://td/ns/a/sa/{}", "x".repeat(3000));
         let domain = format!("spiffe://{}/ns/a/sa/b", "x".repeat(256));

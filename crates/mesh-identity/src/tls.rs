@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! TLS as the tunnel uses it: 1.3 only, certificates on both sides, nothing said by name.
+//! TLS configurations of tunnels: TLS 1.3 only, certificates on both sides, no SNI.
 //!
-//! A configuration belongs to one identity (a client's also to one expected peer), one
-//! certificate and one bundle, and so do its sessions and ticket keys: what is resumed was
-//! proven under the same rules. There is no 0-RTT. Traffic secrets may be taken out of a finished
-//! handshake, for the tunnel's own record layer.
+//! A configuration belongs to one identity (a client's also to one expected peer), one certificate and
+//! one bundle. Its sessions and ticket keys do too, so that a resumed session was authenticated by the
+//! same rules. There is no 0-RTT. Traffic secrets can be extracted from a finished handshake, for the
+//! tunnel's own record layer.
 
 use std::{fmt, net::IpAddr, sync::Arc, time::SystemTime};
 
@@ -26,13 +26,13 @@ use super::{
     verify::{ExpectAny, ExpectOne, Rules},
 };
 
-/// Tickets sent after each handshake: one was not enough for 16 connections at once, and
-/// rustls keeps 8 for each server.
+/// Tickets sent after each handshake. One is not enough for 16 concurrent connections; rustls keeps 8
+/// for each server.
 const TICKETS: usize = 4;
-/// Sessions that a client keeps for one (own, expected): 8 for each of 64 addresses.
+/// Maximum number of sessions of a pair (own, expected): 8 for each of 64 addresses.
 const SESSIONS: usize = 512;
 
-/// The algorithms of the mesh, best first.
+/// Returns the algorithms of the mesh, in the order of preference.
 pub(super) fn provider() -> Arc<CryptoProvider> {
     let mut provider = aws_lc_rs::default_provider();
     provider.cipher_suites = vec![
@@ -63,12 +63,12 @@ fn has_aes() -> bool {
     false
 }
 
-/// The name under which a client keeps the sessions of a peer. It is never sent.
+/// Returns the key of a client's sessions with a peer. It is never sent.
 pub fn server_name(peer: IpAddr) -> ServerName<'static> {
     ServerName::IpAddress(peer.into())
 }
 
-/// Dials as the holder of `certificate`, and accepts nobody but `expected`.
+/// Builds the configuration of a client with `certificate` that accepts only `expected`.
 pub(super) fn client(
     certificate: &Certificate,
     expected: &SpiffeId,
@@ -95,7 +95,8 @@ pub(super) fn client(
     Ok(Arc::new(config))
 }
 
-/// Serves as the holder of `certificate`, and accepts every identity of the trust domain.
+/// Builds the configuration of a server with `certificate` that accepts every identity of the trust
+/// domain.
 pub(super) fn server(
     certificate: &Certificate,
     rules: Rules,
@@ -121,7 +122,7 @@ pub(super) fn server(
     Ok(Arc::new(config))
 }
 
-/// Tickets of one served certificate, which end no later than it does.
+/// Session tickets that expire no later than the server's certificate.
 struct Tickets {
     sealed: Arc<dyn ProducesTickets>,
     not_after: SystemTime,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Who a certificate proves: chain, validity, usage, and exactly one SPIFFE ID.
+//! Verification of certificates: chain, validity, usage, and exactly one SPIFFE ID.
 //!
-//! The same rules for peers on both sides of a handshake and for our own certificates before
-//! they are used. Names of hosts and addresses play no part.
+//! The same rules apply to peers on both sides of a handshake and to this node's own certificates.
+//! Host names and addresses are not verified.
 
 use std::{
     sync::{
@@ -28,7 +28,7 @@ use x509_parser::{extensions::GeneralName, prelude::FromDer as _};
 
 use super::{Refusal, SpiffeId, TrustDomain, revocation::Revoked};
 
-/// The roots of the trust domain at one moment.
+/// The roots of the trust domain and the revocation lists at a point in time.
 pub struct Bundle {
     roots: Vec<CertificateDer<'static>>,
     anchors: Vec<TrustAnchor<'static>>,
@@ -37,8 +37,8 @@ pub struct Bundle {
 }
 
 impl Bundle {
-    /// Takes the roots that can be read; their order and repetitions do not matter. The second
-    /// value counts those that cannot.
+    /// Makes a bundle of the valid roots, regardless of order and repetition. Also returns the number of
+    /// invalid roots.
     pub(super) fn new(roots: impl IntoIterator<Item = CertificateDer<'static>>) -> (Self, usize) {
         let mut all: Vec<_> = roots.into_iter().collect();
         all.sort_by(|a, b| a.as_ref().cmp(b.as_ref()));
@@ -70,24 +70,24 @@ impl Bundle {
         (bundle, unreadable)
     }
 
-    /// The same roots, and what their CAs have revoked.
+    /// Adds revocation lists.
     pub(super) fn with(mut self, revoked: Arc<Revoked>) -> Self {
         self.revision ^= revoked.version();
         self.revoked = revoked;
         self
     }
 
-    /// Until when each revocation list promises to be the latest, by file.
+    /// Returns the promised time of the next update of each revocation list, with its file.
     pub fn revocation_lists(&self) -> impl Iterator<Item = (&std::path::Path, SystemTime)> {
         self.revoked.next_updates()
     }
 
-    /// The roots, in DER.
+    /// Returns the roots, in DER.
     pub fn roots(&self) -> &[CertificateDer<'static>] {
         &self.roots
     }
 
-    /// A hash of the roots and of what is revoked: the same on every node that trusts the same.
+    /// Returns a hash of the roots and of the revocation lists. Nodes with equal ones have equal hashes.
     pub fn revision(&self) -> u64 {
         self.revision
     }
@@ -109,7 +109,7 @@ impl std::fmt::Debug for Bundle {
     }
 }
 
-/// What a leaf certificate says of its holder.
+/// The verified fields of a leaf certificate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Leaf {
     pub(super) id: SpiffeId,
@@ -117,15 +117,15 @@ pub(super) struct Leaf {
     pub(super) not_after: SystemTime,
 }
 
-/// Reads the SPIFFE ID of the first certificate in `pem`; `None` if there is no X.509-SVID leaf. Proves
-/// nothing about its issuer.
+/// Reads the SPIFFE ID of the first certificate in `pem`; `None` if it is not an X.509-SVID leaf. Does
+/// not verify the issuer.
 #[must_use]
 pub fn identity_of(pem: &str) -> Option<SpiffeId> {
     let der = CertificateDer::from_pem_slice(pem.as_bytes()).ok()?;
     read_leaf(&der).ok().map(|leaf| leaf.id)
 }
 
-/// Reads a leaf and checks what X.509-SVID 4 and 5 ask of it; proves nothing of its chain.
+/// Parses a leaf and checks the constraints of X.509-SVID 4 and 5. Does not verify the chain.
 pub(super) fn read_leaf(der: &CertificateDer<'_>) -> Result<Leaf, Refusal> {
     let (rest, certificate) = x509_parser::certificate::X509Certificate::from_der(der)
         .map_err(|_unreadable| Refusal::BadCertificate)?;
@@ -169,7 +169,7 @@ pub(super) fn read_leaf(der: &CertificateDer<'_>) -> Result<Leaf, Refusal> {
     })
 }
 
-/// From when a certificate is valid, in seconds since 1970.
+/// Returns the start of a certificate's validity, in seconds since 1970.
 fn not_before(der: &CertificateDer<'_>) -> Option<u64> {
     let (_, certificate) = x509_parser::certificate::X509Certificate::from_der(der).ok()?;
     u64::try_from(certificate.validity().not_before.timestamp()).ok()
@@ -179,16 +179,16 @@ pub(super) fn system_time(unix: i64) -> SystemTime {
     UNIX_EPOCH + Duration::from_secs(u64::try_from(unix).unwrap_or(0))
 }
 
-/// How far a certificate may lie in the future and still be believed: the clocks of two nodes
-/// differ, and not every CA dates its certificates back.
-const TOLERATED: Duration = Duration::from_secs(300);
+/// The tolerance for certificates that are not valid yet: clocks differ between nodes, and not every
+/// CA backdates its certificates.
+const CLOCK_TOLERANCE: Duration = Duration::from_secs(300);
 
-/// How far the clocks of others were seen to be ahead of this node's.
+/// The observed lag of this node's clock.
 #[derive(Debug, Default)]
 pub(super) struct Skew(AtomicU64);
 
 impl Skew {
-    /// The most so far.
+    /// Returns the maximum.
     pub(super) fn most(&self) -> Duration {
         Duration::from_secs(self.0.load(Relaxed))
     }
@@ -197,22 +197,22 @@ impl Skew {
         self.0.fetch_max(ahead.as_secs().max(1), Relaxed);
         tracing::warn!(
             ?ahead,
-            "a certificate is not valid yet, and believed: this node's clock is behind, or its CA's ahead"
+            "accepted a certificate that is not valid yet: this node's clock is behind, or the CA's is ahead"
         );
     }
 }
 
-/// Whose identities are believed.
+/// The trust domain and its aliases.
 #[derive(Debug, Clone)]
 pub(super) struct Trust {
     /// The trust domain.
     pub(super) domain: TrustDomain,
-    /// Others that count as the same.
+    /// Aliases of the trust domain.
     pub(super) aliases: Arc<[TrustDomain]>,
 }
 
 impl Trust {
-    /// The identity as it is known here, or that it is nobody's here.
+    /// Returns the identity with an alias replaced by the trust domain; refuses other trust domains.
     pub(super) fn own(&self, id: SpiffeId) -> Result<SpiffeId, Refusal> {
         if *id.trust_domain() == self.domain {
             Ok(id)
@@ -224,10 +224,10 @@ impl Trust {
     }
 }
 
-/// What is asked of a certificate.
+/// The rules of verification.
 #[derive(Debug, Clone)]
 pub(super) struct Rules {
-    /// Config::alpn.
+    /// ALPN name of the tunnel protocol.
     pub(super) alpn: &'static [u8],
     pub(super) provider: Arc<CryptoProvider>,
     pub(super) trust: Trust,
@@ -236,7 +236,7 @@ pub(super) struct Rules {
 }
 
 impl Rules {
-    /// Proves a chain for use as client or server.
+    /// Verifies a chain for use as client or server.
     pub(super) fn prove(
         &self,
         leaf: &CertificateDer<'_>,
@@ -274,7 +274,7 @@ impl Rules {
         Ok(())
     }
 
-    /// The same for a chain that is not valid yet, but would be if our clock were a little behind.
+    /// Accepts a chain that is not valid yet, but becomes valid within [`CLOCK_TOLERANCE`].
     fn chains_soon(
         &self,
         leaf: &CertificateDer<'_>,
@@ -287,16 +287,16 @@ impl Rules {
             return Err(why);
         }
         let seconds = now.as_secs();
-        let later = Duration::from_secs(seconds) + TOLERATED;
+        let later = Duration::from_secs(seconds) + CLOCK_TOLERANCE;
         self.chains(leaf, above, UnixTime::since_unix_epoch(later), usage, None)
-            .map_err(|_in_any_case| why)?;
+            .map_err(|_still_invalid| why)?;
         let begins = std::iter::once(leaf).chain(above).filter_map(not_before);
         let ahead = begins.max().map_or(0, |at| at.saturating_sub(seconds));
         self.skew.saw(Duration::from_secs(ahead));
         Ok(())
     }
 
-    /// Whether a CA of this chain, which is proven, has revoked a certificate of it.
+    /// Tells whether a CA of a verified chain has revoked a certificate of the chain.
     fn is_revoked(
         &self,
         leaf: &CertificateDer<'_>,
@@ -313,14 +313,14 @@ impl Rules {
                     .with_expiration_policy(ExpirationPolicy::Ignore)
                     .build()
             });
-            // Any other answer: the list is of another CA with the same name.
+            // Any other result means that the list belongs to another CA with the same name.
             options.is_ok_and(|options| {
                 self.chains(leaf, above, now, usage, Some(options)) == Err(Refusal::Revoked)
             })
         })
     }
 
-    /// Whether a chain that was proven before is revoked now.
+    /// Tells whether a chain that was verified before is revoked now.
     pub(super) fn is_revoked_now(&self, chain: &[CertificateDer<'_>], now: UnixTime) -> bool {
         let Some((leaf, above)) = chain.split_first() else {
             return false;
@@ -347,10 +347,10 @@ impl Rules {
     }
 }
 
-// Only TLS 1.3 is enabled, and compiled in.
+// Only TLS 1.3 is compiled in.
 const NO_TLS12: &str = "TLS 1.2 is not enabled";
 
-/// A client's view of a server: exactly this identity.
+/// Verifies servers: the server must have exactly the expected identity.
 #[derive(Debug)]
 pub(super) struct ExpectOne {
     pub(super) rules: Rules,
@@ -398,12 +398,12 @@ impl ServerCertVerifier for ExpectOne {
     }
 }
 
-/// A server's view of a client: any identity of the trust domain, never none.
+/// Verifies clients: the client must have an identity of the trust domain.
 #[derive(Debug)]
 pub(super) struct ExpectAny(pub(super) Rules);
 
 impl ClientCertVerifier for ExpectAny {
-    // A hint would tell strangers the names of our roots.
+    // A hint would reveal the names of the roots to unauthenticated clients.
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         &[]
     }

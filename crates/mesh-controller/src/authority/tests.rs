@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The CA's life step by step, and what it refuses to sign with.
+//! Rotation of roots and intermediates, and invalid CA material.
 
 use super::*;
 
-const TIMES: Times = Times {
+const LIFETIMES: Lifetimes = Lifetimes {
     leaf: Duration::from_secs(3600),
     overlap: Duration::from_secs(60),
 };
@@ -13,24 +13,30 @@ fn at(seconds: u64) -> SystemTime {
 }
 
 fn authority(material: &Material) -> Result<Authority, Error> {
-    Authority::new(material, &["ca.test".to_owned()], TIMES, at(0))
+    Authority::new(material, &["ca.test".to_owned()], LIFETIMES, at(0))
 }
 
-fn step(material: &Material, asked: Option<&str>, seconds: u64) -> Option<Material> {
+fn step(material: &Material, request: Option<&str>, seconds: u64) -> Option<Material> {
     material
-        .next(asked, "cluster.local", TIMES, at(seconds))
+        .next(request, "cluster.local", LIFETIMES, at(seconds))
         .unwrap()
 }
 
 #[test]
-fn a_root_is_published_before_it_signs_and_until_its_last_leaf_has_ended() {
+fn root_is_published_before_it_signs_and_until_its_last_leaf_expires() {
     let first = Material::new("cluster.local", at(0)).unwrap();
-    assert!(step(&first, None, 100).is_none(), "nobody asked");
+    assert!(step(&first, None, 100).is_none(), "no request");
     let published = step(&first, Some("1"), 100).unwrap();
     assert_eq!(published.root.certificate, first.root.certificate);
     assert_eq!(authority(&published).unwrap().roots, 2);
-    assert!(step(&published, Some("1"), 159).is_none(), "it overlaps");
-    assert!(step(&published, Some("2"), 159).is_none(), "one at a time");
+    assert!(
+        step(&published, Some("1"), 159).is_none(),
+        "within the overlap"
+    );
+    assert!(
+        step(&published, Some("2"), 159).is_none(),
+        "a second request waits"
+    );
 
     let switched = step(&published, Some("1"), 160).unwrap();
     assert_ne!(switched.root.certificate, first.root.certificate);
@@ -41,12 +47,15 @@ fn a_root_is_published_before_it_signs_and_until_its_last_leaf_has_ended() {
 
     let done = step(&switched, Some("1"), 160 + 3660).unwrap();
     assert_eq!(authority(&done).unwrap().roots, 1);
-    assert!(step(&done, Some("1"), 9999).is_none(), "followed once");
+    assert!(
+        step(&done, Some("1"), 9999).is_none(),
+        "a request is carried out once"
+    );
     assert!(step(&done, Some("2"), 9999).is_some());
 }
 
 #[test]
-fn an_intermediate_is_replaced_in_time_if_the_root_can_sign() {
+fn intermediate_is_replaced_before_expiry_if_the_root_key_is_there() {
     let first = Material::new("cluster.local", at(0)).unwrap();
     let late = 300 * 24 * 3600;
     let next = step(&first, None, late).unwrap();
@@ -59,13 +68,13 @@ fn an_intermediate_is_replaced_in_time_if_the_root_can_sign() {
     let mut offline = first.clone();
     offline.root.key = Zeroizing::default();
     assert!(step(&offline, None, late).is_none());
-    offline.intermediate = Pair::default();
-    let none = offline.next(None, "cluster.local", TIMES, at(0));
+    offline.intermediate = CertificateAndKey::default();
+    let none = offline.next(None, "cluster.local", LIFETIMES, at(0));
     assert!(matches!(none, Err(Error::NoRootKey)));
 }
 
 #[test]
-fn what_does_not_belong_together_is_refused() {
+fn mismatched_material_is_rejected() {
     let one = Material::new("cluster.local", at(0)).unwrap();
     let two = Material::new("cluster.local", at(0)).unwrap();
     let mut mixed = one.clone();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The steps of an uninstallation, by the Kubernetes API. Each may be interrupted and tried again:
-//! what cleans is there, held back, before the first agent ends.
+//! The steps of an uninstallation, by the Kubernetes API. Each can be interrupted and repeated: the
+//! DaemonSet for cleanup exists, but is not scheduled, before the first agent ends.
 
 use std::path::Path;
 use std::time::Duration;
@@ -15,18 +15,18 @@ use tokio::time::{Instant, sleep};
 use super::Error;
 use mesh_kube::connect;
 
-/// The agents.
+/// The DaemonSet of the agents.
 const AGENT: &str = "mesh-agent";
-/// What cleans the nodes.
+/// The DaemonSet that cleans the nodes.
 const CLEANUP: &str = "mesh-cleanup";
-/// The label that tells pods of the two apart.
+/// The label that distinguishes the pods of the two DaemonSets.
 const NAME: &str = "app.kubernetes.io/name";
-/// Nodes have no such label: what cleans is not scheduled before the agents are gone.
+/// A node selector that no node matches: it prevents cleanup before the agents have ended.
 const HELD: &str = "mesh.rs/agents-are-gone";
-/// How often it is looked how far it is.
-const LOOK: Duration = Duration::from_millis(500);
-/// How long agents may take to end, and nodes to be cleaned.
-const PATIENCE: Duration = Duration::from_secs(240);
+/// Interval of checks of the progress.
+const POLL: Duration = Duration::from_millis(500);
+/// The time that agents may take to end, and nodes to be cleaned.
+const STEP_TIMEOUT: Duration = Duration::from_secs(240);
 
 pub(super) fn run(namespace: &str, kubeconfig: Option<&Path>) -> Result<usize, Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -57,7 +57,7 @@ async fn uninstall(client: Client, namespace: &str) -> Result<usize, Error> {
     let cleaner = sets
         .get_opt(CLEANUP)
         .await
-        .map_err(failed("look for an earlier try"))?;
+        .map_err(failed("look for an earlier uninstallation"))?;
     let agent = sets
         .get_opt(AGENT)
         .await
@@ -65,7 +65,7 @@ async fn uninstall(client: Client, namespace: &str) -> Result<usize, Error> {
     if let Some(agent) = agent {
         if cleaner.is_none() {
             let made = cleanup_of(&agent)?;
-            // First: if this is interrupted now, the next try finds what to clean with.
+            // Must exist before the agents are deleted: a repeated command then finds it.
             create(&sets, &made).await?;
         }
         delete(&sets, AGENT).await?;
@@ -80,17 +80,17 @@ async fn uninstall(client: Client, namespace: &str) -> Result<usize, Error> {
     let begin = json!({ "spec": { "template": { "spec": { "nodeSelector": { HELD: null } } } } });
     sets.patch(CLEANUP, &PatchParams::default(), &Patch::Merge(begin))
         .await
-        .map_err(failed("have the nodes cleaned"))?;
-    let cleaned = wait("nodes are not clean", async || {
+        .map_err(failed("start the cleanup of the nodes"))?;
+    let cleaned = wait("nodes are not clean yet", async || {
         let wanted = scheduled(&sets).await?;
         let list = list(&pods, CLEANUP).await?;
         let unclean = list.iter().filter(|pod| !cleaned(pod));
         let mut left: Vec<String> = unclean.map(node).collect();
-        // Its pods come a moment after their DaemonSet, and not all at once.
+        // The pods of the DaemonSet appear some time after it.
         match wanted {
             Some(wanted) if wanted <= list.len() => {}
             Some(wanted) => left.push(format!("{} more", wanted - list.len())),
-            None => left.push("all that the DaemonSet is still to be scheduled to".to_owned()),
+            None => left.push("nodes to which the DaemonSet is not scheduled yet".to_owned()),
         }
         Ok((list.len(), left))
     })
@@ -103,7 +103,7 @@ async fn create(sets: &Api<DynamicObject>, object: &DynamicObject) -> Result<(),
     match sets.create(&PostParams::default(), object).await {
         Ok(_) => Ok(()),
         Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
-        Err(error) => Err(failed("make the DaemonSet that cleans")(error)),
+        Err(error) => Err(failed("create the DaemonSet for cleanup")(error)),
     }
 }
 
@@ -115,17 +115,17 @@ async fn delete(sets: &Api<DynamicObject>, name: &str) -> Result<(), Error> {
     }
 }
 
-/// The pods of one of the two.
+/// Lists the pods of a DaemonSet.
 async fn list(pods: &Api<DynamicObject>, name: &str) -> Result<Vec<DynamicObject>, Error> {
     let selected = ListParams::default().labels(&format!("{NAME}={name}"));
     let list = pods.list(&selected).await;
     Ok(list.map_err(failed("list pods"))?.items)
 }
 
-/// On how many nodes is to be cleaned, once whoever counts them has seen the newest version.
+/// Returns the number of nodes to clean, once the DaemonSet controller has seen the newest version.
 async fn scheduled(sets: &Api<DynamicObject>) -> Result<Option<usize>, Error> {
     let set = sets.get(CLEANUP).await;
-    let set = set.map_err(failed("read the DaemonSet that cleans"))?;
+    let set = set.map_err(failed("read the DaemonSet for cleanup"))?;
     let number = |path| set.data.pointer(path).and_then(Value::as_u64);
     let seen = number("/status/observedGeneration");
     let newest = set.metadata.generation.and_then(|n| u64::try_from(n).ok());
@@ -136,12 +136,12 @@ async fn scheduled(sets: &Api<DynamicObject>) -> Result<Option<usize>, Error> {
     Ok(wanted.and_then(|wanted| usize::try_from(wanted).ok()))
 }
 
-/// Waits until `look` finds nothing to wait for; gives the number that it has found then.
+/// Waits until `look` returns no unfinished nodes. Returns the number that `look` returns then.
 async fn wait(
     what: &'static str,
     look: impl AsyncFn() -> Result<(usize, Vec<String>), Error>,
 ) -> Result<usize, Error> {
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + STEP_TIMEOUT;
     loop {
         let (found, waiting) = look().await?;
         if waiting.is_empty() {
@@ -149,14 +149,14 @@ async fn wait(
         }
         if Instant::now() > until {
             let left = waiting.join(", ");
-            let seconds = PATIENCE.as_secs();
-            return Err(Error::Late {
+            let seconds = STEP_TIMEOUT.as_secs();
+            return Err(Error::Timeout {
                 what,
                 seconds,
                 left,
             });
         }
-        sleep(LOOK).await;
+        sleep(POLL).await;
     }
 }
 
@@ -165,24 +165,25 @@ fn node(pod: &DynamicObject) -> String {
     node.map_or_else(|| pod.name_any(), str::to_owned)
 }
 
-/// Whether the pod's first container has done its work.
+/// Tells whether the pod's first container has succeeded.
 fn cleaned(pod: &DynamicObject) -> bool {
     let code = "/status/initContainerStatuses/0/state/terminated/exitCode";
     pod.data.pointer(code).and_then(Value::as_i64) == Some(0)
 }
 
-/// A DaemonSet of the same pods that run `cleanup`: first as what must succeed before anything else
-/// runs, which is what is looked at, then again and again, which does no harm.
+/// Returns a DaemonSet with the agents' pods, but with `cleanup` as the command. It runs as an init
+/// container, whose exit code is the result, and again as the container that a DaemonSet must have;
+/// repetition is harmless.
 fn cleanup_of(agent: &DynamicObject) -> Result<DynamicObject, Error> {
     let mut template = agent
         .data
         .pointer("/spec/template")
         .cloned()
-        .ok_or(Error::Template("it has no pods"))?;
+        .ok_or(Error::Template("no pod template"))?;
     let container = template
         .pointer("/spec/containers/0")
         .cloned()
-        .ok_or(Error::Template("its pods have no container"))?;
+        .ok_or(Error::Template("no container in the pod template"))?;
     let mut container = container;
     template["spec"]["nodeSelector"][HELD] = json!("");
     for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
@@ -206,6 +207,5 @@ fn cleanup_of(agent: &DynamicObject) -> Result<DynamicObject, Error> {
             "template": template,
         },
     });
-    serde_json::from_value(object)
-        .map_err(|_shape| Error::Template("its pods are of no known shape"))
+    serde_json::from_value(object).map_err(|_shape| Error::Template("invalid pod template"))
 }

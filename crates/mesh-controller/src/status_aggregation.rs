@@ -1,35 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0
-//! From what nodes report to the status of one object. Pure.
+//! Aggregates the reports of nodes into the status of an object. Pure.
 //!
-//! A node counts for an object when it has the object's newest generation in force. A node that has
-//! said nothing of that generation lags; one that rejects it says why.
+//! A node counts for an object if it enforces the newest generation of the object. A node without a
+//! report on that generation is lagging; a node that rejects the generation reports the reason.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use mesh_api::crd::{ACCEPTED, FieldRejection, IN_FORCE, MeshNodeStatus, PolicyStatus};
 
-/// Rejections that a status shows.
-const REJECTIONS: usize = 16;
-/// Nodes that a message names.
-const NAMED: usize = 5;
+/// Maximum number of rejections in a status.
+const MAX_REJECTIONS: usize = 16;
+/// Maximum number of node names in a message.
+const MAX_NAMES: usize = 5;
 
 /// An object's UID and generation.
 type Version<'a> = (&'a str, i64);
-/// Field and message of each rejection, and who says it.
+/// Field and message of each rejection, with the nodes that report it.
 type Fields<'a> = BTreeMap<(&'a str, &'a str), BTreeSet<&'a str>>;
 
-/// What all nodes report.
+/// The reports of all nodes.
 #[derive(Debug, Default)]
-pub(super) struct Reports<'a> {
+pub(super) struct NodeReports<'a> {
     nodes: BTreeSet<&'a str>,
     in_force: BTreeMap<Version<'a>, BTreeSet<&'a str>>,
     rejected: BTreeMap<Version<'a>, Fields<'a>>,
 }
 
-impl<'a> Reports<'a> {
-    /// Sorts what nodes report.
-    pub(super) fn of(all: impl IntoIterator<Item = (&'a str, &'a MeshNodeStatus)>) -> Self {
+impl<'a> NodeReports<'a> {
+    /// Groups the reports by version of object.
+    pub(super) fn new(all: impl IntoIterator<Item = (&'a str, &'a MeshNodeStatus)>) -> Self {
         let mut reports = Self::default();
         for (node, status) in all {
             reports.nodes.insert(node);
@@ -47,12 +47,12 @@ impl<'a> Reports<'a> {
         reports
     }
 
-    /// How many nodes count.
+    /// Returns the number of nodes.
     pub(super) fn nodes(&self) -> usize {
         self.nodes.len()
     }
 
-    /// The status of one version of an object. `before` = its status until now.
+    /// Returns the status of a version of an object. `before` = the current status.
     pub(super) fn status(
         &self,
         (uid, generation): (&str, i64),
@@ -78,7 +78,7 @@ impl<'a> Reports<'a> {
         let total = self.nodes.len();
         let accepted = accepted(rejected, &good, total);
         let in_force = in_force(&good, &rejecting, &lagging, total);
-        let condition = |kind: &str, (status, reason, message): Judgement| {
+        let condition = |kind: &str, (status, reason, message): Verdict| {
             let old = before.conditions.iter().find(|one| one.type_ == kind);
             let since = old.filter(|old| old.status == status);
             Condition {
@@ -96,7 +96,7 @@ impl<'a> Reports<'a> {
             nodes: format!("{}/{total}", good.len()),
             rejections: rejected
                 .iter()
-                .take(REJECTIONS)
+                .take(MAX_REJECTIONS)
                 .map(|((field, message), nodes)| FieldRejection {
                     field: (*field).to_owned(),
                     message: (*message).to_owned(),
@@ -108,13 +108,13 @@ impl<'a> Reports<'a> {
 }
 
 /// Status, reason and message of a condition.
-type Judgement = (&'static str, &'static str, String);
+type Verdict = (&'static str, &'static str, String);
 
 fn accepted(
     rejected: &BTreeMap<(&str, &str), BTreeSet<&str>>,
     good: &BTreeSet<&str>,
     total: usize,
-) -> Judgement {
+) -> Verdict {
     if let Some(((field, message), _)) = rejected.first_key_value() {
         let place = if field.is_empty() { "" } else { ": " };
         let more = match rejected.len() {
@@ -139,7 +139,7 @@ fn in_force(
     rejecting: &BTreeSet<&str>,
     lagging: &[&str],
     total: usize,
-) -> Judgement {
+) -> Verdict {
     let count = format!("in force on {} of {total} nodes", good.len());
     if total == 0 {
         return ("Unknown", "NoNodes", "no node runs an agent".to_owned());
@@ -148,9 +148,9 @@ fn in_force(
         return ("True", "EveryNode", count);
     }
     let names = |nodes: &mut dyn Iterator<Item = &str>, len: usize| {
-        let mut text = nodes.take(NAMED).collect::<Vec<_>>().join(", ");
-        if len > NAMED {
-            text.push_str(&format!(" and {} more", len - NAMED));
+        let mut text = nodes.take(MAX_NAMES).collect::<Vec<_>>().join(", ");
+        if len > MAX_NAMES {
+            text.push_str(&format!(" and {} more", len - MAX_NAMES));
         }
         text
     };
@@ -179,7 +179,7 @@ mod tests {
         }
     }
 
-    fn has(generation: i64) -> MeshNodeStatus {
+    fn enforces(generation: i64) -> MeshNodeStatus {
         MeshNodeStatus {
             in_force: vec![version(generation)],
             ..MeshNodeStatus::default()
@@ -193,7 +193,7 @@ mod tests {
                 field: field.to_owned(),
                 message: "is wrong".to_owned(),
             }],
-            ..has(generation - 1)
+            ..enforces(generation - 1)
         }
     }
 
@@ -201,8 +201,8 @@ mod tests {
         Time(Timestamp::from_second(second).unwrap())
     }
 
-    fn said(nodes: &[(&str, MeshNodeStatus)]) -> (String, Vec<String>, PolicyStatus) {
-        let reports = Reports::of(nodes.iter().map(|(name, status)| (*name, status)));
+    fn aggregate(nodes: &[(&str, MeshNodeStatus)]) -> (String, Vec<String>, PolicyStatus) {
+        let reports = NodeReports::new(nodes.iter().map(|(name, status)| (*name, status)));
         let status = reports.status(("u", 3), &PolicyStatus::default(), &at(1));
         let rows = status.conditions.iter().map(|one| {
             format!(
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn counts_and_conditions() {
+    fn status_counts_nodes_and_explains_conditions() {
         type Nodes<'a> = &'a [(&'a str, MeshNodeStatus)];
         let rows: &[(Nodes<'_>, &str, &str, &str)] = &[
             (
@@ -224,15 +224,15 @@ mod tests {
                 "Unknown NoNodes: no node runs an agent",
             ),
             (
-                &[("a", has(3)), ("b", has(3)), ("c", has(3))],
+                &[("a", enforces(3)), ("b", enforces(3)), ("c", enforces(3))],
                 "3/3",
                 "True Accepted: every field can be used",
                 "True EveryNode: in force on 3 of 3 nodes",
             ),
             (
                 &[
-                    ("a", has(3)),
-                    ("b", has(2)),
+                    ("a", enforces(3)),
+                    ("b", enforces(2)),
                     ("c", MeshNodeStatus::default()),
                 ],
                 "1/3",
@@ -240,18 +240,18 @@ mod tests {
                 "False Lagging: in force on 1 of 3 nodes; waiting for b, c",
             ),
             (
-                &[("a", has(2))],
+                &[("a", enforces(2))],
                 "0/1",
                 "Unknown Pending: no node has reported on this version yet",
                 "False Lagging: in force on 0 of 1 nodes; waiting for a",
             ),
             (
-                &[("a", has(3)), ("b", rejects(3, "spec.x"))],
+                &[("a", enforces(3)), ("b", rejects(3, "spec.x"))],
                 "1/2",
                 "False Invalid: spec.x: is wrong",
                 "False Rejected: in force on 1 of 2 nodes; rejected by b",
             ),
-            // A rejection of an older version says nothing of this one.
+            // The rejection of an older version has no effect on this one.
             (
                 &[("a", rejects(2, "spec.x"))],
                 "0/1",
@@ -260,7 +260,7 @@ mod tests {
             ),
         ];
         for (nodes, count, accepted, in_force) in rows {
-            let (nodes, conditions, _) = said(nodes);
+            let (nodes, conditions, _) = aggregate(nodes);
             assert_eq!(nodes, *count);
             assert_eq!(conditions[0], format!("Accepted {accepted}"));
             assert_eq!(conditions[1], format!("InForce {in_force}"));
@@ -269,7 +269,7 @@ mod tests {
 
     #[test]
     fn rejections_are_counted_by_field() {
-        let (_, conditions, status) = said(&[
+        let (_, conditions, status) = aggregate(&[
             ("a", rejects(3, "spec.x")),
             ("b", rejects(3, "spec.x")),
             ("c", rejects(3, "spec.y")),
@@ -287,9 +287,9 @@ mod tests {
     }
 
     #[test]
-    fn time_of_transition_is_that_of_the_last_change() {
-        let good = [("a", has(3))];
-        let reports = Reports::of(good.iter().map(|(name, status)| (*name, status)));
+    fn transition_time_changes_only_with_the_status() {
+        let good = [("a", enforces(3))];
+        let reports = NodeReports::new(good.iter().map(|(name, status)| (*name, status)));
         let first = reports.status(("u", 3), &PolicyStatus::default(), &at(1));
         let again = reports.status(("u", 3), &first, &at(2));
         assert_eq!(again, first);

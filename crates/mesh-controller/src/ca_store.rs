@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Keeps the CA in a Secret, and its roots in a ConfigMap for everybody.
+//! Storage of the CA in a Secret, and of its roots in a public ConfigMap.
 //!
-//! All replicas read the Secret; the leader alone writes, with the version that it read, so that no
-//! step of the CA's life is taken twice. A Secret that is damaged is never overwritten: what was
-//! good last goes on signing.
+//! All replicas read the Secret. Only the leader writes it, on top of the version that it has read, so
+//! that no step of a rotation happens twice. An invalid Secret is never overwritten: the last valid CA
+//! continues to sign.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,73 +20,77 @@ use tokio::sync::watch;
 use tokio::time::{Instant, interval};
 use zeroize::Zeroizing;
 
-use super::authority::{Authority, Material, Pair, Times, unix};
-use super::numbers::Numbers;
+use super::authority::{Authority, CertificateAndKey, Lifetimes, Material, unix};
+use super::metrics::Metrics;
 use mesh_log::warn_limited;
 
-/// The Secret with everything of the CA.
+/// The Secret with the keys and certificates of the CA.
 pub(super) const SECRET: &str = "mesh-ca";
-/// The ConfigMap with its roots.
+/// The ConfigMap with the roots.
 pub(super) const CONFIG_MAP: &str = "mesh-ca-root";
-/// The key of the roots.
+/// The key of the roots in the ConfigMap.
 const BUNDLE: &str = "ca.crt";
-/// Asks for a new root; any value that was not there before.
-pub(super) const ASKED: &str = "mesh.rs/rotate-root";
-const FOLLOWED: &str = "mesh.rs/rotate-root-followed";
+/// The annotation that requests a new root: each new value is one request.
+pub(super) const ROTATE_ROOT: &str = "mesh.rs/rotate-root";
+/// The annotation with the request that was carried out last.
+const LAST_REQUEST: &str = "mesh.rs/rotate-root-followed";
+/// The annotation with the time at which the next root was published.
 const PUBLISHED: &str = "mesh.rs/next-root-published";
+/// The annotation with the time at which the old root ceased to sign.
 const SWITCHED: &str = "mesh.rs/old-root-ended";
-/// The field manager of what the controller writes.
+/// The field manager of the controller's writes.
 pub(super) const MANAGER: &str = "mesh-controller";
 
-/// How often it is looked whether something is due.
+/// Interval of checks for due steps.
 const TICK: Duration = Duration::from_secs(1);
-/// How often the ConfigMap is looked at although nothing changed here.
-const LOOK: Duration = Duration::from_secs(30);
+/// Interval of checks of the ConfigMap while the roots do not change.
+const CONFIG_MAP_CHECK: Duration = Duration::from_secs(30);
 
-/// What the keeper is told.
+/// Settings of the CA.
 pub(super) struct Settings {
     pub(super) namespace: String,
     pub(super) trust_domain: String,
-    /// Names of the controller, for its own certificate.
+    /// Names in the controller's serving certificate.
     pub(super) names: Vec<String>,
-    pub(super) times: Times,
+    pub(super) lifetimes: Lifetimes,
     pub(super) now: fn() -> SystemTime,
 }
 
-/// The CA that signs now; none until there is one.
+/// The CA that signs; `None` until one is known.
 pub(super) type Current = watch::Receiver<Option<Arc<Authority>>>;
 
-pub(super) struct Keeper {
+/// Follows the CA's Secret; the leader also writes it.
+pub(super) struct CaStore {
     settings: Settings,
     secrets: Api<Secret>,
     config_maps: Api<ConfigMap>,
-    numbers: Numbers,
-    /// What the Secret said last, and could be used.
+    metrics: Metrics,
+    /// The last valid state in the Secret.
     material: Option<Material>,
-    /// The Secret as it is; none = there is none.
+    /// The Secret as it is; `None` = it does not exist.
     secret: Option<Secret>,
     authority: watch::Sender<Option<Arc<Authority>>>,
-    /// The roots that the ConfigMap was seen to have, and when.
+    /// The roots that the ConfigMap has, and when that was checked.
     published: Option<(String, Instant)>,
 }
 
-impl Keeper {
-    pub(super) fn new(client: &Client, settings: Settings, numbers: Numbers) -> (Self, Current) {
+impl CaStore {
+    pub(super) fn new(client: &Client, settings: Settings, metrics: Metrics) -> (Self, Current) {
         let (authority, current) = watch::channel(None);
-        let keeper = Self {
+        let store = Self {
             secrets: Api::namespaced(client.clone(), &settings.namespace),
             config_maps: Api::namespaced(client.clone(), &settings.namespace),
             settings,
-            numbers,
+            metrics,
             material: None,
             secret: None,
             authority,
             published: None,
         };
-        (keeper, current)
+        (store, current)
     }
 
-    /// Follows the Secret for ever, and writes while it leads.
+    /// Follows the Secret until the watch ends, and writes it while this replica leads.
     pub(super) async fn run(mut self, leads: watch::Receiver<bool>) {
         let mut secrets = watcher::watch_object(self.secrets.clone(), SECRET)
             .default_backoff()
@@ -101,7 +105,7 @@ impl Keeper {
                         self.read(secret);
                     }
                     Some(Err(error)) => {
-                        warn_limited!("ca_secret", error, "the Secret of the CA cannot be watched");
+                        warn_limited!("ca_secret", error, "cannot watch the CA's Secret");
                     }
                     None => return,
                 },
@@ -114,7 +118,7 @@ impl Keeper {
         }
     }
 
-    /// Takes what the Secret says, if it can be used.
+    /// Takes over the state in the Secret if it is valid.
     fn read(&mut self, secret: Option<Secret>) {
         self.secret = secret;
         let Some(secret) = &self.secret else { return };
@@ -122,8 +126,7 @@ impl Keeper {
         if self.material.as_ref() == Some(&material) {
             return;
         }
-        // One that lacks its intermediate is completed by the leader first; what was good last
-        // signs until then.
+        // The leader first adds a missing intermediate; the last valid CA signs until then.
         if material.intermediate.certificate.is_empty() && !material.root.key.is_empty() {
             let kept = self.material.as_ref();
             if kept.is_none_or(|kept| kept.root == material.root) {
@@ -131,21 +134,27 @@ impl Keeper {
             }
             return;
         }
-        self.use_it(material);
+        self.activate(material);
     }
 
-    fn use_it(&mut self, material: Material) {
+    /// Signs with a state of the CA from now on, if it is valid.
+    fn activate(&mut self, material: Material) {
         let now = (self.settings.now)();
-        let made = Authority::new(&material, &self.settings.names, self.settings.times, now);
-        match made {
+        let authority = Authority::new(
+            &material,
+            &self.settings.names,
+            self.settings.lifetimes,
+            now,
+        );
+        match authority {
             Ok(authority) => {
-                let ends = |time| i64::try_from(unix(time)).unwrap_or(i64::MAX);
-                self.numbers.authority(
+                let expiry = |time| i64::try_from(unix(time)).unwrap_or(i64::MAX);
+                self.metrics.authority(
                     authority.roots,
-                    ends(authority.root_ends),
-                    ends(authority.signer.ends()),
+                    expiry(authority.root_not_after),
+                    expiry(authority.signer.not_after()),
                 );
-                tracing::info!(roots = authority.roots, "the CA signs");
+                tracing::info!(roots = authority.roots, "CA loaded");
                 self.authority.send_replace(Some(Arc::new(authority)));
                 self.material = Some(material);
             }
@@ -153,13 +162,13 @@ impl Keeper {
                 tracing::error!(
                     %error,
                     secret = SECRET,
-                    "the Secret of the CA cannot be used; what was good last goes on signing"
+                    "invalid CA Secret; the last valid CA continues to sign"
                 );
             }
         }
     }
 
-    /// Makes the controller's own certificate anew when it is due.
+    /// Renews the controller's serving certificate when it is due.
     fn renew(&mut self) {
         let due = self
             .authority
@@ -167,38 +176,45 @@ impl Keeper {
             .as_ref()
             .is_some_and(|authority| authority.renew <= (self.settings.now)());
         if due && let Some(material) = self.material.clone() {
-            self.use_it(material);
+            self.activate(material);
         }
     }
 
+    /// Does the leader's part: rotation and publication.
     async fn lead(&mut self) {
         if let Err(error) = self.advance().await {
-            warn_limited!("ca_advance", error, "the CA cannot take its next step");
+            warn_limited!("ca_advance", error, "cannot update the CA's Secret");
         }
         if let Err(error) = self.publish().await {
-            warn_limited!("ca_publish", error, "the roots cannot be published");
+            warn_limited!(
+                "ca_publish",
+                error,
+                "cannot publish the roots in the ConfigMap"
+            );
         }
     }
 
-    /// Writes the CA's next state, if it is time for one.
+    /// Writes the CA's next state if a step is due.
     async fn advance(&mut self) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let now = (self.settings.now)();
         let domain = &self.settings.trust_domain;
         let next = match (&self.secret, &self.material) {
             (None, None) => Some(Material::new(domain, now)?),
-            // Somebody deleted it. A new root would cut every connection.
+            // The Secret was deleted. A new root would break every connection.
             (None, Some(material)) => Some(material.clone()),
-            // One that is damaged, or that lacks what is being made now.
+            // The Secret is invalid, or has changes that are not loaded yet.
             (Some(secret), Some(kept)) if material(secret) != *kept => None,
             (Some(secret), Some(kept)) => {
-                let asked = secret.metadata.annotations.as_ref();
-                let asked = asked.and_then(|all| all.get(ASKED)).map(String::as_str);
-                kept.next(asked, domain, self.settings.times, now)?
+                let request = secret.metadata.annotations.as_ref();
+                let request = request
+                    .and_then(|all| all.get(ROTATE_ROOT))
+                    .map(String::as_str);
+                kept.next(request, domain, self.settings.lifetimes, now)?
             }
             (Some(_), None) => None,
         };
         let Some(next) = next else { return Ok(()) };
-        let secret = written(&next, self.secret.as_ref());
+        let secret = secret_with(&next, self.secret.as_ref());
         let post = PostParams::default();
         let result = if self.secret.is_none() {
             self.secrets.create(&post, &secret).await
@@ -207,17 +223,17 @@ impl Keeper {
         };
         match result {
             Ok(secret) => {
-                tracing::info!("the CA took a step");
+                tracing::info!("CA Secret updated");
                 self.read(Some(secret));
                 Ok(())
             }
-            // Another was faster; the watch brings what it wrote.
+            // Another writer was faster; the watch returns its version.
             Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Has the ConfigMap hold all roots.
+    /// Writes all roots to the ConfigMap.
     async fn publish(&mut self) -> kube::Result<()> {
         let Some(bundle) = self
             .authority
@@ -230,7 +246,7 @@ impl Keeper {
         let fresh = self
             .published
             .as_ref()
-            .is_some_and(|(seen, when)| *seen == bundle && when.elapsed() < LOOK);
+            .is_some_and(|(seen, when)| *seen == bundle && when.elapsed() < CONFIG_MAP_CHECK);
         if fresh {
             return Ok(());
         }
@@ -255,13 +271,14 @@ impl Keeper {
     }
 }
 
+/// Reads the state of the CA from the Secret.
 fn material(secret: &Secret) -> Material {
     let text = |key: &str| {
         let data = secret.data.as_ref().and_then(|data| data.get(key));
         data.map(|bytes| String::from_utf8_lossy(&bytes.0).into_owned())
             .unwrap_or_default()
     };
-    let pair = |certificate: &str, key: &str| Pair {
+    let pair = |certificate: &str, key: &str| CertificateAndKey {
         certificate: text(certificate),
         key: Zeroizing::new(text(key)),
     };
@@ -279,12 +296,12 @@ fn material(secret: &Secret) -> Material {
         intermediate: pair("intermediate.crt", "intermediate.key"),
         next: (!next.certificate.is_empty()).then(|| (next, time(PUBLISHED))),
         old: (!old.is_empty()).then(|| (old, time(SWITCHED))),
-        followed: annotation(FOLLOWED),
+        last_request: annotation(LAST_REQUEST),
     }
 }
 
-/// The Secret with `material`; everything else of it as it was.
-fn written(material: &Material, before: Option<&Secret>) -> Secret {
+/// Returns the Secret with `material`; its other contents stay.
+fn secret_with(material: &Material, before: Option<&Secret>) -> Secret {
     let mut secret = before.cloned().unwrap_or_else(|| Secret {
         metadata: ObjectMeta {
             name: Some(SECRET.to_owned()),
@@ -297,8 +314,11 @@ fn written(material: &Material, before: Option<&Secret>) -> Secret {
         Some(value) => annotations.insert(name.to_owned(), value),
         None => annotations.remove(name),
     };
-    let followed = &material.followed;
-    annotate(FOLLOWED, (!followed.is_empty()).then(|| followed.clone()));
+    let last_request = &material.last_request;
+    annotate(
+        LAST_REQUEST,
+        (!last_request.is_empty()).then(|| last_request.clone()),
+    );
     annotate(
         PUBLISHED,
         material.next.as_ref().map(|(_, since)| since.to_string()),
