@@ -316,10 +316,10 @@ pub(crate) fn check(cluster: &ClusterSnapshot, rejections: &mut Vec<Rejection>) 
                 rejections.push(Rejection {
                     object: object.clone(),
                     field: format!("spec.{}.ports", rule.name),
-                    why: "a named port belongs to a pod, and these peers are addresses; write the \
-                          port's number"
+                    why: "named ports are supported for pod peers only: use the port number for CIDR \
+                          and node peers"
                         .to_owned(),
-                    consequence: "every port of the transport is denied for them".to_owned(),
+                    consequence: "all ports of the protocol are denied for these peers".to_owned(),
                 });
             }
         }

@@ -138,7 +138,7 @@ async fn ask<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, request: &str) ->
 }
 
 #[tokio::test]
-async fn only_metrics_and_probes_are_public() {
+async fn public_listener_serves_only_metrics_and_probes() {
     let rig = Rig::new();
     assert!(
         rig.public("GET /metrics")
@@ -164,7 +164,7 @@ async fn only_metrics_and_probes_are_public() {
 }
 
 #[tokio::test]
-async fn the_admin_socket_is_for_root_and_shows_the_state() {
+async fn admin_socket_is_restricted_to_root() {
     let rig = Rig::new();
     let mode = std::fs::metadata(rig.socket())
         .unwrap()
@@ -192,7 +192,7 @@ async fn the_admin_socket_is_for_root_and_shows_the_state() {
 }
 
 #[tokio::test]
-async fn a_successor_takes_over_the_listeners() {
+async fn successor_takes_over_the_listeners() {
     let old = Rig::new();
     let flows = Flows::start(&Target::Off, &Metrics::new()).unwrap();
     let mut views = views(&flows);

@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_revision_stands_for_one_plan() {
+    fn revision_identifies_one_plan() {
         let (publisher, mut reader) = channel();
         // Also the plan of a node without pods is a plan.
         publisher.update(|next| next.plan = Arc::new(Index::default()));
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_that_did_not_change_stay_the_same_in_memory() {
+    fn unchanged_parts_are_shared_in_memory() {
         let (publisher, mut reader) = channel();
         publisher.update(|next| next.plan = plan("a"));
         let before = Arc::clone(&reader.borrow_and_update());

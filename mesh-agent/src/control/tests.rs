@@ -102,7 +102,7 @@ fn rules(lab: &Lab) -> String {
 }
 
 #[test]
-fn a_pod_is_enrolled_only_when_its_listeners_and_its_policy_are_in_place() {
+fn pod_is_enrolled_after_its_listeners_and_policy_are_in_place() {
     let lab = lab(&[V4, V6]);
     on_node(&lab, || {
         let mut setup = setup(&Fake::default());
@@ -134,7 +134,7 @@ fn a_pod_is_enrolled_only_when_its_listeners_and_its_policy_are_in_place() {
 }
 
 #[test]
-fn a_new_pod_with_policy_is_closed_until_its_policy_is_there() {
+fn new_pod_with_policy_is_isolated_until_its_policy_is_applied() {
     let lab = lab(&[V4, V6]);
     on_node(&lab, || {
         let mut setup = setup(&Fake::default());
@@ -152,7 +152,7 @@ fn a_new_pod_with_policy_is_closed_until_its_policy_is_there() {
 }
 
 #[test]
-fn a_plan_that_fails_in_the_middle_is_tried_as_a_whole_and_the_old_policy_stays() {
+fn failed_plan_is_retried_as_a_whole_while_the_old_policy_stays() {
     let lab = lab(&[V4, V6]);
     on_node(&lab, || {
         let mut setup = setup(&Fake::default());
@@ -175,7 +175,7 @@ fn a_plan_that_fails_in_the_middle_is_tried_as_a_whole_and_the_old_policy_stays(
 }
 
 #[test]
-fn a_restart_takes_pods_over_without_a_moment_outside_the_mesh() {
+fn restart_takes_over_pods_without_unenrolling_them() {
     let lab = lab(&[V4, V6]);
     let fake = Fake::default();
     on_node(&lab, || {
@@ -199,7 +199,7 @@ fn a_restart_takes_pods_over_without_a_moment_outside_the_mesh() {
 }
 
 #[test]
-fn pods_of_an_earlier_agent_are_removed_unless_the_cluster_has_them() {
+fn inherited_pods_are_removed_unless_the_cluster_has_them() {
     let lab = lab(&[V4, V6]);
     let fake = Fake::default();
     on_node(&lab, || {
@@ -226,7 +226,7 @@ fn pods_of_an_earlier_agent_are_removed_unless_the_cluster_has_them() {
 }
 
 #[test]
-fn un_enrolment_switches_first_and_leaves_nothing() {
+fn unenrolled_pod_is_switched_first_and_cleaned_up() {
     let lab = lab(&[V4, V6]);
     let before = rules(&lab);
     on_node(&lab, || {
@@ -245,7 +245,7 @@ fn un_enrolment_switches_first_and_leaves_nothing() {
 }
 
 #[test]
-fn a_pod_with_the_tunnel_port_taken_is_not_half_captured() {
+fn pod_with_the_tunnel_port_in_use_is_not_captured() {
     for (flags, set) in [
         (PodState::ENROLLED, PolicySetId(7)),
         (PodState::ENROLLED | PodState::STRICT, PolicySetId::ISOLATED),
@@ -286,7 +286,7 @@ fn a_pod_with_the_tunnel_port_taken_is_not_half_captured() {
 }
 
 #[test]
-fn a_strict_pod_without_a_gate_is_isolated_and_reported() {
+fn strict_pod_without_a_gate_is_isolated_and_reported() {
     let lab = lab(&[V4, V6]);
     on_node(&lab, || {
         let mut setup = setup(&Fake::default());
@@ -353,7 +353,7 @@ const ELSEWHERE: &str = "10.244.9.77";
 const READY: u32 = Peer::POD | Peer::ENROLLED | Peer::READY;
 
 #[test]
-fn a_connection_older_than_the_enrolment_is_left_or_ended() {
+fn connection_older_than_enrollment_is_kept_or_closed() {
     for (flags, peer, left) in [
         (PodState::ENROLLED, READY, true),
         (PodState::ENROLLED, READY | Peer::STRICT, false),
@@ -384,7 +384,7 @@ fn a_connection_older_than_the_enrolment_is_left_or_ended() {
 }
 
 #[test]
-fn a_peer_that_becomes_ready_later_makes_its_connections_old_and_policy_ends_them() {
+fn connections_become_old_when_their_peer_becomes_ready_and_policy_closes_them() {
     let lab = lab(&[V4, V6]);
     let (client, _server) = connection(&lab, ELSEWHERE);
     on_node(&lab, || {
@@ -422,7 +422,7 @@ fn a_peer_that_becomes_ready_later_makes_its_connections_old_and_policy_ends_the
 
 /// `run`, over a snapshot.
 #[test]
-fn a_pod_is_detached_within_a_second_of_its_namespace_going() {
+fn pod_is_detached_within_a_second_of_its_namespace_removal() {
     let Lab { node, pod, local } = lab(&[V4, V6]);
     let cluster = snapshot(&local);
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -142,7 +142,7 @@ fn report(cluster: ClusterSnapshot, packet: Packet) -> String {
 }
 
 #[test]
-fn plans_decide_as_the_texts_of_the_apis_say() {
+fn plans_agree_with_the_api_specifications() {
     #[expect(
         clippy::disallowed_methods,
         reason = "a failing seed is run again by hand"

@@ -300,7 +300,7 @@ fn silent_connections_are_bounded_per_source() {
 }
 
 #[test]
-fn abandoned_handshakes_hold_places_until_their_timeout() {
+fn abandoned_handshakes_hold_permits_until_their_timeout() {
     local(async {
         let (rig, route) = Rig::with(bounds(3, 1000)).await;
         let hello = client_hello();

@@ -311,7 +311,7 @@ async fn silent_refusals_are_held_open_within_a_bound() {
 /// A missing policy is a fault and not a refusal by policy: the client is told at once, also by a pod
 /// that refuses silently.
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_refusal_without_a_policy_is_not_silent() {
+async fn refusal_without_policy_is_not_silent() {
     let (rig, route) = Rig::with(Timing {
         silence: Duration::from_secs(60),
         ..timing()
