@@ -112,7 +112,10 @@ pub(crate) fn check_labels(cluster: &ClusterSnapshot, rejections: &mut Vec<Rejec
         rejections.extend(value.map(|value| Rejection {
             object,
             field: format!("metadata.labels[{label}]"),
-            why: format!("invalid value {value:?}: must be one of {}", known.join(", ")),
+            why: format!(
+                "invalid value {value:?}: must be one of {}",
+                known.join(", ")
+            ),
             consequence: "the label is ignored".to_owned(),
         }));
     };

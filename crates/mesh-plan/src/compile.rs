@@ -220,7 +220,8 @@ fn bound_addresses(
     }
     let needed = plan.pod_cidrs.len();
     if needed > limits.pod_cidrs {
-        let consequence = "unknown addresses in CIDRs that do not fit are treated as outside the cluster";
+        let consequence =
+            "unknown addresses in CIDRs that do not fit are treated as outside the cluster";
         reject("spec.podCIDRs", needed, limits.pod_cidrs, consequence);
         plan.pod_cidrs = plan
             .pod_cidrs

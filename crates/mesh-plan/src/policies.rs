@@ -298,8 +298,8 @@ pub(crate) fn selects(cluster: &ClusterSnapshot, subject: &Subject, pod: &Pod) -
         Subject::WholeNamespace(of) => of == namespace,
         Subject::Namespaces { namespaces, pods } => {
             let none = Labels::new();
-            let facts = cluster.namespaces.get(namespace);
-            namespaces.matches(facts.map_or(&none, |n| &n.labels)) && pods.matches(&pod.labels)
+            let namespace = cluster.namespaces.get(namespace);
+            namespaces.matches(namespace.map_or(&none, |n| &n.labels)) && pods.matches(&pod.labels)
         }
     }
 }

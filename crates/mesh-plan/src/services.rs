@@ -290,13 +290,13 @@ impl Builder<'_> {
             if ports.is_empty() {
                 continue;
             }
-            for (at, facts) in cluster.nodes.iter().filter(|(at, _)| (*at == node) == own) {
+            for (at, node) in cluster.nodes.iter().filter(|(at, _)| (*at == node) == own) {
                 let scope = if service.external_local && !own {
                     Scope::Node(at)
                 } else {
                     Scope::All
                 };
-                for ip in &facts.addresses {
+                for ip in &node.addresses {
                     for (port, number) in &ports {
                         let Some(key) = key(*ip, *number, port.transport) else {
                             continue;

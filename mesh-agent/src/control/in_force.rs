@@ -47,7 +47,7 @@ impl InForce {
     }
 
     /// Returns the identities that this node needs certificates for: those of pods that the agent
-    /// listens in, also while they leave the mesh.
+    /// listens in, including those that are being unenrolled.
     #[must_use]
     pub fn identities(&self, trust_domain: &TrustDomain) -> BTreeSet<SpiffeId> {
         let mut identities = BTreeSet::new();
@@ -136,14 +136,17 @@ mod tests {
     #[test]
     fn revision_identifies_one_plan() {
         let (publisher, mut reader) = channel();
-        // Also the plan of a node without pods is a plan.
+        // The plan of a node without pods has a revision too.
         publisher.update(|next| next.plan = Arc::new(Index::default()));
         assert_eq!(reader.borrow_and_update().revision, 1);
         publisher.update(|next| next.plan = plan("a"));
         let first = Arc::clone(&reader.borrow_and_update());
         assert_eq!(first.revision, 2);
         publisher.update(|next| next.plan = plan("a"));
-        assert!(!reader.has_changed().unwrap(), "an equal plan is no change");
+        assert!(
+            !reader.has_changed().unwrap(),
+            "an equal plan wakes no reader"
+        );
         publisher.update(|next| next.plan = plan("b"));
         assert_eq!(reader.borrow_and_update().revision, 3);
         assert!(

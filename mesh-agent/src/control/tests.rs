@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `control` over real namespaces and a kernel in memory.
 
+use std::fs;
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::symlink;
 use std::rc::Rc;
 
 use mesh_common::PodState;
@@ -16,6 +18,7 @@ use mesh_datapath::pods::lab::{Lab, V4, V6, lab};
 use mesh_identity::TrustDomain;
 use mesh_sys::lab::ip;
 use mesh_telemetry::record::close_reasons;
+use tempfile::TempDir;
 
 const UID: &str = "uid-a";
 
@@ -166,7 +169,7 @@ fn failed_plan_is_retried_as_a_whole_while_the_old_policy_stays() {
         setup.kernel.fails_after.set(None);
         let due = Instant::now() + Duration::from_secs(5);
         while setup.fake.view(UID).unwrap().set != PolicySetId(8) {
-            assert!(Instant::now() < due, "it is not tried again");
+            assert!(Instant::now() < due, "not retried");
             std::thread::sleep(Duration::from_millis(10));
             setup.control.reconcile_if_due();
         }
@@ -215,7 +218,7 @@ fn inherited_pods_are_removed_unless_the_cluster_has_them() {
         assert_eq!(
             fake.0.pods.borrow().len(),
             1,
-            "it may be the pod that waits"
+            "the slot may belong to the waiting pod"
         );
         assert!(second.control.pods.waiting.contains_key(UID));
         let mut other = plan(&lab, PodState::ENROLLED, 7);
@@ -271,11 +274,11 @@ fn pod_with_the_tunnel_port_in_use_is_not_captured() {
                 setup.in_force().status.pods[UID].isolated,
                 set == PolicySetId::ISOLATED
             );
-            // The application lets go of it: enrolled without a change of facts.
+            // After the application releases the port, the pod is enrolled without a new snapshot.
             drop(held);
             let due = Instant::now() + Duration::from_secs(10);
             while !setup.fake.view(UID).unwrap().has(PodState::ENROLLED) {
-                assert!(Instant::now() < due, "it is not tried again");
+                assert!(Instant::now() < due, "not retried");
                 std::thread::sleep(Duration::from_millis(20));
                 setup.control.check();
                 setup.control.reconcile_if_due();
@@ -423,7 +426,17 @@ fn connections_become_old_when_their_peer_becomes_ready_and_policy_closes_them()
 /// `run`, over a snapshot.
 #[test]
 fn pod_is_detached_within_a_second_of_its_namespace_removal() {
-    let Lab { node, pod, local } = lab(&[V4, V6]);
+    let Lab {
+        node,
+        pod,
+        mut local,
+    } = lab(&[V4, V6]);
+    // The lab's path is the number of a descriptor, which a lab of another test gets after this one is
+    // closed: `run` would then attach that lab's namespace. A link of this test's own never leads there.
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("netns");
+    symlink(local.netns_path.take().expect("a lab has a path"), &path).unwrap();
+    local.netns_path = Some(path.display().to_string());
     let cluster = snapshot(&local);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -450,6 +463,7 @@ fn pod_is_detached_within_a_second_of_its_namespace_removal() {
                 .await
                 .expect("it is attached")
                 .unwrap();
+            fs::remove_file(&path).unwrap();
             drop(pod);
             let gone = Instant::now();
             while ip(&["-o", "link"]).contains("host7") {

@@ -203,7 +203,10 @@ fn bound_pods(pods: &mut Vec<&Pod>, limits: &Limits, rejections: &mut Vec<Reject
         rejections.push(Rejection {
             object: pod_ref(pod),
             field: "spec.nodeName".to_owned(),
-            why: format!("too many pods: the mesh supports at most {} pods per node", limits.pods),
+            why: format!(
+                "too many pods: the mesh supports at most {} pods per node",
+                limits.pods
+            ),
             consequence: "the pod is not protected".to_owned(),
         });
     }

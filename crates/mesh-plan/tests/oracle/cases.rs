@@ -30,12 +30,12 @@ fn cluster() -> ClusterSnapshot {
         .insert("shop".to_owned(), Namespace::default());
     let pods = [(1, NODE, "pod", POD), (2, OTHER_NODE, "remote", REMOTE)];
     for (index, node, name, address) in pods {
-        let facts = Node {
+        let node = Node {
             addresses: BTreeSet::from([ip(node)]),
             pod_cidrs: BTreeSet::from([net(&format!("10.1.{index}.0/24"))]),
             ..Node::default()
         };
-        cluster.nodes.insert(format!("node-{index}"), facts);
+        cluster.nodes.insert(format!("node-{index}"), node);
         let pod = Pod {
             name: ObjectName::new("shop", name),
             uid: name.into(),

@@ -84,7 +84,7 @@ fn agrees(cluster: &ClusterSnapshot, packet: &Packet, decided: Outbound) -> bool
     }
 }
 
-/// How many packets of a kind were decided: a property over too few of one says little.
+/// The number of decided packets of each kind: a kind with too few packets is not tested.
 #[derive(Debug, Default)]
 struct Counts {
     refused: usize,

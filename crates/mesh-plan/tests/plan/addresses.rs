@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Who has which address.
+//! Tests of the owners of addresses.
 
 use mesh_common::identity::{IdentityId, Peer};
 use mesh_common::path::Peers;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Enrolment and modes.
+//! Tests of enrollment and modes.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use mesh_plan::plan::Deny;
 
 use crate::support::*;
 
-const ENROL: &str = "mesh.rs/dataplane";
+const ENROLL: &str = "mesh.rs/dataplane";
 
 fn flags(world: &World) -> u32 {
     let plan = world.on("n1");
@@ -30,7 +30,7 @@ fn labels_enroll_pods() {
     let enrolled = |namespace: &str, of_namespace: &str, of_pod: &str| {
         let label = |value: &str| match value {
             "" => String::new(),
-            value => format!("{ENROL}={value}"),
+            value => format!("{ENROLL}={value}"),
         };
         let name = format!("{namespace}/web");
         let world = World::new().namespace(namespace, &label(of_namespace)).pod(
@@ -69,7 +69,7 @@ fn labels_enroll_pods() {
             "{namespace} {of_namespace} {of_pod}"
         );
     }
-    let world = World::new().namespace("shop", &format!("{ENROL}=on"));
+    let world = World::new().namespace("shop", &format!("{ENROLL}=on"));
     world.on("n1").rejected(
         "Namespace shop",
         "invalid value \"on\": must be one of enabled, disabled, required",
@@ -79,10 +79,10 @@ fn labels_enroll_pods() {
 #[test]
 fn readiness_follows_the_nodes_reports() {
     let mut world = World::new()
-        .namespace("shop", &format!("{ENROL}=enabled"))
+        .namespace("shop", &format!("{ENROLL}=enabled"))
         .namespace("solo", "")
         .pod("shop/web", "10.1.1.1", "")
-        .pod("solo/web", "10.1.1.2", &format!("{ENROL}=enabled"));
+        .pod("solo/web", "10.1.1.2", &format!("{ENROLL}=enabled"));
     let ready = |world: &World, address| peer_flags(world, address) & Peer::READY != 0;
     let reported = |uids: &[&str]| {
         Some(
@@ -108,7 +108,7 @@ fn readiness_follows_the_nodes_reports() {
 
 fn enrolled() -> World {
     World::new()
-        .namespace("shop", &format!("{ENROL}=enabled"))
+        .namespace("shop", &format!("{ENROLL}=enabled"))
         .pod("shop/web", "10.1.1.1", "app=web")
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Services, asked with `route`.
+//! Tests of services, by the routes that `route` returns.
 
 use std::collections::BTreeSet;
 

@@ -59,8 +59,8 @@ const PORTS: [(Protocol, u16); 6] = [
     (Protocol::ICMP, 0),
 ];
 
-/// Everything that a reader may ask. Pods that come or go have no traffic in between: they are
-/// adopted after, and released before.
+/// All questions that a hook may ask during an update. Pods that come or go have no traffic meanwhile: they
+/// are attached after the update, and detached before it.
 fn questions(old: &Plan, new: &Plan) -> Vec<(String, Addr, Direction, (Protocol, u16))> {
     let mut all = Vec::new();
     let steady = |addr: &Addr| {

@@ -56,7 +56,7 @@ fn namespace_is_ready_once_all_its_pods_accept_and_stays_ready() {
     let full = node(&[("a", true, true), ("b", true, true)], &[]);
     let all = (vec!["uid-shop".to_owned()], vec![]);
     assert_eq!(enrolled(&mut reporter, &full), all);
-    // A pod that starts is no reason to take it back.
+    // A starting pod does not retract the report.
     assert_eq!(enrolled(&mut reporter, &half), all);
     let mut gone = half.clone();
     Arc::make_mut(&mut gone.snapshot).namespaces.clear();
@@ -68,7 +68,7 @@ fn agent_restart_retracts_no_report() {
     let known = node(&[("a", true, true), ("b", false, true)], &["a", "b"]);
     let all = (vec!["uid-shop".to_owned()], vec![]);
     assert_eq!(enrolled(&mut Reporter::default(), &known), all);
-    // Nobody was told of b.
+    // Pod b was never reported.
     let some = node(&[("a", false, true), ("b", false, true)], &["a"]);
     assert_eq!(
         enrolled(&mut Reporter::default(), &some),

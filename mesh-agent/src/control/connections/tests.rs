@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Each case: the sockets of a namespace, and what becomes of the first.
+//! Each case lists the sockets of a namespace, and the expected decision about the first one.
 
 use std::net::IpAddr;
 
@@ -69,7 +69,7 @@ fn first(plan: &Index, pod: &PodView, sockets: &[Socket]) -> Becomes {
     becomes(&judge(plan, pod, sockets, how, NOTHING), sockets)
 }
 
-/// The kernel knows nothing of any socket.
+/// Answers of a kernel that knows none of the sockets.
 const NOTHING: Ask<'_> = Ask {
     is_tunnel: &|_| false,
     is_node_peer: &|_| false,
@@ -126,14 +126,21 @@ fn outbound_connections_are_kept_or_closed() {
         ),
         ("own Required", direct, REQUIRED, 0, READY, Ended),
         (
-            "Required, to a stranger",
+            "Required, to a peer outside the mesh",
             direct,
             REQUIRED,
             0,
             Peer::POD,
             Ended,
         ),
-        ("to a stranger", direct, MEMBER, 0, Peer::POD, Kept),
+        (
+            "to a peer outside the mesh",
+            direct,
+            MEMBER,
+            0,
+            Peer::POD,
+            Kept,
+        ),
         ("captured", captured, STRICT, 0, READY, Kept),
         ("captured, denied now", captured, MEMBER, 9, READY, Kept),
         ("captured, not carried", captured, 0, 9, READY, Ended),
@@ -185,9 +192,16 @@ fn inbound_connections_are_kept_or_closed() {
     for (name, socket, flags, set, peer, expected) in [
         ("plain, Strict", plain, STRICT, 0, Peer::POD, Ended),
         ("plain, Permissive", plain, MEMBER, 0, Peer::POD, Kept),
-        ("plain from who tunnels now", plain, MEMBER, 0, READY, Old),
         (
-            "plain from who is Strict now",
+            "plaintext from a peer that tunnels now",
+            plain,
+            MEMBER,
+            0,
+            READY,
+            Old,
+        ),
+        (
+            "plaintext from a peer that is Strict now",
             plain,
             MEMBER,
             0,
@@ -227,7 +241,7 @@ fn tunnels_of_the_agent_are_never_closed_by_policy() {
             assert_eq!(enrolled, Ended, "{ends:?}");
         }
         assert_eq!(of_the_agent(&strict, &[tunnel], is_tunnel).len(), 1);
-        // Also while the pod leaves the mesh; outside of it the port is anybody's.
+        // The same holds while the pod is unenrolled; for a pod outside the mesh the port has no meaning.
         let outside = pod(0, 9);
         let sockets = [tunnel, listener];
         for (carried, expected) in [(true, Kept), (false, Ended)] {
