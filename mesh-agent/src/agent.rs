@@ -332,7 +332,7 @@ impl Components {
     ) -> Result<(), Error> {
         let replaced = async {
             successor.comes().await;
-            tracing::info!("successor detected; it is in charge from now on");
+            tracing::info!("successor detected; handing over");
             self.stop_writing.send_replace(true);
             // Both listen on the port of probes: a probe is to reach the successor.
             self.stop_serving.send_replace(true);
@@ -394,13 +394,13 @@ fn watch_cni_conflicts(
     let found = cni_conflicts::Found {
         cni: cni::find(&config.host.cni_conf, &links),
         balancers: cni::balancers(&config.host.cgroup).unwrap_or_else(|error| {
-            tracing::warn!(%error, "cannot see whether others balance services at the sockets");
+            tracing::warn!(%error, "cannot detect whether another program balances services at the sockets");
             Vec::new()
         }),
     };
     let port = match config.tunnel_port {
         TunnelPort::Fixed(port) => Some(port),
-        // The plugin sees the ports that its policies name.
+        // The plugin enforces its policies on the ports that it sees.
         TunnelPort::Real => None,
     };
     let (to, conflicts) = watch::channel(Arc::default());

@@ -13,10 +13,10 @@ use mesh_datapath::cleanup::{self, Removed};
 use crate::host;
 use crate::source::state;
 
-/// The first thing that could not be removed; everything else is removed.
+/// The first failure; everything else is removed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Something of the kernel's.
+    /// Kernel programs, maps or network configuration.
     #[error(transparent)]
     Datapath(#[from] cleanup::Error),
     /// The last good versions of policies.
@@ -24,12 +24,12 @@ pub enum Error {
     State {
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// Cause.
         source: io::Error,
     },
 }
 
-/// Removes everything. Doing it again is harmless.
+/// Removes the mesh from this node. Idempotent.
 ///
 /// # Errors
 /// The first thing that could not be removed; everything that can be removed is.

@@ -203,7 +203,7 @@ impl<F> Pods<F> {
     }
 }
 
-/// What was done, and what is published of it.
+/// The progress of reconciliation, and its publication.
 struct Progress {
     settings: Settings,
     publisher: Publisher,

@@ -52,7 +52,7 @@ fn fail(error: &(dyn Error + 'static), code: u8) -> u8 {
     code
 }
 
-/// Writes a line for people. A closed standard error is no reason to fail.
+/// Writes a line to standard error. A closed standard error is no reason to fail.
 fn say(text: &dyn std::fmt::Display) {
     drop(writeln!(std::io::stderr(), "{text}"));
 }

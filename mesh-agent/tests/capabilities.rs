@@ -30,7 +30,7 @@ fn of_the_unit() -> BTreeSet<String> {
 }
 
 #[test]
-fn a_unit_and_a_pod_have_the_same() {
+fn unit_and_pod_have_the_same_capabilities() {
     let pod = deployed("base/agent.yaml");
     let (_, list) = pod.split_once("add:\n").expect("a list of capabilities");
     let lines = list.lines().map(str::trim);
@@ -78,7 +78,7 @@ fn check(with: &BTreeSet<String>) -> (bool, String) {
 }
 
 #[test]
-fn without_any_of_them_the_check_names_it() {
+fn check_names_a_missing_capability() {
     let _below = Below::make("each");
     for gone in of_the_unit() {
         let mut rest = of_the_unit();
@@ -90,7 +90,7 @@ fn without_any_of_them_the_check_names_it() {
 }
 
 #[test]
-fn with_them_alone_the_check_finds_a_place_for_its_trial() {
+fn check_can_run_with_these_capabilities_alone() {
     let _below = Below::make("all");
     let (content, said) = check(&of_the_unit());
     assert!(content, "{said}");

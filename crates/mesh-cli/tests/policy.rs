@@ -64,7 +64,7 @@ fn checks(rows: &str) -> Run {
 }
 
 #[test]
-fn rows_that_hold() {
+fn passing_checks_exit_with_0() {
     let run = checks(
         "- {from: shop/app, to: shop/web, port: 8080, evidence: tls, expect: allow}
 - {from: shop/app, to: shop/web, port: http, evidence: tls, expect: allow, expectIngress: allow, expectEgress: allow}
@@ -90,7 +90,7 @@ fn rows_that_hold() {
 }
 
 #[test]
-fn rows_that_do_not_hold_are_shown_with_their_rules() {
+fn failed_checks_are_shown_with_their_rules() {
     let run = checks(
         "- {from: shop/app, to: shop/web, port: 8080, evidence: tls, expect: deny, name: surprise}
 - {from: shop/app, to: shop/web, port: 8080, expect: deny}
@@ -112,7 +112,7 @@ fn rows_that_do_not_hold_are_shown_with_their_rules() {
 }
 
 #[test]
-fn tables_in_json_and_several_in_one_file() {
+fn json_and_multi_document_tables_are_read() {
     let dir = TempDir::new().unwrap();
     let manifests = r#"[{"apiVersion": "v1", "kind": "List", "items": [{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", "namespace": "x"}, "status": {"podIPs": [{"ip": "10.0.0.1"}]}}]}]"#;
     let table = |name: &str, expect: &str| {
@@ -141,7 +141,7 @@ fn tables_in_json_and_several_in_one_file() {
 }
 
 #[test]
-fn what_cannot_be_read_is_a_mistake_of_the_user() {
+fn invalid_checks_exit_with_2_and_a_reason() {
     let rows = [
         (
             "- {from: shop/none, to: shop/web, port: 1, expect: deny}",
@@ -223,7 +223,7 @@ fn what_cannot_be_read_is_a_mistake_of_the_user() {
 }
 
 #[test]
-fn rejected_manifests_are_named_and_stay_closed() {
+fn rejected_manifests_are_reported_and_fail_closed() {
     let dir = TempDir::new().unwrap();
     let text = "manifests:
 - {apiVersion: v1, kind: Pod, metadata: {name: a, namespace: x}, status: {podIPs: [{ip: 10.0.0.1}]}}
@@ -243,7 +243,7 @@ checks:
 }
 
 #[test]
-fn explain_names_the_rule_and_the_way() {
+fn explain_names_the_rule_and_the_transport() {
     let dir = TempDir::new().unwrap();
     fs::write(dir.path().join("m.yaml"), MANIFESTS).unwrap();
     let explain = |from: &str, to: &str| {
@@ -291,7 +291,7 @@ fn explain_names_the_rule_and_the_way() {
 }
 
 #[test]
-fn the_matrix() {
+fn matrix_shows_allowed_ports_and_tables() {
     let dir = TempDir::new().unwrap();
     fs::write(dir.path().join("m.yaml"), MANIFESTS).unwrap();
     let matrix = |more: &[&str]| {
@@ -359,7 +359,7 @@ fn the_matrix() {
 }
 
 #[test]
-fn the_shop_of_the_examples() {
+fn example_shop_checks_pass() {
     let table =
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/examples/shop.checks.yaml");
     let run = meshctl(&["policy", "test", &table.display().to_string()]);
@@ -367,7 +367,7 @@ fn the_shop_of_the_examples() {
 }
 
 #[test]
-fn the_clauses_of_every_kind() {
+fn truth_tables_pass() {
     let tables = Path::new(env!("CARGO_MANIFEST_DIR")).join("../mesh-test/truth");
     let mut files = 0;
     for entry in fs::read_dir(tables).unwrap() {
@@ -405,7 +405,7 @@ fn answering(
 }
 
 #[test]
-fn the_agents_answers() {
+fn agent_pages_are_printed() {
     let ask = |command: &str, status: &'static str, body: &'static str| {
         let dir = TempDir::new().unwrap();
         let agent = answering(&dir, status, body);
@@ -434,7 +434,7 @@ fn the_agents_answers() {
 }
 
 #[test]
-fn status_names_what_is_odd() {
+fn status_lists_rejections_and_warnings() {
     let dir = TempDir::new().unwrap();
     let body = r#"{"ready": true, "policies_in_force": ["NetworkPolicy a/b"],
         "match_nothing": ["ClusterNetworkPolicy c: spec.egress[0].to[0].domainNames"],
@@ -452,7 +452,7 @@ fn status_names_what_is_odd() {
 }
 
 #[test]
-fn a_dry_run_over_a_flow_log() {
+fn diff_compares_decisions_over_a_flow_log() {
     let dir = TempDir::new().unwrap();
     let record = |from: &str, to: &str, verdict: &str| {
         let (reason, kind) = match verdict {
@@ -514,7 +514,7 @@ fn a_dry_run_over_a_flow_log() {
 }
 
 #[test]
-fn a_pod_that_is_named_by_an_address_is_asked_by_that_address() {
+fn pod_given_by_address_is_evaluated_with_that_address() {
     let dir = TempDir::new().unwrap();
     let text = "manifests:
 - {apiVersion: v1, kind: Pod, metadata: {name: a, namespace: x}, spec: {nodeName: n}, status: {podIPs: [{ip: 10.0.0.1}, {ip: 'fd00::1'}]}}
@@ -532,7 +532,7 @@ checks:
 }
 
 #[test]
-fn pods_need_not_say_their_addresses_nor_their_nodes() {
+fn pods_without_addresses_and_nodes_get_them() {
     let dir = TempDir::new().unwrap();
     let pod = |name: &str| {
         format!(

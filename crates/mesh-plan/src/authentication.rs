@@ -105,15 +105,18 @@ pub(crate) fn deny(cluster: &ClusterSnapshot, pod: &Pod) -> Option<Deny> {
     }
 }
 
-/// Rejects labels of the mesh with an unknown value; they count as missing.
+/// Rejects labels of the mesh with an unknown value; they are ignored.
 pub(crate) fn check_labels(cluster: &ClusterSnapshot, rejections: &mut Vec<Rejection>) {
     let mut check = |object: ObjectRef, labels: &Labels, label: &str, known: &[&str]| {
         let value = labels.get(label).filter(|v| !known.contains(&v.as_str()));
         rejections.extend(value.map(|value| Rejection {
             object,
             field: format!("metadata.labels[{label}]"),
-            why: format!("{value:?} is none of {}", known.join(", ")),
-            consequence: "the label counts as missing".to_owned(),
+            why: format!(
+                "invalid value {value:?}: must be one of {}",
+                known.join(", ")
+            ),
+            consequence: "the label is ignored".to_owned(),
         }));
     };
     for (name, namespace) in &cluster.namespaces {
@@ -276,10 +279,10 @@ pub(crate) fn conflicts(cluster: &ClusterSnapshot, pod: &Pod, rejections: &mut V
                     object: ObjectRef::new("MeshAuthentication", &*name.namespace, &*name.name),
                     field: (*field).to_owned(),
                     why: format!(
-                        "{} apply to the same pods and say different things",
+                        "{} select the same pods with different settings",
                         names.join(" and ")
                     ),
-                    consequence: "the strictest of them holds".to_owned(),
+                    consequence: "the strictest setting applies".to_owned(),
                 });
             }
         }

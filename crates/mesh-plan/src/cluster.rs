@@ -147,7 +147,7 @@ impl TryFrom<String> for ObjectRef {
     fn try_from(text: String) -> Result<Self, String> {
         let (kind, rest) = text
             .split_once(' ')
-            .ok_or_else(|| format!("{text:?} is not KIND NAME"))?;
+            .ok_or_else(|| format!("invalid object reference {text:?}: must be KIND NAME"))?;
         let (namespace, name) = rest.split_once('/').unwrap_or(("", rest));
         Ok(Self::new(kind, namespace, name))
     }

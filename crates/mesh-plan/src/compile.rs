@@ -184,8 +184,8 @@ pub(crate) fn pod_ref(pod: &Pod) -> ObjectRef {
     ObjectRef::new("Pod", &*pod.name.namespace, &*pod.name.name)
 }
 
-/// Leaves out addresses that do not fit into the maps; they count as unknown, or as outside the
-/// cluster.
+/// Leaves out addresses that do not fit into the maps; they are treated as unknown, or as
+/// outside the cluster.
 fn bound_addresses(
     plan: &mut Plan,
     cluster: &ClusterSnapshot,
@@ -197,13 +197,13 @@ fn bound_addresses(
         rejections.push(Rejection {
             object: ObjectRef::new("Node", "", node),
             field: field.to_owned(),
-            why: format!("{needed} entries are needed, and the map holds {limit}"),
+            why: format!("{needed} entries needed, the map holds at most {limit}"),
             consequence: consequence.to_owned(),
         });
     };
     let needed = plan.peers.len();
     if needed > limits.peers {
-        let consequence = "the addresses that do not fit count as unknown";
+        let consequence = "addresses that do not fit are treated as unknown";
         reject("status.addresses", needed, limits.peers, consequence);
         let own = cluster
             .nodes
@@ -220,7 +220,8 @@ fn bound_addresses(
     }
     let needed = plan.pod_cidrs.len();
     if needed > limits.pod_cidrs {
-        let consequence = "unknown addresses in the blocks that do not fit count as outside";
+        let consequence =
+            "unknown addresses in CIDRs that do not fit are treated as outside the cluster";
         reject("spec.podCIDRs", needed, limits.pod_cidrs, consequence);
         plan.pod_cidrs = plan
             .pod_cidrs

@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kinds_and_borders_of_fields_count() {
+    fn digest_depends_on_kind_and_field_boundaries() {
         let ids = Ids::default();
         assert_eq!(ids.id("a", 0, &("x", "y")), ids.id("a", 0, &("x", "y")));
         assert_ne!(ids.id("a", 0, &("x", "y")), ids.id("b", 0, &("x", "y")));
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn reserved_numbers_are_never_given() {
+    fn reserved_ids_are_never_assigned() {
         assert_eq!(Ids::masked(0).id("a", 256, &1u8), 256);
     }
 }

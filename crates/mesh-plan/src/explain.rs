@@ -269,8 +269,8 @@ impl Walk<'_, '_> {
                 let in_namespace = match namespaces {
                     NamespaceMatch::Name(name) => name == namespace,
                     NamespaceMatch::Labels(selector) => {
-                        let facts = self.cluster.namespaces.get(namespace);
-                        selector.matches(&facts.map(|n| n.labels.clone()).unwrap_or_default())
+                        let namespace = self.cluster.namespaces.get(namespace);
+                        selector.matches(&namespace.map(|n| n.labels.clone()).unwrap_or_default())
                     }
                 };
                 let accounts = service_accounts.as_ref().is_none_or(|accounts| {

@@ -300,12 +300,11 @@ fn collision(id: IdentityId, pod: &Pod) -> Rejection {
         object: pod_ref(pod),
         field: "metadata.labels".to_owned(),
         why: format!(
-            "this pod's identity and another's have the same hash {:#x}; change a label that \
-             policies use",
+            "hash collision: this pod's identity and another pod's identity have the hash {:#x}; \
+             change a label that policies use",
             id.0
         ),
-        consequence: "the pods of both identities are isolated, and refused by every pod that \
-                      has policy"
+        consequence: "pods of both identities are isolated, and pods with policy refuse them"
             .to_owned(),
     }
 }

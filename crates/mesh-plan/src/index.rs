@@ -252,7 +252,7 @@ mod tests {
     /// Every verdict of an index is that of the plan without one, also when the index is made from
     /// the one before.
     #[test]
-    fn an_index_decides_as_its_plan_does() {
+    fn index_and_plan_decide_alike() {
         let mut r = Random(77);
         let mut seen = BTreeMap::new();
         for _ in 0..15 {

@@ -110,9 +110,9 @@ fn settle<'a>(
         let names: BTreeSet<ObjectRef> = claims.iter().map(Claimant::object).collect();
         let list: Vec<String> = names.iter().map(ToString::to_string).collect();
         let consequence = match owner {
-            Owner::Node(_) => "it counts as a node's".to_owned(),
+            Owner::Node(_) => "the address is treated as a node address".to_owned(),
             Owner::Pod(_) | Owner::Disputed => {
-                "it counts as unknown, and local pods that claim it are isolated".to_owned()
+                "the address is treated as unknown, and pods of this node that claim it are isolated".to_owned()
             }
         };
         for object in &names {

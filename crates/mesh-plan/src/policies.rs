@@ -298,8 +298,8 @@ pub(crate) fn selects(cluster: &ClusterSnapshot, subject: &Subject, pod: &Pod) -
         Subject::WholeNamespace(of) => of == namespace,
         Subject::Namespaces { namespaces, pods } => {
             let none = Labels::new();
-            let facts = cluster.namespaces.get(namespace);
-            namespaces.matches(facts.map_or(&none, |n| &n.labels)) && pods.matches(&pod.labels)
+            let namespace = cluster.namespaces.get(namespace);
+            namespaces.matches(namespace.map_or(&none, |n| &n.labels)) && pods.matches(&pod.labels)
         }
     }
 }
@@ -316,10 +316,10 @@ pub(crate) fn check(cluster: &ClusterSnapshot, rejections: &mut Vec<Rejection>) 
                 rejections.push(Rejection {
                     object: object.clone(),
                     field: format!("spec.{}.ports", rule.name),
-                    why: "a named port belongs to a pod, and these peers are addresses; write the \
-                          port's number"
+                    why: "named ports are supported for pod peers only: use the port number for CIDR \
+                          and node peers"
                         .to_owned(),
-                    consequence: "every port of the transport is denied for them".to_owned(),
+                    consequence: "all ports of the protocol are denied for these peers".to_owned(),
                 });
             }
         }

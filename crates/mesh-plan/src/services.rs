@@ -183,10 +183,10 @@ impl Builder<'_> {
                     object: ObjectRef::new("Service", &*claim.name.namespace, &*claim.name.name),
                     field: claim.field.to_owned(),
                     why: format!(
-                        "{} port {port} is already Service {owner}'s",
+                        "{} port {port} is already used by Service {owner}",
                         claim.key.addr
                     ),
-                    consequence: format!("Service {owner} keeps it"),
+                    consequence: format!("connections to it go to Service {owner}"),
                 });
             }
             return;
@@ -264,8 +264,12 @@ impl Builder<'_> {
         self.rejections.push(Rejection {
             object: ObjectRef::new("Service", &*name.namespace, &*name.name),
             field: "spec.selector".to_owned(),
-            why: format!("two lists of endpoints have the same hash {:#x}", id.0),
-            consequence: "both services refuse connections until an endpoint changes".to_owned(),
+            why: format!(
+                "hash collision: two endpoint lists have the hash {:#x}",
+                id.0
+            ),
+            consequence: "connections to both services are refused until an endpoint changes"
+                .to_owned(),
         });
     }
 
@@ -273,8 +277,8 @@ impl Builder<'_> {
         self.rejections.push(Rejection {
             object: ObjectRef::new("Service", &*name.namespace, &*name.name),
             field: "spec.externalIPs".to_owned(),
-            why: format!("{ip} is the address of Pod {pod}: it would take that pod's traffic"),
-            consequence: "this address is not served".to_owned(),
+            why: format!("{ip} is the address of Pod {pod}"),
+            consequence: "the external IP is ignored".to_owned(),
         });
     }
 
@@ -286,13 +290,13 @@ impl Builder<'_> {
             if ports.is_empty() {
                 continue;
             }
-            for (at, facts) in cluster.nodes.iter().filter(|(at, _)| (*at == node) == own) {
+            for (at, node) in cluster.nodes.iter().filter(|(at, _)| (*at == node) == own) {
                 let scope = if service.external_local && !own {
                     Scope::Node(at)
                 } else {
                     Scope::All
                 };
-                for ip in &facts.addresses {
+                for ip in &node.addresses {
                     for (port, number) in &ports {
                         let Some(key) = key(*ip, *number, port.transport) else {
                             continue;
@@ -338,11 +342,11 @@ impl Builder<'_> {
                 object: ObjectRef::new("Service", &*name.namespace, &*name.name),
                 field: "spec.ports".to_owned(),
                 why: format!(
-                    "the service maps hold {} ports and {} endpoints, and {ports} of this \
-                     service's do not fit",
+                    "too many services: the service maps hold at most {} ports and {} \
+                     endpoints, {ports} ports of this service do not fit",
                     limits.services, limits.backends
                 ),
-                consequence: "connections to them are refused or not translated".to_owned(),
+                consequence: "connections to these ports are refused or not translated".to_owned(),
             });
         }
         if missing > 0 {
@@ -350,10 +354,12 @@ impl Builder<'_> {
                 object: ObjectRef::new("Service", "", ""),
                 field: "spec.clusterIPs".to_owned(),
                 why: format!(
-                    "the service map holds {} entries, and {missing} virtual addresses do not fit",
+                    "too many services: the service map holds at most {} entries, {missing} virtual \
+                     addresses do not fit",
                     limits.services
                 ),
-                consequence: "what is sent to ports that they do not have is not refused at once"
+                consequence: "connections to undefined ports of these addresses time out instead of being \
+                              refused"
                     .to_owned(),
             });
         }

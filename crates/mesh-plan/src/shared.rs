@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_change_of_one_is_not_seen_by_the_others() {
+    fn mutating_one_copy_leaves_the_others_unchanged() {
         let first: Shared<BTreeMap<u8, u8>> = [(1, 1)].into_iter().collect();
         let mut second = first.clone();
         assert!(second.is(&first));

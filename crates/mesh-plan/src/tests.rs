@@ -65,7 +65,7 @@ fn pods_with_colliding_hashes_are_isolated() {
 }
 
 #[test]
-fn a_collision_never_allows_what_was_denied() {
+fn hash_collision_never_allows_denied_traffic() {
     let mut r = Random(6);
     let mut differences = 0;
     for _ in 0..30 {
@@ -108,7 +108,7 @@ fn busy() -> World {
 }
 
 #[test]
-fn a_set_that_does_not_fit_isolates_its_pods_and_no_other() {
+fn oversized_policy_set_isolates_only_its_own_pods() {
     let compile = |limits| {
         let options = Options {
             limits,
@@ -139,16 +139,16 @@ fn a_set_that_does_not_fit_isolates_its_pods_and_no_other() {
         assert_eq!(rejection.object.to_string(), "NetworkPolicy shop/big");
         assert_eq!(rejection.consequence, "isolates shop/p3");
         let limit = if limits.selects == 2 {
-            "holds 2"
+            "holds at most 2"
         } else {
-            "holds 12"
+            "holds at most 12"
         };
         assert!(rejection.why.contains(limit), "{rejection}");
     }
 }
 
 #[test]
-fn a_set_that_takes_too_long_to_compile_isolates_its_pods_and_no_other() {
+fn policy_set_over_the_work_limit_isolates_only_its_own_pods() {
     // Blocks in one another, each with all the rules of those around it.
     let blocks = (8..=24).map(|bits| allow(&format!("10.0.0.0/{bits} : tcp/{bits}")));
     let world = busy().policy(
@@ -185,7 +185,7 @@ fn a_set_that_takes_too_long_to_compile_isolates_its_pods_and_no_other() {
 }
 
 #[test]
-fn what_does_not_fit_elsewhere_is_named() {
+fn pods_and_addresses_over_the_limits_are_rejected() {
     let limits = Limits {
         pods: 5,
         peers: 6,
@@ -211,12 +211,12 @@ fn what_does_not_fit_elsewhere_is_named() {
     );
     assert!(
         text.iter()
-            .any(|t| t.contains("10 entries are needed, and the map holds 6")),
+            .any(|t| t.contains("10 entries needed, the map holds at most 6")),
         "{text:?}"
     );
     assert!(
         text.iter()
-            .any(|t| t.contains("2 entries are needed, and the map holds 1")),
+            .any(|t| t.contains("2 entries needed, the map holds at most 1")),
         "{text:?}"
     );
 }

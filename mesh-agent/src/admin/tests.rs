@@ -87,11 +87,11 @@ impl Rig {
         let dir = tempfile::tempdir().unwrap();
         let views = views(&flows);
         let admin = free();
-        let doors = [
+        let addresses = [
             AdminAddr::Unix(dir.path().join("agent.sock")),
             AdminAddr::Tcp(admin),
         ];
-        let bound = Admin::bind("127.0.0.1:0".parse().unwrap(), &doors, views.clone()).unwrap();
+        let bound = Admin::bind("127.0.0.1:0".parse().unwrap(), &addresses, views.clone()).unwrap();
         let (stop, stopped) = watch::channel(false);
         Self {
             dir,
@@ -138,7 +138,7 @@ async fn ask<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, request: &str) ->
 }
 
 #[tokio::test]
-async fn only_metrics_and_probes_are_public() {
+async fn public_listener_serves_only_metrics_and_probes() {
     let rig = Rig::new();
     assert!(
         rig.public("GET /metrics")
@@ -164,7 +164,7 @@ async fn only_metrics_and_probes_are_public() {
 }
 
 #[tokio::test]
-async fn the_admin_socket_is_for_root_and_shows_the_state() {
+async fn admin_socket_is_restricted_to_root() {
     let rig = Rig::new();
     let mode = std::fs::metadata(rig.socket())
         .unwrap()
@@ -192,13 +192,13 @@ async fn the_admin_socket_is_for_root_and_shows_the_state() {
 }
 
 #[tokio::test]
-async fn a_successor_takes_over_the_listeners() {
+async fn successor_takes_over_the_listeners() {
     let old = Rig::new();
     let flows = Flows::start(&Target::Off, &Metrics::new()).unwrap();
     let mut views = views(&flows);
     views.node = "successor".to_owned();
-    let doors = [AdminAddr::Unix(old.socket())];
-    let bound = Admin::bind(old.metrics, &doors, views).unwrap();
+    let addresses = [AdminAddr::Unix(old.socket())];
+    let bound = Admin::bind(old.metrics, &addresses, views).unwrap();
     let (stop, stopped) = watch::channel(false);
     let served = tokio::spawn(bound.serve(stopped));
     assert!(old.root("GET /status").await.contains("successor"));
@@ -220,7 +220,7 @@ async fn a_successor_takes_over_the_listeners() {
     stop.send_replace(true);
     served.await.unwrap();
     let left = std::fs::read_dir(old.dir.path()).unwrap().count();
-    assert_eq!(left, 0, "nothing is left behind");
+    assert_eq!(left, 0, "the socket file is left behind");
 }
 
 #[tokio::test]
@@ -236,8 +236,8 @@ async fn only_root_changes_the_log_level() {
     let (stop, stopped) = watch::channel(false);
     let mut views = rig.views.clone();
     views.level = Some(level);
-    let doors = [AdminAddr::Unix(rig.socket()), AdminAddr::Tcp(rig.admin)];
-    let bound = Admin::bind("127.0.0.1:0".parse().unwrap(), &doors, views).unwrap();
+    let addresses = [AdminAddr::Unix(rig.socket()), AdminAddr::Tcp(rig.admin)];
+    let bound = Admin::bind("127.0.0.1:0".parse().unwrap(), &addresses, views).unwrap();
     (&mut rig.served).await.unwrap();
     rig.stop = stop;
     rig.served = tokio::spawn(bound.serve(stopped));

@@ -26,8 +26,8 @@ impl metrics::Kernel for Counters {
 /// The events of the kernel programs.
 pub(super) struct Events(pub(super) datapath::Events);
 
-/// Events of one batch: about the content of the ring, so that a batch ends even if the kernel writes as
-/// fast as the agent reads.
+/// Maximum number of events in a batch, about the capacity of the ring: a batch ends even if the kernel
+/// writes as fast as the agent reads.
 const BATCH: usize = 20_000;
 
 impl EventSource for Events {

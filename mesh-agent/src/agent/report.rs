@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The report of this node in its MeshNode object.
 //!
-//! Others send a pod tunnels once its node reported it, so nothing is reported before it is true:
-//! a namespace when every pod of it here accepts tunnels, and while one does not, the pods that
-//! do. What was reported stays reported: pods come and go without a write, and whoever connects to
-//! one that is just starting tries again.
+//! Other nodes send tunnels to a pod once its node has reported it, so nothing is reported too early: a
+//! namespace is reported when all its pods on this node accept tunnels; until then, the single pods that
+//! do. Reports are not retracted: pods come and go without a write, and a client of a pod that is just
+//! starting retries.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -88,7 +88,7 @@ fn probe(host: Host) -> oneshot::Receiver<check::Report> {
     found
 }
 
-/// Makes reports, each with the knowledge of those before it.
+/// Makes reports; each depends on the reports before it.
 #[derive(Debug, Default)]
 struct Reporter {
     /// The kernel's features: used, missing.
@@ -191,14 +191,14 @@ impl Reporter {
     }
 }
 
-/// Why a pod is not as protected as it is to be.
+/// Returns the reason why a pod lacks its requested protection.
 fn why_not(pod: &PodStatus) -> Option<String> {
     let known = || pod.trouble.clone();
     if pod.wanted && !pod.enrolled {
         return Some(known().unwrap_or_else(|| "not enrolled yet".to_owned()));
     }
     if !pod.gated {
-        return Some(known().unwrap_or_else(|| "no gate holds its packets".to_owned()));
+        return Some(known().unwrap_or_else(|| "no tc gate is attached".to_owned()));
     }
     None
 }
@@ -213,7 +213,7 @@ fn in_force(snapshot: &ClusterSnapshot) -> Vec<ReportedObject> {
         .collect()
 }
 
-/// Those of the objects' newest versions, and those of what is in force that cannot be compiled.
+/// Combines the rejections of the objects' newest versions with those of the compiler.
 fn rejections(node: &InForce, source: &Report) -> Vec<ReportedField> {
     let of_objects = source.rejections.iter().map(|one| (one, &source.rejected));
     let of_plan = node
@@ -260,13 +260,13 @@ fn named(object: &ObjectRef, uid: &str, generation: i64) -> ReportedObject {
     }
 }
 
-/// In whole seconds, as Kubernetes writes times.
+/// Formats a time in whole seconds, as Kubernetes does.
 fn time(at: SystemTime) -> Option<Time> {
     let exact = Timestamp::try_from(at).ok()?;
     Timestamp::from_second(exact.as_second()).ok().map(Time)
 }
 
-/// What probing found: what is there, and what is missing.
+/// Lists the kernel features that probing found, and the missing ones.
 fn features(found: &check::Report) -> (Vec<String>, Vec<String>) {
     let (present, missing): (Vec<_>, Vec<_>) = found
         .0

@@ -35,8 +35,8 @@ pub struct Ask<'a> {
 }
 
 /// Decides about the open connections of a pod. `sockets` are all sockets of its namespace, including
-/// listeners. `fresh` tells that the pod is just being enrolled, and not that its peers changed; `carried`
-/// that the agent has tunnels for it, also while it is being unenrolled.
+/// listeners. `fresh` tells whether the pod is just being enrolled, as opposed to a change of its peers;
+/// `carried` tells whether the agent has tunnels for it, also while it is being unenrolled.
 #[must_use]
 pub fn judge(
     plan: &Index,
@@ -163,7 +163,7 @@ impl<'a> Scene<'a> {
 
     /// A connection that the pod accepted.
     fn accepted(&self, socket: &Socket) -> Fate {
-        // A connection whose other end is here too leads to the agent.
+        // A connection whose other endpoint is in this namespace is one with the agent.
         if socket.mark & MARK_MASK == MARK_INBOUND || self.overview.has_other_end(socket) {
             return Fate::Keep;
         }
@@ -179,7 +179,7 @@ impl<'a> Scene<'a> {
         self.old_or_denied(socket, strict)
     }
 
-    /// As the hooks have told it when the connection arrived.
+    /// Returns the origin that the hooks recorded when the connection arrived.
     fn origin(&self, socket: &Socket) -> Origin {
         let host = || path::who(self.plan, &socket.remote.addr).id.is_host();
         let origin = Origin::of(self.pod);
@@ -190,7 +190,7 @@ impl<'a> Scene<'a> {
         }
     }
 
-    /// Decides a connection or datagram from the socket's other end as plaintext.
+    /// Decides a plaintext connection or datagram from the socket's remote endpoint.
     fn inbound(&self, socket: &Socket, origin: Origin) -> Path {
         let arrival = Arrival {
             from: &socket.remote.addr,
@@ -204,7 +204,7 @@ impl<'a> Scene<'a> {
     /// A connection that the pod opened.
     fn connected(&self, socket: &Socket) -> Fate {
         if is_virtual(self.plan, &socket.remote, Protocol::TCP) {
-            // Where it leads is not known: somebody else translated it, before the enrolment.
+            // The destination is unknown: another load balancer translated it before the enrollment.
             let enrolled = self.pod.has(PodState::ENROLLED);
             return if enrolled {
                 self.old_or_denied(socket, self.pod.has(PodState::STRICT))
@@ -216,7 +216,7 @@ impl<'a> Scene<'a> {
         let path = path::outbound(self.plan, self.pod, set, socket.remote, Protocol::TCP);
         match path.action {
             Outbound::Refuse if self.meets_silence(socket, path.verdict.reason) => Fate::Keep,
-            // The proxy ends it, and records why.
+            // The proxy closes it, and records the reason.
             Outbound::Refuse if self.carried && self.is_captured(socket) => Fate::Keep,
             Outbound::Refuse => Fate::Deny(path.verdict),
             Outbound::Direct => Fate::Keep,
@@ -225,13 +225,14 @@ impl<'a> Scene<'a> {
         }
     }
 
-    /// In clear to where the mesh would tunnel: left only while both ends are Permissive.
+    /// Decides a plaintext connection to a peer that now accepts tunnels: it stays only while both ends are
+    /// Permissive.
     fn old_or_denied(&self, socket: &Socket, strict: bool) -> Fate {
         let peer = self.plan.peer(&socket.remote.addr);
         if strict || self.pod.has(PodState::REQUIRED) || peer.is_some_and(|p| p.has(Peer::STRICT)) {
             return Fate::Deny(Verdict::refuse(Reason::PreEnrolment));
         }
-        // Also one that still connects: a hook let it go in clear, and nothing captures it now.
+        // This includes a connection in SYN_SENT: a hook passed it as plaintext, and it is not captured later.
         Fate::Old
     }
 
@@ -242,7 +243,7 @@ impl<'a> Scene<'a> {
         }
         let out = path::outbound(self.plan, self.pod, self.pod.set, to, Protocol::UDP);
         let back = self.inbound(socket, Origin::Address);
-        // Which end began is not known: an answer is allowed where the question was.
+        // The initiator is unknown: a reply is allowed if the request was.
         if out.action == Outbound::Refuse && back.action == Outbound::Refuse {
             Fate::Deny(out.verdict)
         } else {

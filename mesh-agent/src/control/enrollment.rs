@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Attaches pods to the datapath, enrolls them, and takes them back to what they were. Errors are text for
-//! the operator.
+//! Attaches pods to the datapath, enrolls them, and unenrolls them. Errors are text for the operator.
 
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
@@ -22,7 +21,7 @@ use mesh_sys::route::Link;
 const UNENROLL_TIMEOUT: Duration = Duration::from_secs(30);
 
 impl<K: Kernel, F: Find> Control<K, F> {
-    /// Enrolls pods that are to be enrolled and are not.
+    /// Enrolls the pods that the plan enrolls and that are not enrolled yet.
     pub(super) fn enroll_wanted(&mut self, plan: &Plan) {
         let now = Instant::now();
         for (uid, pod) in &mut self.pods.managed {
@@ -54,8 +53,8 @@ impl<K: Kernel, F: Find> Control<K, F> {
         }
     }
 
-    /// Begins to unenroll pods that the plan no longer enrolls, after the switch: nothing of them is
-    /// captured any more.
+    /// Starts to unenroll pods that the plan no longer enrolls. Runs after the switch, when their connections
+    /// are no longer captured.
     pub(super) fn unenroll_unwanted(&mut self, plan: &Plan) {
         let now = Instant::now();
         for (uid, pod) in &mut self.pods.managed {
@@ -67,7 +66,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
         self.unenroll_drained();
     }
 
-    /// Unenrolls pods whose connections with the agent have closed, or had their time.
+    /// Unenrolls pods whose connections with the agent have closed or timed out.
     pub(super) fn unenroll_drained(&mut self) {
         let mut any = false;
         for (uid, pod) in &mut self.pods.managed {

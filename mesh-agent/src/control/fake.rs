@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A kernel in memory: a plan, pods, and a record of what was done in which order.
+//! An in-memory kernel: the plan, the pods, and a log of operations in order.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -15,21 +15,21 @@ use mesh_plan::plan::{Entry, LocalPod, MapOp};
 use super::kernel::Kernel;
 use mesh_datapath::datapath::{Error, PodAttachment, PodFacts};
 
-/// An old connection: the pod's end, the other end, why it is left.
+/// An old connection: local endpoint, remote endpoint, and the reason why it stays plaintext.
 pub(super) type Old = (Endpoint, Endpoint, Reason);
 
-/// The state; shared, so that a test sees it while `control` owns the kernel.
+/// The state, shared so that a test can inspect it while `control` owns the kernel.
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) plan: RefCell<Plan>,
     pub(super) pods: RefCell<BTreeMap<PodIndex, PodState>>,
     pub(super) uids: RefCell<BTreeMap<String, PodIndex>>,
     pub(super) old: RefCell<BTreeMap<PodIndex, Vec<Old>>>,
-    /// What was done, one word each.
+    /// The operations so far, one line each.
     pub(super) log: RefCell<Vec<String>>,
-    /// Operations that succeed before one fails; `None` = all do.
+    /// Number of operations that succeed before one fails; `None` = all succeed.
     pub(super) fails_after: Cell<Option<usize>>,
-    /// Pods get no gate.
+    /// Attaches pods without a tc gate.
     pub(super) ungated: Cell<bool>,
 }
 
@@ -46,7 +46,7 @@ impl Fake {
         Some(self.0.pods.borrow().get(&index)?.view)
     }
 
-    /// Forgets which process added what, as a restart does.
+    /// Forgets the UIDs of pods, as a restart of the agent does.
     pub(super) fn restart(&self) {
         self.0.uids.borrow_mut().clear();
         self.0.log.borrow_mut().clear();

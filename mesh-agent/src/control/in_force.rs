@@ -47,7 +47,7 @@ impl InForce {
     }
 
     /// Returns the identities that this node needs certificates for: those of pods that the agent
-    /// listens in, also while they leave the mesh.
+    /// listens in, including those that are being unenrolled.
     #[must_use]
     pub fn identities(&self, trust_domain: &TrustDomain) -> BTreeSet<SpiffeId> {
         let mut identities = BTreeSet::new();
@@ -134,16 +134,19 @@ mod tests {
     }
 
     #[test]
-    fn a_revision_stands_for_one_plan() {
+    fn revision_identifies_one_plan() {
         let (publisher, mut reader) = channel();
-        // Also the plan of a node without pods is a plan.
+        // The plan of a node without pods has a revision too.
         publisher.update(|next| next.plan = Arc::new(Index::default()));
         assert_eq!(reader.borrow_and_update().revision, 1);
         publisher.update(|next| next.plan = plan("a"));
         let first = Arc::clone(&reader.borrow_and_update());
         assert_eq!(first.revision, 2);
         publisher.update(|next| next.plan = plan("a"));
-        assert!(!reader.has_changed().unwrap(), "an equal plan is no change");
+        assert!(
+            !reader.has_changed().unwrap(),
+            "an equal plan wakes no reader"
+        );
         publisher.update(|next| next.plan = plan("b"));
         assert_eq!(reader.borrow_and_update().revision, 3);
         assert!(
@@ -153,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_that_did_not_change_stay_the_same_in_memory() {
+    fn unchanged_parts_are_shared_in_memory() {
         let (publisher, mut reader) = channel();
         publisher.update(|next| next.plan = plan("a"));
         let before = Arc::clone(&reader.borrow_and_update());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The kernel, as far as `control` writes to it: real in production, in memory in tests.
+//! The interface between `control` and the kernel: [`Datapath`] in production, an in-memory fake in tests.
 
 use std::os::fd::BorrowedFd;
 
@@ -11,7 +11,8 @@ use mesh_plan::plan::MapOp;
 use mesh_datapath::datapath::{Datapath, Error, PodAttachment, PodFacts};
 use mesh_sys::sock_diag::Socket;
 
-/// What `control` asks of the datapath; each method is the one of [`Datapath`].
+/// The datapath operations that `control` uses; each method has the contract of the same method of
+/// [`Datapath`].
 pub trait Kernel {
     /// See [`Datapath::dump`].
     ///
@@ -21,7 +22,7 @@ pub trait Kernel {
     /// See [`Datapath::apply`].
     ///
     /// # Errors
-    /// At the first operation that fails.
+    /// The first operation that fails; later operations are not attempted.
     fn apply(&mut self, ops: &[MapOp]) -> Result<(), Error>;
     /// See [`Datapath::note`].
     fn note(&self, plan: &Plan);
@@ -64,7 +65,7 @@ pub trait Kernel {
         index: PodIndex,
         connections: &[(Endpoint, Endpoint, Reason)],
     ) -> Result<(), Error>;
-    /// See [`Handles::decided`]; `None` where no hooks decide.
+    /// See [`Handles::decided`]; `None` without kernel programs.
     ///
     /// [`Handles::decided`]: mesh_datapath::datapath::Handles::decided
     fn decided(&self) -> Option<BorrowedFd<'_>> {

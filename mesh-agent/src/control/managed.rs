@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_whose_protection_cannot_be_guaranteed_is_isolated() {
+    fn pod_without_guaranteed_protection_is_isolated() {
         let enrolled = PodState::ENROLLED;
         for promise in [PodState::STRICT, PodState::REQUIRED] {
             for (gated, can) in [(false, true), (true, false), (false, false)] {
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_with_policy_is_isolated_before_its_first_plan() {
+    fn pod_with_policy_is_isolated_before_its_first_plan() {
         let wanted = view(PodState::ENROLLED | PodState::STRICT, 7);
         let before = before_the_first_plan(wanted);
         assert_eq!(before.set, PolicySetId::ISOLATED);

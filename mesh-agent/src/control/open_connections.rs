@@ -16,7 +16,7 @@ use mesh_datapath::pods::find::Find;
 
 impl<K: Kernel, F: Find> Control<K, F> {
     /// Tells the gate the connections that are older than the enrollment of pods, before the enrollment
-    /// takes effect. The gate drops older connections that it was not told.
+    /// takes effect. The gate drops older connections that it does not know.
     pub(super) fn keep_old_connections(&mut self, plan: &Index, fresh: &BTreeSet<String>) {
         let kernel = &mut self.kernel.api;
         for uid in fresh {
@@ -42,7 +42,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
 
     /// Closes connections that the plan in force denies. Pods whose policy or mode changed, or that were
     /// just enrolled, are checked at once; so are all pods if peers were enrolled or became ready: the
-    /// gate drops older connections that it was not told. All pods are checked a moment later if other
+    /// gate drops older connections that it does not know. All pods are checked a moment later if other
     /// peers came or went, which is most of what happens in a cluster: a check is not cheap.
     pub(super) fn check_open_connections(
         &mut self,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The addresses of this node's own interfaces, which its Node object need not list: the gateway of
-//! the pods on a bridge above all, from which the kubelet's probes come.
+//! The addresses of this node's own interfaces. Its Node object need not list all of them, above all not
+//! the pods' gateway on a bridge, which is the source of the kubelet's probes.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -11,7 +11,7 @@ use mesh_sys::route::Routing;
 /// Reads the addresses of this node's interfaces.
 pub type Read = fn() -> io::Result<BTreeSet<IpAddr>>;
 
-/// Reads them from the kernel.
+/// Reads the addresses of this node's interfaces by netlink.
 ///
 /// # Errors
 /// When netlink fails.
@@ -20,7 +20,7 @@ pub fn read() -> io::Result<BTreeSet<IpAddr>> {
     Ok(addresses.into_iter().map(|(_, address)| address).collect())
 }
 
-/// The addresses as they were read last.
+/// The addresses of the last successful read.
 #[derive(Debug)]
 pub(super) struct OwnAddresses {
     read: Read,
@@ -37,7 +37,7 @@ impl OwnAddresses {
         }
     }
 
-    /// Reads the addresses again; whether they changed. They stay if they cannot be read.
+    /// Reads the addresses again and tells whether they changed. A failure leaves them as they are.
     pub(super) fn refresh(&mut self) -> bool {
         match (self.read)() {
             Ok(addresses) => {

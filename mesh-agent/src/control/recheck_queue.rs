@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn many_requests_make_one_round_and_the_next_round_waits() {
+    fn requests_are_coalesced_into_one_delayed_round() {
         let pods = ["a".to_owned(), "b".to_owned()];
         let mut queue = RecheckQueue::default();
         let start = Instant::now();

@@ -74,7 +74,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
         });
     }
 
-    /// Detaches pods that the plan no longer has, that changed beyond recognition, or whose namespace is
+    /// Detaches pods that the plan no longer has, that were replaced, or whose namespace is
     /// gone.
     fn detach_gone(&mut self, plan: &Plan, base: &mut Plan) -> Result<(), Error> {
         let gone: Vec<String> = self

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `control` over real namespaces and a kernel in memory.
 
+use std::fs;
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::symlink;
 use std::rc::Rc;
 
 use mesh_common::PodState;
@@ -16,6 +18,7 @@ use mesh_datapath::pods::lab::{Lab, V4, V6, lab};
 use mesh_identity::TrustDomain;
 use mesh_sys::lab::ip;
 use mesh_telemetry::record::close_reasons;
+use tempfile::TempDir;
 
 const UID: &str = "uid-a";
 
@@ -102,7 +105,7 @@ fn rules(lab: &Lab) -> String {
 }
 
 #[test]
-fn a_pod_is_enrolled_only_when_its_listeners_and_its_policy_are_in_place() {
+fn pod_is_enrolled_after_its_listeners_and_policy_are_in_place() {
     let lab = lab(&[V4, V6]);
     on_node(&lab, || {
         let mut setup = setup(&Fake::default());
@@ -134,7 +137,7 @@ fn a_pod_is_enrolled_only_when_its_listeners_and_its_policy_are_in_place() {
 }
 
 #[test]
-fn a_new_pod_with_policy_is_closed_until_its_policy_is_there() {
+fn new_pod_with_policy_is_isolated_until_its_policy_is_applied() {
     let lab = lab(&[V4, V6]);
     on_node(&lab, || {
         let mut setup = setup(&Fake::default());
@@ -152,7 +155,7 @@ fn a_new_pod_with_policy_is_closed_until_its_policy_is_there() {
 }
 
 #[test]
-fn a_plan_that_fails_in_the_middle_is_tried_as_a_whole_and_the_old_policy_stays() {
+fn failed_plan_is_retried_as_a_whole_while_the_old_policy_stays() {
     let lab = lab(&[V4, V6]);
     on_node(&lab, || {
         let mut setup = setup(&Fake::default());
@@ -166,7 +169,7 @@ fn a_plan_that_fails_in_the_middle_is_tried_as_a_whole_and_the_old_policy_stays(
         setup.kernel.fails_after.set(None);
         let due = Instant::now() + Duration::from_secs(5);
         while setup.fake.view(UID).unwrap().set != PolicySetId(8) {
-            assert!(Instant::now() < due, "it is not tried again");
+            assert!(Instant::now() < due, "not retried");
             std::thread::sleep(Duration::from_millis(10));
             setup.control.reconcile_if_due();
         }
@@ -175,7 +178,7 @@ fn a_plan_that_fails_in_the_middle_is_tried_as_a_whole_and_the_old_policy_stays(
 }
 
 #[test]
-fn a_restart_takes_pods_over_without_a_moment_outside_the_mesh() {
+fn restart_takes_over_pods_without_unenrolling_them() {
     let lab = lab(&[V4, V6]);
     let fake = Fake::default();
     on_node(&lab, || {
@@ -199,7 +202,7 @@ fn a_restart_takes_pods_over_without_a_moment_outside_the_mesh() {
 }
 
 #[test]
-fn pods_of_an_earlier_agent_are_removed_unless_the_cluster_has_them() {
+fn inherited_pods_are_removed_unless_the_cluster_has_them() {
     let lab = lab(&[V4, V6]);
     let fake = Fake::default();
     on_node(&lab, || {
@@ -215,7 +218,7 @@ fn pods_of_an_earlier_agent_are_removed_unless_the_cluster_has_them() {
         assert_eq!(
             fake.0.pods.borrow().len(),
             1,
-            "it may be the pod that waits"
+            "the slot may belong to the waiting pod"
         );
         assert!(second.control.pods.waiting.contains_key(UID));
         let mut other = plan(&lab, PodState::ENROLLED, 7);
@@ -226,7 +229,7 @@ fn pods_of_an_earlier_agent_are_removed_unless_the_cluster_has_them() {
 }
 
 #[test]
-fn un_enrolment_switches_first_and_leaves_nothing() {
+fn unenrolled_pod_is_switched_first_and_cleaned_up() {
     let lab = lab(&[V4, V6]);
     let before = rules(&lab);
     on_node(&lab, || {
@@ -245,7 +248,7 @@ fn un_enrolment_switches_first_and_leaves_nothing() {
 }
 
 #[test]
-fn a_pod_with_the_tunnel_port_taken_is_not_half_captured() {
+fn pod_with_the_tunnel_port_in_use_is_not_captured() {
     for (flags, set) in [
         (PodState::ENROLLED, PolicySetId(7)),
         (PodState::ENROLLED | PodState::STRICT, PolicySetId::ISOLATED),
@@ -271,11 +274,11 @@ fn a_pod_with_the_tunnel_port_taken_is_not_half_captured() {
                 setup.in_force().status.pods[UID].isolated,
                 set == PolicySetId::ISOLATED
             );
-            // The application lets go of it: enrolled without a change of facts.
+            // After the application releases the port, the pod is enrolled without a new snapshot.
             drop(held);
             let due = Instant::now() + Duration::from_secs(10);
             while !setup.fake.view(UID).unwrap().has(PodState::ENROLLED) {
-                assert!(Instant::now() < due, "it is not tried again");
+                assert!(Instant::now() < due, "not retried");
                 std::thread::sleep(Duration::from_millis(20));
                 setup.control.check();
                 setup.control.reconcile_if_due();
@@ -286,7 +289,7 @@ fn a_pod_with_the_tunnel_port_taken_is_not_half_captured() {
 }
 
 #[test]
-fn a_strict_pod_without_a_gate_is_isolated_and_reported() {
+fn strict_pod_without_a_gate_is_isolated_and_reported() {
     let lab = lab(&[V4, V6]);
     on_node(&lab, || {
         let mut setup = setup(&Fake::default());
@@ -353,7 +356,7 @@ const ELSEWHERE: &str = "10.244.9.77";
 const READY: u32 = Peer::POD | Peer::ENROLLED | Peer::READY;
 
 #[test]
-fn a_connection_older_than_the_enrolment_is_left_or_ended() {
+fn connection_older_than_enrollment_is_kept_or_closed() {
     for (flags, peer, left) in [
         (PodState::ENROLLED, READY, true),
         (PodState::ENROLLED, READY | Peer::STRICT, false),
@@ -384,7 +387,7 @@ fn a_connection_older_than_the_enrolment_is_left_or_ended() {
 }
 
 #[test]
-fn a_peer_that_becomes_ready_later_makes_its_connections_old_and_policy_ends_them() {
+fn connections_become_old_when_their_peer_becomes_ready_and_policy_closes_them() {
     let lab = lab(&[V4, V6]);
     let (client, _server) = connection(&lab, ELSEWHERE);
     on_node(&lab, || {
@@ -422,8 +425,18 @@ fn a_peer_that_becomes_ready_later_makes_its_connections_old_and_policy_ends_the
 
 /// `run`, over a snapshot.
 #[test]
-fn a_pod_is_detached_within_a_second_of_its_namespace_going() {
-    let Lab { node, pod, local } = lab(&[V4, V6]);
+fn pod_is_detached_within_a_second_of_its_namespace_removal() {
+    let Lab {
+        node,
+        pod,
+        mut local,
+    } = lab(&[V4, V6]);
+    // The lab's path is the number of a descriptor, which a lab of another test gets after this one is
+    // closed: `run` would then attach that lab's namespace. A link of this test's own never leads there.
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("netns");
+    symlink(local.netns_path.take().expect("a lab has a path"), &path).unwrap();
+    local.netns_path = Some(path.display().to_string());
     let cluster = snapshot(&local);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -450,6 +463,7 @@ fn a_pod_is_detached_within_a_second_of_its_namespace_going() {
                 .await
                 .expect("it is attached")
                 .unwrap();
+            fs::remove_file(&path).unwrap();
             drop(pod);
             let gone = Instant::now();
             while ip(&["-o", "link"]).contains("host7") {

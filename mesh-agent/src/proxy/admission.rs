@@ -2,7 +2,7 @@
 //! Bounds the number of concurrent TLS handshakes: per source and pod, per pod, and per agent.
 //!
 //! Handshakes beyond a bound wait in order of arrival, not longer than the time limit of a handshake. A
-//! connection that has not sent a byte takes no place: it is only counted against its source.
+//! connection that has not sent a byte holds no permit: it is only counted against its source.
 
 use std::collections::BTreeMap;
 #[expect(
@@ -39,7 +39,7 @@ impl Default for Bounds {
     }
 }
 
-/// The places of the whole agent.
+/// The permits of the whole agent.
 #[derive(Clone, Debug)]
 pub(crate) struct Total(Arc<Semaphore>);
 
@@ -49,14 +49,14 @@ impl Total {
     }
 }
 
-/// The places of one source.
+/// The permits of one source.
 #[derive(Debug)]
 struct Source {
     unproven: Arc<Semaphore>,
     handshakes: Arc<Semaphore>,
 }
 
-/// The places of one pod.
+/// The permits of one pod.
 #[derive(Debug)]
 #[expect(clippy::disallowed_types, reason = "see the import")]
 pub(crate) struct Admission {
@@ -66,15 +66,15 @@ pub(crate) struct Admission {
     sources: Mutex<Sources>,
 }
 
-/// The sources that were seen.
+/// The known sources.
 #[derive(Debug, Default)]
 struct Sources {
     known: BTreeMap<Addr, Weak<Source>>,
-    /// The number of entries at which those of sources without connections are removed.
-    room: usize,
+    /// The number of entries at which sources without connections are removed.
+    sweep_at: usize,
 }
 
-/// Sources without connections that are kept all the same.
+/// Number of sources without connections that may be kept.
 const REMEMBERED: usize = 64;
 
 /// A connection that has not proven an identity yet, counted against its source.
@@ -84,10 +84,10 @@ pub(crate) struct Unproven {
     _counted: OwnedSemaphorePermit,
 }
 
-/// The places of a handshake; returned when dropped.
+/// The permits of a handshake; returned when dropped.
 #[derive(Debug)]
 pub(crate) struct Admitted {
-    _places: [Option<OwnedSemaphorePermit>; 3],
+    _permits: [Option<OwnedSemaphorePermit>; 3],
 }
 
 impl Admission {
@@ -113,9 +113,9 @@ impl Admission {
         if let Some(known) = sources.known.get(&from).and_then(Weak::upgrade) {
             return known;
         }
-        if sources.known.len() >= sources.room {
+        if sources.known.len() >= sources.sweep_at {
             sources.known.retain(|_, source| source.strong_count() > 0);
-            sources.room = 2 * sources.known.len() + REMEMBERED;
+            sources.sweep_at = 2 * sources.known.len() + REMEMBERED;
         }
         let source = Arc::new(Source {
             unproven: Arc::new(Semaphore::new(self.bounds.unproven)),
@@ -125,27 +125,27 @@ impl Admission {
         source
     }
 
-    /// Waits for the places of a handshake with a client. Cancel safe.
+    /// Waits for the permits of a handshake with a client. Cancel safe.
     pub(crate) async fn accept(&self, from: &Unproven) -> Admitted {
-        let source = place(&from.source.handshakes).await;
-        let [_, pod, total] = self.dial().await._places;
+        let source = acquire(&from.source.handshakes).await;
+        let [_, pod, total] = self.dial().await._permits;
         Admitted {
-            _places: [source, pod, total],
+            _permits: [source, pod, total],
         }
     }
 
-    /// Waits for the places of a handshake with a server. Cancel safe.
+    /// Waits for the permits of a handshake with a server. Cancel safe.
     pub(crate) async fn dial(&self) -> Admitted {
-        let pod = place(&self.pod).await;
-        let total = place(&self.total.0).await;
+        let pod = acquire(&self.pod).await;
+        let total = acquire(&self.total.0).await;
         Admitted {
-            _places: [None, pod, total],
+            _permits: [None, pod, total],
         }
     }
 }
 
 /// The semaphores are never closed.
-async fn place(of: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+async fn acquire(of: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
     Arc::clone(of).acquire_owned().await.ok()
 }
 

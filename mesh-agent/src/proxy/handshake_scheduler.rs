@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Schedules the CPU time of TLS handshakes fairly between the pods of a worker.
 //!
-//! A handshake costs a hundred times as much as a packet of an open connection, and everybody who can
-//! reach the tunnel port can ask for one. So permits go from pod to pod, one for one step of one
-//! handshake, and everything else that is ready runs between two steps. A pod whose handshake has
+//! A handshake costs a hundred times as much as a packet of an open connection, and any client that can
+//! reach the tunnel port can request one. So permits rotate between pods, one permit for one step of one
+//! handshake, and all other ready tasks run between two steps. A pod whose handshake has
 //! computed then waits three times as long as that took while other pods of the worker are busy.
 
 use std::cell::{Cell, RefCell};
@@ -171,7 +171,7 @@ pub(crate) struct PodHandshakes<'a> {
 }
 
 impl<'a> PodHandshakes<'a> {
-    /// Schedules handshakes as this pod's.
+    /// Creates the scheduler of one pod's handshakes.
     pub(crate) const fn new(scheduler: &'a HandshakeScheduler, pod: &'a Arc<str>) -> Self {
         Self { scheduler, pod }
     }

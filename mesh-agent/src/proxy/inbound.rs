@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Serves tunnels of other agents: the peer proves its identity, each connection is decided with that
-//! identity and the real port, and relayed to the application from the client's own address and port.
+//! Serves tunnels of other agents. The peer proves its identity; policy decides each connection by that
+//! identity and the real port; the connection is relayed to the application from the client's own address
+//! and port.
 
 use std::io;
 use std::net::SocketAddr;
@@ -52,7 +53,7 @@ pub(crate) async fn serve(worker: &Rc<Worker>, job: Job, socket: Socket) {
     };
     let entry = worker.connections.register(&resources.uid);
     let proven = async {
-        // A connection that has sent nothing takes no place.
+        // A connection that has sent nothing holds no permit.
         socket.readable().await.map_err(HandshakeError::from)?;
         let admitted = resources.admission.accept(&unproven).await;
         let proven = prove(worker, &resources, &socket).await;
@@ -136,7 +137,7 @@ struct Serving<'a> {
 
 /// A request that is refused.
 struct Refused {
-    /// What the peer is told.
+    /// The reason that the peer receives.
     reason: CloseReason,
     close: Close,
     verdict: Verdict,
@@ -182,7 +183,7 @@ impl Serving<'_> {
             let Some((stream, request)) = next? else {
                 return Ok(());
             };
-            // Unanswered: its opener asks again with a certificate that is valid, if there is one.
+            // No answer: the client opens the stream again with a valid certificate, if it has one.
             if !self.is_proven() {
                 return Ok(());
             }
@@ -240,7 +241,7 @@ impl Serving<'_> {
                 let plan = Arc::clone(&in_force.borrow_and_update().plan);
                 let is_newer = |now: &Arc<InForce>| !Arc::ptr_eq(&now.plan, &plan);
                 match self.decide(&plan, open) {
-                    // A pod of another node may become known here a moment later than there.
+                    // This node may learn of a pod of another node a moment later than that node.
                     Err(Reason::UnknownPeer | Reason::IdentityRefused)
                         if timeout_at(until, in_force.wait_for(is_newer))
                             .await
@@ -378,7 +379,7 @@ impl Serving<'_> {
         app: &Socket,
         mut record: ConnectionRecord,
     ) -> bool {
-        // Reset, until it is known to have ended in order.
+        // The default is a reset; an orderly end changes it.
         app.reset_on_drop();
         tunnel.confirm(stream);
         let outcome = {

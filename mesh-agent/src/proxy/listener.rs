@@ -169,7 +169,7 @@ fn hand_over(worker: &Rc<Worker>, kind: JobKind, resources: &Arc<PodResources>, 
         match worker.workers.jobs[to].try_send((job, stream)) {
             Ok(()) => {}
             // The other worker has fallen behind: this one carries the connection.
-            Err(TrySendError::Full(back) | TrySendError::Closed(back)) => worker.adopt(back),
+            Err(TrySendError::Full(back) | TrySendError::Closed(back)) => worker.take_over(back),
         }
     });
     if let Err(error) = moved {

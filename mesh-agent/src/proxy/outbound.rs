@@ -38,7 +38,7 @@ pub(crate) async fn carry(worker: &Rc<Worker>, job: Job, app: Socket, load: &Loa
         kind: _,
     } = job;
     let entry = worker.connections.register(&resources.uid);
-    // Reset, until it is known to have ended otherwise.
+    // The default is a reset; an orderly end changes it.
     app.reset_on_drop();
     let (Ok(addresses), Some(pod)) = (worker.sockets.addresses(&app), worker.pod(&resources.uid))
     else {
@@ -105,7 +105,7 @@ struct Connection<'a> {
 /// How a connection ended.
 struct Ended {
     close: Close,
-    /// Whether the application must not notice.
+    /// Whether the refusal is hidden from the application.
     silent: bool,
 }
 
@@ -343,7 +343,7 @@ pub(crate) fn refused(by_peer: CloseReason) -> Close {
     }
 }
 
-/// Whether a refusal concerns the endpoint and not the client: another endpoint may answer otherwise.
+/// Whether a refusal concerns the endpoint and not the client: another endpoint may accept.
 const fn is_about_the_endpoint(close: &Close) -> bool {
     matches!(
         close,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Sockets in pods' namespaces: the one seam between the proxy and the machine, so that everything else
-//! can be tested over loopback.
+//! Sockets in pods' namespaces. This interface separates the proxy from the node, so that the proxy can be
+//! tested over loopback.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -41,7 +41,7 @@ pub(crate) struct PeerAddress {
 pub(crate) struct Connecting {
     /// The socket.
     pub(crate) stream: TcpStream,
-    /// Whether it is connected already, as it mostly is within a namespace.
+    /// Whether it is already connected, which is the common case within a namespace.
     pub(crate) connected: bool,
 }
 
@@ -61,7 +61,7 @@ pub(crate) trait PodSockets {
         to: SocketAddr,
     ) -> io::Result<Connecting>;
 
-    /// The service that a captured connection asked for, if it did.
+    /// The service address that a captured connection was made to, if there is one.
     fn service(&self, pod: &PodHandle, to: Endpoint, local_port: Port) -> Option<Endpoint>;
 }
 

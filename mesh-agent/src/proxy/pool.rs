@@ -91,7 +91,7 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
-    /// An empty pool.
+    /// Creates an empty pool.
     pub(crate) const fn new(bounds: Bounds, metrics: Metrics) -> Self {
         Self {
             bounds,
@@ -119,7 +119,7 @@ impl Pool {
         found
     }
 
-    /// Keeps a tunnel for the next connection, or returns it if there is no room.
+    /// Keeps a tunnel for the next connection, or returns it if the pool is full.
     #[must_use = "close a tunnel that the pool does not take"]
     pub(crate) fn put(&self, key: &Key, pooled: Pooled, now: Instant) -> Option<Tunnel> {
         let mut idle = self.idle.borrow_mut();

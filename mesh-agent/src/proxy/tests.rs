@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Two nodes in one process: everything is real but the namespaces and the kernel programs.
+//! Two nodes in one process, without network namespaces and kernel programs.
 
 mod elsewhere;
 mod hostile;

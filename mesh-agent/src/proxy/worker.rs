@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! One thread that carries connections, and the state that they share. A connection never changes its
+//! One worker thread, and the state that its connections share. A connection never changes its
 //! thread, so nothing here is locked.
 
 use std::cell::{Cell, RefCell};
@@ -106,7 +106,7 @@ pub(crate) enum JobKind {
     Tunnel,
 }
 
-/// All workers, as each of them sees the others.
+/// All workers; each worker has a copy.
 #[derive(Clone, Debug)]
 pub(crate) struct WorkerPool {
     /// The queue of each worker.
@@ -182,7 +182,7 @@ pub(crate) struct Worker {
     pub(crate) unmarked: RefCell<BTreeMap<Addr, Instant>>,
     /// Bounds in time and number.
     pub(crate) timing: Timing,
-    /// BufferPool.
+    /// Relay buffers.
     pub(crate) buffers: Rc<BufferPool>,
     /// Schedules handshakes.
     pub(crate) handshakes: HandshakeScheduler,
@@ -291,7 +291,7 @@ impl Worker {
     }
 
     /// Takes over a connection that another worker has accepted.
-    pub(crate) fn adopt(self: &Rc<Self>, (job, stream): PassedJob) {
+    pub(crate) fn take_over(self: &Rc<Self>, (job, stream): PassedJob) {
         match Socket::new(stream) {
             Ok(socket) => self.spawn(job, socket),
             Err(error) => tracing::warn!(%error, "cannot register a connection with this worker"),
@@ -324,7 +324,7 @@ impl Worker {
         let rounds = spawn_local(async move { worker.fair.run().await });
         loop {
             tokio::select! {
-                Some(passed) = jobs.recv() => self.adopt(passed),
+                Some(passed) = jobs.recv() => self.take_over(passed),
                 Ok(()) = in_force.changed() => {
                     let now = Arc::clone(&in_force.borrow_and_update());
                     if !Arc::ptr_eq(&now.pods, &pods) {

@@ -17,7 +17,7 @@ use crate::args::{Evidence, Protocol, Test};
 pub(crate) fn run(args: &Test, out: &mut impl Write) -> Result<Outcome> {
     let mut checks = 0;
     let mut wrong = 0;
-    let mut unasked = 0;
+    let mut invalid = 0;
     for file in &args.files {
         let mut shown = 0;
         for (i, table) in table::read(file)?.iter().enumerate() {
@@ -26,10 +26,10 @@ pub(crate) fn run(args: &Test, out: &mut impl Write) -> Result<Outcome> {
                 .clone()
                 .unwrap_or_else(|| format!("table {}", i + 1));
             let place = format!("{}: {name}", file.display());
-            let (rows, cannot) = one(table, file, &place, args, out)?;
+            let (rows, unusable) = one(table, file, &place, args, out)?;
             checks += table.checks.len();
             wrong += rows.len();
-            unasked += cannot;
+            invalid += unusable;
             for row in rows.iter().take(args.show.saturating_sub(shown)) {
                 write!(out, "{row}")?;
             }
@@ -39,12 +39,12 @@ pub(crate) fn run(args: &Test, out: &mut impl Write) -> Result<Outcome> {
             writeln!(out, "{}: {} more", file.display(), shown - args.show)?;
         }
     }
-    match unasked {
+    match invalid {
         0 => writeln!(out, "{checks} checks, {wrong} wrong")?,
-        _ => writeln!(out, "{checks} checks, {wrong} wrong, {unasked} invalid")?,
+        _ => writeln!(out, "{checks} checks, {wrong} wrong, {invalid} invalid")?,
     }
     ensure!(checks > 0, "no checks found");
-    ensure!(unasked == 0, "{unasked} invalid checks");
+    ensure!(invalid == 0, "{invalid} invalid checks");
     Ok(if wrong == 0 {
         Outcome::Good
     } else {
@@ -68,13 +68,13 @@ fn one(
         }
     }
     let mut wrong = Vec::new();
-    let mut unasked = 0;
+    let mut invalid = 0;
     for (i, check) in table.checks.iter().enumerate() {
         let row = || format!("{place}: check {}", i + 1);
         match difference(&world, check) {
             Ok(Some(text)) => wrong.push(format!("{}: {text}", row())),
             Err(error) => {
-                unasked += 1;
+                invalid += 1;
                 writeln!(io::stderr(), "{}: {error:#}", row())?;
             }
             Ok(None) if !args.all => {}
@@ -86,7 +86,7 @@ fn one(
             }
         }
     }
-    Ok((wrong, unasked))
+    Ok((wrong, invalid))
 }
 
 /// The difference between a check and the decision, in lines; `None` = the check passes.
@@ -98,7 +98,7 @@ fn difference(world: &World, check: &Check) -> Result<Option<String>> {
     // Only a tunnel carries a certificate, and only TCP is tunneled.
     ensure!(
         check.evidence != Known::Tls || protocol == Protocol::Tcp || connection.on_one_node(),
-        "evidence: tls: the peer of {protocol} from another node is known by its address only"
+        "evidence: tls: {protocol} from another node is not tunneled: its peer is known by address only"
     );
     let verdicts = world
         .evaluator

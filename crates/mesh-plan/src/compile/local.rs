@@ -137,11 +137,11 @@ fn local_pod(
                 object: pod_ref(pod),
                 field: "status".to_owned(),
                 why: format!(
-                    "the modes of its ports need {} entries, and half of the map holds {}",
+                    "too many port modes: {} entries needed, half of the map holds at most {}",
                     plan.port_modes.len() + ports.len(),
                     options.limits.port_modes
                 ),
-                consequence: "all of its ports have the strictest mode".to_owned(),
+                consequence: "the strictest mode applies to all ports of the pod".to_owned(),
             });
         } else if let Some((key, _)) = ports.first() {
             view.modes = key.set;
@@ -189,8 +189,8 @@ fn disputed(pod: &Pod, rejections: &mut Vec<Rejection>) {
         rejections.push(Rejection {
             object: pod_ref(pod),
             field: "status.podIPs".to_owned(),
-            why: "its address or its identity is also another's".to_owned(),
-            consequence: "the pod is isolated until it is its own".to_owned(),
+            why: "another pod or node has the same address or identity".to_owned(),
+            consequence: "the pod is isolated until the conflict is resolved".to_owned(),
         });
     }
 }
@@ -203,7 +203,10 @@ fn bound_pods(pods: &mut Vec<&Pod>, limits: &Limits, rejections: &mut Vec<Reject
         rejections.push(Rejection {
             object: pod_ref(pod),
             field: "spec.nodeName".to_owned(),
-            why: format!("this node has more than {} pods", limits.pods),
+            why: format!(
+                "too many pods: the mesh supports at most {} pods per node",
+                limits.pods
+            ),
             consequence: "the pod is not protected".to_owned(),
         });
     }

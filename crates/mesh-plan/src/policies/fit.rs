@@ -94,8 +94,8 @@ pub(crate) fn fit(
                 .unwrap_or_default(),
             field: "spec".to_owned(),
             why: format!(
-                "with {} this node would need {used} {what}, and half of the map holds {limit} \
-                 (the other half is for the next revision)",
+                "policies too large for this node: {} need {used} {what}, half of the map holds at \
+                 most {limit} (the other half is reserved for the next revision)",
                 names.join(", ")
             ),
             consequence: format!(

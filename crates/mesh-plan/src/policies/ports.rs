@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn every_port_of_any_ranges_has_its_answer() {
+    fn every_port_gets_the_answer_of_its_range() {
         assert_eq!(check(&[]), 1);
         assert_eq!(check(&[(0, 65535, answer(7))]), 1);
         assert_eq!(check(&[(80, 80, answer(7))]), 2);
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_neighbours_are_one_span() {
+    fn adjacent_equal_spans_are_merged() {
         let rules = [(10, 20, answer(1)), (21, 30, answer(1))];
         assert_eq!(of(&rules).len(), 3);
     }

@@ -379,18 +379,18 @@ impl<'c, 'i, 'a> SetCompiler<'c, 'i, 'a> {
                 .find_map(|index| self.table.entries.get(*index));
             let why = if self.endless.contains(id) {
                 format!(
-                    "with the other policies of the same pods there is too much to compile: rules \
-                     times peers, address blocks and ports are more than {}",
+                    "policy too large: together with the other policies of the selected pods, \
+                     compiling rules, peers, CIDRs and ports needs more than {} steps",
                     self.options.limits.steps
                 )
             } else {
-                format!("two policies compile to the same hash as set {:#x}", id.0)
+                format!("hash collision: two policy sets have the hash {:#x}", id.0)
             };
             rejections.push(Rejection {
                 object: first.map(|entry| entry.object.clone()).unwrap_or_default(),
                 field: "spec".to_owned(),
                 why,
-                consequence: "isolates the pods that it selects until one of them changes"
+                consequence: "isolates the selected pods until one of the policies changes"
                     .to_owned(),
             });
         }

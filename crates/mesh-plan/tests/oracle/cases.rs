@@ -30,12 +30,12 @@ fn cluster() -> ClusterSnapshot {
         .insert("shop".to_owned(), Namespace::default());
     let pods = [(1, NODE, "pod", POD), (2, OTHER_NODE, "remote", REMOTE)];
     for (index, node, name, address) in pods {
-        let facts = Node {
+        let node = Node {
             addresses: BTreeSet::from([ip(node)]),
             pod_cidrs: BTreeSet::from([net(&format!("10.1.{index}.0/24"))]),
             ..Node::default()
         };
-        cluster.nodes.insert(format!("node-{index}"), facts);
+        cluster.nodes.insert(format!("node-{index}"), node);
         let pod = Pod {
             name: ObjectName::new("shop", name),
             uid: name.into(),
@@ -157,7 +157,7 @@ fn answer(cluster: &ClusterSnapshot, packet: &Packet) -> Outbound {
 /// CNP, networks: "0.0.0.0/0 will match both IPv4 and ICMP traffic, while ::/0 will match both IPv6
 /// and ICMPv6 traffic."
 #[test]
-fn a_block_matches_its_own_family_only() {
+fn cidr_matches_its_own_family_only() {
     for (denied, v4, v6) in [("0.0.0.0/0", false, true), ("::/0", true, false)] {
         let mut cluster = cluster();
         let rules = [(RuleAction::Deny, block(denied))];
@@ -171,7 +171,7 @@ fn a_block_matches_its_own_family_only() {
 /// (e.g. Nodes or Networks)." NP does not forbid it and does not say what it means. What cannot be
 /// used never opens; where that refuses more than is written, it is reported.
 #[test]
-fn a_named_port_of_addresses_opens_nothing() {
+fn named_port_of_a_cidr_allows_nothing() {
     for (action, reported) in [(RuleAction::Allow, 0), (RuleAction::Deny, 1)] {
         let mut cluster = cluster();
         let rules = [(action, block("0.0.0.0/0"))];
@@ -187,7 +187,7 @@ fn a_named_port_of_addresses_opens_nothing() {
 /// Ours, port: "a named port of the destination pod". A node has none, whoever else it is: nothing
 /// matches, as for `host` and `remote-node`.
 #[test]
-fn a_named_port_of_an_entity_without_pods_matches_nothing() {
+fn named_port_of_an_entity_without_pods_matches_nothing() {
     for (entity, other) in [
         (Entity::RemoteNode, OTHER_NODE),
         (Entity::World, OUTSIDE),
@@ -205,7 +205,7 @@ fn a_named_port_of_an_entity_without_pods_matches_nothing() {
 /// Ours: kube-apiserver: "The Kubernetes API server." world: "Everything outside the cluster." The
 /// API server is the cluster's, wherever it runs; on a node it is also that node.
 #[test]
-fn the_api_server_is_never_the_world() {
+fn api_server_never_matches_world() {
     for (address, denied) in [
         (OUTSIDE, &[Entity::KubeApiserver, Entity::Cluster][..]),
         (
@@ -237,7 +237,7 @@ fn the_api_server_is_never_the_world() {
 /// Ours: "An Allow that names service accounts needs tls or node; a Deny that names them matches
 /// address too." A Pass exempts from the denials behind it as an Allow does: it needs proof.
 #[test]
-fn what_exempts_needs_proof_of_the_service_account() {
+fn allow_and_pass_by_service_account_require_proof() {
     for (action, in_clear, in_tunnel) in [
         (RuleAction::Allow, false, true),
         (RuleAction::Pass, false, true),
@@ -260,7 +260,7 @@ fn what_exempts_needs_proof_of_the_service_account() {
 /// NP: "Traffic is allowed to a pod if ..., OR if the traffic source is the pod's local node".
 /// Ours: it "can be denied by the Admin tier only".
 #[test]
-fn the_node_reaches_its_pods_unless_an_admin_denies_it() {
+fn node_reaches_its_pods_unless_the_admin_tier_denies_it() {
     for (tier, passes_in) in [
         (Tier::Namespaced, true),
         (Tier::Baseline(0), true),
@@ -286,7 +286,7 @@ fn the_node_reaches_its_pods_unless_an_admin_denies_it() {
 /// Ours: "Traffic that was translated to a node's address on its way (NodePort without Local) is
 /// world, not host": nor is it the API server that runs on the node.
 #[test]
-fn what_was_translated_to_the_nodes_address_is_not_its_api_server() {
+fn traffic_translated_to_a_node_address_does_not_match_kube_apiserver() {
     let mut cluster = cluster();
     cluster.api_servers.insert(ip(NODE));
     let api_server = Some(PeerMatch::Entity(Entity::KubeApiserver));
@@ -301,7 +301,7 @@ fn what_was_translated_to_the_nodes_address_is_not_its_api_server() {
 /// CNP: of equal priorities "the implementation can apply any of the matching policies". Ours:
 /// "Equal priorities: Deny first": the first match of one of them is a Deny.
 #[test]
-fn of_equal_priorities_a_deny_decides() {
+fn deny_decides_at_equal_priority() {
     for other in [RuleAction::Allow, RuleAction::Pass] {
         for names in [["a", "b"], ["b", "a"]] {
             let mut cluster = cluster();

@@ -84,7 +84,7 @@ fn agrees(cluster: &ClusterSnapshot, packet: &Packet, decided: Outbound) -> bool
     }
 }
 
-/// How many packets of a kind were decided: a property over too few of one says little.
+/// The number of decided packets of each kind: a kind with too few packets is not tested.
 #[derive(Debug, Default)]
 struct Counts {
     refused: usize,
@@ -142,7 +142,7 @@ fn report(cluster: ClusterSnapshot, packet: Packet) -> String {
 }
 
 #[test]
-fn plans_decide_as_the_texts_of_the_apis_say() {
+fn plans_agree_with_the_api_specifications() {
     #[expect(
         clippy::disallowed_methods,
         reason = "a failing seed is run again by hand"

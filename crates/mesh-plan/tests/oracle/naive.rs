@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the texts of the APIs say about one packet, read word by word over the facts: no index, no
-//! identities, no compilation. Slow and obvious on purpose; it shares no code with what it judges.
+//! A naive evaluator: decides one packet directly from the objects, following the API specifications, without
+//! index, identities or compilation. It is slow on purpose, and shares no code with the compiler that it tests.
 //!
 //! NP: `networking.k8s.io/v1` NetworkPolicy. CNP: `policy.networking.k8s.io/v1alpha2`
 //! ClusterNetworkPolicy. Ours: MeshPolicy and ClusterMeshPolicy of `mesh.rs/v1alpha1`.
@@ -14,7 +14,7 @@ use mesh_plan::cluster::{
     PortRange, Rule, RuleAction, Selector, ServiceAccountMatch, Subject, Tier, Transport,
 };
 
-/// Which direction the pod's policy is asked about.
+/// The direction of the evaluated policy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
     Ingress,
@@ -24,9 +24,9 @@ pub(crate) enum Side {
 /// How a packet arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Via {
-    /// In clear, or, for egress, as the mesh will carry it.
+    /// As plaintext or, for egress, as the mesh carries it.
     Clear,
-    /// In clear, translated to the node's address on its way.
+    /// As plaintext, translated to the node's address on its way.
     Translated,
     /// Through a tunnel whose certificate proves the other end.
     Tunnel,
@@ -35,7 +35,7 @@ pub(crate) enum Via {
 /// One question: may it pass the policy of this pod?
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Packet {
-    /// UID of the pod that is asked for.
+    /// UID of the pod whose policy is evaluated.
     pub(crate) pod: String,
     pub(crate) side: Side,
     /// The source of what comes in, the destination of what goes out.

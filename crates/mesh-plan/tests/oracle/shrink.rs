@@ -288,13 +288,13 @@ pub(crate) fn text(cluster: &ClusterSnapshot, packet: &Packet) -> String {
         line(&mut text, "Namespace", name, &namespace.labels);
     }
     for (name, node) in &cluster.nodes {
-        let facts = (&node.labels, &node.addresses, &node.pod_cidrs);
-        line(&mut text, "Node", name, &facts);
+        let fields = (&node.labels, &node.addresses, &node.pod_cidrs);
+        line(&mut text, "Node", name, &fields);
     }
     line(&mut text, "API server", "", &cluster.api_servers);
     line(&mut text, "--pod-cidr", "", &cluster.pod_cidrs);
     for (uid, pod) in &cluster.pods {
-        let facts = format_args!(
+        let fields = format_args!(
             "{} node={} serviceAccount={} labels={:?} podIPs={:?} ports={:?} hostNetwork={}",
             pod.name,
             pod.node,
@@ -305,7 +305,7 @@ pub(crate) fn text(cluster: &ClusterSnapshot, packet: &Packet) -> String {
             pod.host_network
         )
         .to_string();
-        text += &format!("Pod {uid}: {facts}\n");
+        text += &format!("Pod {uid}: {fields}\n");
     }
     for (object, policy) in &cluster.policies {
         text += &format!("---\n{object}:\n");
@@ -317,8 +317,8 @@ pub(crate) fn text(cluster: &ClusterSnapshot, packet: &Packet) -> String {
     text
 }
 
-fn line(text: &mut String, kind: &str, name: &str, facts: &impl Debug) {
-    *text += &format!("{kind} {name}: {facts:?}\n");
+fn line(text: &mut String, kind: &str, name: &str, fields: &impl Debug) {
+    *text += &format!("{kind} {name}: {fields:?}\n");
 }
 
 fn subject(subject: &Subject) -> String {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Who has which address.
+//! Tests of the owners of addresses.
 
 use mesh_common::identity::{IdentityId, Peer};
 use mesh_common::path::Peers;
@@ -17,7 +17,7 @@ fn peer(plan: &Compiled, address: &str) -> Option<Peer> {
 }
 
 #[test]
-fn nodes_pods_servers_and_the_rest() {
+fn addresses_get_the_identity_of_their_owner() {
     let mut world = World::new().pod("shop/web", "10.1.2.1,fd01::1", "app=web");
     world.0.api_servers = [ip("10.9.9.9"), ip("10.0.0.1")].into();
     world.0.pod_cidrs = [
@@ -46,7 +46,7 @@ fn nodes_pods_servers_and_the_rest() {
 }
 
 #[test]
-fn pods_of_the_host_network_are_the_node() {
+fn host_network_pods_have_the_nodes_identity() {
     let world = World::new().pod_with("shop/agent", "10.0.0.1", "", |pod| {
         pod.host_network = true;
         pod.node = "n1".into();
@@ -57,7 +57,7 @@ fn pods_of_the_host_network_are_the_node() {
 }
 
 #[test]
-fn identities_differ_only_where_policy_looks() {
+fn identities_differ_only_in_labels_that_policies_use() {
     let world = World::new()
         .namespace("shop", "team=a")
         .pod("shop/a", "10.1.2.1", "app=web,pod-hash=1")
@@ -83,7 +83,7 @@ fn identities_differ_only_where_policy_looks() {
 }
 
 #[test]
-fn an_address_of_two_pods_is_nobodys() {
+fn address_claimed_by_two_pods_is_unknown() {
     let world = World::new()
         .pod("shop/a", "10.1.1.1,fd01::1", "app=a")
         .pod("shop/b", "10.1.1.1", "app=b")
@@ -108,7 +108,7 @@ fn an_address_of_two_pods_is_nobodys() {
 }
 
 #[test]
-fn a_pod_that_ends_yields_its_address() {
+fn terminating_pod_yields_its_address() {
     let world = World::new()
         .pod_with("shop/old", "10.1.1.1", "app=a", |pod| {
             pod.terminating = true
@@ -136,7 +136,7 @@ fn a_pod_that_ends_yields_its_address() {
 }
 
 #[test]
-fn a_pod_cannot_take_a_nodes_address() {
+fn pod_cannot_take_a_nodes_address() {
     let world = World::new()
         .pod("shop/evil", "10.0.0.1", "")
         .pod("shop/bad", "10.0.0.2", "");
@@ -148,7 +148,7 @@ fn a_pod_cannot_take_a_nodes_address() {
 }
 
 #[test]
-fn a_pod_that_is_an_api_server_keeps_its_identity_and_is_reached_as_one() {
+fn api_server_pod_keeps_its_identity_and_matches_kube_apiserver() {
     let mut world = World::new()
         .pod("kube/api", "10.1.2.9", "app=api")
         .pod("shop/web", "10.1.1.1", "app=web")
@@ -164,7 +164,7 @@ fn a_pod_that_is_an_api_server_keeps_its_identity_and_is_reached_as_one() {
 }
 
 #[test]
-fn own_addresses_in_the_nodes_pod_cidrs_are_the_nodes() {
+fn own_addresses_in_pod_cidrs_belong_to_the_node() {
     let world = World::new().pod("shop/web", "10.1.2.9", "");
     let own = ["127.0.0.1", "10.96.0.1", "10.1.2.1", "10.1.1.7"].map(ip);
     let cluster = std::sync::Arc::new(world.0);

@@ -27,7 +27,7 @@ fn baseline(priority: u32) -> PolicyText {
 }
 
 #[test]
-fn first_match_by_priority_then_by_rule() {
+fn admin_rules_match_by_priority_then_by_order() {
     let plan = shop()
         .policy(
             &format!("{ADMIN} late"),
@@ -51,7 +51,7 @@ fn first_match_by_priority_then_by_rule() {
 }
 
 #[test]
-fn subjects_are_namespaces_and_their_pods() {
+fn admin_subject_selects_namespaces_and_pods() {
     let plan = shop()
         .policy(
             &format!("{ADMIN} a"),
@@ -71,7 +71,7 @@ fn subjects_are_namespaces_and_their_pods() {
 }
 
 #[test]
-fn of_equal_priorities_deny_comes_first() {
+fn deny_precedes_allow_at_equal_priority() {
     let plan = shop()
         .policy(
             &format!("{ADMIN} a"),
@@ -96,7 +96,7 @@ fn of_equal_priorities_deny_comes_first() {
 }
 
 #[test]
-fn a_policy_keeps_its_own_order() {
+fn rules_of_a_policy_keep_their_order() {
     let rules = [allow("10.1.2.4/32"), deny("* : tcp/1")];
     let plan = shop()
         .policy(&format!("{ADMIN} a"), admin(5).ingress(rules))
@@ -109,7 +109,7 @@ fn a_policy_keeps_its_own_order() {
 }
 
 #[test]
-fn pass_goes_to_the_namespaced_tier_and_from_there_to_baseline() {
+fn pass_continues_in_the_namespaced_tier_and_then_baseline() {
     let world = shop()
         .policy(
             &format!("{ADMIN} a"),
@@ -140,7 +140,7 @@ fn pass_goes_to_the_namespaced_tier_and_from_there_to_baseline() {
 }
 
 #[test]
-fn baseline_is_by_priority_and_only_where_nothing_isolates() {
+fn baseline_applies_by_priority_to_non_isolated_pods_only() {
     let plan = shop()
         .policy(
             &format!("{ADMIN} y"),
@@ -161,7 +161,7 @@ fn baseline_is_by_priority_and_only_where_nothing_isolates() {
 }
 
 #[test]
-fn only_the_admin_tier_denies_the_node() {
+fn only_the_admin_tier_can_deny_the_local_node() {
     let world = shop()
         .policy(
             "MeshPolicy shop/p",
@@ -184,7 +184,7 @@ fn only_the_admin_tier_denies_the_node() {
 }
 
 #[test]
-fn deny_beats_allow_in_the_namespaced_tier_and_does_not_isolate() {
+fn namespaced_deny_overrides_allow_without_isolating() {
     let world = shop().policy(
         "MeshPolicy shop/deny",
         policy("shop", "app=db").ingress([deny("* : tcp/22")]),
@@ -206,7 +206,7 @@ fn deny_beats_allow_in_the_namespaced_tier_and_does_not_isolate() {
 }
 
 #[test]
-fn a_denied_block_beats_an_allowed_identity_and_the_other_way_round() {
+fn namespaced_deny_wins_between_cidr_and_pod_rules() {
     let world = shop()
         .policy(
             "MeshPolicy shop/a",
@@ -224,7 +224,7 @@ fn a_denied_block_beats_an_allowed_identity_and_the_other_way_round() {
 }
 
 #[test]
-fn an_admin_rule_by_block_and_one_by_identity_keep_their_order() {
+fn admin_cidr_and_pod_rules_keep_their_order() {
     for (first, second, expected) in [
         (allow("10.1.1.1/32"), deny("pods(app=web)"), "allow"),
         (deny("pods(app=web)"), allow("10.1.1.1/32"), "deny"),
@@ -242,7 +242,7 @@ fn an_admin_rule_by_block_and_one_by_identity_keep_their_order() {
 }
 
 #[test]
-fn audit_never_isolates_and_its_shadow_says_what_would_be() {
+fn audit_policy_never_isolates_and_reports_would_be_verdicts() {
     let audited = || {
         policy("shop", "app=db")
             .ingress([allow("pods(app=web) : tcp/1")])
@@ -306,7 +306,7 @@ fn audit_never_isolates_and_its_shadow_says_what_would_be() {
 }
 
 #[test]
-fn entities() {
+fn entities_match_their_addresses() {
     let mut world = shop();
     world.0.api_servers.insert(ip("10.9.9.9"));
     world.0.api_servers.insert(ip("10.0.0.2"));
@@ -350,7 +350,7 @@ fn entities() {
 }
 
 #[test]
-fn nodes_by_label_are_their_addresses() {
+fn node_selector_matches_node_addresses() {
     let p = admin(1).egress([deny("nodes(zone=z2) : tcp/10250")]);
     let plan = shop().policy(&format!("{ADMIN} a"), p).on("n1").clean();
     plan.table(

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Enrolment and modes.
+//! Tests of enrollment and modes.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use mesh_plan::plan::Deny;
 
 use crate::support::*;
 
-const ENROL: &str = "mesh.rs/dataplane";
+const ENROLL: &str = "mesh.rs/dataplane";
 
 fn flags(world: &World) -> u32 {
     let plan = world.on("n1");
@@ -26,11 +26,11 @@ fn peer_flags(world: &World, address: &str) -> u32 {
 }
 
 #[test]
-fn labels_enrol() {
+fn labels_enroll_pods() {
     let enrolled = |namespace: &str, of_namespace: &str, of_pod: &str| {
         let label = |value: &str| match value {
             "" => String::new(),
-            value => format!("{ENROL}={value}"),
+            value => format!("{ENROLL}={value}"),
         };
         let name = format!("{namespace}/web");
         let world = World::new().namespace(namespace, &label(of_namespace)).pod(
@@ -69,20 +69,20 @@ fn labels_enrol() {
             "{namespace} {of_namespace} {of_pod}"
         );
     }
-    let world = World::new().namespace("shop", &format!("{ENROL}=on"));
+    let world = World::new().namespace("shop", &format!("{ENROLL}=on"));
     world.on("n1").rejected(
         "Namespace shop",
-        "\"on\" is none of enabled, disabled, required",
+        "invalid value \"on\": must be one of enabled, disabled, required",
     );
 }
 
 #[test]
-fn ready_is_what_nodes_reported() {
+fn readiness_follows_the_nodes_reports() {
     let mut world = World::new()
-        .namespace("shop", &format!("{ENROL}=enabled"))
+        .namespace("shop", &format!("{ENROLL}=enabled"))
         .namespace("solo", "")
         .pod("shop/web", "10.1.1.1", "")
-        .pod("solo/web", "10.1.1.2", &format!("{ENROL}=enabled"));
+        .pod("solo/web", "10.1.1.2", &format!("{ENROLL}=enabled"));
     let ready = |world: &World, address| peer_flags(world, address) & Peer::READY != 0;
     let reported = |uids: &[&str]| {
         Some(
@@ -108,7 +108,7 @@ fn ready_is_what_nodes_reported() {
 
 fn enrolled() -> World {
     World::new()
-        .namespace("shop", &format!("{ENROL}=enabled"))
+        .namespace("shop", &format!("{ENROLL}=enabled"))
         .pod("shop/web", "10.1.1.1", "app=web")
 }
 
@@ -127,7 +127,7 @@ fn of_pods(pods: &str, a: Authentication) -> Authentication {
 }
 
 #[test]
-fn the_most_specific_wins_field_by_field() {
+fn most_specific_authentication_wins_per_field() {
     assert_eq!(flags(&enrolled()), PodState::ENROLLED);
     let mesh = Authentication {
         mtls: Some(Mtls::Strict),
@@ -152,7 +152,7 @@ fn the_most_specific_wins_field_by_field() {
 }
 
 #[test]
-fn of_one_rank_the_stricter_and_both_are_named() {
+fn conflicting_authentications_use_the_stricter_and_are_both_rejected() {
     let udp = |mode| Authentication {
         udp: Some(mode),
         ..Authentication::default()
@@ -172,7 +172,7 @@ fn of_one_rank_the_stricter_and_both_are_named() {
 }
 
 #[test]
-fn ports_override() {
+fn port_modes_override_the_general_mode() {
     let with = |a: Authentication, ports: &[(u16, Mtls)]| Authentication {
         ports: ports.iter().copied().collect(),
         ..a
@@ -202,7 +202,7 @@ fn ports_override() {
 }
 
 #[test]
-fn pods_outside_the_mesh_have_no_modes() {
+fn unenrolled_pods_have_no_modes() {
     let world = World::new()
         .namespace("shop", "")
         .pod("shop/web", "10.1.1.1", "")
@@ -212,7 +212,7 @@ fn pods_outside_the_mesh_have_no_modes() {
 }
 
 #[test]
-fn the_namespace_says_what_a_refusal_looks_like() {
+fn deny_label_of_the_namespace_selects_reject_or_drop() {
     let look = |text: &str| {
         let world = World::new()
             .namespace("shop", text)
@@ -226,5 +226,5 @@ fn the_namespace_says_what_a_refusal_looks_like() {
     World::new()
         .namespace("shop", "mesh.rs/deny=maybe")
         .on("n1")
-        .rejected("Namespace shop", "none of reject, drop");
+        .rejected("Namespace shop", "must be one of reject, drop");
 }

@@ -45,7 +45,7 @@ fn side(
 }
 
 #[test]
-fn both_ends_are_evaluated() {
+fn evaluation_covers_both_endpoints() {
     let world = World::new()
         .namespace("shop", "")
         .pod("shop/web", "10.1.1.1,fd01::1", "app=web")
@@ -80,7 +80,7 @@ fn both_ends_are_evaluated() {
 }
 
 #[test]
-fn an_explanation_names_the_rule() {
+fn explanation_names_the_rule() {
     let world = World::new()
         .namespace("shop", "")
         .pod("shop/web", "10.1.1.1", "app=web")
@@ -115,7 +115,7 @@ fn an_explanation_names_the_rule() {
 
 /// The walk over the rules as they are written and the compiled policy of the pod's node agree.
 #[test]
-fn the_walk_and_the_compiled_policy_agree() {
+fn explanation_agrees_with_the_compiled_policy() {
     let mut r = Random(2_026);
     let mut seen = std::collections::BTreeMap::new();
     for _ in 0..40 {

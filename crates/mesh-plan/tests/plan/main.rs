@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What `compile` and `diff` promise, asked of their results with the very functions that the
-//! kernel programs run.
+//! Properties of `compile` and `diff`, checked with the same decision functions that the kernel programs
+//! run.
 
 #![allow(
     clippy::unwrap_used,

@@ -16,7 +16,7 @@ fn shop() -> World {
 }
 
 #[test]
-fn without_policy_everything_passes() {
+fn traffic_without_policy_is_allowed() {
     let plan = shop().on("n1").clean();
     plan.table(
         "shop/web in 10.1.2.4 tcp/80 -> allow by nothing
@@ -26,7 +26,7 @@ fn without_policy_everything_passes() {
 }
 
 #[test]
-fn a_policy_isolates_what_it_selects_in_its_direction_only() {
+fn policy_isolates_selected_pods_in_its_direction_only() {
     let plan = shop()
         .policy(
             "NetworkPolicy shop/p",
@@ -56,7 +56,7 @@ fn a_policy_isolates_what_it_selects_in_its_direction_only() {
 }
 
 #[test]
-fn pod_namespace_and_combined_selectors() {
+fn pod_and_namespace_selectors_are_combined() {
     let rules = |text: &str| {
         let p = policy("shop", "app=db").ingress([allow(text)]);
         shop().policy("NetworkPolicy shop/p", p).on("n1").clean()
@@ -105,7 +105,7 @@ fn pod_namespace_and_combined_selectors() {
 }
 
 #[test]
-fn alternatives_within_a_rule_and_rules_within_a_policy_are_united() {
+fn peers_of_a_rule_and_rules_of_a_policy_are_alternatives() {
     let p = policy("shop", "app=db").ingress([
         allow("pods(app=web) 8.8.0.0/16 : tcp/80 udp/53"),
         allow("pods(app=job) : tcp/443"),
@@ -124,7 +124,7 @@ fn alternatives_within_a_rule_and_rules_within_a_policy_are_united() {
 }
 
 #[test]
-fn policies_are_united() {
+fn policies_are_additive() {
     let plan = shop()
         .policy("NetworkPolicy shop/a", policy("shop", "").ingress([]))
         .policy(
@@ -146,7 +146,7 @@ fn policies_are_united() {
 }
 
 #[test]
-fn missing_peers_mean_everybody_and_missing_ports_everything() {
+fn omitted_peers_and_ports_match_everything() {
     let plan = shop()
         .policy(
             "NetworkPolicy shop/p",
@@ -173,7 +173,7 @@ fn missing_peers_mean_everybody_and_missing_ports_everything() {
 }
 
 #[test]
-fn ports_ranges_and_transports() {
+fn port_ranges_match_per_transport() {
     let p = policy("shop", "app=db").ingress([allow("* : tcp/8000-8010 udp sctp/5 tcp/1")]);
     let plan = shop().policy("NetworkPolicy shop/p", p).on("n1").clean();
     plan.table(
@@ -192,7 +192,7 @@ fn ports_ranges_and_transports() {
 }
 
 #[test]
-fn blocks_with_exceptions_match_pods_too_and_nest() {
+fn cidrs_with_exceptions_match_pods_and_nest() {
     let p = policy("shop", "app=web").egress([
         allow("10.0.0.0/8-10.1.0.0/16 : tcp/80"),
         allow("10.1.2.0/24-10.1.2.4/32 : tcp/81"),
@@ -214,7 +214,7 @@ fn blocks_with_exceptions_match_pods_too_and_nest() {
 }
 
 #[test]
-fn all_of_ipv6_is_not_ipv4() {
+fn ipv6_any_cidr_does_not_match_ipv4() {
     let p = policy("shop", "app=web").egress([allow("::/0 : tcp/80"), allow("0.0.0.0/0 : tcp/81")]);
     let plan = shop().policy("NetworkPolicy shop/p", p).on("n1").clean();
     plan.table(
@@ -232,7 +232,7 @@ fn all_of_ipv6_is_not_ipv4() {
 }
 
 #[test]
-fn an_identity_and_a_block_are_joined() {
+fn pod_and_cidr_rules_apply_to_the_same_peer() {
     let p = policy("shop", "app=web")
         .egress([allow("pods(app=db) : tcp/1"), allow("10.1.1.0/24 : tcp/2")]);
     let plan = shop().policy("NetworkPolicy shop/p", p).on("n1").clean();
@@ -246,7 +246,7 @@ fn an_identity_and_a_block_are_joined() {
 }
 
 #[test]
-fn named_ports_are_the_destination_pods() {
+fn named_ports_resolve_at_the_destination_pod() {
     use mesh_plan::cluster::Transport::{Tcp, Udp};
     let world = shop()
         .pod_with("shop/a", "10.1.1.11", "app=a", |pod| {
@@ -313,14 +313,14 @@ fn named_ports_are_the_destination_pods() {
 }
 
 #[test]
-fn a_rule_with_unusable_peers_allows_nobody() {
+fn rule_with_invalid_peers_allows_nothing() {
     let p = policy("shop", "app=web").ingress([allow(" : tcp/80")]);
     let plan = shop().policy("NetworkPolicy shop/p", p).on("n1").clean();
     plan.table("shop/web in 10.1.1.2 tcp/80 -> deny");
 }
 
 #[test]
-fn what_a_set_says_about_a_peer_does_not_change_with_other_peers() {
+fn verdict_for_a_peer_is_independent_of_other_peers() {
     let p = || policy("shop", "app=db").ingress([allow("pods(app=web,tier!=x)")]);
     let before = shop()
         .policy("NetworkPolicy shop/p", p())
@@ -342,7 +342,7 @@ fn what_a_set_says_about_a_peer_does_not_change_with_other_peers() {
 }
 
 #[test]
-fn nothing_is_left_without_objects() {
+fn empty_cluster_has_an_empty_plan() {
     let empty = mesh_plan::ClusterSnapshot::default();
     assert_eq!(
         mesh_plan::compile(&empty, "n1"),

@@ -26,7 +26,7 @@ fn db(rules: impl IntoIterator<Item = mesh_plan::cluster::Rule>) -> Compiled {
 }
 
 #[test]
-fn an_allow_needs_proof() {
+fn allow_by_service_account_requires_a_proven_identity() {
     db([allow("sa(shop/web) : tcp/1")]).table(
         "shop/db in 10.1.2.1 tcp/1 proven -> allow by MeshPolicy shop/p ingress[0]
          shop/db in 10.1.2.1 tcp/1 -> deny by default of MeshPolicy shop/p
@@ -38,7 +38,7 @@ fn an_allow_needs_proof() {
 }
 
 #[test]
-fn a_deny_needs_none() {
+fn deny_by_service_account_matches_unproven_identities() {
     db([deny("sa(shop/web) : tcp/1")]).table(
         "shop/db in 10.1.2.1 tcp/1 -> deny by MeshPolicy shop/p ingress[0]
          shop/db in 10.1.2.1 tcp/1 proven -> deny
@@ -47,7 +47,7 @@ fn a_deny_needs_none() {
 }
 
 #[test]
-fn names_and_namespaces_may_be_left_open() {
+fn service_account_name_or_namespace_may_be_a_wildcard() {
     db([allow("sa(*/web)")]).table(
         "shop/db in 10.1.2.1 tcp/1 proven -> allow
          shop/db in 10.1.2.2 tcp/1 proven -> allow
@@ -61,7 +61,7 @@ fn names_and_namespaces_may_be_left_open() {
 }
 
 #[test]
-fn another_alternative_without_accounts_needs_no_proof() {
+fn peer_without_service_accounts_requires_no_proof() {
     db([allow("sa(shop/web) pods() : tcp/1")]).table(
         "shop/db in 10.1.2.1 tcp/1 -> allow
          shop/db in 10.1.2.2 tcp/1 -> deny",

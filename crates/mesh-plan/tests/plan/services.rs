@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Services, asked with `route`.
+//! Tests of services, by the routes that `route` returns.
 
 use std::collections::BTreeSet;
 
@@ -59,7 +59,7 @@ fn tcp(plan: &Compiled, to: &str) -> String {
 }
 
 #[test]
-fn cluster_ips_of_both_families() {
+fn cluster_ips_route_within_their_family() {
     let service = service([
         endpoint("10.1.1.1", 8080, "n1"),
         endpoint("10.1.2.1", 8081, "n2"),
@@ -78,7 +78,7 @@ fn cluster_ips_of_both_families() {
 }
 
 #[test]
-fn endpoint_conditions() {
+fn endpoint_conditions_select_backends() {
     let with = |ready, serving, terminating| ServiceEndpoint {
         ready,
         serving,
@@ -107,7 +107,7 @@ fn endpoint_conditions() {
 }
 
 #[test]
-fn ports_and_transports_keep_apart() {
+fn service_ports_are_separate_per_transport() {
     let mut s = service([endpoint("10.1.1.1", 8080, "n1")]);
     s.ports.push(ServicePort {
         name: "dns".into(),
@@ -129,7 +129,7 @@ fn ports_and_transports_keep_apart() {
 }
 
 #[test]
-fn internal_traffic_may_stay_on_the_node() {
+fn internal_traffic_policy_local_uses_endpoints_of_the_node() {
     let local = || Service {
         internal_local: true,
         ..service([endpoint("10.1.1.1", 1, "n1"), endpoint("10.1.2.1", 2, "n2")])
@@ -141,7 +141,7 @@ fn internal_traffic_may_stay_on_the_node() {
 }
 
 #[test]
-fn node_ports_and_external_addresses() {
+fn node_ports_and_external_ips_are_routed() {
     let mut s = service([endpoint("10.1.1.1", 1, "n1"), endpoint("10.1.2.1", 2, "n2")]);
     s.ports[0].node_port = Some(30080);
     s.external_ips = [ip("192.0.2.7"), ip("10.0.0.2")].into();
@@ -166,7 +166,7 @@ fn node_ports_and_external_addresses() {
 }
 
 #[test]
-fn a_virtual_endpoint_belongs_to_the_first() {
+fn service_cannot_take_an_address_already_in_use() {
     let mut thief = service([endpoint("10.1.2.66", 66, "n2")]);
     thief.cluster_ips = [ip("10.96.0.66")].into();
     thief.external_ips = [ip("10.96.0.1"), ip("10.1.1.1")].into();
@@ -179,7 +179,7 @@ fn a_virtual_endpoint_belongs_to_the_first() {
     assert_eq!(tcp(&plan, "10.1.1.1:80"), "unchanged");
     plan.rejected(
         "Service a/thief",
-        "10.96.0.1 port 80 is already Service shop/web's",
+        "10.96.0.1 port 80 is already used by Service shop/web",
     );
     plan.rejected("Service a/thief", "10.1.1.1 is the address of Pod shop/pod");
     let two = World::new()
@@ -187,11 +187,11 @@ fn a_virtual_endpoint_belongs_to_the_first() {
         .service("shop/a", service([endpoint("10.1.1.1", 1, "n1")]))
         .on("n1");
     assert_eq!(tcp(&two, "10.96.0.1:80"), "10.1.1.1:1");
-    two.rejected("Service shop/b", "Service shop/a keeps it");
+    two.rejected("Service shop/b", "connections to it go to Service shop/a");
 }
 
 #[test]
-fn headless_services_are_names() {
+fn headless_service_only_names_its_endpoints() {
     let s = Service {
         cluster_ips: [].into(),
         headless: true,

@@ -10,7 +10,7 @@ use crate::support::*;
 const EXPECTED: &str = include_str!("texts.txt");
 
 #[test]
-fn every_map_is_shown_with_names() {
+fn plan_text_shows_every_map_with_object_names() {
     let web = Service {
         cluster_ips: [ip("10.96.0.1")].into(),
         ports: vec![ServicePort {

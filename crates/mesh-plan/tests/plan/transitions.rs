@@ -59,8 +59,8 @@ const PORTS: [(Protocol, u16); 6] = [
     (Protocol::ICMP, 0),
 ];
 
-/// Everything that a reader may ask. Pods that come or go have no traffic in between: they are
-/// adopted after, and released before.
+/// All questions that a hook may ask during an update. Pods that come or go have no traffic meanwhile: they
+/// are attached after the update, and detached before it.
 fn questions(old: &Plan, new: &Plan) -> Vec<(String, Addr, Direction, (Protocol, u16))> {
     let mut all = Vec::new();
     let steady = |addr: &Addr| {
@@ -132,7 +132,7 @@ fn follow(old: &Plan, new: &Plan) -> Seen {
 }
 
 #[test]
-fn a_reader_sees_the_old_or_the_new_verdict() {
+fn update_exposes_only_the_old_or_the_new_verdict() {
     let mut r = Random(20_260_801);
     let (mut operations, mut switched, mut bridged) = (0, 0, 0);
     for _ in 0..18 {
@@ -158,7 +158,7 @@ fn a_reader_sees_the_old_or_the_new_verdict() {
 }
 
 #[test]
-fn from_nothing_to_everything_and_back() {
+fn plan_is_built_from_empty_maps_and_removed_completely() {
     let mut r = Random(7);
     for _ in 0..6 {
         let full = world(&mut r).on("n1").plan;
@@ -175,7 +175,7 @@ fn from_nothing_to_everything_and_back() {
 }
 
 #[test]
-fn a_plan_that_was_read_from_maps_is_enough() {
+fn diff_works_from_a_plan_read_from_the_maps() {
     let mut r = Random(9);
     for _ in 0..20 {
         let first = world(&mut r);
@@ -191,7 +191,7 @@ fn a_plan_that_was_read_from_maps_is_enough() {
 }
 
 #[test]
-fn services_switch_with_their_backends_in_place() {
+fn service_switches_only_after_its_backends_are_written() {
     use mesh_plan::cluster::{Service, ServiceEndpoint, ServicePort, Transport};
     let service = |backends: &[&str], ports: &[u16]| Service {
         cluster_ips: [ip("10.96.0.1")].into(),
@@ -254,7 +254,7 @@ fn services_switch_with_their_backends_in_place() {
 }
 
 #[test]
-fn content_goes_after_the_last_reference() {
+fn content_is_removed_after_its_last_reference() {
     let with = World::new().pod("shop/web", "10.1.1.1", "app=web").policy(
         "NetworkPolicy shop/p",
         policy("shop", "").ingress([allow("8.0.0.0/8 : tcp/80")]),
@@ -271,7 +271,7 @@ fn content_goes_after_the_last_reference() {
 }
 
 #[test]
-fn equal_facts_in_any_order_are_one_plan() {
+fn plan_is_independent_of_object_order() {
     let mut r = Random(11);
     for _ in 0..10 {
         let one = world(&mut r);
@@ -295,7 +295,7 @@ fn equal_facts_in_any_order_are_one_plan() {
 }
 
 #[test]
-fn compiling_again_is_compiling() {
+fn incremental_compilation_equals_full_compilation() {
     let mut r = Random(13);
     for _ in 0..30 {
         let mut at = world(&mut r);

@@ -46,7 +46,7 @@ fn enrolled(reporter: &mut Reporter, node: &InForce) -> (Vec<String>, Vec<String
 }
 
 #[test]
-fn a_namespace_is_reported_when_all_its_pods_accept_and_stays_so() {
+fn namespace_is_ready_once_all_its_pods_accept_and_stays_ready() {
     let mut reporter = Reporter::default();
     let half = node(&[("a", true, true), ("b", false, true)], &[]);
     assert_eq!(
@@ -56,7 +56,7 @@ fn a_namespace_is_reported_when_all_its_pods_accept_and_stays_so() {
     let full = node(&[("a", true, true), ("b", true, true)], &[]);
     let all = (vec!["uid-shop".to_owned()], vec![]);
     assert_eq!(enrolled(&mut reporter, &full), all);
-    // A pod that starts is no reason to take it back.
+    // A starting pod does not retract the report.
     assert_eq!(enrolled(&mut reporter, &half), all);
     let mut gone = half.clone();
     Arc::make_mut(&mut gone.snapshot).namespaces.clear();
@@ -64,11 +64,11 @@ fn a_namespace_is_reported_when_all_its_pods_accept_and_stays_so() {
 }
 
 #[test]
-fn an_agent_that_starts_again_takes_nothing_back() {
+fn agent_restart_retracts_no_report() {
     let known = node(&[("a", true, true), ("b", false, true)], &["a", "b"]);
     let all = (vec!["uid-shop".to_owned()], vec![]);
     assert_eq!(enrolled(&mut Reporter::default(), &known), all);
-    // Nobody was told of b.
+    // Pod b was never reported.
     let some = node(&[("a", false, true), ("b", false, true)], &["a"]);
     assert_eq!(
         enrolled(&mut Reporter::default(), &some),
@@ -77,7 +77,7 @@ fn an_agent_that_starts_again_takes_nothing_back() {
 }
 
 #[test]
-fn only_what_lasts_is_reported_as_unprotected() {
+fn only_lasting_problems_are_reported_as_unprotected() {
     let mut reporter = Reporter::default();
     let bad = node(&[("a", true, true), ("b", false, false)], &[]);
     let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
@@ -91,7 +91,7 @@ fn only_what_lasts_is_reported_as_unprotected() {
 }
 
 #[test]
-fn objects_are_reported_with_their_versions() {
+fn object_statuses_carry_their_generations() {
     let mut now = node(&[], &[]);
     let object = ObjectRef::new("MeshPolicy", "shop", "web");
     let version = Version {
@@ -125,7 +125,7 @@ fn objects_are_reported_with_their_versions() {
 }
 
 #[test]
-fn what_is_not_supported_is_named_with_the_version_that_says_it() {
+fn unsupported_fields_are_reported_with_their_generation() {
     let mut status = node(&[], &[]);
     let object = ObjectRef::new("ClusterNetworkPolicy", "", "names");
     let version = Version {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Each case: the sockets of a namespace, and what becomes of the first.
+//! Each case lists the sockets of a namespace, and the expected decision about the first one.
 
 use std::net::IpAddr;
 
@@ -69,7 +69,7 @@ fn first(plan: &Index, pod: &PodView, sockets: &[Socket]) -> Becomes {
     becomes(&judge(plan, pod, sockets, how, NOTHING), sockets)
 }
 
-/// The kernel knows nothing of any socket.
+/// Answers of a kernel that knows none of the sockets.
 const NOTHING: Ask<'_> = Ask {
     is_tunnel: &|_| false,
     is_node_peer: &|_| false,
@@ -96,7 +96,7 @@ const SILENT: u32 = PodState::SILENT | PodState::GATED;
 const READY: u32 = Peer::POD | Peer::ENROLLED | Peer::READY;
 
 #[test]
-fn connections_that_the_pod_opened() {
+fn outbound_connections_are_kept_or_closed() {
     let direct = tcp(ESTABLISHED, [OWN, PEER], 0);
     let half_closed = tcp(CLOSE_WAIT, [OWN, PEER], 0);
     let captured = tcp(ESTABLISHED, [OWN, PEER], MARK_CAPTURE | 7);
@@ -126,14 +126,21 @@ fn connections_that_the_pod_opened() {
         ),
         ("own Required", direct, REQUIRED, 0, READY, Ended),
         (
-            "Required, to a stranger",
+            "Required, to a peer outside the mesh",
             direct,
             REQUIRED,
             0,
             Peer::POD,
             Ended,
         ),
-        ("to a stranger", direct, MEMBER, 0, Peer::POD, Kept),
+        (
+            "to a peer outside the mesh",
+            direct,
+            MEMBER,
+            0,
+            Peer::POD,
+            Kept,
+        ),
         ("captured", captured, STRICT, 0, READY, Kept),
         ("captured, denied now", captured, MEMBER, 9, READY, Kept),
         ("captured, not carried", captured, 0, 9, READY, Ended),
@@ -160,7 +167,7 @@ fn connections_that_the_pod_opened() {
 }
 
 #[test]
-fn a_socket_whose_reverse_is_here_leads_to_the_agent() {
+fn socket_with_a_local_reverse_is_connected_to_the_agent() {
     let app = tcp(ESTABLISHED, [OWN, PEER], 0);
     let agent = tcp(ESTABLISHED, [PEER, OWN], 0);
     let plan = plan(READY);
@@ -177,7 +184,7 @@ fn a_socket_whose_reverse_is_here_leads_to_the_agent() {
 }
 
 #[test]
-fn connections_that_the_pod_accepted() {
+fn inbound_connections_are_kept_or_closed() {
     let listener = tcp(state::LISTEN, ["0.0.0.0:80", "0.0.0.0:0"], 0);
     let plain = tcp(ESTABLISHED, [SERVED, CLIENT], 0);
     let handed = tcp(ESTABLISHED, [SERVED, CLIENT], MARK_INBOUND);
@@ -185,9 +192,16 @@ fn connections_that_the_pod_accepted() {
     for (name, socket, flags, set, peer, expected) in [
         ("plain, Strict", plain, STRICT, 0, Peer::POD, Ended),
         ("plain, Permissive", plain, MEMBER, 0, Peer::POD, Kept),
-        ("plain from who tunnels now", plain, MEMBER, 0, READY, Old),
         (
-            "plain from who is Strict now",
+            "plaintext from a peer that tunnels now",
+            plain,
+            MEMBER,
+            0,
+            READY,
+            Old,
+        ),
+        (
+            "plaintext from a peer that is Strict now",
             plain,
             MEMBER,
             0,
@@ -204,7 +218,7 @@ fn connections_that_the_pod_accepted() {
 }
 
 #[test]
-fn the_agents_tunnels_are_never_judged() {
+fn tunnels_of_the_agent_are_never_closed_by_policy() {
     let listener = tcp(state::LISTEN, ["0.0.0.0:80", "0.0.0.0:0"], 0);
     for (ends, told_by_port) in [
         (["10.1.0.1:15008", "10.2.0.1:3333"], true),
@@ -227,7 +241,7 @@ fn the_agents_tunnels_are_never_judged() {
             assert_eq!(enrolled, Ended, "{ends:?}");
         }
         assert_eq!(of_the_agent(&strict, &[tunnel], is_tunnel).len(), 1);
-        // Also while the pod leaves the mesh; outside of it the port is anybody's.
+        // The same holds while the pod is unenrolled; for a pod outside the mesh the port has no meaning.
         let outside = pod(0, 9);
         let sockets = [tunnel, listener];
         for (carried, expected) in [(true, Kept), (false, Ended)] {
@@ -239,7 +253,7 @@ fn the_agents_tunnels_are_never_judged() {
 }
 
 #[test]
-fn udp_ends_only_where_both_directions_are_denied() {
+fn udp_flow_is_closed_only_if_both_directions_are_denied() {
     let socket = |state| Socket::imagined(Protocol::UDP, state, [OWN, PEER], 0);
     let plan = plan(Peer::POD);
     let connected = socket(ESTABLISHED);
@@ -251,7 +265,7 @@ fn udp_ends_only_where_both_directions_are_denied() {
 }
 
 #[test]
-fn what_the_hooks_know_of_a_direction_counts_more_than_who_listens() {
+fn recorded_direction_takes_precedence_over_listeners() {
     // A set that isolates ingress, one that isolates egress; a port that is listened on, and not.
     let mut plan = bare(Peer::POD);
     for (set, flags) in [
@@ -288,7 +302,7 @@ fn what_the_hooks_know_of_a_direction_counts_more_than_who_listens() {
 }
 
 #[test]
-fn only_sockets_of_this_node_are_node_peers() {
+fn only_sockets_of_this_node_have_node_evidence() {
     let mut plan = bare(Peer::POD);
     let node = Peer {
         id: IdentityId::HOST,

@@ -53,7 +53,7 @@ impl<'a> Attempts<'a> {
         }
     }
 
-    /// Leaves out what is left for the current endpoint.
+    /// Skips the remaining attempts at the current endpoint.
     pub(super) fn skip_endpoint(&mut self) {
         if let Next::NewTunnel(target) = &self.next {
             self.next = match self.other_endpoint(target) {

@@ -51,7 +51,7 @@ struct Limits {
 /// Why an attempt failed.
 struct DialError {
     reason: Reason,
-    /// Whether no agent may have answered at this port: somebody else, or nobody.
+    /// Whether the port may belong to another program than an agent, or to none.
     no_agent: bool,
 }
 

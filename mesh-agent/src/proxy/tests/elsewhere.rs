@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What cannot be reached is tried at another endpoint of the service, and what was proven for one
-//! pod or under one policy is not used for another.
+//! An unreachable endpoint is replaced by another one of the service, and a tunnel is reused only for the
+//! same pods under the same policy.
 
 use std::net::SocketAddr;
 
@@ -17,7 +17,7 @@ use super::rig::*;
 
 const LIST: BackendListId = BackendListId(7);
 
-/// Makes these endpoints the service that every captured connection asked for.
+/// Makes these endpoints the service of every captured connection.
 fn serve(rig: &Rig, endpoints: &[SocketAddr]) {
     let service = Service {
         backends: LIST,
@@ -48,7 +48,7 @@ async fn application(rig: &Rig) -> (SocketAddr, TcpListener) {
     (SocketAddr::new(any.ip(), port), listener)
 }
 
-/// Ports of the server's pod where nobody listens.
+/// Ports of the server's pod without a listener.
 async fn closed(rig: &Rig, count: usize) -> Vec<SocketAddr> {
     let mut ports = Vec::new();
     for _ in 0..count {
@@ -147,7 +147,7 @@ async fn policy_denial_is_not_retried_elsewhere() {
     rig.far.records(1).await;
 }
 
-/// What changes between two connections.
+/// A change between two connections.
 type Change = fn(&mut Plan);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Peers with a good certificate and bad intentions, and peers without one.
+//! Hostile peers, with and without a valid certificate.
 
 use mesh_common::{Endpoint, Reason};
 use mesh_identity::{SpiffeId, server_name};
@@ -15,7 +15,7 @@ use super::super::outbound::HandshakeFailure;
 use super::super::*;
 use super::rig::*;
 
-/// A tunnel to the server's node, by somebody with the client's certificate and address.
+/// Opens a tunnel to the server's node with the client's certificate and address.
 async fn tunnel(rig: &Rig) -> Tunnel {
     let trust = rig.identities.trust_domain();
     let id = |sa| SpiffeId::new(trust, "shop", sa).unwrap();
@@ -45,7 +45,7 @@ fn raw_connection(rig: &Rig) -> TcpStream {
     TcpStream::from_std(rig.net.connect(from, rig.net.real(to)).unwrap()).unwrap()
 }
 
-/// An OPEN as it should be.
+/// A valid OPEN frame.
 fn open(route: &Route) -> Open {
     Open {
         destination: route.to.into(),
@@ -206,7 +206,7 @@ fn frames_out_of_order_end_the_tunnel() {
             flush(&mut tunnel).await;
             assert!(is_ended(&mut tunnel).await, "{what}");
         }
-        // None of them has broken anything.
+        // The server still serves new tunnels.
         let (mut client, mut server) = rig.pair(&route).await;
         client.write_all(b"x").await.unwrap();
         loop {
@@ -241,7 +241,7 @@ fn silent_or_invalid_handshakes_are_closed() {
     });
 }
 
-/// The first flight of a client, as anybody can send it.
+/// The first flight of a client, which needs no certificate.
 fn client_hello() -> Vec<u8> {
     let config = stranger();
     let name = server_name(SERVER.parse().unwrap());
@@ -251,7 +251,7 @@ fn client_hello() -> Vec<u8> {
     hello
 }
 
-/// A client that proves nothing.
+/// A client without a certificate.
 fn stranger() -> Arc<rustls::ClientConfig> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let config = rustls::ClientConfig::builder_with_provider(provider)
@@ -288,7 +288,7 @@ fn silent_connections_are_bounded_per_source() {
         let mut one_more = raw_connection(&rig);
         assert!(is_reset(&mut one_more).await);
         assert_eq!(rig.far.counted(LIMIT_REACHED, 1).await, 1);
-        // Their time ends, and then others are served again.
+        // After their timeout other connections are served again.
         for stream in &mut silent {
             assert!(matches!(stream.read(&mut [0; 9]).await, Ok(0) | Err(_)));
         }
@@ -300,7 +300,7 @@ fn silent_connections_are_bounded_per_source() {
 }
 
 #[test]
-fn abandoned_handshakes_hold_places_until_their_timeout() {
+fn abandoned_handshakes_hold_permits_until_their_timeout() {
     local(async {
         let (rig, route) = Rig::with(bounds(3, 1000)).await;
         let hello = client_hello();
@@ -309,7 +309,7 @@ fn abandoned_handshakes_hold_places_until_their_timeout() {
             let mut stream = raw_connection(&rig);
             stream.writable().await.unwrap();
             stream.write_all(&hello).await.unwrap();
-            // The server's flight: the handshake has its place.
+            // The server has answered: the handshake holds its permit.
             stream.read_u8().await.unwrap();
             begun.push(stream);
         }
@@ -322,7 +322,7 @@ fn abandoned_handshakes_hold_places_until_their_timeout() {
         let waited = at.elapsed();
         assert!(waited > Duration::from_millis(300), "{waited:?}");
         rig.far.counted(TIMEOUT, 3).await;
-        // Where nobody waits, a place is there at once, whoever else is silent.
+        // A pod without waiting handshakes grants a permit at once, even if clients of other pods are silent.
         let silent: Vec<_> = (0..100).map(|_| raw_connection(&rig)).collect();
         let at = std::time::Instant::now();
         rig.near.change(|plan| {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Connections that are open when something changes.
+//! Open connections while policy, pods or the agent change.
 
 use mesh_common::policy::{PolicySetId, SetHead};
 use mesh_plan::Plan;
@@ -27,7 +27,7 @@ async fn closes(rig: &Rig) -> [String; 2] {
         .map(|label| label.expect("close"))
 }
 
-/// What the record of either end says in a field.
+/// Returns a field of the records of both ends.
 async fn labels(rig: &Rig, field: &str) -> [Option<String>; 2] {
     let label = |record: &serde_json::Value| record[field].as_str().map(str::to_owned);
     let near = rig.near.records(1).await;
@@ -42,7 +42,7 @@ async fn policy_change_ends_denied_connections_from_either_end() {
         let (mut client, mut server) = rig.pair(&route).await;
         client.write_all(b"x").await.unwrap();
         server.read_u8().await.unwrap();
-        // A change that does not concern it leaves it alone.
+        // An unrelated change leaves the connection open.
         rig.near.change(|plan| plan.pod_cidrs.clear());
         server.write_all(b"y").await.unwrap();
         client.read_u8().await.unwrap();
@@ -54,7 +54,7 @@ async fn policy_change_ends_denied_connections_from_either_end() {
         assert!(is_reset(&mut client).await);
         assert!(is_reset(&mut server).await);
         assert_eq!(closes(&rig).await, ["policy_changed", "policy_changed"]);
-        // Whoever decides says by what; no rule is what can be told to the other.
+        // The deciding end records its rule; the other end cannot know it.
         let decided = Some("default_deny".to_owned());
         let by = if outgoing {
             [decided, None]
@@ -79,7 +79,7 @@ async fn deleted_pod_ends_its_connections() {
         assert!(is_reset(&mut client).await);
         assert!(is_reset(&mut server).await);
         assert_eq!(closes(&rig).await, ["pod_deleted", "pod_deleted"]);
-        // Whoever keeps the handle keeps the namespace.
+        // A handle keeps the namespace alive.
         let until = std::time::Instant::now() + Duration::from_secs(1);
         while pod.strong_count() > 0 {
             assert!(std::time::Instant::now() < until, "the pod is held");

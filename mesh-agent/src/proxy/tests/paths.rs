@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! From an application on one node to one on the other, and what is refused on the way.
+//! Connections between applications of two nodes, and the reasons for refusals.
 
 use mesh_common::policy::{PolicySetId, RuleId, SetHead};
 use mesh_common::{Peer, PodState, Reason};
@@ -95,7 +95,7 @@ async fn thousand_concurrent_connections_are_relayed() {
     for _ in 0..1000 {
         pairs.push(rig.pair(&route).await);
     }
-    // Which server belongs to which client is told by the first bytes.
+    // The first bytes identify the client of each server.
     let mut tasks = JoinSet::new();
     let mut clients = Vec::new();
     for (number, (mut client, mut server)) in pairs.into_iter().enumerate() {
@@ -283,7 +283,7 @@ async fn silent_refusals_are_held_open_within_a_bound() {
     });
     let mut held = rig.connect(&route).await;
     held.write_all(b"hello").await.unwrap();
-    // What happened is told at once, to everybody but the client.
+    // The record and the metrics are written at once; only the client sees silence.
     let refused = Reason::DefaultDeny.label();
     assert_eq!(rig.near.records(1).await[0]["close"], refused);
     assert_eq!(rig.far.records(1).await[0]["close"], refused);
@@ -296,7 +296,7 @@ async fn silent_refusals_are_held_open_within_a_bound() {
         let series = format!("mesh_policy_silent_refusals_total{{result=\"{result}\"}}");
         assert_eq!(rig.near.counted(&series, 1).await, 1, "{result}");
     }
-    // The place is free again.
+    // The slot is free again.
     let mut again = rig.connect(&route).await;
     let nothing = tokio::time::timeout(Duration::from_millis(300), again.read(&mut [0])).await;
     assert!(nothing.is_err(), "{nothing:?}");
@@ -308,10 +308,10 @@ async fn silent_refusals_are_held_open_within_a_bound() {
     assert!(is_reset(&mut told).await);
 }
 
-/// A missing policy is a fault and not a refusal by policy: the client is told at once, also by a pod
-/// that refuses silently.
+/// A missing policy is a failure and not a refusal by policy: the client gets a reset at once, even from
+/// a pod that refuses silently.
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn a_refusal_without_a_policy_is_not_silent() {
+async fn refusal_without_policy_is_not_silent() {
     let (rig, route) = Rig::with(Timing {
         silence: Duration::from_secs(60),
         ..timing()

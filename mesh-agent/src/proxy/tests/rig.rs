@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The two nodes, their pods, and what stands for the kernel.
+//! Two nodes with their pods, and substitutes for the kernel programs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
@@ -41,7 +41,7 @@ fn next_net() -> u8 {
     u8::try_from(NEXT.fetch_add(1, Relaxed)).unwrap()
 }
 
-/// Where things that have a pod's address really are: on loopback, in a net of the rig's own.
+/// Maps addresses of pods to loopback addresses in a network of the rig's own.
 #[derive(Clone)]
 pub(super) struct Loopback {
     net: u8,
@@ -344,7 +344,7 @@ impl Rig {
         for id in &wanted {
             identities.ready(id).await.unwrap();
         }
-        // Nobody changes what is wanted, until the process ends.
+        // The requested identities do not change until the process ends.
         std::mem::forget(sender);
 
         let server: SocketAddr = format!("{SERVER}:0").parse().unwrap();
@@ -377,7 +377,7 @@ impl Rig {
         (rig, Route { to, application })
     }
 
-    /// The agent of the server's node goes, and another comes.
+    /// Replaces the agent of the server's node.
     pub(super) async fn restart_far(&mut self) {
         let listeners = Listeners {
             tunnel4: Some(self.tunnel.try_clone().unwrap()),

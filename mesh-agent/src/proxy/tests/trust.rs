@@ -44,7 +44,7 @@ impl Authority {
         }
     }
 
-    /// Puts a new certificate of everybody where the agent looks, with these roots.
+    /// Writes new certificates of all identities, with these roots, to the files that the agent reads.
     fn issue(&self, dir: &Path, roots: &str) {
         for name in NAMES {
             self.issue_for(dir, roots, (name, HOUR));
@@ -99,7 +99,7 @@ fn trust(dir: &Path, roots: &str) {
     std::fs::write(dir.join("ca.crt"), roots).unwrap();
 }
 
-/// Certificates of `ca`, and a list on which nobody is.
+/// Certificates of `ca`, and an empty revocation list.
 async fn rig(ca: &Authority) -> (Rig, Route) {
     Rig::of(timing(), |config, dir| {
         ca.issue(dir, &ca.pem);
@@ -157,7 +157,7 @@ async fn exchange(rig: &Rig, route: &Route) {
     assert_eq!(answer, b"answer");
 }
 
-/// Makes connections until told to stop; how many were made.
+/// Makes connections until told to stop; returns their number.
 async fn load(rig: Arc<Rig>, route: Arc<Route>, stop: watch::Receiver<bool>) -> u32 {
     let mut made = 0;
     while !*stop.borrow() {
