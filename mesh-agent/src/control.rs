@@ -326,7 +326,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
             return;
         };
         let name = &pod.local.name;
-        let trouble = match made::ensure(&pod.home.netns, &enrollment.list) {
+        let trouble = match netns_config::ensure(&pod.home.netns, &enrollment.list) {
             Ok(restored) => {
                 for what in &restored {
                     tracing::warn!(pod = %name, %what, "restored network configuration that was removed from the pod");

@@ -8,7 +8,7 @@ use mesh_common::{Endpoint, Reason};
 use mesh_plan::Plan;
 use mesh_plan::plan::MapOp;
 
-use mesh_datapath::datapath::{Datapath, Error, PodAttachment, PodFacts};
+use mesh_datapath::datapath::{AttachedPod, Datapath, Error, PodAttachment};
 use mesh_sys::sock_diag::Socket;
 
 /// What `control` asks of the datapath; each method is the one of [`Datapath`].
@@ -34,7 +34,7 @@ pub trait Kernel {
     ///
     /// # Errors
     /// When no slot is left, or the kernel refuses.
-    fn add_pod(&mut self, pod: &PodAttachment<'_>) -> Result<PodFacts, Error>;
+    fn add_pod(&mut self, pod: &PodAttachment<'_>) -> Result<AttachedPod, Error>;
     /// See [`Datapath::set_listener`].
     ///
     /// # Errors
@@ -102,7 +102,7 @@ impl Kernel for Datapath {
         Self::pods(self)
     }
 
-    fn add_pod(&mut self, pod: &PodAttachment<'_>) -> Result<PodFacts, Error> {
+    fn add_pod(&mut self, pod: &PodAttachment<'_>) -> Result<AttachedPod, Error> {
         Self::add_pod(self, pod)
     }
 

@@ -14,7 +14,7 @@ use mesh_common::identity::{IdentityId, Peer};
 use mesh_common::pod::{PodState, PodView};
 use mesh_datapath::datapath::{Config, Datapath, PodAttachment};
 use mesh_datapath::pods::find::ByAnnotation;
-use mesh_datapath::pods::{self, Home};
+use mesh_datapath::pods::{self, PodNetns};
 use mesh_plan::plan::{Entry, LocalPod, MapOp};
 use mesh_test::pod::probe_cmd;
 use mesh_test::reports::{Storm, Tcp};
@@ -37,13 +37,13 @@ impl Drop for Pins {
 struct Captured {
     _datapath: Datapath,
     _pins: Pins,
-    home: Home,
-    made: Vec<mesh_datapath::pods::made::Made>,
+    pod_netns: PodNetns,
+    items: Vec<mesh_datapath::pods::netns_config::NetnsItem>,
 }
 
 impl Drop for Captured {
     fn drop(&mut self) {
-        let _left = pods::withdraw(&self.home, &self.made);
+        let _left = pods::unenroll(&self.pod_netns, &self.items);
     }
 }
 
@@ -81,8 +81,8 @@ fn capture(lab: &Lab, pod: &Pod) -> Captured {
         netns_path: Some(pod.path().display().to_string()),
         ..LocalPod::default()
     };
-    let home = pods::find(pod.uid(), &local, &ByAnnotation).expect("the namespace");
-    let (listeners, made) = pods::enrol(&home, &local).expect("prepared");
+    let pod_netns = pods::find(pod.uid(), &local, &ByAnnotation).expect("the namespace");
+    let (listeners, items) = pods::enroll(&pod_netns, &local).expect("prepared");
     let view = PodView {
         id: IdentityId(IdentityId::FIRST_WORKLOAD.0),
         v4: IpAddr::from(pod.v4()).into(),
@@ -92,8 +92,8 @@ fn capture(lab: &Lab, pod: &Pod) -> Captured {
     };
     let attachment = PodAttachment {
         uid: pod.uid(),
-        netns: home.netns.as_fd(),
-        netns_cookie: home.cookie,
+        netns: pod_netns.netns.as_fd(),
+        netns_cookie: pod_netns.cookie,
         link: None,
         mac: [0; 8],
         view,
@@ -120,8 +120,8 @@ fn capture(lab: &Lab, pod: &Pod) -> Captured {
     Captured {
         _datapath: datapath,
         _pins: pins,
-        home,
-        made,
+        pod_netns,
+        items,
     }
 }
 

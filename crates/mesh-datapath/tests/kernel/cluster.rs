@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use mesh_datapath::pods::find::{ByCgroup, ByCri, Find};
-use mesh_datapath::pods::{self, Home};
+use mesh_datapath::pods::{self, PodNetns};
 use mesh_plan::plan::LocalPod;
 use mesh_test::cluster::{BASE, SOON};
 use mesh_test::{Cluster, eventually, sweep::remains};
@@ -139,7 +139,7 @@ fn found_both_ways(cluster: &Cluster, pod: &Value) {
         static_uid: None,
         ..local
     };
-    let none = |find: &dyn Fn() -> Result<Home, pods::Error>, why: &str| {
+    let none = |find: &dyn Fn() -> Result<PodNetns, pods::Error>, why: &str| {
         let said = || find().err().map(|error| error.to_string());
         eventually(why, SOON, || said()?.contains(why).then_some(()))
             .map_err(|error| error.context(format!("{:?}", said())))
@@ -150,13 +150,14 @@ fn found_both_ways(cluster: &Cluster, pod: &Value) {
     none(&|| pods::find(other, &nobody, &cgroups), "no process");
 }
 
-fn found(uid: &str, local: &LocalPod, find: &impl Find) -> Home {
+fn found(uid: &str, local: &LocalPod, find: &impl Find) -> PodNetns {
     let mut last = None;
-    let home = eventually("the pod's namespace", SOON, || {
+    let netns = eventually("the pod's namespace", SOON, || {
         pods::find(uid, local, find)
             .map_err(|error| last = Some(error.to_string()))
             .ok()
     });
-    home.map_err(|error| error.context(format!("{last:?}")))
+    netns
+        .map_err(|error| error.context(format!("{last:?}")))
         .expect("it is found")
 }

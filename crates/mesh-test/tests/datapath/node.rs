@@ -169,7 +169,11 @@ fn flushed_pod_rules_are_restored() {
         (routing(&a).len() == whole.len()).then_some(())
     })
     .unwrap_or_else(|e| panic!("{}", mesh.explain(&format!("{e:#}"))));
-    assert!(mesh.agents[0].log_tail().contains("restored network configuration"));
+    assert!(
+        mesh.agents[0]
+            .log_tail()
+            .contains("restored network configuration")
+    );
     for to in b.all_at(7000) {
         mesh.reach(&a, to);
     }
