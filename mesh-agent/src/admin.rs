@@ -21,8 +21,8 @@ use tokio::task::JoinSet;
 use crate::control::InForce;
 use crate::source::Report;
 use mesh_config::AdminAddr;
+use mesh_datapath::Handles;
 use mesh_datapath::cni::CniConflicts;
-use mesh_datapath::datapath::Handles;
 use mesh_log::Level;
 
 mod pages;

@@ -68,7 +68,7 @@ pub enum Error {
     SourceEnded,
     /// The kernel refused an operation.
     #[error(transparent)]
-    Datapath(#[from] mesh_datapath::datapath::Error),
+    Datapath(#[from] mesh_datapath::Error),
     /// The node's interfaces cannot be read.
     #[error("cannot read this node's interfaces")]
     Links(#[source] io::Error),

@@ -16,6 +16,8 @@ pub mod cni;
 pub mod datapath;
 pub mod pods;
 
+pub use datapath::{AttachedPod, Config, Datapath, Error, Events, Handles, PodAttachment};
+
 /// The paths of the node that the datapath uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Host {

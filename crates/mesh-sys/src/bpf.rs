@@ -196,8 +196,8 @@ pub fn remove(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<()> {
 pub fn count(map: BorrowedFd<'_>, (key, value): (usize, usize)) -> io::Result<u64> {
     /// The elements in one batch: more than one bucket of the agent's maps holds.
     const MOST: u32 = 4096;
-    let room = |size: usize| vec![0_u8; size * MOST as usize];
-    let (mut keys, mut values) = (room(key), room(value));
+    let buffer = |size: usize| vec![0_u8; size * MOST as usize];
+    let (mut keys, mut values) = (buffer(key), buffer(value));
     let (mut from, mut to, mut first) = (0_u32, 0_u32, true);
     let mut total = 0;
     loop {

@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 
 use super::managed::{Enrollment, ManagedPod, Retry, before_the_first_plan};
 use super::{Control, Kernel, connections, describe, sockets};
-use mesh_datapath::datapath::PodAttachment;
+use mesh_datapath::PodAttachment;
 use mesh_datapath::pods::find::Find;
 use mesh_datapath::pods::{self, PodHandle, PodNetns, watch};
 use mesh_sys::route::Link;

@@ -13,7 +13,7 @@ use mesh_plan::Plan;
 use mesh_plan::plan::{Entry, LocalPod, MapOp};
 
 use super::kernel::Kernel;
-use mesh_datapath::datapath::{AttachedPod, Error, PodAttachment};
+use mesh_datapath::{AttachedPod, Error, PodAttachment};
 
 /// An old connection: the pod's end, the other end, why it is left.
 pub(super) type Old = (Endpoint, Endpoint, Reason);

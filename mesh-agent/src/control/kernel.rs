@@ -8,7 +8,7 @@ use mesh_common::{Endpoint, Reason};
 use mesh_plan::Plan;
 use mesh_plan::plan::MapOp;
 
-use mesh_datapath::datapath::{AttachedPod, Datapath, Error, PodAttachment};
+use mesh_datapath::{AttachedPod, Datapath, Error, PodAttachment};
 use mesh_sys::sock_diag::Socket;
 
 /// What `control` asks of the datapath; each method is the one of [`Datapath`].
@@ -66,13 +66,13 @@ pub trait Kernel {
     ) -> Result<(), Error>;
     /// See [`Handles::decided`]; `None` where no hooks decide.
     ///
-    /// [`Handles::decided`]: mesh_datapath::datapath::Handles::decided
+    /// [`Handles::decided`]: mesh_datapath::Handles::decided
     fn decided(&self) -> Option<BorrowedFd<'_>> {
         None
     }
     /// See [`Handles::is_tunnel`].
     ///
-    /// [`Handles::is_tunnel`]: mesh_datapath::datapath::Handles::is_tunnel
+    /// [`Handles::is_tunnel`]: mesh_datapath::Handles::is_tunnel
     fn is_tunnel(&self, _socket: &Socket) -> bool {
         false
     }

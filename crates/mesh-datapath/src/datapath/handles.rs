@@ -154,7 +154,7 @@ impl Handles {
     pub fn counter(&self, counter: Counter) -> u64 {
         debug_assert!(
             counter.index() < COUNTERS,
-            "the map has room for every counter"
+            "the map has an entry for each counter"
         );
         let mut values = vec![0u8; 8 * self.inner.cpus];
         let key = counter.index().to_ne_bytes();
