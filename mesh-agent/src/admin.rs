@@ -21,8 +21,8 @@ use tokio::task::JoinSet;
 use crate::control::InForce;
 use crate::source::Report;
 use mesh_config::AdminAddr;
-use mesh_datapath::cni::Neighbour;
-use mesh_datapath::datapath::Handles;
+use mesh_datapath::Handles;
+use mesh_datapath::cni::CniConflicts;
 use mesh_log::Level;
 
 mod pages;
@@ -72,7 +72,7 @@ pub struct Views {
     /// The fields that are rejected now.
     pub rejections: watch::Receiver<Arc<Vec<Rejection>>>,
     /// The node's CNI plugin and its conflicts with the mesh.
-    pub cni_conflicts: watch::Receiver<Arc<Neighbour>>,
+    pub cni_conflicts: watch::Receiver<Arc<CniConflicts>>,
     /// The state of the source of the cluster's state.
     pub source: watch::Receiver<Arc<Report>>,
     /// Tells tunnels from connections of applications; `None` = there are no tunnels.

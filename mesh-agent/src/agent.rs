@@ -32,8 +32,8 @@ use crate::shutdown::{self, Successor};
 use crate::source;
 use mesh_config::{Config, Deny, TunnelPort};
 use mesh_datapath::cni;
-use mesh_datapath::datapath::{self, Datapath, Handles};
 use mesh_datapath::pods::find::{ByAnnotation, ByCgroup, ByCri, Finder};
+use mesh_datapath::{Datapath, Handles, datapath};
 use mesh_identity::{Ca, Clock, GrpcCa, Identities, TrustDomain};
 use mesh_log::Level;
 use mesh_sys::route::Routing;
@@ -162,7 +162,7 @@ struct Components {
     in_force: watch::Receiver<Arc<InForce>>,
     rejections: watch::Receiver<Arc<Vec<Rejection>>>,
     source: watch::Receiver<Arc<source::Report>>,
-    cni_conflicts: watch::Receiver<Arc<cni::Neighbour>>,
+    cni_conflicts: watch::Receiver<Arc<cni::CniConflicts>>,
     datapath: Handles,
     flow_log: Flows,
     identities: Identities,
@@ -384,7 +384,7 @@ fn source_settings(config: &Config) -> source::Settings {
 fn watch_cni_conflicts(
     config: &Config,
     in_force: &watch::Receiver<Arc<InForce>>,
-) -> watch::Receiver<Arc<cni::Neighbour>> {
+) -> watch::Receiver<Arc<cni::CniConflicts>> {
     let links = Routing::open().and_then(|mut routing| routing.links());
     let links: Vec<String> = links
         .unwrap_or_default()

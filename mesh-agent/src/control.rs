@@ -68,7 +68,7 @@ pub enum Error {
     SourceEnded,
     /// The kernel refused an operation.
     #[error(transparent)]
-    Datapath(#[from] mesh_datapath::datapath::Error),
+    Datapath(#[from] mesh_datapath::Error),
     /// The node's interfaces cannot be read.
     #[error("cannot read this node's interfaces")]
     Links(#[source] io::Error),
@@ -326,7 +326,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
             return;
         };
         let name = &pod.local.name;
-        let trouble = match made::ensure(&pod.home.netns, &enrollment.list) {
+        let trouble = match netns_config::ensure(&pod.home.netns, &enrollment.list) {
             Ok(restored) => {
                 for what in &restored {
                     tracing::warn!(pod = %name, %what, "restored network configuration that was removed from the pod");

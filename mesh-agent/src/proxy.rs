@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use mesh_common::Port;
 use mesh_common::settings::TUNNEL_PORT;
-use mesh_datapath::datapath::Handles;
+use mesh_datapath::Handles;
 use mesh_identity::Identities;
 use mesh_telemetry::record::Recorder;
 use tokio::sync::{mpsc, watch};

@@ -13,14 +13,14 @@ pub struct Backoff {
     pub first: Duration,
     /// The upper bound of the delay, before jitter.
     pub longest: Duration,
-    /// The factors by which jitter multiplies the delay: clients that failed together do not retry
+    /// The range of the random factor that scales the delay, so that clients that failed together do not retry
     /// together.
     pub jitter: RangeInclusive<f64>,
 }
 
 impl Backoff {
-    /// The delay before the next attempt: doubles with each failure before this one. `random` is a
-    /// number between 0 and 1.
+    /// Returns the delay before the next attempt, which doubles with each earlier failure. `random` is a number
+    /// between 0 and 1.
     #[must_use]
     pub fn delay(&self, earlier_failures: u32, random: f64) -> Duration {
         let doubled = self

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the controller is told.
+//! The configuration of `mesh-controller`.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -8,20 +8,20 @@ use std::time::Duration;
 use super::flags::Values;
 use super::{Error, LogConfig, Origin, Surroundings, kubeconfig, values};
 
-/// Everything that `controller` needs.
+/// The configuration of `mesh-controller`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ControllerConfig {
-    /// How the Kubernetes API is reached; `None` = as a pod of the cluster.
+    /// The kubeconfig file; `None` = the pod's service account.
     pub kubeconfig: Option<PathBuf>,
-    /// Where lease, Secret, ConfigMap and the agents' service account are.
+    /// The namespace of the Lease, the Secret, the ConfigMap and the agents' service account.
     pub namespace: String,
-    /// What this replica is called.
+    /// The holder identity of this replica.
     pub replica: String,
-    /// How long the leading replica may be silent; from 2 s to 5 min.
+    /// The duration of the leader election Lease, from 2 s to 5 min.
     pub lease: Duration,
-    /// Where certificates are served.
+    /// The listening address of the certificate service.
     pub listen: SocketAddr,
-    /// Where metrics and probes are served.
+    /// The listening address of metrics and probes.
     pub metrics: SocketAddr,
     /// The trust domain of SPIFFE identities.
     pub trust_domain: String,
@@ -29,13 +29,13 @@ pub struct ControllerConfig {
     pub agent_account: String,
     /// The audience of the agents' tokens.
     pub audience: String,
-    /// Names and addresses of the controller, beside its service's.
+    /// DNS names and IP addresses of the controller in addition to its Service's name.
     pub serving_names: Vec<String>,
-    /// The longest life of what is signed.
+    /// The longest lifetime of signed certificates.
     pub certificate_life: Duration,
-    /// How long a new root is published before it signs.
+    /// How long a new root is published before it signs certificates.
     pub root_overlap: Duration,
-    /// Logs.
+    /// The log configuration.
     pub log: LogConfig,
 }
 
@@ -52,7 +52,7 @@ pub(super) fn parse(
             .ok_or_else(|| Error::Value {
                 origin: Origin::Default("replica"),
                 value: String::new(),
-                why: "HOSTNAME is not set; give the replica a name of its own".to_owned(),
+                why: "HOSTNAME is not set; set a unique name with --replica".to_owned(),
             })?,
     };
     let between = |least: u64, most: u64| {
@@ -61,7 +61,7 @@ pub(super) fn parse(
             if (least..=most).contains(&duration.as_secs()) {
                 Ok(duration)
             } else {
-                Err(format!("expected from {least}s to {most}s"))
+                Err(format!("must be between {least}s and {most}s"))
             }
         }
     };

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Declares what a setting is, and gathers the texts of settings from flags, environment and file. It does
-//! not parse values.
+//! Collects the values of settings from flags, environment and file as text. It does not parse them.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -46,11 +45,11 @@ impl Program {
                 ("run", "Run the agent of a node"),
                 (
                     "check",
-                    "Probe the kernel and report which features are missing and what that means",
+                    "Test the features of this node and report missing ones with their effects",
                 ),
                 (
                     "cleanup",
-                    "Remove every pin, link, rule and route of the mesh from this node",
+                    "Remove all pins, links, rules and routes of the mesh from this node",
                 ),
             ],
             Self::Controller => &[
@@ -60,17 +59,17 @@ impl Program {
                 ),
                 (
                     "rotate-root",
-                    "Ask the controllers to replace the root of the CA, with overlap",
+                    "Ask the controllers to replace the CA's root certificate, with an overlap",
                 ),
                 (
                     "uninstall",
-                    "Stop all agents of the cluster and run cleanup on every node",
+                    "Stop all agents of the cluster and run cleanup on each node",
                 ),
             ],
         }
     }
 
-    /// The settings that a subcommand takes.
+    /// Returns the settings of a subcommand.
     fn flags(self, subcommand: &str) -> impl Iterator<Item = &'static Flag> {
         FLAGS.iter().filter(move |flag| match (self, subcommand) {
             (Self::Agent, "run") => flag.applies != Applies::Controller,
@@ -80,7 +79,7 @@ impl Program {
     }
 }
 
-/// Which programs take a setting.
+/// The programs that a setting applies to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Applies {
     /// The agent.
@@ -94,21 +93,21 @@ pub enum Applies {
 /// One setting.
 #[derive(Clone, Copy, Debug)]
 pub struct Flag {
-    /// The flag without dashes, and the key of the file.
+    /// The flag without dashes, which is also the key in the file.
     pub name: &'static str,
-    /// How its value looks.
+    /// The format of the value.
     pub value: &'static str,
-    /// What holds if nothing is said; `None` = it must be said, or `computed` tells.
+    /// The default; `None` = the setting is required, or `computed` describes its default.
     pub default: Option<&'static str>,
-    /// How the default is found on the machine, for settings without a fixed one.
+    /// A description of the default that is determined at run time.
     pub computed: Option<&'static str>,
-    /// May be given several times (in the environment: separated by commas; in the file: a list).
+    /// Whether the setting can be repeated (in the environment: separated by commas; in the file: an array).
     pub many: bool,
-    /// Every subcommand of the agent takes it, not only `run`.
+    /// Whether the setting applies to all subcommands of the agent, not only to `run`.
     pub everywhere: bool,
-    /// Which programs take it.
+    /// The programs that the setting applies to.
     pub applies: Applies,
-    /// What it is.
+    /// The description.
     pub help: &'static str,
 }
 
@@ -158,28 +157,26 @@ impl Flag {
 
 const CONFIG: &str = "config";
 
-/// The variable of a setting.
+/// Returns the environment variable of a setting.
 #[must_use]
 pub(super) fn env_name(flag: &str) -> String {
     format!("MESH_{}", flag.to_uppercase().replace('-', "_"))
 }
 
-/// The texts that were given, each with where it came from.
+/// The values of all settings as text, with their origins.
 #[derive(Debug)]
 pub(super) struct Values(BTreeMap<&'static str, Vec<(Origin, String)>>);
 
 impl Values {
-    /// Returns the subcommand and the texts of all its settings: a flag wins over the environment, that
-    /// over the file, and that over the default.
+    /// Returns the subcommand and the values of its settings. A flag overrides the environment, the environment
+    /// overrides the file, and the file overrides the default.
     pub(super) fn gather(
         program: Program,
         args: impl IntoIterator<Item = OsString>,
         around: &impl Surroundings,
     ) -> Result<(String, Self), Error> {
         let matches = command_line(program).try_get_matches_from(args)?;
-        let (name, matches) = matches
-            .subcommand()
-            .expect("clap refuses a command line without a subcommand");
+        let (name, matches) = matches.subcommand().expect("clap requires a subcommand");
         let env = |name: &str| around.env(name).filter(|value| !value.is_empty());
         let path = matches
             .get_one::<String>(CONFIG)
@@ -212,7 +209,7 @@ impl Values {
         Ok((name.to_owned(), Self(all)))
     }
 
-    /// Parses a setting that may be given several times.
+    /// Parses a setting that can be repeated.
     pub(super) fn list<T>(
         &mut self,
         name: &'static str,
@@ -228,7 +225,7 @@ impl Values {
             .collect()
     }
 
-    /// Parses a setting that may be absent.
+    /// Parses an optional setting.
     pub(super) fn optional<T>(
         &mut self,
         name: &'static str,
@@ -237,7 +234,7 @@ impl Values {
         Ok(self.list(name, parse)?.pop())
     }
 
-    /// Parses a setting that must be there.
+    /// Parses a required setting.
     pub(super) fn required<T>(
         &mut self,
         name: &'static str,
@@ -252,7 +249,7 @@ impl Values {
         })
     }
 
-    /// Whether every setting was read.
+    /// Returns whether all settings were read.
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -272,7 +269,7 @@ fn command_line(program: Program) -> clap::Command {
         let config = clap::Arg::new(CONFIG)
             .long(CONFIG)
             .value_name("FILE")
-            .help("A TOML file whose keys are the flags' names [env: MESH_CONFIG]");
+            .help("A TOML file whose keys are the names of flags [env: MESH_CONFIG]");
         let mut command = clap::Command::new(*name)
             .about(*about)
             .args_override_self(true)
@@ -301,7 +298,7 @@ fn command_line(program: Program) -> clap::Command {
 
 type FileValues = BTreeMap<String, Vec<(Origin, String)>>;
 
-/// Reads the file. It may hold any setting: one file serves every subcommand.
+/// Reads the configuration file. It can contain any setting, so that one file serves all subcommands.
 fn read(path: &Path) -> Result<FileValues, Error> {
     let text = std::fs::read_to_string(path).map_err(|source| Error::Read {
         path: path.to_owned(),
@@ -354,18 +351,18 @@ fn scalar(value: &toml::Value) -> Option<String> {
     }
 }
 
-/// The reference of all settings, as Markdown.
+/// Returns the reference of all settings as Markdown.
 #[must_use]
 pub fn reference() -> String {
     let mut text = String::from(
         "<!-- Generated from crates/mesh-config/src/flags.rs; do not edit. -->\n\
          # Configuration\n\n\
          Every setting of `mesh-agent` and `mesh-controller` is a flag, an environment variable and a key\n\
-         of the TOML file that `--config FILE` (`MESH_CONFIG`) names. A flag wins over the environment, and\n\
-         the environment over the file. An unknown key in the file is an error. An empty variable counts as\n\
-         not set. Lists are separated by commas in a variable, and are arrays in the file.\n\n\
-         `mesh-agent run` takes the settings of the agent; `mesh-agent check` and `mesh-agent cleanup` take\n\
-         those marked with *. All subcommands of `mesh-controller` take the settings of the controller.\n\n\
+         of the TOML file that `--config FILE` (`MESH_CONFIG`) names. A flag overrides the environment, and\n\
+         the environment overrides the file. An unknown key in the file is an error. An empty variable counts\n\
+         as not set. Lists are separated by commas in a variable, and are arrays in the file.\n\n\
+         `mesh-agent run` accepts the settings of the agent; `mesh-agent check` and `mesh-agent cleanup` accept\n\
+         those marked with *. All subcommands of `mesh-controller` accept the settings of the controller.\n\n\
          | Flag and key | Program | Variable | Value | Default | Description |\n\
          |---|---|---|---|---|---|\n",
     );
@@ -390,10 +387,10 @@ pub fn reference() -> String {
             default,
             flag.help.replace('|', "\\|"),
         );
-        line.expect("a String takes everything");
+        line.expect("writing to a String does not fail");
     }
     text.push_str(
-        "\nExit codes: 0; 1 failed; 2 usage; 69 a kernel feature is missing; 70 internal error; 78 configuration.\n",
+        "\nExit codes: 0 success; 1 failure; 2 usage error; 69 missing kernel feature; 70 internal error; 78 invalid configuration.\n",
     );
     text
 }

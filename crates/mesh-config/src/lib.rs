@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Configuration of `mesh-agent` and `mesh-controller`: command line, environment and file, in this order,
-//! become typed values once. Nothing else in the workspace reads the environment or parses a setting.
+//! The configuration of `mesh-agent` and `mesh-controller`: parses command line, environment and file into typed
+//! values. Nothing else in the workspace reads the environment or parses a setting.
 //!
-//! Every setting is one row of [`FLAGS`]: a flag, a variable `MESH_...` and a key of `--config`. A value that
-//! cannot be used is an [`Error`] that says where it came from.
+//! Each setting is one row of [`FLAGS`]: a flag, a variable `MESH_...` and a key of the file `--config`. An invalid
+//! value is an [`Error`] that states the origin of the value.
 
 #![forbid(unsafe_code)]
 
@@ -29,89 +29,89 @@ pub use values::cgroup2_mount;
 
 use flags::{Program, Values};
 
-/// What `mesh-agent` was asked to do.
+/// A subcommand of `mesh-agent` with its configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AgentCommand {
-    /// `run`: run the agent of a node.
+    /// `run`: runs the agent of a node.
     Run(Box<Config>),
-    /// `check`: probe the kernel and report what is missing.
+    /// `check`: tests the features of this node and reports missing ones.
     Check(HostConfig),
-    /// `cleanup`: remove every pin, link, rule and route of the mesh.
+    /// `cleanup`: removes all pins, links, rules and routes of the mesh from this node.
     Cleanup(HostConfig),
 }
 
-/// What `mesh-controller` was asked to do.
+/// A subcommand of `mesh-controller` with its configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ControllerCommand {
-    /// `run`: be the cluster's CA, and write the status of policies.
+    /// `run`: runs the cluster's CA, and writes the status of policies.
     Run(Box<ControllerConfig>),
-    /// `rotate-root`: ask the controllers to replace the root of the CA.
+    /// `rotate-root`: asks the controllers to replace the CA's root certificate.
     RotateRoot(Box<ControllerConfig>),
-    /// `uninstall`: remove the mesh from every node of the cluster.
+    /// `uninstall`: removes the mesh from all nodes of the cluster.
     Uninstall(Box<ControllerConfig>),
 }
 
-/// Everything that `mesh-agent run` needs.
+/// The configuration of `mesh-agent run`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// The name of this machine's Node.
+    /// The name of this machine's Node object.
     pub node: String,
-    /// Where the state of the cluster comes from.
+    /// The source of cluster objects.
     pub source: Source,
-    /// How the Kubernetes API is reached; `None` = as a pod of the cluster.
+    /// The kubeconfig file; `None` = the pod's service account.
     pub kubeconfig: Option<PathBuf>,
-    /// The proc file system that shows the processes of the machine.
+    /// The proc file system with the host's processes.
     pub proc: PathBuf,
-    /// The container runtime's socket; `None` = it is not asked.
+    /// The CRI socket of the container runtime; `None` = not used.
     pub cri_socket: Option<PathBuf>,
-    /// Who signs certificates.
+    /// The CA that issues certificates.
     pub ca: Ca,
     /// The trust domain of SPIFFE identities, a DNS name in lower case.
     pub trust_domain: String,
-    /// Trust domains that count as the same.
+    /// Trust domains whose identities are treated as identities of `trust_domain`.
     pub trust_domain_aliases: Vec<String>,
-    /// Files of certificate revocation lists.
+    /// The files of certificate revocation lists.
     pub crls: Vec<PathBuf>,
-    /// What the agent takes of the machine.
+    /// The paths of this machine.
     pub host: HostConfig,
-    /// Where the agent's own state and questions about it are found.
+    /// The listening addresses of the admin interface.
     pub admin: Vec<AdminAddr>,
-    /// Where metrics and probes are served.
+    /// The listening address of metrics and probes.
     pub metrics: SocketAddr,
-    /// Where records of connections go.
+    /// The destination of flow records.
     pub flow_log: FlowLog,
-    /// How long open connections may go on after SIGTERM.
+    /// How long open connections can continue after SIGTERM.
     pub drain: Duration,
-    /// Pod CIDRs beside those of Node objects.
+    /// Pod CIDRs in addition to those in Node objects.
     pub pod_cidrs: Vec<IpNet>,
-    /// Threads that carry connections.
+    /// The number of proxy threads.
     pub workers: NonZeroUsize,
-    /// The port on which the agents of other nodes are reached.
+    /// The destination port of tunnels to other nodes.
     pub tunnel_port: TunnelPort,
-    /// What a client elsewhere sees of a connection that a pod of this node refuses.
+    /// How connections that policy denies are handled.
     pub deny: Deny,
-    /// Whether the decisions of the kernel programs are logged.
+    /// Whether each decision of the eBPF programs is logged.
     pub trace_datapath: bool,
-    /// Logs.
+    /// The log configuration.
     pub log: LogConfig,
 }
 
-/// What the agent takes of the machine it runs on.
+/// The paths of the machine that all subcommands of `mesh-agent` use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostConfig {
-    /// The cgroup (of the cgroup2 hierarchy) below which sockets are the mesh's.
+    /// The cgroup2 directory that contains the cgroups of all pods.
     pub cgroup: PathBuf,
-    /// The BPF file system.
+    /// The mount point of the BPF file system.
     pub bpffs: PathBuf,
-    /// What must survive a restart of the machine: last good objects.
+    /// The directory for state that must survive a reboot: the last valid objects.
     pub state_dir: PathBuf,
-    /// Where the network plug-in is configured.
+    /// The configuration directory of CNI plugins.
     pub cni_conf: PathBuf,
-    /// Logs.
+    /// The log configuration.
     pub log: LogConfig,
 }
 
-/// Where the state of the cluster comes from.
+/// The source of cluster objects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// Manifests in a directory.
@@ -120,78 +120,78 @@ pub enum Source {
     Kubernetes,
 }
 
-/// Who signs certificates.
+/// The CA that issues certificates.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ca {
     /// A server of the Istio certificate service.
     Grpc(GrpcCa),
-    /// Certificates that somebody else puts there.
+    /// A directory of certificates that another program renews.
     Files(PathBuf),
-    /// A CA key on this machine: for demos and tests.
+    /// A directory with a CA key on this machine, for demos and tests.
     SelfSigned(PathBuf),
 }
 
-/// A server of the Istio certificate service, and how it is asked.
+/// A server of the Istio certificate service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GrpcCa {
-    /// Its URL.
+    /// The URL.
     pub url: String,
-    /// The file with the token that it is shown.
+    /// The file with the agent's token.
     pub token: PathBuf,
-    /// The PEM file with the roots of its certificate.
+    /// The PEM file with the roots of the serving certificate.
     pub bundle: PathBuf,
-    /// What it calls this cluster.
+    /// The name of this cluster at the CA.
     pub cluster: String,
 }
 
-/// Where the admin interface listens.
+/// A listening address of the admin interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AdminAddr {
     /// A Unix socket of mode 0600.
     Unix(PathBuf),
-    /// A loopback address: every local user may ask.
+    /// A loopback address, which all local users can access.
     Tcp(SocketAddr),
 }
 
-/// Where records of connections go.
+/// The destination of flow records.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FlowLog {
     /// Standard output.
     Stdout,
-    /// A file, opened again on SIGHUP and when it was renamed.
+    /// A file, reopened on SIGHUP and after it was renamed.
     File(PathBuf),
-    /// Nowhere; metrics count all the same.
+    /// No flow records; metrics still count connections.
     Off,
 }
 
-/// On which port tunnels to other nodes arrive.
+/// The destination port of tunnels to other nodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TunnelPort {
-    /// On this one.
+    /// A fixed port.
     Fixed(Port),
-    /// On the application's own, with [`TUNNEL_PORT`] where the network takes the mark away.
+    /// The application's own port, or [`TUNNEL_PORT`] if the network removes the TCP option that marks a tunnel.
     Real,
 }
 
-/// What a client elsewhere sees of a connection that a pod of this node refuses.
+/// How connections that policy denies are handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Deny {
-    /// A refusal at once.
+    /// Rejects the connection at once.
     Reject,
-    /// Nothing.
+    /// Drops packets silently.
     Drop,
 }
 
-/// Where a value came from, named as the operator wrote it.
+/// The origin of a value, displayed as the operator wrote it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
     /// A flag: `--drain`.
     Flag(&'static str),
-    /// A variable of the environment: `MESH_DRAIN`.
+    /// An environment variable: `MESH_DRAIN`.
     Env(String),
-    /// A key of the configuration file.
+    /// A key in the configuration file.
     File(PathBuf, &'static str),
-    /// The default of a flag, which did not fit this machine.
+    /// The default of a flag, which is not valid on this machine.
     Default(&'static str),
 }
 
@@ -206,64 +206,64 @@ impl fmt::Display for Origin {
     }
 }
 
-/// Why there is no configuration.
+/// Why the configuration is invalid.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The command line itself is wrong, or asks for help.
+    /// The command line is invalid or requests help.
     #[error(transparent)]
     Usage(#[from] clap::Error),
-    /// A value is wrong.
+    /// A value is invalid.
     #[error("{origin}: {value:?}: {why}")]
     Value {
-        /// Where the value came from.
+        /// The origin of the value.
         origin: Origin,
         /// The value.
         value: String,
-        /// What is wrong with it, and what is expected.
+        /// The reason, with the expected format.
         why: String,
     },
-    /// A setting that has no default is missing.
+    /// A required setting is missing.
     #[error(
-        "--{name} is missing (or {env}, or the key {name} of --config): {help}",
+        "--{name} is required (or {env}, or the key {name} in the file --config): {help}",
         env = flags::env_name(name)
     )]
     Missing {
         /// The flag.
         name: &'static str,
-        /// What it is.
+        /// The description of the setting.
         help: &'static str,
     },
-    /// The file cannot be read.
-    #[error("{path}: cannot read the configuration file", path = path.display())]
+    /// The configuration file cannot be read.
+    #[error("cannot read the configuration file {path}", path = path.display())]
     Read {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
-    /// The file is not TOML.
+    /// The file is not valid TOML.
     #[error("{path}: not valid TOML: {source}", path = path.display())]
     Syntax {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: Box<toml::de::Error>,
     },
-    /// A key of the file is no setting.
-    #[error("{path}: unknown key {key:?}; the keys are {known}", path = path.display())]
+    /// A key in the file is not a setting.
+    #[error("{path}: unknown key {key:?}; valid keys are {known}", path = path.display())]
     UnknownKey {
         /// The file.
         path: PathBuf,
         /// The key.
         key: String,
-        /// Those that there are.
+        /// The valid keys.
         known: String,
     },
 }
 
 impl Error {
-    /// What the process exits with: 0 (help was asked for), 2 usage, 78 configuration
-    /// (`EX_CONFIG`, sysexits.h).
+    /// Returns the exit code: 0 for help, 2 for a usage error, 78 for an invalid configuration (`EX_CONFIG`,
+    /// sysexits.h).
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
@@ -277,17 +277,17 @@ impl Error {
     }
 }
 
-/// What of the process's surroundings configuration may depend on.
+/// The environment of the process from which defaults and values are read.
 pub trait Surroundings {
-    /// A variable of the environment.
+    /// Returns an environment variable.
     fn env(&self, name: &str) -> Option<String>;
-    /// `/proc/self/mountinfo`, where the default of `--cgroup` is found.
+    /// Returns the content of `/proc/self/mountinfo`, which determines the default of `--cgroup`.
     fn mountinfo(&self) -> std::io::Result<String>;
-    /// How many threads can run at once: the default of `--workers`.
+    /// Returns the number of available CPUs, the default of `--workers`.
     fn parallelism(&self) -> NonZeroUsize;
 }
 
-/// The real surroundings.
+/// The environment of the current process.
 #[derive(Clone, Copy, Debug)]
 pub struct Process;
 
@@ -295,7 +295,7 @@ impl Surroundings for Process {
     fn env(&self, name: &str) -> Option<String> {
         #[expect(
             clippy::disallowed_methods,
-            reason = "this is the door it must go through"
+            reason = "all access to environment variables is here"
         )]
         std::env::var(name).ok()
     }
@@ -312,7 +312,7 @@ impl Surroundings for Process {
 /// Parses the command line of `mesh-controller`, with the program's name first.
 ///
 /// # Errors
-/// What is wrong, and where it came from; [`Error::exit_code`] is what the process exits with.
+/// The configuration is invalid; [`Error::exit_code`] returns the exit code of the process.
 pub fn parse_controller(
     args: impl IntoIterator<Item = OsString>,
     around: &impl Surroundings,
@@ -337,7 +337,7 @@ fn log(values: &mut Values) -> Result<LogConfig, Error> {
 /// Parses the command line of `mesh-agent`, with the program's name first.
 ///
 /// # Errors
-/// What is wrong, and where it came from; [`Error::exit_code`] is what the process exits with.
+/// The configuration is invalid; [`Error::exit_code`] returns the exit code of the process.
 pub fn parse_agent(
     args: impl IntoIterator<Item = OsString>,
     around: &impl Surroundings,
@@ -383,10 +383,7 @@ pub fn parse_agent(
         trace_datapath: values.required("trace-datapath", values::trace_datapath)?,
         log,
     };
-    debug_assert!(
-        values.is_empty(),
-        "a setting that nothing reads: {values:?}"
-    );
+    debug_assert!(values.is_empty(), "unused settings: {values:?}");
     Ok(AgentCommand::Run(Box::new(config)))
 }
 
@@ -426,7 +423,10 @@ fn default_cgroup(around: &impl Surroundings) -> Result<PathBuf, Error> {
         .mountinfo()
         .map_err(|error| fail(format!("cannot be read: {error}")))?;
     cgroup2_mount(&mountinfo).ok_or_else(|| {
-        fail("no cgroup2 file system is mounted; mount one, or name one with --cgroup".to_owned())
+        fail(
+            "no cgroup2 file system is mounted; mount one, or set its path with --cgroup"
+                .to_owned(),
+        )
     })
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The configuration as tables: what is given, and what comes of it.
+//! Tests the parsing of command line, environment and file.
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
@@ -95,7 +95,7 @@ fn defaults() {
 }
 
 #[test]
-fn values_that_are_right() {
+fn valid_values_are_parsed() {
     let c = |more: &[&str]| run(more).unwrap();
     assert_eq!(c(&["--source", "kubernetes"]).source, Source::Kubernetes);
     assert_eq!(c(&["--ca", "files:/x"]).ca, Ca::Files("/x".into()));
@@ -134,7 +134,7 @@ fn values_that_are_right() {
 }
 
 #[test]
-fn values_that_are_wrong_are_named_with_their_flag() {
+fn invalid_values_are_reported_with_their_flag() {
     let long = format!("/{}", "x".repeat(100));
     for (flag, value, why) in [
         ("--node", "Node_1", "DNS name"),
@@ -147,15 +147,15 @@ fn values_that_are_wrong_are_named_with_their_flag() {
         ("--ca", "/etc/ca", "expected grpc:URL"),
         ("--ca", "grpc:http://ca", "https"),
         ("--trust-domain", "a..b", "DNS name"),
-        ("--cgroup", "/does/not/exist", "no directory"),
+        ("--cgroup", "/does/not/exist", "not a directory"),
         ("--admin", "agent.sock", "absolute path"),
-        ("--admin", "10.0.0.1:15000", "no loopback"),
+        ("--admin", "10.0.0.1:15000", "not a loopback"),
         ("--admin", &long, "too long"),
         ("--metrics", "15020", "expected IP:PORT"),
         ("--flow-log", "stderr", "expected stdout"),
         ("--drain", "10", "expected a number with ms"),
         ("--drain", "99999999999999999h", "too long"),
-        ("--pod-cidr", "10.1.2.3/16", "10.1.0.0/16 is meant"),
+        ("--pod-cidr", "10.1.2.3/16", "did you mean 10.1.0.0/16"),
         ("--workers", "0", "from 1 to 1024"),
         ("--tunnel-port", "15009", "expected 15008 or real"),
         ("--deny", "allow", "reject or drop"),
@@ -172,7 +172,7 @@ fn values_that_are_wrong_are_named_with_their_flag() {
 }
 
 #[test]
-fn a_wrong_command_line_is_usage() {
+fn invalid_command_line_is_a_usage_error() {
     for args in [&["run", "--nod", "x"][..], &["fly"], &[]] {
         assert_eq!(
             parse_in(&Fake::default(), args).unwrap_err().exit_code(),
@@ -190,13 +190,13 @@ fn a_wrong_command_line_is_usage() {
 }
 
 #[test]
-fn what_is_missing_is_named() {
+fn missing_setting_is_reported() {
     let error = parse_in(&Fake::default(), &["run"]).unwrap_err();
     assert_eq!(error.exit_code(), 78);
     assert!(
         error
             .to_string()
-            .starts_with("--node is missing (or MESH_NODE"),
+            .starts_with("--node is required (or MESH_NODE"),
         "{error}"
     );
 
@@ -218,7 +218,7 @@ fn file(content: &str) -> tempfile::NamedTempFile {
 }
 
 #[test]
-fn flag_before_environment_before_file() {
+fn flag_overrides_environment_and_environment_overrides_file() {
     let file = file(
         "node = \"from-file\"\nsource = 'dir:/file'\nca = 'self:/file'\nworkers = 2\n\
          pod-cidr = ['10.1.0.0/16', '10.2.0.0/16']\n",
@@ -246,12 +246,12 @@ fn flag_before_environment_before_file() {
     assert_eq!(
         config.drain,
         Duration::from_secs(10),
-        "an empty variable is not set"
+        "an empty variable counts as not set"
     );
 }
 
 #[test]
-fn origins_of_errors() {
+fn errors_state_the_origin_of_the_value() {
     let around = Fake {
         env: BTreeMap::from([("MESH_DRAIN", "soon")]),
         ..Fake::default()
@@ -264,7 +264,7 @@ fn origins_of_errors() {
         ("drain = true", ": drain: \"true\": expected DURATION"),
         (
             "drian = \"10s\"",
-            "unknown key \"drian\"; the keys are node, source",
+            "unknown key \"drian\"; valid keys are node, source",
         ),
         ("drain = ", "not valid TOML"),
         ("[drain]\na = 1", "expected DURATION"),
@@ -293,7 +293,7 @@ fn one_file_serves_every_subcommand() {
 }
 
 #[test]
-fn the_first_whole_cgroup2_mount_is_taken() {
+fn mount_of_the_whole_cgroup2_hierarchy_is_preferred() {
     assert_eq!(cgroup2_mount(MOUNTS), Some("/sys/fs/cgroup/unified".into()));
     let first = MOUNTS.lines().take(3).collect::<Vec<_>>().join("\n");
     assert_eq!(cgroup2_mount(&first), Some("/some place".into()));
@@ -301,12 +301,12 @@ fn the_first_whole_cgroup2_mount_is_taken() {
 }
 
 #[test]
-fn the_reference_is_up_to_date() {
+fn reference_is_up_to_date() {
     mesh_fixtures::golden("docs/configuration.md", &reference());
 }
 
 #[test]
-fn the_controller_needs_nothing_of_a_node() {
+fn controller_needs_no_node_settings() {
     let parsed = parse_controller(
         ["mesh-controller", "run", "--replica", "a", "--lease", "3s"].map(Into::into),
         &Fake::default(),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Parsers of single values. Each error says what was expected.
+//! Parsers of single values. Each error states the expected format.
 
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
@@ -19,17 +19,17 @@ pub(super) fn path(text: &str) -> Parsed<PathBuf> {
     Ok(PathBuf::from(text))
 }
 
-/// A directory that is there already.
+/// Parses the path of an existing directory.
 pub(super) fn directory(text: &str) -> Parsed<PathBuf> {
     let path = path(text)?;
     if path.is_dir() {
         Ok(path)
     } else {
-        Err("is no directory".to_owned())
+        Err("not a directory".to_owned())
     }
 }
 
-/// A DNS name in lower case (RFC 1123): node names and trust domains.
+/// Parses a DNS name in lower case (RFC 1123), such as a node name or a trust domain.
 pub(super) fn dns_name(text: &str) -> Parsed<String> {
     let label = |label: &str| {
         !label.is_empty()
@@ -55,7 +55,7 @@ pub(super) fn source(text: &str) -> Parsed<Source> {
     }
 }
 
-/// What `--ca` says by itself.
+/// The value of `--ca`.
 pub(super) enum WhichCa {
     /// `grpc:URL`.
     Grpc(String),
@@ -75,29 +75,29 @@ pub(super) fn ca(text: &str) -> Parsed<WhichCa> {
     }
 }
 
-/// A name that ends up in a header or in a certificate.
+/// Parses a name that is used in a header or certificate.
 pub(super) fn name(text: &str) -> Parsed<String> {
     if !text.is_empty() && text.len() <= 253 && text.bytes().all(|b| b.is_ascii_graphic()) {
         Ok(text.to_owned())
     } else {
-        Err("expected 1 to 253 printable characters without blanks".to_owned())
+        Err("expected 1 to 253 printable ASCII characters without spaces".to_owned())
     }
 }
 
 pub(super) fn admin(text: &str) -> Parsed<AdminAddr> {
     let path = text.strip_prefix("unix:").unwrap_or(text);
     if path.starts_with('/') {
-        // sockaddr_un holds 108 bytes with the final 0, and the name gets a suffix while it is
-        // being made.
+        // sockaddr_un holds 108 bytes with the terminating 0, and the agent binds the socket under a name
+        // with a suffix first.
         if path.len() > 100 {
-            return Err("is too long for a Unix socket (100 bytes)".to_owned());
+            return Err("too long for a Unix socket (at most 100 bytes)".to_owned());
         }
         return Ok(AdminAddr::Unix(path.into()));
     }
     match text.parse::<SocketAddr>() {
         Ok(addr) if addr.ip().is_loopback() => Ok(AdminAddr::Tcp(addr)),
         Ok(_) => {
-            Err("is no loopback address; the admin interface has no authentication".to_owned())
+            Err("not a loopback address; the admin interface has no authentication".to_owned())
         }
         Err(_) => Err("expected an absolute path or a loopback IP:PORT".to_owned()),
     }
@@ -105,7 +105,7 @@ pub(super) fn admin(text: &str) -> Parsed<AdminAddr> {
 
 pub(super) fn socket_addr(text: &str) -> Parsed<SocketAddr> {
     text.parse()
-        .map_err(|error| format!("expected IP:PORT, as 0.0.0.0:15020 or [::]:15020: {error}"))
+        .map_err(|error| format!("expected IP:PORT, such as 0.0.0.0:15020 or [::]:15020: {error}"))
 }
 
 pub(super) fn flow_log(text: &str) -> Parsed<FlowLog> {
@@ -118,7 +118,7 @@ pub(super) fn flow_log(text: &str) -> Parsed<FlowLog> {
 }
 
 pub(super) fn duration(text: &str) -> Parsed<Duration> {
-    let expected = || "expected a number with ms, s, m or h, as 10s".to_owned();
+    let expected = || "expected a number with ms, s, m or h, such as 10s".to_owned();
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
         .ok_or_else(expected)?;
@@ -134,20 +134,17 @@ pub(super) fn duration(text: &str) -> Parsed<Duration> {
     number
         .checked_mul(milliseconds)
         .map(Duration::from_millis)
-        .ok_or_else(|| "is too long".to_owned())
+        .ok_or_else(|| "too long".to_owned())
 }
 
 pub(super) fn cidr(text: &str) -> Parsed<IpNet> {
     let net: IpNet = text
         .parse()
-        .map_err(|error| format!("expected a network, as 10.1.0.0/16: {error}"))?;
+        .map_err(|error| format!("expected a CIDR, such as 10.1.0.0/16: {error}"))?;
     if net.trunc() == net {
         Ok(net)
     } else {
-        Err(format!(
-            "has bits behind its prefix; {} is meant?",
-            net.trunc()
-        ))
+        Err(format!("host bits are set; did you mean {}?", net.trunc()))
     }
 }
 
@@ -177,7 +174,9 @@ pub(super) fn deny(text: &str) -> Parsed<Deny> {
 pub(super) fn trace_datapath(text: &str) -> Parsed<bool> {
     match text {
         "on" if cfg!(feature = "trace") => Ok(true),
-        "on" => Err("this build cannot: build mesh-agent with --features trace".to_owned()),
+        "on" => {
+            Err("not supported by this build: build mesh-agent with --features trace".to_owned())
+        }
         "off" => Ok(false),
         _ => Err("expected on or off".to_owned()),
     }
@@ -195,8 +194,8 @@ pub(super) fn log_level(text: &str) -> Parsed<String> {
     mesh_log::filter(text).map(|_valid| text.to_owned())
 }
 
-/// Where cgroup2 is mounted, by the text of `/proc/self/mountinfo` (proc_pid_mountinfo(5)): the
-/// mount that shows the whole hierarchy if there is one, else the first.
+/// Returns the cgroup2 mount point from the content of `/proc/self/mountinfo` (proc_pid_mountinfo(5)): the first
+/// mount of the whole hierarchy, or else the first cgroup2 mount.
 #[must_use]
 pub fn cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {
     let mut mounts = mountinfo.lines().filter_map(|line| {
@@ -215,7 +214,7 @@ pub fn cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {
     Some(whole.unwrap_or(first).1)
 }
 
-/// Mount points have blanks and backslashes as octal escapes.
+/// Decodes the octal escapes of a mount point.
 fn unescape(text: &str) -> PathBuf {
     let plain = [
         ("\\040", " "),

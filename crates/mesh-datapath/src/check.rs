@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `mesh-agent check`: tries what the agent needs of this machine, and says what each missing
-//! thing means.
+//! `mesh-agent check`: tests the features of this node that the agent needs, and explains the effect of each
+//! missing feature.
 //!
-//! Everything is really done, in places of its own that are removed again: a network namespace
-//! without a name, an empty cgroup, a directory of pins. No traffic of the machine is touched, and
-//! an agent that runs is not disturbed.
+//! Each test uses the feature in a temporary network namespace, cgroup and pin directory. It affects neither the
+//! node's traffic nor a running agent.
 
 use std::fmt;
 
@@ -14,37 +13,37 @@ mod kernel;
 mod probes;
 mod scratch;
 
-/// What one probe found.
+/// The result of one test.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It is there; details.
+    /// The feature is present, with details.
     Present(String),
-    /// It is missing; why.
+    /// The feature is missing, with the cause.
     Missing(String),
 }
 
-/// One row of the table.
+/// A row of the report.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
-    /// What was looked for.
+    /// The name of the feature.
     pub what: &'static str,
-    /// Whether the agent does not work without it.
+    /// Whether the agent requires the feature.
     pub needed: bool,
-    /// What was found.
+    /// The result.
     pub outcome: Outcome,
-    /// What it means if it is missing.
+    /// The effect if the feature is missing.
     pub meaning: &'static str,
 }
 
-/// Everything that was found.
+/// The results of all tests.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report(pub Vec<Finding>);
 
-/// Exit code: a feature of the kernel that is needed is missing (`EX_UNAVAILABLE`, sysexits.h).
+/// The exit code if a required feature is missing (`EX_UNAVAILABLE`, sysexits.h).
 const UNAVAILABLE: u8 = 69;
 
 impl Report {
-    /// 0, or 69 if something needed is missing.
+    /// Returns 0, or 69 if a required feature is missing.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
         let fatal =
@@ -72,13 +71,13 @@ impl fmt::Display for Report {
             }
         }
         match self.exit_code() {
-            0 => writeln!(f, "This machine can run the agent."),
-            _ => writeln!(f, "This machine cannot run the agent: see MISSING above."),
+            0 => writeln!(f, "This node can run the agent."),
+            _ => writeln!(f, "This node cannot run the agent: see MISSING above."),
         }
     }
 }
 
-/// Probes this machine. Blocks for some seconds at most; must not be called in a runtime's thread.
+/// Tests this node. Blocks for a few seconds: do not call it on a thread of an async runtime.
 #[must_use]
 pub fn run(config: &Host) -> Report {
     let mut findings = probes::machine(config);

@@ -2,8 +2,8 @@
 //! Removes the mesh from this node's kernel, for uninstalling.
 //!
 //! Removes the pinned links and maps below `BPFFS/mesh`, and the rules, routes and sysctls in the network
-//! namespaces of the pods that those maps name. Run it after the agent has stopped; afterwards the pods talk
-//! as if there had never been a mesh. What the pins of another agent name stays.
+//! namespaces of the pods in those maps. Run it after the agent has stopped; afterwards, pods communicate as
+//! without a mesh. The pins and pods of an agent with another BPF file system are not affected.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -17,19 +17,19 @@ use zerocopy::FromBytes as _;
 
 use crate::Host;
 use crate::datapath::pin_directory;
-use crate::pods::made;
+use crate::pods::netns_config;
 use mesh_sys::bpf;
 use mesh_sys::netns::{NetNs, NetNsId};
 
-/// What could not be removed; everything else is.
+/// Why cleanup is incomplete.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The pods' map cannot be read, so their namespaces are not known.
+    /// The map of pods cannot be read, so that their namespaces are unknown.
     #[error("cannot read the pods from {path}")]
     Pods {
         /// The pinned map.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         source: io::Error,
     },
     /// A pin cannot be removed.
@@ -37,29 +37,29 @@ pub enum Error {
     Pin {
         /// The pin or directory.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         source: io::Error,
     },
-    /// A pod's namespace cannot be cleaned.
-    #[error("cannot clean the namespace {path}")]
+    /// The configuration of a pod's network namespace cannot be removed.
+    #[error("cannot remove the mesh configuration from the network namespace {path}")]
     Pod {
-        /// The namespace's file.
+        /// The namespace file.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         source: crate::pods::Error,
     },
 }
 
-/// What was removed.
+/// The numbers of removed objects.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Removed {
-    /// Pinned links and maps.
+    /// The number of pinned links and maps.
     pub pins: usize,
-    /// Namespaces from which rules and routes were removed.
+    /// The number of network namespaces from which configuration was removed.
     pub namespaces: usize,
-    /// Rules, routes and sysctls.
-    pub made: usize,
-    /// Pods whose namespaces were not found: they are gone, and what was in them with them.
+    /// The number of rules, routes and sysctls.
+    pub items: usize,
+    /// The number of pods in the maps whose network namespaces no longer exist.
     pub gone: usize,
 }
 
@@ -67,21 +67,21 @@ impl fmt::Display for Removed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "removed {} pins, and {} rules, routes and settings in {} pods",
-            self.pins, self.made, self.namespaces
+            "removed {} pins, and {} rules, routes and sysctls in {} pods",
+            self.pins, self.items, self.namespaces
         )
     }
 }
 
-/// Removes everything. Doing it again is harmless.
+/// Removes everything. It is idempotent.
 ///
 /// # Errors
-/// The first thing that could not be removed; everything that could be is.
+/// The first object that could not be removed; all other objects are removed.
 pub fn run(host: &Host) -> Result<Removed, Error> {
     let mut removed = Removed::default();
     let pins = pin_directory(&host.bpffs);
     let mut cookies = pods(&pins)?;
-    // Hooks first: nothing is captured any more when the routes go.
+    // Hooks are removed first, so that nothing is captured when the routes are removed.
     let mesh = host.bpffs.join("mesh");
     let mut result = remove_pins(&mesh, &mut removed.pins, &|name| name.starts_with("link_"));
     for (path, netns) in namespaces() {
@@ -89,13 +89,13 @@ pub fn run(host: &Host) -> Result<Removed, Error> {
         if !ours {
             continue;
         }
-        let one = made::present(&netns)
-            .and_then(|list| made::remove(&netns, &list).map(|()| list.len()))
+        let one = netns_config::present(&netns)
+            .and_then(|list| netns_config::remove(&netns, &list).map(|()| list.len()))
             .map_err(|source| Error::Pod { path, source });
         match one {
             Ok(count) => {
                 removed.namespaces += 1;
-                removed.made += count;
+                removed.items += count;
             }
             Err(error) => result = result.and(Err(error)),
         }
@@ -106,7 +106,7 @@ pub fn run(host: &Host) -> Result<Removed, Error> {
         .map(|()| removed)
 }
 
-/// The cookies of the namespaces that the pinned maps name.
+/// Returns the cookies of the network namespaces in the pinned map of pods.
 fn pods(pins: &Path) -> Result<BTreeSet<u64>, Error> {
     let path = pins.join("PODS");
     let failed = |source| Error::Pods {
@@ -119,7 +119,7 @@ fn pods(pins: &Path) -> Result<BTreeSet<u64>, Error> {
         Err(error) => return Err(failed(error)),
     };
     let mut cookies = BTreeSet::new();
-    // Each pod has a directory for its links, named after its slot.
+    // Each pod has a directory for its links, named after its index.
     for slot in entries(&pins.join("pods")) {
         let name = slot.file_name().and_then(|name| name.to_str());
         let Some(index) = name.and_then(|name| name.parse::<u32>().ok()) else {
@@ -135,7 +135,7 @@ fn pods(pins: &Path) -> Result<BTreeSet<u64>, Error> {
     Ok(cookies)
 }
 
-/// Every namespace of this machine that has a name or a process.
+/// Iterates over all network namespaces of this node that have a name or a process.
 fn namespaces() -> impl Iterator<Item = (PathBuf, NetNs)> {
     let named = entries(Path::new("/run/netns"));
     let of_processes = entries(Path::new("/proc"))
@@ -151,7 +151,7 @@ fn namespaces() -> impl Iterator<Item = (PathBuf, NetNs)> {
         .filter_map(|path| NetNs::open(&path).ok().map(|netns| (path, netns)))
 }
 
-/// Removes the pins below a directory whose names are wanted, and directories that are empty then.
+/// Removes the pins below a directory whose names match, and directories that become empty.
 fn remove_pins(
     directory: &Path,
     count: &mut usize,
@@ -185,7 +185,7 @@ fn remove_pins(
     result
 }
 
-/// What is in a directory, in order; nothing if it is not there.
+/// Returns the sorted entries of a directory; none if it does not exist.
 fn entries(directory: &Path) -> Vec<PathBuf> {
     let mut paths: Vec<PathBuf> = fs::read_dir(directory)
         .into_iter()

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The network plug-in (CNI) that the pods of this node have their interfaces from, and what it
-//! means for the mesh.
+//! Detects conflicts of the node's CNI plugin, and of other eBPF programs, with the mesh.
 //!
-//! It is told by its configuration and by links that only it makes. One that enforces
-//! NetworkPolicy itself sees tunnels, not the connections in them: [`blocked`] names the rules by
-//! which it would drop tunnels between enrolled pods that the mesh would allow.
+//! The CNI plugin is detected by its configuration and by the names of network interfaces that only it creates.
+//! A CNI plugin that enforces NetworkPolicy sees tunnels, not the connections in them: [`blocked`] lists the rules
+//! by which it would drop tunnels between enrolled pods that the mesh allows.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -22,33 +21,33 @@ use serde_json::Value;
 
 use mesh_sys::bpf;
 
-/// Whether a plug-in enforces NetworkPolicy.
+/// Whether a CNI plugin enforces NetworkPolicy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Enforces {
-    /// It does.
+    /// The CNI plugin enforces NetworkPolicy.
     Yes,
-    /// With a part of it that not everybody installs.
+    /// The CNI plugin enforces NetworkPolicy if an optional component is installed.
     Perhaps,
-    /// It does not.
+    /// The CNI plugin does not enforce NetworkPolicy.
     No,
 }
 
-/// A plug-in that is known.
+/// A CNI plugin that the agent can detect.
 #[derive(Debug)]
 struct Known {
     name: &'static str,
-    /// `type` of a plug-in in its configuration.
+    /// The values of `type` or `name` in its configuration.
     kinds: &'static [&'static str],
-    /// How links begin that only it makes.
+    /// The prefixes of interface names that only it creates.
     links: &'static [&'static str],
     enforces: Enforces,
-    /// Its pods have an interface on the host's side, where the gate goes.
+    /// Whether its pods have a host-side interface to which the gate can be attached.
     gate: bool,
 }
 
-/// What is to be known about those without a gate.
-const NO_GATE: &str = "its pods have no interface on the host's side: they cannot be protected";
+/// The note of a CNI plugin whose pods have no host-side interface.
+const NO_GATE: &str = "its pods have no host-side interface and cannot be protected";
 
 const fn known(
     name: &'static str,
@@ -65,7 +64,7 @@ const fn known(
     }
 }
 
-/// Those that say more come first: many use `bridge` or `ptp` below.
+/// The known CNI plugins. The specific ones come first: many delegate to `bridge` or `ptp`.
 const KNOWN: &[Known] = &[
     known(
         "Cilium",
@@ -102,40 +101,45 @@ const KNOWN: &[Known] = &[
             Enforces::No,
         )
     },
-    known("the bridge plug-in", &["bridge"], &["cni0"], Enforces::No),
-    known("the ptp plug-in", &["ptp"], &[], Enforces::No),
+    known(
+        "the bridge CNI plugin",
+        &["bridge"],
+        &["cni0"],
+        Enforces::No,
+    ),
+    known("the ptp CNI plugin", &["ptp"], &[], Enforces::No),
 ];
 
-/// The plug-in of this node.
+/// The CNI plugin of this node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Cni {
-    /// What people call it.
+pub struct CniPlugin {
+    /// The product name.
     pub name: &'static str,
-    /// Its configuration, if that can be read.
+    /// The path of its configuration, if it is readable.
     pub config: Option<PathBuf>,
     /// Whether it enforces NetworkPolicy.
     pub enforces: Enforces,
-    /// Whether pods with its interfaces can be protected.
+    /// Whether the gate can be attached to its pods' interfaces.
     pub gate: bool,
-    /// What is to be known about it.
+    /// A limitation of the mesh with this CNI plugin; empty = none.
     pub note: &'static str,
 }
 
-impl fmt::Display for Cni {
+impl fmt::Display for CniPlugin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name)?;
         if let Some(config) = &self.config {
             write!(f, " ({})", config.display())?;
         }
         f.write_str(match self.enforces {
-            Enforces::Yes => "; it enforces NetworkPolicy itself",
-            Enforces::Perhaps => "; it may enforce NetworkPolicy itself",
-            Enforces::No => "; it enforces no NetworkPolicy",
+            Enforces::Yes => "; enforces NetworkPolicy",
+            Enforces::Perhaps => "; may enforce NetworkPolicy",
+            Enforces::No => "; does not enforce NetworkPolicy",
         })?;
         if self.enforces != Enforces::No {
             f.write_str(
-                ": with --tunnel-port real its policies apply to tunnels as they are; with 15008 \
-                 each that allows ports between enrolled pods must allow TCP port 15008 too",
+                ": with --tunnel-port real, its policies apply to tunnels unchanged; with --tunnel-port 15008, \
+                 each policy that allows ports between enrolled pods must also allow TCP port 15008",
             )?;
         }
         if !self.note.is_empty() {
@@ -145,10 +149,10 @@ impl fmt::Display for Cni {
     }
 }
 
-/// Finds the plug-in by its configuration in `dir`, else by the names of links; `None` = none that
-/// is known.
+/// Detects the CNI plugin by its configuration in `dir`, or else by the names of network interfaces; `None` = no
+/// known CNI plugin.
 #[must_use]
-pub fn find(dir: &Path, links: &[String]) -> Option<Cni> {
+pub fn find(dir: &Path, links: &[String]) -> Option<CniPlugin> {
     let (config, kinds) = match configured(dir) {
         Some((path, kinds)) => (Some(path), kinds),
         None => (None, Vec::new()),
@@ -163,7 +167,7 @@ pub fn find(dir: &Path, links: &[String]) -> Option<Cni> {
         let makes = |link: &String| known.links.iter().any(|prefix| link.starts_with(prefix));
         links.iter().any(makes)
     };
-    // What enforces may be chained behind one that does not say so in its configuration.
+    // A CNI plugin that enforces NetworkPolicy may be installed beside one that does not, without configuration.
     let strongest = KNOWN
         .iter()
         .find(|known| known.enforces == Enforces::Yes && by_link(known));
@@ -173,7 +177,7 @@ pub fn find(dir: &Path, links: &[String]) -> Option<Cni> {
         (Some(found), _) => found,
         (None, strongest) => strongest.or_else(|| KNOWN.iter().find(by_link))?,
     };
-    Some(Cni {
+    Some(CniPlugin {
         name: found.name,
         config,
         enforces: found.enforces,
@@ -182,8 +186,8 @@ pub fn find(dir: &Path, links: &[String]) -> Option<Cni> {
     })
 }
 
-/// The configuration that a container runtime uses, which is the first by name, and the types of
-/// its plug-ins.
+/// Returns the configuration file that the container runtime uses, the first by name, and the types of its CNI
+/// plugins.
 fn configured(dir: &Path) -> Option<(PathBuf, Vec<String>)> {
     let mut files: Vec<PathBuf> = fs::read_dir(dir)
         .ok()?
@@ -203,8 +207,7 @@ fn configured(dir: &Path) -> Option<(PathBuf, Vec<String>)> {
     })
 }
 
-/// `type` of a plug-in, of those in its list, and of those that it delegates to; and `name`, which
-/// some are known by.
+/// Collects `type` and `name` of a CNI plugin, of the plugins in its list, and of those that it delegates to.
 fn types(config: &Value, found: &mut Vec<String>) {
     for key in ["type", "name"] {
         found.extend(config.get(key).and_then(Value::as_str).map(str::to_owned));
@@ -215,14 +218,14 @@ fn types(config: &Value, found: &mut Vec<String>) {
     }
 }
 
-/// A rule by which a plug-in that enforces NetworkPolicy would drop tunnels.
+/// A NetworkPolicy rule by which the CNI plugin would drop tunnels.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Blocked {
     /// The policy.
     pub object: ObjectRef,
-    /// Its rule: `ingress[0]`.
+    /// The rule in the policy: `ingress[0]`.
     pub rule: String,
-    /// What to add to the rule's `ports`.
+    /// The entry to add to the rule's `ports`.
     pub add: String,
 }
 
@@ -230,33 +233,33 @@ impl fmt::Display for Blocked {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{}: spec.{}.ports does not have the tunnel port; add {}",
+            "{}: spec.{}.ports does not allow the tunnel port; add {}",
             self.object, self.rule, self.add
         )
     }
 }
 
-/// What is known about the node's network plug-in.
+/// The node's CNI plugin and the conflicts of the node's network with the mesh.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Neighbour {
-    /// The plug-in, if it is known.
-    pub cni: Option<Cni>,
-    /// The rules by which it would drop tunnels; empty if it enforces no NetworkPolicy.
+pub struct CniConflicts {
+    /// The CNI plugin; `None` = not known.
+    pub cni: Option<CniPlugin>,
+    /// The rules by which the CNI plugin would drop tunnels; empty if it does not enforce NetworkPolicy.
     pub blocks: Vec<Blocked>,
-    /// Programs of others at the hooks at which the mesh balances services: see [`balancers`].
+    /// Other programs attached to the hooks with which the mesh balances services: see [`balancers`].
     pub balancers: Vec<String>,
 }
 
-/// What to do about [`balancers`].
-pub const BALANCERS: &str = "A program that is not the mesh's sees pods' connect() and sendmsg() too: \
-                             if it balances services, one of the two translates what the other has \
-                             chosen. With Cilium set socketLB.hostNamespaceOnly=true.";
+/// The effect of [`balancers`], and the remedy.
+pub const BALANCERS: &str = "Another eBPF program is attached to pods' connect() or sendmsg() hooks: if it \
+                             balances services, it conflicts with the service load balancing of the mesh. \
+                             With Cilium, set socketLB.hostNamespaceOnly=true.";
 
-/// The programs of others, as `HOOK: NAME`, that see where processes of this cgroup connect and send
-/// to: what balances services in the socket layer is among them.
+/// Lists other programs, as `HOOK: NAME`, that are attached to the connect() and sendmsg() hooks of a cgroup.
+/// Socket-level load balancers are among them.
 ///
 /// # Errors
-/// When the cgroup or its programs cannot be read.
+/// The cgroup or its programs cannot be read.
 pub fn balancers(cgroup: &Path) -> io::Result<Vec<String>> {
     /// `enum bpf_attach_type` of linux/bpf.h.
     const HOOKS: [(&str, u32); 4] = [
@@ -273,14 +276,14 @@ pub fn balancers(cgroup: &Path) -> io::Result<Vec<String>> {
         }
     }
     let mut found = Vec::new();
-    // Not all that is loaded, of which there may be a lot, if there is nobody.
+    // Listing all loaded programs is expensive: skip it if no program is attached.
     if at.is_empty() {
         return Ok(found);
     }
     for program in loaded_programs().filter_map(Result::ok) {
         let name = program.name_as_str().unwrap_or("?");
         for hook in at.remove(&program.id()).unwrap_or_default() {
-            // The mesh's own has the hook's name.
+            // The mesh's own programs have the names of their hooks.
             if name != hook {
                 found.push(format!("{hook}: {name}"));
             }
@@ -290,7 +293,7 @@ pub fn balancers(cgroup: &Path) -> io::Result<Vec<String>> {
     Ok(found)
 }
 
-/// The rules of NetworkPolicies for enrolled pods that allow some ports and not the tunnel's.
+/// Returns the NetworkPolicy rules for enrolled pods that allow some TCP ports but not the tunnel port.
 #[must_use]
 pub fn blocked(cluster: &ClusterSnapshot, port: u16) -> Vec<Blocked> {
     let mut enrolled: BTreeMap<&str, Vec<&Pod>> = BTreeMap::new();
@@ -324,7 +327,7 @@ pub fn blocked(cluster: &ClusterSnapshot, port: u16) -> Vec<Blocked> {
     blocked
 }
 
-/// Whether a rule lets something TCP through, and tunnels not.
+/// Returns whether a rule allows some TCP ports but not the tunnel port.
 fn blocks(rule: &Rule, port: u16) -> bool {
     let Some(ports) = &rule.ports else {
         return false;

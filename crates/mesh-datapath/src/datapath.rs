@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The kernel programs and their maps: load, attach, fill, read.
+//! Loads and attaches the kernel programs, and reads and writes their maps.
 //!
-//! Links and maps are pinned below `BPFFS/mesh/v1` from the first
-//! attach, so that what protects a pod does not depend on this process; a restart updates links in
-//! place and takes the maps over as they are. Nothing here decides anything.
+//! Links and maps are pinned below `BPFFS/mesh/v1` from the first attach, so that a pod's protection does not
+//! depend on this process. A restart updates links in place and reuses the maps. This module makes no policy
+//! decisions.
 
 pub mod events;
 pub mod handles;
@@ -23,43 +23,43 @@ use mesh_sys::sock_diag::Socket;
 pub use events::Events;
 pub use handles::Handles;
 pub use load::{NAMES as MAP_NAMES, pin_directory};
-pub use pods::{PodAttachment, PodFacts};
+pub use pods::{AttachedPod, PodAttachment};
 
-/// Where the programs are attached and pinned.
+/// The configuration of the datapath: where the programs are attached and pinned.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// The mount of bpffs.
+    /// The mount point of the BPF file system.
     pub bpffs: PathBuf,
-    /// The cgroup (v2) whose processes' sockets are hooked: all pods of the node are below it.
+    /// The cgroup2 directory to whose processes the socket hooks apply: all pods of the node are below it.
     pub cgroup: PathBuf,
-    /// Whether each decision is logged; only with the feature `trace`.
+    /// Whether each decision is logged; requires the feature `trace`.
     pub trace: bool,
 }
 
-/// What can go wrong with the kernel.
+/// An error of the kernel programs or their maps.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// bpffs is not mounted or not writable.
-    #[error("cannot use {path} for pins; is bpffs mounted there (mount -t bpf bpf {path})?")]
+    /// The BPF file system is not mounted or not writable.
+    #[error("cannot pin to {path}: check that bpffs is mounted there (mount -t bpf bpf {path})")]
     Bpffs {
         /// The path.
         path: PathBuf,
-        /// What the kernel said.
+        /// The cause.
         source: io::Error,
     },
-    /// The object was refused as a whole.
-    #[error("the kernel does not take the maps of the datapath; `mesh-agent check` says why")]
+    /// The kernel rejected the object.
+    #[error("the kernel rejected the maps of the datapath; run `mesh-agent check` for details")]
     Object(#[source] Box<aya::EbpfError>),
-    /// A program was refused.
-    #[error("the kernel does not take the program {program}; `mesh-agent check` says why")]
+    /// The kernel rejected a program.
+    #[error("the kernel rejected the program {program}; run `mesh-agent check` for details")]
     Program {
-        /// Its name.
+        /// The name of the program.
         program: &'static str,
-        /// What the kernel said.
+        /// The cause.
         source: Box<aya::programs::ProgramError>,
     },
-    /// The object of this build lacks something: a broken build.
-    #[error("the datapath of this build has no {0}")]
+    /// The embedded object lacks a map or program: the build is broken.
+    #[error("the eBPF object of this build has no {0}")]
     Missing(&'static str),
     /// A program could not be attached.
     #[error("cannot attach {program} to {target}")]
@@ -68,7 +68,7 @@ pub enum Error {
         program: &'static str,
         /// The cgroup, namespace or interface.
         target: String,
-        /// What the kernel said.
+        /// The cause.
         source: io::Error,
     },
     /// A map could not be read or written.
@@ -78,24 +78,24 @@ pub enum Error {
         action: String,
         /// The map.
         map: &'static str,
-        /// What the kernel said.
+        /// The cause.
         source: Box<aya::maps::MapError>,
     },
-    /// The node has more pods than the maps hold.
-    #[error("no slot is left for another pod: {0} are in use")]
+    /// The maps are full of pods.
+    #[error("pod limit reached: the datapath already has {0} pods")]
     TooManyPods(usize),
-    /// An operation names a pod that was never added.
-    #[error("pod {0} was not added to the datapath")]
+    /// The pod of an operation was not added.
+    #[error("pod {0} is not in the datapath")]
     UnknownPod(String),
 }
 
-/// The loaded datapath of this node. One task owns it.
+/// The loaded datapath of this node, which one task owns.
 pub struct Datapath {
     pub(crate) config: Config,
     pub(crate) object: aya::Ebpf,
     pub(crate) maps: tables::Maps,
     pub(crate) handles: Handles,
-    /// Pods added by this process: UID to slot.
+    /// The pods that this process added: UID to index.
     pub(crate) by_uid: BTreeMap<String, PodIndex>,
     pub(crate) revision: u64,
 }
@@ -110,19 +110,19 @@ impl std::fmt::Debug for Datapath {
 }
 
 impl Datapath {
-    /// Returns handles that are cheap to clone.
+    /// Returns handles, which are cheap to clone.
     #[must_use]
     pub fn handles(&self) -> Handles {
         self.handles.clone()
     }
 
-    /// The socket storage in which the hooks keep what they decided about a socket.
+    /// Returns the socket storage map in which the hooks keep their decision about a socket.
     #[must_use]
     pub fn decided(&self) -> BorrowedFd<'_> {
         self.handles.decided()
     }
 
-    /// Whether a socket is a tunnel of the agent.
+    /// Returns whether a socket is a tunnel endpoint of the agent.
     #[must_use]
     pub fn is_tunnel(&self, socket: &Socket) -> bool {
         self.handles.is_tunnel(socket)

@@ -16,13 +16,15 @@ pub mod cni;
 pub mod datapath;
 pub mod pods;
 
-/// The paths of the machine that the datapath uses.
+pub use datapath::{AttachedPod, Config, Datapath, Error, Events, Handles, PodAttachment};
+
+/// The paths of the node that the datapath uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Host {
-    /// The cgroup (of the cgroup2 hierarchy) below which all pods of the node are.
+    /// The cgroup2 directory that contains the cgroups of all pods of the node.
     pub cgroup: PathBuf,
-    /// The mount of the BPF file system.
+    /// The mount point of the BPF file system.
     pub bpffs: PathBuf,
-    /// The directory of the CNI plugins' configuration.
+    /// The directory with the configuration of the CNI plugins.
     pub cni_conf: PathBuf,
 }

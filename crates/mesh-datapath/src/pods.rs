@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The pods of this node: find a pod's namespace and interface, and prepare it for the mesh.
+//! Finds the network namespace and interface of a local pod, and configures the namespace for the mesh.
 //!
-//! Everything that the agent makes in a pod's namespace, but for its sockets, is one list
-//! ([`made`]), made by [`enrol`] and removed by [`withdraw`]. Dropping a handle only closes our
-//! sockets: what protects the pod stays. It never touches BPF maps or programs.
+//! Everything that the agent configures in a pod's namespace, except its sockets, is one list
+//! ([`netns_config`]), which [`enroll`] applies and [`unenroll`] removes. Dropping a handle only closes the
+//! agent's sockets: the programs that protect the pod stay attached. This module does not use BPF maps or
+//! programs.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -23,93 +24,97 @@ use mesh_sys::socket;
 pub mod find;
 pub mod interface;
 pub mod lab;
-pub mod made;
+pub mod netns_config;
 pub mod open;
 pub mod watch;
 
 use interface::Interface;
-use made::Made;
+use netns_config::NetnsItem;
 
-/// As many connections as may wait to be accepted: what `net.core.somaxconn` allows by default.
+/// The length of a listener's accept queue: the default of `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 
-/// Why a pod is not, or not fully, taken care of.
+/// Why a pod's namespace cannot be found or configured.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The source names no namespace.
-    #[error("its namespace is not known: set the annotation mesh.rs/netns")]
-    NotNamed,
-    /// No process shows where it is.
+    /// The pod has no annotation with the path of its namespace.
+    #[error("network namespace unknown: set the annotation mesh.rs/netns on the pod")]
+    NoAnnotation,
+    /// No process of the pod was found.
     #[error(
-        "no process of it is in {path}: has it started, and does the agent see the processes of the machine (hostPID)?"
+        "no process of the pod found in {path}: check that the pod has started and that the agent runs with hostPID"
     )]
     NoProcess {
-        /// The proc file system.
+        /// The mount point of the proc file system.
         path: PathBuf,
     },
-    /// The processes of the machine cannot be listed.
+    /// The processes of the node cannot be listed.
     #[error("cannot list the processes in {path}")]
     Processes {
-        /// The proc file system.
+        /// The mount point of the proc file system.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         source: io::Error,
     },
-    /// The container runtime does not say either.
-    #[error("no process of it is known, and the container runtime at {socket} does not say: {why}")]
+    /// The container runtime did not return a process of the pod.
+    #[error(
+        "no process of the pod found, and the container runtime at {socket} returned none: {why}"
+    )]
     Runtime {
         /// The runtime's socket.
         socket: PathBuf,
-        /// Why not.
+        /// The cause.
         why: String,
     },
-    /// It is the node's own.
-    #[error("its processes are in the node's own namespace")]
-    Nodes,
+    /// The pod's processes are in the network namespace of the node.
+    #[error("the pod's processes are in the node's own network namespace")]
+    HostNetns,
     /// The namespace cannot be opened.
-    #[error("cannot open its namespace {path}; is the pod running?")]
+    #[error("cannot open the pod's network namespace {path}: check that the pod is running")]
     Open {
-        /// The namespace's file.
+        /// The namespace file.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         source: io::Error,
     },
-    /// The namespace is another's.
+    /// The namespace lacks an address of the pod: it is not the pod's namespace.
     #[error(
-        "the namespace {path} does not have its address {address}: is it still being set up, or the annotation wrong?"
+        "the network namespace {path} does not have the pod's address {address}: the pod is still being set up, or the annotation is wrong"
     )]
-    NotIts {
-        /// The namespace's file.
+    AddressNotFound {
+        /// The namespace file.
         path: PathBuf,
-        /// The address that is not there.
+        /// The missing address.
         address: IpAddr,
     },
-    /// Its addresses are on several interfaces.
-    #[error("its addresses are on several interfaces, which is not supported")]
+    /// The pod's addresses are on several interfaces.
+    #[error("the pod's addresses are on several interfaces, which is not supported")]
     SeveralInterfaces,
-    /// An application has the tunnel port.
-    #[error("an application of the pod listens on {at}, which is the tunnel port; not enrolled")]
+    /// An application in the pod listens on the tunnel port.
+    #[error(
+        "pod not enrolled: an application listens on {at}, and its port is reserved for tunnels"
+    )]
     TunnelPortTaken {
-        /// Where it listens.
+        /// The application's listening address.
         at: SocketAddr,
     },
-    /// The kernel refused something.
-    #[error("cannot {what} in its namespace")]
+    /// A kernel operation failed.
+    #[error("cannot {what} in the pod's network namespace")]
     Kernel {
-        /// What was tried.
+        /// The operation.
         what: &'static str,
-        /// Why not.
+        /// The cause.
         source: io::Error,
     },
 }
 
-/// Names what was tried, for an error.
-trait Tried<T> {
-    fn tried(self, what: &'static str) -> Result<T, Error>;
+/// Adds the name of the operation to an I/O error.
+trait WithAction<T> {
+    fn with_action(self, what: &'static str) -> Result<T, Error>;
 }
 
-impl<T> Tried<T> for io::Result<T> {
-    fn tried(self, what: &'static str) -> Result<T, Error> {
+impl<T> WithAction<T> for io::Result<T> {
+    fn with_action(self, what: &'static str) -> Result<T, Error> {
         self.map_err(|source| Error::Kernel { what, source })
     }
 }
@@ -117,41 +122,42 @@ impl<T> Tried<T> for io::Result<T> {
 /// The managed pods of this node, by UID.
 pub type PodTable = BTreeMap<String, Arc<PodHandle>>;
 
-/// A managed pod. A change of its listeners makes a new handle that shares the namespace.
+/// A managed pod. A change of its listeners creates a new handle that shares the namespace.
 #[derive(Debug)]
 pub struct PodHandle {
-    /// Its UID.
+    /// The pod's UID.
     pub uid: String,
-    /// Its slot in the kernel's maps.
+    /// The pod's index in the BPF maps.
     pub index: PodIndex,
-    /// Its namespace. Whoever keeps this keeps the namespace: let go when the pod leaves the table.
+    /// The pod's network namespace, which lives at least as long as this handle. Drop the handle when the pod
+    /// leaves the table.
     pub netns: Arc<NetNs>,
-    /// What the kernel knows the namespace by.
+    /// The cookie of the namespace, by which the kernel programs identify it.
     pub netns_cookie: u64,
-    /// The agent's listeners in it; only while it is enrolled.
+    /// The agent's listeners in the namespace; `None` = the pod is not enrolled.
     pub listeners: Option<Arc<Listeners>>,
-    /// Its interface's other end, in the agent's namespace; 0 = it has none there.
+    /// The index of the veth peer in the agent's namespace; 0 = none.
     pub link: u32,
-    /// The address of its own interface, then 2 bytes 0; all 0 = not known.
+    /// The MAC address of the pod's interface, padded with 2 zero bytes; all 0 = unknown.
     pub mac: [u8; 8],
 }
 
-/// The agent's listeners in a pod's namespace: transparent, nonblocking, on loopback, so that they
-/// are reached by steering only. `None` where the pod has no address of the family.
+/// The agent's listeners in a pod's namespace: transparent, nonblocking and on loopback, so that only
+/// connections that the kernel programs redirect reach them. `None` = the pod has no address of the family.
 #[derive(Debug)]
 pub struct Listeners {
-    /// Captured connections, IPv4.
+    /// Accepts captured connections, IPv4.
     pub outbound4: Option<TcpListener>,
-    /// Captured connections, IPv6.
+    /// Accepts captured connections, IPv6.
     pub outbound6: Option<TcpListener>,
-    /// Tunnels, IPv4.
+    /// Accepts tunnels, IPv4.
     pub tunnel4: Option<TcpListener>,
-    /// Tunnels, IPv6.
+    /// Accepts tunnels, IPv6.
     pub tunnel6: Option<TcpListener>,
 }
 
 impl Listeners {
-    /// Those that exist, with their slots.
+    /// Iterates over the listeners that exist, with their slots.
     pub fn iter(&self) -> impl Iterator<Item = (ListenerSlot, &TcpListener)> {
         [
             (ListenerSlot::Outbound4, self.outbound4.as_ref()),
@@ -191,24 +197,24 @@ impl Listeners {
     }
 }
 
-/// A pod's namespace and interface, found and checked.
+/// The network namespace and interface of a pod, checked against the pod's addresses.
 #[derive(Clone, Debug)]
-pub struct Home {
-    /// The namespace.
+pub struct PodNetns {
+    /// The network namespace.
     pub netns: Arc<NetNs>,
-    /// What the kernel knows it by.
+    /// The cookie of the namespace, by which the kernel programs identify it.
     pub cookie: u64,
-    /// The namespace's file.
+    /// The namespace file.
     pub path: PathBuf,
-    /// The file is that of a process, and may go before the namespace does.
+    /// Whether the file is below `/proc/PID` and can disappear before the namespace does.
     pub of_a_process: bool,
     /// The pod's interface.
     pub interface: Interface,
 }
 
-impl Home {
-    /// Whether the namespace still exists under its file. If that was a process', containers come
-    /// and go in a pod: then, whether it still has its interface, which goes with the sandbox.
+impl PodNetns {
+    /// Returns whether the namespace still exists at its path. A path below `/proc/PID` disappears when one
+    /// container exits; then the pod's interface, which is removed with the sandbox, decides.
     #[must_use]
     pub fn is_there(&self) -> bool {
         mesh_sys::netns::NetNsId::of(&self.path).is_ok_and(|id| id == self.netns.id())
@@ -216,23 +222,22 @@ impl Home {
     }
 }
 
-/// Finds a pod's namespace and its interface. A namespace that does not have all of the pod's
-/// addresses is not the pod's.
+/// Finds a pod's network namespace and interface. Rejects a namespace that lacks one of the pod's addresses.
 ///
 /// # Errors
-/// While the pod is not up, or when the source is wrong about it.
-pub fn find(uid: &str, pod: &LocalPod, finder: &impl find::Find) -> Result<Home, Error> {
+/// The pod is not running yet, or its namespace cannot be found or does not match the pod.
+pub fn find(uid: &str, pod: &LocalPod, finder: &impl find::Find) -> Result<PodNetns, Error> {
     let path = finder.path(uid, pod)?;
     let netns = NetNs::open(&path).map_err(|source| Error::Open {
         path: path.clone(),
         source,
     })?;
     if NetNs::own().is_ok_and(|own| own.id() == netns.id()) {
-        return Err(Error::Nodes);
+        return Err(Error::HostNetns);
     }
     let interface = interface::of_pod(&netns, &pod.addresses, &path)?;
-    let cookie = netns.cookie().tried("read the namespace's cookie")?;
-    Ok(Home {
+    let cookie = netns.cookie().with_action("read the namespace's cookie")?;
+    Ok(PodNetns {
         netns: Arc::new(netns),
         cookie,
         path,
@@ -241,45 +246,48 @@ pub fn find(uid: &str, pod: &LocalPod, finder: &impl find::Find) -> Result<Home,
     })
 }
 
-/// Prepares a pod's namespace for the mesh: listeners, rules, routes, sysctls. What is there
-/// already, from an earlier agent, stays. After an error nothing of it is left.
+/// Configures a pod's namespace for the mesh: listeners, rules, routes and sysctls. Keeps what an earlier
+/// agent configured. Removes everything again after an error.
 ///
 /// # Errors
-/// When an application has the tunnel port, or the kernel refuses.
-pub fn enrol(home: &Home, pod: &LocalPod) -> Result<(Arc<Listeners>, Vec<Made>), Error> {
-    tunnel_port_is_free(&home.netns)?;
-    let listeners = home
+/// An application listens on the tunnel port, or a kernel operation failed.
+pub fn enroll(
+    pod_netns: &PodNetns,
+    pod: &LocalPod,
+) -> Result<(Arc<Listeners>, Vec<NetnsItem>), Error> {
+    tunnel_port_is_free(&pod_netns.netns)?;
+    let listeners = pod_netns
         .netns
         .run(|| Listeners::open(pod.addresses.iter().copied()))
-        .tried("enter")?
-        .tried("open the agent's listeners")?;
-    let list = made::wanted(home.interface.index, &pod.addresses);
-    match made::ensure(&home.netns, &list) {
+        .with_action("enter")?
+        .with_action("open the agent's listeners")?;
+    let list = netns_config::wanted(pod_netns.interface.index, &pod.addresses);
+    match netns_config::ensure(&pod_netns.netns, &list) {
         Ok(_) => Ok((Arc::new(listeners), list)),
         Err(error) => {
-            if let Err(left) = made::remove(&home.netns, &list) {
-                tracing::warn!(pod = %pod.name, error = %left, "something of ours is left in the pod");
+            if let Err(left) = netns_config::remove(&pod_netns.netns, &list) {
+                tracing::warn!(pod = %pod.name, error = %left, "mesh configuration left behind in the pod's network namespace");
             }
             Err(error)
         }
     }
 }
 
-/// Removes what [`enrol`] made. The listeners end with their last handle.
+/// Removes what [`enroll`] configured. The listeners close when their last handle is dropped.
 ///
 /// # Errors
-/// When the kernel refuses; everything else is removed nevertheless.
-pub fn withdraw(home: &Home, list: &[Made]) -> Result<(), Error> {
-    made::remove(&home.netns, list)
+/// The first item that could not be removed; all other items are removed.
+pub fn unenroll(pod_netns: &PodNetns, list: &[NetnsItem]) -> Result<(), Error> {
+    netns_config::remove(&pod_netns.netns, list)
 }
 
-/// A listener of the application on the tunnel port would never be reached again by others.
-/// Loopback is the pod's own and stays so.
+/// Checks that no application listens on the tunnel port, where other pods could no longer reach it. Loopback
+/// listeners are allowed: loopback traffic is not captured.
 fn tunnel_port_is_free(netns: &NetNs) -> Result<(), Error> {
     let listening = netns
         .run(|| SockDiag::open()?.sockets(Protocol::TCP, States::LISTEN))
-        .tried("enter")?
-        .tried("list the listeners")?;
+        .with_action("enter")?
+        .with_action("list the listeners")?;
     let taken = listening
         .iter()
         .find(|s| s.local.port == TUNNEL_PORT && !s.local.addr.is_loopback());

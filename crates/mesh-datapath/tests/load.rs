@@ -4,7 +4,7 @@
 //!
 //! Needs root, cgroup2, bpffs and a kernel with BTF; without them the tests fail.
 
-#![expect(clippy::print_stderr, reason = "a test says what it leaves behind")]
+#![expect(clippy::print_stderr, reason = "a test reports what it leaves behind")]
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,7 +14,8 @@ use std::process;
 use aya::maps::{Array, Map, MapData};
 use aya::programs::{Program, loaded_links};
 use aya::{Ebpf, EbpfLoader};
-use mesh_datapath::datapath::{Config, Datapath, MAP_NAMES, pin_directory};
+use mesh_datapath::datapath::{MAP_NAMES, pin_directory};
+use mesh_datapath::{Config, Datapath};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-bpf"));
 
@@ -114,7 +115,7 @@ fn every_program_verifies_within_its_budget() {
             Program::SockOps(p) => p.load().and_then(|()| p.info()),
             Program::SkLookup(p) => p.load().and_then(|()| p.info()),
             Program::SchedClassifier(p) => p.load().and_then(|()| p.info()),
-            _ => unreachable!("{name} is no hook of the mesh"),
+            _ => unreachable!("{name} is not a hook of the mesh"),
         };
         let info = info.unwrap_or_else(|err| panic!("{name} is refused: {err:?}"));
         let verified = info.verified_instruction_count().unwrap_or(0);

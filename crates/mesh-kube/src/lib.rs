@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Builds a client of the Kubernetes API with the credentials of a kubeconfig or of the pod it runs in.
 //!
-//! The client reads token and CA files again while it runs.
+//! The client reloads token and CA files while it runs.
 
 #![forbid(unsafe_code)]
 
@@ -11,10 +11,10 @@ use std::time::Duration;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 
-/// How long a connection to the API server may take to be established.
+/// The time limit for connecting to the API server.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Why there is no client.
+/// Why the client cannot be built.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The kubeconfig cannot be used.
@@ -22,18 +22,18 @@ pub enum Error {
     Kubeconfig {
         /// The file.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         source: Box<kube::config::KubeconfigError>,
     },
-    /// The program does not run in a pod of a cluster.
-    #[error("not running in a pod of a cluster: name a kubeconfig with --kubeconfig")]
+    /// The process does not run in a pod.
+    #[error("not running in a pod: set a kubeconfig with --kubeconfig")]
     InCluster(#[source] Box<kube::config::InClusterError>),
-    /// The configuration does not make a client.
+    /// The configuration is invalid.
     #[error("cannot build a client of the Kubernetes API")]
     Client(#[source] Box<kube::Error>),
 }
 
-/// Builds a client, which connects when it is first used. Must be called in a tokio runtime.
+/// Builds a client, which connects on first use. Call it in a tokio runtime.
 ///
 /// # Errors
 /// The kubeconfig or the pod's credentials cannot be used.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Logs on standard error: text or JSON, a level that can be changed at run time, and warnings
-//! that come at most once a minute for each cause.
+//! Logs to standard error as text or JSON. The level can be changed at run time, and repeated warnings are
+//! limited to one a minute for each cause.
 
 #![forbid(unsafe_code)]
 
@@ -19,36 +19,36 @@ use tracing_subscriber::{EnvFilter, Layer as _, Registry, reload};
 /// The format of a log line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
-    /// Text for people.
+    /// Human-readable text.
     Text,
     /// One JSON object per line.
     Json,
 }
 
-/// How a process logs on standard error.
+/// The log configuration of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogConfig {
-    /// The format of a line.
+    /// The format of log lines.
     pub format: LogFormat,
     /// A level, or directives of the form `target=level`, separated by commas.
     pub level: String,
 }
 
-/// Changes the level of the process's logs.
+/// A handle that changes the log level of the process.
 #[derive(Clone, Debug)]
 pub struct Level(reload::Handle<EnvFilter, Registry>);
 
 impl Level {
-    /// The directives in force.
+    /// Returns the current directives.
     #[must_use]
     pub fn get(&self) -> String {
         self.0.with_current(ToString::to_string).unwrap_or_default()
     }
 
-    /// Puts directives in force: a level, or `target=level`, separated by commas.
+    /// Replaces the directives: a level, or `target=level`, separated by commas.
     ///
     /// # Errors
-    /// What is wrong with them; the old ones stay in force.
+    /// The directives are invalid; the previous ones stay.
     pub fn set(&self, directives: &str) -> Result<(), String> {
         let filter = filter(directives)?;
         self.0.reload(filter).map_err(|error| error.to_string())
@@ -58,28 +58,28 @@ impl Level {
 /// Parses a level, or `target=level` directives separated by commas.
 ///
 /// # Errors
-/// The text that the operator reads: what was expected, and where the directives are wrong.
+/// The message for the operator: what was expected, and which part of the directives is invalid.
 pub fn filter(directives: &str) -> Result<EnvFilter, String> {
     EnvFilter::builder()
         .parse(directives)
         .map_err(|error| format!("expected a level, or TARGET=LEVEL,..: {error}"))
 }
 
-/// Why there are no logs.
+/// Why logging cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum InitError {
-    /// The directives are wrong.
-    #[error("log level: {0}")]
+    /// The directives are invalid.
+    #[error("invalid log level: {0}")]
     Level(String),
-    /// The process has logs already.
-    #[error("logs were set up before")]
+    /// The process has a logger already.
+    #[error("logging is already set up")]
     Twice(#[source] tracing_subscriber::util::TryInitError),
 }
 
-/// Sets up the process's logs, once.
+/// Sets up logging for the process. Call it once.
 ///
 /// # Errors
-/// If the level is wrong, or this was called before.
+/// The level is invalid, or logging is already set up.
 pub fn init(config: &LogConfig) -> Result<Level, InitError> {
     let (filter, handle) = reload::Layer::new(filter(&config.level).map_err(InitError::Level)?);
     let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
@@ -95,13 +95,13 @@ pub fn init(config: &LogConfig) -> Result<Level, InitError> {
     Ok(Level(handle))
 }
 
-/// One warning of a cause is logged in this time.
-const ONCE_IN: Duration = Duration::from_secs(60);
+/// The shortest time between two warnings of a cause.
+const INTERVAL: Duration = Duration::from_secs(60);
 
-/// Lets one warning of a cause through in a minute, and counts the others.
+/// A rate limiter that allows one warning of a cause a minute, and counts the suppressed ones.
 #[derive(Debug)]
 pub struct Limit {
-    /// Milliseconds of the process's life, plus 1; 0 = never.
+    /// The time of the last warning in milliseconds since the first call of [`Self::pass`], plus 1; 0 = never.
     last: AtomicU64,
     held_back: AtomicU64,
 }
@@ -113,7 +113,7 @@ impl Default for Limit {
 }
 
 impl Limit {
-    /// Lets the next one through.
+    /// Creates a limiter that allows the next warning.
     #[must_use]
     pub const fn new() -> Self {
         Self {
@@ -122,7 +122,7 @@ impl Limit {
         }
     }
 
-    /// `Some(how many were held back since the last)` if one may be logged now.
+    /// Returns the number of suppressed warnings since the last one if a warning may be logged now, else `None`.
     #[must_use]
     pub fn pass(&self) -> Option<u64> {
         static BEGAN: OnceLock<Instant> = OnceLock::new();
@@ -131,10 +131,10 @@ impl Limit {
 
     fn pass_at(&self, now: Duration) -> Option<u64> {
         let now = u64::try_from(now.as_millis()).unwrap_or(u64::MAX - 1) + 1;
-        let once_in = u64::try_from(ONCE_IN.as_millis()).unwrap_or(u64::MAX);
+        let interval = u64::try_from(INTERVAL.as_millis()).unwrap_or(u64::MAX);
         let last = self.last.load(Relaxed);
-        let due = last == 0 || now.saturating_sub(last) >= once_in;
-        // Of several threads that find it due, one wins.
+        let due = last == 0 || now.saturating_sub(last) >= interval;
+        // Only one of several concurrent threads succeeds.
         if due
             && self
                 .last
@@ -149,7 +149,7 @@ impl Limit {
     }
 }
 
-/// An error with everything that caused it, in one line.
+/// Displays an error with all its causes in one line.
 #[derive(Clone, Copy, Debug)]
 pub struct Chain<'a>(pub &'a (dyn Error + 'static));
 
@@ -165,8 +165,8 @@ impl fmt::Display for Chain<'_> {
     }
 }
 
-/// `warn_limited!("cause", error, "message")`: logs a warning, at most one a minute from this
-/// place, with how many were held back. `error` is anything that can be displayed.
+/// `warn_limited!("cause", error, "message")`: logs a warning at most once a minute for each call site, with the
+/// number of suppressed ones. `error` is any type that implements `Display`.
 #[macro_export]
 macro_rules! warn_limited {
     ($cause:literal, $error:expr, $($message:tt)+) => {{
@@ -182,7 +182,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_warning_a_minute_with_a_count() {
+    fn limit_allows_one_warning_a_minute_and_counts_others() {
         let limit = Limit::new();
         let seconds = Duration::from_secs;
         assert_eq!(limit.pass_at(seconds(0)), Some(0));
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_directives_are_refused_with_a_reason() {
+    fn invalid_directives_are_rejected_with_a_reason() {
         assert!(filter("info,mesh_agent::proxy=debug").is_ok());
         assert!(
             filter("mesh=loud")
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_names_every_cause() {
+    fn chain_displays_every_cause() {
         #[derive(Debug, thiserror::Error)]
         #[error("cannot open the flow log")]
         struct Outer(#[source] io::Error);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The bpf(2) calls that aya 0.14 has no public function for: links that are updated in place, and
-//! map elements through a shared descriptor.
+//! The bpf(2) calls for which aya 0.14 has no public function: in-place link updates, and access to map elements
+//! through a shared descriptor.
 
 use std::ffi::CString;
 use std::io;
@@ -69,8 +69,8 @@ struct Query {
 }
 
 fn bpf<T>(command: libc::c_int, attributes: &mut T) -> io::Result<libc::c_long> {
-    // SAFETY: `attributes` lives across the call and has the size that is passed; every pointer in
-    // it belongs to a slice or string that the caller borrows across the call.
+    // SAFETY: `attributes` is valid for the size that is passed; all pointers in it refer to slices or strings
+    // that the caller borrows during the call.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -90,10 +90,10 @@ fn number(fd: BorrowedFd<'_>) -> u32 {
     fd.as_raw_fd().unsigned_abs()
 }
 
-/// Opens what is pinned at a path: a map, a program or a link.
+/// Opens the map, program or link that is pinned at a path.
 ///
 /// # Errors
-/// When nothing is pinned there, or bpffs is not mounted.
+/// Nothing is pinned there, or bpffs is not mounted.
 pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut attributes = ObjectGet {
@@ -103,15 +103,15 @@ pub fn open_pin(path: &Path) -> io::Result<OwnedFd> {
     };
     let fd = bpf(BPF_OBJ_GET, &mut attributes)?;
     let fd = i32::try_from(fd).map_err(io::Error::other)?;
-    // SAFETY: the kernel has just made this descriptor for us.
+    // SAFETY: the descriptor is new and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// The ids of the programs that run for processes of a cgroup at a hook, whose number is an
-/// `enum bpf_attach_type` (linux/bpf.h): its own, and those of the cgroups around it.
+/// Returns the ids of the programs that run for processes of a cgroup at an `enum bpf_attach_type` (linux/bpf.h),
+/// including those of its ancestors.
 ///
 /// # Errors
-/// As the kernel says; `ENOSPC` when there are more than 64.
+/// The system call failed; `ENOSPC` = more than 64 programs.
 pub fn programs_at(cgroup: BorrowedFd<'_>, hook: u32) -> io::Result<Vec<u32>> {
     const BPF_F_QUERY_EFFECTIVE: u32 = 1;
     let mut ids = [0_u32; 64];
@@ -129,10 +129,10 @@ pub fn programs_at(cgroup: BorrowedFd<'_>, hook: u32) -> io::Result<Vec<u32>> {
     Ok(ids.into_iter().take(count).collect())
 }
 
-/// Puts another program behind a link, with no moment in between (5.7).
+/// Replaces the program of a link atomically (Linux 5.7).
 ///
 /// # Errors
-/// `ENOLINK` when what the link was attached to is gone.
+/// `ENOLINK` = the target of the link no longer exists.
 pub fn update_link(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     let mut attributes = LinkUpdate {
         link: number(link),
@@ -153,18 +153,18 @@ fn element(map: BorrowedFd<'_>, key: &[u8], value: *const u8) -> Element {
     }
 }
 
-/// Writes an element. The slices must have the map's sizes.
+/// Writes an element. The slices must have the key and value sizes of the map.
 ///
 /// # Errors
-/// `E2BIG` when the map is full.
+/// `E2BIG` = the map is full.
 pub fn put(map: BorrowedFd<'_>, key: &[u8], value: &[u8]) -> io::Result<()> {
     bpf(BPF_MAP_UPDATE_ELEM, &mut element(map, key, value.as_ptr())).map(drop)
 }
 
-/// Reads an element into `value`; `false` = there is none. The slices must have the map's sizes.
+/// Reads an element into `value`; `false` = not found. The slices must have the key and value sizes of the map.
 ///
 /// # Errors
-/// As the kernel says.
+/// The system call failed.
 pub fn get(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<bool> {
     let at = value.as_mut_ptr().cast_const();
     match bpf(BPF_MAP_LOOKUP_ELEM, &mut element(map, key, at)) {
@@ -174,10 +174,10 @@ pub fn get(map: BorrowedFd<'_>, key: &[u8], value: &mut [u8]) -> io::Result<bool
     }
 }
 
-/// Removes an element; removing what is absent is no error.
+/// Removes an element. A missing element is not an error.
 ///
 /// # Errors
-/// As the kernel says.
+/// The system call failed.
 pub fn remove(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<()> {
     match bpf(
         BPF_MAP_DELETE_ELEM,
@@ -188,16 +188,16 @@ pub fn remove(map: BorrowedFd<'_>, key: &[u8]) -> io::Result<()> {
     }
 }
 
-/// How many elements a hash map has, LRU or not (5.6). `sizes` = bytes of a key and of a value.
-/// What comes or goes meanwhile is counted or not.
+/// Counts the elements of a hash map or LRU hash map (Linux 5.6). `sizes` are the sizes of a key and of a value.
+/// Elements that are added or removed meanwhile may or may not be counted.
 ///
 /// # Errors
-/// As the kernel says.
+/// The system call failed.
 pub fn count(map: BorrowedFd<'_>, (key, value): (usize, usize)) -> io::Result<u64> {
-    /// More than any bucket of a map of ours holds.
+    /// The elements in one batch: more than one bucket of the agent's maps holds.
     const MOST: u32 = 4096;
-    let room = |size: usize| vec![0_u8; size * MOST as usize];
-    let (mut keys, mut values) = (room(key), room(value));
+    let buffer = |size: usize| vec![0_u8; size * MOST as usize];
+    let (mut keys, mut values) = (buffer(key), buffer(value));
     let (mut from, mut to, mut first) = (0_u32, 0_u32, true);
     let mut total = 0;
     loop {
@@ -217,7 +217,7 @@ pub fn count(map: BorrowedFd<'_>, (key, value): (usize, usize)) -> io::Result<u6
         let result = bpf(BPF_MAP_LOOKUP_BATCH, &mut attributes);
         match result {
             Ok(_) => total += u64::from(attributes.count),
-            // That was the last part.
+            // This was the last batch.
             Err(err) if err.raw_os_error() == Some(libc::ENOENT) => {
                 return Ok(total + u64::from(attributes.count));
             }

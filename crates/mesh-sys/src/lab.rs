@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Network namespaces for the unit tests of this crate and of others. They have no name, so a test cannot leave
-//! one behind. Every function panics when the kernel refuses.
+//! Network namespaces for unit tests. They have no name, so that a test cannot leave one behind. All functions
+//! panic on errors.
 
 use std::fs;
 use std::os::fd::AsRawFd as _;
@@ -11,7 +11,7 @@ use std::thread;
 
 use super::netns::NetNs;
 
-/// A namespace that lives as long as its descriptor, with `lo` up.
+/// Creates a network namespace with `lo` up, which lives as long as its descriptor.
 pub fn fresh() -> NetNs {
     static ALLOWED: Once = Once::new();
     ALLOWED.call_once(allow_cubic);
@@ -25,11 +25,11 @@ pub fn fresh() -> NetNs {
         NetNs::own().expect("/proc is there")
     })
     .join()
-    .expect("a namespace can be made")
+    .expect("create a network namespace")
 }
 
-/// Lets namespaces choose cubic where the machine boots with another congestion control, which they
-/// inherit. The kernel has one list for all of them; this only adds a choice.
+/// Allows network namespaces to use cubic on a machine with another default congestion control, which they inherit.
+/// The kernel has one list of allowed algorithms; this only adds to it.
 fn allow_cubic() {
     let list = Path::new("/proc/sys/net/ipv4/tcp_allowed_congestion_control");
     let allowed = fs::read_to_string(list).expect("it can be read");
@@ -39,19 +39,19 @@ fn allow_cubic() {
     }
 }
 
-/// Runs a test in a namespace of its own.
+/// Runs a test in a new network namespace.
 pub fn alone<T>(f: impl FnOnce() -> T) -> T {
     fresh().run(f).expect("a fresh namespace can be entered")
 }
 
-/// A file by which the namespace is opened elsewhere in this process.
+/// Returns a path by which this process can open the namespace.
 pub fn path(netns: &NetNs) -> PathBuf {
     use std::os::fd::AsFd as _;
     let fd = netns.as_fd().as_raw_fd();
     PathBuf::from(format!("/proc/{}/fd/{fd}", std::process::id()))
 }
 
-/// `ip ARGS` in this thread's namespace; what it prints.
+/// Runs `ip ARGS` in this thread's network namespace and returns its output.
 pub fn ip(args: &[&str]) -> String {
     let output = Command::new("ip")
         .args(args)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! System calls that no safe crate offers, one safe function each.
+//! Safe functions for system calls that no safe crate offers.
 //!
-//! This is the only crate with unsafe code outside the kernel programs and their ABI. It does not know
-//! what a pod is, keeps no state beyond the descriptors it returns, and makes no decisions.
+//! This is the only crate with unsafe code except the eBPF programs and their ABI. It does not know pods, keeps no
+//! state except the descriptors that it returns, and makes no decisions.
 
 #![allow(
     unsafe_code,

@@ -3,35 +3,35 @@
 
 use std::io;
 
-/// Raises the soft limit of open descriptors to the hard limit, and returns it.
+/// Raises the soft limit of open file descriptors to the hard limit, and returns it.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// The system call failed.
 pub fn raise_open_files() -> io::Result<u64> {
     let mut limit = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,
     };
-    // SAFETY: `limit` is a valid place for the kernel to write to.
+    // SAFETY: `limit` is valid for writes.
     if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
         return Err(io::Error::last_os_error());
     }
     limit.rlim_cur = limit.rlim_max;
-    // SAFETY: `limit` is a valid limit, read only.
+    // SAFETY: `limit` is valid and only read.
     if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } != 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(limit.rlim_cur)
 }
 
-/// Keeps this process's memory, in which private keys are, out of core dumps, and from other
-/// processes of its user that have no right of their own to trace it.
+/// Protects the memory of this process, which contains private keys, from core dumps and from unprivileged
+/// processes of the same user (`PR_SET_DUMPABLE`).
 ///
 /// # Errors
-/// When the kernel refuses.
+/// The system call failed.
 pub fn forbid_dumps() -> io::Result<()> {
     let no: libc::c_ulong = 0;
-    // SAFETY: takes and returns numbers only.
+    // SAFETY: the call has no pointer arguments.
     if unsafe { libc::prctl(libc::PR_SET_DUMPABLE, no, no, no, no) } != 0 {
         return Err(io::Error::last_os_error());
     }

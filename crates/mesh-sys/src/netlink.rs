@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Netlink messages: a synchronous socket, requests with acknowledgement, dumps, attributes.
+//! A synchronous netlink socket: requests with acknowledgment, dumps and attributes.
 //!
-//! A socket belongs to the namespace of the thread that made it. Every read has a time limit: the
-//! kernel answers at once or not at all.
+//! A socket belongs to the network namespace of the thread that creates it. Reads have a time limit, since the
+//! kernel replies at once or not at all.
 
 use std::io;
 use std::mem;
@@ -18,19 +18,19 @@ const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
 const NLM_F_DUMP: u16 = 0x300;
 const NLM_F_DUMP_INTR: u16 = 0x10;
-/// Create the object if it is absent.
+/// Creates the object if it does not exist (NLM_F_CREATE).
 pub(crate) const NLM_F_CREATE: u16 = 0x400;
-/// Fail if it exists.
+/// Fails if the object exists (NLM_F_EXCL).
 pub(crate) const NLM_F_EXCL: u16 = 0x200;
-/// Replace it if it exists.
+/// Replaces an existing object (NLM_F_REPLACE).
 pub(crate) const NLM_F_REPLACE: u16 = 0x100;
-/// Strips the flags of an attribute's kind.
+/// The mask that removes the flags of an attribute's type.
 const NLA_TYPE_MASK: u16 = 0x3fff;
 
-/// How often a dump that changed under the kernel's hands is read again.
+/// The number of attempts for a dump that is interrupted by changes.
 const DUMP_ATTEMPTS: u32 = 5;
-const ANSWER_TIME: Duration = Duration::from_secs(5);
-/// The kernel's own size of a dump's parts is at most 32 KiB.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
+/// The size of the receive buffer: the kernel limits the parts of a dump to 32 KiB.
 const BUFFER: usize = 64 << 10;
 
 /// A netlink socket.
@@ -42,16 +42,16 @@ pub struct Netlink {
 }
 
 impl Netlink {
-    /// A socket of a netlink family, in this thread's namespace.
+    /// Opens a socket of a netlink family in this thread's network namespace.
     ///
     /// # Errors
-    /// When the kernel has no such family.
+    /// The kernel does not support the family.
     pub(crate) fn open(family: i32) -> io::Result<Self> {
         Self::with_buffer(family, BUFFER)
     }
 
-    /// A socket that only listens to `groups` (`RTNLGRP_...`), nonblocking. What it hears is thrown
-    /// away, so it needs little room.
+    /// Opens a nonblocking socket that subscribes to multicast `groups` (`RTNLGRP_...`). Its messages are discarded, so
+    /// its receive buffer is small.
     pub(crate) fn listening(family: i32, groups: &[u32]) -> io::Result<Self> {
         let socket = Self::with_buffer(family, HEADER)?;
         socket.subscribe(groups)?;
@@ -59,7 +59,7 @@ impl Netlink {
     }
 
     fn with_buffer(family: i32, size: usize) -> io::Result<Self> {
-        // SAFETY: makes a descriptor, touches no memory.
+        // SAFETY: creates a descriptor and accesses no memory.
         let fd = unsafe {
             libc::socket(
                 libc::AF_NETLINK,
@@ -70,9 +70,9 @@ impl Netlink {
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the descriptor was just made and belongs to nobody else.
+        // SAFETY: the descriptor is new and has no other owner.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        SockRef::from(&fd).set_read_timeout(Some(ANSWER_TIME))?;
+        SockRef::from(&fd).set_read_timeout(Some(REPLY_TIMEOUT))?;
         let socket = Self {
             fd,
             sequence: 0,
@@ -82,7 +82,7 @@ impl Netlink {
         Ok(socket)
     }
 
-    /// Takes an address of its own: a socket without one is not told what processes change.
+    /// Binds the socket: an unbound socket receives no notifications of changes by processes.
     fn bind(&self) -> io::Result<()> {
         // SAFETY: an all-zero sockaddr_nl is valid, and means "any address".
         let mut addr: libc::sockaddr_nl = unsafe { mem::zeroed() };
@@ -118,7 +118,7 @@ impl Netlink {
         SockRef::from(&self.fd).set_nonblocking(true)
     }
 
-    /// Throws away what was received; whether there was anything. An overrun counts as something.
+    /// Discards all received messages, and returns whether there were any. An overrun counts as a message.
     pub(crate) fn drain(&mut self) -> io::Result<bool> {
         let mut any = false;
         loop {
@@ -131,7 +131,7 @@ impl Netlink {
         }
     }
 
-    /// Sends a request and waits for its acknowledgement.
+    /// Sends a request and waits for its acknowledgment.
     pub(crate) fn request(&mut self, kind: u16, flags: u16, body: &Body) -> io::Result<()> {
         self.send(kind, NLM_F_REQUEST | NLM_F_ACK | flags, body)?;
         loop {
@@ -144,7 +144,7 @@ impl Netlink {
         }
     }
 
-    /// Sends a request whose answer is one message: its payload, without the kind.
+    /// Sends a request and returns the payload of its single reply.
     pub(crate) fn get(&mut self, kind: u16, body: &Body) -> io::Result<Vec<u8>> {
         self.send(kind, NLM_F_REQUEST, body)?;
         loop {
@@ -162,7 +162,7 @@ impl Netlink {
         }
     }
 
-    /// Dumps objects; `parse` makes of each payload what is wanted.
+    /// Dumps objects, and returns the results of `parse` for their payloads.
     pub(crate) fn dump<T>(
         &mut self,
         kind: u16,
@@ -177,11 +177,11 @@ impl Netlink {
         }
         Err(io::Error::new(
             io::ErrorKind::Interrupted,
-            "the kernel's table changed while it was read, each time",
+            "the netlink dump was interrupted by changes in every attempt",
         ))
     }
 
-    /// `None` = the table changed meanwhile.
+    /// Dumps objects once; `None` = interrupted by a change.
     fn dumped<T>(&mut self, parse: &impl Fn(&[u8]) -> Option<T>) -> io::Result<Option<Vec<T>>> {
         let mut found = Vec::new();
         let mut whole = true;
@@ -232,13 +232,13 @@ impl Netlink {
         if length > self.buffer.len() {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
-                "a netlink message was longer than the buffer",
+                "netlink message exceeds the receive buffer",
             ));
         }
         Ok(length)
     }
 
-    /// Receives a datagram as far as it fits; its whole length.
+    /// Receives a datagram, truncated to the buffer, and returns its full length.
     fn receive_part(&mut self) -> io::Result<usize> {
         // SAFETY: the buffer is written for at most its own length.
         let length = unsafe {
@@ -264,12 +264,12 @@ impl AsRawFd for Netlink {
 pub(crate) struct Body(Vec<u8>);
 
 impl Body {
-    /// A payload that begins with these bytes.
+    /// Creates a payload with a fixed header.
     pub(crate) fn new(fixed: &[u8]) -> Self {
         Self(fixed.to_vec()).aligned()
     }
 
-    /// Adds an attribute.
+    /// Appends an attribute.
     pub(crate) fn with(mut self, kind: u16, data: &[u8]) -> Self {
         let length = u16::try_from(4 + data.len()).unwrap_or(u16::MAX);
         self.0.extend_from_slice(&length.to_ne_bytes());
@@ -278,7 +278,7 @@ impl Body {
         self.aligned()
     }
 
-    /// As the data of an attribute around it.
+    /// Returns the payload as the data of an enclosing attribute.
     pub(crate) fn bytes(&self) -> &[u8] {
         &self.0
     }
@@ -297,20 +297,20 @@ struct Message<'a> {
 }
 
 impl Message<'_> {
-    /// An NLMSG_ERROR's number; 0 is the acknowledgement.
+    /// Returns the error of an NLMSG_ERROR; 0 is an acknowledgment.
     fn error(&self) -> io::Result<()> {
         match word(self.payload, 0) {
             Some(0) => Ok(()),
             Some(number) => Err(io::Error::from_raw_os_error(-number.cast_signed())),
             None => Err(io::Error::new(
                 io::ErrorKind::InvalidData,
-                "a netlink error without its number",
+                "netlink error without an error number",
             )),
         }
     }
 }
 
-/// The messages of one datagram.
+/// Iterates over the messages of a datagram.
 struct Messages<'a>(&'a [u8]);
 
 impl<'a> Iterator for Messages<'a> {
@@ -330,11 +330,11 @@ impl<'a> Iterator for Messages<'a> {
     }
 }
 
-/// The attributes behind a payload's fixed header, as (kind, data).
+/// Iterates over the attributes after a payload's fixed header, as (type, data).
 pub(crate) struct Attributes<'a>(&'a [u8]);
 
 impl<'a> Attributes<'a> {
-    /// Of a payload whose fixed header has this length.
+    /// Creates an iterator for a payload with a fixed header of this length.
     pub(crate) fn after(payload: &'a [u8], header: usize) -> Self {
         Self(payload.get(header..).unwrap_or(&[]))
     }
@@ -352,13 +352,13 @@ impl<'a> Iterator for Attributes<'a> {
     }
 }
 
-/// The 32-bit number at an offset.
+/// Returns the 32-bit number at an offset.
 pub(crate) fn word(data: &[u8], at: usize) -> Option<u32> {
     let bytes = data.get(at..at + 4)?;
     Some(u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
 }
 
-/// The 16-bit number at an offset.
+/// Returns the 16-bit number at an offset.
 pub(crate) fn half(data: &[u8], at: usize) -> Option<u16> {
     let bytes = data.get(at..at + 2)?;
     Some(u16::from_ne_bytes([bytes[0], bytes[1]]))
@@ -369,7 +369,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn attributes_round_trip_and_broken_ones_end_the_list() {
+    fn attributes_round_trip_and_malformed_ones_end_iteration() {
         let body = Body::new(&[1, 2, 3, 4])
             .with(7, &[9])
             .with(8 | 0x8000, &[1, 2, 3, 4, 5]);
@@ -381,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn truncated_messages_end_the_list() {
+    fn truncated_messages_end_iteration() {
         let mut data = vec![0u8; 16];
         data[0] = 16;
         assert_eq!(Messages(&data).count(), 1);

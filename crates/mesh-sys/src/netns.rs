@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Network namespaces: open, name, enter and come back.
+//! Opens, identifies and enters network namespaces.
 //!
-//! A [`NetNs`] keeps its namespace alive. Sockets made inside [`NetNs::run`] belong to the
-//! namespace for as long as they live, whichever thread uses them later.
+//! A [`NetNs`] keeps its namespace alive. Sockets that are created in [`NetNs::run`] belong to the namespace
+//! permanently, whichever thread uses them.
 
 use std::cell::{Cell, OnceCell};
 use std::fs::{self, File};
@@ -16,13 +16,14 @@ use super::socket;
 const OWN: &str = "/proc/thread-self/ns/net";
 
 thread_local! {
-    /// Where this thread belongs; opened when it first leaves.
+    /// The original network namespace of this thread, opened when the thread first leaves it.
     static HOME: OnceCell<OwnedFd> = const { OnceCell::new() };
-    /// Where it is now, if not at home: valid while the `run` that wrote it is on the stack.
+    /// The current network namespace of this thread, if not the original one. Valid while the `run` that set it is
+    /// on the stack.
     static INSIDE: Cell<Option<RawFd>> = const { Cell::new(None) };
 }
 
-/// Tells one namespace from another, for as long as either lives: device and inode of its file.
+/// The identity of a namespace while it exists: device and inode of its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NetNsId {
     device: u64,
@@ -30,10 +31,10 @@ pub struct NetNsId {
 }
 
 impl NetNsId {
-    /// Of the namespace whose file this is.
+    /// Returns the identity of the namespace with this file.
     ///
     /// # Errors
-    /// When the file is gone.
+    /// The file does not exist.
     pub fn of(path: &Path) -> io::Result<Self> {
         let data = fs::metadata(path)?;
         Ok(Self {
@@ -51,10 +52,10 @@ pub struct NetNs {
 }
 
 impl NetNs {
-    /// Opens a namespace by its file: `/run/netns/NAME`, `/proc/PID/ns/net`.
+    /// Opens a namespace by its file, such as `/run/netns/NAME` or `/proc/PID/ns/net`.
     ///
     /// # Errors
-    /// When the file is not there, or is no network namespace.
+    /// The file does not exist, or is not a network namespace.
     pub fn open(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
         let data = file.metadata()?;
@@ -72,21 +73,21 @@ impl NetNs {
         Ok(Self { fd, id })
     }
 
-    /// The namespace this thread is in.
+    /// Opens the current namespace of this thread.
     ///
     /// # Errors
-    /// When `/proc` is not there.
+    /// `/proc` is not mounted.
     pub fn own() -> io::Result<Self> {
         Self::open(Path::new(OWN))
     }
 
-    /// A new namespace without a name: it is gone with the last descriptor. Its `lo` is down.
+    /// Creates a namespace without a name, which is removed with its last descriptor. Its `lo` is down.
     ///
     /// # Errors
-    /// Without CAP_SYS_ADMIN.
+    /// CAP_SYS_ADMIN is missing.
     pub fn fresh() -> io::Result<Self> {
         let made = std::thread::Builder::new().spawn(|| {
-            // SAFETY: unshare() changes this thread only, which ends at once.
+            // SAFETY: unshare() changes only this thread, which exits at once.
             if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
                 return Err(io::Error::last_os_error());
             }
@@ -96,26 +97,26 @@ impl NetNs {
             .unwrap_or_else(|_panic| Err(io::Error::other("the thread panicked")))
     }
 
-    /// What tells it from others.
+    /// Returns the identity of the namespace.
     #[must_use]
     pub const fn id(&self) -> NetNsId {
         self.id
     }
 
-    /// Its cookie (`SO_NETNS_COOKIE`, 5.14): never used again on this machine, and what the kernel
-    /// programs know it by.
+    /// Returns the cookie (`SO_NETNS_COOKIE`, Linux 5.14), which is unique until the next boot, and by which eBPF
+    /// programs identify the namespace.
     ///
     /// # Errors
-    /// When it cannot be entered, or the kernel is too old.
+    /// The namespace cannot be entered, or the kernel is older.
     pub fn cookie(&self) -> io::Result<u64> {
         self.run(|| socket::netns_cookie(std::net::UdpSocket::bind("0.0.0.0:0")?.as_fd()))?
     }
 
-    /// Runs `f` on this thread inside the namespace and comes back; aborts the process if it cannot
-    /// come back. `f` must not await and must not spawn; calls may be nested.
+    /// Runs `f` on this thread in the namespace, then returns the thread to its previous namespace; aborts the process
+    /// if that fails. `f` must not await or spawn threads. Calls can be nested.
     ///
     /// # Errors
-    /// When the namespace cannot be entered; `f` was not run then.
+    /// The namespace cannot be entered; `f` is not run.
     pub fn run<T>(&self, f: impl FnOnce() -> T) -> io::Result<T> {
         let before = match INSIDE.get() {
             Some(fd) => fd,
@@ -136,7 +137,7 @@ impl std::os::fd::AsFd for NetNs {
     }
 }
 
-/// Brings the thread back, also when `f` panics.
+/// A guard that returns the thread to its previous namespace, also if `f` panics.
 struct Back {
     fd: RawFd,
     inside: Option<RawFd>,
@@ -146,7 +147,7 @@ impl Drop for Back {
     fn drop(&mut self) {
         INSIDE.set(self.inside);
         if enter(self.fd).is_err() {
-            // A thread in a stranger's namespace would make every later socket there.
+            // All later sockets of the thread would be in the wrong namespace.
             std::process::abort();
         }
     }
@@ -163,8 +164,7 @@ fn home() -> io::Result<RawFd> {
 }
 
 fn enter(fd: RawFd) -> io::Result<()> {
-    // SAFETY: setns() changes this thread only and touches no memory; a stale descriptor is an
-    // error.
+    // SAFETY: setns() changes only this thread and accesses no memory; an invalid descriptor is an error.
     if unsafe { libc::setns(fd, libc::CLONE_NEWNET) } == 0 {
         Ok(())
     } else {
@@ -172,11 +172,11 @@ fn enter(fd: RawFd) -> io::Result<()> {
     }
 }
 
-/// The kind of a namespace file as its clone flag; `None` = no namespace file.
+/// Returns the type of a namespace file as its clone flag; `None` = not a namespace file.
 fn kind(fd: BorrowedFd<'_>) -> Option<i32> {
-    // _IO(0xb7, 3) of linux/nsfs.h, 4.11.
+    // NS_GET_NSTYPE: _IO(0xb7, 3) in linux/nsfs.h, Linux 4.11.
     const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
-    // SAFETY: this request takes no argument and writes nothing.
+    // SAFETY: this request has no argument and writes no memory.
     let kind = unsafe { libc::ioctl(fd.as_raw_fd(), NS_GET_NSTYPE) };
     (kind >= 0).then_some(kind)
 }
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn run_enters_and_comes_back_also_nested_and_after_a_panic() {
+    fn run_restores_the_namespace_also_when_nested_and_after_a_panic() {
         let (a, b) = (fresh(), fresh());
         let (home, in_a, in_b) = (here(), a.cookie().unwrap(), b.cookie().unwrap());
         assert_ne!(in_a, in_b);
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_stays_where_it_was_made() {
+    fn socket_stays_in_the_namespace_of_its_creation() {
         let ns = fresh();
         let socket = ns
             .run(|| std::net::UdpSocket::bind("0.0.0.0:0"))
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_namespace_is_refused() {
+    fn other_files_are_rejected() {
         assert!(NetNs::open(Path::new("/proc/self/status")).is_err());
         assert!(NetNs::open(Path::new("/proc/self/ns/mnt")).is_err());
         assert!(NetNs::open(Path::new("/run/netns/no-such")).is_err());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Rules, routes, links and addresses of a namespace (rtnetlink).
+//! The rules, routes, links and addresses of a network namespace (rtnetlink).
 //!
-//! Additions and removals are idempotent: what is there already, or is gone already, is no error.
+//! Additions and removals are idempotent.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -23,8 +23,8 @@ const RTM_DELRULE: u16 = 33;
 const RTM_GETRULE: u16 = 34;
 const RTM_GETNSID: u16 = 90;
 
-/// Who made a rule or route (`rtm_protocol`, `FRA_PROTOCOL`): a number that no routing daemon of
-/// iproute2's `rt_protos` uses, so that ours are told from others.
+/// The origin of the mesh's rules and routes (`rtm_protocol`, `FRA_PROTOCOL`): a number that no routing daemon in
+/// iproute2's `rt_protos` uses.
 const PROTOCOL: u8 = 77;
 const RTN_LOCAL: u8 = 2;
 const RT_SCOPE_HOST: u8 = 254;
@@ -46,7 +46,7 @@ pub enum Family {
 }
 
 impl Family {
-    /// Of an address.
+    /// Returns the family of an address.
     #[must_use]
     pub const fn of(addr: &IpAddr) -> Self {
         match addr {
@@ -66,26 +66,26 @@ impl Family {
 /// `ip rule`: `fwmark MARK/MASK lookup TABLE priority PRIORITY`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rule {
-    /// The family.
+    /// The address family.
     pub family: Family,
-    /// Bits of the mark that must match.
+    /// The value of the mark to match.
     pub mark: u32,
-    /// Which bits.
+    /// The bits of the mark to compare.
     pub mask: u32,
-    /// The table to look in.
+    /// The routing table to look up.
     pub table: u32,
-    /// Lowest first.
+    /// The priority; the lowest is evaluated first.
     pub priority: u32,
 }
 
 /// `ip route`: `local default dev LINK [src SOURCE] table TABLE`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Route {
-    /// The family.
+    /// The address family.
     pub family: Family,
-    /// The table.
+    /// The routing table.
     pub table: u32,
-    /// The interface's index.
+    /// The index of the interface.
     pub link: u32,
     /// The preferred source address.
     pub source: Option<IpAddr>,
@@ -94,27 +94,27 @@ pub struct Route {
 /// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
-    /// Its index in this namespace.
+    /// The index in this namespace.
     pub index: u32,
-    /// Its name.
+    /// The name.
     pub name: String,
-    /// Its hardware address; shorter or longer ones than 6 bytes are `None`.
+    /// The MAC address; `None` = the hardware address does not have 6 bytes.
     pub mac: Option<[u8; 6]>,
-    /// The index of what it is connected to: a veth's other end.
+    /// The index of the linked interface, such as a veth peer.
     pub peer: Option<u32>,
-    /// The number, in this namespace, of the namespace that the other end is in; `None` = this one.
+    /// The id in this namespace of the peer's network namespace; `None` = this namespace.
     pub peer_namespace: Option<i32>,
 }
 
-/// An rtnetlink socket of the namespace it was made in.
+/// An rtnetlink socket of one network namespace.
 #[derive(Debug)]
 pub struct Routing(Netlink);
 
 impl Routing {
-    /// In this thread's namespace.
+    /// Opens a socket in this thread's network namespace.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// The request failed.
     pub fn open() -> io::Result<Self> {
         Netlink::open(libc::NETLINK_ROUTE).map(Self)
     }
@@ -122,7 +122,7 @@ impl Routing {
     /// Adds a rule.
     ///
     /// # Errors
-    /// Without CAP_NET_ADMIN in the namespace, or when the kernel has no such family.
+    /// CAP_NET_ADMIN in the namespace is missing, or the kernel does not support the family.
     pub fn add_rule(&mut self, rule: &Rule) -> io::Result<()> {
         let flags = NLM_F_CREATE | NLM_F_EXCL;
         ignore(
@@ -134,7 +134,7 @@ impl Routing {
     /// Removes a rule.
     ///
     /// # Errors
-    /// As [`Self::add_rule`].
+    /// See [`Self::add_rule`].
     pub fn remove_rule(&mut self, rule: &Rule) -> io::Result<()> {
         ignore(
             self.0.request(RTM_DELRULE, 0, &rule_body(rule)),
@@ -142,10 +142,10 @@ impl Routing {
         )
     }
 
-    /// The rules of the kind that [`Rule`] describes, whoever made them.
+    /// Lists the rules that [`Rule`] can represent, of any origin.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// The request failed.
     pub fn rules(&mut self, family: Family) -> io::Result<Vec<Rule>> {
         let body = Body::new(&[family.number(), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         self.0
@@ -155,7 +155,7 @@ impl Routing {
     /// Adds a route, or replaces the table's default route.
     ///
     /// # Errors
-    /// When the interface or the source address is gone, or without CAP_NET_ADMIN.
+    /// The interface or source address does not exist, or CAP_NET_ADMIN is missing.
     pub fn add_route(&mut self, route: &Route) -> io::Result<()> {
         let flags = NLM_F_CREATE | NLM_F_REPLACE;
         self.0.request(RTM_NEWROUTE, flags, &route_body(route))
@@ -164,7 +164,7 @@ impl Routing {
     /// Removes a route.
     ///
     /// # Errors
-    /// Without CAP_NET_ADMIN in the namespace.
+    /// CAP_NET_ADMIN in the namespace is missing.
     pub fn remove_route(&mut self, route: &Route) -> io::Result<()> {
         ignore(
             self.0.request(RTM_DELROUTE, 0, &route_body(route)),
@@ -178,36 +178,36 @@ impl Routing {
         )
     }
 
-    /// The `local default` routes of every table but the kernel's own, whoever made them.
+    /// Lists the `local default` routes of all tables except the kernel's own, of any origin.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// The request failed.
     pub fn routes(&mut self, family: Family) -> io::Result<Vec<Route>> {
         let body = Body::new(&[family.number(), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         self.0
             .dump(RTM_GETROUTE, &body, |payload| parse_route(family, payload))
     }
 
-    /// All interfaces.
+    /// Lists all interfaces.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// The request failed.
     pub fn links(&mut self) -> io::Result<Vec<Link>> {
         self.0.dump(RTM_GETLINK, &Body::new(&[0; 16]), parse_link)
     }
 
-    /// All addresses, each with its interface's index.
+    /// Lists all addresses with the indexes of their interfaces.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// The request failed.
     pub fn addresses(&mut self) -> io::Result<Vec<(u32, IpAddr)>> {
         self.0.dump(RTM_GETADDR, &Body::new(&[0; 8]), parse_address)
     }
 
-    /// The number by which this namespace knows another; `None` = it has none.
+    /// Returns the id of another network namespace in this one (NETNSA_NSID); `None` = none is assigned.
     ///
     /// # Errors
-    /// When `other` is no namespace.
+    /// `other` is not a network namespace.
     pub fn number_of(&mut self, other: BorrowedFd<'_>) -> io::Result<Option<i32>> {
         const NETNSA_NSID: u16 = 1;
         const NETNSA_FD: u16 = 3;
@@ -222,15 +222,15 @@ impl Routing {
     }
 }
 
-/// Tells when rules, routes or links of a namespace change. Keeps the namespace alive.
+/// A watch for changes of the rules, routes and links of a network namespace, which it keeps alive.
 #[derive(Debug)]
 pub struct RoutingWatch(AsyncFd<Netlink>);
 
 impl RoutingWatch {
-    /// In this thread's namespace; inside a tokio runtime.
+    /// Opens a watch in this thread's network namespace. Call it in a tokio runtime.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// The request failed.
     pub fn open() -> io::Result<Self> {
         let groups = [
             GROUP_LINK,
@@ -240,19 +240,19 @@ impl RoutingWatch {
             GROUP_IPV6_RULE,
         ];
         let socket = Netlink::listening(libc::NETLINK_ROUTE, &groups)?;
-        // SAFETY: a `Netlink` owns its descriptor, always names the same one, and closes it when it
-        // is dropped, which is after the `AsyncFd` has let go of it.
+        // SAFETY: a `Netlink` owns its descriptor, always returns the same one, and closes it on drop, after the
+        // `AsyncFd` has deregistered it.
         Ok(Self(unsafe { AsyncFd::register(socket) }?))
     }
 
-    /// Waits until something changed since the last call. Cancel safe.
+    /// Waits for a change since the last call. Cancel safe.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// The request failed.
     pub async fn changed(&mut self) -> io::Result<()> {
         loop {
             let mut ready = self.0.readable_mut().await?;
-            // In this order: what comes after the last read makes it ready again.
+            // The order matters: a message after the last read makes the socket ready again.
             ready.clear_ready();
             if ready.get_inner_mut().drain()? {
                 return Ok(());
@@ -387,7 +387,7 @@ fn parse_address(payload: &[u8]) -> Option<(u32, IpAddr)> {
     let mut found = None;
     for (kind, data) in Attributes::after(payload, 8) {
         match kind {
-            // On point-to-point links IFA_ADDRESS is the other end.
+            // On point-to-point links, IFA_ADDRESS is the peer's address.
             IFA_LOCAL => return Some((link, ip(data)?)),
             IFA_ADDRESS => found = ip(data),
             _ => {}

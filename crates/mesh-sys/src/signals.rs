@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The signals that ask a process to end.
+//! Termination signals.
 
 use std::io;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Receives SIGTERM and SIGINT. Create it before anything else is started.
+/// A receiver of SIGTERM and SIGINT. Create it before anything else starts.
 #[derive(Debug)]
 pub struct Termination {
     terminate: Signal,
@@ -13,10 +13,10 @@ pub struct Termination {
 }
 
 impl Termination {
-    /// Starts to listen for SIGTERM and SIGINT.
+    /// Registers the signal handlers.
     ///
     /// # Errors
-    /// The runtime cannot register a signal handler.
+    /// A signal handler cannot be registered.
     pub fn listen() -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The sockets of a namespace: read them, and destroy them (`SOCK_DESTROY`).
+//! Lists and destroys the sockets of a network namespace (sock_diag, `SOCK_DESTROY`).
 //!
-//! Destroying needs CONFIG_INET_DIAG_DESTROY; a blocked read of the application then returns
-//! ECONNABORTED, and the other end gets a reset.
+//! Destroying a socket needs CONFIG_INET_DIAG_DESTROY. A blocked read of the application returns ECONNABORTED, and
+//! the peer gets an RST.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -18,38 +18,38 @@ use super::route::Family;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
-/// Length of struct inet_diag_sockid, linux/inet_diag.h.
+/// The length of struct inet_diag_sockid (linux/inet_diag.h).
 const ID: usize = 48;
-/// Attribute of a request: for which maps to give storages (linux/inet_diag.h).
+/// The request attribute that selects the socket storage maps (linux/inet_diag.h).
 const REQUEST_STORAGES: u16 = 2;
-/// In it: a map (linux/sock_diag.h).
+/// The nested attribute with a map descriptor (linux/sock_diag.h).
 const REQUEST_MAP_FD: u16 = 1;
-/// Length of struct inet_diag_msg.
+/// The length of struct inet_diag_msg.
 const MESSAGE: usize = 72;
 
 /// TCP states (net/tcp_states.h).
 pub mod state {
-    /// Also of connected UDP sockets.
+    /// Established; also connected UDP sockets.
     pub const ESTABLISHED: u8 = 1;
-    /// connect() is under way.
+    /// connect() is in progress.
     pub const SYN_SENT: u8 = 2;
-    /// A connection has begun to arrive.
+    /// A SYN was received.
     pub const SYN_RECV: u8 = 3;
-    /// Waits after the close; holds no data.
+    /// Closed; waits before the 4-tuple can be reused.
     pub const TIME_WAIT: u8 = 6;
-    /// Also of unconnected UDP sockets.
+    /// Closed; also unconnected UDP sockets.
     pub const CLOSE: u8 = 7;
-    /// Listens.
+    /// Listening.
     pub const LISTEN: u8 = 10;
 }
 
-/// States to read, as bits.
+/// A bit set of socket states.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct States(u32);
 
 impl States {
-    /// Everything that can carry data: every state but LISTEN and TIME_WAIT. Not only ESTABLISHED: a
-    /// socket in CLOSE_WAIT goes on sending.
+    /// All states that can carry data: all except LISTEN and TIME_WAIT. A socket in CLOSE_WAIT, for example, can
+    /// still send.
     pub const LIVE: Self = Self(0x1ffe & !(1 << state::LISTEN) & !(1 << state::TIME_WAIT));
     /// Listeners.
     pub const LISTEN: Self = Self(1 << state::LISTEN);
@@ -57,43 +57,43 @@ impl States {
     pub const LIVE_AND_LISTEN: Self = Self(Self::LIVE.0 | Self::LISTEN.0);
 }
 
-/// A socket, as the kernel lists it.
+/// A socket in the kernel's list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Socket {
-    /// The family it was made with: a mapped address is in an IPv6 socket.
+    /// The address family of the socket: IPv6 for a socket with an IPv4-mapped address.
     pub family: Family,
     /// TCP or UDP.
     pub protocol: Protocol,
-    /// See [`state`].
+    /// The state: see [`state`].
     pub state: u8,
-    /// Its own end.
+    /// The local endpoint.
     pub local: Endpoint,
-    /// The other end; unspecified = none.
+    /// The remote endpoint; unspecified = none.
     pub remote: Endpoint,
-    /// Its mark; 0 without CAP_NET_ADMIN.
+    /// The mark; 0 without CAP_NET_ADMIN.
     pub mark: u32,
-    /// Which way it was opened, as far as is known: by its state, or by what the hooks have left with
-    /// it. A connection that is older than they are may have either.
+    /// The direction in which the connection was opened, by its state or its socket storage; `None` = unknown. The
+    /// storage of a connection that predates the hooks can have either direction.
     pub direction: Option<Direction>,
-    /// The file's inode; 0 = no file: not accepted yet, or closed by its process.
+    /// The inode of the socket file; 0 = not accepted yet, or closed by the process.
     pub inode: u32,
     id: [u8; ID],
 }
 
 impl Socket {
-    /// Whether it has another end.
+    /// Returns whether the socket has a remote endpoint.
     #[must_use]
     pub fn is_connected(&self) -> bool {
         !self.remote.addr.is_unspecified() && self.remote.port.0 != 0
     }
 
-    /// Whether either end is the port of tunnels.
+    /// Returns whether the local or remote port is the tunnel port.
     #[must_use]
     pub fn has_tunnel_port(&self) -> bool {
         self.local.port == TUNNEL_PORT || self.remote.port == TUNNEL_PORT
     }
 
-    /// A socket that only a test knows.
+    /// Creates a socket for tests.
     #[must_use]
     pub fn imagined(protocol: Protocol, state: u8, ends: [&str; 2], mark: u32) -> Self {
         let end = |text: &str| {
@@ -113,7 +113,7 @@ impl Socket {
         }
     }
 
-    /// The socket's cookie, as in `SO_COOKIE`.
+    /// Returns the socket's cookie, as in `SO_COOKIE`.
     #[must_use]
     pub fn cookie(&self) -> u64 {
         let at = |i: usize| u64::from(word(&self.id, i).unwrap_or(0));
@@ -121,7 +121,7 @@ impl Socket {
     }
 }
 
-/// What the TCP sockets of one namespace tell of each other.
+/// An index of the TCP sockets of one network namespace.
 #[derive(Debug)]
 pub struct Overview {
     listening: BTreeSet<Port>,
@@ -129,7 +129,7 @@ pub struct Overview {
 }
 
 impl Overview {
-    /// Of all sockets of a namespace, listeners included.
+    /// Creates the index from all sockets of a network namespace, including listeners.
     #[must_use]
     pub fn of(sockets: &[Socket]) -> Self {
         let tcp = || sockets.iter().filter(|s| s.protocol == Protocol::TCP);
@@ -142,8 +142,8 @@ impl Overview {
         }
     }
 
-    /// Which way a connection was opened. Of one that is older than the hooks, it was most likely
-    /// accepted by who listens now.
+    /// Returns the direction in which a connection was opened. A connection that predates the hooks counts as ingress
+    /// if a socket listens on its local port.
     #[must_use]
     pub fn direction(&self, socket: &Socket) -> Direction {
         let listened = self.listening.contains(&socket.local.port);
@@ -154,44 +154,42 @@ impl Overview {
         })
     }
 
-    /// Whether a connection's other end is here too.
+    /// Returns whether the remote endpoint of a connection is in this namespace too.
     #[must_use]
-    pub fn has_other_end(&self, socket: &Socket) -> bool {
+    pub fn has_local_peer(&self, socket: &Socket) -> bool {
         self.ends.contains(&(socket.remote, socket.local))
     }
 }
 
-/// A sock_diag socket of the namespace it was made in.
+/// A sock_diag socket of one network namespace.
 #[derive(Debug)]
 pub struct SockDiag(Netlink);
 
 impl SockDiag {
-    /// In this thread's namespace.
+    /// Opens a socket in this thread's network namespace.
     ///
     /// # Errors
-    /// When the kernel has no sock_diag.
+    /// The kernel does not support sock_diag.
     pub fn open() -> io::Result<Self> {
         const NETLINK_SOCK_DIAG: i32 = 4;
         Netlink::open(NETLINK_SOCK_DIAG).map(Self)
     }
 
-    /// Every TCP and UDP socket that has another end or listens. `decided` = the storage of
-    /// [`SocketState`], which tells connections' directions: to be read it takes CAP_BPF, and Linux
-    /// 5.8.
+    /// Lists all TCP and UDP sockets that are connected or listen. `decided` is the storage map of [`SocketState`], which
+    /// contains the directions of connections; reading it needs CAP_BPF and Linux 5.8.
     ///
     /// # Errors
-    /// As [`SockDiag::sockets`].
+    /// See [`SockDiag::sockets`].
     pub fn all(&mut self, decided: Option<BorrowedFd<'_>>) -> io::Result<Vec<Socket>> {
         let mut all = self.read(Protocol::TCP, States::LIVE_AND_LISTEN, decided)?;
         all.extend(self.read(Protocol::UDP, States::LIVE, None)?);
         Ok(all)
     }
 
-    /// The sockets of both families. Reads them while they change: one that moves meanwhile may be
-    /// missed or be there twice.
+    /// Lists the sockets of both families. A socket that changes its state meanwhile can be missing or listed twice.
     ///
     /// # Errors
-    /// When the kernel refuses, or has no diag module for the protocol.
+    /// The request failed, or the kernel has no diag module for the protocol.
     pub fn sockets(&mut self, protocol: Protocol, states: States) -> io::Result<Vec<Socket>> {
         self.read(protocol, states, None)
     }
@@ -217,10 +215,10 @@ impl SockDiag {
         Ok(found)
     }
 
-    /// Whether there is a TCP socket with these ends.
+    /// Returns whether a TCP socket with these endpoints exists.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// The request failed.
     pub fn has(&mut self, local: Endpoint, remote: Endpoint) -> io::Result<bool> {
         let family = if local.addr.is_v4() {
             Family::V4
@@ -235,10 +233,10 @@ impl SockDiag {
         }
     }
 
-    /// Destroys a socket; `false` = it was gone already.
+    /// Destroys a socket; `false` = it no longer exists.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` where the kernel cannot; `EPERM` without CAP_NET_ADMIN in the namespace.
+    /// `EOPNOTSUPP` = the kernel does not support it; `EPERM` = CAP_NET_ADMIN in the namespace is missing.
     pub fn destroy(&mut self, socket: &Socket) -> io::Result<bool> {
         let body = request(socket.family, socket.protocol, u32::MAX, &socket.id);
         match self.0.request(SOCK_DESTROY, 0, &body) {
@@ -262,7 +260,7 @@ fn request(family: Family, protocol: Protocol, states: u32, id: &[u8; ID]) -> Bo
     Body::new(&raw)
 }
 
-/// The id of a socket by its ends, on any interface, with no cookie.
+/// Encodes the id of a socket by its endpoints, on any interface and without a cookie.
 fn id(local: Endpoint, remote: Endpoint) -> [u8; ID] {
     let mut id = [0; ID];
     for (at, end) in [(0, local), (1, remote)] {
@@ -280,7 +278,7 @@ fn id(local: Endpoint, remote: Endpoint) -> [u8; ID] {
     id
 }
 
-/// Which way a connection was opened that is in this state.
+/// Returns the direction in which a connection was opened, as far as its state determines it.
 const fn by_state(state: u8) -> Option<Direction> {
     match state {
         state::SYN_SENT => Some(Direction::Egress),
@@ -289,7 +287,7 @@ const fn by_state(state: u8) -> Option<Direction> {
     }
 }
 
-/// What the hooks say of it: INET_DIAG_SK_BPF_STORAGES holds an SK_DIAG_BPF_STORAGE for each map
+/// Parses the socket storage: INET_DIAG_SK_BPF_STORAGES contains an SK_DIAG_BPF_STORAGE for each map
 /// (linux/sock_diag.h).
 fn by_storage(storages: &[u8]) -> Option<Direction> {
     const STORAGE: u16 = 1;
@@ -365,7 +363,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_is_found_and_destroyed_in_both_families_and_mapped() {
+    fn connection_is_found_and_destroyed_over_ipv4_ipv6_and_mapped_addresses() {
         alone(destroys_tcp);
     }
 
@@ -404,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn a_half_closed_connection_is_live() {
+    fn half_closed_connection_is_live() {
         alone(half_closed);
     }
 
@@ -422,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connected_udp_socket_is_destroyed() {
+    fn connected_udp_socket_is_destroyed() {
         alone(destroys_udp);
     }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Socket options that the standard library and `socket2` do not offer, and the two kinds of socket
-//! that the agent makes in a pod's namespace.
+//! Socket options that the standard library and `socket2` do not offer, and the sockets that the agent creates in
+//! a pod's network namespace.
 
 use std::io;
 use std::mem::{self, MaybeUninit};
@@ -19,8 +19,8 @@ const IPV6_TRANSPARENT: i32 = 75;
 fn get<T: Copy + Default>(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::Result<T> {
     let mut value = MaybeUninit::new(T::default());
     let mut length = libc::socklen_t::try_from(mem::size_of::<T>()).unwrap_or(0);
-    // SAFETY: `value` has room for `length` bytes, which the kernel does not exceed. It was
-    // initialised, and is used for integers only, so any bytes written leave it valid.
+    // SAFETY: `value` is valid for writes of `length` bytes, which the kernel does not exceed. It is initialized
+    // and only used for integers, for which all bytes are valid.
     unsafe {
         if libc::getsockopt(
             fd.as_raw_fd(),
@@ -38,7 +38,7 @@ fn get<T: Copy + Default>(fd: BorrowedFd<'_>, level: i32, name: i32) -> io::Resu
 
 fn set(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
     let length = libc::socklen_t::try_from(mem::size_of::<i32>()).unwrap_or(0);
-    // SAFETY: `value` is `length` bytes long and read only.
+    // SAFETY: `value` is valid for reads of `length` bytes.
     let result = unsafe {
         libc::setsockopt(
             fd.as_raw_fd(),
@@ -55,27 +55,27 @@ fn set(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> 
     }
 }
 
-/// The cookie of the namespace a socket belongs to (5.14).
+/// Returns the cookie of a socket's network namespace (Linux 5.14).
 ///
 /// # Errors
-/// On older kernels.
+/// The kernel is older.
 pub fn netns_cookie(fd: BorrowedFd<'_>) -> io::Result<u64> {
     get(fd, libc::SOL_SOCKET, SO_NETNS_COOKIE)
 }
 
-/// The cookie of a socket: never used again while the machine runs.
+/// Returns the cookie of a socket, which is unique until the next boot.
 ///
 /// # Errors
-/// When it is no socket.
+/// The descriptor is not a socket.
 pub fn cookie(fd: BorrowedFd<'_>) -> io::Result<u64> {
     get(fd, libc::SOL_SOCKET, SO_COOKIE)
 }
 
-/// Lets a socket of the family of `addr` bind to, and answer from, addresses that are not of this
-/// namespace (`IP_TRANSPARENT`). Needs CAP_NET_ADMIN or CAP_NET_RAW.
+/// Allows a socket of the family of `addr` to bind to, and reply from, addresses of other namespaces
+/// (`IP_TRANSPARENT`). Needs CAP_NET_ADMIN or CAP_NET_RAW.
 ///
 /// # Errors
-/// Without the capability.
+/// The capability is missing.
 pub fn set_transparent(fd: BorrowedFd<'_>, addr: &SocketAddr) -> io::Result<()> {
     if addr.is_ipv4() {
         set(fd, libc::SOL_IP, libc::IP_TRANSPARENT, 1)
@@ -84,76 +84,76 @@ pub fn set_transparent(fd: BorrowedFd<'_>, addr: &SocketAddr) -> io::Result<()> 
     }
 }
 
-/// Sets the mark (`SO_MARK`). Needs CAP_NET_ADMIN or CAP_NET_RAW.
+/// Sets the mark of a socket (`SO_MARK`). Needs CAP_NET_ADMIN or CAP_NET_RAW.
 ///
 /// # Errors
-/// Without the capability.
+/// The capability is missing.
 pub fn set_mark(fd: BorrowedFd<'_>, mark: u32) -> io::Result<()> {
     set(fd, libc::SOL_SOCKET, libc::SO_MARK, mark.cast_signed())
 }
 
-/// The mark.
+/// Returns the mark of a socket.
 ///
 /// # Errors
-/// When it is no socket.
+/// The descriptor is not a socket.
 pub fn mark(fd: BorrowedFd<'_>) -> io::Result<u32> {
     get(fd, libc::SOL_SOCKET, libc::SO_MARK)
 }
 
-/// Leaves the choice of the local port to connect(), which knows the whole 4-tuple, so that a bind
-/// to an address takes no port from anybody (4.2).
+/// Defers the choice of the local port to connect(), which knows the whole 4-tuple, so that bind() to an address
+/// reserves no port (`IP_BIND_ADDRESS_NO_PORT`, Linux 4.2).
 ///
 /// # Errors
-/// When it is no IP socket.
+/// The descriptor is not an IP socket.
 pub fn set_bind_address_no_port(fd: BorrowedFd<'_>) -> io::Result<()> {
     set(fd, libc::SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
 }
 
-/// Limits the local ports that the kernel picks for this socket to `first..=last`, as far as they
-/// are in the namespace's own range.
+/// Limits the local ports that the kernel chooses for a socket to the part of `first..=last` that is in the range of
+/// the network namespace (`IP_LOCAL_PORT_RANGE`).
 ///
 /// # Errors
-/// `ENOPROTOOPT` before 6.3: the caller goes on without.
+/// `ENOPROTOOPT` before Linux 6.3: the caller should continue without the limit.
 pub fn set_local_port_range(fd: BorrowedFd<'_>, first: u16, last: u16) -> io::Result<()> {
     let range = u32::from(last) << 16 | u32::from(first);
     set(fd, libc::SOL_IP, IP_LOCAL_PORT_RANGE, range.cast_signed())
 }
 
-/// The CPU on which the last packet of a connection was received (`SO_INCOMING_CPU`, 3.19): on
-/// loopback, that of the sender.
+/// Returns the CPU that received the last packet of a connection (`SO_INCOMING_CPU`, Linux 3.19). On loopback, this
+/// is the sender's CPU.
 ///
 /// # Errors
-/// When it is no socket.
+/// The descriptor is not a socket.
 pub fn incoming_cpu(fd: BorrowedFd<'_>) -> io::Result<u32> {
     get(fd, libc::SOL_SOCKET, libc::SO_INCOMING_CPU)
 }
 
-/// What the kernel knows of a TCP connection. Counters are cumulative, also for connections that
-/// carry one stream after another: take differences.
+/// Statistics of a TCP connection. Counters are cumulative: use differences for a connection that carries several
+/// streams one after another.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TcpInfo {
     /// The state (`TCP_ESTABLISHED` = 1 and so on).
     pub state: u8,
-    /// Smoothed round-trip time, microseconds.
+    /// The smoothed round-trip time in microseconds.
     pub rtt_us: u32,
-    /// Segments sent again.
+    /// The number of retransmitted segments.
     pub retransmits: u32,
-    /// Payload bytes the peer acknowledged.
+    /// The number of payload bytes that the peer acknowledged.
     pub bytes_acked: u64,
-    /// Payload bytes received.
+    /// The number of payload bytes received.
     pub bytes_received: u64,
 }
 
-/// Reads `TCP_INFO`. Fields that an older kernel does not have are 0.
+/// Reads `TCP_INFO`. Fields that an older kernel lacks are 0.
 ///
 /// # Errors
-/// When it is no TCP socket.
+/// The descriptor is not a TCP socket.
 pub fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<TcpInfo> {
-    // Offsets of struct tcp_info, linux/tcp.h: only ever appended to.
+    // Offsets in struct tcp_info (linux/tcp.h), to which fields are only appended.
     const LENGTH: usize = 136;
     let mut raw = [0u8; LENGTH];
     let mut length = libc::socklen_t::try_from(LENGTH).unwrap_or(0);
-    // SAFETY: `raw` has room for `length` bytes, which the kernel does not exceed.
+    // SAFETY: `raw` is valid for writes of `length` bytes, which the kernel does not exceed.
     let result = unsafe {
         libc::getsockopt(
             fd.as_raw_fd(),
@@ -181,12 +181,12 @@ pub fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<TcpInfo> {
     })
 }
 
-/// A nonblocking transparent listener. Bind it to a loopback address: it is then reached by
-/// steering only. Never `SO_REUSEPORT`, by which another process could join; `SO_REUSEADDR`, so
-/// that it keeps no port from an application.
+/// Creates a nonblocking transparent listener. With a loopback address, it gets only connections that the eBPF
+/// programs redirect. It does not set `SO_REUSEPORT`, with which another process could share the port, but
+/// `SO_REUSEADDR`, so that it does not block a port for applications.
 ///
 /// # Errors
-/// When the address cannot be bound, or without CAP_NET_ADMIN.
+/// The address cannot be bound, or CAP_NET_ADMIN is missing.
 pub fn transparent_listener(addr: SocketAddr, backlog: i32) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, None)?;
     if addr.is_ipv6() {
@@ -200,12 +200,12 @@ pub fn transparent_listener(addr: SocketAddr, backlog: i32) -> io::Result<TcpLis
     Ok(socket.into())
 }
 
-/// A nonblocking socket for the agent's connection from `from` (a pod's own address, port 0 = any),
-/// bound but not connected. Call it inside the pod's namespace, exempt it, then connect. It takes no
-/// port that an application could want to bind.
+/// Creates a nonblocking socket for a connection of the agent, bound to `from` (an address of the pod, port 0 =
+/// any). Call it in the pod's network namespace, exempt the socket from the hooks, then connect it. It does not
+/// block a port for applications.
 ///
 /// # Errors
-/// When the address cannot be bound.
+/// The address cannot be bound.
 pub fn outgoing(from: SocketAddr) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(from), Type::STREAM.nonblocking(), None)?;
     socket.set_reuse_address(true)?;
@@ -214,12 +214,12 @@ pub fn outgoing(from: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// A nonblocking socket for the hand-over to an application: bound to the client's exact address
-/// and port, which are not of this namespace, and to `lo`. Call it inside the pod's namespace,
-/// exempt it, then connect.
+/// Creates a nonblocking socket for a connection to an application on behalf of a remote client: bound to the
+/// client's address and port, which are not local, and to `lo`. Call it in the pod's network namespace, exempt the
+/// socket from the hooks, then connect it.
 ///
 /// # Errors
-/// When the address cannot be bound, or without CAP_NET_ADMIN.
+/// The address cannot be bound, or CAP_NET_ADMIN is missing.
 pub fn on_behalf_of(client: SocketAddr, mark: u32) -> io::Result<Socket> {
     let socket = Socket::new(
         Domain::for_address(client),
@@ -231,8 +231,8 @@ pub fn on_behalf_of(client: SocketAddr, mark: u32) -> io::Result<Socket> {
     set_mark(socket.as_fd(), mark)?;
     socket.bind_device(Some(b"lo"))?;
     match socket.bind(&client.into()) {
-        // An application listens on a port of the same number, without SO_REUSEADDR. It is no
-        // clash: the address is another.
+        // An application listens on the same port without SO_REUSEADDR. This is not a conflict, since the
+        // addresses differ.
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             bind_past_listeners(&socket, client)?;
         }
@@ -241,11 +241,11 @@ pub fn on_behalf_of(client: SocketAddr, mark: u32) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Binds although the port is in use: a socket under repair is not compared with others (3.5). A
-/// clash of whole connections is still found, by connect().
+/// Binds a socket although its port is in use: the kernel skips the conflict check for a socket in repair mode
+/// (`TCP_REPAIR`, Linux 3.5). connect() still detects a conflict of whole 4-tuples.
 fn bind_past_listeners(socket: &Socket, addr: SocketAddr) -> io::Result<()> {
     const REPAIR_ON: i32 = 1;
-    // Without a window probe; there is no window yet (4.19).
+    // Leaves repair mode without a window probe, since there is no window yet (Linux 4.19).
     const REPAIR_OFF: i32 = -1;
     set(
         socket.as_fd(),
@@ -260,7 +260,7 @@ fn bind_past_listeners(socket: &Socket, addr: SocketAddr) -> io::Result<()> {
         libc::TCP_REPAIR,
         REPAIR_OFF,
     )?;
-    // The end of repair has taken it away.
+    // Leaving repair mode clears the option.
     socket.set_reuse_address(true)?;
     bound
 }
@@ -274,7 +274,7 @@ mod tests {
     use crate::lab::alone;
 
     #[test]
-    fn a_listener_is_transparent_on_loopback_and_nonblocking() {
+    fn listener_is_transparent_and_nonblocking() {
         alone(listeners);
     }
 
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clients_port_may_be_one_that_an_application_listens_on() {
+    fn client_port_can_equal_a_listening_port() {
         let application = TcpListener::bind("0.0.0.0:0").unwrap();
         let port = application.local_addr().unwrap().port();
         let client = SocketAddr::from(([10, 244, 7, 10], port));

@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-//! /proc/sys of a container that is not privileged is mounted read-only, by whatever runtime. The
-//! agent has settings to make in pods' namespaces, and CAP_SYS_ADMIN: it makes its own view of
-//! /proc/sys writable. Nobody else's is changed.
+//! Makes /proc/sys writable in the agent's mount namespace. Container runtimes mount it read-only for unprivileged
+//! containers, but the agent sets sysctls in the network namespaces of pods. It needs CAP_SYS_ADMIN. Other mount
+//! namespaces are not changed.
 
 use std::ffi::CStr;
 use std::io;
 
 const SYSCTLS: &CStr = c"/proc/sys";
 
-/// Makes /proc/sys writable where it is not.
+/// Remounts /proc/sys writable if it is read-only.
 ///
 /// # Errors
-/// EPERM without CAP_SYS_ADMIN, EACCES below an AppArmor profile that forbids mounts.
+/// EPERM = CAP_SYS_ADMIN is missing; EACCES = an AppArmor profile denies mounts.
 pub fn make_writable() -> io::Result<()> {
-    // SAFETY: all-zero is a valid statvfs, which the call overwrites.
+    // SAFETY: an all-zero statvfs is valid.
     let mut found: libc::statvfs = unsafe { std::mem::zeroed() };
-    // SAFETY: the path is NUL-terminated, and the pointer is to a live statvfs.
+    // SAFETY: the path is NUL-terminated, and the pointer is valid for writes of a statvfs.
     if unsafe { libc::statvfs(SYSCTLS.as_ptr(), &raw mut found) } != 0 {
         return Err(io::Error::last_os_error());
     }
@@ -24,7 +24,7 @@ pub fn make_writable() -> io::Result<()> {
     }
     let flags =
         libc::MS_REMOUNT | libc::MS_BIND | libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
-    // SAFETY: the target is NUL-terminated; for a remount of a bind nothing else is read.
+    // SAFETY: the target is NUL-terminated; a bind remount reads nothing else.
     let done = unsafe {
         libc::mount(
             std::ptr::null(),

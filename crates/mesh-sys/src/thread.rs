@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Where this thread may run, and how long it had to wait for that.
+//! The CPU affinity and the scheduling delay of a thread.
 
 use std::fs::File;
 use std::io;
@@ -11,7 +11,7 @@ use std::time::Duration;
 pub struct Cpus(libc::cpu_set_t);
 
 impl Cpus {
-    /// One CPU alone. `None` = its number is beyond what such a set can hold (1,023).
+    /// Returns a set with one CPU; `None` = the number exceeds the limit of the set (1,023).
     #[must_use]
     pub fn only(cpu: u32) -> Option<Self> {
         let cpu = usize::try_from(cpu).ok()?;
@@ -26,12 +26,12 @@ impl Cpus {
         }
     }
 
-    /// Where this thread may run.
+    /// Returns the CPU affinity of this thread.
     ///
     /// # Errors
-    /// When the machine has more CPUs than such a set can hold.
+    /// The machine has more CPUs than the set can hold.
     pub fn allowed() -> io::Result<Self> {
-        // SAFETY: `set` is a valid place for the kernel to write to.
+        // SAFETY: `set` is valid for writes.
         unsafe {
             let mut set: libc::cpu_set_t = std::mem::zeroed();
             match libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) {
@@ -41,7 +41,7 @@ impl Cpus {
         }
     }
 
-    /// Whether a CPU is among them.
+    /// Returns whether the set contains a CPU.
     #[must_use]
     pub fn contains(&self, cpu: u32) -> bool {
         let Ok(cpu) = usize::try_from(cpu) else {
@@ -51,19 +51,19 @@ impl Cpus {
         cpu < libc::CPU_SETSIZE.unsigned_abs() as usize && unsafe { libc::CPU_ISSET(cpu, &self.0) }
     }
 
-    /// How many there are.
+    /// Returns the number of CPUs in the set.
     #[must_use]
     pub fn count(&self) -> usize {
         // SAFETY: reads the set.
         usize::try_from(unsafe { libc::CPU_COUNT(&self.0) }).unwrap_or(0)
     }
 
-    /// Lets this thread run on these alone.
+    /// Sets the CPU affinity of this thread.
     ///
     /// # Errors
-    /// When none of them is there, or the thread's cpuset forbids it.
+    /// None of the CPUs is available, or the thread's cpuset does not allow them.
     pub fn apply(&self) -> io::Result<()> {
-        // SAFETY: the set is valid, and read only.
+        // SAFETY: the set is valid and only read.
         match unsafe { libc::sched_setaffinity(0, size_of_val(&self.0), &raw const self.0) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
@@ -71,27 +71,27 @@ impl Cpus {
     }
 }
 
-/// How long a thread has been ready to run, and was not (`/proc/thread-self/schedstat`).
+/// The time that a thread was runnable but waited for a CPU (`/proc/thread-self/schedstat`).
 #[derive(Debug)]
 pub struct RunDelay(File);
 
 impl RunDelay {
-    /// Of the thread that calls this.
+    /// Opens the statistics of the calling thread.
     ///
     /// # Errors
-    /// Where the kernel keeps no such account (CONFIG_SCHED_INFO).
+    /// The kernel has no such statistics (CONFIG_SCHED_INFO).
     pub fn own() -> io::Result<Self> {
         File::open("/proc/thread-self/schedstat").map(Self)
     }
 
-    /// Since the thread began.
+    /// Returns the total since the thread started.
     ///
     /// # Errors
-    /// When the kernel says something else than numbers.
+    /// The file cannot be read or parsed.
     pub fn total(&self) -> io::Result<Duration> {
         let mut text = [0; 64];
         let length = self.0.read_at(&mut text, 0)?;
-        // Time on a CPU, time in a queue (ns each), turns: proc(5).
+        // Fields: time on a CPU, time in the run queue (ns each), number of time slices: proc(5).
         let text = std::str::from_utf8(&text[..length]).map_err(io::Error::other)?;
         let waited = text.split_ascii_whitespace().nth(1).unwrap_or_default();
         let waited = waited.parse().map_err(io::Error::other)?;
@@ -104,7 +104,7 @@ mod tests {
     use super::{Cpus, RunDelay};
 
     #[test]
-    fn a_thread_runs_where_it_may() {
+    fn thread_runs_on_its_affinity_set() {
         let free = Cpus::allowed().unwrap();
         let cpu = (0..1024).find(|cpu| free.contains(*cpu)).unwrap();
         let only = Cpus::only(cpu).unwrap();
@@ -117,11 +117,11 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_for_a_cpu_is_told_how_long() {
+    fn wait_time_for_a_cpu_is_measured() {
         let free = Cpus::allowed().unwrap();
         let cpu = (0..1024).find(|cpu| free.contains(*cpu)).unwrap();
         let only = Cpus::only(cpu).unwrap();
-        // Two threads on one CPU: each waits for the other.
+        // Two threads on one CPU wait for each other.
         let waited = || {
             only.apply().unwrap();
             let delay = RunDelay::own().unwrap();

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 
 use super::{Access, Views};
 use crate::source::Report;
-use mesh_datapath::datapath::Handles;
+use mesh_datapath::Handles;
 use mesh_datapath::pods::{PodHandle, open};
 
 /// Bytes of a request's body.

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use crate::control::InForce;
-use mesh_datapath::cni::{BALANCERS, Cni, Enforces, Neighbour, blocked};
+use mesh_datapath::cni::{BALANCERS, CniConflicts, CniPlugin, Enforces, blocked};
 
 /// The shortest time between two checks of the policies.
 const INTERVAL: Duration = Duration::from_secs(5);
@@ -17,7 +17,7 @@ const INTERVAL: Duration = Duration::from_secs(5);
 /// The node's CNI plugin, and load balancers in eBPF that may bypass the mesh.
 #[derive(Debug)]
 pub(super) struct Found {
-    pub(super) cni: Option<Cni>,
+    pub(super) cni: Option<CniPlugin>,
     pub(super) balancers: Vec<String>,
 }
 
@@ -27,7 +27,7 @@ pub(super) async fn run(
     found: Found,
     port: Option<Port>,
     mut in_force: watch::Receiver<Arc<InForce>>,
-    to: watch::Sender<Arc<Neighbour>>,
+    to: watch::Sender<Arc<CniConflicts>>,
 ) {
     let Found { cni, balancers } = found;
     for program in &balancers {
@@ -37,7 +37,7 @@ pub(super) async fn run(
         tracing::info!(%cni, "CNI plugin detected");
     }
     let enforces = cni.as_ref().is_some_and(|cni| cni.enforces != Enforces::No);
-    to.send_replace(Arc::new(Neighbour {
+    to.send_replace(Arc::new(CniConflicts {
         cni: cni.clone(),
         blocks: Vec::new(),
         balancers,

@@ -8,7 +8,7 @@ use mesh_common::event::Event;
 use mesh_telemetry::flows::EventSource;
 use mesh_telemetry::metrics;
 
-use mesh_datapath::datapath::{self, Handles};
+use mesh_datapath::{Handles, datapath};
 
 /// The counters and maps of the kernel programs.
 pub(super) struct Counters(pub(super) Handles);

@@ -74,7 +74,7 @@ pub fn with_the_agent(pod: &PodView, sockets: &[Socket]) -> Vec<Socket> {
         .filter(|s| pod.owns(&s.local.addr) && !pod.owns(&s.remote.addr))
         .filter(|s| {
             let marked = [MARK_CAPTURE, MARK_INBOUND].contains(&(s.mark & MARK_MASK));
-            marked || overview.has_other_end(s)
+            marked || overview.has_local_peer(s)
         })
         .copied()
         .collect()
@@ -164,7 +164,7 @@ impl<'a> Scene<'a> {
     /// A connection that the pod accepted.
     fn accepted(&self, socket: &Socket) -> Fate {
         // A connection whose other endpoint is in this namespace is one with the agent.
-        if socket.mark & MARK_MASK == MARK_INBOUND || self.overview.has_other_end(socket) {
+        if socket.mark & MARK_MASK == MARK_INBOUND || self.overview.has_local_peer(socket) {
             return Fate::Keep;
         }
         let path = self.inbound(socket, self.origin(socket));
@@ -260,7 +260,7 @@ impl<'a> Scene<'a> {
     }
 
     fn is_captured(&self, socket: &Socket) -> bool {
-        socket.mark & MARK_MASK == MARK_CAPTURE || self.overview.has_other_end(socket)
+        socket.mark & MARK_MASK == MARK_CAPTURE || self.overview.has_local_peer(socket)
     }
 }
 

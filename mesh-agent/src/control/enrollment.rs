@@ -12,9 +12,9 @@ use tokio::sync::mpsc;
 
 use super::managed::{Enrollment, ManagedPod, Retry, before_the_first_plan};
 use super::{Control, Kernel, connections, describe, sockets};
-use mesh_datapath::datapath::PodAttachment;
+use mesh_datapath::PodAttachment;
 use mesh_datapath::pods::find::Find;
-use mesh_datapath::pods::{self, Home, PodHandle, watch};
+use mesh_datapath::pods::{self, PodHandle, PodNetns, watch};
 use mesh_sys::route::Link;
 
 /// The longest time that connections with the agent may go on after a pod was unenrolled.
@@ -141,12 +141,12 @@ fn enroll(
     uid: &str,
     changed: &mpsc::Sender<String>,
 ) -> Result<Enrollment, String> {
-    let home: &Home = &pod.home;
-    let (listeners, list) = pods::enrol(home, &pod.local).map_err(|error| describe(&error))?;
+    let home: &PodNetns = &pod.home;
+    let (listeners, list) = pods::enroll(home, &pod.local).map_err(|error| describe(&error))?;
     for (slot, listener) in listeners.iter() {
         if let Err(error) = kernel.set_listener(pod.index, slot, listener.as_fd()) {
             let why = describe(&error);
-            if let Err(left) = pods::withdraw(home, &list) {
+            if let Err(left) = pods::unenroll(home, &list) {
                 return Err(format!("{why}; and {}", describe(&left)));
             }
             return Err(why);
@@ -189,7 +189,7 @@ pub(super) fn remove_configuration(pod: &ManagedPod) {
     let removed = sockets::list(&pod.home.netns, None)
         .and_then(|list| sockets::close(&pod.home.netns, &connections::with_the_agent(view, &list)))
         .map_err(|error| describe(&error))
-        .and_then(|_| pods::withdraw(&pod.home, &enrollment.list).map_err(|e| describe(&e)));
+        .and_then(|_| pods::unenroll(&pod.home, &enrollment.list).map_err(|e| describe(&e)));
     if let Err(why) = removed
         && pod.home.is_there()
     {

@@ -13,7 +13,7 @@ use mesh_plan::Plan;
 use mesh_plan::plan::{Entry, LocalPod, MapOp};
 
 use super::kernel::Kernel;
-use mesh_datapath::datapath::{Error, PodAttachment, PodFacts};
+use mesh_datapath::{AttachedPod, Error, PodAttachment};
 
 /// An old connection: local endpoint, remote endpoint, and the reason why it stays plaintext.
 pub(super) type Old = (Endpoint, Endpoint, Reason);
@@ -106,7 +106,7 @@ impl Kernel for Fake {
         Ok(self.0.pods.borrow().iter().map(|(i, s)| (*i, *s)).collect())
     }
 
-    fn add_pod(&mut self, pod: &PodAttachment<'_>) -> Result<PodFacts, Error> {
+    fn add_pod(&mut self, pod: &PodAttachment<'_>) -> Result<AttachedPod, Error> {
         let mut pods = self.0.pods.borrow_mut();
         let known = pods
             .iter()
@@ -126,7 +126,7 @@ impl Kernel for Fake {
         }
         self.0.uids.borrow_mut().insert(pod.uid.to_owned(), index);
         self.log(format!("add {}", pod.uid));
-        Ok(PodFacts {
+        Ok(AttachedPod {
             index,
             taken_over: known.is_some(),
             ungated: (pod.link.is_none() || self.0.ungated.get())

@@ -8,7 +8,7 @@ use mesh_common::{Endpoint, Reason};
 use mesh_plan::Plan;
 use mesh_plan::plan::MapOp;
 
-use mesh_datapath::datapath::{Datapath, Error, PodAttachment, PodFacts};
+use mesh_datapath::{AttachedPod, Datapath, Error, PodAttachment};
 use mesh_sys::sock_diag::Socket;
 
 /// The datapath operations that `control` uses; each method has the contract of the same method of
@@ -35,7 +35,7 @@ pub trait Kernel {
     ///
     /// # Errors
     /// When no slot is left, or the kernel refuses.
-    fn add_pod(&mut self, pod: &PodAttachment<'_>) -> Result<PodFacts, Error>;
+    fn add_pod(&mut self, pod: &PodAttachment<'_>) -> Result<AttachedPod, Error>;
     /// See [`Datapath::set_listener`].
     ///
     /// # Errors
@@ -67,13 +67,13 @@ pub trait Kernel {
     ) -> Result<(), Error>;
     /// See [`Handles::decided`]; `None` without kernel programs.
     ///
-    /// [`Handles::decided`]: mesh_datapath::datapath::Handles::decided
+    /// [`Handles::decided`]: mesh_datapath::Handles::decided
     fn decided(&self) -> Option<BorrowedFd<'_>> {
         None
     }
     /// See [`Handles::is_tunnel`].
     ///
-    /// [`Handles::is_tunnel`]: mesh_datapath::datapath::Handles::is_tunnel
+    /// [`Handles::is_tunnel`]: mesh_datapath::Handles::is_tunnel
     fn is_tunnel(&self, _socket: &Socket) -> bool {
         false
     }
@@ -103,7 +103,7 @@ impl Kernel for Datapath {
         Self::pods(self)
     }
 
-    fn add_pod(&mut self, pod: &PodAttachment<'_>) -> Result<PodFacts, Error> {
+    fn add_pod(&mut self, pod: &PodAttachment<'_>) -> Result<AttachedPod, Error> {
         Self::add_pod(self, pod)
     }
 

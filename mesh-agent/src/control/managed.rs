@@ -9,9 +9,9 @@ use mesh_common::policy::PolicySetId;
 use mesh_common::{Endpoint, Reason};
 use mesh_plan::plan::LocalPod;
 
-use mesh_datapath::pods::made::Made;
+use mesh_datapath::pods::netns_config::NetnsItem;
 use mesh_datapath::pods::watch::Watch;
-use mesh_datapath::pods::{Home, Listeners, PodHandle};
+use mesh_datapath::pods::{Listeners, PodHandle, PodNetns};
 
 /// The next attempt at an operation that failed: after a quarter of a second, doubling up to 4 s.
 #[derive(Clone, Debug)]
@@ -48,7 +48,7 @@ pub(super) struct Enrollment {
     /// The agent's listeners.
     pub(super) listeners: Arc<Listeners>,
     /// Rules, routes and sysctls in the pod's namespace.
-    pub(super) list: Vec<Made>,
+    pub(super) list: Vec<NetnsItem>,
     /// Reports changes in the namespace until it is dropped.
     pub(super) _watch: Option<Watch>,
 }
@@ -57,7 +57,7 @@ pub(super) struct Enrollment {
 #[derive(Debug)]
 pub(super) struct ManagedPod {
     /// Namespace and interface of the pod.
-    pub(super) home: Home,
+    pub(super) home: PodNetns,
     /// Slot of the pod in the kernel's maps.
     pub(super) index: PodIndex,
     /// The pod as the plan in force has it; the requested one before its first plan.
@@ -118,7 +118,7 @@ impl ManagedPod {
 #[derive(Debug)]
 pub(super) struct Detached {
     /// Namespace of the pod.
-    pub(super) home: Home,
+    pub(super) home: PodNetns,
     /// Addresses of the pod.
     pub(super) view: PodView,
     /// Remaining rounds of closing sockets.

@@ -12,7 +12,7 @@ use mesh_common::{Endpoint, Port};
 use mesh_tunnel::Socket;
 use socket2::TcpKeepalive;
 
-use mesh_datapath::datapath::Handles;
+use mesh_datapath::Handles;
 use mesh_datapath::pods::PodHandle;
 use mesh_sys::socket;
 

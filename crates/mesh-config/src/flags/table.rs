@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The one table of settings: a row for each, from which command line, documentation and the keys of
-//! the file are made.
+//! The table of all settings, from which the command line, the documentation and the keys of the configuration
+//! file are generated.
 
 use super::{Applies, Flag, flag};
 
@@ -10,52 +10,52 @@ pub const FLAGS: &[Flag] = &[
     flag(
         "source",
         "dir:PATH|kubernetes",
-        "Where the state of the cluster comes from: manifests in a directory, or the Kubernetes API.",
+        "The source of cluster objects: manifests in a directory, or the Kubernetes API.",
     ),
     flag(
         "kubeconfig",
         "PATH",
-        "How the Kubernetes API is reached, with --source kubernetes.",
+        "The kubeconfig file for the Kubernetes API, with --source kubernetes.",
     )
-    .or_computed("KUBECONFIG, else as a pod of the cluster")
+    .or_computed("KUBECONFIG, else the pod's service account")
     .applies(Applies::Both),
     flag(
         "proc",
         "PATH",
-        "The proc file system that shows the processes of the machine: where the namespaces of \
-         pods are found, with --source kubernetes.",
+        "The proc file system with the host's processes, in which the network namespaces of pods are \
+         found, with --source kubernetes.",
     )
     .or("/proc"),
     flag(
         "cri-socket",
         "PATH",
-        "The container runtime's socket, which is asked for a pod that no process below the kubelet's \
-         cgroups shows, with --source kubernetes.",
+        "The CRI socket of the container runtime, used to find pods that have no process below the \
+         kubelet's cgroups, with --source kubernetes.",
     )
-    .or_computed("the runtime is not asked"),
+    .or_computed("not used"),
     flag(
         "ca",
         "grpc:URL|files:DIR|self:DIR",
-        "Who signs certificates: a server of the Istio certificate service, files that somebody else \
-         renews, or a CA key on this machine (demos and tests only).",
+        "The CA that issues certificates: a server of the Istio certificate service, certificate files that \
+         another program renews, or a CA key on this machine (demos and tests only).",
     ),
     flag(
         "ca-token",
         "FILE",
-        "The token that a grpc: CA is shown; read again each time.",
+        "The token for a grpc: CA, read again for each request.",
     )
     .or("/var/run/secrets/tokens/mesh"),
     flag(
         "ca-bundle",
         "FILE",
-        "Roots (PEM) of which one must have signed the certificate of a grpc: CA; a change has every \
-         certificate renewed, so that new roots are known before they are used.",
+        "The root certificates (PEM) that a grpc: CA's serving certificate is verified with. A change of the \
+         file renews all certificates, so that new roots are trusted before they are used.",
     )
     .or("/var/run/secrets/mesh/ca.crt"),
     flag(
         "ca-cluster",
         "NAME",
-        "What a grpc: CA calls this cluster.",
+        "The name of this cluster at a grpc: CA.",
     )
     .or("Kubernetes"),
     flag(
@@ -68,103 +68,102 @@ pub const FLAGS: &[Flag] = &[
     flag(
         "trust-domain-alias",
         "DOMAIN",
-        "Another trust domain whose identities count as the same ones of this, for moving from one \
-         name to the other. May be repeated.",
+        "Another trust domain whose identities are treated as identities of this trust domain, for migration \
+         from one name to another. Can be repeated.",
     )
     .or_computed("none")
     .many(),
     flag(
         "crl",
         "FILE",
-        "Certificate revocation lists, PEM or DER, read again when they change. Tunnels of a revoked \
-         certificate are closed. May be repeated.",
+        "A certificate revocation list, PEM or DER, reloaded when it changes. Tunnels with a revoked \
+         certificate are closed. Can be repeated.",
     )
     .or_computed("none")
     .many(),
     flag(
         "cgroup",
         "PATH",
-        "The cgroup2 directory below which sockets are the mesh's.",
+        "The cgroup2 directory that contains the cgroups of all pods.",
     )
-    .or_computed("where cgroup2 is mounted")
+    .or_computed("the cgroup2 mount point")
     .everywhere(),
     flag(
         "bpffs",
         "PATH",
-        "The BPF file system that keeps the kernel programs.",
+        "The mount point of the BPF file system, to which eBPF programs and maps are pinned.",
     )
     .or("/sys/fs/bpf")
     .everywhere(),
     flag(
         "state-dir",
         "DIR",
-        "What must survive a restart of the machine.",
+        "The directory for state that must survive a reboot.",
     )
     .or("/var/lib/mesh")
     .everywhere(),
     flag(
         "cni-conf",
         "DIR",
-        "Where the network plug-in (CNI) is configured; read only to say what it means for the mesh.",
+        "The configuration directory of CNI plugins, read only to detect conflicts with the mesh.",
     )
     .or("/etc/cni/net.d")
     .everywhere(),
     flag(
         "admin",
         "PATH|IP:PORT",
-        "Where the admin interface listens: a Unix socket (mode 0600), or a loopback address that \
-         every local user may ask. May be repeated.",
+        "The listening address of the admin interface: a Unix socket (mode 0600), or a loopback address, which \
+         all local users can access. Can be repeated.",
     )
     .or("/run/mesh/agent.sock")
     .many(),
     flag(
         "metrics",
         "IP:PORT",
-        "Where /metrics, /livez and /readyz are served.",
+        "The listening address of /metrics, /livez and /readyz.",
     )
     .or("[::]:15020")
     .applies(Applies::Both),
     flag(
         "flow-log",
         "stdout|file:PATH|off",
-        "Where records of connections go: one JSON line for each end of a connection.",
+        "The destination of flow records: one line of JSON for each endpoint of a connection.",
     )
     .or("stdout"),
     flag(
         "drain",
         "DURATION",
-        "How long open connections may go on after SIGTERM.",
+        "How long open connections can continue after SIGTERM.",
     )
     .or("10s"),
     flag(
         "pod-cidr",
         "CIDR",
-        "A network of pods beside those that Node objects name. May be repeated.",
+        "A pod CIDR in addition to those in Node objects. Can be repeated.",
     )
-    .or_computed("those of Node objects")
+    .or_computed("those in Node objects")
     .many(),
-    flag("workers", "NUMBER", "Threads that carry connections.").or_computed("one per CPU"),
+    flag("workers", "NUMBER", "The number of proxy threads.").or_computed("one per CPU"),
     flag(
         "tunnel-port",
         "15008|real",
-        "The port on which the agents of other nodes are reached: 15008, or real, the application's own, \
-         so that packet filters between nodes see what is really reached. A tunnel is then told by a \
-         TCP option, and a peer is reached on 15008 where the network takes that away. Agents accept \
-         both, whatever they are told here.",
+        "The destination port of tunnels to other nodes: 15008, or real, the application's own port, so that \
+         packet filters between nodes see it. With real, a TCP option marks a tunnel, and port 15008 is used \
+         if the network removes the option. Agents accept tunnels of both kinds with either value.",
     )
     .or("15008"),
     flag(
         "deny",
         "reject|drop",
-        "What a refusal by policy looks like, to a client that connects to a pod of this node and to \
-         the pod's own connect(): refused at once, or silence until a time-out. The label \
-         `mesh.rs/deny` of a namespace says otherwise for its pods.",
+        "What happens to a connection that policy denies, from or to a pod of this node: rejected at once, or \
+         dropped silently so that the client times out. The label `mesh.rs/deny` of a namespace overrides \
+         this for its pods.",
     )
     .or("reject"),
     flag(
         "log",
         "text|json",
-        "The form of log lines on standard error.",
+        "The format of log lines on standard error.",
     )
     .or("text")
     .everywhere()
@@ -172,7 +171,7 @@ pub const FLAGS: &[Flag] = &[
     flag(
         "log-level",
         "LEVEL",
-        "error, warn, info, debug or trace, or directives such as info,mesh_agent::proxy=debug. \
+        "The log level: error, warn, info, debug or trace, or directives such as info,mesh_agent::proxy=debug. \
          Can be changed at run time through the admin interface.",
     )
     .or("info")
@@ -181,59 +180,60 @@ pub const FLAGS: &[Flag] = &[
     flag(
         "trace-datapath",
         "on|off",
-        "Whether each decision of the kernel programs is logged, at level info. Only a build with the \
-         feature `trace` can: it costs every connection, and is for tests and for finding faults.",
+        "Whether each decision of the eBPF programs is logged, at level info. Requires a build with the feature \
+         `trace`. It slows down every connection, and is for tests and debugging.",
     )
     .or("off"),
     flag(
         "listen",
         "IP:PORT",
-        "Where the controller serves certificates.",
+        "The listening address of the controller's certificate service.",
     )
     .or("[::]:15012")
     .applies(Applies::Controller),
     flag(
         "namespace",
         "NAME",
-        "The controller's namespace: its lease, the CA's Secret and ConfigMap, the agents' service \
-         account.",
+        "The controller's namespace, which has its Lease, the Secret and ConfigMap of the CA, and the agents' \
+         service account.",
     )
     .or("mesh-system")
     .applies(Applies::Controller),
     flag(
         "replica",
         "NAME",
-        "What this replica of the controller is called in the lease.",
+        "The holder identity of this controller replica in the Lease.",
     )
     .or_computed("HOSTNAME")
     .applies(Applies::Controller),
     flag(
         "lease",
         "DURATION",
-        "How long the leading controller may be silent until another leads.",
+        "The duration of the leader election Lease: after that time without renewal, another replica becomes \
+        leader.",
     )
     .or("15s")
     .applies(Applies::Controller),
     flag(
         "agent-account",
         "NAME",
-        "The service account of the agents, in the controller's namespace: nobody else gets \
-         certificates.",
+        "The agents' service account in the controller's namespace. Only its tokens are accepted for \
+         certificate requests.",
     )
     .or("mesh-agent")
     .applies(Applies::Controller),
     flag(
         "ca-audience",
         "NAME",
-        "The audience of the tokens that agents show to the controller.",
+        "The audience of the agents' tokens for the controller.",
     )
     .or("mesh-ca")
     .applies(Applies::Controller),
     flag(
         "serving-name",
         "NAME|IP",
-        "A name or address under which the controller is reached, beside mesh-controller.NAMESPACE.svc. \
-         May be repeated.",
+        "A DNS name or IP address of the controller for its serving certificate, in addition to \
+         mesh-controller.NAMESPACE.svc. Can be repeated.",
     )
     .or_computed("none")
     .many()
@@ -241,15 +241,15 @@ pub const FLAGS: &[Flag] = &[
     flag(
         "certificate-life",
         "DURATION",
-        "The longest life of what the controller signs, from 1m to 24h.",
+        "The longest lifetime of certificates that the controller signs, from 1m to 24h.",
     )
     .or("24h")
     .applies(Applies::Controller),
     flag(
         "root-overlap",
         "DURATION",
-        "How long a new root is published before anything is signed with it: longer than ConfigMaps \
-         take to reach the nodes.",
+        "How long a new root certificate is published before it signs certificates. It must be longer than \
+         the propagation of ConfigMaps to the nodes.",
     )
     .or("15m")
     .applies(Applies::Controller),

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Whether the kernel takes the datapath as it is: every map and program, and each kind of
-//! attachment.
+//! Tests whether the kernel accepts all maps and programs of the datapath, and each kind of attachment.
 
 use std::os::fd::AsFd as _;
 
@@ -18,12 +17,12 @@ use mesh_sys::netns::NetNs;
 const LOOPBACK: (u32, &str) = (1, "lo");
 
 const PROGRAMS: &str = "kernel programs";
-const PROGRAMS_MEANING: &str = "Nothing works without them. Linux 6.12, 6.18 and 7.3 take them, \
-     6.1 does not; CONFIG_BPF_SYSCALL, CONFIG_CGROUP_BPF and CONFIG_NET_CLS_ACT are needed.";
+const PROGRAMS_MEANING: &str = "The agent cannot start without its eBPF programs. Linux 6.12, 6.18 and 7.3 \
+     load them, 6.1 does not. They need CONFIG_BPF_SYSCALL, CONFIG_CGROUP_BPF and CONFIG_NET_CLS_ACT.";
 const STEERING: &str = "sk_lookup";
-const STEERING_MEANING: &str = "Connections cannot be handed to the agent (needs Linux 5.9).";
+const STEERING_MEANING: &str = "Connections cannot be redirected to the agent (needs Linux 5.9).";
 const GATE: &str = "gate (tcx)";
-const GATE_MEANING: &str = "Pods run, but raw sockets and forged addresses are not held: every pod \
+const GATE_MEANING: &str = "Traffic from raw sockets and with spoofed addresses is not filtered, and every pod \
      is reported as not protected (needs Linux 6.6).";
 
 pub(super) fn programs(config: &Host) -> Vec<Finding> {
@@ -33,17 +32,27 @@ pub(super) fn programs(config: &Host) -> Vec<Finding> {
     };
     let scratch = match Scratch::new(config) {
         Ok(scratch) => scratch,
-        Err(error) => return missing(format!("not tried: no place for a trial: {error}")),
+        Err(error) => {
+            return missing(format!(
+                "not tested: no temporary cgroup or pin directory: {error}"
+            ));
+        }
     };
     let netns = match NetNs::fresh() {
         Ok(netns) => netns,
-        Err(error) => return missing(format!("not tried: no namespace for a trial: {error}")),
+        Err(error) => {
+            return missing(format!(
+                "not tested: cannot create a network namespace: {error}"
+            ));
+        }
     };
-    // The gate is attached by name in the thread's namespace.
+    // The gate is attached by interface name in the network namespace of the thread.
     let tried = netns.run(|| attempt(&scratch, &netns));
     match tried {
         Ok(findings) => findings,
-        Err(error) => missing(format!("not tried: cannot enter a namespace: {error}")),
+        Err(error) => missing(format!(
+            "not tested: cannot enter a network namespace: {error}"
+        )),
     }
 }
 
@@ -60,7 +69,7 @@ fn attempt(scratch: &Scratch, netns: &NetNs) -> Vec<Finding> {
             return vec![finding(PROGRAMS, true, why, PROGRAMS_MEANING)];
         }
     };
-    let loaded = Outcome::Present("loaded, and attached to a cgroup".to_owned());
+    let loaded = Outcome::Present("loaded and attached to a cgroup".to_owned());
     let mut findings = vec![finding(PROGRAMS, true, loaded, PROGRAMS_MEANING)];
     let added = netns.cookie().map(|cookie| {
         datapath.add_pod(&PodAttachment {
@@ -83,7 +92,7 @@ fn attempt(scratch: &Scratch, netns: &NetNs) -> Vec<Finding> {
             (why.clone(), why)
         }
         Err(error) => {
-            let why = Outcome::Missing(format!("not tried: SO_NETNS_COOKIE: {error}"));
+            let why = Outcome::Missing(format!("not tested: SO_NETNS_COOKIE: {error}"));
             (why.clone(), why)
         }
     };

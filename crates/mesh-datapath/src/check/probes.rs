@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the machine and its sockets can do.
+//! Tests the node's mounts, capabilities, CNI plugin and socket options.
 
 use std::fs;
 use std::io;
@@ -39,11 +39,11 @@ fn outcome<T>(tried: io::Result<T>, detail: impl Into<String>) -> Outcome {
     }
 }
 
-/// The oldest kernel that is believed to do.
+/// The oldest supported kernel version.
 const OLDEST: (u32, u32) = (5, 15);
 
-/// What the agent is deployed with (numbers of linux/capability.h). Without the second, a client
-/// whose port is below 1024 is refused; without the last, the namespaces of pods are not found.
+/// The capabilities with which the agent is deployed (numbers of linux/capability.h). CAP_NET_BIND_SERVICE serves
+/// clients whose port is below 1024; CAP_SYS_PTRACE serves to find the network namespaces of pods.
 const CAPABILITIES: [(u32, &str); 4] = [
     (12, "CAP_NET_ADMIN"),
     (10, "CAP_NET_BIND_SERVICE"),
@@ -55,21 +55,21 @@ pub(super) fn machine(config: &Host) -> Vec<Finding> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let mounted = |path: &Path, kind: &str| match filesystem(&mounts, path) {
         Some(found) if found == kind => Outcome::Present(path.display().to_string()),
-        Some(found) => Outcome::Missing(format!("{} is on {found}", path.display())),
-        None => Outcome::Missing(format!("{} is not there", path.display())),
+        Some(found) => Outcome::Missing(format!("{} is on a {found} file system", path.display())),
+        None => Outcome::Missing(format!("{} does not exist", path.display())),
     };
     vec![
         finding(
             "kernel",
             false,
             release(),
-            "Older than what the agent is believed to run on; the lines below say what is missing.",
+            "The kernel is older than the oldest supported version; the lines below list the missing features.",
         ),
         finding(
             "capabilities",
             true,
             capabilities(&fs::read_to_string("/proc/self/status").unwrap_or_default()),
-            "The agent must run as root, in a container with the capabilities of deploy/base/agent.yaml.",
+            "The agent must run as root, with the capabilities in deploy/base/agent.yaml.",
         ),
         finding(
             "BTF",
@@ -78,29 +78,29 @@ pub(super) fn machine(config: &Host) -> Vec<Finding> {
                 fs::metadata("/sys/kernel/btf/vmlinux"),
                 "/sys/kernel/btf/vmlinux",
             ),
-            "Socket-local storage needs it: a kernel with CONFIG_DEBUG_INFO_BTF.",
+            "Socket-local storage needs a kernel with CONFIG_DEBUG_INFO_BTF.",
         ),
         finding(
             "cgroup2",
             true,
             mounted(&config.cgroup, "cgroup2"),
-            "Connections of pods are not seen. Mount cgroup2, or name it with --cgroup; in a \
-             container the host's mount is needed.",
+            "The eBPF programs cannot be attached to pods. Mount cgroup2, or set its path with --cgroup; a \
+             container needs the host's mount.",
         ),
         finding(
             "bpffs",
             true,
             mounted(&config.bpffs, "bpf"),
-            "Protection would end with the agent. Run: mount -t bpf bpf /sys/fs/bpf",
+            "Pods would lose their protection when the agent stops. Run: mount -t bpf bpf /sys/fs/bpf",
         ),
         finding(
-            "network plug-in",
+            "CNI plugin",
             false,
-            plug_in(config),
-            "Its pods have no interface on the host's side: they cannot be protected.",
+            cni_plugin(config),
+            "Pods have no host-side interface and cannot be protected.",
         ),
         finding(
-            "nobody else's socket hooks",
+            "no other socket hooks",
             false,
             socket_hooks(config),
             cni::BALANCERS,
@@ -109,12 +109,12 @@ pub(super) fn machine(config: &Host) -> Vec<Finding> {
             "pod interfaces",
             false,
             outcome_text(pod_interfaces()),
-            "Whether pods can be protected is not known before the agent runs.",
+            "The check cannot tell whether pods can be protected.",
         ),
     ]
 }
 
-fn plug_in(config: &Host) -> Outcome {
+fn cni_plugin(config: &Host) -> Outcome {
     let links = Routing::open().and_then(|mut routing| routing.links());
     let links: Vec<String> = links
         .unwrap_or_default()
@@ -125,7 +125,7 @@ fn plug_in(config: &Host) -> Outcome {
         Some(cni) if !cni.gate => Outcome::Missing(cni.to_string()),
         Some(cni) => Outcome::Present(cni.to_string()),
         None => Outcome::Present(format!(
-            "none that is known in {}",
+            "no known CNI plugin in {}",
             config.cni_conf.display()
         )),
     }
@@ -139,14 +139,14 @@ fn socket_hooks(config: &Host) -> Outcome {
     }
 }
 
-/// How many interfaces lead into other namespaces: the gate goes there.
+/// Counts the interfaces with a peer in another network namespace, to which the gate can be attached.
 fn pod_interfaces() -> io::Result<String> {
     let links = Routing::open()?.links()?;
     let gated = links
         .iter()
         .filter(|link| link.peer_namespace.is_some())
         .count();
-    Ok(format!("{gated} that the gate can hold"))
+    Ok(format!("{gated} suitable for the gate"))
 }
 
 fn outcome_text(tried: io::Result<String>) -> Outcome {
@@ -184,11 +184,11 @@ fn capabilities(status: &str) -> Outcome {
     if missing.is_empty() {
         Outcome::Present(CAPABILITIES.map(|(_, name)| name).join(", "))
     } else {
-        Outcome::Missing(format!("without {}", missing.join(", ")))
+        Outcome::Missing(format!("missing {}", missing.join(", ")))
     }
 }
 
-/// The type of the file system that a path is on, by the text of `/proc/self/mountinfo`.
+/// Returns the type of a path's file system, from the content of `/proc/self/mountinfo`.
 fn filesystem(mounts: &str, path: &Path) -> Option<String> {
     let path = path.canonicalize().ok()?;
     mounts
@@ -199,7 +199,7 @@ fn filesystem(mounts: &str, path: &Path) -> Option<String> {
             let inside = path.starts_with(mount_point);
             inside.then_some((mount_point, kind.split(' ').next()?))
         })
-        // Of two mounts on one place the later is seen.
+        // The later of two mounts on one mount point is visible.
         .max_by_key(|(mount_point, _)| mount_point.components().count())
         .map(|(_, kind)| kind.to_owned())
 }
@@ -207,7 +207,7 @@ fn filesystem(mounts: &str, path: &Path) -> Option<String> {
 const TRANSPARENT: &str = "transparent sockets";
 const PORT_RANGE: &str = "IP_LOCAL_PORT_RANGE";
 
-/// What sockets can do, in a namespace of its own where it makes a difference.
+/// Tests socket features, in a temporary network namespace where needed.
 pub(super) fn sockets() -> Vec<Finding> {
     let inside = |f: fn() -> io::Result<()>| NetNs::fresh().and_then(|netns| netns.run(f)?);
     let cookie = NetNs::own().and_then(|netns| netns.cookie());
@@ -215,48 +215,45 @@ pub(super) fn sockets() -> Vec<Finding> {
         finding(
             "SO_NETNS_COOKIE",
             true,
-            outcome(cookie, "namespaces can be told apart"),
-            "Pods cannot be told apart (needs Linux 5.14).",
+            outcome(cookie, "network namespaces can be identified"),
+            "The network namespaces of pods cannot be identified (needs Linux 5.14).",
         ),
         finding(
             TRANSPARENT,
             true,
             outcome(inside(transparent), "IPv4"),
-            "Connections cannot be carried with their own addresses (CONFIG_NETFILTER is not \
-             needed, CAP_NET_ADMIN is).",
+            "The agent cannot connect with the addresses of clients (needs CAP_NET_ADMIN, not \
+             CONFIG_NETFILTER).",
         ),
         finding(
             "routing by mark",
             true,
             outcome(inside(rule), "ip rule fwmark"),
-            "Connections cannot be captured (CONFIG_IP_MULTIPLE_TABLES, CONFIG_FIB_RULES).",
+            "Connections cannot be captured (needs CONFIG_IP_MULTIPLE_TABLES and CONFIG_FIB_RULES).",
         ),
         finding(
             "tcp_fwmark_accept",
             true,
             outcome(inside(fwmark_accept), "net.ipv4.tcp_fwmark_accept"),
-            "Answers to the agent's hand-over take the wrong way.",
+            "Replies of applications to the agent are routed out of the pod.",
         ),
         finding(
             "IPv6",
             false,
             outcome(fs::metadata("/proc/net/if_inet6"), "available"),
-            "Only IPv4 is carried, and the agent serves metrics on IPv4.",
+            "The agent handles only IPv4 traffic, and serves metrics on IPv4.",
         ),
         finding(
             "SOCK_DESTROY",
             false,
-            outcome(destroy(), "sockets can be ended"),
-            "A change of policy does not end open direct connections (CONFIG_INET_DIAG_DESTROY).",
+            outcome(destroy(), "sockets can be destroyed"),
+            "A policy change does not close open direct connections (needs CONFIG_INET_DIAG_DESTROY).",
         ),
         finding(
             PORT_RANGE,
             false,
-            outcome(
-                port_range(),
-                "the agent's ports are told from applications'",
-            ),
-            "In rare cases the agent uses a port that an application wants to bind (needs Linux \
+            outcome(port_range(), "local ports of the agent are separate"),
+            "In rare cases, the agent uses a port that an application wants to bind (needs Linux \
              6.3).",
         ),
     ]
@@ -266,7 +263,7 @@ fn transparent() -> io::Result<()> {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
     let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
     socket::set_transparent(socket.as_fd(), &any)?;
-    // TEST-NET-1 (RFC 5737): an address that this namespace does not have.
+    // TEST-NET-1 (RFC 5737) is never an address of this namespace.
     socket.bind(&SocketAddr::from(([192, 0, 2, 1], 1)).into())
 }
 
@@ -289,7 +286,7 @@ fn port_range() -> io::Result<()> {
     socket::set_local_port_range(socket.as_fd(), 60_000, 60_999)
 }
 
-/// Ends a connection of ours over loopback, found by its addresses.
+/// Destroys a loopback connection of this process, found by its addresses.
 fn destroy() -> io::Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let client = TcpStream::connect(listener.local_addr()?)?;
@@ -300,11 +297,11 @@ fn destroy() -> io::Result<()> {
     let ours = sockets
         .iter()
         .find(|socket| (socket.local, socket.remote) == ends)
-        .ok_or_else(|| io::Error::other("our own connection is not listed"))?;
+        .ok_or_else(|| io::Error::other("the test connection is not listed"))?;
     if diag.destroy(ours)? {
         Ok(())
     } else {
-        Err(io::Error::other("our own connection was gone"))
+        Err(io::Error::other("the test connection was already closed"))
     }
 }
 
@@ -313,24 +310,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions() {
+    fn kernel_version_is_parsed() {
         assert_eq!(version("6.18.44-fc-v657"), Some((6, 18)));
         assert_eq!(version("5.15"), Some((5, 15)));
         assert_eq!(version("odd"), None);
     }
 
     #[test]
-    fn capabilities_are_named() {
+    fn missing_capabilities_are_reported() {
         let Outcome::Missing(why) = capabilities("CapPrm:\t0\nCapEff:\t0000000000081400\n") else {
             panic!("CAP_SYS_ADMIN is not in the mask")
         };
-        assert_eq!(why, "without CAP_SYS_ADMIN");
+        assert_eq!(why, "missing CAP_SYS_ADMIN");
         let all = capabilities("CapEff:\t000001ffffffffff\n");
         assert!(matches!(all, Outcome::Present(_)));
     }
 
     #[test]
-    fn the_innermost_mount_counts() {
+    fn innermost_mount_determines_the_file_system() {
         let mounts = "1 0 0:1 / / rw - ext4 /dev/x rw\n2 1 0:2 / /proc rw - proc proc rw\n";
         let of = |path: &str| filesystem(mounts, Path::new(path));
         assert_eq!(of("/proc/self").as_deref(), Some("proc"));

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! An empty cgroup and a directory of pins that nothing else uses, removed on drop. What a killed
-//! check left behind is removed by the next one.
+//! A temporary cgroup and pin directory, removed on drop. The next check removes those of a killed one.
 
 use std::fs;
 use std::io;
@@ -19,21 +18,21 @@ pub(super) struct Scratch {
 
 impl Scratch {
     pub(super) fn new(config: &Host) -> io::Result<Self> {
-        for place in places(&config.cgroup).chain([config.bpffs.clone()]) {
-            sweep(&place);
+        for parent in parents(&config.cgroup).chain([config.bpffs.clone()]) {
+            sweep(&parent);
         }
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Relaxed);
         let name = format!("{PREFIX}{}-{number}", std::process::id());
-        let cgroup = first(places(&config.cgroup), &name).map_err(|error| {
+        let cgroup = first(parents(&config.cgroup), &name).map_err(|error| {
             let root = config.cgroup.display();
             let text = format!(
-                "no cgroup can be made below {root} ({error}): one that root owns must be there, as \
-                 systemd or a kubelet makes some, or CAP_DAC_OVERRIDE"
+                "cannot create a cgroup below {root} ({error}): needs a child cgroup owned by root, as \
+                 systemd or the kubelet creates, or CAP_DAC_OVERRIDE"
             );
             io::Error::new(error.kind(), text)
         })?;
-        // From here on dropping it removes both.
+        // From here on, a drop removes both.
         let scratch = Self {
             cgroup,
             pins: config.bpffs.join(&name),
@@ -50,9 +49,9 @@ impl Drop for Scratch {
     }
 }
 
-/// Where a cgroup may be made: the root of the tree has mode 0555, so that root without
-/// CAP_DAC_OVERRIDE, which the agent does not need, makes one only below it.
-fn places(cgroup: &Path) -> impl Iterator<Item = PathBuf> {
+/// Returns the directories to try for a new cgroup. The root of the hierarchy has mode 0555: without
+/// CAP_DAC_OVERRIDE, which the agent does not need, root can create a cgroup only in a child.
+fn parents(cgroup: &Path) -> impl Iterator<Item = PathBuf> {
     let below = fs::read_dir(cgroup).into_iter().flatten().flatten();
     let below = below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
     [cgroup.to_owned()]
@@ -60,20 +59,20 @@ fn places(cgroup: &Path) -> impl Iterator<Item = PathBuf> {
         .chain(below.map(|entry| entry.path()))
 }
 
-/// Makes a directory in the first place where that is possible.
-fn first(places: impl IntoIterator<Item = PathBuf>, name: &str) -> io::Result<PathBuf> {
+/// Creates a directory in the first parent that allows it.
+fn first(parents: impl IntoIterator<Item = PathBuf>, name: &str) -> io::Result<PathBuf> {
     let mut refused = None;
-    for place in places {
-        let made = place.join(name);
-        match fs::create_dir(&made) {
-            Ok(()) => return Ok(made),
+    for parent in parents {
+        let created = parent.join(name);
+        match fs::create_dir(&created) {
+            Ok(()) => return Ok(created),
             Err(error) => refused = refused.or(Some(error)),
         }
     }
     Err(refused.unwrap_or_else(|| io::ErrorKind::NotFound.into()))
 }
 
-/// Removes what processes that are gone have left.
+/// Removes the temporary directories of processes that no longer exist.
 fn sweep(parent: &Path) {
     let Ok(entries) = fs::read_dir(parent) else {
         return;
@@ -90,13 +89,13 @@ fn sweep(parent: &Path) {
     }
 }
 
-/// Removes directories, and the pins in them. A cgroup's own files go with it.
+/// Removes directories recursively, with the pins in them. The files of a cgroup disappear with it.
 fn remove(directory: &Path) {
     if let Ok(entries) = fs::read_dir(directory) {
         for entry in entries.flatten() {
             match entry.file_type() {
                 Ok(kind) if kind.is_dir() => remove(&entry.path()),
-                // Fails in a cgroup, where it is not necessary.
+                // This fails in a cgroup, where it is not necessary.
                 Ok(_) => drop(fs::remove_file(entry.path())),
                 Err(_) => {}
             }
@@ -105,7 +104,7 @@ fn remove(directory: &Path) {
     if let Err(error) = fs::remove_dir(directory)
         && error.kind() != io::ErrorKind::NotFound
     {
-        tracing::warn!(%error, path = %directory.display(), "a probe's place is left behind");
+        tracing::warn!(%error, path = %directory.display(), "cannot remove a temporary directory of the check");
     }
 }
 
@@ -114,16 +113,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_place_that_takes_nothing_is_passed_over_and_named_if_there_is_no_other() {
+    fn directory_is_created_in_the_first_usable_parent() {
         let dir = tempfile::tempdir().unwrap();
         let (file, good) = (dir.path().join("file"), dir.path().join("good"));
         fs::write(&file, "").unwrap();
         fs::create_dir(&good).unwrap();
-        let all: Vec<_> = places(dir.path()).collect();
+        let all: Vec<_> = parents(dir.path()).collect();
         assert_eq!(all, [dir.path(), &good]);
-        let made = first([file.clone(), good.clone()], "x").unwrap();
-        assert_eq!(made, good.join("x"));
-        assert!(made.is_dir());
+        let created = first([file.clone(), good.clone()], "x").unwrap();
+        assert_eq!(created, good.join("x"));
+        assert!(created.is_dir());
         let error = first([file, dir.path().join("none")], "x").unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotADirectory);
     }

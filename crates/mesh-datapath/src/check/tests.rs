@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The check on this machine. Needs root.
+//! Runs the check on this machine. Needs root.
 
 use std::path::PathBuf;
 
@@ -15,7 +15,7 @@ fn here() -> Host {
     }
 }
 
-/// Trials of this process that are still there, once those of other tests have ended.
+/// Returns the number of temporary directories of this process that remain after all tests have ended.
 fn left_behind(config: &Host) -> usize {
     let prefix = format!("mesh-check-{}-", std::process::id());
     let count = || {
@@ -35,7 +35,7 @@ fn left_behind(config: &Host) -> usize {
 }
 
 #[test]
-fn this_machine_has_everything_and_nothing_is_left_behind() {
+fn check_passes_on_this_machine_and_leaves_nothing_behind() {
     let config = here();
     let report = run(&config);
     for finding in &report.0 {
@@ -47,7 +47,7 @@ fn this_machine_has_everything_and_nothing_is_left_behind() {
 }
 
 #[test]
-fn what_is_missing_is_explained_and_ends_with_69() {
+fn missing_required_feature_is_explained_with_exit_code_69() {
     let config = Host {
         bpffs: PathBuf::from("/tmp"),
         ..here()
@@ -62,7 +62,7 @@ fn what_is_missing_is_explained_and_ends_with_69() {
 }
 
 #[test]
-fn something_that_is_not_needed_may_be_absent() {
+fn missing_optional_feature_does_not_fail_the_check() {
     let report = Report(vec![Finding {
         what: "a thing",
         needed: false,

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::*;
 
-fn named(config: &[(&str, Value)], links: &[&str]) -> Option<Cni> {
+fn named(config: &[(&str, Value)], links: &[&str]) -> Option<CniPlugin> {
     let dir = tempfile::TempDir::new().unwrap();
     for (name, value) in config {
         fs::write(dir.path().join(name), value.to_string()).unwrap();
@@ -16,12 +16,12 @@ fn named(config: &[(&str, Value)], links: &[&str]) -> Option<Cni> {
 }
 
 #[test]
-fn plug_ins_are_told_by_configuration_and_links() {
+fn cni_plugin_is_detected_by_configuration_and_interfaces() {
     let list = |kinds: &[&str]| {
         let plugins: Vec<Value> = kinds.iter().map(|kind| json!({"type": kind})).collect();
         json!({"cniVersion": "0.4.0", "name": "k8s", "plugins": plugins})
     };
-    let name = |cni: Option<Cni>| cni.map(|cni| (cni.name, cni.enforces));
+    let name = |cni: Option<CniPlugin>| cni.map(|cni| (cni.name, cni.enforces));
     let calico = [("10-calico.conflist", list(&["calico", "portmap"]))];
     assert_eq!(name(named(&calico, &[])), Some(("Calico", Enforces::Yes)));
     let flannel = [("10-flannel.conflist", list(&["flannel", "portmap"]))];
@@ -34,7 +34,7 @@ fn plug_ins_are_told_by_configuration_and_links() {
         name(named(&flannel, &["flannel.1", "cali123"])),
         Some(("Calico", Enforces::Yes))
     );
-    // The first by name is used; others are left over.
+    // The runtime uses the first file by name and ignores the others.
     let two = [
         ("99-bridge.conf", json!({"type": "bridge"})),
         calico[0].clone(),
@@ -66,7 +66,7 @@ fn plug_ins_are_told_by_configuration_and_links() {
 }
 
 #[test]
-fn rules_that_would_drop_tunnels_are_named() {
+fn rules_that_would_drop_tunnels_are_reported() {
     let object = |value| Object {
         origin: String::new(),
         value,
@@ -127,7 +127,7 @@ fn rules_that_would_drop_tunnels_are_named() {
     assert_eq!(
         texts,
         [
-            "NetworkPolicy shop/web-port: spec.ingress[1].ports does not have the tunnel port; add \
+            "NetworkPolicy shop/web-port: spec.ingress[1].ports does not allow the tunnel port; add \
              {protocol: TCP, port: 15008}"
         ]
     );

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The ring of events, read by one task of one agent.
+//! Reads the ring buffer of events, which one task of one agent does at a time.
 
 use std::fs::{File, TryLockError};
 use std::io;
@@ -11,13 +11,14 @@ use zerocopy::FromBytes as _;
 
 use super::Error;
 
-/// The kernel programs' reports. Programs never wake the reader: drain it every few milliseconds.
+/// The reader of the events of the kernel programs. Programs do not wake it: call [`Events::drain`] every few
+/// milliseconds.
 pub struct Events {
     ring: RingBuf<MapData>,
-    /// The directory of pins, locked by who reads: two readers would hand over the same events.
+    /// The directory of pins, which the reading agent locks: two readers would report the same events.
     turn: File,
     has_turn: bool,
-    /// What each hook decided, for the log.
+    /// The log of hook decisions.
     #[cfg(feature = "trace")]
     decisions: aya_log::EbpfLogger<&'static dyn log::Log>,
 }
@@ -52,10 +53,10 @@ impl Events {
         })
     }
 
-    /// Takes the turn to read; `false` = another agent of this node has it, as during an update.
+    /// Tries to become the reader; `false` = another agent of this node reads, as during an update.
     ///
     /// # Errors
-    /// What the kernel says of the lock.
+    /// The lock operation failed.
     pub fn take_turn(&mut self) -> io::Result<bool> {
         if !self.has_turn {
             self.has_turn = match self.turn.try_lock() {
@@ -67,16 +68,16 @@ impl Events {
         Ok(self.has_turn)
     }
 
-    /// Lets another agent read.
+    /// Releases the lock, so that another agent can read.
     ///
     /// # Errors
-    /// What the kernel says of the lock.
+    /// The lock operation failed.
     pub fn give_turn(&mut self) -> io::Result<()> {
         self.has_turn = false;
         self.turn.unlock()
     }
 
-    /// Hands over what has come since the last call, at most `limit` events; returns how many.
+    /// Calls `f` for each new event, at most `limit` of them, and returns their number.
     pub fn drain(&mut self, limit: usize, mut f: impl FnMut(Event)) -> usize {
         #[cfg(feature = "trace")]
         self.decisions.flush();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What other rooms may do with the datapath without owning it.
+//! Datapath operations for tasks that do not own the [`Datapath`](super::Datapath).
 
 use std::fs::File;
 use std::io;
@@ -22,7 +22,7 @@ use zerocopy::{FromBytes as _, IntoBytes as _};
 use mesh_sys::bpf;
 use mesh_sys::sock_diag::{Socket, state};
 
-/// Maps that a plan fills, whose filling is reported, with their capacities.
+/// The maps that a plan fills, with their capacities. Their usage comes from the plan.
 const REPORTED: [(&str, u32); 10] = [
     ("PODS", MAX_PODS),
     ("PEERS", MAX_PEERS),
@@ -36,14 +36,14 @@ const REPORTED: [(&str, u32); 10] = [
     ("BACKENDS", MAX_BACKENDS),
 ];
 
-/// Maps of connections, with their capacities: counted when somebody asks.
+/// The maps of connections, with their capacities. Each request counts their entries.
 const COUNTED: [(&str, u32); 3] = [
     ("OLD_CONNECTIONS", MAX_OLD_CONNECTIONS),
     ("TUNNELS", MAX_TUNNELS),
     ("MARKED", MAX_MARKED),
 ];
 
-/// Cheap to clone; every call is one system call.
+/// Handles to the maps of the datapath. They are cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Handles {
     inner: Arc<Inner>,
@@ -76,11 +76,11 @@ impl Handles {
         })
     }
 
-    /// Makes a socket known as the agent's own: the hooks leave it alone. `marked` = its SYN is to
-    /// say that it is a tunnel. To be called before connect().
+    /// Exempts a socket of the agent from the hooks. With `marked`, its SYN carries the TCP option that marks a
+    /// tunnel. Call this before connect().
     ///
     /// # Errors
-    /// When the descriptor is no socket.
+    /// The descriptor is not a socket.
     pub fn exempt(&self, socket: BorrowedFd<'_>, marked: bool) -> io::Result<()> {
         let value = Exempt {
             exempt: if marked {
@@ -97,13 +97,13 @@ impl Handles {
         )
     }
 
-    /// The storage in which the hooks leave with a socket what they decided about it.
+    /// Returns the socket storage map in which the hooks keep their decision about a socket.
     #[must_use]
     pub fn decided(&self) -> BorrowedFd<'_> {
         self.inner.decided.as_fd()
     }
 
-    /// The service that a captured connection asked for; a second call finds nothing.
+    /// Returns and removes the original service address of a captured connection.
     #[must_use]
     pub fn take_captured(
         &self,
@@ -122,13 +122,13 @@ impl Handles {
         if !matches!(bpf::get(map, key.as_bytes(), &mut value), Ok(true)) {
             return None;
         }
-        // Left behind it would only be evicted later.
+        // The map is an LRU: an entry that is not removed here is evicted later.
         bpf::remove(map, key.as_bytes()).ok()?;
         Endpoint::read_from_bytes(&value).ok()
     }
 
-    /// Whether a socket is the agent's end of a tunnel on an application's own port, which no port
-    /// tells; also one that is just beginning. False when the maps cannot be read.
+    /// Returns whether a socket is the agent's endpoint of a tunnel on an application's port, also during the
+    /// handshake. Returns false if the maps cannot be read.
     #[must_use]
     pub fn is_tunnel(&self, socket: &Socket) -> bool {
         if socket.protocol != Protocol::TCP {
@@ -143,18 +143,18 @@ impl Handles {
             let found = bpf::get(map.as_fd(), key.as_bytes(), &mut value);
             matches!(found, Ok(true)).then_some(u32::from_ne_bytes(value))
         };
-        // In this order: one that is established meanwhile has moved from the first to the second.
+        // The order matters: a connection that becomes established moves from the first map to the second.
         let [_, tunnels, marked] = &self.inner.counted;
         let begins = socket.state == state::SYN_RECV && value_in(marked) == Some(MARK_STEERED);
         begins || value_in(tunnels).is_some()
     }
 
-    /// A counter's sum over all CPUs; 0 when it cannot be read.
+    /// Returns the sum of a counter over all CPUs; 0 if the map cannot be read.
     #[must_use]
     pub fn counter(&self, counter: Counter) -> u64 {
         debug_assert!(
             counter.index() < COUNTERS,
-            "the map has room for every counter"
+            "the map has an entry for each counter"
         );
         let mut values = vec![0u8; 8 * self.inner.cpus];
         let key = counter.index().to_ne_bytes();
@@ -169,8 +169,8 @@ impl Handles {
         }
     }
 
-    /// Name, entries and capacity of the maps that a plan fills, and of those of connections; one
-    /// that cannot be counted is left out.
+    /// Returns name, entries and capacity of the maps that a plan fills and of the maps of connections. Omits maps
+    /// that cannot be read.
     #[must_use]
     pub fn map_usage(&self) -> Vec<(&'static str, u64, u64)> {
         let filled = REPORTED.iter().zip(&self.inner.usage);
@@ -186,7 +186,7 @@ impl Handles {
         filled.chain(counted).collect()
     }
 
-    /// Remembers how full the maps are once `plan` is in them.
+    /// Stores the usage of the maps that `plan` fills.
     pub(super) fn note(&self, plan: &Plan) {
         for (map, entries, _) in plan.fill() {
             let slots = REPORTED.iter().zip(&self.inner.usage);
@@ -197,7 +197,7 @@ impl Handles {
     }
 }
 
-/// How many values a per-CPU map has: the kernel's possible CPUs, as a range list.
+/// Returns the number of values of a per-CPU map: the number of possible CPUs, from a range list.
 fn possible_cpus() -> io::Result<usize> {
     use std::io::Read as _;
     let mut text = String::new();
@@ -207,5 +207,5 @@ fn possible_cpus() -> io::Result<usize> {
         .next()
         .and_then(|last| last.parse::<usize>().ok())
         .map(|last| last + 1)
-        .ok_or_else(|| io::Error::other(format!("{text:?} is no list of CPUs")))
+        .ok_or_else(|| io::Error::other(format!("invalid list of CPUs: {text:?}")))
 }

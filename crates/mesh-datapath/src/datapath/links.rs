@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Pinned links: updated in place where they live, replaced where what they were attached to is
-//! gone.
+//! Pinned links: updates them in place, and removes those whose target no longer exists.
 
 use std::fs;
 use std::io;
@@ -11,8 +10,8 @@ use aya::programs::links::FdLink;
 
 use mesh_sys::bpf;
 
-/// Puts `program` behind the link that is pinned at `path`. `false` = there is none, or what it was
-/// attached to is gone; the pin is removed then.
+/// Replaces the program of the link that is pinned at `path`. `false` = no link is pinned there, or its target no
+/// longer exists; the pin is removed then.
 pub(super) fn update(path: &Path, program: BorrowedFd<'_>) -> io::Result<bool> {
     let link = match bpf::open_pin(path) {
         Ok(link) => link,
@@ -30,12 +29,12 @@ pub(super) fn update(path: &Path, program: BorrowedFd<'_>) -> io::Result<bool> {
     }
 }
 
-/// Pins a link: from now on it lives without this process.
+/// Pins a link, so that it no longer depends on this process.
 pub(super) fn pin(link: FdLink, path: &Path) -> io::Result<()> {
     link.pin(path).map(drop).map_err(io::Error::other)
 }
 
-/// Removes a pin, and with the last reference the attachment. What is absent is no error.
+/// Removes a pin, and the attachment with its last reference. A missing pin is not an error.
 pub(super) fn unpin(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(err) if err.kind() != io::ErrorKind::NotFound => Err(err),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Loads the object with its pinned maps, and attaches or updates what belongs to the whole node.
+//! Loads the eBPF object with its pinned maps, and attaches or updates the cgroup programs.
 
 use std::fs;
 use std::fs::File;
@@ -16,7 +16,7 @@ use super::{Config, Datapath, Error, Events, Handles, links, tables};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-bpf"));
 
-/// Every map, each pinned under its name.
+/// The names of all maps, under which they are pinned.
 pub const NAMES: &[&str] = &[
     "PODS",
     "PODS_BY_NETNS",
@@ -47,11 +47,10 @@ pub const NAMES: &[&str] = &[
     "VIPS",
 ];
 
-/// Maps with another name in an earlier version: the earlier and the present name of the pin.
+/// Maps that had another name in an earlier version: (earlier pin, current pin).
 const RENAMED: [(&str, &str); 1] = [("FACTS", "CONFIG_GENERATION")];
 
-/// Programs of the cgroup, in the order in which they are updated: what refuses first, what
-/// captures last.
+/// The cgroup programs in update order: those that enforce policy first, those that capture last.
 const CGROUP_PROGRAMS: &[&str] = &[
     "getpeername4",
     "getpeername6",
@@ -63,29 +62,28 @@ const CGROUP_PROGRAMS: &[&str] = &[
     "connect6",
 ];
 
-/// The sk_lookup program's name.
+/// The name of the sk_lookup program.
 pub(super) const INBOUND: &str = "inbound";
-/// The gate's two programs.
+/// The names of the gate's two programs.
 pub(super) const GATES: [&str; 2] = ["gate_from_pod", "gate_to_pod"];
 
-/// Where maps and links of this layout version are pinned.
+/// Returns the pin directory of this layout version.
 #[must_use]
 pub fn pin_directory(bpffs: &Path) -> PathBuf {
     bpffs.join("mesh").join(VERSION)
 }
 
-/// Where the links of one pod are pinned.
+/// Returns the pin directory of a pod's links.
 pub(super) fn pod_directory(bpffs: &Path, index: u32) -> PathBuf {
     pin_directory(bpffs).join("pods").join(index.to_string())
 }
 
 impl Datapath {
-    /// Loads the programs, takes over what an older agent pinned, and attaches the cgroup's hooks.
-    /// Links are updated in the order gate, sk_lookup, sock_ops, connect: each is ready before what
-    /// sends traffic to it.
+    /// Loads the programs, reuses the pins of an earlier agent, and attaches the cgroup programs. Updates links in
+    /// the order gate, sk_lookup, sock_ops, connect, so that each program is ready before traffic is sent to it.
     ///
     /// # Errors
-    /// When bpffs or the cgroup cannot be used, or the kernel refuses a program.
+    /// The BPF file system or the cgroup cannot be used, or the kernel rejects a program.
     pub fn load(config: &Config) -> Result<(Self, Events), Error> {
         let pins = pin_directory(&config.bpffs);
         fs::create_dir_all(pins.join("pods")).map_err(|source| Error::Bpffs {
@@ -119,10 +117,9 @@ impl Datapath {
     }
 }
 
-/// Pins maps of an earlier version under their present names as well, so that this version and the
-/// earlier one use the same map: programs of either keep the values of the other. Without this, UDP
-/// flows would have generations of another counter, and one that policy now denies could pass until it
-/// is idle.
+/// Pins renamed maps of an earlier version under their current names as well, so that both versions share the
+/// map. Otherwise, the generations in UDP flows would belong to another counter, and a flow that policy now
+/// denies could pass until it is idle.
 fn link_renamed(pins: &Path) -> std::io::Result<()> {
     for (before, now) in RENAMED {
         match fs::hard_link(pins.join(before), pins.join(now)) {
@@ -169,7 +166,7 @@ fn load_programs(object: &mut Ebpf) -> Result<(), Error> {
 
 const ESTABLISHED: &str = "established";
 
-/// One of the gate's programs.
+/// Returns a program of the gate.
 pub(super) fn gate<'a>(
     object: &'a mut Ebpf,
     name: &'static str,
@@ -181,7 +178,7 @@ pub(super) fn gate<'a>(
     })
 }
 
-/// The sk_lookup program.
+/// Returns the sk_lookup program.
 pub(super) fn inbound(object: &mut Ebpf) -> Result<&mut SkLookup, Error> {
     let program = object.program_mut(INBOUND).ok_or(Error::Missing(INBOUND))?;
     program.try_into().map_err(|source| Error::Program {
@@ -211,7 +208,7 @@ fn sock_addr<'a>(
     })
 }
 
-/// Attaches or updates the hooks of the cgroup.
+/// Attaches or updates the cgroup programs.
 fn attach_cgroup(object: &mut Ebpf, config: &Config, pins: &Path) -> Result<(), Error> {
     let target = config.cgroup.display().to_string();
     let attach_error = |program, source| Error::Attach {
@@ -242,8 +239,8 @@ fn attach_cgroup(object: &mut Ebpf, config: &Config, pins: &Path) -> Result<(), 
         if links::update(&path, fd.as_fd()).map_err(|source| attach_error(name, source))? {
             continue;
         }
-        // A link on a cgroup is always one of several (flags 0); aya passes other modes as flags
-        // of the link, which the kernel refuses.
+        // A cgroup link always allows other programs (flags 0). aya passes other modes as flags of the link,
+        // which the kernel rejects.
         let link = program
             .attach(&cgroup, CgroupAttachMode::Single)
             .and_then(|id| program.take_link(id))
@@ -255,7 +252,7 @@ fn attach_cgroup(object: &mut Ebpf, config: &Config, pins: &Path) -> Result<(), 
     Ok(())
 }
 
-/// A descriptor of a loaded program, of our own.
+/// Returns a duplicate of a loaded program's descriptor.
 pub(super) fn program_fd(
     fd: Result<&aya::programs::ProgramFd, aya::programs::ProgramError>,
     program: &'static str,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The pods of this node in the maps, and what is attached to each of them.
+//! Adds local pods to the maps, and attaches programs to their interfaces and namespaces.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -20,7 +20,7 @@ use super::tables::{all, put, remove};
 use super::{Datapath, Error, links};
 use mesh_sys::clock;
 
-/// A pod whose namespace and interfaces were found.
+/// The namespace and interfaces of a pod to attach.
 #[derive(Debug)]
 pub struct PodAttachment<'a> {
     /// The pod's UID.
@@ -29,23 +29,22 @@ pub struct PodAttachment<'a> {
     pub netns: BorrowedFd<'a>,
     /// The namespace's cookie.
     pub netns_cookie: u64,
-    /// Index and name of the interface on the host's side, if there is one.
+    /// The index and name of the host-side interface, if the pod has one.
     pub link: Option<(u32, String)>,
-    /// The MAC address of the pod's own interface, then 2 bytes 0; all 0 = not checked.
+    /// The MAC address of the pod's interface, padded with 2 zero bytes; all 0 = not checked.
     pub mac: [u8; 8],
-    /// What the hooks decide by until the first plan is applied. A pod that an older agent left is
-    /// not changed.
+    /// The pod's view until the first plan is applied. Ignored for a pod that an earlier agent attached.
     pub view: PodView,
 }
 
-/// What came of adding a pod.
+/// The result of attaching a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PodFacts {
-    /// Its slot.
+pub struct AttachedPod {
+    /// The pod's index in the maps.
     pub index: PodIndex,
-    /// An older agent had added it.
+    /// Whether an earlier agent had attached the pod.
     pub taken_over: bool,
-    /// Why there is no gate, if there is none: the pod is not protected then.
+    /// Why the gate could not be attached; the pod is not protected then. `None` = it is attached.
     pub ungated: Option<String>,
 }
 
@@ -57,12 +56,12 @@ const PIN_GATES: [(&str, TcAttachType); 2] = [
 ];
 
 impl Datapath {
-    /// Adds a pod: state first, then the gate, then the maps that make the hooks see it, then
-    /// sk_lookup. A pod that an older agent left keeps its state and gets the new programs.
+    /// Adds a pod in this order: state, gate, the maps by which the hooks find the pod, sk_lookup. A pod that an
+    /// earlier agent attached keeps its state and gets the new programs.
     ///
     /// # Errors
-    /// When no slot is left, or a map or sk_lookup refuses.
-    pub fn add_pod(&mut self, pod: &PodAttachment<'_>) -> Result<PodFacts, Error> {
+    /// The maps are full, or a map update or the attachment of sk_lookup failed.
+    pub fn add_pod(&mut self, pod: &PodAttachment<'_>) -> Result<AttachedPod, Error> {
         let known = all(&self.maps.by_netns, "PODS_BY_NETNS")?;
         let (index, taken_over) = match known.get(&pod.netns_cookie) {
             Some(index) => (*index, true),
@@ -113,25 +112,24 @@ impl Datapath {
         )?;
         self.attach_inbound(pod, &directory)?;
         self.next_generation()?;
-        Ok(PodFacts {
+        Ok(AttachedPod {
             index,
             taken_over,
             ungated,
         })
     }
 
-    /// The one write that switches a pod's policy and modes. Whether the pod has a gate stays as it
-    /// is: that is a fact, not a wish.
+    /// Changes a pod's policy and modes in one atomic write. The flag for an attached gate is not changed.
     ///
     /// # Errors
-    /// When the pod was not added, or the map refuses.
+    /// The pod was not added, or the map update failed.
     pub fn set_pod(&mut self, index: PodIndex, view: &PodView) -> Result<(), Error> {
         let switched = self.switch_pod(index, view);
         self.next_generation()?;
         switched
     }
 
-    /// [`Self::set_pod`], of which no kept decision learns yet.
+    /// Does [`Self::set_pod`] without the new config generation that invalidates cached decisions.
     pub(super) fn switch_pod(&mut self, index: PodIndex, view: &PodView) -> Result<(), Error> {
         let mut state = self
             .state(index)
@@ -160,11 +158,10 @@ impl Datapath {
         Ok(())
     }
 
-    /// Puts one of the agent's listeners into its slot; the old one, an older agent's, is no longer
-    /// given connections from this moment.
+    /// Sets the agent's listener in a slot. The previous listener in the slot gets no new connections from then on.
     ///
     /// # Errors
-    /// When the socket does not listen.
+    /// The socket does not listen.
     pub fn set_listener(
         &mut self,
         index: PodIndex,
@@ -175,16 +172,16 @@ impl Datapath {
             .listeners
             .set(index.listener(slot), &listener.as_raw_fd(), 0)
             .map_err(|source| Error::Map {
-                action: format!("put the listener {slot:?} of pod {} into", index.0),
+                action: format!("write the listener {slot:?} of pod {} to", index.0),
                 map: "LISTENERS",
                 source: Box::new(source),
             })
     }
 
-    /// Removes a pod that is gone: what sends it traffic first, its state last.
+    /// Removes a deleted pod: first its entries in look-up maps and its links, last its state.
     ///
     /// # Errors
-    /// When a map or a pin cannot be changed.
+    /// A map or pin cannot be changed.
     pub fn remove_pod(&mut self, index: PodIndex) -> Result<(), Error> {
         self.by_uid.retain(|_, other| *other != index);
         let directory = pod_directory(&self.config.bpffs, index.0);
@@ -224,19 +221,19 @@ impl Datapath {
         self.next_generation()
     }
 
-    /// Every pod in the maps, an older agent's too.
+    /// Returns all pods in the maps, also those of an earlier agent.
     ///
     /// # Errors
-    /// When the map cannot be read.
+    /// The map cannot be read.
     pub fn pods(&self) -> Result<Vec<(PodIndex, PodState)>, Error> {
         Ok(all(&self.maps.pods, "PODS")?.into_iter().collect())
     }
 
-    /// Replaces the connections of a pod that are older than its enrolment, or its peer's, and are
-    /// left in clear: (the pod's end, the other end, why).
+    /// Replaces the pod's list of connections that predate its enrollment or its peer's and stay plaintext, each as
+    /// (local endpoint, remote endpoint, reason).
     ///
     /// # Errors
-    /// When the map is full.
+    /// The map is full.
     pub fn set_old_connections(
         &mut self,
         index: PodIndex,
@@ -264,11 +261,10 @@ impl Datapath {
         self.drop_old_connections(index, &keep)
     }
 
-    /// Removes UDP flows that have expired; returns how many. The hooks do not count them any more
-    /// either way: this makes room.
+    /// Removes expired UDP flows to free map entries, and returns their number. The hooks ignore expired flows anyway.
     ///
     /// # Errors
-    /// When the map cannot be read.
+    /// The map cannot be read.
     pub fn expire_flows(&mut self) -> Result<usize, Error> {
         let now = clock::monotonic_ns();
         self.forget_flows(|_, flow| !flow.alive(now))
@@ -306,7 +302,7 @@ impl Datapath {
         Ok(())
     }
 
-    /// Removes an address, unless another pod has it by now.
+    /// Removes an address, unless it now belongs to another pod.
     fn forget_addr(&mut self, addr: Addr, index: PodIndex) -> Result<(), Error> {
         if !addr.is_none()
             && self
@@ -324,7 +320,7 @@ impl Datapath {
         self.maps.pods.get(&index, 0).ok()
     }
 
-    /// Writes a pod's state with a revision that no write had before.
+    /// Writes a pod's state with a new revision.
     fn write(&mut self, index: PodIndex, state: PodState) -> Result<(), Error> {
         self.revision += 1;
         let state = PodState {
@@ -353,16 +349,14 @@ impl Datapath {
             .ok_or(Error::TooManyPods(used.len()))
     }
 
-    /// Attaches the gate, first in order, or updates it. `Some` = why there is none.
+    /// Attaches the gate as the first tcx program, or updates it. `Some` = why it could not be attached.
     fn attach_gate(
         &mut self,
         pod: &PodAttachment<'_>,
         directory: &Path,
     ) -> Result<Option<String>, Error> {
         let Some((_, name)) = &pod.link else {
-            return Ok(Some(
-                "the pod has no interface on the host's side".to_owned(),
-            ));
+            return Ok(Some("the pod has no host-side interface".to_owned()));
         };
         for (program, (pin, side)) in GATES.into_iter().zip(PIN_GATES) {
             let path = directory.join(pin);
@@ -384,7 +378,7 @@ impl Datapath {
                 .and_then(|link| FdLink::try_from(link).map_err(io::Error::other));
             match attached {
                 Ok(link) => links::pin(link, &path).map_err(refused)?,
-                Err(err) => return Ok(Some(format!("tcx cannot be attached to {name}: {err}"))),
+                Err(err) => return Ok(Some(format!("cannot attach tcx to {name}: {err}"))),
             }
         }
         Ok(None)
@@ -392,7 +386,7 @@ impl Datapath {
 
     fn attach_inbound(&mut self, pod: &PodAttachment<'_>, directory: &Path) -> Result<(), Error> {
         let path = directory.join(PIN_INBOUND);
-        let target = format!("the namespace of pod {}", pod.uid);
+        let target = format!("the network namespace of pod {}", pod.uid);
         let refused = |source| Error::Attach {
             program: INBOUND,
             target: target.clone(),
@@ -411,7 +405,7 @@ impl Datapath {
         links::pin(link, &path).map_err(refused)
     }
 
-    /// Puts the new programs behind the links of every pod that an older agent left.
+    /// Updates the links of all pods that an earlier agent attached to the new programs.
     pub(super) fn update_pod_links(&mut self) -> Result<(), Error> {
         let pods = pin_directory(&self.config.bpffs).join("pods");
         let failed = |source| Error::Bpffs {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The plan's maps: write entries, remove keys, read everything back.
+//! Writes, removes and reads the entries of the plan's maps.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -22,7 +22,7 @@ use mesh_plan::plan::{Entry, Key, LocalPod, MapOp, Prefix};
 use super::{Datapath, Error};
 use mesh_sys::clock;
 
-/// The maps that user space fills.
+/// The maps that user space writes.
 pub(crate) struct Maps {
     pub(super) pods: HashMap<MapData, PodIndex, PodState>,
     pub(super) by_netns: HashMap<MapData, u64, PodIndex>,
@@ -43,7 +43,7 @@ pub(crate) struct Maps {
     backends: HashMap<MapData, BackendKey, Endpoint>,
 }
 
-/// Takes a map out of the object under its type.
+/// Takes a map with its type out of the object.
 macro_rules! take {
     ($object:expr, $name:literal) => {
         $object
@@ -86,7 +86,7 @@ impl Maps {
     }
 }
 
-/// Whether an operation changes what the hooks decide by. Services are looked up before.
+/// Returns whether an operation can change a decision of the hooks. Services are looked up before the decision.
 fn decides(op: &MapOp) -> bool {
     !matches!(
         op,
@@ -95,7 +95,7 @@ fn decides(op: &MapOp) -> bool {
     )
 }
 
-/// Writes an element; the error names the key.
+/// Writes an entry.
 pub(super) fn put<K: Pod + std::fmt::Debug, V: Pod>(
     map: &mut HashMap<MapData, K, V>,
     name: &'static str,
@@ -106,7 +106,7 @@ pub(super) fn put<K: Pod + std::fmt::Debug, V: Pod>(
         .map_err(|source| failed(format!("write {key:?} to"), name, source))
 }
 
-/// Removes an element; absent is no error.
+/// Removes an entry. A missing entry is not an error.
 pub(super) fn remove<K: Pod + std::fmt::Debug, V: Pod>(
     map: &mut HashMap<MapData, K, V>,
     name: &'static str,
@@ -145,8 +145,8 @@ fn remove_prefix<K: Pod + std::fmt::Debug, V: Pod>(
         .map_err(|source| failed(format!("remove {key:?} from"), name, source))
 }
 
-/// Everything in a hash map. Keys that come or go meanwhile may be missing or double: only the
-/// agent writes these maps, and it reads them when it does not.
+/// Returns all entries of a hash map. The agent must not write the map meanwhile: entries could be missing or
+/// returned twice.
 pub(super) fn all<K: Pod + Ord, V: Pod>(
     map: &HashMap<MapData, K, V>,
     name: &'static str,
@@ -177,22 +177,20 @@ fn all_prefixes<K: Pod + Ord, V: Pod>(
 }
 
 impl Datapath {
-    /// Does the operations in their order.
+    /// Applies the operations in order.
     ///
     /// # Errors
-    /// At the first operation that fails; those before it are done, and doing all of them again is
-    /// harmless.
+    /// The first operation that failed. Earlier operations are applied; applying all of them again is safe.
     pub fn apply(&mut self, ops: &[MapOp]) -> Result<(), Error> {
         let applied = self.apply_each(ops);
-        // What was done counts, also if not all was.
+        // Operations before a failure also count.
         if ops.iter().any(decides) {
             self.next_generation()?;
         }
         applied
     }
 
-    /// Increments the config generation after a change of config, so that the hooks decide again the
-    /// flows that they keep.
+    /// Increments the config generation after a configuration change, so that the hooks re-evaluate cached flows.
     pub(super) fn next_generation(&mut self) -> Result<(), Error> {
         let map = &mut self.maps.config_generation;
         map.get(&0, 0)
@@ -209,16 +207,16 @@ impl Datapath {
                     put = true;
                 }
                 MapOp::Remove(key) => {
-                    // A program that has read what referred to this entry before it was replaced
-                    // may still be about to look the entry up.
+                    // A running program that read the previous reference to this entry can still look the
+                    // entry up.
                     if std::mem::take(&mut put)
                         && let Err(error) = clock::wait_for_programs()
                     {
                         mesh_log::warn_limited!(
                             "membarrier",
                             error,
-                            "the kernel cannot wait for its programs: a decision that is made during \
-                             a change of policy may be refused"
+                            "cannot wait for running eBPF programs: a connection may be denied wrongly \
+                             during a policy change"
                         );
                     }
                     self.remove_key(key)?;
@@ -228,7 +226,7 @@ impl Datapath {
         Ok(())
     }
 
-    /// Remembers how full the maps are now that `plan` is in them, for metrics.
+    /// Stores the usage of the maps that `plan` fills, for metrics.
     pub fn note(&self, plan: &Plan) {
         self.handles.note(plan);
     }
@@ -271,10 +269,10 @@ impl Datapath {
         }
     }
 
-    /// What the maps hold. Pods are those that this process has added; names are not in maps.
+    /// Returns the content of the maps. Includes only pods that this process added; names are not in the maps.
     ///
     /// # Errors
-    /// When a map cannot be read.
+    /// A map cannot be read.
     pub fn dump(&self) -> Result<Plan, Error> {
         let maps = &self.maps;
         let states = all(&maps.pods, "PODS")?;
@@ -301,7 +299,7 @@ impl Datapath {
     }
 }
 
-/// What a map knows of a pod.
+/// Returns a pod with the data that the maps contain.
 fn local_pod(view: &PodView) -> LocalPod {
     let addresses = [view.v4, view.v6]
         .into_iter()

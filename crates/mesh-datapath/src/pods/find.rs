@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Where a pod's namespace is: named by the source, or found through the kubelet's cgroups, or, if
-//! those do not show it, by asking the container runtime.
+//! Finds the network namespace of a pod: by annotation, by the kubelet's cgroups, or by the container runtime's
+//! API if the cgroups show no process of the pod.
 
 use std::path::PathBuf;
 
@@ -14,22 +14,22 @@ mod cri;
 pub use cgroup::ByCgroup;
 pub use cri::ByCri;
 
-/// Finds the file of a pod's namespace.
+/// Finds the namespace file of a pod.
 pub trait Find {
-    /// The file of the namespace of the pod with this UID.
+    /// Returns the path of the network namespace of the pod with this UID.
     ///
     /// # Errors
-    /// When it is not known (yet).
+    /// The path is not known, or not known yet.
     fn path(&self, uid: &str, pod: &LocalPod) -> Result<PathBuf, Error>;
 
-    /// Whether the file goes when one process of the pod does, while the namespace may go on.
+    /// Returns whether paths are below `/proc/PID` and can disappear before the namespace does.
     fn is_of_a_process(&self) -> bool {
         false
     }
 }
 
-/// By the file that the source names (annotation `mesh.rs/netns`): source `dir` only. The
-/// annotation is the word of whoever writes the manifests, who is trusted there.
+/// Takes the path from the annotation `mesh.rs/netns`, which the source `dir` uses. With that source, the author
+/// of the manifests is trusted.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ByAnnotation;
 
@@ -37,17 +37,17 @@ impl Find for ByAnnotation {
     fn path(&self, _uid: &str, pod: &LocalPod) -> Result<PathBuf, Error> {
         match &pod.netns_path {
             Some(path) => Ok(PathBuf::from(path)),
-            None => Err(Error::NotNamed),
+            None => Err(Error::NoAnnotation),
         }
     }
 }
 
-/// As it fits the source.
+/// The finder of a configuration source.
 #[derive(Debug)]
 pub enum Finder {
-    /// The source names the files.
+    /// Source `dir`: annotations name the paths.
     Annotation(ByAnnotation),
-    /// The kubelet made the pods; the runtime is asked for those that no cgroup shows.
+    /// Source `kubernetes`: cgroups of the kubelet, then the container runtime for pods without a process there.
     Kubelet(ByCgroup, Option<ByCri>),
 }
 

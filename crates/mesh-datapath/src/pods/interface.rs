@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A pod's interface: found by the pod's addresses, never by its name, with its other end in the
-//! agent's namespace, where the gate goes.
+//! Finds a pod's interface by the pod's addresses, never by its name, and the interface's veth peer in the
+//! agent's namespace, to which the gate is attached.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -8,29 +8,29 @@ use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 use std::path::Path;
 
-use super::{Error, Tried as _};
+use super::{Error, WithAction as _};
 use mesh_sys::netns::NetNs;
 use mesh_sys::route::{Link, Routing};
 
 /// A pod's interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface {
-    /// Its index in the pod's namespace.
+    /// The index in the pod's namespace.
     pub index: u32,
-    /// Its name there.
+    /// The name in the pod's namespace.
     pub name: String,
-    /// The index of its other end in the agent's namespace; 0 = its other end is elsewhere, or it
-    /// has none (macvlan, ipvlan, SR-IOV): no gate.
+    /// The index of the veth peer in the agent's namespace; 0 = the peer is in another namespace or does not
+    /// exist (macvlan, ipvlan, SR-IOV), so no gate can be attached.
     pub host_index: u32,
-    /// Its hardware address, then 2 bytes 0; all 0 = it has none.
+    /// The MAC address, padded with 2 zero bytes; all 0 = none.
     pub mac: [u8; 8],
 }
 
-/// What a namespace says about itself.
-struct Facts {
+/// The addresses and links of a namespace.
+struct NetnsState {
     addresses: Vec<(u32, IpAddr)>,
     links: Vec<Link>,
-    /// The number by which it knows the agent's namespace.
+    /// The id (NETNSA_NSID) of the agent's namespace in this namespace.
     agent: Option<i32>,
 }
 
@@ -40,16 +40,16 @@ pub(super) fn of_pod(
     addresses: &BTreeSet<IpAddr>,
     path: &Path,
 ) -> Result<Interface, Error> {
-    let agent = NetNs::own().tried("name the agent's namespace")?;
+    let agent = NetNs::own().with_action("open the agent's namespace")?;
     let facts = netns
         .run(|| read(&agent))
-        .tried("enter")?
-        .tried("read the interfaces")?;
+        .with_action("enter")?
+        .with_action("read the interfaces")?;
     let index = common_index(&facts.addresses, addresses, path)?;
     let link = facts.links.into_iter().find(|link| link.index == index);
     let link = link
         .ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
-        .tried("find the interface")?;
+        .with_action("find the interface")?;
     let ours = link.peer_namespace.is_some() && link.peer_namespace == facts.agent;
     let mut mac = [0; 8];
     if let Some(address) = link.mac {
@@ -63,18 +63,18 @@ pub(super) fn of_pod(
     })
 }
 
-/// Whether a namespace has this interface.
+/// Returns whether a namespace has this interface.
 pub(super) fn is_there(netns: &NetNs, index: u32) -> bool {
     let links = netns.run(|| Routing::open()?.links());
-    // What cannot be read is not gone.
+    // A read error does not mean that the interface is gone.
     links.map_or(true, |links| {
         links.map_or(true, |links| links.iter().any(|link| link.index == index))
     })
 }
 
-fn read(agent: &NetNs) -> io::Result<Facts> {
+fn read(agent: &NetNs) -> io::Result<NetnsState> {
     let mut routing = Routing::open()?;
-    Ok(Facts {
+    Ok(NetnsState {
         addresses: routing.addresses()?,
         links: routing.links()?,
         agent: routing.number_of(agent.as_fd())?,
@@ -92,7 +92,7 @@ fn common_index(
             .iter()
             .find(|(_, a)| a == address)
             .map(|(index, _)| *index)
-            .ok_or_else(|| Error::NotIts {
+            .ok_or_else(|| Error::AddressNotFound {
                 path: path.to_owned(),
                 address: *address,
             })?;
@@ -103,5 +103,5 @@ fn common_index(
     }
     common
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the pod has no address"))
-        .tried("find the interface")
+        .with_action("find the interface")
 }

@@ -24,7 +24,7 @@ pub struct Lab {
     pub local: LocalPod,
 }
 
-/// The pod's interface is not called eth0, and is not its first.
+/// Creates a node and a pod with these addresses. The pod's interface is not named eth0 and is not the first one.
 pub fn lab(addresses: &[&str]) -> Lab {
     let (node, pod) = (fresh(), fresh());
     let file = path(&pod);
@@ -61,7 +61,7 @@ pub fn lab(addresses: &[&str]) -> Lab {
     Lab { node, pod, local }
 }
 
-/// Waits for what the kernel does by itself after a link comes up, so that it does not count as a
+/// Waits until the kernel has added the local routes of a new link, so that a test does not see them as a
 /// change later.
 fn settle(pod: &NetNs, addresses: &[&str]) {
     let deadline = Instant::now() + Duration::from_secs(10);

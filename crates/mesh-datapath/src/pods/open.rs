@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The open connections of a pod, as its own sockets have them: for people, and for trying policy
-//! out. The agent's own sockets are left out.
+//! Lists the open connections of a pod from the pod's sockets, for the admin interface and for policy checks.
+//! Excludes the agent's own sockets.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -12,27 +12,27 @@ use mesh_common::{Direction, Endpoint, Protocol};
 use super::PodHandle;
 use mesh_sys::sock_diag::{Overview, SockDiag, Socket, state};
 
-/// An end of an open connection.
+/// One endpoint of an open connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Open {
-    /// Whether the pod accepted it or opened it.
+    /// Whether the pod accepted or opened the connection.
     pub direction: Direction,
-    /// TCP, or UDP of a connected socket.
+    /// TCP, or UDP for a connected socket.
     pub protocol: Protocol,
-    /// Who opened it.
+    /// The client.
     pub source: Endpoint,
-    /// Who was reached, after translation by this node.
+    /// The server, after service translation on this node.
     pub destination: Endpoint,
-    /// The agent carries it.
+    /// Whether the agent proxies the connection.
     pub tunnelled: bool,
 }
 
-/// Lists the open connections of a pod whose view in the plan is `view`; `decided` as for [`SockDiag::all`]; `is_tunnel` tells the agent's own sockets
-/// that have an application's port. Enters the pod's namespace: not for a thread that serves
-/// connections.
+/// Lists the open connections of a pod. `view` is the pod's state in the plan, `decided` the socket storage map as
+/// for [`SockDiag::all`]; `is_tunnel` returns whether a socket with an application's port is a tunnel of the agent.
+/// Enters the pod's namespace: do not call it on a worker thread that serves connections.
 ///
 /// # Errors
-/// The namespace cannot be entered, or the kernel does not tell.
+/// The namespace cannot be entered, or its sockets cannot be read.
 pub fn open(
     pod: &PodHandle,
     view: &PodView,
@@ -55,7 +55,7 @@ fn of(view: &PodView, sockets: &[Socket], is_tunnel: impl Fn(&Socket) -> bool) -
         }
         let mark = s.mark & MARK_MASK;
         let marked = mark == MARK_CAPTURE || mark == MARK_INBOUND;
-        // Of a connected UDP socket: it is the client's.
+        // A connected UDP socket belongs to the client.
         let direction = if s.protocol == Protocol::TCP {
             overview.direction(s)
         } else {
@@ -70,7 +70,7 @@ fn of(view: &PodView, sockets: &[Socket], is_tunnel: impl Fn(&Socket) -> bool) -
             protocol: s.protocol,
             source,
             destination,
-            tunnelled: marked || overview.has_other_end(s),
+            tunnelled: marked || overview.has_local_peer(s),
         })
     };
     sockets.iter().filter_map(one).collect()

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Adoption over real namespaces.
+//! Tests enrollment in real network namespaces.
 
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd as _;
@@ -12,13 +12,13 @@ use super::*;
 use mesh_sys::lab::ip;
 
 impl Lab {
-    fn find(&self) -> Result<Home, Error> {
+    fn find(&self) -> Result<PodNetns, Error> {
         self.node
             .run(|| find("uid", &self.local, &find::ByAnnotation))
             .expect("it can be entered")
     }
 
-    /// Everything that `ip` shows of rules and routes, and the sysctl.
+    /// Returns all rules and routes that `ip` shows, and the sysctls.
     fn state(&self) -> String {
         self.pod
             .run(|| {
@@ -40,10 +40,10 @@ impl Lab {
 }
 
 #[test]
-fn the_interface_is_found_by_address_with_its_other_end() {
+fn interface_is_found_by_address_with_its_veth_peer() {
     let lab = lab(&[V4, V6]);
-    let home = lab.find().unwrap();
-    assert_eq!(home.interface.name, "net7");
+    let pod_netns = lab.find().unwrap();
+    assert_eq!(pod_netns.interface.name, "net7");
     let (index, mac) = lab
         .node
         .run(|| {
@@ -52,46 +52,48 @@ fn the_interface_is_found_by_address_with_its_other_end() {
             (index, host)
         })
         .unwrap();
-    assert_eq!(home.interface.host_index, index);
-    assert_ne!(home.interface.mac[..6], [0; 6]);
-    assert_eq!(home.interface.mac[6..], [0; 2]);
+    assert_eq!(pod_netns.interface.host_index, index);
+    assert_ne!(pod_netns.interface.mac[..6], [0; 6]);
+    assert_eq!(pod_netns.interface.mac[6..], [0; 2]);
     assert!(!mac.is_empty());
     let shown = lab.pod.run(|| ip(&["-o", "link", "show", "net7"])).unwrap();
-    let text: Vec<String> = home.interface.mac[..6]
+    let text: Vec<String> = pod_netns.interface.mac[..6]
         .iter()
         .map(|b| format!("{b:02x}"))
         .collect();
     assert!(shown.contains(&text.join(":")), "{shown}");
-    assert_eq!(home.cookie, lab.pod.cookie().unwrap());
-    assert!(home.is_there());
+    assert_eq!(pod_netns.cookie, lab.pod.cookie().unwrap());
+    assert!(pod_netns.is_there());
 }
 
 #[test]
-fn an_interface_whose_other_end_is_elsewhere_has_no_host_side() {
+fn interface_with_veth_peer_in_another_namespace_has_no_host_index() {
     let lab = lab(&[V4]);
-    // Seen from the test's own namespace the node's veth is a stranger's.
-    let home = find("uid", &lab.local, &find::ByAnnotation).unwrap();
-    assert_eq!(home.interface.host_index, 0);
+    // The test's own namespace is not the one of the veth peer.
+    let pod_netns = find("uid", &lab.local, &find::ByAnnotation).unwrap();
+    assert_eq!(pod_netns.interface.host_index, 0);
 }
 
 #[test]
-fn a_namespace_without_the_address_is_not_the_pods() {
+fn namespace_without_the_pods_address_is_rejected() {
     let mut lab = lab(&[V4]);
     lab.local.addresses.insert(V6.parse().unwrap());
-    assert!(matches!(lab.find(), Err(Error::NotIts { address, .. }) if address.to_string() == V6));
+    assert!(
+        matches!(lab.find(), Err(Error::AddressNotFound { address, .. }) if address.to_string() == V6)
+    );
     lab.local.netns_path = None;
-    assert!(matches!(lab.find(), Err(Error::NotNamed)));
+    assert!(matches!(lab.find(), Err(Error::NoAnnotation)));
     lab.local.netns_path = Some("/run/netns/no-such".to_owned());
     assert!(matches!(lab.find(), Err(Error::Open { .. })));
 }
 
 #[test]
-fn what_is_made_is_removed_to_the_last_line() {
+fn unenroll_restores_the_previous_configuration() {
     for addresses in [&[V4, V6][..], &[V4], &[V6]] {
         let lab = lab(addresses);
         let before = lab.state();
-        let home = lab.find().unwrap();
-        let (listeners, list) = enrol(&home, &lab.local).unwrap();
+        let pod_netns = lab.find().unwrap();
+        let (listeners, list) = enroll(&pod_netns, &lab.local).unwrap();
         let during = lab.state();
         for address in addresses {
             let route = format!("local default dev net7 table {}", TABLE_CAPTURE_TEXT);
@@ -102,38 +104,42 @@ fn what_is_made_is_removed_to_the_last_line() {
         assert!(during.contains("fwmark 0x6d0000/0xff0000 lookup 19782"));
         assert!(during.ends_with("1\n"));
         assert_eq!(listeners.iter().count(), 2 * addresses.len());
-        // Again, as after a restart: nothing changes, nothing fails.
-        let (_again, same) = enrol(&home, &lab.local).unwrap();
+        // Enrollment after an agent restart changes nothing.
+        let (_again, same) = enroll(&pod_netns, &lab.local).unwrap();
         assert_eq!(lab.state(), during);
         assert_eq!(same, list);
-        let found = made::present(&home.netns).unwrap();
+        let found = netns_config::present(&pod_netns.netns).unwrap();
         for made in &list {
             assert!(found.contains(made), "{made} is not found");
         }
-        withdraw(&home, &list).unwrap();
+        unenroll(&pod_netns, &list).unwrap();
         assert_eq!(lab.state(), before);
-        withdraw(&home, &list).expect("removing what is gone is no error");
-        assert!(made::present(&home.netns).unwrap().is_empty());
+        unenroll(&pod_netns, &list).expect("removing absent items succeeds");
+        assert!(netns_config::present(&pod_netns.netns).unwrap().is_empty());
     }
 }
 
 const TABLE_CAPTURE_TEXT: &str = "19781";
 
 #[test]
-fn a_flush_is_repaired_and_named() {
+fn flushed_rules_and_routes_are_repaired_and_reported() {
     let lab = lab(&[V4, V6]);
-    let home = lab.find().unwrap();
-    let (_listeners, list) = enrol(&home, &lab.local).unwrap();
+    let pod_netns = lab.find().unwrap();
+    let (_listeners, list) = enroll(&pod_netns, &lab.local).unwrap();
     let whole = lab.state();
-    assert!(made::ensure(&home.netns, &list).unwrap().is_empty());
+    assert!(
+        netns_config::ensure(&pod_netns.netns, &list)
+            .unwrap()
+            .is_empty()
+    );
     lab.pod
         .run(|| {
-            // The kernel's own two rules come back; a pod that flushes them too has no network.
+            // Only the mesh's rule and routes: a pod that flushes the kernel's rules has no network.
             ip(&["-4", "rule", "del", "priority", "9000"]);
             ip(&["-6", "route", "flush", "table", TABLE_CAPTURE_TEXT]);
         })
         .unwrap();
-    let repaired = made::ensure(&home.netns, &list).unwrap();
+    let repaired = netns_config::ensure(&pod_netns.netns, &list).unwrap();
     assert_eq!(repaired.len(), 2, "{repaired:?}");
     let sorted = |text: &str| {
         let mut lines: Vec<_> = text.lines().map(str::to_owned).collect();
@@ -144,7 +150,7 @@ fn a_flush_is_repaired_and_named() {
 }
 
 #[test]
-fn a_pod_that_listens_on_the_tunnel_port_is_refused_and_not_touched() {
+fn pod_that_listens_on_the_tunnel_port_is_not_enrolled() {
     for (at, refused) in [
         ("0.0.0.0:15008", true),
         ("[::]:15008", true),
@@ -152,9 +158,9 @@ fn a_pod_that_listens_on_the_tunnel_port_is_refused_and_not_touched() {
     ] {
         let lab = lab(&[V4, V6]);
         let before = lab.state();
-        let home = lab.find().unwrap();
+        let pod_netns = lab.find().unwrap();
         let _held = lab.pod.run(|| TcpListener::bind(at)).unwrap().unwrap();
-        let result = enrol(&home, &lab.local);
+        let result = enroll(&pod_netns, &lab.local);
         if refused {
             assert!(matches!(result, Err(Error::TunnelPortTaken { .. })), "{at}");
             assert_eq!(lab.state(), before);
@@ -165,10 +171,10 @@ fn a_pod_that_listens_on_the_tunnel_port_is_refused_and_not_touched() {
 }
 
 #[test]
-fn marked_connections_reach_the_pod_itself_and_others_do_not() {
+fn only_marked_connections_are_delivered_to_the_pod_itself() {
     let lab = lab(&[V4, V6]);
-    let home = lab.find().unwrap();
-    let _made = enrol(&home, &lab.local).unwrap();
+    let pod_netns = lab.find().unwrap();
+    let _made = enroll(&pod_netns, &lab.local).unwrap();
     for (to, any) in [
         ("203.0.113.5:80", "0.0.0.0:80"),
         ("[2001:db8::5]:80", "[::]:80"),
@@ -176,10 +182,10 @@ fn marked_connections_reach_the_pod_itself_and_others_do_not() {
         let to: SocketAddr = to.parse().unwrap();
         lab.pod
             .run(|| {
-                // It takes connections to any address that is delivered here.
+                // The listener accepts connections to any address that is delivered locally.
                 let listener = socket::transparent_listener(any.parse().unwrap(), 16).unwrap();
                 listener.set_nonblocking(false).unwrap();
-                // The application's own bits do not matter.
+                // Mark bits of the application are ignored.
                 for mark in [MARK_CAPTURE, MARK_CAPTURE | 0x77] {
                     let client = socket::outgoing(SocketAddr::new(unspecified(&to), 0)).unwrap();
                     client.set_nonblocking(false).unwrap();
@@ -209,8 +215,8 @@ fn unspecified(like: &SocketAddr) -> IpAddr {
     }
 }
 
-/// Connects as the hand-over does. A process that another test is just starting may hold the last
-/// one's socket for a moment.
+/// Connects as the agent does on behalf of a client. A process that another test is starting can hold the
+/// previous socket for a moment.
 fn handed_over(client: SocketAddr, at: SocketAddr) -> socket2::Socket {
     let until = Instant::now() + Duration::from_secs(10);
     loop {
@@ -227,17 +233,17 @@ fn handed_over(client: SocketAddr, at: SocketAddr) -> socket2::Socket {
 }
 
 #[test]
-fn the_hand_over_shows_the_clients_own_address_and_port() {
+fn application_sees_the_clients_address_and_port() {
     let lab = lab(&[V4, V6]);
-    let home = lab.find().unwrap();
-    let _made = enrol(&home, &lab.local).unwrap();
+    let pod_netns = lab.find().unwrap();
+    let _made = enroll(&pod_netns, &lab.local).unwrap();
     for (client, own) in [("10.244.3.7:40001", V4), ("[fd00:3::7]:40001", V6)] {
         let client: SocketAddr = client.parse().unwrap();
         let at = SocketAddr::new(own.parse().unwrap(), 8080);
         lab.pod
             .run(|| {
                 let listener = TcpListener::bind(at).unwrap();
-                // Twice: the same client's port can be used again at once.
+                // A client port can be reused at once.
                 for _ in 0..2 {
                     let socket = handed_over(client, at);
                     let (accepted, from) = listener.accept().unwrap();
@@ -251,10 +257,10 @@ fn the_hand_over_shows_the_clients_own_address_and_port() {
 }
 
 #[test]
-fn the_agents_sockets_block_no_port() {
+fn agent_listeners_block_no_application_port() {
     let lab = lab(&[V4]);
-    let home = lab.find().unwrap();
-    let (listeners, _list) = enrol(&home, &lab.local).unwrap();
+    let pod_netns = lab.find().unwrap();
+    let (listeners, _list) = enroll(&pod_netns, &lab.local).unwrap();
     let port = listeners
         .outbound4
         .as_ref()
@@ -273,7 +279,7 @@ fn the_agents_sockets_block_no_port() {
                 stolen.is_err(),
                 "a process of the pod joined the agent's listener"
             );
-            // The pod's own address, which others use, is free on the same port.
+            // The same port is free on the pod's own address.
             TcpListener::bind(format!("{V4}:{port}")).expect("the application may have the port");
             let outside = TcpStream::connect(format!("{V4}:{port}")).unwrap_err();
             assert_eq!(outside.kind(), io::ErrorKind::ConnectionRefused);
@@ -282,12 +288,12 @@ fn the_agents_sockets_block_no_port() {
 }
 
 #[tokio::test]
-async fn the_watch_tells_of_a_flush_and_lets_the_namespace_go() {
+async fn watch_reports_a_flush_and_releases_the_namespace() {
     let lab = lab(&[V4]);
-    let home = lab.find().unwrap();
-    let (_listeners, _list) = enrol(&home, &lab.local).unwrap();
+    let pod_netns = lab.find().unwrap();
+    let (_listeners, _list) = enroll(&pod_netns, &lab.local).unwrap();
     let (sender, mut receiver) = tokio::sync::mpsc::channel(4);
-    let watch = watch::start(&home.netns, "uid".to_owned(), sender).unwrap();
+    let watch = watch::start(&pod_netns.netns, "uid".to_owned(), sender).unwrap();
     lab.pod
         .run(|| ip(&["rule", "del", "priority", "9000"]))
         .unwrap();
@@ -298,13 +304,13 @@ async fn the_watch_tells_of_a_flush_and_lets_the_namespace_go() {
 }
 
 #[test]
-fn a_namespace_disappears_when_its_handles_are_dropped() {
+fn namespace_is_removed_when_its_handles_are_dropped() {
     let lab = lab(&[V4]);
-    let home = lab.find().unwrap();
-    let enrolled = enrol(&home, &lab.local).unwrap();
+    let pod_netns = lab.find().unwrap();
+    let enrolled = enroll(&pod_netns, &lab.local).unwrap();
     let Lab { node, pod, .. } = lab;
-    drop((home, enrolled, pod));
-    // The veth goes with the namespace.
+    drop((pod_netns, enrolled, pod));
+    // The veth is removed with the namespace.
     let deadline = Instant::now() + Duration::from_secs(5);
     while node.run(|| ip(&["-o", "link"])).unwrap().contains("host7") {
         assert!(Instant::now() < deadline, "the namespace is still there");

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Tells when somebody changes rules, routes or links in a pod's namespace. It repairs nothing.
+//! Reports changes of rules, routes or links in a pod's namespace. It does not repair them.
 //!
-//! A watch keeps the namespace alive: it ends with the [`Watch`] value.
+//! A [`Watch`] keeps the namespace alive until it is dropped.
 
 use std::io;
 
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use super::{Error, Tried as _};
+use super::{Error, WithAction as _};
 use mesh_sys::netns::NetNs;
 use mesh_sys::route::RoutingWatch;
 
-/// A running watch; dropping it ends it.
+/// A running watch, which stops when it is dropped.
 #[derive(Debug)]
 pub struct Watch(JoinHandle<()>);
 
@@ -22,19 +22,19 @@ impl Drop for Watch {
     }
 }
 
-/// Starts to send the pod's UID whenever something changes. A full queue loses nothing: who reads
-/// it looks at the state, and does so every second anyhow.
+/// Starts to send the pod's UID after each change. A full queue loses nothing: the receiver reads the whole
+/// state, at least once a second.
 ///
 /// # Errors
-/// When the namespace cannot be entered.
+/// The namespace cannot be entered.
 pub fn start(netns: &NetNs, uid: String, changed: mpsc::Sender<String>) -> Result<Watch, Error> {
     let watch = netns
         .run(RoutingWatch::open)
-        .tried("enter")?
-        .tried("watch the rules and routes")?;
+        .with_action("enter")?
+        .with_action("watch the rules and routes")?;
     Ok(Watch(tokio::spawn(async move {
         if let Err(error) = forward(watch, &uid, &changed).await {
-            tracing::warn!(uid, %error, "the watch of a pod's rules ended; they are still checked every second");
+            tracing::warn!(uid, %error, "watch of a pod's rules and routes failed; they are still checked every second");
         }
     })))
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Capture alone, without an agent: the kernel programs with a plan written by hand, and listeners
-//! of this test in the agent's place that say what they see.
+//! Tests the capture of connections without an agent: the eBPF programs with a hand-written plan, and listeners of
+//! this test in place of the agent's that report what they receive.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr, TcpListener};
@@ -12,9 +12,9 @@ use std::time::Duration;
 use mesh_common::Addr;
 use mesh_common::identity::{IdentityId, Peer};
 use mesh_common::pod::{PodState, PodView};
-use mesh_datapath::datapath::{Config, Datapath, PodAttachment};
 use mesh_datapath::pods::find::ByAnnotation;
-use mesh_datapath::pods::{self, Home};
+use mesh_datapath::pods::{self, PodNetns};
+use mesh_datapath::{Config, Datapath, PodAttachment};
 use mesh_plan::plan::{Entry, LocalPod, MapOp};
 use mesh_test::pod::probe_cmd;
 use mesh_test::reports::{Storm, Tcp};
@@ -33,17 +33,17 @@ impl Drop for Pins {
     }
 }
 
-/// A captured pod. The listeners are closed by dropping it: a dead agent.
+/// A captured pod. Dropping it closes the listeners, as when the agent exits.
 struct Captured {
     _datapath: Datapath,
     _pins: Pins,
-    home: Home,
-    made: Vec<mesh_datapath::pods::made::Made>,
+    pod_netns: PodNetns,
+    items: Vec<mesh_datapath::pods::netns_config::NetnsItem>,
 }
 
 impl Drop for Captured {
     fn drop(&mut self) {
-        let _left = pods::withdraw(&self.home, &self.made);
+        let _left = pods::unenroll(&self.pod_netns, &self.items);
     }
 }
 
@@ -57,7 +57,7 @@ fn serve(listener: &TcpListener) {
     for _ in 0..8 {
         let listener = listener.try_clone().expect("a socket");
         thread::spawn(move || {
-            // Ends with the test's process.
+            // The thread exits with the test process.
             for stream in listener.incoming().flatten() {
                 let _over = talk::serve(&stream, "captured");
             }
@@ -65,8 +65,8 @@ fn serve(listener: &TcpListener) {
     }
 }
 
-/// Captures a pod as an agent would: namespace found and prepared, programs attached, the plan
-/// applied. Its connections to the peers are to be tunnelled, and are answered by this test.
+/// Captures a pod as an agent does: finds and configures its network namespace, attaches the programs and applies the
+/// plan. The plan tunnels connections to the peers, and this test replies to them.
 fn capture(lab: &Lab, pod: &Pod) -> Captured {
     let pins = Pins(PathBuf::from(format!("/sys/fs/bpf/{}", lab.id())));
     fs::create_dir(&pins.0).expect("bpffs is mounted: run `cargo xtask setup`");
@@ -81,8 +81,8 @@ fn capture(lab: &Lab, pod: &Pod) -> Captured {
         netns_path: Some(pod.path().display().to_string()),
         ..LocalPod::default()
     };
-    let home = pods::find(pod.uid(), &local, &ByAnnotation).expect("the namespace");
-    let (listeners, made) = pods::enrol(&home, &local).expect("prepared");
+    let pod_netns = pods::find(pod.uid(), &local, &ByAnnotation).expect("the namespace");
+    let (listeners, items) = pods::enroll(&pod_netns, &local).expect("prepared");
     let view = PodView {
         id: IdentityId(IdentityId::FIRST_WORKLOAD.0),
         v4: IpAddr::from(pod.v4()).into(),
@@ -92,8 +92,8 @@ fn capture(lab: &Lab, pod: &Pod) -> Captured {
     };
     let attachment = PodAttachment {
         uid: pod.uid(),
-        netns: home.netns.as_fd(),
-        netns_cookie: home.cookie,
+        netns: pod_netns.netns.as_fd(),
+        netns_cookie: pod_netns.cookie,
         link: None,
         mac: [0; 8],
         view,
@@ -120,8 +120,8 @@ fn capture(lab: &Lab, pod: &Pod) -> Captured {
     Captured {
         _datapath: datapath,
         _pins: pins,
-        home,
-        made,
+        pod_netns,
+        items,
     }
 }
 
@@ -137,7 +137,7 @@ fn hundred_thousand_short_connections_at_default_sysctls() {
     let lab = lab();
     let a = lab.pod("a");
     let _captured = capture(&lab, &a);
-    // Not port 15008: nobody but an agent connects to an enrolled pod's tunnel port.
+    // Not port 15008: only agents can connect to the tunnel port of an enrolled pod.
     let line = "storm --net 10.99.0.0/24 --net fd00:99::/120 --ports 1-15000 --threads 2 \
                 --count 100000 --seed 7";
     let report: Storm = a
@@ -187,12 +187,12 @@ fn every_kind_of_client_socket_is_captured() {
 }
 
 #[test]
-fn strangers_reach_no_listener() {
+fn other_hosts_cannot_reach_agent_listeners() {
     let lab = lab();
     let (a, stranger) = (lab.pod("a"), lab.pod("stranger"));
     let captured = capture(&lab, &a);
     let [to, _] = peer(9).map(|ip| SocketAddr::new(ip, 80));
-    // Mesh addresses routed towards the pod by a stranger lead nowhere: no mark, no local route.
+    // Packets to mesh addresses that another host routes to the pod are not delivered: they have no mark.
     let route = format!(
         "ip route replace 10.99.0.0/24 via {} onlink dev eth0",
         a.v4()
@@ -203,7 +203,7 @@ fn strangers_reach_no_listener() {
     let line = format!("tcp --to {to} --timeout-ms 700");
     let report: Tcp = stranger.probe(&line).expect("run").json().expect("report");
     assert!(!report.ok, "{report:?}");
-    // The listeners' ports are on loopback: nobody reaches them by address.
+    // The listeners' ports are on loopback and cannot be reached by the pod's address.
     let listening: Vec<u16> = a
         .tcp_sockets()
         .expect("ss")
@@ -212,7 +212,7 @@ fn strangers_reach_no_listener() {
         .filter(|local| local.ip().is_loopback())
         .map(|local| local.port())
         .collect();
-    assert!(!listening.is_empty(), "the listeners are there");
+    assert!(!listening.is_empty(), "the listeners exist");
     for port in listening {
         let line = format!(
             "tcp --to {} --timeout-ms 700",
@@ -225,7 +225,7 @@ fn strangers_reach_no_listener() {
             "port {port}: {report:?}"
         );
     }
-    // The control: the pod itself is served.
+    // Connections of the pod itself still succeed.
     let report: Tcp = a.probe(&line).expect("run").json().expect("report");
     assert!(report.ok, "{report:?}");
     drop(captured);

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The real cluster that installation and demo stand on: pods of two nodes talk over services, the
-//! agent's ways to find their namespaces agree, and nothing of it is left.
+//! Tests a real cluster, as installation and demo use it: pods of two nodes communicate over Services, all finders
+//! return the same network namespaces, and nothing is left behind.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use mesh_datapath::pods::find::{ByCgroup, ByCri, Find};
-use mesh_datapath::pods::{self, Home};
+use mesh_datapath::pods::{self, PodNetns};
 use mesh_plan::plan::LocalPod;
 use mesh_test::cluster::{BASE, SOON};
 use mesh_test::{Cluster, eventually, sweep::remains};
@@ -86,7 +86,7 @@ spec: {{selector: {{app: web}}, ports: [{{port: 80, targetPort: 8080}}]}}
     .unwrap_or_else(|e| panic!("{e:#}: {:?}", remains(id)));
 }
 
-/// A pod of a manifest on a node, as the API server shows it.
+/// Creates a static pod on a node, and returns its object in the API server.
 fn static_pod(cluster: &Cluster) -> Value {
     let manifest = format!(
         r"
@@ -110,8 +110,8 @@ spec:
     pod.expect("a static pod that runs")
 }
 
-/// The namespace that the kubelet's cgroups show, and that the runtime tells, is one, and has the
-/// pod's addresses.
+/// Checks that the kubelet's cgroups and the container runtime lead to the same network namespace, with the pod's
+/// addresses.
 fn found_both_ways(cluster: &Cluster, pod: &Value) {
     let text = |path| pod.pointer(path).and_then(Value::as_str);
     let uid = text("/metadata/uid").expect("a UID");
@@ -133,30 +133,31 @@ fn found_both_ways(cluster: &Cluster, pod: &Value) {
     let runtime = ByCri::new("/proc", socket).expect("a thread");
     let cgroups = found(uid, &local, &ByCgroup::new("/proc"));
     assert_eq!(cgroups.cookie, found(uid, &local, &runtime).cookie);
-    // Neither finds what is not there.
+    // Neither finder finds a pod that does not exist.
     let other = "00000000-0000-4000-8000-000000000000";
-    let nobody = LocalPod {
+    let missing = LocalPod {
         static_uid: None,
         ..local
     };
-    let none = |find: &dyn Fn() -> Result<Home, pods::Error>, why: &str| {
+    let none = |find: &dyn Fn() -> Result<PodNetns, pods::Error>, why: &str| {
         let said = || find().err().map(|error| error.to_string());
         eventually(why, SOON, || said()?.contains(why).then_some(()))
             .map_err(|error| error.context(format!("{:?}", said())))
             .expect("nothing is found");
     };
-    none(&|| pods::find(other, &nobody, &runtime), "no sandbox");
+    none(&|| pods::find(other, &missing, &runtime), "no sandbox");
     let cgroups = ByCgroup::new("/proc");
-    none(&|| pods::find(other, &nobody, &cgroups), "no process");
+    none(&|| pods::find(other, &missing, &cgroups), "no process");
 }
 
-fn found(uid: &str, local: &LocalPod, find: &impl Find) -> Home {
+fn found(uid: &str, local: &LocalPod, find: &impl Find) -> PodNetns {
     let mut last = None;
-    let home = eventually("the pod's namespace", SOON, || {
+    let netns = eventually("the pod's namespace", SOON, || {
         pods::find(uid, local, find)
             .map_err(|error| last = Some(error.to_string()))
             .ok()
     });
-    home.map_err(|error| error.context(format!("{last:?}")))
+    netns
+        .map_err(|error| error.context(format!("{last:?}")))
         .expect("it is found")
 }

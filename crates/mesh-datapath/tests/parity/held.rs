@@ -69,7 +69,9 @@ impl Node {
             for addr in [pod.view.v4, pod.view.v6] {
                 let at = LocalAddr { index, link: 0 };
                 if !addr.is_none() {
-                    by_addr.insert(addr, at, 0).expect("room");
+                    by_addr
+                        .insert(addr, at, 0)
+                        .expect("the map has a free entry");
                 }
             }
         }
@@ -106,7 +108,9 @@ impl Node {
         let object = &mut self.kernel.object;
         let mut by_link: maps::HashMap<_, u32, GatePod> = map(object, "PODS_BY_LINK");
         let at_gate = GatePod::new(index, &state);
-        by_link.insert(LINK, at_gate, 0).expect("room");
+        by_link
+            .insert(LINK, at_gate, 0)
+            .expect("the map has a free entry");
         // The rate limit of events is not tested here.
         let mut rates: maps::HashMap<_, PodIndex, DropRate> = map(object, "DROP_RATE");
         let _absent = rates.remove(&index);
@@ -176,7 +180,8 @@ fn write(kernel: &mut Kernel, index: PodIndex, view: PodView) {
         ..PodState::default()
     };
     let mut pods: maps::HashMap<_, PodIndex, PodState> = map(&mut kernel.object, "PODS");
-    pods.insert(index, state, 0).expect("room");
+    pods.insert(index, state, 0)
+        .expect("the map has a free entry");
 }
 
 /// Returns the content of the maps as a plan without names.

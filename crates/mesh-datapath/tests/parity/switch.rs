@@ -188,7 +188,7 @@ impl Tables {
         self.pods.insert(PodIndex(0), state, 0)
     }
 
-    /// Removes a key; a missing key is no error.
+    /// Removes a key; a missing key is not an error.
     fn remove(&mut self, key: &Key) {
         let _absent = match key {
             Key::Peer(key) => self.peers.remove(key),

@@ -86,8 +86,8 @@ struct End {
     way: &'static str,
 }
 
-/// Returns the objects of a table; with `enrol`, every namespace is enrolled.
-fn objects(table: &Table, enrol: bool) -> Vec<Object> {
+/// Returns the objects of a table; with `enroll`, every namespace is enrolled.
+fn objects(table: &Table, enroll: bool) -> Vec<Object> {
     let mut objects = Vec::new();
     for manifest in &table.manifests {
         let Manifest::Object(value) = manifest else {
@@ -96,7 +96,7 @@ fn objects(table: &Table, enrol: bool) -> Vec<Object> {
         let mut flat = Vec::new();
         flatten(value.clone(), 1, &mut flat).expect("objects");
         objects.extend(flat.into_iter().map(|mut value| {
-            if enrol && value["kind"] == "Namespace" {
+            if enroll && value["kind"] == "Namespace" {
                 let labels = &mut value["metadata"]["labels"];
                 if labels.is_null() {
                     *labels = json!({});
@@ -113,15 +113,15 @@ fn objects(table: &Table, enrol: bool) -> Vec<Object> {
 }
 
 /// Returns whether a table itself sets the enrollment of its namespaces or pods.
-fn enrols(table: &Table) -> bool {
+fn sets_enrollment(table: &Table) -> bool {
     let labelled = |object: &Object| object.value["metadata"]["labels"][LABEL].is_string();
     objects(table, false).iter().any(labelled)
 }
 
 impl World {
-    fn new(table: &Table, enrol: bool) -> Self {
+    fn new(table: &Table, enroll: bool) -> Self {
         let options = Options { standalone: true };
-        let cluster = convert(&objects(table, enrol), &LastGood::default(), options).cluster;
+        let cluster = convert(&objects(table, enroll), &LastGood::default(), options).cluster;
         let names: BTreeSet<_> = cluster.pods.values().map(|pod| pod.node.clone()).collect();
         let node = |name: String| {
             let node = Node::new(compile(&cluster, &name).0);
@@ -396,7 +396,7 @@ fn truth_tables_hold_in_the_kernel() {
     let (mut plain, mut enrolled) = (Tally::default(), Tally::default());
     for (_, table) in committed() {
         World::new(&table, false).ask(&table.checks, &mut plain);
-        if !enrols(&table) {
+        if !sets_enrollment(&table) {
             World::new(&table, true).ask(&table.checks, &mut enrolled);
         }
     }

@@ -227,7 +227,7 @@ fn pod_without_netns_is_reported_as_unprotected() {
     let reason = now["status"]["unprotected"][0]["reason"]
         .as_str()
         .expect("reason");
-    assert!(reason.contains("no process of it"), "{reason}");
+    assert!(reason.contains("no process of the pod"), "{reason}");
     assert!(!names(&now["status"]), "{now}");
 
     // The lab's links are named as Calico's: what Calico would drop is said, with what to add.

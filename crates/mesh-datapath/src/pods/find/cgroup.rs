@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Through the kubelet's cgroups: a process below `pod<UID>` is in the pod's namespace.
+//! Finds pods by the kubelet's cgroups: a process below `pod<UID>` is in the pod's network namespace.
 //!
-//! Both drivers are understood (`kubepods/burstable/pod<UID>/..` of cgroupfs,
-//! `kubepods-burstable-pod<UID with _>.slice/..` of systemd), in every hierarchy, and as seen from
-//! a cgroup namespace. A pod's oldest process is the sandbox's, or else a container's that the
-//! runtime put into the sandbox's namespace: whatever a container makes for itself is younger. The
-//! namespace's addresses are compared by who asked.
+//! Supports both cgroup drivers (`kubepods/burstable/pod<UID>/..` for cgroupfs,
+//! `kubepods-burstable-pod<UID with _>.slice/..` for systemd) in every hierarchy, also as seen from a cgroup
+//! namespace. The oldest process of a pod belongs to its sandbox, or to a container that the runtime started in
+//! the sandbox's namespace: a namespace that a container creates itself has younger processes. The caller
+//! compares the addresses of the namespace.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -19,28 +19,28 @@ use mesh_plan::plan::LocalPod;
 use super::super::Error;
 use super::Find;
 
-/// One look at all processes serves everybody who asks within this time.
+/// How long the result of one scan of all processes is reused.
 const FRESH: Duration = Duration::from_millis(200);
-/// Length of a UID (RFC 4122 text), and of that of a static pod (an MD5 in hex digits).
+/// The lengths of a pod's UID (RFC 4122 text) and of a static pod's UID (MD5 in hex digits).
 const UIDS: [usize; 2] = [36, 32];
 
-/// Looks through the processes of a machine.
+/// Finds pods by the cgroups of the node's processes.
 #[derive(Debug)]
 pub struct ByCgroup {
     proc: PathBuf,
     seen: RefCell<Option<Seen>>,
 }
 
-/// What one look found.
+/// The result of a scan of all processes.
 #[derive(Debug)]
 struct Seen {
     at: Instant,
-    /// The oldest process of each pod: its start, and its id.
+    /// The oldest process of each pod by UID: start time and PID.
     oldest: BTreeMap<String, (u64, u32)>,
 }
 
 impl ByCgroup {
-    /// In this proc file system; it must show the processes of the whole machine.
+    /// Creates a finder for a proc file system, which must show all processes of the node.
     #[must_use]
     pub fn new(proc: impl Into<PathBuf>) -> Self {
         Self {
@@ -83,7 +83,7 @@ impl Find for ByCgroup {
     }
 }
 
-/// The oldest process of every pod.
+/// Returns the oldest process of every pod.
 fn look(proc: &Path) -> io::Result<BTreeMap<String, (u64, u32)>> {
     let mut oldest: BTreeMap<String, (u64, u32)> = BTreeMap::new();
     for entry in fs::read_dir(proc)? {
@@ -92,7 +92,7 @@ fn look(proc: &Path) -> io::Result<BTreeMap<String, (u64, u32)>> {
             continue;
         };
         let dir = proc.join(&name);
-        // Processes end while they are looked at.
+        // A process can exit during the scan.
         let Ok(cgroups) = fs::read_to_string(dir.join("cgroup")) else {
             continue;
         };
@@ -111,14 +111,14 @@ fn look(proc: &Path) -> io::Result<BTreeMap<String, (u64, u32)>> {
     Ok(oldest)
 }
 
-/// The pod that a process belongs to, of its `/proc/PID/cgroup`; `None` = to none, or hierarchies
-/// disagree, as they do only where somebody moved it.
+/// Returns the UID of the pod that a process belongs to, from its `/proc/PID/cgroup`. `None` = the process belongs
+/// to no pod, or was moved, so that its hierarchies disagree.
 fn pod_of(cgroups: &str) -> Option<String> {
     let mut found = None;
     for line in cgroups.lines() {
-        // HIERARCHY:CONTROLLERS:PATH; containerd may write SLICE:PREFIX:ID into the path.
+        // The format is HIERARCHY:CONTROLLERS:PATH; containerd may write SLICE:PREFIX:ID into the path.
         let path = line.splitn(3, ':').nth(2)?;
-        // The outermost: what is below it, the pod's own processes may have made.
+        // The outermost match counts: the pod's own processes can create cgroups below it.
         let Some(uid) = path.split(['/', ':']).find_map(uid_of) else {
             continue;
         };
@@ -131,12 +131,12 @@ fn pod_of(cgroups: &str) -> Option<String> {
     found
 }
 
-/// The UID in the name of a pod's cgroup.
+/// Returns the UID in the name of a pod's cgroup.
 fn uid_of(name: &str) -> Option<String> {
     let name = name.strip_suffix(".slice").unwrap_or(name);
     let text = match name.strip_prefix("pod") {
         Some(text) => text,
-        // systemd's names repeat those above them.
+        // The name of a systemd slice contains the names of its parents.
         None => name
             .strip_prefix("kubepods-")
             .map(|rest| {
@@ -151,8 +151,8 @@ fn uid_of(name: &str) -> Option<String> {
     is_uid.then_some(uid)
 }
 
-/// When a process started, in ticks since boot: field 22 of `/proc/PID/stat` (proc(5)). Field 2, the
-/// name, may have anything in it.
+/// Returns the start time of a process in ticks since boot: field 22 of `/proc/PID/stat` (proc(5)). Field 2, the
+/// command name, can contain any character.
 fn start(stat: &str) -> Option<u64> {
     let (_, rest) = stat.rsplit_once(')')?;
     rest.split_ascii_whitespace().nth(19)?.parse().ok()

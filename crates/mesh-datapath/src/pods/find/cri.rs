@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Through the container runtime: it is asked for the pod's sandbox, and for a process of it.
+//! Finds pods through the container runtime interface (CRI): requests the pod's sandbox and its process.
 //!
-//! For runtimes whose processes are not below the kubelet's cgroups, virtual machines for example.
-//! Asking takes its time and may hang, so a thread of its own does it: who asks for a pod gets the
-//! answer when it asks again. The namespace's addresses are compared by who asked.
+//! Serves runtimes whose processes are not below the kubelet's cgroups, such as those with virtual machines.
+//! A request can take long, so a separate thread sends it: the first call for a pod starts the request, and a
+//! later call returns the result. The caller compares the addresses of the namespace.
 
 mod wire;
 
@@ -28,34 +28,34 @@ use self::wire::{
 use super::super::Error;
 use super::Find;
 
-/// What the runtime may take for one pod.
+/// The time limit of the requests for one pod.
 const ANSWER: Duration = Duration::from_secs(5);
-/// Pods that wait for their turn. Who finds no room asks again.
+/// The most pods whose requests wait. If the queue is full, a later call for the pod tries again.
 const QUEUE: usize = 64;
-/// The label by which runtimes know the UID that the kubelet gave a pod.
+/// The sandbox label that contains the pod's UID.
 const UID: &str = "io.kubernetes.pod.uid";
-/// The entry of a verbose status that has the process, as containerd and CRI-O make it.
+/// The entry of a verbose sandbox status that contains the PID, in containerd and CRI-O.
 const INFO: &str = "info";
 
-/// Asks a runtime.
+/// Finds pods through a container runtime.
 #[derive(Debug)]
 pub struct ByCri {
     proc: PathBuf,
     socket: PathBuf,
     questions: SyncSender<String>,
     answers: Receiver<(String, Answer)>,
-    /// Answers that nobody has taken yet; `None` = asked.
+    /// Results by pod UID until a call returns them; `None` = the request is pending.
     known: RefCell<BTreeMap<String, Option<Answer>>>,
 }
 
-/// A process of the pod, or why there is none.
+/// The PID of the pod's sandbox, or the reason why it is not known.
 type Answer = Result<u32, String>;
 
 impl ByCri {
-    /// Asks at this socket; processes are those of this proc file system.
+    /// Creates a finder for a runtime's socket, and a proc file system that shows the runtime's processes.
     ///
     /// # Errors
-    /// No thread can be had.
+    /// The thread cannot be started.
     pub fn new(proc: impl Into<PathBuf>, socket: impl Into<PathBuf>) -> io::Result<Self> {
         let socket = socket.into();
         let (questions, asked) = sync_channel::<String>(QUEUE);
@@ -67,7 +67,7 @@ impl ByCri {
         thread::Builder::new()
             .name("mesh-cri".to_owned())
             .spawn(move || {
-                // Both channels end with who asks.
+                // Both channels close when the finder is dropped.
                 while let Ok(uid) = asked.recv() {
                     let found = runtime.block_on(process(&at, &uid));
                     if answer.send((uid, found)).is_err() {
@@ -98,7 +98,7 @@ impl Find for ByCri {
                 Ok((uid, answer)) => drop(known.insert(uid, Some(answer))),
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => {
-                    return Err(refused("the thread that asks it ended".to_owned()));
+                    return Err(refused("the request thread exited".to_owned()));
                 }
             }
         }
@@ -112,11 +112,11 @@ impl Find for ByCri {
                 Ok(()) => drop(known.insert(uid.to_owned(), None)),
                 Err(TrySendError::Full(_)) => {}
                 Err(TrySendError::Disconnected(_)) => {
-                    return Err(refused("the thread that asks it ended".to_owned()));
+                    return Err(refused("the request thread exited".to_owned()));
                 }
             },
         }
-        Err(refused("it has been asked".to_owned()))
+        Err(refused("request pending".to_owned()))
     }
 
     fn is_of_a_process(&self) -> bool {
@@ -126,7 +126,7 @@ impl Find for ByCri {
 
 async fn process(socket: &Path, uid: &str) -> Answer {
     let asked = tokio::time::timeout(ANSWER, ask(socket, uid)).await;
-    asked.unwrap_or_else(|_elapsed| Err("it does not answer".to_owned()))
+    asked.unwrap_or_else(|_elapsed| Err("request timed out".to_owned()))
 }
 
 async fn ask(socket: &Path, uid: &str) -> Answer {
@@ -147,11 +147,14 @@ async fn ask(socket: &Path, uid: &str) -> Answer {
     };
     let found: ListResponse = call(&mut runtime, LIST, list).await?;
     let newest = found.items.into_iter().max_by_key(|one| one.created_at);
-    let id = newest.ok_or("it has no sandbox of the pod")?.id;
+    let id = newest.ok_or("no sandbox of the pod")?.id;
     let status = StatusRequest { id, verbose: true };
     let status: StatusResponse = call(&mut runtime, STATUS, status).await?;
-    let info = status.info.get(INFO).ok_or("it says no process")?;
-    process_of(info).ok_or_else(|| "it says no process".to_owned())
+    let info = status
+        .info
+        .get(INFO)
+        .ok_or("no PID in the sandbox status")?;
+    process_of(info).ok_or_else(|| "no PID in the sandbox status".to_owned())
 }
 
 async fn call<Q, A>(runtime: &mut Grpc<Channel>, method: &'static str, what: Q) -> Result<A, String>
@@ -168,7 +171,7 @@ where
     Ok(answer.map_err(said)?.into_inner())
 }
 
-/// The process in the runtime's own JSON: not 0, which a sandbox that ended has.
+/// Returns the PID in the runtime's JSON. The PID of a stopped sandbox is 0, which counts as none.
 fn process_of(info: &str) -> Option<u32> {
     let info: serde_json::Value = serde_json::from_str(info).ok()?;
     let process = info.get("pid")?.as_u64()?;

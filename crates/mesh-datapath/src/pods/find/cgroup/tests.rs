@@ -5,7 +5,7 @@ use super::*;
 const ID: &str = "0f4c9f5e-2b1d-4c1e-9a57-3d2f1c0b9a88";
 
 #[test]
-fn every_layout_of_the_kubelet_is_understood() {
+fn all_kubelet_cgroup_layouts_are_parsed() {
     let layouts = [
         "0::/kubepods/pod0f4c9f5e-2b1d-4c1e-9a57-3d2f1c0b9a88/c0ffee",
         "0::/kubepods/burstable/pod0f4c9f5e-2b1d-4c1e-9a57-3d2f1c0b9a88/c0ffee",
@@ -13,12 +13,12 @@ fn every_layout_of_the_kubelet_is_understood() {
         "0::/kubepods.slice/kubepods-pod0f4c9f5e_2b1d_4c1e_9a57_3d2f1c0b9a88.slice/cri-containerd-c0ffee.scope",
         "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod0f4c9f5e_2b1d_4c1e_9a57_3d2f1c0b9a88.slice/crio-c0ffee.scope/container",
         "0::/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod0f4c9f5e_2b1d_4c1e_9a57_3d2f1c0b9a88.slice/cri-containerd-c0ffee.scope",
-        // Seen from a container with a cgroup namespace of its own.
+        // As seen from a container with its own cgroup namespace.
         "0::/../../pod0f4c9f5e-2b1d-4c1e-9a57-3d2f1c0b9a88/c0ffee",
         "0::/../../kubepods-burstable-pod0f4c9f5e_2b1d_4c1e_9a57_3d2f1c0b9a88.slice/cri-containerd-c0ffee.scope",
-        // cgroup v1, and hybrid.
+        // cgroup v1 and hybrid.
         "12:cpuset:/\n3:cpu,cpuacct:/kubepods/besteffort/pod0f4c9f5e-2b1d-4c1e-9a57-3d2f1c0b9a88/c0ffee\n1:name=systemd:/kubepods/besteffort/pod0f4c9f5e-2b1d-4c1e-9a57-3d2f1c0b9a88/c0ffee\n0::/system.slice/containerd.service",
-        // containerd with the systemd driver of version 1.
+        // containerd with the systemd driver and cgroup v1.
         "4:memory:/system.slice/containerd.service/kubepods-burstable-pod0f4c9f5e_2b1d_4c1e_9a57_3d2f1c0b9a88.slice:cri-containerd:c0ffee",
     ];
     for layout in &layouts[..9] {
@@ -28,7 +28,7 @@ fn every_layout_of_the_kubelet_is_understood() {
 }
 
 #[test]
-fn static_pods_have_a_hash_for_a_uid() {
+fn static_pod_uid_is_a_hash() {
     let hash = "0f4c9f5e2b1d4c1e9a573d2f1c0b9a88";
     for layout in [
         format!("0::/kubepods/burstable/pod{hash}/c0ffee"),
@@ -39,7 +39,7 @@ fn static_pods_have_a_hash_for_a_uid() {
 }
 
 #[test]
-fn other_processes_are_no_pods() {
+fn process_outside_pod_cgroups_belongs_to_no_pod() {
     for other in [
         "0::/",
         "0::/user.slice/user-0.slice/session-1.scope",
@@ -53,9 +53,9 @@ fn other_processes_are_no_pods() {
 }
 
 #[test]
-fn a_pod_cannot_pass_for_another() {
+fn pod_cannot_impersonate_another_pod() {
     let other = "aaaaaaaa-2b1d-4c1e-9a57-3d2f1c0b9a88";
-    // A cgroup that a container made below its own.
+    // A container created a cgroup below its own.
     let nested = format!("0::/kubepods/pod{ID}/c0ffee/kubepods/pod{other}");
     assert_eq!(pod_of(&nested).as_deref(), Some(ID));
     let moved = format!("1:cpu:/kubepods/pod{ID}/x\n0::/kubepods/pod{other}/x");
@@ -63,14 +63,14 @@ fn a_pod_cannot_pass_for_another() {
 }
 
 #[test]
-fn the_start_of_a_process_with_an_odd_name_is_read() {
+fn start_time_is_parsed_with_special_characters_in_the_command_name() {
     let stat = "77 (a) (b 1 2) S 1 77 77 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 123456 1 2";
     assert_eq!(start(stat), Some(123_456));
     assert!(start(&fs::read_to_string("/proc/self/stat").unwrap()).unwrap() > 0);
 }
 
 #[test]
-fn the_oldest_process_of_a_pod_is_found() {
+fn oldest_process_of_a_pod_is_found() {
     let dir = tempfile::TempDir::new().unwrap();
     let process = |id: u32, start: u64, cgroup: &str| {
         let at = dir.path().join(id.to_string());

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What is used of `runtime.v1.RuntimeService` (the CRI), with its field numbers.
+//! The messages of `runtime.v1.RuntimeService` (the CRI) with the fields that the agent uses.
 
 use std::collections::BTreeMap;
 
-/// Lists sandboxes.
+/// The method that lists sandboxes.
 pub(super) const LIST: &str = "/runtime.v1.RuntimeService/ListPodSandbox";
-/// Tells about one.
+/// The method that returns the status of a sandbox.
 pub(super) const STATUS: &str = "/runtime.v1.RuntimeService/PodSandboxStatus";
 
 /// `ListPodSandboxRequest`.
@@ -15,12 +15,12 @@ pub(super) struct ListRequest {
     pub(super) filter: Option<Filter>,
 }
 
-/// `PodSandboxFilter`, but for its id.
+/// `PodSandboxFilter` without its id.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Filter {
     #[prost(message, optional, tag = "2")]
     pub(super) state: Option<State>,
-    /// All must hold.
+    /// The labels, all of which must match.
     #[prost(btree_map = "string, string", tag = "3")]
     pub(super) labels: BTreeMap<String, String>,
 }
@@ -44,12 +44,12 @@ pub(super) struct ListResponse {
     pub(super) items: Vec<Sandbox>,
 }
 
-/// `PodSandbox`, as far as it is used.
+/// `PodSandbox` with the fields that the agent uses.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct Sandbox {
     #[prost(string, tag = "1")]
     pub(super) id: String,
-    /// In nanoseconds.
+    /// The creation time in nanoseconds.
     #[prost(int64, tag = "4")]
     pub(super) created_at: i64,
 }
@@ -63,7 +63,7 @@ pub(super) struct StatusRequest {
     pub(super) verbose: bool,
 }
 
-/// `PodSandboxStatusResponse`, of which only what the runtime adds is used.
+/// `PodSandboxStatusResponse` with only the runtime's verbose information.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct StatusResponse {
     #[prost(btree_map = "string, string", tag = "2")]
