@@ -42,7 +42,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use desired::Desired;
 use managed::{Detached, ManagedPod, Retry};
 use mesh_datapath::pods::find::Find;
-use mesh_datapath::pods::{PodTable, made};
+use mesh_datapath::pods::{PodTable, netns_config};
 use mesh_log::Chain;
 use recheck_queue::RecheckQueue;
 

@@ -146,8 +146,10 @@ impl Material {
         }
         let missing = self.intermediate.certificate.is_empty();
         if missing
-            || not_after(&read(&self.intermediate.certificate, "intermediate.crt")?)?
-                < now + INTERMEDIATE_RENEWAL
+            || not_after(&parse_certificate(
+                &self.intermediate.certificate,
+                "intermediate.crt",
+            )?)? < now + INTERMEDIATE_RENEWAL
         {
             if self.root.key.is_empty() {
                 return if missing {
@@ -206,7 +208,7 @@ fn create_intermediate(
         return Err(Error::NoRootKey);
     }
     let root_key = KeyPair::from_pem(&root.key).map_err(|_unusable| Error::Key("root.key"))?;
-    let root_not_after = not_after(&read(&root.certificate, "root.crt")?)?;
+    let root_not_after = not_after(&parse_certificate(&root.certificate, "root.crt")?)?;
     let root = Issuer::from_ca_cert_pem(&root.certificate, root_key)?;
     let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
     let mut params = ca_params(trust_domain, "intermediate", now);
