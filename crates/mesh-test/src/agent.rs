@@ -199,8 +199,8 @@ impl Agent {
         Ok(agent)
     }
 
-    /// Starts a successor while this agent runs, waits until the successor is ready, and returns the
-    /// old process, which the caller has to stop.
+    /// Starts a successor while this agent runs, waits until the successor is ready, and returns
+    /// the old process, which the caller has to stop.
     ///
     /// # Errors
     /// The successor does not become ready; `self` is then still the old agent.
@@ -317,8 +317,8 @@ impl Agent {
         self.wait_ready()
     }
 
-    /// Sends a GET request to the agent's metrics port from the node and returns the status code and
-    /// the body.
+    /// Sends a GET request to the agent's metrics port from the node and returns the status code
+    /// and the body.
     ///
     /// # Errors
     /// The agent does not answer, or the answer is not HTTP.
@@ -377,6 +377,9 @@ pub(crate) fn http_get_on(mut stream: impl Read + Write, path: &str) -> Result<(
     let (head, body) = answer
         .split_once("\r\n\r\n")
         .context("the HTTP header is incomplete")?;
-    let code = head.split(' ').nth(1).context("the HTTP answer has no status code")?;
+    let code = head
+        .split(' ')
+        .nth(1)
+        .context("the HTTP answer has no status code")?;
     Ok((code.parse()?, body.to_owned()))
 }
