@@ -145,7 +145,7 @@ fn wire(demo: &Demo) -> Result<Evidence> {
     for word in &words {
         let hits = captured.find(word.as_bytes())?;
         if let Some(hit) = hits.first() {
-            bail!("{word} was sent between nodes in plaintext: {hit:?}");
+            bail!("{word} crossed the wire in clear: {hit:?}");
         }
     }
     let frames = captured.frames().count();
