@@ -99,7 +99,7 @@ impl Cluster {
         // Pods reach the API server from their own addresses.
         topology::lead_to_pods(&wire, count)?;
         let audit = Audit::new(&dir)?;
-        progress("the control plane: etcd, API server, controller manager, scheduler");
+        progress("starting the control plane: etcd, API server, controller manager, scheduler");
         let kube = Kube::builder()
             .controllers()
             .scheduler()
@@ -108,7 +108,7 @@ impl Cluster {
             .api_flag(&audit.flags[0])
             .api_flag(&audit.flags[1])
             .start_at(id, wire.beside("kube")?, (IpAddr::V4(Lab::gateway()), None))?;
-        progress("the nodes: containerd, kubelet, kube-proxy");
+        progress("starting the nodes: containerd, kubelet, kube-proxy");
         let given = Given {
             kube: &kube,
             proxy: &kube.user("system:kube-proxy", None)?,

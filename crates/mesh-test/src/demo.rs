@@ -99,20 +99,20 @@ impl Demo {
     /// # Errors
     /// A program does not start.
     pub fn start(enrolled: bool, progress: impl Fn(&str)) -> Result<Self> {
-        progress("two nodes and nine pods, as network namespaces");
+        progress("creating two nodes and nine pods as network namespaces");
         let mut lab = Lab::builder(Topology::Routed).build()?;
         manifests(&lab, enrolled)?;
         for spec in pods() {
             lab.add_pod(spec)?;
         }
-        progress("an agent on each node");
+        progress("starting an agent on each node");
         let mesh = Mesh::start(lab)?;
-        progress("Redis and PostgreSQL");
+        progress("starting Redis and PostgreSQL");
         let stores = [
             redis(&mesh.pod("redis"), REDIS_PORT)?,
             postgres(&mesh.pod("postgres"), POSTGRES_PORT, SHOP_SQL)?,
         ];
-        progress("the application, and nginx in front of it");
+        progress("starting the application and its nginx front end");
         let app = Shop::start(
             &mesh.pod("app"),
             APP_PORT,

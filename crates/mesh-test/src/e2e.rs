@@ -70,7 +70,7 @@ impl Installed {
     /// A program or workload does not start; the error describes the pods.
     pub fn start(installer: Installer, image: &Path, progress: impl Fn(&str)) -> Result<Self> {
         let cluster = Cluster::start(2, &progress)?;
-        progress("the image, on both nodes");
+        progress("importing the image on both nodes");
         cluster.import(image)?;
         let capture = cluster.capture_wire()?;
         let this = Self {

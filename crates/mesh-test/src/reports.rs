@@ -18,7 +18,7 @@ const REPORT: Duration = Duration::from_secs(120);
 /// Result of `probe tcp`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tcp {
-    /// Whether every step succeeded.
+    /// True if every step succeeded.
     pub ok: bool,
     /// The call that failed, with its error.
     pub error: Option<String>,

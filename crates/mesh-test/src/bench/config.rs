@@ -19,7 +19,7 @@ pub struct Config {
     seconds: Option<f64>,
     topology: String,
     policies: u16,
-    /// Whether both labs ran without agents.
+    /// True if both labs ran without agents.
     control: bool,
     ahead: bool,
     #[serde(flatten)]

@@ -29,7 +29,7 @@ pub(super) struct Orders {
     pub(super) seconds: f64,
     /// CPUs of client and server, if they are pinned.
     pub(super) cpus: Option<(usize, usize)>,
-    /// Whether the programs have priority over all others.
+    /// Gives the programs priority over all others if true.
     pub(super) ahead: bool,
 }
 

@@ -64,7 +64,7 @@ fn run(keep: bool) -> Result<bool> {
         }
     }
     say(&format_args!(
-        "\n{:5.1} s  {} of {} lines hold",
+        "\n{:5.1} s  {} of {} lines passed",
         seconds(),
         LINES.len() - failed,
         LINES.len()

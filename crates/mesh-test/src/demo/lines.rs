@@ -28,11 +28,11 @@ const COUNTED: u32 = 10;
 /// All checks in the order of the demo.
 pub const LINES: &[Line] = &[
     Line {
-        title: "requests go through services, across nodes, in tunnels",
+        title: "requests to Services cross nodes in mutual TLS tunnels",
         check: requests,
     },
     Line {
-        title: "between the nodes there is nothing to read",
+        title: "traffic between the nodes is encrypted",
         check: wire,
     },
     Line {
@@ -40,19 +40,19 @@ pub const LINES: &[Line] = &[
         check: addresses,
     },
     Line {
-        title: "who is not allowed is refused at once; the record names the rule and who it was",
+        title: "a denied client is refused at once; the flow record names the rule and the client",
         check: denied,
     },
     Line {
-        title: "a client without the mesh is refused where mutual TLS is required",
+        title: "a client outside the mesh is refused where mutual TLS is required",
         check: plaintext,
     },
     Line {
-        title: "on one node connections go straight from pod to pod, and policy holds",
+        title: "connections on one node bypass the proxy, and policy is still enforced",
         check: same_node,
     },
     Line {
-        title: "a scrape says what was carried, for whom, and how",
+        title: "metrics count connections by workload and by security",
         check: scrape,
     },
 ];

@@ -16,11 +16,11 @@ use crate::wait::eventually;
 /// Checks of the mesh's features that change nothing in the installation.
 pub const DEMO: &[Line] = &[
     Line {
-        title: "requests across nodes are answered, and are ciphertext between them",
+        title: "requests across nodes succeed, and are encrypted between nodes",
         check: encrypted,
     },
     Line {
-        title: "policy and Strict hold",
+        title: "policy and Strict authentication are enforced",
         check: policy,
     },
     Line {
@@ -33,7 +33,7 @@ pub const DEMO: &[Line] = &[
 /// Checks that change workloads and namespaces, replace the agents, and finally uninstall the mesh.
 pub const CHANGES: &[Line] = &[
     Line {
-        title: "scaled, deleted and restarted pods, and no request is lost",
+        title: "no request is lost while pods are scaled, deleted and restarted",
         check: pods_come_and_go,
     },
     Line {
@@ -49,11 +49,11 @@ pub const CHANGES: &[Line] = &[
         check: agents_replaced,
     },
     Line {
-        title: "every right that was given was used, and none was missed",
+        title: "every granted RBAC permission is used, and none is missing",
         check: super::rights::check,
     },
     Line {
-        title: "uninstalled: pods talk as before, and nothing is left on the nodes",
+        title: "after the uninstallation pods communicate, and nothing is left on the nodes",
         check: uninstalled,
     },
 ];

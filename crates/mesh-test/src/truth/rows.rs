@@ -197,20 +197,22 @@ impl Planner<'_> {
     fn cannot(&self, check: &Check, ends: &Ends, real: &Verdicts) -> Option<String> {
         let in_pod = |end: &End| matches!(end.endpoint, Endpoint::Pod(_));
         let why = match check.protocol {
-            Transport::Sctp if !self.sctp => Some("this kernel has no SCTP"),
+            Transport::Sctp if !self.sctp => Some("the kernel has no SCTP support"),
             Transport::Tcp if ends.port == TUNNEL_PORT && in_pod(&ends.to) => {
-                Some("the port of tunnels is the agent's")
+                Some("the tunnel port is reserved for the agent")
             }
             Transport::Tcp if ends.port == METRICS_PORT && !in_pod(&ends.to) => {
-                Some("the port is the agent's")
+                Some("the metrics port is used by the agent")
             }
-            _ if ends.port == 0 => Some("there is no port 0 on the wire"),
-            _ if !in_pod(&ends.from) && !in_pod(&ends.to) => Some("no pod takes part in it"),
+            _ if ends.port == 0 => Some("port 0 cannot be used in a packet"),
+            _ if !in_pod(&ends.from) && !in_pod(&ends.to) => {
+                Some("neither the source nor the destination is a pod")
+            }
             _ if self.cluster.is_service(&ends.destination) => {
-                Some("a service's address stands for one of its endpoints")
+                Some("connections to a Service address go to one of its endpoints")
             }
             _ if [ends.source, ends.destination].iter().any(is_special) => {
-                Some("nobody but the sender itself can have that address")
+                Some("an address is link-local, loopback, multicast or unspecified")
             }
             Transport::Tcp | Transport::Udp | Transport::Sctp => None,
         };
@@ -227,12 +229,12 @@ impl Planner<'_> {
             return None;
         }
         let instead = if proof {
-            "its address is all that is known"
+            "only the address is known"
         } else {
-            "its identity is proven"
+            "the identity is proven"
         };
         Some(format!(
-            "the row is about evidence {}, and here {instead}",
+            "the row requires evidence {}, but in the lab {instead}",
             check.evidence.word()
         ))
     }
@@ -256,7 +258,7 @@ fn expected(check: &Check, compiler: &Verdicts) -> Result<Expected, &'static str
         (check.expect_egress, compiler.egress),
     ];
     if sides.iter().all(|(said, _)| said.is_none()) {
-        return Err("it expects nothing");
+        return Err("the row has no expected result");
     }
     if sides.iter().any(|(said, _)| *said == Some(Expected::Deny)) {
         return Ok(Expected::Deny);
@@ -265,7 +267,7 @@ fn expected(check: &Check, compiler: &Verdicts) -> Result<Expected, &'static str
         said.is_none() && verdict.is_some_and(|verdict| !verdict.allowed)
     };
     if sides.iter().any(refuses) {
-        return Err("it is about one end, and the other end refuses the connection");
+        return Err("the row tests one side, and policy on the other side denies the connection");
     }
     Ok(Expected::Allow)
 }

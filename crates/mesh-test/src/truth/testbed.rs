@@ -192,7 +192,10 @@ impl<L: AsRef<Lab>> Testbed<L> {
                 .lines()
                 .map(|line| Ok(serde_json::from_str(line)?))
                 .collect::<Result<_>>()?;
-            ensure!(tried.len() == attempts.len(), "a client lost rows");
+            ensure!(
+                tried.len() == attempts.len(),
+                "the client did not report every row"
+            );
             Ok(tried)
         };
         let batch = &batch;
@@ -212,7 +215,7 @@ impl<L: AsRef<Lab>> Testbed<L> {
         Ok(by_id.collect())
     }
 
-    /// Whether an answer is the one that a run asks for: from its server, which saw the right client.
+    /// Returns false if another server answered, or the server saw another source address.
     pub(crate) fn is_right(&self, run: &Run, tried: &Outcome) -> bool {
         tried.answer.as_ref().is_none_or(|seen| {
             let own_source = run.attempt.from.is_none_or(|from| seen.client.ip() == from);
