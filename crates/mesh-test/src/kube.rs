@@ -251,7 +251,8 @@ impl Kube {
 
     /// Returns a kubeconfig with a client certificate for user `name` in `group`. Each call
     /// replaces the files of previous calls for this name, so calls for one name must not run
-    /// concurrently. /
+    /// concurrently.
+    ///
     /// # Errors
     /// The test uses an existing cluster.
     pub fn user(&self, name: &str, group: Option<&str>) -> Result<PathBuf> {

@@ -301,7 +301,8 @@ impl Lab {
     }
 
     /// Adds addresses to a node, or with `None` to the outside host, and routes to them on all
-    /// other hosts. /
+    /// other hosts.
+    ///
     /// # Errors
     /// The host does not exist, or it already has one of the addresses.
     pub fn add_addresses(&self, node: Option<u8>, addresses: &[IpAddr]) -> Result<()> {

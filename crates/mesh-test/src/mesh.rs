@@ -138,7 +138,8 @@ impl Mesh {
 
     /// Applies objects, which replace those of the last call, and waits until all nodes enforce
     /// them. Each call also adds a different Service, so that the revision changes on every node,
-    /// even if the objects do not concern it. /
+    /// even if the objects do not concern it.
+    ///
     /// # Errors
     /// A node does not enforce them in time; the error contains the end of each agent's log.
     pub fn enforce(&self, objects: &str) -> Result<()> {

@@ -120,7 +120,8 @@ impl Netns {
     /// Runs `f` on a new thread inside the namespace and returns its result.
     ///
     /// The thread stays in the harness's cgroup, because a single thread cannot join a domain
-    /// cgroup. A node's cgroup hooks do not see its sockets; use a process where they must. /
+    /// cgroup. A node's cgroup hooks do not see its sockets; use a process where they must.
+    ///
     /// # Errors
     /// `f` fails, or the namespace cannot be entered.
     pub fn enter<T: Send>(&self, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
