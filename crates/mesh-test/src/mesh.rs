@@ -107,7 +107,7 @@ impl Mesh {
     /// Waits until every agent manages exactly the lab's pods on its node.
     ///
     /// # Errors
-    /// An agent does not within [`IN_FORCE`]; the error contains the pods that it manages.
+    /// An agent does not manage them within [`IN_FORCE`]; the error contains the pods it manages.
     pub fn settled(&self) -> Result<()> {
         for agent in &self.agents {
             let own = self
@@ -116,7 +116,7 @@ impl Mesh {
                 .filter(|pod| pod.node().number() == agent.node().number());
             let expected = u64::try_from(own.count())?;
             let adopted = || agent.ask("/status").ok()?["pods"]["adopted"].as_u64();
-            eventually("agents to adopt their pods", IN_FORCE, || {
+            eventually("agents to manage their pods", IN_FORCE, || {
                 (adopted() == Some(expected)).then_some(())
             })
             .with_context(|| {

@@ -156,7 +156,7 @@ pub struct Row {
     pub rounds: usize,
 }
 
-/// CPU time per GB or 10,000 by place: medians, and every round.
+/// CPU seconds per 1 GB, 10,000 requests or 10,000 connections, as medians, and all rounds.
 #[derive(Clone, Debug, Serialize)]
 struct Details {
     scenario: Scenario,
