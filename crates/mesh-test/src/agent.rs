@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A node's agent: the `mesh-agent` binary in the node's namespace and cgroup, with its own BPF
-//! file system, state, sockets and log.
+//! The agent of a node: the `mesh-agent` binary in the node's namespace and cgroup, with its own
+//! BPF file system, state directory, sockets and log.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -17,10 +17,10 @@ use crate::process::{Cmd, Output, Proc};
 use crate::programs;
 use crate::wait::eventually;
 
-/// Port of metrics and probes.
+/// Port on which the agent serves metrics and health probes.
 pub(crate) const METRICS_PORT: u16 = 15020;
 
-/// How an agent is started; everything not said is what a node of the lab has by itself.
+/// Options for starting an agent; options that are not set have the lab node's defaults.
 #[derive(Clone, Debug)]
 pub struct AgentConfig {
     binary: Option<PathBuf>,
@@ -35,7 +35,7 @@ pub struct AgentConfig {
 }
 
 impl AgentConfig {
-    /// With an issuer, e.g. `self:/tmp/x/ca` (one directory for all nodes) or `files:DIR`.
+    /// Sets the issuer, e.g. `self:/tmp/x/ca` (one directory for all nodes) or `files:DIR`.
     #[must_use]
     pub fn new(ca: &str) -> Self {
         Self {
@@ -51,28 +51,28 @@ impl AgentConfig {
         }
     }
 
-    /// Another binary than the one that [`programs::agent`] finds.
+    /// Sets the agent binary (default: the one that [`programs::agent`] finds).
     #[must_use]
     pub fn binary(mut self, path: impl Into<PathBuf>) -> Self {
         self.binary = Some(path.into());
         self
     }
 
-    /// Another source than the lab's manifests, e.g. `kubernetes`.
+    /// Sets the configuration source, e.g. `kubernetes` (default: the lab's manifests).
     #[must_use]
     pub fn source(mut self, source: &str) -> Self {
         self.source = Some(source.to_owned());
         self
     }
 
-    /// Another trust domain than `cluster.local`.
+    /// Sets the trust domain (default: `cluster.local`).
     #[must_use]
     pub fn trust_domain(mut self, domain: &str) -> Self {
         domain.clone_into(&mut self.trust_domain);
         self
     }
 
-    /// Another cgroup to attach to than the node's.
+    /// Sets the cgroup to attach to (default: the node's root cgroup).
     #[must_use]
     pub fn cgroup(mut self, path: impl Into<PathBuf>) -> Self {
         self.cgroup = Some(path.into());
@@ -86,28 +86,28 @@ impl AgentConfig {
         self
     }
 
-    /// Adds a flag without value.
+    /// Adds a flag without a value.
     #[must_use]
     pub fn switch(mut self, flag: &str) -> Self {
         self.extra.push(OsString::from(flag));
         self
     }
 
-    /// Sets `--log-level` (else: `info`).
+    /// Sets `--log-level` (default: `info`).
     #[must_use]
     pub fn log_level(mut self, level: &str) -> Self {
         level.clone_into(&mut self.log_level);
         self
     }
 
-    /// How long it may take to become ready (else: 20 s).
+    /// Sets the deadline for the agent to become ready (default: 20 s).
     #[must_use]
     pub fn ready_within(mut self, deadline: Duration) -> Self {
         self.ready_within = deadline;
         self
     }
 
-    /// What all subcommands of the binary are given.
+    /// Returns the command with the options that all subcommands of the binary share.
     fn host_command(&self, node: &Node, subcommand: &str) -> Result<Cmd> {
         let binary = self.binary.clone().map_or_else(programs::agent, Ok)?;
         let cgroup = self.cgroup.as_deref().unwrap_or(node.root_cgroup());
@@ -154,7 +154,7 @@ fn flow_log(node: &Node) -> PathBuf {
     node.agent_host().dir().join("flows.jsonl")
 }
 
-/// A running agent; killed (SIGKILL) when dropped, while its kernel state stays until the lab goes.
+/// A running agent. Drop kills it with SIGKILL; its kernel state stays until the lab is removed.
 pub struct Agent {
     node: Arc<Node>,
     config: AgentConfig,
@@ -173,11 +173,11 @@ impl fmt::Debug for Agent {
 }
 
 impl Agent {
-    /// Runs another subcommand of the binary in the agent's place, e.g. `check` or `cleanup`, with
-    /// the same cgroup, BPF file system and state.
+    /// Runs another subcommand of the agent binary to its end, e.g. `check` or `cleanup`, with the
+    /// same cgroup, BPF file system and state directory as the agent.
     ///
     /// # Errors
-    /// It cannot be started or has not ended within `deadline`.
+    /// The subcommand cannot be started or has not exited within `deadline`.
     pub fn run_subcommand(
         node: &Node,
         config: &AgentConfig,
@@ -199,11 +199,11 @@ impl Agent {
         Ok(agent)
     }
 
-    /// Starts a successor while this one runs, waits until that is ready, and gives back the old
-    /// one to be ended.
+    /// Starts a successor while this agent runs, waits until the successor is ready, and returns
+    /// the old process, which the caller has to stop.
     ///
     /// # Errors
-    /// The successor does not become ready; then the old one is still this agent.
+    /// The successor does not become ready; `self` is then still the old agent.
     pub fn succeed(&mut self) -> Result<Proc> {
         let command = self.config.command(&self.node)?;
         let old = std::mem::replace(&mut self.process, self.node.agent_host().spawn(command)?);
@@ -225,7 +225,7 @@ impl Agent {
                     .ok()
                     .filter(|(code, _)| *code == 200)
                     .map(|_| Ok(())),
-                Ok(Some(status)) => Some(Err(anyhow::anyhow!("the agent ended: {status}"))),
+                Ok(Some(status)) => Some(Err(anyhow::anyhow!("the agent exited: {status}"))),
                 Err(e) => Some(Err(e)),
             }
         });
@@ -238,40 +238,40 @@ impl Agent {
         })
     }
 
-    /// The node that it serves.
+    /// Returns the node that the agent serves.
     #[must_use]
     pub fn node(&self) -> &Arc<Node> {
         &self.node
     }
 
-    /// Its process.
+    /// Returns the agent's process.
     #[must_use]
     pub fn process(&self) -> &Proc {
         &self.process
     }
 
-    /// Its `--state-dir`.
+    /// Returns the agent's `--state-dir`.
     #[must_use]
     pub fn state_dir(&self) -> PathBuf {
         state_dir(&self.node)
     }
 
-    /// Its admin socket.
+    /// Returns the path of the agent's admin socket.
     #[must_use]
     pub fn admin(&self) -> PathBuf {
         admin_socket(&self.node)
     }
 
-    /// The file of its records, one JSON line each.
+    /// Returns the path of the agent's flow log, which has one JSON object per line.
     #[must_use]
     pub fn flow_log(&self) -> PathBuf {
         flow_log(&self.node)
     }
 
-    /// The records written so far.
+    /// Returns the flow records written so far.
     ///
     /// # Errors
-    /// The file is not there, or a whole line of it is not JSON.
+    /// The flow log does not exist, or a complete line of it is not JSON.
     pub fn flows(&self) -> Result<Vec<serde_json::Value>> {
         let path = self.flow_log();
         let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
@@ -281,34 +281,34 @@ impl Agent {
         whole.map(|line| Ok(serde_json::from_str(line)?)).collect()
     }
 
-    /// Kills it without notice and waits for its end.
+    /// Kills the agent with SIGKILL and waits for it to exit.
     ///
     /// # Errors
-    /// It does not end.
+    /// The process does not exit.
     pub fn kill_9(&mut self) -> Result<()> {
         self.process.kill().map(drop)
     }
 
-    /// Asks it to end (SIGTERM) and waits.
+    /// Sends SIGTERM and waits for the agent to exit.
     ///
     /// # Errors
-    /// It has not ended within `deadline`, or not with success.
+    /// The agent has not exited within `deadline`, or its exit status is not 0.
     pub fn terminate(&mut self, deadline: Duration) -> Result<()> {
         self.process.signal(libc::SIGTERM)?;
         let status = self.process.wait(deadline)?;
         if !status.success() {
             bail!(
-                "the agent ended with {status}:\n{}",
+                "the agent exited with {status}:\n{}",
                 self.process.log_tail()
             );
         }
         Ok(())
     }
 
-    /// Starts it again after its end and waits until it is ready.
+    /// Starts the agent again after it has exited and waits until it is ready.
     ///
     /// # Errors
-    /// It does not become ready.
+    /// The agent does not become ready.
     pub fn start_again(&mut self) -> Result<()> {
         self.process = self
             .node
@@ -317,19 +317,20 @@ impl Agent {
         self.wait_ready()
     }
 
-    /// Asks its metrics and probe port, from the node: status code and body.
+    /// Sends a GET request to the agent's metrics port from the node and returns the status code
+    /// and the body.
     ///
     /// # Errors
-    /// It does not answer in HTTP.
+    /// The agent does not answer, or the answer is not HTTP.
     pub fn get(&self, path: &str) -> Result<(u16, String)> {
         let to = SocketAddr::from((Ipv4Addr::LOCALHOST, self.config.metrics.port()));
         self.node.in_ns(|| http_get(to, path))
     }
 
-    /// Its metrics page.
+    /// Returns the agent's `/metrics` page.
     ///
     /// # Errors
-    /// It does not give one.
+    /// The agent does not answer with status 200.
     pub fn metrics(&self) -> Result<String> {
         match self.get("/metrics")? {
             (200, page) => Ok(page),
@@ -337,7 +338,7 @@ impl Agent {
         }
     }
 
-    /// The last lines of its log.
+    /// Returns the last lines of the agent's log.
     #[must_use]
     pub fn log_tail(&self) -> String {
         self.process.log_tail()
@@ -355,17 +356,17 @@ impl Drop for Agent {
     }
 }
 
-/// How long an answer may take.
+/// Timeout of an HTTP request to an agent.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
 
-/// [`http_get_on`] a new connection.
+/// Sends a GET request on a new connection and returns the status code and the body.
 pub(crate) fn http_get(to: SocketAddr, path: &str) -> Result<(u16, String)> {
     let stream = TcpStream::connect_timeout(&to, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     http_get_on(stream, path)
 }
 
-/// A GET request of HTTP/1.0, so that the end of the body is the end of the connection.
+/// Sends an HTTP/1.0 GET request on `stream`; the body ends when the server closes the connection.
 pub(crate) fn http_get_on(mut stream: impl Read + Write, path: &str) -> Result<(u16, String)> {
     write!(
         stream,
@@ -375,7 +376,10 @@ pub(crate) fn http_get_on(mut stream: impl Read + Write, path: &str) -> Result<(
     stream.read_to_string(&mut answer)?;
     let (head, body) = answer
         .split_once("\r\n\r\n")
-        .context("no end of the header")?;
-    let code = head.split(' ').nth(1).context("no status code")?;
+        .context("the HTTP header is incomplete")?;
+    let code = head
+        .split(' ')
+        .nth(1)
+        .context("the HTTP answer has no status code")?;
     Ok((code.parse()?, body.to_owned()))
 }

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Real applications, as Debian ships them, in pods: nginx, Redis, PostgreSQL, and the shop.
+//! Real applications as packaged by Debian, run in pods: nginx, Redis, PostgreSQL, and the shop
+//! example.
 //!
-//! Each has its configuration and data in the pod's directory, and is returned once it answers a client
-//! in its own pod. Their logs are evidence from outside the mesh.
+//! Each application keeps its configuration and data in the pod's directory, and its start function
+//! returns once it answers a client in its own pod. The applications' logs are evidence that does
+//! not come from the mesh.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -21,14 +23,14 @@ use mesh_sys::testbed::Rights;
 
 const START: Duration = Duration::from_secs(20);
 
-/// Where Debian installs PostgreSQL, by version.
+/// Directory in which Debian installs PostgreSQL, with a subdirectory for each version.
 const POSTGRES: &str = "/usr/lib/postgresql";
 
 fn own_address(port: u16) -> SocketAddr {
     (Ipv4Addr::LOCALHOST, port).into()
 }
 
-/// Waits until `answers` says so, on the host itself, or the program exits.
+/// Waits in the host's namespace until `answers` returns true, or fails if the process exits.
 fn until_ready(
     host: &Host,
     process: &mut Proc,
@@ -40,7 +42,7 @@ fn until_ready(
             .in_ns(&answers)
             .is_ok_and(|ready| ready)
             .then_some(Ok(())),
-        Ok(Some(status)) => Some(Err(anyhow::anyhow!("{what} ended: {status}"))),
+        Ok(Some(status)) => Some(Err(anyhow::anyhow!("{what} exited: {status}"))),
         Err(e) => Some(Err(e)),
     });
     ready
@@ -48,27 +50,27 @@ fn until_ready(
         .with_context(|| process.log_tail())
 }
 
-/// Content that nginx serves.
+/// The content that nginx serves.
 #[derive(Clone, Copy, Debug)]
 pub enum Content<'a> {
-    /// Files by name; `index.html` is the front page.
+    /// Static files by name; `index.html` is the front page.
     Files(&'a [(&'a str, &'a [u8])]),
-    /// Answers of a server behind it, e.g. `http://10.96.0.20:8080`.
+    /// A reverse proxy to this upstream, e.g. `http://10.96.0.20:8080`.
     Proxy(&'a str),
 }
 
-/// A request as nginx or the shop logged it.
+/// A request as logged by nginx or the shop.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// The client as the application saw it.
+    /// The client's address as seen by the application.
     pub client: SocketAddr,
-    /// Status of the answer.
+    /// HTTP status of the response.
     pub status: u16,
-    /// Method, path and version.
+    /// The request line: method, path and version.
     pub line: String,
 }
 
-/// Reads `ADDRESS PORT STATUS REQUEST` lines.
+/// Parses a log of `ADDRESS PORT STATUS REQUEST` lines.
 fn requests(log: &Path) -> Result<Vec<Request>> {
     let text = fs::read_to_string(log).with_context(|| log.display().to_string())?;
     let parse = |line: &str| {
@@ -88,16 +90,16 @@ fn requests(log: &Path) -> Result<Vec<Request>> {
 /// A running nginx.
 #[derive(Debug)]
 pub struct Nginx {
-    /// Its master process.
+    /// The nginx master process.
     pub process: Proc,
     dir: PathBuf,
 }
 
 impl Nginx {
-    /// Starts nginx on a port of all the pod's addresses.
+    /// Starts nginx on `port` of all the pod's addresses.
     ///
     /// # Errors
-    /// It does not answer; the error carries the end of its log.
+    /// nginx does not answer; the error contains the end of its log.
     pub fn start(pod: &Pod, port: u16, content: Content<'_>) -> Result<Self> {
         let dir = pod.dir().join(format!("nginx-{port}"));
         let html = dir.join("html");
@@ -124,15 +126,15 @@ impl Nginx {
         Ok(Self { process, dir })
     }
 
-    /// The requests that it has answered.
+    /// Returns the requests that nginx has answered.
     ///
     /// # Errors
-    /// There is no log.
+    /// The access log cannot be read.
     pub fn requests(&self) -> Result<Vec<Request>> {
         requests(&self.dir.join("access.log"))
     }
 
-    /// The end of its error log.
+    /// Returns the end of nginx's error log.
     #[must_use]
     pub fn errors(&self) -> String {
         tail(&self.dir.join("error.log"), 20)
@@ -153,10 +155,10 @@ fn nginx_conf(dir: &Path, port: u16, location: &str) -> String {
     )
 }
 
-/// Starts Redis on a port of all the pod's addresses, without persistence.
+/// Starts Redis on `port` of all the pod's addresses, without persistence.
 ///
 /// # Errors
-/// It does not answer; the error carries the end of its log.
+/// Redis does not answer; the error contains the end of its log.
 pub fn redis(pod: &Pod, port: u16) -> Result<Proc> {
     let dir = pod.dir().join(format!("redis-{port}"));
     fs::create_dir_all(&dir)?;
@@ -187,11 +189,11 @@ pub fn redis(pod: &Pod, port: u16) -> Result<Proc> {
     Ok(process)
 }
 
-/// Starts PostgreSQL on a port of all the pod's addresses, without passwords or durability, and
+/// Starts PostgreSQL on `port` of all the pod's addresses, without passwords or durability, and
 /// runs `sql` in it.
 ///
 /// # Errors
-/// It is not installed or does not come to answer, or the SQL is refused.
+/// PostgreSQL is not installed or does not answer, or the SQL fails.
 pub fn postgres(pod: &Pod, port: u16, sql: &str) -> Result<Proc> {
     let binaries = postgres_binaries()?;
     let user = postgres_user();
@@ -244,7 +246,7 @@ pub fn postgres(pod: &Pod, port: u16, sql: &str) -> Result<Proc> {
     Ok(process)
 }
 
-/// The newest version that Debian has installed.
+/// Returns the program directory of the newest installed PostgreSQL version.
 fn postgres_binaries() -> Result<PathBuf> {
     let versions = fs::read_dir(POSTGRES).with_context(|| format!("no {POSTGRES}"))?;
     let names = versions
@@ -261,7 +263,7 @@ fn postgres_binaries() -> Result<PathBuf> {
     Ok(bin)
 }
 
-/// PostgreSQL refuses to run as root.
+/// Returns the user that runs PostgreSQL, which refuses to run as root.
 fn postgres_user() -> Rights {
     let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
     let line = users
@@ -274,12 +276,12 @@ fn postgres_user() -> Rights {
     ids.map_or(Rights::Nobody, |(user, group)| Rights::User(user, group))
 }
 
-/// An empty database cluster, made once per lab: that takes a second, a copy of it does not.
+/// Creates an empty database cluster once per lab: `initdb` takes a second, copying is fast.
 fn postgres_template(pod: &Pod, binaries: &Path, user: Rights) -> Result<PathBuf> {
     let lab = pod
         .dir()
         .parent()
-        .context("a pod's directory is in its lab's")?;
+        .context("the pod's directory has no parent")?;
     let template = lab.join("postgres-template");
     if template.exists() {
         return Ok(template);
@@ -317,21 +319,21 @@ fn postgres_template(pod: &Pod, binaries: &Path, user: Rights) -> Result<PathBuf
     Ok(template)
 }
 
-/// What [`Shop`] needs in its database.
+/// SQL that creates the table that [`Shop`] needs.
 pub const SHOP_SQL: &str = "CREATE TABLE orders (id serial PRIMARY KEY, item text NOT NULL)";
 
-/// The shop of deploy/examples: an HTTP application between nginx and its stores.
+/// The shop example in deploy/examples: an HTTP application between nginx and its data stores.
 #[derive(Debug)]
 pub struct Shop {
-    /// Its process; the log is its access log.
+    /// The shop's process; its log is the access log.
     pub process: Proc,
 }
 
 impl Shop {
-    /// Starts it with where Redis and PostgreSQL are, as `host:port`.
+    /// Starts the shop with the addresses of Redis and PostgreSQL as `host:port`.
     ///
     /// # Errors
-    /// It does not answer; the error carries the end of its log.
+    /// The shop does not answer; the error contains the end of its log.
     pub fn start(pod: &Pod, port: u16, redis: &str, postgres: &str) -> Result<Self> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"))
             .ancestors()
@@ -349,10 +351,10 @@ impl Shop {
         Ok(Self { process })
     }
 
-    /// The requests that it has answered, but those of [`Shop::start`] itself.
+    /// Returns the requests that the shop has answered, without the checks of [`Shop::start`].
     ///
     /// # Errors
-    /// There is no log.
+    /// The access log cannot be read.
     pub fn requests(&self) -> Result<Vec<Request>> {
         let mut all = requests(self.process.log())?;
         all.retain(|request| !request.client.ip().is_loopback());

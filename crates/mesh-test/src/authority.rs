@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Certificates made with openssl, as `--ca files:` reads them, and lists of those that are
-//! revoked: nothing of the agent's own code is in them.
+//! Test certificates in the layout that `--ca files:` reads, and certificate revocation lists. All
+//! are made with openssl, independently of the agent's code.
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +14,7 @@ const KEY: [&str; 5] = [
     "-nodes",
 ];
 
-/// What `openssl ca` is told of the authority in DIR.
+/// The `openssl ca` configuration of the authority in DIR.
 const CONFIG: &str = "
 [ca]
 default_ca = own
@@ -37,7 +37,7 @@ commonName = optional
 authorityKeyIdentifier = keyid
 ";
 
-/// Runs openssl on the machine itself.
+/// Runs openssl on the test machine and panics if it fails.
 fn openssl(args: &[&str]) {
     let output = Command::new("openssl")
         .args(args)
@@ -54,8 +54,8 @@ fn path(dir: &Path, name: &str) -> String {
     dir.join(name).display().to_string()
 }
 
-/// Writes `tls.crt`, `tls.key` and `ca.crt` in `DIR/default/ACCOUNT`, for the identity of `subject`,
-/// signed by the authority in `ca`.
+/// Writes `tls.crt`, `tls.key` and `ca.crt` to `DIR/default/ACCOUNT`, for the identity of the
+/// service account `subject`, signed by the authority in `ca`.
 ///
 /// # Panics
 /// openssl fails, or a file cannot be written.
@@ -64,9 +64,9 @@ pub fn certificate(dir: &Path, ca: &Path, account: &str, subject: &str) {
     issue(&dir.join("default").join(account), ca, &name, None);
 }
 
-/// Writes `tls.crt`, `tls.key` and `ca.crt` in `at`, for names as openssl writes them (e.g.
-/// `URI:spiffe://x,DNS:y`), signed by the authority in `ca`. It is valid for a day from now, or
-/// within `dates` (e.g. `20200101000000Z`).
+/// Writes `tls.crt`, `tls.key` and `ca.crt` to `at`, signed by the authority in `ca`. `names` are
+/// the subject alternative names in openssl's syntax, e.g. `URI:spiffe://x,DNS:y`. The certificate
+/// is valid for one day from now, or between `dates` (e.g. `20200101000000Z`).
 ///
 /// # Panics
 /// openssl fails, or a file cannot be written.
@@ -92,8 +92,8 @@ pub fn issue(at: &Path, ca: &Path, names: &str, dates: Option<[&str; 2]>) {
     fs::copy(ca.join("ca.crt"), at.join("ca.crt")).expect("ca");
 }
 
-/// Has the authority in `ca` revoke the certificates that [`issue`] wrote in these directories, and
-/// writes the list of all that it has revoked to `list`, at once.
+/// Revokes the certificates that [`issue`] wrote to these directories, and atomically replaces
+/// `list` with the current CRL of the authority in `ca`.
 ///
 /// # Panics
 /// openssl fails, or a file cannot be written.
@@ -108,8 +108,8 @@ pub fn revoke(ca: &Path, certificates: &[&Path], list: &Path) {
     fs::rename(next, list).expect("list");
 }
 
-/// Writes the certificate and key of an authority, and what `openssl ca` keeps beside them. All
-/// authorities have the same name.
+/// Writes the certificate and key of a CA, and the state files of `openssl ca`. All CAs have the
+/// same subject name.
 ///
 /// # Panics
 /// openssl fails, or a file cannot be written.
@@ -117,7 +117,7 @@ pub fn authority(dir: &Path) {
     fs::create_dir_all(dir).expect("directory");
     let config = CONFIG.replace("DIR", &dir.display().to_string());
     for (name, text) in [("config", &*config), ("index", ""), ("crlnumber", "01\n")] {
-        fs::write(dir.join(name), text).expect("what openssl keeps");
+        fs::write(dir.join(name), text).expect("state file of openssl ca");
     }
     let [key, certificate] = ["ca.key", "ca.crt"].map(|name| path(dir, name));
     let own = ["-subj", "/CN=test", "-keyout", &key, "-out", &certificate];

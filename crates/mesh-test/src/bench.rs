@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the mesh costs: the same programs with and without it, in turns on one machine.
+//! Benchmarks of the mesh's cost: the same programs run alternately with and without the mesh on
+//! one machine.
 //!
-//! Two equal labs: `plain` has no agents, `mesh` has one on each node, started as the demo starts
-//! them. Every figure is a ratio of two runs that followed each other; rounds give its spread.
-//! Nothing here sets anything of the mesh that a user would not set.
+//! Two equal labs are used: `plain` has no agents, `mesh` has one on each node, started as in the
+//! demo. Each result is the ratio of two consecutive runs; the rounds give its spread. The mesh is
+//! not tuned: it has only settings that a user would have.
 
 mod config;
 mod datapath;
@@ -26,41 +27,41 @@ pub use report::{Pair, Report, Row};
 
 use crate::topology::Topology;
 
-/// What can be measured.
+/// The part of the benchmark to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Group {
     /// Everything but `kube`
     All,
-    /// Bulk, rr and crr
+    /// The groups bulk, rr and crr
     Datapath,
     /// Bulk transfers
     Bulk,
-    /// Small requests on long connections
+    /// Small requests on long-lived connections
     Rr,
-    /// Short connections
+    /// Short-lived connections
     Crr,
     /// One agent in a large cluster
     Kube,
 }
 
-/// Where client and server are.
+/// Placement of client and server.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum,
 )]
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
 pub enum Scenario {
-    /// Two pods of one node.
+    /// Two pods on one node.
     SameNode,
-    /// Pods of two nodes.
+    /// Two pods on different nodes.
     CrossNode,
 }
 
 impl Scenario {
-    /// All, in the order in which they are run.
+    /// All scenarios in the order in which they run.
     pub const ALL: [Self; 2] = [Self::SameNode, Self::CrossNode];
 
-    /// As in rows.
+    /// Returns the name used in result rows.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -70,59 +71,59 @@ impl Scenario {
     }
 }
 
-/// What is asked of the bench.
+/// Command-line options of the benchmark.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Options {
     /// What to measure
     #[arg(value_enum, default_value = "all")]
     pub group: Group,
-    /// Rounds; each runs everything once plain and once meshed
+    /// Number of rounds; each round runs everything once plain and once meshed
     #[arg(long, default_value_t = 5)]
     pub rounds: u32,
-    /// Seconds of each run (else: 10, in the group kube 30; of short connections 31, so that ports whose connection was
-    /// closed at the beginning are still taken at the end, as in production)
+    /// Duration of each run in seconds (default: 10; kube: 30; crr: 31, so that ports in TIME_WAIT
+    /// accumulate as in production)
     #[arg(long)]
     pub seconds: Option<f64>,
-    /// Seconds for which agents are left alone before their idle memory is read, and in the group
-    /// kube their idle CPU time, too (else: 25, in the group kube 10)
+    /// Seconds to wait before reading the agents' idle memory and, in the group kube, their idle
+    /// CPU time (default: 25; kube: 10)
     #[arg(long)]
     pub idle: Option<f64>,
-    /// Write the results to this file
+    /// Write the results to this file as JSON
     #[arg(long)]
     pub json: Option<PathBuf>,
     /// Print every run
     #[arg(long)]
     pub verbose: bool,
-    /// Only this scenario
+    /// Run only this scenario
     #[arg(long, value_enum)]
     pub scenario: Option<Scenario>,
-    /// Only this metric, e.g. `rr_16`; may be repeated
+    /// Run only this metric, e.g. `rr_16`; may be repeated
     #[arg(long)]
     pub metric: Vec<String>,
-    /// Pods joined by bridges, as flannel does; else routed, as Calico does
+    /// Connect the pods by bridges, as flannel does (default: routed, as Calico does)
     #[arg(long)]
     pub bridged: bool,
-    /// NetworkPolicies that select the pods; 0: pods are not isolated
+    /// Number of NetworkPolicies that select the pods; 0: pods are not isolated
     #[arg(long, default_value_t = 50)]
     pub policies: u16,
-    /// Let the programs of both labs go before all others of the machine: for one that is not idle
+    /// Run the programs of both labs with priority over all others, for a machine that is not idle
     #[arg(long)]
     pub ahead: bool,
-    /// Run the second lab without agents, too: its ratios show what this machine can tell apart
+    /// Run the second lab without agents, too: its ratios show the machine's noise
     #[arg(long)]
     pub control: bool,
-    /// Pods of the group kube; nodes, services and policies in proportion
+    /// Pods in the group kube; nodes, services and policies are scaled in proportion
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub pods: u32,
 }
 
 impl Options {
-    /// The time for which agents are left alone.
+    /// Returns the time to wait before idle figures are read.
     fn idle(&self, default: Duration) -> Duration {
         self.idle.map_or(default, Duration::from_secs_f64)
     }
 
-    /// Shape of both labs.
+    /// Returns the topology of both labs.
     #[must_use]
     pub fn topology(&self) -> Topology {
         if self.bridged {
@@ -133,13 +134,13 @@ impl Options {
     }
 }
 
-/// What was found, by the shape of its rows.
+/// Results of a benchmark, by the type of their rows.
 #[derive(Clone, Debug, serde::Serialize)]
 #[serde(untagged)]
 pub enum Found {
-    /// Ratios of the mesh to no mesh.
+    /// Ratios of runs with the mesh to runs without.
     Datapath(Report),
-    /// Figures of one agent.
+    /// Figures for one agent in a large cluster.
     Kube(KubeReport),
 }
 
@@ -152,13 +153,13 @@ impl std::fmt::Display for Found {
     }
 }
 
-/// Runs what is asked and gives back what was found; `say` is told of the progress.
+/// Runs the selected benchmarks and returns the results; progress messages go to `say`.
 ///
 /// # Errors
-/// A lab or an agent cannot be started, something of the load failed, or traffic went another way
-/// than the scenario says.
+/// A lab or an agent cannot be started, a load program failed, or traffic did not take the path
+/// that the scenario requires.
 pub fn run(options: &Options, say: &mut dyn FnMut(&str)) -> Result<Found> {
-    ensure!(options.rounds > 0, "no rounds");
+    ensure!(options.rounds > 0, "--rounds must be at least 1");
     for (option, seconds) in [("seconds", options.seconds), ("idle", options.idle)] {
         let seconds = seconds.unwrap_or(1.0);
         ensure!(

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What passed an interface: frames on a packet socket, searched for marker bytes and counted by
-//! flow.
+//! Packet capture on interfaces: frames from a packet socket, searched for marker bytes and counted
+//! per flow.
 //!
-//! Bounded in memory: frames beyond the limit are counted but not kept, and whatever would need
-//! them then says so instead of answering wrongly.
+//! Memory is bounded: frames beyond the limit are counted but not kept, and a search that needs
+//! them fails instead of giving a wrong result.
 
 pub mod frame;
 
@@ -26,24 +26,24 @@ use mesh_sys::testbed::packet::{PacketSocket, ifindex};
 
 use frame::{Packet, Transport};
 
-/// Bytes of frames that one capture keeps.
+/// Limit of the frame bytes that one capture keeps.
 const KEPT: usize = 256 << 20;
-/// Receive buffer of the socket in the kernel.
+/// Receive buffer size of the packet socket in bytes.
 const SOCKET_BUFFER: i32 = 64 << 20;
-/// Largest frame: a GSO packet of 64 KiB with its headers; larger ones (BIG TCP) are off.
+/// Size of the largest frame: a GSO packet of 64 KiB with headers; BIG TCP is off.
 const FRAME: usize = 128 << 10;
-/// Frames taken before commands are looked at.
+/// Number of frames received between checks for commands.
 const BATCH: usize = 1024;
-/// Frames taken after a command, so that everything sent before it is in, but endless traffic
-/// does not keep it waiting.
+/// Limit of the frames received after a command: enough to include everything sent before it,
+/// while endless traffic cannot delay the answer forever.
 const DRAIN: usize = 1 << 19;
 
-/// Which frames of a namespace to capture.
+/// The frames of a namespace to capture.
 #[derive(Clone, Debug)]
 pub enum Scope {
     /// Both directions of one interface.
     Interface(String),
-    /// What comes in from every port of a bridge: each frame on that segment exactly once.
+    /// Ingress of every port of a bridge, which gives each frame on that segment exactly once.
     PortsOf(&'static str),
 }
 
@@ -60,10 +60,10 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// Begins to capture; when this returns, no later frame is missed.
+    /// Starts a capture; no frame sent after this returns is missed.
     ///
     /// # Errors
-    /// There is no such interface, or no packet socket can be had.
+    /// The interface does not exist, or a packet socket cannot be opened.
     pub fn start(host: &Host, scope: &Scope) -> Result<Self> {
         let (socket, skip) = host.in_ns(|| open(scope))?;
         let (commands, orders) = UnixStream::pair()?;
@@ -76,7 +76,7 @@ impl Capture {
         })
     }
 
-    /// What was captured up to now; the capture goes on.
+    /// Returns the frames captured so far; the capture continues.
     ///
     /// # Errors
     /// The socket failed.
@@ -87,7 +87,7 @@ impl Capture {
         self.answers.recv().context("the capture has ended")
     }
 
-    /// Ends the capture and gives what it has.
+    /// Ends the capture and returns all captured frames.
     ///
     /// # Errors
     /// The socket failed.
@@ -118,7 +118,7 @@ fn open(scope: &Scope) -> Result<(PacketSocket, Option<i32>)> {
         }
         Scope::PortsOf(bridge) => {
             socket.ignore_outgoing()?;
-            // Frames that also go up the bridge itself would be seen twice.
+            // Skip the bridge itself, on which frames from its ports would appear again.
             let skip = ifindex(bridge)?;
             socket.bind_all(0)?;
             Ok((socket, Some(skip)))
@@ -138,7 +138,7 @@ fn run(
     loop {
         let fds = [socket.as_fd(), orders.as_fd()];
         let ready = testbed::poll_any(&fds, Duration::from_secs(3600))?;
-        // Commands first look, then drain: every frame before the command is then included.
+        // Check for commands first, then drain, so that every frame before the command is included.
         let order = if ready[1] {
             Some(orders.read(&mut command)?)
         } else {
@@ -167,7 +167,7 @@ fn run(
     }
 }
 
-/// One direction of a TCP or UDP conversation.
+/// One direction of a TCP or UDP flow.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Flow {
     /// IP protocol number.
@@ -176,30 +176,30 @@ pub struct Flow {
     pub src: SocketAddr,
     /// Receiver.
     pub dst: SocketAddr,
-    /// Frames.
+    /// Number of frames.
     pub packets: u64,
-    /// SYNs without ACK.
+    /// Number of SYNs without ACK.
     pub syns: u64,
-    /// SYNs with ACK.
+    /// Number of SYNs with ACK.
     pub syn_acks: u64,
-    /// RSTs.
+    /// Number of RSTs.
     pub resets: u64,
-    /// Payload bytes, repeated ones included.
+    /// Payload bytes, retransmissions included.
     pub payload_bytes: u64,
 }
 
 type FlowKey = (u8, SocketAddr, SocketAddr);
 
-/// Where a marker was found.
+/// A place where a marker was found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hit {
-    /// Sender and receiver; none where the frame is not TCP or UDP.
+    /// Protocol, sender and receiver; `None` if the frame is neither TCP nor UDP.
     pub flow: Option<FlowKey>,
-    /// The frame in which it is, or in which it begins, counted from 0.
+    /// Index of the frame in which the marker begins, from 0.
     pub frame: usize,
 }
 
-/// What a capture has.
+/// The frames and flows of a capture.
 #[derive(Clone, Debug, Default)]
 pub struct Captured {
     frames: Vec<Arc<[u8]>>,
@@ -248,22 +248,22 @@ impl Captured {
         }
     }
 
-    /// Every frame that was kept, in order.
+    /// Returns all kept frames in order.
     pub fn frames(&self) -> impl Iterator<Item = &[u8]> {
         self.frames.iter().map(AsRef::as_ref)
     }
 
-    /// Every frame that was kept and is IP, in order.
+    /// Returns the IP packets of all kept frames in order.
     pub fn packets(&self) -> impl Iterator<Item = Packet<'_>> {
         self.frames().filter_map(Packet::parse)
     }
 
-    /// The flows, ordered by protocol and addresses.
+    /// Returns the flows, ordered by protocol and addresses.
     pub fn flows(&self) -> impl Iterator<Item = &Flow> {
         self.flows.values()
     }
 
-    /// Ports to which TCP connections were opened (a SYN without ACK), ascending.
+    /// Returns the ports to which TCP connections were opened (a SYN without ACK), ascending.
     #[must_use]
     pub fn tcp_ports(&self) -> Vec<u16> {
         let opened = self.flows.values().filter(|flow| flow.syns > 0);
@@ -273,8 +273,8 @@ impl Captured {
         ports
     }
 
-    /// Ports on either side of any TCP segment, the lower of each flow, ascending: what `tcp_ports`
-    /// cannot see are segments without a SYN.
+    /// Returns the lower port of each TCP flow, ascending. Unlike `tcp_ports` this includes flows
+    /// without a SYN.
     #[must_use]
     pub fn tcp_service_ports(&self) -> Vec<u16> {
         let tcp = self
@@ -289,10 +289,10 @@ impl Captured {
         ports
     }
 
-    /// Where the bytes occur: in any one frame, or across the segments of a TCP flow.
+    /// Finds the bytes in any single frame or across consecutive segments of a TCP flow.
     ///
     /// # Errors
-    /// They were not found, but frames are missing, so that this proves nothing.
+    /// The bytes were not found, but frames are missing, so their absence is not proven.
     pub fn find(&self, marker: &[u8]) -> Result<Vec<Hit>> {
         let finder = Finder::new(marker);
         let mut hits = Vec::new();
@@ -331,15 +331,15 @@ impl Captured {
         }
         if hits.is_empty() {
             self.complete()
-                .context("the marker was not found, which proves nothing")?;
+                .context("the marker was not found, but the capture is incomplete")?;
         }
         Ok(hits)
     }
 
-    /// That no frame is missing.
+    /// Checks that no frame is missing.
     ///
     /// # Errors
-    /// The kernel dropped some, or there were too many to keep.
+    /// The kernel dropped frames, or there were too many to keep.
     pub fn complete(&self) -> Result<()> {
         ensure!(self.lost == 0, "{} frames were lost", self.lost);
         ensure!(self.not_kept == 0, "{} frames were not kept", self.not_kept);
@@ -354,7 +354,7 @@ struct Segment<'a> {
     frame: usize,
 }
 
-/// Frames in which a marker begins that goes on in the next segment.
+/// Returns the frames in which a marker begins that continues in the next segment.
 fn split_hits(segments: &[Segment<'_>], finder: &Finder<'_>, marker: usize) -> Vec<usize> {
     let mut hits = Vec::new();
     let mut by_seq: BTreeMap<u32, Vec<&Segment<'_>>> = BTreeMap::new();
@@ -365,8 +365,8 @@ fn split_hits(segments: &[Segment<'_>], finder: &Finder<'_>, marker: usize) -> V
         return hits;
     };
     for first in segments {
-        // The end of this segment and the beginning of what follows it, over as many segments as
-        // a marker can span.
+        // The end of this segment and the beginning of the following ones, as many as a marker can
+        // span.
         let start = first.payload.len().saturating_sub(tail);
         let mut window = first.payload[start..].to_vec();
         let own = window.len();

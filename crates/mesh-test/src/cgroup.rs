@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! cgroup v2 directories: find the mount, make, kill, remove.
+//! cgroup v2 directories: finding the mount, creating, killing and removing cgroups.
 //!
-//! No controllers are used, so this works on unified and hybrid hosts alike.
+//! No controllers are used, so this works on hosts with the unified and the hybrid hierarchy.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 
 use crate::wait::eventually;
 
-/// Where cgroup v2 is mounted.
+/// Returns the mount point of cgroup v2.
 ///
 /// # Errors
 /// There is no cgroup2 mount.
@@ -30,8 +30,8 @@ fn find_mount(mountinfo: &str) -> Option<PathBuf> {
     })
 }
 
-/// The cgroups of this name in all hierarchies that there are: the v1 ones that nodes of a cluster
-/// use, then cgroup2.
+/// Returns the cgroups of this name in all hierarchies: the v1 hierarchies, which cluster nodes
+/// use, then cgroup v2.
 pub(crate) fn everywhere(name: &str) -> Vec<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let points = mounts.lines().filter_map(|line| {
@@ -43,12 +43,12 @@ pub(crate) fn everywhere(name: &str) -> Vec<PathBuf> {
     found.filter(|path| path.exists()).collect()
 }
 
-/// Makes the cgroup and its parents.
+/// Creates the cgroup and its parents.
 pub(crate) fn create(path: &Path) -> Result<()> {
     fs::create_dir_all(path).with_context(|| format!("cannot make cgroup {}", path.display()))
 }
 
-/// The file through which a process joins.
+/// Opens `cgroup.procs`, to which a process writes to join the cgroup.
 pub(crate) fn open_procs(path: &Path) -> Result<OwnedFd> {
     let procs = path.join("cgroup.procs");
     let file = File::options().write(true).open(&procs);
@@ -57,7 +57,7 @@ pub(crate) fn open_procs(path: &Path) -> Result<OwnedFd> {
         .into())
 }
 
-/// Processes in this cgroup (not in those below).
+/// Returns the processes in this cgroup, without those of its children.
 ///
 /// # Errors
 /// The cgroup does not exist.
@@ -66,7 +66,7 @@ pub fn processes(path: &Path) -> Result<Vec<u32>> {
     Ok(list.lines().filter_map(|line| line.parse().ok()).collect())
 }
 
-/// Processes in and below this cgroup.
+/// Returns the processes in and below this cgroup.
 ///
 /// # Errors
 /// The cgroup does not exist.
@@ -80,8 +80,8 @@ pub fn all_processes(path: &Path) -> Result<Vec<u32>> {
     Ok(found)
 }
 
-/// CPU time, user and system, of everything that is or was in and below this cgroup. No controller
-/// is needed for that.
+/// Returns the user plus system CPU time of all present and past processes in and below this
+/// cgroup. This needs no controller.
 ///
 /// # Errors
 /// The cgroup does not exist.
@@ -100,7 +100,7 @@ fn populated(path: &Path) -> bool {
         .is_ok_and(|events| events.lines().any(|line| line == "populated 1"))
 }
 
-/// Kills every process in and below the cgroup and waits until they are gone.
+/// Kills every process in and below the cgroup and waits until all have exited.
 pub(crate) fn kill(path: &Path) -> Result<()> {
     match fs::write(path.join("cgroup.kill"), "1") {
         Ok(()) => {}
@@ -113,7 +113,7 @@ pub(crate) fn kill(path: &Path) -> Result<()> {
     })
 }
 
-/// Removes the cgroup and those below; no process may be left in them.
+/// Removes the cgroup and its children, which must have no processes.
 pub(crate) fn remove(path: &Path) -> Result<()> {
     let entries = match fs::read_dir(path) {
         Ok(entries) => entries,
@@ -125,7 +125,7 @@ pub(crate) fn remove(path: &Path) -> Result<()> {
             remove(&entry.path())?;
         }
     }
-    // A cgroup stays busy for a moment after its last process has ended.
+    // A cgroup stays busy for a moment after its last process has exited.
     let what = format!("cgroup {} to be removable", path.display());
     eventually(&what, Duration::from_secs(10), || {
         match fs::remove_dir(path) {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A real Kubernetes cluster on this machine: a control plane, and nodes with containerd, runc,
-//! kubelet and kube-proxy, on the same wire as a lab's.
+//! kubelet and kube-proxy, connected by a bridge as in a lab.
 //!
-//! Each node has a network, mount, UTS and cgroup namespace of its own and its own subtree in
-//! every cgroup hierarchy, so that all programs find their usual paths and nothing of theirs is
-//! left on the machine. Removed on drop, and after a kill -9 by the next one, as a lab is.
+//! Each node has its own network, mount, UTS and cgroup namespaces and its own subtree in every
+//! cgroup hierarchy, so all programs find their usual paths and leave nothing on the machine.
+//! The cluster is removed on drop; after a SIGKILL the next cluster removes it.
 
 mod image;
 mod machine;
@@ -30,11 +30,11 @@ pub use image::BASE;
 use machine::Given;
 pub use machine::Machine;
 
-/// How long nodes may take to become Ready, and a rollout to be done, on a machine that also
+/// Deadline for nodes to become Ready and for rollouts to complete, on a machine that also
 /// compiles.
 pub const SOON: Duration = Duration::from_secs(120);
 
-/// A cluster that runs; ended and removed when dropped.
+/// A running cluster; drop stops and removes it.
 #[derive(Debug)]
 pub struct Cluster {
     nodes: Vec<Machine>,
@@ -42,19 +42,19 @@ pub struct Cluster {
     wire: Host,
     audit: PathBuf,
     dir: PathBuf,
-    /// Last, so that everything else has let go before.
+    /// Dropped last, after everything else has released its resources.
     #[expect(dead_code, reason = "held for its drop")]
     cleaner: Cleaner,
 }
 
-/// What the API server writes down of who asks it what.
+/// The audit policy and audit log of the API server.
 struct Audit {
     flags: [String; 2],
     log: PathBuf,
 }
 
 impl Audit {
-    /// Of the mesh's own service accounts alone.
+    /// Writes an audit policy that covers only the mesh's own service accounts.
     fn new(dir: &Path) -> Result<Self> {
         let (policy, log) = (dir.join("audit.json"), dir.join("audit.log"));
         let rules = serde_json::json!({
@@ -77,11 +77,11 @@ impl Audit {
 }
 
 impl Cluster {
-    /// Starts a control plane and `count` nodes, and waits until all are Ready. `progress` is told
-    /// what is being done.
+    /// Starts a control plane and `count` nodes, and waits until all are Ready. `progress` receives
+    /// a message for each step.
     ///
     /// # Errors
-    /// Not root, or something does not start; the error carries its last words.
+    /// The caller is not root, or a program does not start; the error contains the end of its log.
     pub fn start(count: u8, progress: impl Fn(&str)) -> Result<Self> {
         ensure!(
             testbed::effective_uid() == 0,
@@ -96,19 +96,19 @@ impl Cluster {
         let wire = Host::new("wire", netns, group.join("wire"), dir.join("wire"))?;
         topology::lay_wire(&wire)?;
         wire.sysctl("ipv4/ip_forward", "1")?;
-        // Pods ask the API server from their own addresses.
+        // Pods reach the API server from their own addresses.
         topology::lead_to_pods(&wire, count)?;
         let audit = Audit::new(&dir)?;
-        progress("the control plane: etcd, API server, controller manager, scheduler");
+        progress("starting the control plane: etcd, API server, controller manager, scheduler");
         let kube = Kube::builder()
             .controllers()
             .scheduler()
-            // Those that end pods of dead nodes, too.
+            // The flag also makes the controller manager evict the pods of dead nodes sooner.
             .controller_flag("--node-monitor-grace-period=20s")
             .api_flag(&audit.flags[0])
             .api_flag(&audit.flags[1])
             .start_at(id, wire.beside("kube")?, (IpAddr::V4(Lab::gateway()), None))?;
-        progress("the nodes: containerd, kubelet, kube-proxy");
+        progress("starting the nodes: containerd, kubelet, kube-proxy");
         let given = Given {
             kube: &kube,
             proxy: &kube.user("system:kube-proxy", None)?,
@@ -141,8 +141,8 @@ impl Cluster {
     }
 
     fn wait_ready(&self, node: &Machine) -> Result<()> {
-        // The taint goes a moment later; until then nothing is scheduled, and a DaemonSet of no
-        // pods counts as rolled out.
+        // The not-ready taint is removed a moment later; until then nothing is scheduled, and a
+        // DaemonSet without pods counts as rolled out.
         let untainted = |object: &serde_json::Value| object["spec"]["taints"].is_null();
         let ready = |object: &serde_json::Value| {
             let conditions = object["status"]["conditions"].as_array();
@@ -158,64 +158,64 @@ impl Cluster {
         found.map(drop).with_context(|| node.log_tails())
     }
 
-    /// The control plane.
+    /// Returns the control plane.
     #[must_use]
     pub fn kube(&self) -> &Kube {
         &self.kube
     }
 
-    /// The control plane, to be stopped and started.
+    /// Returns the control plane, to stop and start its servers.
     pub fn kube_mut(&mut self) -> &mut Kube {
         &mut self.kube
     }
 
-    /// Its nodes.
+    /// Returns the nodes.
     #[must_use]
     pub fn nodes(&self) -> &[Machine] {
         &self.nodes
     }
 
-    /// Node `number`, from 1.
+    /// Returns node `number`, counted from 1.
     ///
     /// # Panics
-    /// There are fewer.
+    /// The cluster has fewer nodes.
     #[must_use]
     pub fn node(&self, number: u8) -> &Machine {
         &self.nodes[usize::from(number) - 1]
     }
 
-    /// The node of this name.
+    /// Returns the node with this name.
     ///
     /// # Errors
-    /// There is none.
+    /// The cluster has no such node.
     pub fn node_named(&self, name: &str) -> Result<&Machine> {
         let found = self.nodes.iter().find(|node| node.name() == name);
         found.with_context(|| format!("no node {name}"))
     }
 
-    /// What service accounts of the mesh's namespace have asked the API server for, a JSON object a
-    /// line (`audit.k8s.io/v1`, level Metadata).
+    /// Returns the path of the audit log of requests by service accounts in the mesh's namespace:
+    /// one JSON object per line (`audit.k8s.io/v1`, level Metadata).
     #[must_use]
     pub fn audit_log(&self) -> &Path {
         &self.audit
     }
 
-    /// Where files of tests may lie; removed with the cluster.
+    /// Returns a directory for files of tests; it is removed with the cluster.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The namespace that joins the nodes.
+    /// Returns the network namespace of the bridge that connects the nodes.
     #[must_use]
     pub fn wire(&self) -> &Host {
         &self.wire
     }
 
-    /// Captures what nodes put on the wire: each frame once.
+    /// Captures the frames that nodes send to each other, each exactly once.
     ///
     /// # Errors
-    /// No packet socket can be had.
+    /// A packet socket cannot be opened.
     pub fn capture_wire(&self) -> Result<Capture> {
         Capture::start(&self.wire, &Scope::PortsOf(topology::WIRE))
     }
@@ -223,15 +223,15 @@ impl Cluster {
     /// Imports an image (a docker or OCI archive) on all nodes.
     ///
     /// # Errors
-    /// It is not an archive.
+    /// The file is not a valid archive.
     pub fn import(&self, archive: &Path) -> Result<()> {
         self.nodes.iter().try_for_each(|node| node.import(archive))
     }
 
-    /// `kubectl exec` in a pod or in one of `deploy/NAME`: its output, whatever comes of it.
+    /// Runs `kubectl exec` in a pod or in one of `deploy/NAME` and returns its output and status.
     ///
     /// # Errors
-    /// kubectl cannot be run, or hangs.
+    /// kubectl cannot be run or times out.
     pub fn exec<'a>(
         &self,
         (namespace, pod): (&'a str, &'a str),
@@ -244,7 +244,7 @@ impl Cluster {
     /// Waits until a workload is rolled out, e.g. `deploy/web`.
     ///
     /// # Errors
-    /// It is not within [`SOON`]; the error says what its pods do instead.
+    /// The rollout is not complete within [`SOON`]; the error describes the namespace's pods.
     pub fn rolled_out(&self, namespace: &str, workload: &str) -> Result<()> {
         let timeout = format!("--timeout={}s", SOON.as_secs());
         let args = ["rollout", "status", "--namespace", namespace, workload];
@@ -253,7 +253,7 @@ impl Cluster {
         done.map(drop).with_context(|| self.report(namespace))
     }
 
-    /// What the pods of a namespace do, for error messages.
+    /// Describes the state of the pods of a namespace, for error messages.
     #[must_use]
     pub fn report(&self, namespace: &str) -> String {
         let mut report = Report::default();

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The shop of deploy/examples on two nodes, and what the mesh promises of it, line by line.
+//! The shop of deploy/examples on two nodes, and a check for each promise of the mesh.
 //!
-//! Each line is a function that makes traffic and looks for evidence outside the agent: a client's
-//! exit code, an application's log, a capture, `ss`. The `demo` program prints the evidence; tests
-//! run the same lines, and again with enrolment off, where every one of them must fail.
+//! Each check makes traffic and looks for evidence outside the agent: a client's exit code, an
+//! application's log, a packet capture, `ss`. The `demo` program prints the evidence; tests run the
+//! same checks, and again without enrollment, where every one must fail.
 
 mod lines;
 
@@ -27,25 +27,25 @@ pub use lines::LINES;
 
 /// Addresses and ports of the services in deploy/examples/shop/services.yaml.
 pub(crate) mod service {
-    /// The front, by IPv4 and by IPv6.
+    /// IPv4 and IPv6 addresses of the web front end.
     pub(crate) const WEB: [&str; 2] = ["10.96.0.20", "[fd00:96::20]"];
-    /// The application, port included.
+    /// Address and port of the application.
     pub(crate) const APP: &str = "10.96.0.21:8000";
-    /// Redis, port included.
+    /// Address and port of Redis.
     pub(crate) const REDIS: &str = "10.96.0.22:6379";
-    /// PostgreSQL, port included.
+    /// Address and port of PostgreSQL.
     pub(crate) const POSTGRES: &str = "[fd00:96::23]:5432";
 }
 
-/// The port on which the front's pod listens.
+/// The port on which the web front end's pod listens.
 pub(crate) const WEB_PORT: u16 = 8080;
 /// The port on which the application's pod listens.
 const APP_PORT: u16 = 8000;
-/// The ports of the stores.
+/// The ports of the data stores' pods.
 pub(crate) const REDIS_PORT: u16 = 6379;
 pub(crate) const POSTGRES_PORT: u16 = 5432;
 
-/// What was seen of one line, a sentence each.
+/// The evidence for one check, as sentences.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Evidence(Vec<String>);
 
@@ -55,31 +55,31 @@ impl Evidence {
         self.0.push(what.to_string());
     }
 
-    /// The sentences.
+    /// Returns the sentences.
     pub fn lines(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(String::as_str)
     }
 }
 
-/// A promise, and how it is checked.
+/// A promise of the mesh and its check.
 #[derive(Clone, Copy, Debug)]
 pub struct Line {
-    /// The promise.
+    /// Title: the promise.
     pub title: &'static str,
-    /// Makes the traffic and finds the evidence, or tells what is wrong.
+    /// Makes the traffic and returns the evidence, or an error if the promise does not hold.
     pub check: fn(&Demo) -> Result<Evidence>,
 }
 
-/// The shop in its mesh, every program running, and a capture between the nodes.
+/// The running shop in its mesh, with a capture between the nodes.
 #[derive(Debug)]
 pub struct Demo {
-    /// nginx in front.
+    /// The nginx front end.
     pub(crate) web: Nginx,
-    /// The application behind it.
+    /// The application behind nginx.
     pub(crate) app: Shop,
     #[expect(dead_code, reason = "held for their drop")]
     stores: [Proc; 2],
-    /// From before the first request on.
+    /// Capture that starts before the first request.
     pub(crate) capture: Capture,
     items: AtomicU32,
     mesh: Mesh,
@@ -93,26 +93,26 @@ impl Deref for Demo {
 }
 
 impl Demo {
-    /// Starts it all. With `enrolled` false the namespaces carry no label, and nothing else is
-    /// different. `progress` is told what is being done.
+    /// Starts the mesh and the shop. With `enrolled` false, the only difference is that namespaces
+    /// have no enrollment label. `progress` receives a message for each step.
     ///
     /// # Errors
-    /// Something does not start.
+    /// A program does not start.
     pub fn start(enrolled: bool, progress: impl Fn(&str)) -> Result<Self> {
-        progress("two nodes and nine pods, as network namespaces");
+        progress("creating two nodes and nine pods as network namespaces");
         let mut lab = Lab::builder(Topology::Routed).build()?;
         manifests(&lab, enrolled)?;
         for spec in pods() {
             lab.add_pod(spec)?;
         }
-        progress("an agent on each node");
+        progress("starting an agent on each node");
         let mesh = Mesh::start(lab)?;
-        progress("Redis and PostgreSQL");
+        progress("starting Redis and PostgreSQL");
         let stores = [
             redis(&mesh.pod("redis"), REDIS_PORT)?,
             postgres(&mesh.pod("postgres"), POSTGRES_PORT, SHOP_SQL)?,
         ];
-        progress("the application, and nginx in front of it");
+        progress("starting the application and its nginx front end");
         let app = Shop::start(
             &mesh.pod("app"),
             APP_PORT,
@@ -132,14 +132,14 @@ impl Demo {
         })
     }
 
-    /// A word that was not used before, to be found again in logs, answers and captures.
+    /// Returns a unique word to search for in logs, answers and captures.
     pub(crate) fn word(&self) -> String {
         let number = self.items.fetch_add(1, Ordering::Relaxed);
         format!("teapot{}x{number:04}", std::process::id())
     }
 }
 
-/// Node 1 has those who ask, node 2 those who answer, so that nearly everything crosses the wire.
+/// Returns the pods: clients on node 1, servers on node 2, so that most traffic crosses nodes.
 fn pods() -> [PodSpec; 9] {
     let client = |name, node, app| {
         PodSpec::new(name, node)
@@ -157,12 +157,12 @@ fn pods() -> [PodSpec; 9] {
         server("web", 2),
         server("redis", 2),
         server("postgres", 2),
-        // Takes no part in the mesh.
+        // This pod is not enrolled.
         client("plain", 1, "client").namespace("outside"),
     ]
 }
 
-/// deploy/examples/shop.
+/// Returns the directory deploy/examples/shop.
 fn examples() -> Result<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
         .ancestors()
@@ -171,7 +171,7 @@ fn examples() -> Result<PathBuf> {
     Ok(root.join("deploy/examples/shop"))
 }
 
-/// Puts the example's manifests beside those that the lab writes of its nodes and pods.
+/// Adds the example's manifests to those of the lab's nodes and pods.
 fn manifests(lab: &Lab, enrolled: bool) -> Result<()> {
     let dir = examples()?;
     let read = |name: &str| {

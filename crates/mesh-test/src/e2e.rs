@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The mesh as it is installed: a real cluster of two nodes, the image, the chart or the kustomize
-//! base, the shop as Deployments, and what an operator does to them.
+//! End-to-end checks of an installed mesh: a real cluster of two nodes, the image, the chart or the
+//! kustomize base, the shop as Deployments, and an operator's actions on them.
 //!
-//! Each line makes traffic from containers and looks for evidence outside the mesh: an exit code, a
-//! capture between the nodes, what is left on a node.
+//! Each check makes traffic from containers and looks for evidence outside the mesh: an exit code,
+//! a packet capture between the nodes, the state left on a node.
 
 mod containers;
 mod kinds;
@@ -26,33 +26,34 @@ use crate::process::{Cmd, Output, Proc, tail};
 pub use kinds::KINDS;
 pub use lines::{CHANGES, DEMO};
 
-/// Where the mesh lives.
+/// Namespace in which the mesh is installed.
 pub(crate) const SYSTEM: &str = "mesh-system";
 
-/// How the mesh is installed.
+/// The installation method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Installer {
-    /// The chart, by helm.
+    /// The Helm chart.
     Helm,
-    /// The base, by `kubectl apply -k`.
+    /// The kustomize base, with `kubectl apply -k`.
     Kustomize,
 }
 
-/// The installed mesh with the shop in it.
+/// An installed mesh with the shop.
 #[derive(Debug)]
 pub struct Installed {
     pub(crate) installer: Installer,
-    /// From before the first request on.
+    /// Capture that starts before the first request.
     pub(crate) capture: Capture,
     cluster: Cluster,
 }
 
-/// A promise, and how it is checked.
+/// A promise of the mesh and its check.
 #[derive(Clone, Copy, Debug)]
 pub struct Line {
-    /// The promise.
+    /// Title: the promise.
     pub title: &'static str,
-    /// Makes the traffic and gives the evidence, a sentence each, or tells what is wrong.
+    /// Makes the traffic and returns the evidence as sentences, or an error if the promise does not
+    /// hold.
     pub check: fn(&Installed) -> Result<Vec<String>>,
 }
 
@@ -63,13 +64,13 @@ fn deploy(what: &str) -> Result<PathBuf> {
 
 impl Installed {
     /// Starts the cluster, imports the image, installs the mesh and the shop, and waits until all
-    /// are rolled out. `progress` is told what is being done.
+    /// are rolled out. `progress` receives a message for each step.
     ///
     /// # Errors
-    /// Something does not come up; the error carries what its pods say.
+    /// A program or workload does not start; the error describes the pods.
     pub fn start(installer: Installer, image: &Path, progress: impl Fn(&str)) -> Result<Self> {
         let cluster = Cluster::start(2, &progress)?;
-        progress("the image, on both nodes");
+        progress("importing the image on both nodes");
         cluster.import(image)?;
         let capture = cluster.capture_wire()?;
         let this = Self {
@@ -87,7 +88,7 @@ impl Installed {
         Ok(this)
     }
 
-    /// The cluster.
+    /// Returns the cluster.
     #[must_use]
     pub fn cluster(&self) -> &Cluster {
         &self.cluster
@@ -105,8 +106,8 @@ impl Installed {
                 let kube = self.cluster.kube();
                 let shared = format!("{base}/policy-api");
                 kube.kubectl(["create", "-k", &shared])?;
-                // A namespace and what is in it, a kind and its objects: the server takes them in
-                // the order in which kustomize gives them.
+                // The base has a Namespace and a CRD before the objects that need them, and the API
+                // server applies them in kustomize's order.
                 kube.kubectl(["apply", "--server-side", "-k", &base])?;
             }
         }
@@ -126,10 +127,10 @@ impl Installed {
         kube.host().run(cmd, SOON * 3)?.ok()
     }
 
-    /// Takes the mesh away again, as the documentation says.
+    /// Uninstalls the mesh as documented.
     ///
     /// # Errors
-    /// Something resists.
+    /// An object cannot be removed.
     pub fn uninstall(&self) -> Result<()> {
         match self.installer {
             Installer::Helm => self.helm(&["uninstall", "mesh", "--wait"]).map(drop),
@@ -149,7 +150,7 @@ impl Installed {
         .with_context(|| self.cluster.report(SYSTEM))
     }
 
-    /// A request from a container of one of the clients: whether it succeeded, and what was said.
+    /// Sends a request with curl from a container of a client and returns its output and status.
     pub(crate) fn curl(&self, from: (&str, &str), url: &str) -> Result<Output> {
         let (namespace, deployment) = from;
         let target = format!("deploy/{deployment}");
@@ -168,7 +169,7 @@ impl Installed {
             .try_kubectl(exec.into_iter().chain(curl))
     }
 
-    /// A script in a container: whether it succeeded, and what was said.
+    /// Runs a Python script in a container and returns its output and status.
     pub(crate) fn python(&self, at: (&str, &str), script: &str) -> Result<Output> {
         let (namespace, deployment) = at;
         let target = format!("deploy/{deployment}");
@@ -178,7 +179,7 @@ impl Installed {
         kube.try_kubectl(exec.into_iter().chain(python))
     }
 
-    /// Requests, each on a connection of its own, until it is ended.
+    /// Starts sending requests, each on a new connection, until stopped.
     pub(crate) fn load(&self, from: (&str, &str), url: &str) -> Result<Load> {
         let (namespace, deployment) = from;
         let target = format!("deploy/{deployment}");
@@ -206,7 +207,7 @@ impl Installed {
     }
 }
 
-/// Requests that go on.
+/// A running load of requests.
 #[derive(Debug)]
 pub(crate) struct Load {
     process: Proc,
@@ -214,7 +215,7 @@ pub(crate) struct Load {
 }
 
 impl Load {
-    /// Ends it: how many succeeded, and what the others said.
+    /// Stops the load; returns the number of successful requests and the errors of the others.
     pub(crate) fn end(mut self, on: &Installed) -> Result<(usize, Vec<String>)> {
         let (namespace, target) = (self.from.0.as_str(), self.from.1.as_str());
         let stop = [

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Packets of any content with right checksums: what an attacker with CAP_NET_RAW can send.
+//! Forged packets with valid checksums: what an attacker with CAP_NET_RAW can send.
 //!
-//! Builds bytes only; sending is the `probe` program's work.
+//! This module only builds bytes; the `probe` program sends them.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
@@ -20,15 +20,15 @@ pub const SCTP: u8 = 132;
 pub const UDP_LITE: u8 = 136;
 
 const HOPS: u8 = 64;
-/// Neighbour discovery is only taken with this hop limit (RFC 4861, 7.1).
+/// Hop limit that neighbor discovery requires (RFC 4861, section 7.1).
 const ND_HOPS: u8 = 255;
 
-/// A hardware address.
+/// A MAC address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mac(pub [u8; 6]);
 
 impl Mac {
-    /// To everybody on the link.
+    /// The broadcast address.
     pub const BROADCAST: Self = Self([0xff; 6]);
 }
 
@@ -39,16 +39,17 @@ impl FromStr for Mac {
             .split(':')
             .map(|part| u8::from_str_radix(part, 16))
             .collect();
-        let bytes = bytes.with_context(|| format!("{text} is no MAC"))?;
+        let bytes = bytes.with_context(|| format!("invalid MAC address {text}"))?;
         let six = <[u8; 6]>::try_from(bytes).ok();
-        six.map(Self).with_context(|| format!("{text} is no MAC"))
+        six.map(Self)
+            .with_context(|| format!("invalid MAC address {text}"))
     }
 }
 
-/// TCP flags from letters: any of `FSRPA`.
+/// Parses TCP flags, any letters of `FSRPA`.
 ///
 /// # Errors
-/// There is another letter.
+/// Another letter occurs.
 pub fn tcp_flags(letters: &str) -> Result<u8> {
     letters.chars().try_fold(0, |flags, letter| {
         Ok(flags
@@ -58,15 +59,15 @@ pub fn tcp_flags(letters: &str) -> Result<u8> {
                 'R' => RST,
                 'P' => PSH,
                 'A' => ACK,
-                other => bail!("no TCP flag {other}"),
+                other => bail!("invalid TCP flag {other}: must be one of FSRPA"),
             })
     })
 }
 
-/// An IP protocol number from its name or number.
+/// Parses an IP protocol, given by name or number.
 ///
 /// # Errors
-/// It is neither.
+/// The text is neither a known name nor a number.
 pub fn protocol(text: &str) -> Result<u8> {
     Ok(match text {
         "tcp" => TCP,
@@ -77,11 +78,11 @@ pub fn protocol(text: &str) -> Result<u8> {
         "udplite" => UDP_LITE,
         number => number
             .parse()
-            .with_context(|| format!("no protocol {number}"))?,
+            .with_context(|| format!("invalid protocol {number}"))?,
     })
 }
 
-/// What to say above IP.
+/// A transport header and its payload.
 #[derive(Clone, Debug)]
 pub struct Segment {
     /// IP protocol number.
@@ -92,11 +93,11 @@ pub struct Segment {
     pub seq: u32,
     /// TCP acknowledgement number.
     pub ack: u32,
-    /// What follows the header.
+    /// Payload after the header.
     pub payload: Vec<u8>,
 }
 
-/// Internet checksum over several parts, all but the last of even length (RFC 1071).
+/// Computes the Internet checksum (RFC 1071) over parts of even length; the last may be odd.
 fn checksum(parts: &[&[u8]]) -> u16 {
     let mut sum = 0_u32;
     for part in parts {
@@ -119,10 +120,10 @@ fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// Checksum of a transport header and what follows, with the pseudo header of its family.
+/// Computes the checksum of a transport header and payload, with the family's pseudo header.
 fn transport_checksum(src: IpAddr, dst: IpAddr, protocol: u8, body: &[u8]) -> Result<u16> {
     let length = u32::try_from(body.len())?.to_be_bytes();
-    // The shorter pseudo header of IPv4 has the same sum.
+    // IPv4's shorter pseudo header has the same sum.
     let pseudo = [
         octets(src),
         octets(dst),
@@ -133,26 +134,26 @@ fn transport_checksum(src: IpAddr, dst: IpAddr, protocol: u8, body: &[u8]) -> Re
     Ok(checksum(&[&pseudo, body]))
 }
 
-/// An IP packet from `src` to `dst` (whose ports are used where the protocol has such).
+/// Builds an IP packet from `src` to `dst`, whose ports are used if the protocol has ports.
 ///
 /// # Errors
-/// The two are of different families, or it would be longer than IP allows.
+/// The addresses are of different families, or the packet exceeds the maximum size.
 pub fn packet(src: SocketAddr, dst: SocketAddr, segment: &Segment) -> Result<Vec<u8>> {
     let ports = [src.port().to_be_bytes(), dst.port().to_be_bytes()].concat();
     let payload = &segment.payload;
     let (mut body, sum_at) = match segment.protocol {
         TCP => {
             let numbers = [segment.seq.to_be_bytes(), segment.ack.to_be_bytes()].concat();
-            // Header of 5 words; flags; a full window; checksum; no urgent data.
+            // Header length of 5 words; flags; maximum window; checksum; no urgent data.
             let rest = [5 << 4, segment.flags, 0xff, 0xff, 0, 0, 0, 0];
             ([&ports[..], &numbers, &rest, payload].concat(), Some(16))
         }
-        // UDP-Lite: the same, the length being the checksum's coverage.
+        // UDP-Lite has the same header; its length field is the checksum coverage.
         UDP | UDP_LITE => {
             let length = u16::try_from(payload.len() + 8)?.to_be_bytes();
             ([&ports[..], &length, &[0, 0], payload].concat(), Some(6))
         }
-        // Echo requests, with the ports as identifier and number.
+        // An echo request with the ports as identifier and sequence number.
         ICMP => ([&[8, 0, 0, 0][..], &ports, payload].concat(), None),
         ICMPV6 => ([&[128, 0, 0, 0][..], &ports, payload].concat(), Some(2)),
         SCTP => ([&ports[..], &[0; 8], payload].concat(), None),
@@ -168,7 +169,7 @@ pub fn packet(src: SocketAddr, dst: SocketAddr, segment: &Segment) -> Result<Vec
     ip_packet(src.ip(), dst.ip(), (segment.protocol, HOPS), &body)
 }
 
-/// An IP packet around any body.
+/// Builds an IP packet with any payload.
 fn ip_packet(src: IpAddr, dst: IpAddr, (protocol, hops): (u8, u8), body: &[u8]) -> Result<Vec<u8>> {
     let mut header = match (src, dst) {
         (IpAddr::V4(_), IpAddr::V4(_)) => {
@@ -193,13 +194,13 @@ fn ip_packet(src: IpAddr, dst: IpAddr, (protocol, hops): (u8, u8), body: &[u8]) 
     Ok(header)
 }
 
-/// Marks an IPv4 packet as a fragment: `offset` in units of 8 bytes, more to follow or not.
+/// Marks an IPv4 packet as a fragment; `offset` is in units of 8 bytes, `more` sets the MF flag.
 ///
 /// # Errors
-/// It is not an IPv4 packet.
+/// The packet is not IPv4.
 pub fn fragment_v4(packet: &mut [u8], offset: u16, more: bool) -> Result<()> {
     if packet.first().is_none_or(|first| first >> 4 != 4) || packet.len() < 20 {
-        bail!("only IPv4 packets are fragments by header");
+        bail!("not an IPv4 packet: only IPv4 packets can be marked as fragments");
     }
     let field = (offset & 0x1fff) | if more { 0x2000 } else { 0 };
     packet[6..8].copy_from_slice(&field.to_be_bytes());
@@ -209,7 +210,7 @@ pub fn fragment_v4(packet: &mut [u8], offset: u16, more: bool) -> Result<()> {
     Ok(())
 }
 
-/// An Ethernet frame around an IP packet.
+/// Builds an Ethernet frame with an IP packet.
 #[must_use]
 pub fn ethernet(src: Mac, dst: Mac, packet: &[u8]) -> Vec<u8> {
     let v6 = packet.first().is_some_and(|first| first >> 4 == 6);
@@ -217,21 +218,21 @@ pub fn ethernet(src: Mac, dst: Mac, packet: &[u8]) -> Vec<u8> {
     [&dst.0[..], &src.0, &kind, packet].concat()
 }
 
-/// What an ARP packet claims.
+/// Contents of an ARP packet.
 #[derive(Clone, Copy, Debug)]
 pub struct ArpClaim {
-    /// 1 request, 2 reply.
+    /// Operation: 1 is a request, 2 a reply.
     pub operation: u8,
-    /// Who is said to speak.
+    /// Sender's MAC and IPv4 address.
     pub sender: (Mac, Ipv4Addr),
-    /// To whom, or about whom is asked.
+    /// Target's MAC and IPv4 address.
     pub target: (Mac, Ipv4Addr),
 }
 
-/// An Ethernet frame with an ARP packet.
+/// Builds an Ethernet frame with an ARP packet.
 #[must_use]
 pub fn arp(src: Mac, dst: Mac, claim: &ArpClaim) -> Vec<u8> {
-    // Ethernet, IPv4, and the lengths of their addresses.
+    // Ethernet and IPv4, and their address lengths.
     let head = [0x08, 0x06, 0, 1, 0x08, 0, 6, 4, 0, claim.operation];
     let ((sender_mac, sender), (target_mac, target)) = (claim.sender, claim.target);
     let (sender, target) = (sender.octets(), target.octets());
@@ -247,10 +248,11 @@ pub fn arp(src: Mac, dst: Mac, claim: &ArpClaim) -> Vec<u8> {
     .concat()
 }
 
-/// A neighbour advertisement (RFC 4861, 4.4), solicited and overriding, as an IPv6 packet.
+/// Builds a neighbor advertisement (RFC 4861, section 4.4), solicited and overriding, as an IPv6
+/// packet.
 ///
 /// # Errors
-/// Cannot fail for these lengths.
+/// Packets of this length never fail.
 pub fn advertisement(
     src: Ipv6Addr,
     dst: Ipv6Addr,

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A real Kubernetes control plane for tests: etcd, the API server and, where asked for, the
-//! controller manager and the scheduler.
+//! A real Kubernetes control plane for tests: etcd, the API server and, on request, the controller
+//! manager and the scheduler.
 //!
-//! RBAC, Node authorisation and NodeRestriction are on. By itself it listens on 127.0.0.1 of this
-//! machine, on free ports; in a lab it stands on the wire, where every node reaches it. Everything
-//! is removed on drop, and after a kill -9 by the next one. [`Kube::start`] uses a cluster that is
-//! there already, if `MESH_TEST_KUBECONFIG` names one.
+//! RBAC, Node authorization and NodeRestriction are on. Standalone, it listens on free ports of
+//! 127.0.0.1; in a lab it has an address that every node reaches. It is removed on drop; after a
+//! SIGKILL the next one removes it. [`Kube::start`] uses an existing cluster if
+//! `MESH_TEST_KUBECONFIG` names one.
 
 pub mod controller;
 mod kubectl;
@@ -34,14 +34,14 @@ pub use programs::{Programs, helm};
 use pki::Pki;
 use servers::Servers;
 
-/// Names a cluster that is used instead of one made for the test. Only for tests that neither
-/// stop its API server nor need controllers off.
+/// Kubeconfig of an existing cluster to use instead of a new one, for tests that neither stop its
+/// API server nor require that no controllers run.
 const EXISTING: &str = "MESH_TEST_KUBECONFIG";
 
-/// How long one request by kubectl may take.
+/// Timeout of one kubectl request.
 pub(crate) const REQUEST: Duration = Duration::from_secs(60);
 
-/// Describes a control plane to be started.
+/// Configuration of a control plane.
 #[derive(Debug, Default)]
 pub struct Builder {
     pub(crate) controllers: bool,
@@ -51,39 +51,39 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// With the controller manager: default service accounts, EndpointSlices, the end of
-    /// namespaces, ReplicaSets. Nodes without a kubelet are left alone.
+    /// Adds the controller manager, for default service accounts, EndpointSlices, namespace
+    /// deletion and ReplicaSets. It does not evict pods from nodes without a kubelet.
     #[must_use]
     pub fn controllers(mut self) -> Self {
         self.controllers = true;
         self
     }
 
-    /// With the scheduler.
+    /// Adds the scheduler.
     #[must_use]
     pub fn scheduler(mut self) -> Self {
         self.scheduler = true;
         self
     }
 
-    /// Adds a flag of the API server, e.g. `--emulated-version=kube=1.33`.
+    /// Adds a flag to the API server, e.g. `--emulated-version=kube=1.33`.
     #[must_use]
     pub fn api_flag(mut self, flag: &str) -> Self {
         self.api_flags.push(flag.to_owned());
         self
     }
 
-    /// Adds a flag of the controller manager.
+    /// Adds a flag to the controller manager.
     #[must_use]
     pub fn controller_flag(mut self, flag: &str) -> Self {
         self.controller_flags.push(flag.to_owned());
         self
     }
 
-    /// Starts it on 127.0.0.1 of this machine and waits until it is ready.
+    /// Starts the control plane on 127.0.0.1 of this machine and waits until it is ready.
     ///
     /// # Errors
-    /// The programs cannot be built, or do not become ready; the error carries their last words.
+    /// A program cannot be built or does not become ready; the error contains the end of its log.
     pub fn start(self) -> Result<Kube> {
         sweep::sweep()?;
         let id = LabId::next();
@@ -95,16 +95,16 @@ impl Builder {
         self.start_at(id, host, (IpAddr::V4(Ipv4Addr::LOCALHOST), Some(cleaner)))
     }
 
-    /// Starts it on the wire of a lab, at the address that is the nodes' gateway.
+    /// Starts the control plane in a lab, at the address of the nodes' default gateway.
     ///
     /// # Errors
-    /// As [`Builder::start`].
+    /// A program cannot be built or does not become ready; the error contains the end of its log.
     pub fn start_in(self, lab: &Lab) -> Result<Kube> {
         let host = lab.wire().beside("kube")?;
         self.start_at(lab.id(), host, (IpAddr::V4(Lab::gateway()), None))
     }
 
-    /// Starts it in a namespace that has `address`.
+    /// Starts the control plane in a namespace that has `address`.
     pub(crate) fn start_at(
         self,
         id: LabId,
@@ -124,21 +124,21 @@ impl Builder {
     }
 }
 
-/// A control plane that runs; ended and removed when dropped.
+/// A running control plane; drop stops and removes it.
 #[derive(Debug)]
 pub struct Kube {
     id: LabId,
     admin: PathBuf,
-    /// None where the cluster was there before.
+    /// The servers and their PKI; `None` for an existing cluster.
     servers: Option<(Servers, Pki)>,
     host: Host,
-    /// Last, so that everything else has let go before. None in a lab, which removes it all.
+    /// Dropped last, after the servers. `None` in a lab, whose own cleaner removes everything.
     #[expect(dead_code, reason = "held for its drop")]
     cleaner: Option<Cleaner>,
 }
 
 impl Kube {
-    /// Describes a control plane of etcd and the API server alone.
+    /// Returns the configuration of a control plane with only etcd and the API server.
     #[must_use]
     pub fn builder() -> Builder {
         Builder::default()
@@ -148,7 +148,7 @@ impl Kube {
     /// `MESH_TEST_KUBECONFIG` names.
     ///
     /// # Errors
-    /// As [`Builder::start`].
+    /// A program cannot be built or does not become ready; the error contains the end of its log.
     pub fn start() -> Result<Self> {
         let Some(admin) = std::env::var_os(EXISTING) else {
             return Self::builder().start();
@@ -168,20 +168,20 @@ impl Kube {
         })
     }
 
-    /// The id that its directory and cgroup carry; in a lab, the lab's.
+    /// Returns the id in the names of its directory and cgroup; in a lab, the lab's id.
     #[must_use]
     pub fn id(&self) -> LabId {
         self.id
     }
 
-    /// A kubeconfig of an administrator (`system:masters`).
+    /// Returns the path of an administrator's kubeconfig (`system:masters`).
     #[must_use]
     pub fn kubeconfig(&self) -> &Path {
         &self.admin
     }
 
-    /// Where the servers run. Only processes and threads in this namespace reach the API server,
-    /// and in a lab its nodes.
+    /// Returns the host on which the servers run. Only processes and threads in its namespace, and
+    /// the nodes of its lab, reach the API server.
     #[must_use]
     pub fn host(&self) -> &Host {
         &self.host
@@ -189,36 +189,36 @@ impl Kube {
 
     fn own(&self) -> Result<&(Servers, Pki)> {
         let own = self.servers.as_ref();
-        own.context("this cluster is not the test's own: its servers cannot be stopped")
+        own.context("the test uses an existing cluster, whose servers cannot be stopped")
     }
 
     fn own_mut(&mut self) -> Result<(&mut Servers, &Host)> {
         let own = self.servers.as_mut();
         let (servers, _) =
-            own.context("this cluster is not the test's own: its servers cannot be stopped")?;
+            own.context("the test uses an existing cluster, whose servers cannot be stopped")?;
         Ok((servers, &self.host))
     }
 
-    /// `https://ADDRESS:PORT` of the API server.
+    /// Returns the API server's URL, `https://ADDRESS:PORT`.
     ///
     /// # Errors
-    /// The cluster is not the test's own.
+    /// The test uses an existing cluster.
     pub fn url(&self) -> Result<String> {
         Ok(self.own()?.0.url())
     }
 
-    /// The certificate (PEM) of the CA that signed the API server's.
+    /// Returns the path of the CA certificate (PEM) that verifies the API server.
     ///
     /// # Errors
-    /// The cluster is not the test's own.
+    /// The test uses an existing cluster.
     pub fn ca(&self) -> Result<PathBuf> {
         Ok(self.own()?.1.ca())
     }
 
-    /// Kills the API server without notice. etcd stays.
+    /// Kills the API server with SIGKILL; etcd continues to run.
     ///
     /// # Errors
-    /// It does not end, or is not the test's own.
+    /// The process does not exit, or the test uses an existing cluster.
     pub fn kill_api_server(&mut self) -> Result<()> {
         self.own_mut()?.0.kill_api_server()
     }
@@ -226,23 +226,22 @@ impl Kube {
     /// Starts the API server again, on the same port, and waits until it is ready.
     ///
     /// # Errors
-    /// It does not become ready.
+    /// The API server does not become ready.
     pub fn start_api_server(&mut self) -> Result<()> {
         let (servers, host) = self.own_mut()?;
         servers.start_api_server(host)
     }
 
-    /// Pauses the API server (SIGSTOP), as one that answers nobody and closes nothing, or lets it
-    /// go on.
+    /// Pauses (SIGSTOP) or resumes the API server. A paused one answers nothing and closes nothing.
     ///
     /// # Errors
-    /// It has ended.
+    /// The process has exited.
     pub fn pause_api_server(&mut self, pause: bool) -> Result<()> {
         self.own_mut()?.0.pause_api_server(pause)
     }
 
-    /// Has etcd forget every version but the last, so that a watch from an older one is answered
-    /// with 410 Gone once the API server was restarted; gives the revision.
+    /// Compacts etcd to the latest revision and returns it. After a restart of the API server, a
+    /// watch from an older revision gets 410 Gone.
     ///
     /// # Errors
     /// etcd does not answer.
@@ -250,29 +249,31 @@ impl Kube {
         self.own()?.0.compact(&self.host)
     }
 
-    /// A kubeconfig of a user with a client certificate, in this group. Each call for a name replaces the
-    /// files of the one before: not for two threads at once.
+    /// Returns a kubeconfig with a client certificate for user `name` in `group`. Each call
+    /// replaces the files of previous calls for this name, so calls for one name must not run
+    /// concurrently.
     ///
     /// # Errors
-    /// The cluster is not the test's own.
+    /// The test uses an existing cluster.
     pub fn user(&self, name: &str, group: Option<&str>) -> Result<PathBuf> {
         let (servers, pki) = self.own()?;
         pki.client(&servers.url(), name, group)
     }
 
-    /// Certificate and key (PEM files) of a node: for the API server as `system:node:NAME`, and for
-    /// serving at `address`.
+    /// Returns a node's certificate and key (PEM files), valid as the client `system:node:NAME` and
+    /// as a server at `address`.
     ///
     /// # Errors
-    /// The cluster is not the test's own.
+    /// The test uses an existing cluster.
     pub fn node_certificate(&self, name: &str, address: IpAddr) -> Result<(PathBuf, PathBuf)> {
         self.own()?.1.node(name, address)
     }
 
-    /// A kubeconfig with a bearer token; replacing `token` beside it replaces the token.
+    /// Returns a kubeconfig with a bearer token from the file `token` in the same directory, which
+    /// may be replaced.
     ///
     /// # Errors
-    /// The cluster is not the test's own, or the file cannot be written.
+    /// The test uses an existing cluster, or the file cannot be written.
     pub fn token_kubeconfig(&self, name: &str, token: &str) -> Result<PathBuf> {
         let (servers, pki) = self.own()?;
         let file = self.host.dir().join(format!("{name}.token"));
@@ -280,7 +281,7 @@ impl Kube {
         pki.token_client(&servers.url(), name, &file)
     }
 
-    /// The last lines of the logs of all servers, for error messages.
+    /// Returns the last lines of all servers' logs, for error messages.
     #[must_use]
     pub fn log_tails(&self) -> String {
         let own = self.servers.as_ref();
@@ -288,10 +289,10 @@ impl Kube {
             .unwrap_or_default()
     }
 
-    /// Memory that the API server has resident now, in bytes.
+    /// Returns the resident memory of the API server in bytes.
     ///
     /// # Errors
-    /// It has ended.
+    /// The process has exited.
     pub fn api_server_resident(&self) -> Result<u64> {
         self.own()?.0.api_server_resident()
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The lab as a whole: nodes on a wire, pods on nodes, manifests that describe them.
+//! A complete lab: nodes connected by a bridge (the wire), pods on the nodes, and their manifests.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -36,14 +36,14 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// Number of nodes (else: two), at most 99.
+    /// Sets the number of nodes (default: 2), at most 99.
     #[must_use]
     pub fn nodes(mut self, count: u8) -> Self {
         self.nodes = count.min(OUTSIDE_HOST - 1);
         self
     }
 
-    /// Adds a host on the wire that is not part of the cluster.
+    /// Adds a host outside the cluster, connected to the wire.
     #[must_use]
     pub fn outside(mut self) -> Self {
         self.outside = true;
@@ -74,10 +74,10 @@ impl Builder {
         self
     }
 
-    /// Creates the lab; the first one of a process also removes those of dead processes.
+    /// Creates the lab; the first lab of a process also removes the labs of dead processes.
     ///
     /// # Errors
-    /// Without root, or if something cannot be created; what was created is removed.
+    /// The caller is not root, or an object cannot be created; whatever was created is removed.
     pub fn build(self) -> Result<Lab> {
         static SWEPT: Once = Once::new();
         ensure!(
@@ -137,7 +137,7 @@ impl Builder {
     }
 }
 
-/// Nodes and pods on this machine; removed when dropped.
+/// Nodes and pods on this machine; drop removes them.
 #[derive(Debug)]
 pub struct Lab {
     id: LabId,
@@ -150,7 +150,7 @@ pub struct Lab {
     pods: BTreeMap<String, Arc<Pod>>,
     manifests: Manifests,
     serial: u32,
-    /// Last, so that everything else is dropped before.
+    /// Dropped last, after everything else.
     #[expect(dead_code, reason = "held for its drop")]
     cleaner: Cleaner,
 }
@@ -163,7 +163,7 @@ impl Deref for Lab {
 }
 
 impl Lab {
-    /// Builder of a lab with two nodes and no pods.
+    /// Returns the builder of a lab with two nodes and no pods.
     #[must_use]
     pub fn builder(topology: Topology) -> Builder {
         let (namespaces, pods) = (BTreeMap::new(), Vec::new());
@@ -176,37 +176,37 @@ impl Lab {
         }
     }
 
-    /// Id of the lab, part of all its names on the machine.
+    /// Returns the id of the lab, which is part of all its names on the machine.
     #[must_use]
     pub fn id(&self) -> LabId {
         self.id
     }
 
-    /// Directory of the lab.
+    /// Returns the lab's directory.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Cgroup of everything in the lab.
+    /// Returns the cgroup of everything in the lab.
     #[must_use]
     pub fn cgroup(&self) -> &Path {
         &self.cgroup
     }
 
-    /// Shape of its pod network.
+    /// Returns the topology of the lab's pod network.
     #[must_use]
     pub fn topology(&self) -> Topology {
         self.topology
     }
 
-    /// Nodes of the lab.
+    /// Returns the nodes of the lab.
     #[must_use]
     pub fn nodes(&self) -> &[Arc<Node>] {
         &self.nodes
     }
 
-    /// Node `number`, from 1.
+    /// Returns node `number`, counted from 1.
     ///
     /// # Panics
     /// The lab has fewer nodes.
@@ -215,10 +215,10 @@ impl Lab {
         &self.nodes[usize::from(number) - 1]
     }
 
-    /// The pod of this name.
+    /// Returns the pod with this name.
     ///
     /// # Panics
-    /// There is none.
+    /// The lab has no such pod.
     #[must_use]
     pub fn pod(&self, name: &str) -> Arc<Pod> {
         Arc::clone(
@@ -228,34 +228,34 @@ impl Lab {
         )
     }
 
-    /// All pods in the order of their names.
+    /// Returns all pods, ordered by name.
     pub fn pods(&self) -> impl Iterator<Item = &Arc<Pod>> {
         self.pods.values()
     }
 
-    /// The namespace that joins the nodes.
+    /// Returns the network namespace of the wire, the bridge that connects the nodes.
     #[must_use]
     pub fn wire(&self) -> &Host {
         &self.wire
     }
 
-    /// The address of the wire, which is the nodes' default gateway.
+    /// Returns the wire's address, which is the nodes' default gateway.
     #[must_use]
     pub fn gateway() -> Ipv4Addr {
         topology::gateway_v4()
     }
 
-    /// The host on the wire that is not part of the cluster.
+    /// Returns the host on the wire that is outside the cluster.
     ///
     /// # Errors
-    /// The lab has none.
+    /// The lab has no such host.
     pub fn outside(&self) -> Result<&Host> {
         self.outside
             .as_ref()
             .context("the lab was made without an outside host")
     }
 
-    /// Captures the frames that nodes and the outside host send over the wire, each once.
+    /// Captures the frames that nodes and the outside host send over the wire, each exactly once.
     ///
     /// # Errors
     /// A packet socket cannot be opened.
@@ -263,7 +263,7 @@ impl Lab {
         Capture::start(&self.wire, &Scope::PortsOf(topology::WIRE))
     }
 
-    /// Adds a pod and, once it can be reached, its manifest.
+    /// Adds a pod and, once it is reachable, its manifest.
     ///
     /// # Errors
     /// The name is taken, the node does not exist, or its link cannot be created.
@@ -300,11 +300,11 @@ impl Lab {
         Ok(pod)
     }
 
-    /// Gives a node, or with `None` the outside host, more addresses; all nodes and the outside host
-    /// reach them.
+    /// Adds addresses to a node, or with `None` to the outside host, and routes to them on all
+    /// other hosts.
     ///
     /// # Errors
-    /// There is no such host, or it has one of them.
+    /// The host does not exist, or it already has one of the addresses.
     pub fn add_addresses(&self, node: Option<u8>, addresses: &[IpAddr]) -> Result<()> {
         let (host, number): (&Host, u8) = match node {
             Some(number) => (self.node(number), number),
@@ -316,7 +316,7 @@ impl Lab {
         self.lead(addresses, number)
     }
 
-    /// Routes on every other host.
+    /// Adds routes to the addresses on every other host.
     fn lead(&self, addresses: &[IpAddr], by: u8) -> Result<()> {
         if addresses.is_empty() {
             return Ok(());
@@ -341,12 +341,12 @@ impl Lab {
             .context("the node's addresses are used up")
     }
 
-    /// Deletes a pod: its manifest, its programs, the file of its namespace. The namespace itself
-    /// and with it the link on the node goes when nobody holds it any more: see
+    /// Deletes a pod: its manifest, its programs, and the file of its namespace. The kernel removes
+    /// the namespace, and with it the link on the node, when nothing refers to it any more: see
     /// [`Pod::host_if`] and [`Netns::has_link`].
     ///
     /// # Errors
-    /// There is no such pod, or something of it resists.
+    /// There is no such pod, or a part of it cannot be removed.
     pub fn delete_pod(&mut self, name: &str) -> Result<Arc<Pod>> {
         let Some(pod) = self.pods.remove(name) else {
             bail!("no pod {name}")
@@ -359,12 +359,12 @@ impl Lab {
     }
 }
 
-/// Removes everything of the lab.
+/// Removes everything of the lab on drop.
 #[derive(Debug)]
 pub(crate) struct Cleaner(LabId);
 
 impl Cleaner {
-    /// Removes the lab when dropped.
+    /// Returns a guard that removes the lab when dropped.
     pub(crate) fn of(id: LabId) -> Self {
         Self(id)
     }

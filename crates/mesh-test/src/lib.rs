@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Nodes and pods as network namespaces on one machine, with real programs in them.
 //!
-//! A [`Lab`] has nodes of several pods, joined routed (as Calico does) or bridged (as flannel
-//! does), dual stack, each node with its own cgroup. Tests, the demo and the bench start real
-//! programs in pods, capture what passes between nodes, and run one agent per node. Dropping a
-//! lab removes everything; the next lab removes what a killed one left. Without root tests fail, they
-//! do not skip.
+//! A [`Lab`] has nodes with several dual-stack pods each, connected routed (as Calico does) or
+//! bridged (as flannel does), and a cgroup for each node. Tests, the demo and the bench start real
+//! programs in pods, capture traffic between nodes, and run one agent per node. Drop removes a lab;
+//! the next lab removes what a killed one left. Without root, tests fail instead of being skipped.
 
 #![forbid(unsafe_code)]
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The lab as Kubernetes manifests: what agents with `--source dir:` read.
+//! The lab as Kubernetes manifests, which agents with `--source dir:` read.
 //!
-//! Every file is written under another name and renamed, so that no reader sees half of one.
+//! Files are replaced atomically by rename, so that readers see only complete files.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -28,13 +28,13 @@ impl Manifests {
         Ok(Self { dir })
     }
 
-    /// Where the files are.
+    /// Returns the directory's path.
     #[must_use]
     pub fn manifest_dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Writes or replaces one file, `NAME.yaml`, with the text of any manifests.
+    /// Writes or replaces the file `NAME.yaml` with the text of any manifests.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -52,7 +52,7 @@ impl Manifests {
         self.apply_text(name, &to_yaml(object))
     }
 
-    /// Removes one file; success if there is none.
+    /// Removes one file; succeeds if it does not exist.
     ///
     /// # Errors
     /// The file cannot be removed.
@@ -68,13 +68,13 @@ impl Manifests {
         self.path(&format!("namespace-{name}")).exists()
     }
 
-    /// Writes or changes a Namespace.
+    /// Writes or replaces a Namespace.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn namespace(&self, name: &str, labels: &BTreeMap<String, String>) -> Result<()> {
         let mut labels = labels.clone();
-        // What the API server adds by itself, and namespace selectors rely on.
+        // The API server adds this label, and namespace selectors rely on it.
         labels.insert("kubernetes.io/metadata.name".to_owned(), name.to_owned());
         let object = json!({
             "apiVersion": "v1",
@@ -84,8 +84,8 @@ impl Manifests {
         self.apply(&format!("namespace-{name}"), &object)
     }
 
-    /// Writes or changes a Service of type ClusterIP that selects pods by one label. Each port is
-    /// its number, the pods' port, and the protocol as in Kubernetes.
+    /// Writes or replaces a ClusterIP Service that selects pods by one label. Each port has its
+    /// number, the target port, and the protocol as in Kubernetes.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -142,7 +142,7 @@ impl Manifests {
         self.apply(&format!("node-{}", node.name()), &object)
     }
 
-    /// The manifest of a pod, to be changed and applied by tests.
+    /// Returns the manifest of a pod, which tests may change and apply.
     #[must_use]
     pub fn pod_object(pod: &Pod) -> Value {
         let mut annotations = pod.spec.annotations.clone();
@@ -180,7 +180,7 @@ impl Manifests {
         })
     }
 
-    /// Name of a pod's file, without its ending.
+    /// Returns the file name of a pod's manifest, without its extension.
     #[must_use]
     pub fn pod_file(pod: &Pod) -> String {
         format!("pod-{}-{}", pod.namespace(), pod.name())
@@ -190,7 +190,7 @@ impl Manifests {
         self.apply(&Self::pod_file(pod), &Self::pod_object(pod))
     }
 
-    /// Gives a pod other labels, in place of all that it has.
+    /// Replaces all labels of a pod.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -205,8 +205,7 @@ impl Manifests {
     }
 }
 
-/// Block-style YAML of a JSON value. Strings are always quoted as JSON quotes them, which YAML
-/// reads alike.
+/// Formats a JSON value as block-style YAML. Strings are quoted as in JSON, which is valid YAML.
 #[must_use]
 pub fn to_yaml(value: &Value) -> String {
     let mut text = String::new();
@@ -255,7 +254,7 @@ fn object(map: &Map<String, Value>, indent: usize, text: &mut String, mut inline
     }
 }
 
-/// A value after `key:` or `-`.
+/// Formats a value after `key:` or `-`.
 fn nested(value: &Value, indent: usize, text: &mut String) {
     let empty = match value {
         Value::Object(map) => map.is_empty(),
@@ -270,7 +269,7 @@ fn nested(value: &Value, indent: usize, text: &mut String) {
     }
 }
 
-/// True for keys that YAML reads as the same string without quotes.
+/// Returns whether YAML reads the unquoted key as the same string.
 fn plain(key: &str) -> bool {
     let word = key
         .bytes()

@@ -18,15 +18,15 @@ use crate::wait::eventually;
 
 /// Label that enrolls a namespace or pod.
 pub const ENROLLED: (&str, &str) = ("mesh.rs/dataplane", "enabled");
-/// Port of tunnels.
+/// Port on which agents accept tunnels.
 pub const TUNNEL_PORT: u16 = 15008;
-/// Bound of the time until a change of manifests is enforced on all nodes.
+/// Deadline for a change of manifests to be enforced on all nodes.
 pub const IN_FORCE: Duration = Duration::from_secs(10);
 
-/// A lab and its agents, that of node 1 first; agents end before the lab is removed.
+/// A lab and its agents in the order of their nodes; agents are dropped before the lab.
 #[derive(Debug)]
 pub struct Mesh {
-    /// Agents in the order of their nodes. Tests may take one out.
+    /// Agents in the order of their nodes. Tests may remove one.
     pub agents: Vec<Agent>,
     lab: Lab,
     /// Number of calls of [`Mesh::enforce`].
@@ -47,26 +47,25 @@ impl DerefMut for Mesh {
 }
 
 impl Mesh {
-    /// Starts an agent on every node, all with a CA of the lab, and waits until each manages
-    /// its pods.
+    /// Starts an agent on every node, all with the lab's CA, and waits until each manages its pods.
     ///
     /// # Errors
-    /// An agent does not become ready; the error carries the end of its log.
+    /// An agent does not become ready; the error contains the end of its log.
     pub fn start(lab: Lab) -> Result<Self> {
         let config = AgentConfig::new(&Self::own_ca(&lab));
         Self::start_with(lab, &config)
     }
 
-    /// The CA that [`Mesh::start`] uses: one directory for all nodes of the lab.
+    /// Returns the issuer that [`Mesh::start`] uses: one CA directory for all nodes of the lab.
     #[must_use]
     pub fn own_ca(lab: &Lab) -> String {
         format!("self:{}", lab.dir().join("ca").display())
     }
 
-    /// Starts agents with this configuration.
+    /// Starts agents with this configuration and waits until each manages its pods.
     ///
     /// # Errors
-    /// As [`Mesh::start`].
+    /// An agent does not become ready; the error contains the end of its log.
     pub fn start_with(lab: Lab, config: &AgentConfig) -> Result<Self> {
         let agents = std::thread::scope(|scope| {
             let start = |node| scope.spawn(move || lab_agent(node, config));
@@ -87,28 +86,28 @@ impl Mesh {
         Ok(mesh)
     }
 
-    /// The agent of node `number`, from 1.
+    /// Returns the agent of node `number`, counted from 1.
     ///
     /// # Panics
-    /// No such agent.
+    /// There is no such agent.
     #[must_use]
     pub fn agent(&self, number: u8) -> &Agent {
         &self.agents[usize::from(number) - 1]
     }
 
-    /// The agent of a pod's node.
+    /// Returns the agent of a pod's node.
     ///
     /// # Panics
-    /// The agent was taken out.
+    /// The test has removed the agent.
     #[must_use]
     pub fn agent_of(&self, pod: &Pod) -> &Agent {
         self.agent(pod.node().number())
     }
 
-    /// Waits until every agent manages exactly the pods that the lab has on its node.
+    /// Waits until every agent manages exactly the lab's pods on its node.
     ///
     /// # Errors
-    /// An agent does not; the error carries the pods that it manages.
+    /// An agent does not manage them within [`IN_FORCE`]; the error contains the pods it manages.
     pub fn settled(&self) -> Result<()> {
         for agent in &self.agents {
             let own = self
@@ -117,7 +116,7 @@ impl Mesh {
                 .filter(|pod| pod.node().number() == agent.node().number());
             let expected = u64::try_from(own.count())?;
             let adopted = || agent.ask("/status").ok()?["pods"]["adopted"].as_u64();
-            eventually("agents to adopt their pods", IN_FORCE, || {
+            eventually("agents to manage their pods", IN_FORCE, || {
                 (adopted() == Some(expected)).then_some(())
             })
             .with_context(|| {
@@ -128,7 +127,7 @@ impl Mesh {
         Ok(())
     }
 
-    /// Enrolls a namespace. Does not wait.
+    /// Enrolls a namespace without waiting for the agents.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -137,12 +136,12 @@ impl Mesh {
         self.namespace(namespace, &labels.into())
     }
 
-    /// Applies objects in place of those of the last call, and waits until all nodes enforce them. A
-    /// service that differs with each call is added, so that the revision also changes on nodes
-    /// that the objects do not concern.
+    /// Applies objects, which replace those of the last call, and waits until all nodes enforce
+    /// them. Each call also adds a different Service, so that the revision changes on every node,
+    /// even if the objects do not concern it.
     ///
     /// # Errors
-    /// A node does not enforce them in time; the error carries the end of each agent's log.
+    /// A node does not enforce them in time; the error contains the end of each agent's log.
     pub fn enforce(&self, objects: &str) -> Result<()> {
         let revision = |agent: &Agent| agent.ask("/status").ok()?["policy_revision"].as_u64();
         let before: Vec<_> = self.agents.iter().map(revision).collect();
@@ -163,7 +162,7 @@ impl Mesh {
         })
     }
 
-    /// The sum of a metric's samples whose labels contain all of `labels`, over all agents.
+    /// Returns the sum of a metric's samples whose labels contain all of `labels`, over all agents.
     ///
     /// # Errors
     /// An agent does not answer.
@@ -179,14 +178,14 @@ fn lab_agent(node: &std::sync::Arc<crate::node::Node>, config: &AgentConfig) -> 
     node.start_agent(config.clone())
 }
 
-/// Whether a page has a sample called `name` with this label.
+/// Returns whether a metrics page has a sample called `name` with this label.
 fn has(page: &str, name: &str, (key, value): (&str, &str)) -> bool {
     let label = format!("{key}={value:?}");
     let mut lines = page.lines().filter(|line| line.starts_with(name));
     lines.any(|line| line.contains(&label))
 }
 
-/// The sum of the samples called `name` whose labels contain all of `labels`.
+/// Returns the sum of the samples called `name` whose labels contain all of `labels`.
 #[must_use]
 pub fn sum(page: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
     let wanted: Vec<String> = labels
@@ -205,15 +204,15 @@ pub fn sum(page: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
         }
         value.split(' ').next()?.parse().ok()
     };
-    // Not `sum()`, whose empty sum of floats is -0.
+    // `sum()` is not used, because its result for no floats is -0.
     page.lines()
         .filter_map(sample)
         .fold(0.0, |all, one| all + one)
 }
 
 impl Agent {
-    /// CPU seconds of the agent's workers for connections and tunnels of a workload of namespace
-    /// `default`.
+    /// Returns the CPU seconds that the agent's workers used for connections and tunnels of a
+    /// workload in namespace `default`.
     ///
     /// # Errors
     /// The metric has no such sample.
@@ -224,19 +223,19 @@ impl Agent {
         Ok(sum(&page, name, &[("namespace", "default"), label]))
     }
 
-    /// A JSON page of its admin interface, e.g. `/status`.
+    /// Fetches a JSON page of the agent's admin API, e.g. `/status`.
     ///
     /// # Errors
-    /// It does not answer, or with something else.
+    /// The agent does not answer with status 200, or the body is not JSON.
     pub fn ask(&self, path: &str) -> Result<Value> {
         let text = self.ask_text(path)?;
         serde_json::from_str(&text).with_context(|| format!("{path}: {text}"))
     }
 
-    /// A page of its admin interface, e.g. `/plan`.
+    /// Fetches a page of the agent's admin API, e.g. `/plan`.
     ///
     /// # Errors
-    /// It does not answer, or with an error.
+    /// The agent does not answer with status 200.
     pub fn ask_text(&self, path: &str) -> Result<String> {
         let stream = UnixStream::connect(self.admin())?;
         stream.set_read_timeout(Some(PATIENCE))?;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What a lab's things are called, and whose they are.
+//! Names and ownership of a lab's resources.
 //!
-//! Every namespace, cgroup and directory carries the process and the number of the lab in its
-//! name, so that whatever is found on the machine can be traced to a living or dead owner.
+//! Every namespace, cgroup and directory has the pid and the number of its lab in its name, so that
+//! anything found on the machine can be traced to its owner, running or not.
 
 use std::fmt;
 use std::fs;
@@ -12,16 +12,16 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result};
 
-/// Prefix of the namespace files in [`NETNS_DIR`].
+/// Prefix of a lab's namespace files in [`NETNS_DIR`].
 const NETNS_PREFIX: &str = "mt-";
-/// Prefix of the directories in /tmp and of the cgroups.
+/// Prefix of a lab's directory in /tmp and of its cgroup.
 const LAB_PREFIX: &str = "mesh-test-";
-/// Where namespace files are, shared with iproute2.
+/// Directory of network namespace files, shared with iproute2.
 pub(crate) const NETNS_DIR: &str = "/run/netns";
-/// In a lab's directory: start time of the owner, which tells it from a later process of its pid.
+/// File in a lab's directory with the owner's start time, which detects a reused pid.
 const OWNER_FILE: &str = "owner";
 
-/// One lab of one process.
+/// Identifies a lab by the pid of its owner and a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LabId {
     pid: u32,
@@ -38,12 +38,12 @@ impl FromStr for LabId {
     type Err = anyhow::Error;
     fn from_str(text: &str) -> Result<Self> {
         let id = Self::parse(text).filter(|id| id.to_string() == text);
-        id.with_context(|| format!("{text} is no id of a lab"))
+        id.with_context(|| format!("invalid lab id {text}"))
     }
 }
 
 impl LabId {
-    /// The next lab of this process.
+    /// Returns the id of this process's next lab.
     pub(crate) fn next() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         Self {
@@ -52,33 +52,33 @@ impl LabId {
         }
     }
 
-    /// True for labs of this process.
+    /// Returns whether the lab belongs to this process.
     pub(crate) fn is_own(self) -> bool {
         self.pid == std::process::id()
     }
 
-    /// File name of one of the lab's namespaces.
+    /// Returns the file name of one of the lab's namespaces.
     pub(crate) fn netns(self, what: &str) -> String {
         format!("{NETNS_PREFIX}{self}-{what}")
     }
 
-    /// Name of the lab's cgroup below the cgroup2 mount.
+    /// Returns the name of the lab's cgroup below the cgroup2 mount.
     pub(crate) fn cgroup(self) -> String {
         format!("{LAB_PREFIX}{self}")
     }
 
-    /// The lab's directory: manifests, logs, data of applications, mounts of bpffs.
+    /// Returns the lab's directory, for manifests, logs, application data and BPF file systems.
     #[must_use]
     pub fn dir(self) -> PathBuf {
         Path::new("/tmp").join(format!("{LAB_PREFIX}{self}"))
     }
 
-    /// The lab that a namespace file's name belongs to.
+    /// Returns the lab to which a namespace file belongs, by its name.
     pub(crate) fn of_netns(name: &str) -> Option<Self> {
         Self::parse(name.strip_prefix(NETNS_PREFIX)?)
     }
 
-    /// The lab that the name of a cgroup or directory belongs to.
+    /// Returns the lab to which a cgroup or directory belongs, by its name.
     pub(crate) fn of_lab(name: &str) -> Option<Self> {
         name.strip_prefix(LAB_PREFIX)?.parse().ok()
     }
@@ -90,7 +90,7 @@ impl LabId {
         Some(Self { pid, number })
     }
 
-    /// Makes the lab's directory and notes whose it is; must come before anything else is made.
+    /// Creates the lab's directory and records its owner; must be called before any other creation.
     pub(crate) fn claim(self) -> Result<PathBuf> {
         let dir = self.dir();
         fs::create_dir(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
@@ -101,7 +101,7 @@ impl LabId {
         Ok(dir)
     }
 
-    /// True only if the process that made the lab certainly no longer runs.
+    /// Returns true only if the process that created the lab has certainly exited.
     pub(crate) fn owner_is_dead(self) -> bool {
         let Some(living) = start_time(self.pid) else {
             return true;
@@ -111,10 +111,11 @@ impl LabId {
     }
 }
 
-/// Start of a process in clock ticks after boot; none if it is gone or a zombie.
+/// Returns a process's start time in clock ticks after boot; `None` if it has exited or is a
+/// zombie.
 fn start_time(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command name stands in parentheses and may itself contain blanks and parentheses.
+    // The command name is in parentheses and may itself contain spaces and parentheses.
     let (_, fields) = stat.rsplit_once(')')?;
     let mut fields = fields.split_ascii_whitespace();
     let state = fields.next()?;

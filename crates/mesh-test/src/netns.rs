@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Network namespaces that have a file, so that `ip -n`, agents and manifests can name them.
+//! Network namespaces with a file in /run/netns, so that `ip -n`, agents and manifests can name
+//! them.
 //!
-//! Owns making, entering and removing them and their sysctls. Never puts a link into one.
+//! This module creates, enters and removes namespaces and sets their sysctls; it adds no links.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
@@ -14,9 +15,9 @@ use anyhow::{Context, Result, bail};
 use crate::names::NETNS_DIR;
 use mesh_sys::testbed;
 
-/// Set in every namespace before anything else is in it. The machine's default congestion control
-/// may be anything and is inherited; bbr on a veth reads far too low. Duplicate address detection
-/// would keep addresses unusable for a second.
+/// Sysctls set in every new namespace. The congestion control is fixed because bbr, a possible
+/// default of the machine, is far too slow on veth. Duplicate address detection would delay
+/// addresses by a second.
 const SYSCTLS: &[(&str, &str)] = &[
     ("ipv4/tcp_congestion_control", CUBIC),
     ("ipv6/conf/all/accept_dad", "0"),
@@ -24,10 +25,10 @@ const SYSCTLS: &[(&str, &str)] = &[
     ("ipv6/conf/default/dad_transmits", "0"),
 ];
 
-/// The congestion control of every namespace.
+/// Congestion control used in every namespace.
 const CUBIC: &str = "cubic";
 
-/// What namespaces other than the first may choose as their default.
+/// Sysctl with the congestion controls that namespaces other than the initial one may use.
 const ALLOWED: &str = "/proc/sys/net/ipv4/tcp_allowed_congestion_control";
 
 /// A network namespace with a file in /run/netns.
@@ -39,7 +40,7 @@ pub struct Netns {
 }
 
 impl Netns {
-    /// Makes a namespace called `name`.
+    /// Creates a namespace called `name`.
     pub(crate) fn create(name: &str) -> Result<Self> {
         allow_cubic()?;
         let dir = File::open(prepare_dir()?)?;
@@ -70,7 +71,7 @@ impl Netns {
         })
     }
 
-    /// The one that this process is in, which has no file of its own.
+    /// Returns the namespace of this process, which has no file in /run/netns.
     pub(crate) fn of_this_process() -> Result<Self> {
         let path = PathBuf::from(format!("/proc/{}/ns/net", std::process::id()));
         let cookie = testbed::netns_cookie(&std::net::UdpSocket::bind("127.0.0.1:0")?)?;
@@ -81,34 +82,34 @@ impl Netns {
         })
     }
 
-    /// File name in /run/netns, as `ip -n` takes it.
+    /// Returns the file name in /run/netns, as used by `ip -n`.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Path of the namespace's file.
+    /// Returns the path of the namespace's file.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The cookie by which the kernel knows the namespace; never used again for another.
+    /// Returns the kernel's cookie of the namespace, which is never reused.
     #[must_use]
     pub fn cookie(&self) -> u64 {
         self.cookie
     }
 
-    /// Inode of the namespace, as in `readlink /proc/PID/ns/net`.
+    /// Returns the inode of the namespace, as in `readlink /proc/PID/ns/net`.
     ///
     /// # Errors
-    /// It was removed.
+    /// The namespace was removed.
     pub fn inode(&self) -> Result<u64> {
         Ok(fs::metadata(&self.path)?.ino())
     }
 
-    /// A descriptor of the namespace. None is held for longer than needed: it would keep a
-    /// deleted pod's namespace alive.
+    /// Opens the namespace. Callers close the descriptor soon, because it keeps a deleted pod's
+    /// namespace alive.
     pub(crate) fn descriptor(&self) -> Result<OwnedFd> {
         let file = File::open(&self.path);
         Ok(file
@@ -116,13 +117,13 @@ impl Netns {
             .into())
     }
 
-    /// Runs `f` on a fresh thread inside the namespace and gives back what it returns.
+    /// Runs `f` on a new thread inside the namespace and returns its result.
     ///
-    /// The thread stays in the harness's cgroup (a thread cannot join a domain cgroup on its own),
-    /// so cgroup hooks of a node do not see its sockets: use processes where that matters.
+    /// The thread stays in the harness's cgroup, because a single thread cannot join a domain
+    /// cgroup. A node's cgroup hooks do not see its sockets; use a process where they must.
     ///
     /// # Errors
-    /// What `f` returns, or that the namespace cannot be entered.
+    /// `f` fails, or the namespace cannot be entered.
     pub fn enter<T: Send>(&self, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         let netns = self.descriptor()?;
         on_thread(|| {
@@ -135,12 +136,12 @@ impl Netns {
     /// Writes a sysctl of this namespace, e.g. `ipv4/ip_forward`.
     ///
     /// # Errors
-    /// There is no such key, or it refuses the value.
+    /// The sysctl does not exist, or the kernel rejects the value.
     pub fn sysctl(&self, key: &str, value: &str) -> Result<()> {
         self.enter(|| write_sysctl(key, value))
     }
 
-    /// True if a link of this name is there now.
+    /// Returns whether a link with this name currently exists.
     ///
     /// # Errors
     /// The namespace cannot be entered.
@@ -154,8 +155,8 @@ fn write_sysctl(key: &str, value: &str) -> Result<()> {
     fs::write(&path, value).with_context(|| format!("cannot write {value} to {}", path.display()))
 }
 
-/// Lets namespaces choose cubic where the machine boots with another default. The kernel has one
-/// list for all of them, so this stays; it only adds a choice.
+/// Allows cubic in namespaces on machines with another default. The list is global, so the change
+/// remains; it only adds an allowed value.
 fn allow_cubic() -> Result<()> {
     let allowed = fs::read_to_string(ALLOWED).with_context(|| ALLOWED)?;
     if allowed.split_ascii_whitespace().any(|name| name == CUBIC) {
@@ -172,8 +173,8 @@ fn on_thread<T: Send>(f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     }
 }
 
-/// Makes /run/netns what iproute2 makes it: a shared mount. Without that, the first `ip netns add`
-/// of somebody else would bury our mounts below its own.
+/// Makes /run/netns a shared mount, as iproute2 does. Otherwise the first `ip netns add` by another
+/// program would hide the mounts made here.
 fn prepare_dir() -> Result<&'static Path> {
     let dir = Path::new(NETNS_DIR);
     fs::create_dir_all(dir)?;
@@ -190,7 +191,7 @@ fn prepare_dir() -> Result<&'static Path> {
     Ok(dir)
 }
 
-/// Removes a namespace's file; the namespace itself lives on while processes or sockets hold it.
+/// Removes a namespace's file; the namespace lives on while processes or sockets use it.
 pub(crate) fn remove_file(path: &Path) -> Result<()> {
     match testbed::unmount(path) {
         Ok(()) => {}
@@ -201,7 +202,7 @@ pub(crate) fn remove_file(path: &Path) -> Result<()> {
         .with_context(|| format!("cannot remove {}", path.display()))
 }
 
-/// Removing what is absent is success.
+/// Treats "not found" as success when removing.
 pub(crate) fn ignore_absent(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),

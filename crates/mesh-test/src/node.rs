@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A node: the network namespace that its pods are connected to, its cgroup, and its agent.
+//! A node of the lab: its network namespace, its cgroup and its agent.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::ops::Deref;
@@ -15,7 +15,7 @@ use crate::process::Host;
 use crate::topology::{self, Topology};
 use mesh_sys::testbed;
 
-/// A node of the lab. Its programs run outside the pods' cgroup.
+/// A node of the lab. Node programs run outside the pods' cgroup.
 #[derive(Debug)]
 pub struct Node {
     host: Host,
@@ -35,7 +35,7 @@ impl Deref for Node {
 }
 
 impl Node {
-    /// Creates node `number` (from 1) of `nodes` and joins it to the wire.
+    /// Creates node `number` (from 1) of `nodes` and connects it to the wire.
     pub(crate) fn create(
         id: LabId,
         topology: Topology,
@@ -73,61 +73,61 @@ impl Node {
         })
     }
 
-    /// Number of the node, from 1: the third part of its pods' addresses.
+    /// Returns the node's number, from 1, which is the third octet of its pods' IPv4 addresses.
     #[must_use]
     pub fn number(&self) -> u8 {
         self.number
     }
 
-    /// Name, as in `spec.nodeName`.
+    /// Returns the node's name, as in `spec.nodeName`.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Address on the wire.
+    /// Returns the node's IPv4 address on the wire.
     #[must_use]
     pub fn v4(&self) -> Ipv4Addr {
         topology::node_v4(self.number)
     }
 
-    /// Address on the wire.
+    /// Returns the node's IPv6 address on the wire.
     #[must_use]
     pub fn v6(&self) -> Ipv6Addr {
         topology::node_v6(self.number)
     }
 
-    /// CIDRs of its pods, IPv4 first.
+    /// Returns the node's pod CIDRs, IPv4 first.
     #[must_use]
     pub fn pod_cidrs(&self) -> [String; 2] {
         topology::pod_cidrs(self.number)
     }
 
-    /// Cgroup of everything on this node, its agent included: the value of `--cgroup`.
+    /// Returns the cgroup of everything on the node, including the agent: the value of `--cgroup`.
     #[must_use]
     pub fn root_cgroup(&self) -> &Path {
         &self.cgroup
     }
 
-    /// The cgroup below which its pods are.
+    /// Returns the parent cgroup of the node's pods.
     #[must_use]
     pub fn pods_cgroup(&self) -> PathBuf {
         self.cgroup.join("kubepods")
     }
 
-    /// The node's own BPF file system.
+    /// Returns the mount point of the node's own BPF file system.
     #[must_use]
     pub fn bpffs(&self) -> &Path {
         &self.bpffs
     }
 
-    /// The directory of manifests that all agents of the lab read.
+    /// Returns the directory of manifests that all agents of the lab read.
     #[must_use]
     pub fn manifests(&self) -> &Path {
         &self.manifests
     }
 
-    /// The host in which its agent runs.
+    /// Returns the host on which the node's agent runs.
     #[must_use]
     pub fn agent_host(&self) -> &Host {
         &self.agent
@@ -136,7 +136,8 @@ impl Node {
     /// Starts an agent and waits until it is ready.
     ///
     /// # Errors
-    /// The binary is missing, or the agent does not become ready; the error carries the end of its log.
+    /// The binary is missing, or the agent does not become ready; the error contains the end of its
+    /// log.
     pub fn start_agent(self: &Arc<Self>, config: AgentConfig) -> Result<Agent> {
         Agent::start(Arc::clone(self), config)
     }

@@ -17,13 +17,13 @@ use crate::programs;
 use crate::reports::Tcp;
 use crate::topology::{self, PodLink, Topology};
 
-/// Longest name of a link (IFNAMSIZ without its NUL).
+/// Maximum length of a link name (IFNAMSIZ without the NUL).
 const LINK_NAME: usize = 15;
 
-/// Which addresses a pod has.
+/// The address families of a pod.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Families {
-    /// Both.
+    /// IPv4 and IPv6.
     #[default]
     Dual,
     /// IPv4 only.
@@ -55,7 +55,8 @@ impl From<(&str, u8)> for PodSpec {
 }
 
 impl PodSpec {
-    /// A dual-stack pod on node `node` (from 1), in namespace `default`, labeled `app: NAME`.
+    /// Returns a dual-stack pod on node `node` (from 1), in namespace `default`, labeled `app:
+    /// NAME`.
     #[must_use]
     pub fn new(name: &str, node: u8) -> Self {
         Self {
@@ -73,49 +74,49 @@ impl PodSpec {
         }
     }
 
-    /// UID that an API server gave its object (default: a new one).
+    /// Sets the UID, e.g. to one that an API server assigned (default: a new one).
     #[must_use]
     pub fn uid(mut self, uid: &str) -> Self {
         self.uid = Some(uid.to_owned());
         self
     }
 
-    /// Its Kubernetes namespace.
+    /// Sets the Kubernetes namespace.
     #[must_use]
     pub fn namespace(mut self, namespace: &str) -> Self {
         namespace.clone_into(&mut self.namespace);
         self
     }
 
-    /// Service account (default: the pod's name).
+    /// Sets the service account (default: the pod's name).
     #[must_use]
     pub fn service_account(mut self, name: &str) -> Self {
         name.clone_into(&mut self.service_account);
         self
     }
 
-    /// Adds or changes a label.
+    /// Adds or replaces a label.
     #[must_use]
     pub fn label(mut self, key: &str, value: &str) -> Self {
         self.labels.insert(key.to_owned(), value.to_owned());
         self
     }
 
-    /// Adds or changes an annotation.
+    /// Adds or replaces an annotation.
     #[must_use]
     pub fn annotation(mut self, key: &str, value: &str) -> Self {
         self.annotations.insert(key.to_owned(), value.to_owned());
         self
     }
 
-    /// Its address families.
+    /// Sets the address families.
     #[must_use]
     pub fn families(mut self, families: Families) -> Self {
         self.families = families;
         self
     }
 
-    /// Adds a named container port; protocol as in Kubernetes, e.g. `TCP`.
+    /// Adds a named container port; the protocol is as in Kubernetes, e.g. `TCP`.
     #[must_use]
     pub fn port(mut self, name: &str, number: u16, protocol: &str) -> Self {
         self.ports
@@ -123,15 +124,15 @@ impl PodSpec {
         self
     }
 
-    /// Last part of its addresses (default: the next free number from 10), e.g. to reuse one.
+    /// Sets the host number of the addresses (default: the next free one from 10), e.g. to reuse
+    /// it.
     #[must_use]
     pub fn host_number(mut self, number: u8) -> Self {
         self.host_number = Some(number);
         self
     }
 
-    /// Addresses of its own, outside its node's CIDRs, at most one of each family; in routed labs
-    /// only.
+    /// Sets addresses outside the node's CIDRs, at most one of each family; only for routed labs.
     #[must_use]
     pub fn addresses(mut self, addresses: &[IpAddr]) -> Self {
         self.addresses = addresses.to_vec();
@@ -212,31 +213,31 @@ impl Pod {
         })
     }
 
-    /// Name of the pod, unique in the lab.
+    /// Returns the pod's name, which is unique in the lab.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.spec.name
     }
 
-    /// Kubernetes namespace.
+    /// Returns the pod's Kubernetes namespace.
     #[must_use]
     pub fn namespace(&self) -> &str {
         &self.spec.namespace
     }
 
-    /// `metadata.uid`.
+    /// Returns the pod's UID, `metadata.uid`.
     #[must_use]
     pub fn uid(&self) -> &str {
         &self.uid
     }
 
-    /// The node that it is on.
+    /// Returns the pod's node.
     #[must_use]
     pub fn node(&self) -> &Arc<Node> {
         &self.node
     }
 
-    /// Its SPIFFE id in a trust domain.
+    /// Returns the pod's SPIFFE ID in a trust domain.
     #[must_use]
     pub fn spiffe_id(&self, trust_domain: &str) -> String {
         let PodSpec {
@@ -247,65 +248,67 @@ impl Pod {
         format!("spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}")
     }
 
-    /// All its addresses, IPv4 first.
+    /// Returns all addresses of the pod, IPv4 first.
     #[must_use]
     pub fn addresses(&self) -> &[IpAddr] {
         &self.addresses
     }
 
-    /// Its IPv4 address by its node and number, whether or not it has it.
+    /// Returns the IPv4 address of the pod's node and host number, even if the pod does not have
+    /// it.
     #[must_use]
     pub fn v4(&self) -> Ipv4Addr {
         topology::pod_v4(self.node.number(), self.host_number)
     }
 
-    /// Its IPv6 address by its node and number, whether or not it has it.
+    /// Returns the IPv6 address of the pod's node and host number, even if the pod does not have
+    /// it.
     #[must_use]
     pub fn v6(&self) -> Ipv6Addr {
         topology::pod_v6(self.node.number(), self.host_number)
     }
 
-    /// Last part of its addresses.
+    /// Returns the host number of the pod's addresses.
     #[must_use]
     pub fn host_number(&self) -> u8 {
         self.host_number
     }
 
-    /// Name of its link in the node's namespace; inside it is `eth0`.
+    /// Returns the name of the pod's link in the node's namespace; in the pod it is `eth0`.
     #[must_use]
     pub fn host_if(&self) -> &str {
         &self.host_if
     }
 
-    /// MAC of its `eth0`.
+    /// Returns the MAC address of the pod's `eth0`.
     #[must_use]
     pub fn mac(&self) -> String {
         topology::mac_of(self.node.number(), self.host_number)
     }
 
-    /// MAC of the next hop for packets that leave the node.
+    /// Returns the MAC address of the pod's next hop for packets that leave the node.
     #[must_use]
     pub fn gateway_mac(&self) -> String {
         topology::gateway_mac(self.topology, self.node.number())
     }
 
-    /// Both of its addresses by its node and number, IPv4 first, with a port.
+    /// Returns both addresses of the pod's node and host number, IPv4 first, with a port.
     #[must_use]
     pub fn at(&self, port: u16) -> [SocketAddr; 2] {
         [(self.v4(), port).into(), (self.v6(), port).into()]
     }
 
-    /// The addresses that it has, IPv4 first, with a port.
+    /// Returns the pod's actual addresses, IPv4 first, with a port.
     #[must_use]
     pub fn all_at(&self, port: u16) -> Vec<SocketAddr> {
         let at = |ip: &IpAddr| SocketAddr::new(*ip, port);
         self.addresses.iter().map(at).collect()
     }
 
-    /// Fetches a URL with curl: a process of the pod.
+    /// Fetches a URL with curl, which runs as a process of the pod.
     ///
     /// # Errors
-    /// curl cannot be started or hangs. The output has its result.
+    /// curl cannot be started or times out. A failure of curl is in the output.
     pub fn curl(&self, url: &str) -> Result<Output> {
         let cmd = Cmd::new("curl").args(["--silent", "--show-error", "--max-time", "5", "-g", url]);
         self.run(cmd, Duration::from_secs(10))
@@ -313,18 +316,18 @@ impl Pod {
 }
 
 impl Host {
-    /// Runs the `probe` program with a command line and waits for its end.
+    /// Runs the `probe` program with a command line and waits until it exits.
     ///
     /// # Errors
-    /// It cannot be started or has not exited within 30 s. The output has its result.
+    /// The program cannot be started or has not exited within 30 s. Its failure is in the output.
     pub fn probe(&self, line: &str) -> Result<Output> {
         self.run(probe_cmd(line)?, Duration::from_secs(30))
     }
 
-    /// Runs `probe tcp` with a command line (without `tcp`): one connection.
+    /// Runs `probe tcp` with a command line (without `tcp`), which makes one connection.
     ///
     /// # Errors
-    /// As [`Host::probe`], or it prints no report. A connection that fails is in the report.
+    /// As [`Host::probe`], or the program prints no report. A failed connection is in the report.
     pub fn tcp(&self, line: &str) -> Result<Tcp> {
         self.probe(&format!("tcp {line}"))?.json()
     }
@@ -332,25 +335,25 @@ impl Host {
     /// Runs a command line without quoting and returns its standard output.
     ///
     /// # Errors
-    /// It fails or has not ended within 15 s.
+    /// The program fails or has not exited within 15 s.
     pub fn output(&self, line: &str) -> Result<String> {
         let output = self.run(Cmd::line(line), Duration::from_secs(15))?;
         Ok(output.ok().with_context(|| line.to_owned())?.text())
     }
 
-    /// Starts a Python script, whose output is read line by line.
+    /// Starts a Python script whose output is read line by line.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// The script cannot be started.
     pub fn python(&self, script: &str, args: &[&str]) -> Result<Proc> {
         let cmd = Cmd::new("python3").args(["-uc", script]).args(args);
         self.spawn_lines(cmd)
     }
 
-    /// Starts the `probe` program with a command line and reads what it prints line by line.
+    /// Starts the `probe` program with a command line; its output is read line by line.
     ///
     /// # Errors
-    /// It cannot be started.
+    /// The program cannot be started.
     pub fn start_probe(&self, line: &str) -> Result<Proc> {
         self.spawn_lines(probe_cmd(line)?)
     }
@@ -358,7 +361,7 @@ impl Host {
     /// Starts `probe serve` with a command line (without `serve`) and waits until it listens.
     ///
     /// # Errors
-    /// It does not listen within 5 s.
+    /// The server does not listen within 5 s.
     pub fn serve(&self, line: &str) -> Result<Proc> {
         let server = self.start_probe(&format!("serve {line}"))?;
         let ready = server.line(Duration::from_secs(5))?;
@@ -367,8 +370,8 @@ impl Host {
     }
 }
 
-/// Options of `probe tcp` for every kind of client socket. The client's own address has to follow the
-/// last one.
+/// Options of `probe tcp` for every kind of client socket. The last one is incomplete: the caller
+/// appends the client's own address.
 pub const SOCKETS: [&str; 9] = [
     "",
     "--nonblocking",
@@ -381,7 +384,7 @@ pub const SOCKETS: [&str; 9] = [
     "--reset --from",
 ];
 
-/// Command that runs the `probe` program with these arguments.
+/// Returns the command that runs the `probe` program with these arguments.
 ///
 /// # Errors
 /// The program is not built.

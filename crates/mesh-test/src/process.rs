@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Real programs on a host of the lab: in its network namespace and cgroup, with chosen capabilities.
+//! Programs on a host of the lab, in its network namespace and cgroup, with chosen capabilities.
 //!
-//! Each program has a cgroup of its own below that of its host (as a container has), so that killing
-//! it kills everything that it started.
+//! Each program has its own cgroup below its host's, as a container has, so that killing it also
+//! kills everything that it started.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -23,14 +23,14 @@ use crate::cgroup;
 use crate::netns::{Netns, ignore_absent};
 use mesh_sys::testbed::{self, Placement, Rights};
 
-/// Unread lines of a program whose output is piped.
+/// Unread lines of a program with piped output.
 #[expect(
     clippy::disallowed_types,
     reason = "a receiver alone would keep threads of a test from sharing its lab"
 )]
 type Lines = std::sync::Mutex<Receiver<String>>;
 
-/// Bound of the unread lines; the program blocks at it.
+/// Maximum number of unread lines, at which the program blocks.
 const LINES: usize = 65_536;
 
 /// A program to start: its command line, input and capabilities.
@@ -52,19 +52,19 @@ impl From<Command> for Cmd {
 }
 
 impl Cmd {
-    /// A program found in PATH, or by its path.
+    /// Returns a command for a program in PATH or at a path.
     pub fn new(program: impl AsRef<OsStr>) -> Self {
         Command::new(program).into()
     }
 
-    /// A command line without quoting: words separated by blanks.
+    /// Returns a command for a command line of words separated by spaces, without quoting.
     #[must_use]
     pub fn line(line: &str) -> Self {
         let mut words = line.split_ascii_whitespace();
         Self::new(words.next().unwrap_or_default()).args(words)
     }
 
-    /// A script for `/bin/sh -c`.
+    /// Returns a command for a script, run by `/bin/sh -c`.
     #[must_use]
     pub fn shell(script: &str) -> Self {
         Self::new("/bin/sh").args(["-c", script])
@@ -91,7 +91,7 @@ impl Cmd {
         self
     }
 
-    /// Standard input of the program (default: empty).
+    /// Sets the program's standard input (default: empty).
     #[must_use]
     pub fn input(mut self, input: impl Into<Vec<u8>>) -> Self {
         self.input = input.into();
@@ -110,14 +110,14 @@ impl Cmd {
         self.rights(Rights::NetRawOnly)
     }
 
-    /// Chooses the user and capabilities.
+    /// Sets the user and the capabilities.
     #[must_use]
     pub fn rights(mut self, rights: Rights) -> Self {
         self.rights = rights;
         self
     }
 
-    /// This program as the last arguments of another one, which replaces itself by it.
+    /// Passes this command as the last arguments of another program, which executes it.
     #[must_use]
     pub(crate) fn after(self, first: Self) -> Self {
         let mut first = first;
@@ -145,28 +145,28 @@ impl Cmd {
     }
 }
 
-/// Result of a program that has exited.
+/// Output and exit status of a program.
 #[derive(Clone, Debug)]
 pub struct Output {
     /// Exit status.
     pub status: ExitStatus,
-    /// Its standard output.
+    /// Standard output.
     pub stdout: Vec<u8>,
-    /// Its standard error.
+    /// Standard error.
     pub stderr: Vec<u8>,
 }
 
 impl Output {
-    /// Its standard output as text.
+    /// Returns the standard output as text.
     #[must_use]
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }
 
-    /// The output if the program succeeded.
+    /// Returns the output if the program succeeded.
     ///
     /// # Errors
-    /// The program failed; the error carries its output.
+    /// The program failed; the error contains its output.
     pub fn ok(self) -> Result<Self> {
         if self.status.success() {
             Ok(self)
@@ -175,10 +175,10 @@ impl Output {
         }
     }
 
-    /// Its standard output as one JSON value, whether or not it succeeded.
+    /// Parses the standard output as one JSON value, whether or not the program succeeded.
     ///
     /// # Errors
-    /// The output is not such a value.
+    /// The output is not valid JSON of this type.
     pub fn json<T: serde::de::DeserializeOwned>(&self) -> Result<T> {
         serde_json::from_slice(&self.stdout).with_context(|| self.to_string())
     }
@@ -197,7 +197,7 @@ impl fmt::Display for Output {
     }
 }
 
-/// A host of the lab, on which programs run: a network namespace with a cgroup and a directory for
+/// A host of the lab on which programs run: a network namespace with a cgroup and a directory for
 /// logs and data. Pods, nodes, the wire and the outside host are hosts.
 #[derive(Debug)]
 pub struct Host {
@@ -234,7 +234,7 @@ impl Host {
         })
     }
 
-    /// Another host in the same namespace, with a cgroup and a directory of its own.
+    /// Creates another host in the same namespace, with its own cgroup and directory.
     pub(crate) fn beside(&self, name: &str) -> Result<Self> {
         let replace = |path: &Path| path.with_file_name(name);
         Self::new(
@@ -245,28 +245,28 @@ impl Host {
         )
     }
 
-    /// Name within the lab.
+    /// Returns the host's name within the lab.
     #[must_use]
     pub fn label(&self) -> &str {
         &self.name
     }
 
-    /// The cgroup below which its programs live.
+    /// Returns the parent cgroup of the host's programs.
     #[must_use]
     pub fn cgroup(&self) -> &Path {
         &self.cgroup
     }
 
-    /// The directory for its logs and its applications' data.
+    /// Returns the directory for the host's logs and application data.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Runs `f` on a fresh thread inside the namespace; see [`Netns::enter`] for what it is not.
+    /// Runs `f` on a new thread inside the namespace; see [`Netns::enter`] for the limitations.
     ///
     /// # Errors
-    /// What `f` returns, or that the namespace cannot be entered.
+    /// `f` fails, or the namespace cannot be entered.
     pub fn in_ns<T: Send>(&self, f: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         self.netns.enter(f)
     }
@@ -274,7 +274,7 @@ impl Host {
     /// Starts a program whose output goes to a log file in [`Host::dir`].
     ///
     /// # Errors
-    /// It cannot be started.
+    /// The program cannot be started.
     pub fn spawn(&self, cmd: impl Into<Cmd>) -> Result<Proc> {
         let cmd = cmd.into();
         let (number, group) = self.next_group();
@@ -287,20 +287,21 @@ impl Host {
     /// Starts a program whose output is read line by line with [`Proc::line`].
     ///
     /// # Errors
-    /// It cannot be started.
+    /// The program cannot be started.
     pub fn spawn_lines(&self, cmd: impl Into<Cmd>) -> Result<Proc> {
         let (number, group) = self.next_group();
         self.spawn_lines_in(cmd.into(), (number, group))
     }
 
-    /// As [`Host::spawn_lines`], in a cgroup that may hold others too; all end with this one.
+    /// Starts a program like [`Host::spawn_lines`], in a shared cgroup that is killed with the
+    /// program.
     pub(crate) fn spawn_lines_in(&self, cmd: Cmd, (number, group): (u32, PathBuf)) -> Result<Proc> {
         let log = self.dir.join(format!("{number}-{}.log", cmd.program()));
         let errors = File::create(&log)?;
         let mut process = self.launch(cmd, group, (Stdio::piped(), errors.into()), log)?;
         let stdout = process.child.stdout.take().context("stdout is piped")?;
         let (sender, lines) = sync_channel(LINES);
-        // Ends with the pipe, which ends with the program's cgroup.
+        // The thread ends when the program's cgroup is killed, which closes the pipe.
         let _reader = spawn(move || {
             let lines = BufReader::new(stdout).lines();
             lines
@@ -314,7 +315,7 @@ impl Host {
     /// Runs a program until it exits and returns its output.
     ///
     /// # Errors
-    /// It cannot be started, or is killed because it has not exited within `deadline`.
+    /// The program cannot be started, or has not exited within `deadline` and is killed.
     pub fn run(&self, cmd: impl Into<Cmd>, deadline: Duration) -> Result<Output> {
         let cmd = cmd.into();
         let what = format!("{:?} in {}", cmd.command, self.name);
@@ -324,7 +325,7 @@ impl Host {
         let stdout = drain(process.child.stdout.take().context("stdout is piped")?);
         let stderr = drain(process.child.stderr.take().context("stderr is piped")?);
         let ended = testbed::wait_exit(process.id(), deadline)?;
-        // Whatever it left behind would hold the pipes open.
+        // Processes that the program left behind would keep the pipes open.
         let status = process.kill()?;
         let collect = |pipe: JoinHandle<Vec<u8>>| pipe.join().unwrap_or_default();
         let output = Output {
@@ -339,7 +340,7 @@ impl Host {
         }
     }
 
-    /// The number of the next program, and the cgroup of its own.
+    /// Returns the number of the next program and the path of its cgroup.
     fn next_group(&self) -> (u32, PathBuf) {
         let number = self.started.fetch_add(1, Ordering::Relaxed);
         (number, self.cgroup.join(number.to_string()))
@@ -372,7 +373,7 @@ impl Host {
             .with_context(|| format!("cannot start {what}"))?;
         if let Some(mut pipe) = child.stdin.take() {
             let input = cmd.input;
-            // A program that ends without reading its input is not the harness's failure.
+            // A program may exit without reading its input.
             let _writer = spawn(move || pipe.write_all(&input));
         }
         Ok(Proc {
@@ -389,7 +390,7 @@ impl Host {
 fn drain(mut pipe: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
     spawn(move || {
         let mut bytes = Vec::new();
-        // What was read before an error is in `bytes`.
+        // `bytes` keeps the output that was read before an error.
         drop(pipe.read_to_end(&mut bytes));
         bytes
     })
@@ -402,19 +403,19 @@ pub struct Proc {
     child: Child,
     group: PathBuf,
     log: PathBuf,
-    /// Behind a lock so that threads may share the lab; one reads at a time.
+    /// The reader of piped output; a lock lets threads share the lab, and one reads at a time.
     lines: Option<Lines>,
     status: Option<ExitStatus>,
 }
 
 impl Proc {
-    /// Its process id.
+    /// Returns the process id.
     #[must_use]
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// Resident memory in bytes.
+    /// Returns the resident memory in bytes.
     ///
     /// # Errors
     /// The program has exited.
@@ -422,7 +423,7 @@ impl Proc {
         self.bytes("VmRSS:")
     }
 
-    /// Peak of its resident memory in bytes.
+    /// Returns the peak of the resident memory in bytes.
     ///
     /// # Errors
     /// The program has exited.
@@ -430,7 +431,7 @@ impl Proc {
         self.bytes("VmHWM:")
     }
 
-    /// A size of `/proc/PID/status`.
+    /// Reads a size from `/proc/PID/status`, in bytes.
     fn bytes(&self, name: &str) -> Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix(name));
@@ -442,22 +443,22 @@ impl Proc {
         Ok(kib << 10)
     }
 
-    /// File of its output; of its standard error only, if started with [`Host::spawn_lines`].
+    /// Returns the log file, which has only standard error if started with [`Host::spawn_lines`].
     #[must_use]
     pub fn log(&self) -> &Path {
         &self.log
     }
 
-    /// The last lines of its log, for error messages.
+    /// Returns the last lines of the log, for error messages.
     #[must_use]
     pub fn log_tail(&self) -> String {
         tail(&self.log, 40)
     }
 
-    /// The next line of a program started with [`Host::spawn_lines`]; none at its end.
+    /// Returns the next line of a program started with [`Host::spawn_lines`], or `None` at its end.
     ///
     /// # Errors
-    /// No line came within `deadline`, or its output goes to a log.
+    /// No line came within `deadline`, or the output goes to a log.
     pub fn line(&self, deadline: Duration) -> Result<Option<String>> {
         let lines = self.lines.as_ref().context("its output goes to a log")?;
         let received = match lines.lock() {
@@ -477,19 +478,19 @@ impl Proc {
         }
     }
 
-    /// The next line of a program that must not have exited.
+    /// Returns the next line of a program that must still be running.
     ///
     /// # Errors
-    /// As of [`Proc::line`], or the program has exited; the error carries the end of its log.
+    /// As [`Proc::line`], or the program has exited; the error contains the end of its log.
     pub fn next_line(&self, deadline: Duration) -> Result<String> {
         let line = self.line(deadline)?;
         line.with_context(|| format!("{} exited: {}", self.what, self.log_tail()))
     }
 
-    /// Exit status, or none while it runs.
+    /// Returns the exit status, or `None` while the program runs.
     ///
     /// # Errors
-    /// Whatever `waitpid` reports.
+    /// `waitpid` fails.
     pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
         if self.status.is_none() {
             self.status = self.child.try_wait()?;
@@ -500,7 +501,7 @@ impl Proc {
     /// Waits until the program exits.
     ///
     /// # Errors
-    /// It still runs after `deadline`.
+    /// The program still runs after `deadline`.
     pub fn wait(&mut self, deadline: Duration) -> Result<ExitStatus> {
         if let Some(status) = self.status {
             return Ok(status);
@@ -517,10 +518,10 @@ impl Proc {
         Ok(status)
     }
 
-    /// Sends it a signal, e.g. `libc::SIGTERM`.
+    /// Sends a signal to the program, e.g. `libc::SIGTERM`.
     ///
     /// # Errors
-    /// The program has exited already.
+    /// The program has already exited.
     pub fn signal(&self, signal: i32) -> Result<()> {
         anyhow::ensure!(self.status.is_none(), "{} has exited", self.what);
         testbed::signal(self.child.id(), signal).with_context(|| format!("signal to {}", self.what))
@@ -529,11 +530,11 @@ impl Proc {
     /// Kills the program and everything that it started (SIGKILL), and reaps it.
     ///
     /// # Errors
-    /// A process survives.
+    /// A process cannot be killed.
     pub fn kill(&mut self) -> Result<ExitStatus> {
         cgroup::kill(&self.group)?;
         let status = self.wait(Duration::from_secs(10))?;
-        // Busy for a moment after its last process; the lab's own removal takes what stays.
+        // The cgroup may be busy for a moment; the lab's removal deletes what remains.
         drop(ignore_absent(fs::remove_dir(&self.group)));
         Ok(status)
     }
@@ -541,12 +542,12 @@ impl Proc {
 
 impl Drop for Proc {
     fn drop(&mut self) {
-        // The lab's removal kills what resists here.
+        // The lab's removal kills any process that remains.
         drop(self.kill());
     }
 }
 
-/// The last `count` lines of a file; empty if there is none.
+/// Returns the last `count` lines of a file; empty if the file does not exist.
 #[must_use]
 pub fn tail(path: &Path, count: usize) -> String {
     let bytes = fs::read(path).unwrap_or_default();

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Paths of the workspace's programs: beside the running one, or from an environment variable.
+//! Paths of the workspace's programs: next to the running one, or from an environment variable.
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-/// The `probe` program: real small clients and servers. `MESH_PROBE_BIN` overrides.
+/// Returns the path of the `probe` program, or the value of `MESH_PROBE_BIN`.
 ///
 /// # Errors
 /// The program is not built.
@@ -13,7 +13,7 @@ pub fn probe() -> Result<PathBuf> {
     find("probe", "MESH_PROBE_BIN").context("cargo build -p mesh-test --bins builds it")
 }
 
-/// The agent. `MESH_AGENT_BIN` overrides.
+/// Returns the path of the agent, or the value of `MESH_AGENT_BIN`.
 ///
 /// # Errors
 /// The program is not built.
@@ -21,7 +21,7 @@ pub fn agent() -> Result<PathBuf> {
     find("mesh-agent", "MESH_AGENT_BIN").context("cargo build -p mesh-agent builds it")
 }
 
-/// The controller. `MESH_CONTROLLER_BIN` overrides.
+/// Returns the path of the controller, or the value of `MESH_CONTROLLER_BIN`.
 ///
 /// # Errors
 /// The program is not built.
@@ -30,7 +30,7 @@ pub fn controller() -> Result<PathBuf> {
         .context("cargo build -p mesh-controller builds it")
 }
 
-/// `meshctl`. `MESHCTL_BIN` overrides.
+/// Returns the path of `meshctl`, or the value of `MESHCTL_BIN`.
 ///
 /// # Errors
 /// The program is not built.
@@ -38,7 +38,7 @@ pub fn meshctl() -> Result<PathBuf> {
     find("meshctl", "MESHCTL_BIN").context("cargo build -p mesh-cli builds it")
 }
 
-/// Test binaries are one directory below other binaries.
+/// Finds a program next to the running one, or one directory above it for test programs.
 fn find(name: &str, variable: &str) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(variable) {
         return Ok(PathBuf::from(path));

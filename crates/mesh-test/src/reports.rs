@@ -12,32 +12,32 @@ use serde::{Deserialize, Serialize};
 use crate::process::Proc;
 use crate::talk::Identity;
 
-/// How long a storm may take for its report.
+/// Deadline for a storm's report.
 const REPORT: Duration = Duration::from_secs(120);
 
 /// Result of `probe tcp`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tcp {
-    /// Every step succeeded.
+    /// True if every step succeeded.
     pub ok: bool,
     /// The call that failed, with its error.
     pub error: Option<String>,
-    /// Its `errno`.
+    /// `errno` of the failed call.
     pub errno: Option<i32>,
-    /// Microseconds until connected.
+    /// Time to connect in microseconds.
     pub connect_us: u64,
-    /// `getsockname` after connecting, IPv4 in IPv6 unmapped.
+    /// Result of `getsockname` after connecting; an IPv4-mapped address is given as IPv4.
     pub local: Option<SocketAddr>,
-    /// `getpeername` after connecting, likewise.
+    /// Result of `getpeername` after connecting; an IPv4-mapped address is given as IPv4.
     pub peer: Option<SocketAddr>,
-    /// What the server saw.
+    /// The addresses that the server saw, and its name.
     pub identity: Option<Identity>,
-    /// What came back for `--say`.
+    /// Bytes that came back for `--say`.
     pub received: Option<String>,
 }
 
 impl Tcp {
-    /// Whether both endpoints saw the same two addresses.
+    /// Returns whether both endpoints saw the same two addresses.
     #[must_use]
     pub fn ends_agree(&self) -> bool {
         self.identity
@@ -49,23 +49,23 @@ impl Tcp {
 /// Result of `probe storm`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Storm {
-    /// Connections that were answered with the expected addresses.
+    /// Number of connections that were answered with the expected addresses.
     pub ok: u64,
-    /// Connections that were answered with other addresses.
+    /// Number of connections that were answered with other addresses.
     pub wrong: u64,
-    /// Connections that failed.
+    /// Number of connections that failed.
     pub failed: u64,
-    /// From the first connect to the last close.
+    /// Time from the first connect to the last close, in seconds.
     pub seconds: f64,
-    /// Median of connect, request, answer and close.
+    /// Median time of connect, request, answer and close together, in microseconds.
     pub p50_us: u64,
-    /// 99th percentile of the same.
+    /// 99th percentile of that time in microseconds.
     pub p99_us: u64,
-    /// Number of each error.
+    /// Number of errors by text.
     pub errors: BTreeMap<String, u64>,
-    /// The first wrong answers.
+    /// The first wrong answers, as text.
     pub wrong_answers: Vec<String>,
-    /// Number of answers of each server.
+    /// Number of answers by server name.
     pub names: BTreeMap<String, u64>,
     /// Bytes that the client wrote.
     pub bytes_sent: u64,
@@ -74,22 +74,22 @@ pub struct Storm {
 }
 
 impl Storm {
-    /// Ends a running `probe storm` and returns its report. Does nothing to one that has ended.
+    /// Stops a running `probe storm` and returns its report; one that has exited is not signaled.
     ///
     /// # Errors
-    /// It prints no report.
+    /// The program prints no report.
     pub fn stop(storm: &Proc) -> Result<Self> {
         storm.signal(libc::SIGTERM)?;
         Self::of(storm)
     }
 
-    /// Waits for the report of a `probe storm` that ends by itself.
+    /// Waits for the report of a `probe storm` that exits by itself.
     ///
     /// # Errors
-    /// It prints no report within two minutes.
+    /// The program prints no report within two minutes.
     pub fn of(storm: &Proc) -> Result<Self> {
         let line = storm.next_line(REPORT)?;
-        serde_json::from_str(&line).with_context(|| format!("not the report of a storm: {line}"))
+        serde_json::from_str(&line).with_context(|| format!("invalid storm report: {line}"))
     }
 }
 
@@ -98,45 +98,46 @@ impl Storm {
 pub struct Bulk {
     /// Payload bytes sent, or received with `--reverse`.
     pub bytes: u64,
-    /// What the servers say they read; equal to `bytes` unless something was lost.
+    /// Bytes that the servers report as read; equal to `bytes` unless something was lost.
     pub confirmed: u64,
-    /// From the first byte to the last confirmation.
+    /// Time from the first byte to the last confirmation, in seconds.
     pub seconds: f64,
 }
 
 /// Result of `probe rr`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RequestResponse {
-    /// Requests that were answered.
+    /// Number of requests that were answered.
     pub requests: u64,
-    /// From the first request to the last answer.
+    /// Time from the first request to the last answer, in seconds.
     pub seconds: f64,
-    /// Median.
+    /// Median latency in microseconds.
     pub p50_us: f64,
-    /// 99th percentile.
+    /// 99th percentile of the latency in microseconds.
     pub p99_us: f64,
 }
 
-/// What `probe hold` says while its connections live, one line each.
+/// Events of `probe hold`, one line each.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Held {
-    /// All connections are open: their local addresses.
+    /// All connections are open, with these local addresses.
     Open(Vec<SocketAddr>),
-    /// One connection ended.
+    /// A connection ended.
     Closed {
-        /// Its local address.
+        /// Local address of the connection.
         local: SocketAddr,
-        /// `eof`, `reset`, `aborted`, `timeout`, `other bytes` than were sent, or the error's text.
+        /// The cause: `eof`, `reset`, `aborted`, `timeout`, `other bytes` than sent, or the error's
+        /// text.
         how: String,
-        /// Milliseconds after it was opened.
+        /// Lifetime of the connection in milliseconds.
         after_ms: u64,
-        /// Bytes that came back.
+        /// Number of bytes that came back.
         echoed: u64,
     },
-    /// The time given is over; so many connections are still open.
+    /// The duration is over.
     End {
-        /// Connections that still answered.
+        /// Number of connections that still answered.
         open: usize,
     },
 }
@@ -144,32 +145,32 @@ pub enum Held {
 /// Result of `probe udp`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Udp {
-    /// Datagrams that were sent without error.
+    /// Number of datagrams that were sent without error.
     pub sent: u64,
-    /// Answers.
+    /// Number of answers.
     pub received: u64,
-    /// How often which error came, from sending or receiving.
+    /// Number of send and receive errors by text.
     pub errors: BTreeMap<String, u64>,
-    /// Who answered, as the client sees it (`recvfrom`), and how often.
+    /// Number of answers by source address (`recvfrom`).
     pub from: BTreeMap<SocketAddr, u64>,
-    /// Number of answers of each server.
+    /// Number of answers by server name.
     pub names: BTreeMap<String, u64>,
-    /// `getsockname` at the end.
+    /// Result of `getsockname` at the end.
     pub local: Option<SocketAddr>,
-    /// `getpeername` at the end, of a connected socket.
+    /// Result of `getpeername` at the end, for a connected socket.
     pub peer: Option<SocketAddr>,
-    /// What the server saw of the last datagram that was answered.
+    /// The addresses that the server saw for the last answered datagram, and its name.
     pub identity: Option<Identity>,
 }
 
-/// What `probe serve` says: first that it listens, then, with `--report`, each arrival.
+/// Events of `probe serve`: first that it listens, then, with `--report`, each arrival.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Served {
-    /// All sockets are open.
+    /// All sockets are open, with these addresses.
     Listening(Vec<SocketAddr>),
     /// A connection was accepted.
     Connection(Identity),
-    /// A datagram came.
+    /// A datagram was received.
     Datagram(Identity),
 }

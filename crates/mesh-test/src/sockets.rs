@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The sockets of a place as `ss` of iproute2 lists them: evidence that no agent had a hand in.
+//! Sockets of a host as listed by `ss` of iproute2: evidence that is independent of the agent.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -8,19 +8,19 @@ use anyhow::Result;
 
 use crate::process::{Cmd, Host};
 
-/// One TCP socket.
+/// A TCP socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TcpSocket {
     /// State as `ss` names it, e.g. `ESTAB`, `LISTEN`.
     pub state: String,
-    /// Local end; none where it is no plain address (e.g. `*`).
+    /// Local address and port; `None` if it is not a plain address (e.g. `*`).
     pub local: Option<SocketAddr>,
-    /// Remote end, likewise.
+    /// Remote address and port; `None` if it is not a plain address (e.g. `*`).
     pub remote: Option<SocketAddr>,
 }
 
 impl Host {
-    /// All TCP sockets of the namespace.
+    /// Returns all TCP sockets of the namespace.
     ///
     /// # Errors
     /// `ss` cannot be run.
@@ -43,8 +43,8 @@ fn parse(line: &str) -> Option<TcpSocket> {
     })
 }
 
-/// `ss` puts the interface of bound sockets behind the address: `10.0.0.1%eth0:80`,
-/// `[fd00::1]%eth0:80`.
+/// Parses an address and port of `ss`, which appends the interface of bound sockets to the address:
+/// `10.0.0.1%eth0:80`, `[fd00::1]%eth0:80`.
 fn endpoint(word: &str) -> Option<SocketAddr> {
     let (address, port) = word.rsplit_once(':')?;
     let address = address

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Removes what a lab leaves on the machine: the one path for drop and for after a kill -9.
+//! Removal of a lab's resources, for both drop and the cleanup after a SIGKILL.
 //!
-//! Never touches anything whose owner may still run, and ends only processes that live in the
-//! cgroups of a lab, which are those that the lab started.
+//! It never touches resources whose owner may still run, and kills only processes in the cgroups of
+//! a lab, which are those that the lab started.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,10 +15,10 @@ use crate::names::{LabId, NETNS_DIR};
 use crate::netns::{ignore_absent, remove_file};
 use mesh_sys::testbed;
 
-/// Removes all labs whose owner is dead and tells which those were.
+/// Removes all labs whose owner is dead and returns their ids.
 ///
 /// # Errors
-/// Something of a dead owner resists; the others are removed all the same.
+/// A resource of a dead owner cannot be removed; all others are removed anyway.
 pub fn sweep() -> Result<Vec<LabId>> {
     let dead: Vec<LabId> = found()?
         .into_iter()
@@ -33,11 +33,11 @@ pub fn sweep() -> Result<Vec<LabId>> {
     first_error.map_or(Ok(dead), Err)
 }
 
-/// From now on Ctrl-C, SIGTERM and SIGHUP remove all labs of this process before they end it. For
-/// programs: call this first in `main`, before any thread is started.
+/// Makes Ctrl-C, SIGTERM and SIGHUP remove all labs of this process before it exits. Programs call
+/// this first in `main`, before any thread starts.
 ///
 /// # Errors
-/// The signals cannot be held back.
+/// The signals cannot be blocked.
 pub fn remove_on_interrupt() -> Result<()> {
     testbed::block_interrupts()?;
     let _waiter = std::thread::Builder::new().spawn(|| {
@@ -62,10 +62,10 @@ pub fn remove_on_interrupt() -> Result<()> {
     Ok(())
 }
 
-/// Everything on the machine that belongs to the lab, for tests that nothing is left.
+/// Returns the paths of everything on the machine that belongs to the lab, to test its removal.
 ///
 /// # Errors
-/// The places to look at cannot be read.
+/// A directory cannot be read.
 pub fn remains(id: LabId) -> Result<Vec<PathBuf>> {
     let mut found = netns_files(id);
     found.extend(mounts_below(&id.dir())?);
@@ -103,7 +103,7 @@ fn netns_files(id: LabId) -> Vec<PathBuf> {
     ours.map(|name| Path::new(NETNS_DIR).join(name)).collect()
 }
 
-/// Mount points in and below `dir`, the last mounted first.
+/// Returns the mount points in and below `dir`, the most recent first.
 fn mounts_below(dir: &Path) -> Result<Vec<PathBuf>> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     let points = mounts
@@ -116,12 +116,12 @@ fn mounts_below(dir: &Path) -> Result<Vec<PathBuf>> {
         .collect())
 }
 
-/// Ends the lab's processes and removes everything that carries its name.
+/// Kills the lab's processes and removes everything with its name.
 pub(crate) fn remove(id: LabId) -> Result<()> {
     let (cgroup, dir) = (cgroup::mount_point()?.join(id.cgroup()), id.dir());
     cgroup::kill(&cgroup)?;
     for point in mounts_below(&dir)? {
-        // Another sweeper may have been faster; what counts is checked below.
+        // A concurrent sweep may have unmounted it; the result is checked below.
         drop(testbed::unmount(&point));
     }
     let left = mounts_below(&dir)?;
@@ -132,7 +132,7 @@ pub(crate) fn remove(id: LabId) -> Result<()> {
     for group in cgroup::everywhere(&id.cgroup()) {
         cgroup::remove(&group)?;
     }
-    // Last: as long as the directory is there, its owner file tells whose the rest is.
+    // The directory is removed last, because its owner file tells who owns the rest.
     ignore_absent(fs::remove_dir_all(&dir))
         .with_context(|| format!("cannot remove {}", dir.display()))
 }

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What `probe`'s clients and servers say to each other: a command line from the client, then what
-//! it asks for. Also for listeners that tests write themselves.
+//! The protocol of `probe`'s clients and servers, also for servers in tests: the client sends a
+//! command line, and the server acts on it.
 //!
-//! | command | then |
+//! | Command | Server's action |
 //! |---|---|
-//! | `ID` | the server says what it sees: its own address, the client's, its name; next command |
-//! | `ECHO` | everything comes back until the client's end |
-//! | `SINK` | the server reads to the client's end, then says how many bytes it was |
-//! | `SOURCE N` | the server sends N bytes (0: without end) and closes |
-//! | `RR N` | N bytes from the client, N bytes back, again and again |
+//! | `ID` | sends its own address, the client's address and its name; waits for the next command |
+//! | `ECHO` | sends back everything until the client's end of file |
+//! | `SINK` | reads until the client's end of file, then sends the number of bytes |
+//! | `SOURCE N` | sends N bytes (0: without end) and closes |
+//! | `RR N` | reads N bytes and sends N bytes, repeatedly |
 
 use std::fmt;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
@@ -19,17 +19,17 @@ use serde::{Deserialize, Serialize};
 
 /// Bytes per read or write of bulk transfers.
 pub const CHUNK: usize = 128 << 10;
-/// Longest command or answer line.
+/// Maximum length of a command or answer line in bytes.
 const LINE: usize = 256;
 
-/// What a server sees of a connection or datagram.
+/// A connection or datagram as seen by the server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
-    /// Its own address (`getsockname`).
+    /// The server's own address (`getsockname`).
     pub server: SocketAddr,
     /// The client's address (`getpeername`).
     pub client: SocketAddr,
-    /// Its name, as given when it was started.
+    /// The server's name, as given when it was started.
     pub name: String,
 }
 
@@ -60,16 +60,16 @@ fn invalid(what: &str) -> io::Error {
     io::Error::new(ErrorKind::InvalidData, what)
 }
 
-/// An address without scope or flow label, and IPv4 where it is IPv4 in IPv6.
+/// Removes scope and flow label from an address, and converts an IPv4-mapped address to IPv4.
 #[must_use]
 pub fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-/// What a server sees of `stream`.
+/// Returns the server's view of `stream`.
 ///
 /// # Errors
-/// The connection is gone.
+/// The connection is closed.
 pub fn identify(stream: &TcpStream, name: &str) -> io::Result<Identity> {
     let server = canonical(stream.local_addr()?);
     let client = canonical(stream.peer_addr()?);
@@ -80,12 +80,12 @@ pub fn identify(stream: &TcpStream, name: &str) -> io::Result<Identity> {
     })
 }
 
-/// Serves one connection to its end.
+/// Serves one connection until it ends.
 ///
 /// # Errors
-/// The connection broke, or the client does not speak this.
+/// The connection failed, or the client sent an invalid command.
 pub fn serve(stream: &TcpStream, name: &str) -> io::Result<()> {
-    // A one-to-one SCTP socket has no such option, and no need of it.
+    // A one-to-one SCTP socket has no TCP_NODELAY and does not need it.
     let _sctp = stream.set_nodelay(true);
     let mut input = BufReader::with_capacity(CHUNK, stream);
     loop {
@@ -112,10 +112,10 @@ pub fn serve(stream: &TcpStream, name: &str) -> io::Result<()> {
     }
 }
 
-/// Sends back everything up to the client's end.
+/// Sends back everything until the client's end of file.
 ///
 /// # Errors
-/// The connection broke.
+/// The connection failed.
 pub fn echo(input: &mut impl Read, mut stream: &TcpStream) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK];
     loop {
@@ -157,19 +157,19 @@ fn reply(input: &mut impl Read, mut stream: &TcpStream, size: usize) -> io::Resu
     }
 }
 
-/// The client's side of `ID`.
+/// Sends `ID` and returns the server's answer.
 ///
 /// # Errors
-/// The connection broke, or the server does not speak this.
+/// The connection failed, or the answer is invalid.
 pub fn ask_identity(stream: &mut TcpStream) -> io::Result<Identity> {
     stream.write_all(b"ID\n")?;
     read_line(stream)?.parse()
 }
 
-/// One line, byte by byte up to its end; servers send nothing after it unasked.
+/// Reads one line byte by byte, so that nothing after its end is consumed.
 ///
 /// # Errors
-/// The connection broke or ended before the line did.
+/// The connection failed or ended before the end of the line.
 pub fn read_line(stream: &mut impl Read) -> io::Result<String> {
     let (mut buffer, mut have) = ([0; LINE], 0);
     while !buffer[..have].ends_with(b"\n") {

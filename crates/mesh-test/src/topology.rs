@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! How links, addresses and routes are laid: the two shapes that CNI plugins give a node.
+//! Links, addresses and routes of the lab, in the two topologies that CNI plugins give a node.
 //!
-//! Owns every `ip` command of the lab. Knows nothing of manifests, cgroups or programs.
+//! All `ip` commands of the lab are here, and nothing about manifests, cgroups or programs.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -15,57 +15,57 @@ use crate::netns::Netns;
 use crate::wait::eventually;
 use mesh_sys::testbed::{self, Placement, Rights};
 
-/// Shape of the pod network.
+/// Topology of the pod network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Topology {
-    /// As Calico: no bridge, a host route for each pod, a link-local gateway answered by proxy ARP.
+    /// No bridge, a host route for each pod, and a link-local gateway by proxy ARP, as in Calico.
     Routed,
-    /// As flannel with host-gw: a bridge `cni0` per node that holds the node's pod CIDR.
+    /// A bridge `cni0` per node with the node's pod CIDR, as in flannel with host-gw.
     Bridged,
 }
 
 /// The link-local gateway of routed pods.
 const ROUTED_GATEWAY: &str = "169.254.1.1";
-/// Address of the host side of every routed pod's link; the MAC that Calico uses follows from it.
+/// Address of the host side of every routed pod's link, derived from the MAC that Calico uses.
 const ROUTED_GATEWAY6: &str = "fe80::ecee:eeff:feee:eeee";
 const ROUTED_MAC: &str = "ee:ee:ee:ee:ee:ee";
 /// The bridge of a bridged node.
 pub(crate) const BRIDGE: &str = "cni0";
-/// The link between a node, or the outside host, and the wire; in its own namespace.
+/// Name of the link from a node, or the outside host, to the wire, in the host's own namespace.
 pub(crate) const UPLINK: &str = "eth0";
-/// The wire's bridge.
+/// Name of the wire's bridge.
 pub(crate) const WIRE: &str = "br0";
-/// Host number of the wire's own address, which is the nodes' default gateway.
+/// Host number of the wire's own address, the nodes' default gateway.
 const GATEWAY_HOST: u8 = 254;
 /// Host number of the outside host.
 pub(crate) const OUTSIDE_HOST: u8 = 100;
 
-/// Address of a node, or of another host on the wire.
+/// Returns the IPv4 address of a node, or of another host on the wire.
 pub(crate) fn node_v4(host: u8) -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 50, host)
 }
 
-/// The wire's own address.
+/// Returns the wire's own IPv4 address.
 pub(crate) fn gateway_v4() -> Ipv4Addr {
     node_v4(GATEWAY_HOST)
 }
 
-/// As [`node_v4`].
+/// Returns the IPv6 address of a node, or of another host on the wire.
 pub(crate) fn node_v6(host: u8) -> Ipv6Addr {
     Ipv6Addr::new(0xfd00, 0x50, 0, 0, 0, 0, 0, u16::from(host))
 }
 
-/// Address of a pod; host 0 is the CIDR itself, 1 the bridge.
+/// Returns a pod's IPv4 address; host 0 is the CIDR itself, 1 the bridge.
 pub(crate) fn pod_v4(node: u8, host: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 244, node, host)
 }
 
-/// As [`pod_v4`].
+/// Returns a pod's IPv6 address; host 0 is the CIDR itself, 1 the bridge.
 pub(crate) fn pod_v6(node: u8, host: u8) -> Ipv6Addr {
     Ipv6Addr::new(0xfd00, 0x244, u16::from(node), 0, 0, 0, 0, u16::from(host))
 }
 
-/// Pod CIDRs of a node, IPv4 first.
+/// Returns a node's pod CIDRs, IPv4 first.
 pub(crate) fn pod_cidrs(node: u8) -> [String; 2] {
     [
         format!("{}/24", pod_v4(node, 0)),
@@ -73,14 +73,14 @@ pub(crate) fn pod_cidrs(node: u8) -> [String; 2] {
     ]
 }
 
-/// MAC of a pod's or bridge's interface: follows from its address, as the CNI bridge plugin once
-/// made it, so that an address used again needs no new neighbour entry anywhere.
+/// Returns the MAC address of a pod's or bridge's interface. It is derived from the IP address, as
+/// in old versions of the CNI bridge plugin, so that a reused address needs no neighbor update.
 pub(crate) fn mac_of(node: u8, host: u8) -> String {
     let [a, b, c, d] = pod_v4(node, host).octets();
     format!("0a:58:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
 }
 
-/// MAC to which a pod sends what leaves its node.
+/// Returns the MAC address of a pod's next hop for packets that leave the node.
 pub(crate) fn gateway_mac(topology: Topology, node: u8) -> String {
     match topology {
         Topology::Routed => ROUTED_MAC.to_owned(),
@@ -88,7 +88,7 @@ pub(crate) fn gateway_mac(topology: Topology, node: u8) -> String {
     }
 }
 
-/// Runs `ip` in a namespace and gives what it printed.
+/// Runs `ip` in a namespace and returns its output.
 fn ip(netns: &Netns, args: &[&str], input: &str) -> Result<Vec<u8>> {
     let mut command = Command::new("ip");
     command
@@ -122,8 +122,8 @@ pub(crate) fn ip_batch(netns: &Netns, batch: &str) -> Result<()> {
     ip(netns, &["-batch", "-"], batch).map(drop)
 }
 
-/// Waits until every link of the namespace is operational. The kernel tells bridges and IPv6 of a
-/// new carrier up to a second late (it limits such events), and until then frames get lost.
+/// Waits until every link of the namespace is operational. The kernel reports a new carrier to
+/// bridges and IPv6 up to a second late, and until then frames are lost.
 pub(crate) fn settle(netns: &Netns) -> Result<()> {
     let mut last = String::new();
     let what = format!("links of {} to come up", netns.name());
@@ -138,7 +138,7 @@ pub(crate) fn settle(netns: &Netns) -> Result<()> {
     settled.with_context(|| format!("link {last} is not up"))?
 }
 
-/// A link that is not operational yet. A bridge without ports has no carrier and is settled.
+/// Returns a link that is not yet operational. A bridge without ports needs no carrier.
 fn unsettled(netns: &Netns) -> Result<Option<String>> {
     let output = ip(netns, &["-json", "link", "show"], "")?;
     let links: Vec<serde_json::Value> = serde_json::from_slice(&output)?;
@@ -155,7 +155,7 @@ fn unsettled(netns: &Netns) -> Result<Option<String>> {
     Ok(pending.map(|link| link["ifname"].to_string()))
 }
 
-/// The wire: a bridge with the nodes' default gateway on it.
+/// Creates the wire: a bridge with the address of the nodes' default gateway.
 pub(crate) fn lay_wire(wire: &Netns) -> Result<()> {
     let (v4, v6) = (node_v4(GATEWAY_HOST), node_v6(GATEWAY_HOST));
     ip_batch(
@@ -167,7 +167,7 @@ pub(crate) fn lay_wire(wire: &Netns) -> Result<()> {
     )
 }
 
-/// Joins a host to the wire, with routes to the pods of `nodes` (but its own).
+/// Connects a host to the wire, with routes to the pods of the other `nodes`.
 pub(crate) fn join_wire(
     wire: &Netns,
     host: &Netns,
@@ -195,7 +195,7 @@ pub(crate) fn join_wire(
     )
 }
 
-/// Routes from the wire itself to the pods of all nodes, for what answers them from there.
+/// Adds routes from the wire to the pods of all nodes, for servers in the wire's namespace.
 pub(crate) fn lead_to_pods(wire: &Netns, nodes: u8) -> Result<()> {
     let mut batch = String::new();
     for node in 1..=nodes {
@@ -206,7 +206,7 @@ pub(crate) fn lead_to_pods(wire: &Netns, nodes: u8) -> Result<()> {
     ip_batch(wire, &batch)
 }
 
-/// Gives a host on the wire another address.
+/// Adds an address to a host on the wire.
 pub(crate) fn add_address(host: &Netns, address: IpAddr) -> Result<()> {
     let batch = match address {
         IpAddr::V4(v4) => format!("addr replace {v4}/32 dev {UPLINK}\n"),
@@ -215,7 +215,7 @@ pub(crate) fn add_address(host: &Netns, address: IpAddr) -> Result<()> {
     ip_batch(host, &batch)
 }
 
-/// Leads to addresses by way of another host on the wire.
+/// Adds routes to addresses through another host on the wire.
 pub(crate) fn add_routes(host: &Netns, to: &[IpAddr], by: u8) -> Result<()> {
     let mut batch = String::new();
     for address in to {
@@ -227,7 +227,7 @@ pub(crate) fn add_routes(host: &Netns, to: &[IpAddr], by: u8) -> Result<()> {
     ip_batch(host, &batch)
 }
 
-/// What a node has besides its uplink.
+/// Creates the links and settings of a node other than its uplink.
 pub(crate) fn lay_node(topology: Topology, node: &Netns, number: u8) -> Result<()> {
     node.sysctl("ipv4/ip_forward", "1")?;
     node.sysctl("ipv6/conf/all/forwarding", "1")?;
@@ -246,7 +246,7 @@ pub(crate) fn lay_node(topology: Topology, node: &Netns, number: u8) -> Result<(
     }
 }
 
-/// The link of one pod.
+/// The link of a pod to its node.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PodLink<'a> {
     pub(crate) topology: Topology,
@@ -254,12 +254,12 @@ pub(crate) struct PodLink<'a> {
     pub(crate) node_number: u8,
     pub(crate) pod: &'a Netns,
     pub(crate) host_number: u8,
-    /// Its name on the node.
+    /// Name of the link in the node's namespace.
     pub(crate) host_if: &'a str,
     pub(crate) addresses: &'a [IpAddr],
 }
 
-/// Joins a pod to its node.
+/// Connects a pod to its node.
 pub(crate) fn lay_pod(link: &PodLink<'_>) -> Result<()> {
     let host = link.host_if;
     let mut node = format!(
@@ -295,7 +295,7 @@ pub(crate) fn lay_pod(link: &PodLink<'_>) -> Result<()> {
         writeln!(pod, "addr add {address}/{length} dev eth0{nodad}")?;
         writeln!(routes, "route add default via {gateway} dev eth0")?;
         if link.topology == Topology::Routed {
-            // Replaced, because a pod that had the address may not be gone altogether.
+            // "replace", because a deleted pod with this address may still have its route.
             writeln!(node, "route replace {address}/{length} dev {host}")?;
         }
     }
@@ -304,7 +304,7 @@ pub(crate) fn lay_pod(link: &PodLink<'_>) -> Result<()> {
     if link.topology == Topology::Routed {
         link.node
             .sysctl(&format!("ipv4/conf/{host}/proxy_arp"), "1")?;
-        // Without this an answer waits for up to 0.8 s, by design of proxy ARP.
+        // Without this, proxy ARP delays an answer by up to 0.8 s.
         link.node
             .sysctl(&format!("ipv4/neigh/{host}/proxy_delay"), "0")?;
     }

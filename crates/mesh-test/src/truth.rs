@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Truth tables over real connections: the files of `meshctl policy test` with a namespace for each
-//! pod, an agent on each node, and a client and a server for every row.
+//! Truth tables over real connections: runs the files of `meshctl policy test` with a namespace for
+//! each pod, an agent on each node, and a client and a server for every row.
 //!
-//! Every connection is first tried without agents, where it must succeed: a later refusal is then the
-//! mesh's own. Rows that cannot be run in a lab are reported and never count as right.
+//! Every connection is first tried without agents and must succeed, so that a later refusal is the
+//! mesh's. Rows that cannot run in a lab are reported and never count as correct.
 
 pub mod attempt;
 mod cluster;
@@ -23,7 +23,7 @@ use self::testbed::Testbed;
 use crate::lab::Lab;
 use crate::mesh::Mesh;
 
-/// Number of attempts before a connection counts as refused: the machine is shared, and datagrams get
+/// Attempts before a connection counts as refused: the machine may be busy, and datagrams can be
 /// lost.
 const TRIES: u32 = 3;
 /// Pause between two attempts.
@@ -44,9 +44,9 @@ impl AsRef<Lab> for Mesh {
 /// Result of a table.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
-    /// Rows.
+    /// Number of rows.
     pub checks: usize,
-    /// Rows with the expected result.
+    /// Number of rows with the expected result.
     pub right: usize,
     /// Rows with another result, as text.
     pub differ: Vec<String>,
@@ -54,11 +54,11 @@ pub struct Report {
     pub not_run: Vec<String>,
     /// Warnings and rejections of the manifests.
     pub notes: Vec<String>,
-    /// Duration.
+    /// Duration of the run.
     pub took: Duration,
 }
 
-/// The tables of a file.
+/// Reads the tables of a file.
 ///
 /// # Errors
 /// The file cannot be read or parsed.
@@ -70,8 +70,8 @@ pub fn read(file: &Path) -> Result<Vec<Table>> {
     tables(&text, format).with_context(shown)
 }
 
-/// Runs a table of `file`, from which paths in it are taken. With `mtls` every namespace is
-/// enrolled, or where the table has labels that enrol, those that it says; without, none is.
+/// Runs a table; relative paths in it start at `file`'s directory. With `mtls`, every namespace is
+/// enrolled, unless the table has its own enrollment labels; without it, none is.
 ///
 /// # Errors
 /// The table is invalid (as for `meshctl policy test`), or its lab cannot be created.
@@ -100,7 +100,7 @@ pub fn run(table: &Table, file: &Path, mtls: bool) -> Result<Report> {
                 ));
             }
         }
-        // What the lab does not carry by itself says nothing about the mesh.
+        // A connection that fails without the mesh says nothing about the mesh.
         if report.differ.is_empty() {
             judge(&lab.start()?, &rows, &mut report)?;
         }
@@ -114,7 +114,7 @@ pub fn run(table: &Table, file: &Path, mtls: bool) -> Result<Report> {
     Ok(report)
 }
 
-/// Runs rows under agents.
+/// Tries the rows with agents.
 fn judge(testbed: &Testbed<Mesh>, rows: &[Row], report: &mut Report) -> Result<()> {
     let runs: Vec<&Run> = rows.iter().filter_map(Row::run).collect();
     let mut results = testbed.try_all(&runs)?;
@@ -125,7 +125,7 @@ fn judge(testbed: &Testbed<Mesh>, rows: &[Row], report: &mut Report) -> Result<(
             break;
         }
         std::thread::sleep(PAUSE);
-        // What is refused may only have come too early as well.
+        // Retry refused connections, which may have been too early.
         let again: Vec<&Run> = runs.iter().copied().filter(|run| !answered(run)).collect();
         results.extend(testbed.try_all(&again)?);
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Waiting for something to become true, never longer than told.
+//! Polling for a condition until a deadline.
 
 use std::time::{Duration, Instant};
 
@@ -7,10 +7,10 @@ use anyhow::{Result, bail};
 
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// Asks `probe` until it answers; at least once, and at least once after the deadline has passed.
+/// Calls `probe` until it returns a value: at least once, and once more after the deadline.
 ///
 /// # Errors
-/// `what` did not come true within `deadline`.
+/// `probe` returned no value within `deadline`; the error contains `what`.
 pub fn eventually<T>(
     what: &str,
     deadline: Duration,

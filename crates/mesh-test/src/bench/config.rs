@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Under which conditions a bench ran: enough to run it again, and to doubt it.
+//! The conditions of a benchmark run, recorded so that it can be reproduced and judged.
 
 use std::fmt;
 use std::fs;
@@ -11,15 +11,15 @@ use serde::Serialize;
 use super::Options;
 use super::testbed::Testbed;
 
-/// Conditions of a run, and what was asked of agents before and after it.
+/// Conditions of a run, and the agents' state before and after it.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Config {
     rounds: u32,
-    /// None: 10, and 31 for short connections.
+    /// Duration of each run; `None` means 10, and 31 for short connections.
     seconds: Option<f64>,
     topology: String,
     policies: u16,
-    /// True: both labs were plain.
+    /// True if both labs ran without agents.
     control: bool,
     ahead: bool,
     #[serde(flatten)]
@@ -29,7 +29,7 @@ pub struct Config {
     agents: Vec<String>,
     agent_rss_idle_bytes: Vec<u64>,
     agent_rss_end_bytes: Vec<u64>,
-    /// Records that the agents lost, of all connections of the run.
+    /// Flow records that the agents lost during the benchmark.
     flow_records_lost: f64,
 }
 
@@ -57,7 +57,7 @@ impl Config {
         })
     }
 
-    /// Asks the agents what only the end can tell.
+    /// Reads the values that the agents can give only at the end.
     pub(super) fn finish(&mut self, testbed: &Testbed) -> Result<()> {
         self.agent_rss_end_bytes = resident(testbed)?;
         for agent in testbed.mesh.agents() {
@@ -101,7 +101,7 @@ impl fmt::Display for Config {
     }
 }
 
-/// What it ran on, and as what build.
+/// Hardware, kernel and build profile of the benchmark.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(super) struct Machine {
     kernel: String,
@@ -125,7 +125,7 @@ impl fmt::Display for Machine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} x {}, Linux {}", self.cpus, self.cpu, self.kernel)?;
         if !self.optimised {
-            write!(f, ", NOT OPTIMISED: figures of this build mean nothing")?;
+            write!(f, ", DEBUG BUILD: figures are not meaningful")?;
         }
         Ok(())
     }
@@ -148,12 +148,12 @@ fn congestion_control(testbed: &Testbed) -> Result<String> {
     pod.in_ns(|| read("/proc/sys/net/ipv4/tcp_congestion_control"))
 }
 
-/// After its start an agent lets go of what has run once, within 20 s: idle is what it is then.
+/// Time until an agent's memory is settled: within 20 s an agent frees what only its start needed.
 const SETTLED: Duration = Duration::from_secs(25);
 
-/// What agents hold once they have let go of what only their start took.
+/// Returns the resident memory of each agent after `settled`, in bytes.
 fn resident_idle(testbed: &Testbed, settled: Duration) -> Result<Vec<u64>> {
-    // Without agents there is nothing to wait for.
+    // Without agents there is no need to wait.
     if !testbed.mesh.agents().is_empty() {
         std::thread::sleep(settled);
     }

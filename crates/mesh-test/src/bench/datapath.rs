@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The group `datapath`: bulk, requests on long connections, short connections, on one node and
-//! across nodes, plain and meshed in turns.
+//! The group `datapath`: bulk transfers, requests on long-lived connections and short-lived
+//! connections, on one node and across nodes, alternately plain and meshed.
 
 use anyhow::{Context, Result, ensure};
 
@@ -11,19 +11,19 @@ use super::report::{Pair, Report, Series};
 use super::testbed::{Side, Testbed};
 use super::{Group, Options, Scenario};
 
-/// Seconds of a run, unless told otherwise.
+/// Default duration of a run in seconds.
 const SECONDS: f64 = 10.0;
-/// Seconds of a run of short connections: half of TIME_WAIT and more.
+/// Default duration of a crr run in seconds: more than half of TIME_WAIT (60 s).
 const SHORT_SECONDS: f64 = 31.0;
 
-/// One thing that is measured.
+/// A metric of the datapath benchmark.
 #[derive(Debug)]
 pub(super) struct Metric {
     pub(super) name: &'static str,
     group: Group,
     shape: Shape,
     workers: u16,
-    /// Client and server on one CPU each, and the median latency counts, not the rate.
+    /// Binds client and server to one CPU each; the result is the median latency, not the rate.
     pub(super) pinned: bool,
 }
 
@@ -58,7 +58,7 @@ impl Metric {
         }
     }
 
-    /// Bytes, requests or connections for which CPU seconds are given.
+    /// Returns the amount of work to which CPU seconds refer, as a number and a unit.
     pub(super) fn cost_of(&self) -> (f64, &'static str) {
         match self.shape {
             Shape::Bulk => (1e9, "GB"),
@@ -66,7 +66,7 @@ impl Metric {
         }
     }
 
-    /// The figure that counts.
+    /// Returns the sample's value for this metric: a rate, or a latency if pinned.
     pub(super) fn value(&self, sample: &Sample) -> f64 {
         match self.shape {
             Shape::Bulk => sample.units * 8.0 / 1e9 / sample.seconds,
@@ -75,7 +75,7 @@ impl Metric {
         }
     }
 
-    /// Mesh to plain in throughput, plain to mesh in time: 1 is no cost.
+    /// Returns mesh to plain for throughput, plain to mesh for time: 1 means no cost.
     pub(super) fn ratio(&self, pair: &Pair) -> f64 {
         let (plain, mesh) = (self.value(&pair.plain), self.value(&pair.mesh));
         if self.pinned {
@@ -122,7 +122,7 @@ fn wanted(options: &Options) -> Result<Vec<(Scenario, &'static Metric)>> {
     Ok(all)
 }
 
-/// Measures the group, or the part of it that is asked for.
+/// Runs the selected metrics of the group.
 pub(super) fn run(options: &Options, say: &mut dyn FnMut(&str)) -> Result<Report> {
     let wanted = wanted(options)?;
     let testbed = Testbed::start(options, say)?;
@@ -140,7 +140,7 @@ pub(super) fn run(options: &Options, say: &mut dyn FnMut(&str)) -> Result<Report
                 let sample = orders.sample(side, scenario);
                 sample.with_context(|| format!("{} {}", scenario.name(), metric.name))
             };
-            // In turns, so that what changes during a round does not favour one.
+            // Alternate the order, so that a drift during a round does not favor one side.
             let pair = if round.is_multiple_of(2) {
                 let plain = sample(&testbed.plain)?;
                 let mesh = sample(&testbed.mesh)?;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What a large cluster costs one agent: a real API server full of objects, one real node with an
-//! agent as a user starts it, and pods of that node that see from outside what is in force.
+//! Benchmarks of one agent in a large cluster: a real API server full of objects, one real node
+//! with an agent started as a user starts it, and pods of that node that observe enforcement.
 //!
-//! Enforced is what a connection shows: a client in a pod connects every few milliseconds and says
-//! when the answer changes. API server and etcd run on the same machine and take what they need of
-//! it: their CPU time is told beside the agent's.
+//! A policy counts as enforced when a connection shows it: a client in a pod connects every few
+//! milliseconds and reports when the result changes. API server and etcd share the machine, so
+//! their CPU time is reported beside the agent's.
 
 mod api;
 mod cluster;
@@ -28,20 +28,20 @@ use objects::ObjectCounts;
 
 pub use report::{Report, Row};
 
-/// Pod changes per second: each is one write of a pod.
+/// Pod changes per second; each change is one write of a pod.
 const RATE: u32 = 50;
-/// How long the agent is left alone before and while its idle CPU time is read.
+/// Default wait before the idle CPU time is read, and duration over which it is read.
 const QUIET: Duration = Duration::from_secs(10);
-/// How long changes go on without anybody connecting, unless `--seconds` says otherwise.
+/// Default duration in seconds of the pod changes without test connections.
 const CHURN: f64 = 30.0;
-/// How often policy, and labels of a pod, are changed to see how long that takes.
+/// Number of changes of a policy, and of a pod's labels, whose latency is measured.
 const CHANGES: u16 = 100;
-/// What was written last has arrived after this time.
+/// Time after which the agent has received the last write.
 const SETTLE: Duration = Duration::from_secs(2);
-/// A change that is not in force after this time never will be.
+/// Deadline for a change to be enforced.
 const IN_FORCE: Duration = Duration::from_secs(60);
 
-/// Runs it.
+/// Runs the group `kube` and returns its report.
 pub(super) fn run(options: &Options, say: &mut dyn FnMut(&str)) -> Result<Report> {
     let counts = ObjectCounts::of(usize::try_from(options.pods)?);
     let report = Report::of(options, counts)?;
@@ -72,7 +72,7 @@ pub(super) fn run(options: &Options, say: &mut dyn FnMut(&str)) -> Result<Report
     Ok(run.report)
 }
 
-/// What all parts of a run need.
+/// State that all parts of a run share.
 struct Run<'r> {
     report: Report,
     counts: ObjectCounts,
@@ -86,7 +86,7 @@ impl Run<'_> {
         Cpu::of(self.kube.host().cgroup())
     }
 
-    /// Starts the agent; until then everybody reaches everybody.
+    /// Starts the agent and measures the time until policies are enforced: before, all is allowed.
     fn start(&mut self) -> Result<Agent> {
         let watcher = self.cluster.watch()?;
         watcher.until(true, IN_FORCE)?;
@@ -121,7 +121,8 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Pods of other nodes change, and nothing else happens; how many were replaced.
+    /// Measures the agent while only pods of other nodes change; returns the number of replaced
+    /// pods.
     fn changes(&mut self, agent: &Agent, time: Duration) -> Result<usize> {
         let before = (used(agent)?, self.servers()?);
         let churned = churn(self.proxy, self.counts, 0, |began| began.elapsed() < time)?;
@@ -137,7 +138,7 @@ impl Run<'_> {
         Ok(churned.rounds)
     }
 
-    /// As the agents of all nodes do when one policy changes.
+    /// Measures the agent while the agents of all nodes report a policy change.
     fn reports(&mut self, agent: &Agent, namespaces: &[String]) -> Result<()> {
         let before = used(agent)?;
         let reports = self.counts.report_statuses(namespaces, 2);
@@ -179,12 +180,12 @@ impl Run<'_> {
     }
 }
 
-/// What the agent has used so far.
+/// Returns the CPU time that the agent has used so far.
 fn used(agent: &Agent) -> Result<Cpu> {
     Cpu::of(agent.node().agent_host().cgroup())
 }
 
-/// Puts everything but the real pods into the API server; the UIDs of the namespaces.
+/// Creates all objects but the real pods and returns the UIDs of the namespaces.
 fn fill(proxy: &Proxy<'_>, counts: ObjectCounts) -> Result<Vec<String>> {
     proxy.send_all(&counts.namespaces())?;
     proxy.send_all(&counts.accounts())?;
@@ -198,7 +199,9 @@ fn fill(proxy: &Proxy<'_>, counts: ObjectCounts) -> Result<Vec<String>> {
     let uid = |index| -> Result<String> {
         let path = format!("/api/v1/namespaces/{}", ObjectCounts::namespace(index));
         let found = api.send(&Request::merge(path, json!({})))?;
-        let uid = found["metadata"]["uid"].as_str().context("a UID")?;
+        let uid = found["metadata"]["uid"]
+            .as_str()
+            .context("the namespace has no UID")?;
         Ok(uid.to_owned())
     };
     let namespaces: Vec<String> = (0..counts.namespaces).map(uid).collect::<Result<_>>()?;
@@ -213,8 +216,8 @@ struct Churned {
     took: Duration,
 }
 
-/// Pods of other nodes go, come again, and get an address, one write after the other at a steady
-/// rate: what a rollout looks like from another node.
+/// Deletes and recreates pods of other nodes and sets their addresses, one write after the other
+/// at a steady rate, as a rollout on other nodes does.
 fn churn(
     proxy: &Proxy<'_>,
     counts: ObjectCounts,
@@ -228,7 +231,9 @@ fn churn(
     while goes_on(began) {
         let pod = round % counts.pods;
         let [object, status] = counts.pod(pod, 1 + round / counts.pods);
-        let name = object.body["metadata"]["name"].as_str().context("a name")?;
+        let name = object.body["metadata"]["name"]
+            .as_str()
+            .context("the pod has no name")?;
         let gone = Request {
             verb: Verb::Delete,
             path: format!("{}/{name}", object.path),
@@ -250,8 +255,8 @@ fn churn(
     })
 }
 
-/// From the answer to a write to the first connection that shows it: of changes of a policy, and of
-/// the label of a pod that a policy asks for.
+/// Measures the time from the response to a write to the first connection that shows it, for
+/// changes of a policy and of the pod label that the policy selects.
 fn latencies(
     proxy: &Proxy<'_>,
     watcher: &cluster::Watcher,
@@ -269,7 +274,7 @@ fn latencies(
     for number in 0..CHANGES {
         let open = number.is_multiple_of(2);
         policies.add(change(&pods.everybody(open), open)?);
-        // Not in step with the changes of others.
+        // Avoid running in step with the concurrent pod changes.
         std::thread::sleep(Duration::from_millis(23 + u64::from(number) * 7 % 40));
     }
     for number in 0..CHANGES {
@@ -284,7 +289,7 @@ fn millis(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 
-/// `{"metadata": {"labels": ..}}`.
+/// Returns the merge patch `{"metadata": {"labels": ..}}`.
 fn label(key: &str, value: Option<&str>) -> Value {
     json!({"metadata": {"labels": {key: value}}})
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The load of the bench: one server and one client program, blocking threads, nothing else.
+//! The load generator of the benchmark: one server and one client program with blocking threads.
 //!
-//! Owns what both say to each other and what the client reports. Knows nothing of labs or meshes:
-//! the same two programs run with and without one.
+//! Defines the protocol between both and the client's report. It is independent of labs and
+//! meshes: the same two programs run with and without a mesh.
 
 mod client;
 mod histogram;
@@ -22,86 +22,86 @@ use mesh_sys::testbed;
 
 /// Port of bulk transfers.
 pub(super) const BULK_PORT: u16 = 5001;
-/// Port of requests on long connections.
+/// Port of requests on long-lived connections.
 pub(super) const RR_PORT: u16 = 5002;
-/// Ports of short connections. The client closes first and its port then waits a minute
-/// (TIME_WAIT): 64 destinations leave enough of them at any rate that one machine reaches.
+/// Ports of short-lived connections. The client closes first, so its port stays in TIME_WAIT for a
+/// minute: 64 destination ports are enough for any rate that one machine reaches.
 pub(super) const CRR_PORTS: RangeInclusive<u16> = 5100..=5163;
-/// A port that the server serves like [`CRR_PORTS`] and that no policy allows.
+/// A port on which the server serves like on [`CRR_PORTS`], but which no policy allows.
 pub(super) const CLOSED_PORT: u16 = 5999;
-/// Bytes of a request, and of an answer.
+/// Size of a request and of a response in bytes.
 pub(super) const MESSAGE: usize = 64;
-/// Bytes per read or write of bulk transfers, as iperf3 has them.
+/// Bytes per read or write of bulk transfers, as in iperf3.
 const CHUNK: usize = 128 << 10;
 
-/// What a client does.
+/// The client's traffic pattern.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Shape {
-    /// Each worker sends to its own connection as fast as that takes it; the server says how much
-    /// it got.
+    /// Each worker sends on its own connection as fast as possible; the server reports how many
+    /// bytes it received.
     Bulk,
-    /// Each worker asks on its own connection, waits for the answer, and asks again.
+    /// Each worker sends requests on its own connection, each after the previous response.
     Rr,
-    /// Each worker connects, asks, reads the answer, closes, and does it again.
+    /// Each worker connects, sends a request, reads the response, closes, and repeats.
     Crr,
-    /// As `Crr`, once, to [`CLOSED_PORT`].
+    /// Connects once to [`CLOSED_PORT`], like one iteration of `Crr`.
     Touch,
 }
 
-/// The load programs, as subcommands of the bench itself: what it starts in pods.
+/// The load programs, hidden subcommands of the bench that it starts in pods.
 #[derive(Clone, Debug, clap::Subcommand)]
 pub enum Program {
-    /// Serve every shape until killed
+    /// Serve every traffic pattern until killed
     #[command(hide = true)]
     LoadServer {
-        /// Where and when
+        /// CPU affinity and priority
         #[command(flatten)]
         scheduling: Scheduling,
     },
-    /// Make load and report it
+    /// Generate load and report it
     #[command(hide = true)]
     LoadClient(Client),
-    /// Connect again and again, and say when the answer changes
+    /// Connect repeatedly and report when the result changes
     #[command(hide = true)]
     LoadWatch {
-        /// The server
+        /// Address of the server
         #[arg(long)]
         to: SocketAddr,
     },
 }
 
-/// A client's orders.
+/// Command-line options of the client.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Client {
-    /// What to do
+    /// Traffic pattern
     #[arg(long)]
     pub shape: Shape,
-    /// The server
+    /// Address of the server
     #[arg(long)]
     pub to: IpAddr,
     /// Threads, each with one connection at a time
     #[arg(long, default_value_t = 1)]
     pub workers: u16,
-    /// For how long
+    /// Duration in seconds
     #[arg(long)]
     pub seconds: f64,
     #[command(flatten)]
     scheduling: Scheduling,
 }
 
-/// Where and when a load program runs.
+/// CPU affinity and priority of a load program.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct Scheduling {
     /// Bind all threads to this CPU
     #[arg(long)]
     cpu: Option<usize>,
-    /// Go before all other programs of the machine
+    /// Run with priority over all other programs of the machine
     #[arg(long)]
     ahead: bool,
 }
 
 impl Scheduling {
-    /// Before any thread is made: they inherit it.
+    /// Applies the scheduling options. Call it before threads start, because they inherit it.
     fn take_on(self) -> Result<()> {
         if self.ahead {
             go_ahead("self")?;
@@ -111,33 +111,34 @@ impl Scheduling {
     }
 }
 
-/// Gives a process of a session of its own (`self`, or its id) precedence over the machine's other
-/// sessions: the nice value of its autogroup (sched(7)), which alone counts between sessions.
+/// Gives a process (`self` or its pid) that is in a session of its own priority over the machine's
+/// other sessions, through its autogroup's nice value; see sched(7).
 pub(super) fn go_ahead(process: &str) -> Result<()> {
     let path = format!("/proc/{process}/autogroup");
     std::fs::write(&path, "-20").with_context(|| path)
 }
 
-/// What a client has done.
+/// A client's report.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Done {
-    /// Bytes that arrived, requests answered on long connections, or connections served.
+    /// Bytes received, requests answered on long-lived connections, or connections served.
     pub units: u64,
-    /// From the first request to the last answer; connections made before do not count.
+    /// Time from the first request to the last response; connection setup before it is excluded.
     pub seconds: f64,
-    /// Median from request (short connections: from connect) to answer, in microseconds; of bulk 0.
+    /// Median latency in microseconds from the request (crr: from connect) to the response; 0 for
+    /// bulk.
     pub p50_us: f64,
-    /// 99th percentile of the same.
+    /// 99th percentile of the latency in microseconds; 0 for bulk.
     pub p99_us: f64,
-    /// What failed, by error, and how often.
+    /// Number of failures by error text.
     pub errors: BTreeMap<String, u64>,
 }
 
 impl Program {
-    /// Runs it to its end: a server has none.
+    /// Runs the program to its end; a server never ends.
     ///
     /// # Errors
-    /// It cannot listen, or cannot start threads. What fails of the load itself is reported.
+    /// The program cannot listen or start threads. Errors of the load itself are in the report.
     pub fn run(&self) -> Result<()> {
         match self {
             Self::LoadServer { scheduling } => {
@@ -153,7 +154,7 @@ impl Program {
     }
 }
 
-/// Prints one JSON line, read by the bench.
+/// Prints one JSON line, which the bench reads.
 #[expect(clippy::print_stdout, reason = "what a program reports")]
 fn say(line: &impl Serialize) -> Result<()> {
     println!("{}", serde_json::to_string(line)?);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! One run: a fresh server, a client, and what they and the machine used meanwhile.
+//! One run of the benchmark: a fresh server, a client, and the CPU time used during the run.
 
 use std::ops::{Add, Sub};
 use std::path::Path;
@@ -14,27 +14,27 @@ use super::testbed::{CLIENT, GRACE, Side};
 use crate::lab::Lab;
 use crate::process::Cmd;
 
-/// USER_HZ, the unit of /proc/stat: 100 on every architecture that Linux has this code for.
+/// USER_HZ, the unit of /proc/stat: 100 on all architectures that the bench supports.
 const TICKS: f64 = 100.0;
 
-/// The load programs are subcommands of the bench. Not by its path: a build may replace that file
-/// while the bench runs.
+/// Path of the load programs, which are subcommands of the bench. It is not the bench's own path,
+/// because a build may replace that file during a run.
 const OURSELVES: &str = "/proc/self/exe";
 
-/// What a client is to do, and where it and the server may run.
+/// Parameters of one run: the client's work, and scheduling of client and server.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Orders {
     pub(super) shape: Shape,
     pub(super) workers: u16,
     pub(super) seconds: f64,
-    /// The CPUs of client and server, if they are bound.
+    /// CPUs of client and server, if they are pinned.
     pub(super) cpus: Option<(usize, usize)>,
-    /// Before all other programs of the machine.
+    /// Gives the programs priority over all others if true.
     pub(super) ahead: bool,
 }
 
 impl Orders {
-    /// Starts a server, runs a client against it, and gives back what the client says.
+    /// Starts a server, runs a client against it, and returns the client's report.
     pub(super) fn run(&self, lab: &Lab, scenario: Scenario) -> Result<Done> {
         let scheduled = |cmd: Cmd, cpu: Option<usize>| {
             let cmd = cmd.args(self.ahead.then_some("--ahead"));
@@ -48,7 +48,7 @@ impl Orders {
         let server = Cmd::new(OURSELVES).args(["load-server"]);
         let server = server_pod.spawn_lines(scheduled(server, server_cpu))?;
         let ready = server.line(GRACE)?;
-        ready.with_context(|| format!("the server ended: {}", server.log_tail()))?;
+        ready.with_context(|| format!("the server exited: {}", server.log_tail()))?;
         let shape = match self.shape {
             Shape::Bulk => "bulk",
             Shape::Rr => "rr",
@@ -68,7 +68,7 @@ impl Orders {
         output.json()
     }
 
-    /// Runs it and measures; traffic that goes another way than the scenario says is an error.
+    /// Runs and measures; fails if the traffic does not take the path that the scenario requires.
     pub(super) fn sample(&self, side: &Side, scenario: Scenario) -> Result<Sample> {
         let lab = side.lab();
         let agents = || -> Result<Cpu> {
@@ -87,7 +87,7 @@ impl Orders {
             self.shape,
             done.errors
         );
-        ensure!(done.units > 0, "{:?}: nothing got through", self.shape);
+        ensure!(done.units > 0, "{:?}: no request succeeded", self.shape);
         let tunnelled = side.tunnelled()? - tunnelled;
         let expected = !side.agents().is_empty() && scenario == Scenario::CrossNode;
         ensure!(
@@ -111,17 +111,17 @@ impl Orders {
     }
 }
 
-/// CPU seconds.
+/// CPU time in seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Cpu {
-    /// In programs.
+    /// User time.
     pub user: f64,
-    /// In the kernel on their behalf, packets that they put on their way included.
+    /// System time, including sending packets on the program's behalf.
     pub system: f64,
 }
 
 impl Cpu {
-    /// What everything that is or was in and below a cgroup has used.
+    /// Returns the CPU time of all present and past processes in and below a cgroup.
     ///
     /// # Errors
     /// The cgroup does not exist.
@@ -138,7 +138,7 @@ impl Cpu {
         })
     }
 
-    /// Both.
+    /// Returns user plus system time.
     #[must_use]
     pub fn total(self) -> f64 {
         self.user + self.system
@@ -167,7 +167,7 @@ impl std::iter::Sum for Cpu {
     }
 }
 
-/// Seconds that the machine's CPUs were busy since it started, with whatever.
+/// Returns the machine's busy CPU time since boot in seconds, over all CPUs.
 fn busy() -> Result<f64> {
     let stat = std::fs::read_to_string("/proc/stat")?;
     busy_of(&stat).context("no cpu line in /proc/stat")
@@ -179,27 +179,27 @@ fn busy_of(stat: &str) -> Option<f64> {
         .split_ascii_whitespace()
         .map_while(|field| field.parse().ok())
         .collect();
-    // user nice system idle iowait irq softirq steal; the rest is counted in these.
+    // user nice system idle iowait irq softirq steal; guest times are included in these.
     let ticks = ticks.get(..8)?;
     Some((ticks.iter().sum::<f64>() - ticks[3] - ticks[4]) / TICKS)
 }
 
-/// What one run has shown.
+/// Measurements of one run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
-    /// Bytes, requests or connections.
+    /// Number of bytes, requests or connections.
     pub units: f64,
-    /// Seconds that they took.
+    /// Duration in seconds.
     pub seconds: f64,
-    /// Median latency in microseconds; of bulk 0.
+    /// Median latency in microseconds; 0 for bulk.
     pub p50_us: f64,
-    /// 99th percentile in microseconds; of bulk 0.
+    /// 99th percentile of the latency in microseconds; 0 for bulk.
     pub p99_us: f64,
-    /// CPU time of everything in the lab, agents and applications.
+    /// CPU time of all processes in the lab: agents and applications.
     pub lab: Cpu,
     /// CPU time of the agents.
     pub agents: Cpu,
-    /// Share of the machine that others used meanwhile, 0 to 1.
+    /// Share of the machine's CPU time that processes outside the lab used, 0 to 1.
     pub foreign: f64,
 }
 

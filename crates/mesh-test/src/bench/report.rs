@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What comes out: rows for programs, a table for people.
+//! The result of the datapath groups: rows for programs, a table for people.
 
 use std::fmt;
 
@@ -10,12 +10,12 @@ use super::config::Config;
 use super::datapath::Metric;
 use super::measure::{Cpu, Sample};
 
-/// Two runs that followed each other.
+/// Two consecutive runs, one without and one with agents.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Pair {
-    /// Without agents.
+    /// The run without agents.
     pub plain: Sample,
-    /// With agents.
+    /// The run with agents.
     pub mesh: Sample,
 }
 
@@ -41,7 +41,7 @@ impl Series {
         median(self.pairs.iter().map(of).collect())
     }
 
-    /// One run, for people.
+    /// Formats one run as a line of text.
     pub(super) fn line(&self, pair: &Pair) -> String {
         let value = |sample| self.metric.value(sample);
         format!(
@@ -114,7 +114,7 @@ impl Series {
     }
 }
 
-/// The middle one; of an even number the mean of the two in the middle; 0 of none.
+/// Returns the median: the mean of the middle two for an even number, 0 for none.
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
@@ -125,38 +125,38 @@ fn median(mut values: Vec<f64>) -> f64 {
     }
 }
 
-/// One metric of one scenario: medians over all rounds.
+/// Medians of one metric in one scenario over all rounds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Row {
-    /// Group of the bench.
+    /// Group of the benchmark.
     pub group: String,
-    /// Where the ends were.
+    /// Placement of client and server.
     pub scenario: Scenario,
-    /// What was measured.
+    /// Name of the metric.
     pub metric: String,
     /// Unit of `plain` and `mesh`.
     pub unit: String,
-    /// Without the mesh.
+    /// Value without the mesh.
     pub plain: f64,
-    /// With the mesh.
+    /// Value with the mesh.
     pub mesh: f64,
-    /// Median of the rounds' own ratios: mesh to plain in throughput, plain to mesh in time.
+    /// Median of the rounds' ratios: mesh to plain for throughput, plain to mesh for time.
     pub ratio: f64,
-    /// Smallest of them.
+    /// Smallest ratio of a round.
     pub ratio_min: f64,
-    /// Largest of them.
+    /// Largest ratio of a round.
     pub ratio_max: f64,
-    /// Median latency with the mesh, from request (short connections: connect) to answer.
+    /// Median latency with the mesh in microseconds, from request (crr: connect) to response.
     pub p50_us: Option<f64>,
-    /// 99th percentile of the same.
+    /// 99th percentile of the latency with the mesh in microseconds.
     pub p99_us: Option<f64>,
-    /// CPU seconds of all agents for 1 GB (10^9 bytes), 10,000 requests or 10,000 connections.
+    /// CPU seconds of all agents per 1 GB (10^9 bytes), 10,000 requests or 10,000 connections.
     pub cpu_s_per_unit: f64,
-    /// Rounds.
+    /// Number of rounds.
     pub rounds: usize,
 }
 
-/// Where the CPU time went, per GB or 10,000; medians, and every round.
+/// CPU seconds per 1 GB, 10,000 requests or 10,000 connections, as medians, and all rounds.
 #[derive(Clone, Debug, Serialize)]
 struct Details {
     scenario: Scenario,
@@ -164,22 +164,22 @@ struct Details {
     unit_of_cost: String,
     plain_p50_us: f64,
     plain_p99_us: f64,
-    /// Everything in the lab without agents: the applications.
+    /// CPU time of the whole lab without agents, i.e. of the applications.
     plain_lab: Cpu,
-    /// Everything in the lab with agents.
+    /// CPU time of the whole lab with agents.
     mesh_lab: Cpu,
-    /// The agents alone.
+    /// CPU time of the agents.
     agents: Cpu,
-    /// Share of the machine that others used.
+    /// Share of the machine that processes outside the lab used, 0 to 1.
     foreign: f64,
     rounds: Vec<Pair>,
 }
 
-/// Everything that was found.
+/// The complete result of the benchmark.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     config: Config,
-    /// One for each metric and scenario.
+    /// One row for each metric and scenario.
     pub rows: Vec<Row>,
     details: Vec<Details>,
 }

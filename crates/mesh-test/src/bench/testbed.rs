@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Two equal labs, one of them with agents, and the proof that they are what they are taken for.
+//! The two equal labs of the benchmark, one with agents, and the check that only it enforces
+//! policies.
 
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use crate::wait::eventually;
 
 /// Namespace of all pods.
 const NAMESPACE: &str = "bench";
-/// The client, on node 1.
+/// Name of the client pod, on node 1.
 pub(super) const CLIENT: &str = "client";
 
 /// One of the two labs.
@@ -44,7 +45,7 @@ impl Side {
         }
     }
 
-    /// Connections that agents of this lab carried under mutual TLS so far, each end counted.
+    /// Returns the number of mTLS connections that the lab's agents have carried; each side counts.
     pub(super) fn tunnelled(&self) -> Result<f64> {
         match self {
             Self::Plain(_) => Ok(0.0),
@@ -55,7 +56,7 @@ impl Side {
         }
     }
 
-    /// Empties the agents' flow logs: minutes of short connections would fill a disk.
+    /// Truncates the agents' flow logs: minutes of short connections would fill the disk.
     pub(super) fn empty_flow_logs(&self) -> Result<()> {
         for agent in self.agents() {
             let log = std::fs::File::options().write(true).open(agent.flow_log());
@@ -66,7 +67,7 @@ impl Side {
     }
 }
 
-/// Both labs.
+/// Both labs of the benchmark.
 #[derive(Debug)]
 pub(super) struct Testbed {
     pub(super) plain: Side,
@@ -74,7 +75,7 @@ pub(super) struct Testbed {
 }
 
 impl Scenario {
-    /// The pod that serves.
+    /// Returns the name of the server pod.
     pub(super) fn server(self) -> &'static str {
         match self {
             Self::SameNode => "near",
@@ -84,8 +85,8 @@ impl Scenario {
 }
 
 impl Testbed {
-    /// Makes both, starts the agents, and checks that policies are in force in one and not in the
-    /// other.
+    /// Creates both labs, starts the agents, and checks that only the lab with agents enforces
+    /// policies.
     pub(super) fn start(options: &Options, say: &mut dyn FnMut(&str)) -> Result<Self> {
         say("two labs");
         let plain = Side::Plain(lab(options)?);
@@ -108,7 +109,7 @@ impl Testbed {
         Ok(testbed)
     }
 
-    /// A port that no policy allows is open in the plain lab and closed in the mesh.
+    /// Checks that a port that no policy allows is open in the plain lab and closed in the mesh.
     fn prove(&self, options: &Options, scenario: Scenario) -> Result<()> {
         let orders = Orders {
             shape: Shape::Touch,
@@ -154,8 +155,8 @@ fn lab(options: &Options) -> Result<Lab> {
     Ok(lab)
 }
 
-/// Policies that all select every pod of the namespace, both ways. The first allows what the bench
-/// does; the others are what else such a namespace has: other peers, networks, ports and ranges.
+/// Returns a policy that selects every pod of the namespace for ingress and egress. Policy 0
+/// allows the benchmark's traffic; the others have other peers, networks, ports and ranges.
 fn policy(number: u16) -> Value {
     let pods = |app: &str| json!({"podSelector": {"matchLabels": {"app": app}}});
     let tcp = |first: u16, last: u16| json!({"protocol": "TCP", "port": first, "endPort": last});
@@ -200,5 +201,5 @@ fn policy(number: u16) -> Value {
     })
 }
 
-/// What a run may take beyond the seconds given: starting programs, the last bytes.
+/// Time that a run may take beyond its duration, e.g. for starting programs.
 pub(super) const GRACE: Duration = Duration::from_secs(30);

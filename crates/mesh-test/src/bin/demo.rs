@@ -64,7 +64,7 @@ fn run(keep: bool) -> Result<bool> {
         }
     }
     say(&format_args!(
-        "\n{:5.1} s  {} of {} lines hold",
+        "\n{:5.1} s  {} of {} lines passed",
         seconds(),
         LINES.len() - failed,
         LINES.len()
@@ -76,12 +76,15 @@ fn run(keep: bool) -> Result<bool> {
         }
     }
     drop(demo);
-    say(&format_args!("{:5.1} s  everything is removed", seconds()));
+    say(&format_args!(
+        "{:5.1} s  all namespaces, cgroups and files are removed",
+        seconds()
+    ));
     Ok(failed == 0)
 }
 
 fn look_around(demo: &Demo) {
-    say(&"\nIt runs until Ctrl-C. To look around, in another terminal:");
+    say(&"\nThe demo runs until Ctrl-C. Commands for another terminal:");
     for pod in demo.pods() {
         let (name, path) = (pod.name(), pod.path().display());
         let node = pod.node().name();
@@ -89,16 +92,14 @@ fn look_around(demo: &Demo) {
             "  nsenter --net={path} sh  # {name}, on {node}"
         ));
     }
-    say(
-        &"A program that is started so has the pod's network but not its cgroup; from within both:",
-    );
+    say(&"A program started this way has the pod's network but not its cgroup. To have both:");
     let client = demo.pod("client");
     say(&format_args!(
         "  sh -c 'echo $$ > {}/cgroup.procs; exec nsenter --net={} curl http://10.96.0.20/'",
         client.cgroup().display(),
         client.path().display()
     ));
-    say(&"What the agents say:");
+    say(&"The agents' admin API:");
     for agent in &demo.agents {
         let (node, admin) = (agent.node().name(), agent.admin());
         say(&format_args!(

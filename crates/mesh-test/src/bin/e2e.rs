@@ -108,7 +108,7 @@ fn run(cli: &Cli) -> Result<usize> {
             let config = on.cluster().kube().kubeconfig().display();
             let wire = on.cluster().wire().path().display();
             say(&format_args!(
-                "\nIt runs until Ctrl-C. In another terminal:\n  nsenter --net={wire} env KUBECONFIG={config} \
+                "\nThe cluster runs until Ctrl-C. Commands for another terminal:\n  nsenter --net={wire} env KUBECONFIG={config} \
                  $(crates/mesh-test/apiserver/build.sh) kubectl get pods -A -o wide"
             ));
             loop {
@@ -118,7 +118,7 @@ fn run(cli: &Cli) -> Result<usize> {
     }
     let all = lines.len() * (last + 1);
     say(&format_args!(
-        "\n{:5.1} s  {} of {all} lines hold",
+        "\n{:5.1} s  {} of {all} lines passed",
         begun.elapsed().as_secs_f64(),
         all - failed
     ));

@@ -45,7 +45,7 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(1),
         Err(error) => {
-            say(&format_args!("cannot be run: {error:#}"));
+            say(&format_args!("truth tables could not be run: {error:#}"));
             ExitCode::from(2)
         }
     }

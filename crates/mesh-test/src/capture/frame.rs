@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Ethernet frames taken apart, as far as evidence needs it.
+//! A parser for Ethernet frames, as far as captures need it.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -7,15 +7,15 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 pub const TCP: u8 = 6;
 /// IP protocol number of UDP.
 pub const UDP: u8 = 17;
-/// TCP flag bits.
+/// TCP FIN flag.
 pub const FIN: u8 = 1;
-/// As [`FIN`].
+/// TCP SYN flag.
 pub const SYN: u8 = 2;
-/// As [`FIN`].
+/// TCP RST flag.
 pub const RST: u8 = 4;
-/// As [`FIN`].
+/// TCP PSH flag.
 pub const PSH: u8 = 8;
-/// As [`FIN`].
+/// TCP ACK flag.
 pub const ACK: u8 = 16;
 
 const ETHERNET: usize = 14;
@@ -43,7 +43,7 @@ pub enum Transport {
         /// Destination port.
         dst: u16,
     },
-    /// Something else, a later fragment, or cut short.
+    /// Another protocol, a fragment other than the first, or a truncated header.
     Other,
 }
 
@@ -54,11 +54,11 @@ pub struct Packet<'a> {
     pub src: IpAddr,
     /// Destination address.
     pub dst: IpAddr,
-    /// IP protocol number of the innermost header reached.
+    /// IP protocol number of the innermost header that was parsed.
     pub protocol: u8,
     /// Ports and flags.
     pub transport: Transport,
-    /// What follows the headers.
+    /// Bytes after the headers.
     pub payload: &'a [u8],
 }
 
@@ -71,7 +71,7 @@ fn be32(bytes: &[u8], at: usize) -> Option<u32> {
 }
 
 impl<'a> Packet<'a> {
-    /// The packet in an Ethernet frame; none if it is not IP or not even its header is whole.
+    /// Parses an Ethernet frame; returns `None` if it is not IP or the IP header is truncated.
     #[must_use]
     pub fn parse(frame: &'a [u8]) -> Option<Self> {
         let ip = frame.get(ETHERNET..)?;
@@ -87,7 +87,7 @@ impl<'a> Packet<'a> {
         let src = Ipv4Addr::from(be32(ip, 12)?).into();
         let dst = Ipv4Addr::from(be32(ip, 16)?).into();
         let later_fragment = be16(ip, 6)? & 0x1fff != 0;
-        // Shorter than the frame where it was padded.
+        // The IP length is shorter than a padded frame.
         let end = usize::from(be16(ip, 2)?).max(header).min(ip.len());
         let rest = ip.get(header..end)?;
         Some(Self::transport(
@@ -161,7 +161,7 @@ impl<'a> Packet<'a> {
         Some((Transport::Udp { src, dst }, rest.get(8..)?))
     }
 
-    /// Source and destination with ports; none where there are none.
+    /// Returns source and destination with ports; `None` if the transport has no ports.
     #[must_use]
     pub fn endpoints(&self) -> Option<(SocketAddr, SocketAddr)> {
         match self.transport {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Images for tests, written by hand: no registry is asked.
+//! Container images for tests, built locally without a registry.
 //!
-//! The base image has only directories and links: what runs in its containers is what the machine
-//! has in /usr, mounted there by the pod. That gives real applications without copying Debian.
+//! The base image has only directories and links: containers use the machine's /usr, which the pod
+//! mounts. That gives real applications without copying Debian.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -12,15 +12,15 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-/// The image that sandboxes and all applications of tests use. With a tag other than `latest`
-/// nobody looks for a newer one.
+/// The image of sandboxes and of all test applications. Its tag is not `latest`, so the kubelet
+/// does not try to pull it.
 pub const BASE: &str = "localhost/base:1";
 
 const DIRS: &[&str] = &[
     "data", "dev", "etc", "opt", "proc", "run", "sys", "tmp", "usr", "var/tmp",
 ];
 
-/// What a sandbox runs: waits to be told to end.
+/// Source of the sandbox program, which waits for a signal to exit.
 const PAUSE: &str = "#include <signal.h>\n#include <unistd.h>\n\
     static void end(int signal) { _exit(signal == 0); }\n\
     int main(void) { signal(SIGTERM, end); signal(SIGINT, end); for (;;) pause(); }\n";
@@ -29,7 +29,7 @@ const PASSWD: &str = "root:x:0:0:root:/:/bin/sh\npostgres:x:100:100::/data:/bin/
     nobody:x:65534:65534:nobody:/:/bin/sh\n";
 const GROUP: &str = "root:x:0:\npostgres:x:100:\nnogroup:x:65534:\n";
 
-/// Writes the base image; gives its archive.
+/// Writes the base image and returns the path of its archive.
 pub(super) fn base(dir: &Path) -> Result<PathBuf> {
     let (dir, root) = (dir.join("image"), dir.join("image/root"));
     for name in DIRS {
@@ -50,7 +50,7 @@ pub(super) fn base(dir: &Path) -> Result<PathBuf> {
     archive(&dir, &root)
 }
 
-/// One layer, as `docker save` writes it.
+/// Writes an archive with one layer in the format of `docker save`.
 fn archive(dir: &Path, root: &Path) -> Result<PathBuf> {
     let layer = dir.join("layer.tar");
     said(tar(&layer, root).arg("."))?;

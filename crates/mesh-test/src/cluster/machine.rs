@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! One real node: its namespaces and cgroups, and the programs of a node in them.
+//! A node of a real cluster: its namespaces and cgroups, and the node programs in them.
 //!
-//! Made for hosts with the v1 cgroup hierarchies (hybrid), as runc and the kubelet then use them.
+//! It requires a host with cgroup v1 hierarchies (hybrid), which runc and the kubelet then use.
 
 use std::fs;
 use std::net::IpAddr;
@@ -12,27 +12,27 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
+use crate::cgroup;
 use crate::kube::{Kube, Programs};
 use crate::names::LabId;
 use crate::netns::Netns;
 use crate::process::{Cmd, Host, Output, Proc, tail};
 use crate::topology::{self, Topology};
 use crate::wait::eventually;
-use crate::cgroup;
 use mesh_sys::testbed;
 
-/// Until containerd answers.
+/// Deadline for containerd to answer.
 const START: Duration = Duration::from_secs(60);
 
-/// Below it every hierarchy is mounted.
+/// Directory in which all cgroup hierarchies are mounted.
 const HIERARCHIES: &str = "/sys/fs/cgroup";
 
-/// What all nodes are given.
+/// Inputs that all nodes share.
 pub(super) struct Given<'a> {
     pub(super) kube: &'a Kube,
-    /// The kubeconfig of kube-proxy, whose user is one for all nodes.
+    /// The kubeconfig of kube-proxy, the same for all nodes.
     pub(super) proxy: &'a Path,
-    /// The image of tests' pods.
+    /// The archive of the base image.
     pub(super) base: &'a Path,
 }
 
@@ -42,14 +42,15 @@ pub struct Machine {
     kubelet: Proc,
     proxy: Proc,
     containerd: Proc,
-    /// Keeps the namespaces; its cgroup holds everything of the node, so it is dropped last.
+    /// The process that keeps the namespaces; its cgroup contains the whole node, so it is dropped
+    /// last.
     holder: Proc,
     host: Host,
     name: String,
     address: IpAddr,
-    /// Of the node, in the cgroup2 hierarchy.
+    /// The node's cgroup in the cgroup2 hierarchy.
     cgroup: PathBuf,
-    /// Below each hierarchy.
+    /// The node's cgroup path relative to each hierarchy.
     group: String,
 }
 
@@ -90,7 +91,7 @@ impl Machine {
             format!("--kubeconfig={}", given.proxy.display()),
             format!("--hostname-override={name}"),
             "--proxy-mode=iptables".to_owned(),
-            // Only the first namespace of the machine may change them.
+            // Only the initial network namespace may change conntrack limits.
             "--conntrack-max-per-core=0".to_owned(),
             "--conntrack-tcp-timeout-established=0".to_owned(),
             "--conntrack-tcp-timeout-close-wait=0".to_owned(),
@@ -122,43 +123,44 @@ impl Machine {
         })
     }
 
-    /// Its name, as in `spec.nodeName`.
+    /// Returns the node's name, as in `spec.nodeName`.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Its address on the wire.
+    /// Returns the node's InternalIP.
     #[must_use]
     pub fn address(&self) -> IpAddr {
         self.address
     }
 
-    /// Its network namespace; [`Machine::run`] also has its mounts.
+    /// Returns the node's network namespace; only [`Machine::run`] also has its mounts.
     #[must_use]
     pub fn host(&self) -> &Host {
         &self.host
     }
 
-    /// What is the root of its cgroups, seen from outside.
+    /// Returns the root of the node's cgroups as a path on the machine.
     #[must_use]
     pub fn root_cgroup(&self) -> &Path {
         &self.cgroup
     }
 
-    /// The process that keeps its namespaces; `/proc/PID/root` is its file system.
+    /// Returns the pid of the process that keeps the namespaces; `/proc/PID/root` is the node's
+    /// root.
     #[must_use]
     pub fn holder(&self) -> u32 {
         self.holder.id()
     }
 
-    /// A path on the node, as this process sees it.
+    /// Translates a path on the node to a path that this process can open.
     #[must_use]
     pub fn path(&self, path: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root{path}", self.holder.id()))
     }
 
-    /// Where the kubelet looks for manifests of static pods.
+    /// Returns the directory in which the kubelet looks for static pod manifests.
     #[must_use]
     pub fn static_pods(&self) -> PathBuf {
         static_pods(&config_dir(&self.host))
@@ -171,23 +173,23 @@ impl Machine {
         }
     }
 
-    /// Runs a program in all of its namespaces to the end.
+    /// Runs a program in all of the node's namespaces until it exits.
     ///
     /// # Errors
-    /// It cannot be started, or has not ended within `deadline`.
+    /// The program cannot be started, or has not exited within `deadline`.
     pub fn run(&self, cmd: Cmd, deadline: Duration) -> Result<Output> {
         self.host.run(self.prefix().joined(cmd), deadline)
     }
 
-    /// Imports an image.
+    /// Imports an image into containerd.
     pub(super) fn import(&self, archive: &Path) -> Result<()> {
-        // Entering a mount namespace leaves the working directory.
+        // Entering a mount namespace changes the working directory.
         let archive =
             fs::canonicalize(archive).with_context(|| format!("no image {}", archive.display()))?;
         self.run(ctr_import(&archive), START)?.ok().map(drop)
     }
 
-    /// The last lines of what its programs logged.
+    /// Returns the last lines of the node programs' logs.
     #[must_use]
     pub fn log_tails(&self) -> String {
         let logs = [&self.containerd, &self.kubelet, &self.proxy];
@@ -195,7 +197,7 @@ impl Machine {
     }
 }
 
-/// How programs get into the node.
+/// Prefixes for commands that run in the node's namespaces.
 #[derive(Clone, Copy, Debug)]
 struct Prefix<'a> {
     holder: u32,
@@ -203,14 +205,14 @@ struct Prefix<'a> {
 }
 
 impl Prefix<'_> {
-    /// A short look: in the namespaces, but outside the node's v1 cgroups.
+    /// Wraps a short command: it joins the namespaces, but not the node's v1 cgroups.
     fn joined(&self, cmd: Cmd) -> Cmd {
         let enter = Cmd::new("nsenter").args([format!("--target={}", self.holder)]);
         cmd.after(enter.args(["--mount", "--uts", "--cgroup", "--"]))
     }
 
-    /// One of its programs. Entering a cgroup namespace changes the view only: the cgroups
-    /// themselves are joined first.
+    /// Wraps a long-running node program: it also joins the node's v1 cgroups, because entering a
+    /// cgroup namespace changes only the view of them.
     fn spawned(&self, cmd: Cmd) -> Cmd {
         let script = format!(
             "for h in {HIERARCHIES}/*/; do \
@@ -228,7 +230,7 @@ fn ctr_import(archive: &Path) -> Cmd {
     Cmd::line("ctr --namespace k8s.io images import").args([archive])
 }
 
-/// The node's subtree in every v1 hierarchy. A cpuset has no CPUs until it is given some.
+/// Creates the node's subtree in every v1 hierarchy; a new cpuset needs its CPUs assigned.
 fn make_groups(group: &str) -> Result<()> {
     let mut found = false;
     for hierarchy in fs::read_dir(HIERARCHIES)?.flatten() {
@@ -251,13 +253,13 @@ fn make_groups(group: &str) -> Result<()> {
     }
     ensure!(
         found,
-        "no cgroup v1 hierarchy below {HIERARCHIES}: nodes are made for hybrid hosts"
+        "no cgroup v1 hierarchy below {HIERARCHIES}: nodes require a host with hybrid cgroups"
     );
     Ok(())
 }
 
-/// The Node object, made before the kubelet comes so that the pod CIDRs are those that routes on
-/// the wire lead to.
+/// Creates the Node object before the kubelet starts, so that its pod CIDRs match the routes
+/// between the nodes.
 fn register(kube: &Kube, name: &str, number: u8) -> Result<()> {
     let cidrs = topology::pod_cidrs(number);
     let node = json!({
@@ -268,9 +270,9 @@ fn register(kube: &Kube, name: &str, number: u8) -> Result<()> {
     kube.apply_text(&node.to_string()).map(drop)
 }
 
-/// What makes the mount namespace: the usual directories empty and of its own, its own subtree of
-/// each cgroup hierarchy at the usual place, a BPF file system. The root must be shared, or volumes
-/// with mount propagation cannot be had.
+/// Script that sets up the mount namespace: private, empty directories, the node's subtree of each
+/// cgroup hierarchy at its usual path, and a BPF file system. The root mount must be shared for
+/// volumes with mount propagation.
 const HOLDER: &str = r#"
 for h in /sys/fs/cgroup/*/; do
     [ "$h" = /sys/fs/cgroup/unified/ ] || echo $$ >"$h/$GROUP/cgroup.procs"
@@ -297,8 +299,8 @@ exec unshare --mount --propagation private --cgroup --uts /bin/sh -euc '
     exec sleep infinity'
 "#;
 
-/// Starts what keeps the namespaces. Its own cgroup is the node's root: a cgroup namespace begins
-/// where the process that makes it is.
+/// Starts the process that keeps the namespaces. Its cgroup becomes the node's root, because a
+/// cgroup namespace is rooted at the cgroup of the process that creates it.
 fn hold(host: &Host, group: &str, root: &Path, name: &str) -> Result<Proc> {
     let script = Cmd::new("/bin/sh").args(["-euc", HOLDER]);
     let script = script.env("GROUP", group).env("NAME", name);
@@ -320,7 +322,7 @@ fn static_pods(config: &Path) -> PathBuf {
     config.join("static")
 }
 
-/// The files that containerd and the kubelet read; gives their directory.
+/// Writes the configuration of containerd and the kubelet and returns its directory.
 fn write_config(host: &Host, number: u8) -> Result<PathBuf> {
     let dir = config_dir(host);
     let cni = dir.join("cni");
@@ -342,8 +344,8 @@ fn write_config(host: &Host, number: u8) -> Result<PathBuf> {
         ],
     });
     fs::write(cni.join("10-pods.conflist"), network.to_string())?;
-    // restrict_oom_score_adj: without it, a host that does not let containerd lower its score
-    // fails every sandbox with an end of file.
+    // restrict_oom_score_adj: on hosts where containerd may not lower its OOM score, every
+    // sandbox would fail with EOF without this.
     fs::write(
         dir.join("containerd.toml"),
         format!(
@@ -380,10 +382,10 @@ fn kubelet(
         },
         "authorization": { "mode": "Webhook" },
         "tlsCertFile": certificate, "tlsPrivateKeyFile": key,
-        // No DNS server runs here.
+        // There is no DNS server in the cluster.
         "clusterDNS": ["10.96.0.10"], "clusterDomain": "cluster.local", "resolvConf": "",
         "makeIPTablesUtilChains": false,
-        // The disk is the machine's: what others leave on it is not this node's pressure.
+        // Nodes share the machine's disk, so its usage says nothing about a node's disk pressure.
         "evictionHard": {
             "memory.available": "1Mi", "nodefs.available": "0%", "imagefs.available": "0%",
             "nodefs.inodesFree": "0%",
@@ -410,7 +412,7 @@ impl Drop for Machine {
         if std::thread::panicking() {
             crate::lab::complain(&format_args!("{}:\n{}", self.name, self.log_tails()));
         }
-        // Everything in the node's cgroup, containers included.
+        // This kills everything in the node's cgroup, containers included.
         drop(testbed::signal(self.holder.id(), libc::SIGKILL));
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The demo's lines. None trusts an agent's word where its own work is in question.
+//! The checks of the demo. None relies on the agent's own report where the agent is under test.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
@@ -16,23 +16,23 @@ use crate::pod::Pod;
 use crate::process::{Cmd, Output};
 use crate::wait::eventually;
 
-/// How long programs may take that have no reason to wait.
+/// Deadline for programs that have nothing to wait for.
 const SOON: Duration = Duration::from_secs(10);
-/// What "at once" means: far below any timeout or retransmission of a lost SYN (1 s).
+/// Limit for "at once": far below any timeout and the retransmission of a lost SYN (1 s).
 const AT_ONCE: Duration = Duration::from_millis(900);
-/// First byte of a TLS record that carries a handshake, and the version bytes after it.
+/// First bytes of a TLS handshake record: its type, and the major version.
 const TLS_HANDSHAKE: &[u8] = &[22, 3];
-/// Requests whose trace in the metrics is looked for.
+/// Number of requests that the metrics must count.
 const COUNTED: u32 = 10;
 
-/// Every line, in the order of the demo.
+/// All checks in the order of the demo.
 pub const LINES: &[Line] = &[
     Line {
-        title: "requests go through services, across nodes, in tunnels",
+        title: "requests to Services cross nodes in mutual TLS tunnels",
         check: requests,
     },
     Line {
-        title: "between the nodes there is nothing to read",
+        title: "traffic between the nodes is encrypted",
         check: wire,
     },
     Line {
@@ -40,29 +40,29 @@ pub const LINES: &[Line] = &[
         check: addresses,
     },
     Line {
-        title: "who is not allowed is refused at once; the record names the rule and who it was",
+        title: "a denied client is refused at once; the flow record names the rule and the client",
         check: denied,
     },
     Line {
-        title: "a client without the mesh is refused where mutual TLS is required",
+        title: "a client outside the mesh is refused where mutual TLS is required",
         check: plaintext,
     },
     Line {
-        title: "on one node connections go straight from pod to pod, and policy holds",
+        title: "connections on one node bypass the proxy, and policy is still enforced",
         check: same_node,
     },
     Line {
-        title: "a scrape says what was carried, for whom, and how",
+        title: "metrics count connections by workload and by security",
         check: scrape,
     },
 ];
 
-/// `ADDRESS:PORT` of a pod, IPv4 and IPv6.
+/// Returns the IPv4 and IPv6 addresses of a pod with a port.
 fn ends(pod: &Pod, port: u16) -> [SocketAddr; 2] {
     [(pod.v4(), port).into(), (pod.v6(), port).into()]
 }
 
-/// How a program ended, in few words.
+/// Summarizes how a program exited in a few words.
 fn short(output: &Output) -> String {
     let said = if output.stdout.is_empty() {
         String::from_utf8_lossy(&output.stderr).into_owned()
@@ -77,7 +77,7 @@ fn short(output: &Output) -> String {
     format!("exit {code}: {line}")
 }
 
-/// A server's log line of the request that has `word` in it; it is written after the answer.
+/// Waits for a server's log line of the request with `word`; it is written after the answer.
 fn logged(requests: impl Fn() -> Result<Vec<Request>>, word: &str) -> Result<Request> {
     eventually(&format!("a request with {word} in the log"), SOON, || {
         let requests = requests().ok()?;
@@ -135,7 +135,7 @@ fn wire(demo: &Demo) -> Result<Evidence> {
     let mut words = Vec::new();
     for to in ends(&web, WEB_PORT) {
         let word = demo.word();
-        // Whether the shop can answer is not in question here, only that this was said.
+        // The order may fail; only the transmission of its bytes matters here.
         let _answer = client.curl(&format!("http://{to}/order?item={word}"))?;
         logged(|| demo.web.requests(), &word)?;
         words.push(word);
@@ -175,7 +175,7 @@ fn wire(demo: &Demo) -> Result<Evidence> {
         let first = payloads.next().context("a tunnel carried nothing")?;
         ensure!(
             first.payload.starts_with(TLS_HANDSHAKE),
-            "{flow:?} begins with {:02x?}",
+            "{flow:?} does not begin with a TLS handshake: {:02x?}",
             first.payload.get(..8)
         );
     }
@@ -230,7 +230,7 @@ fn addresses(demo: &Demo) -> Result<Evidence> {
     Ok(seen)
 }
 
-/// A record of a refusal by which `agent` tells why `client` was refused by `server`.
+/// Returns the flow record in which `agent` explains why `server` refused `client`.
 fn refusal(agent: &Agent, client: &Pod, server: &Pod) -> Result<Value> {
     eventually("a record of the refusal", SOON, || {
         let flows = agent.flows().ok()?;
@@ -271,7 +271,7 @@ fn denied(demo: &Demo) -> Result<Evidence> {
         let (reason, rule) = (&record["reason"], &record["rule"]);
         let named = rule.as_str().is_some_and(|rule| rule.contains("redis"));
         ensure!(named, "the record names no rule for Redis: {record}");
-        // Who it was is known by more than an address: by certificate, or by its own namespace.
+        // The identity is proven by more than an address: a certificate, or a pod of the same node.
         let (evidence, proof) = (
             &record["evidence"],
             if name == "insider" { "node" } else { "tls" },
@@ -324,7 +324,7 @@ fn plaintext(demo: &Demo) -> Result<Evidence> {
     Ok(seen)
 }
 
-/// A connection from `from` to the front that stays open, and its client's address.
+/// Opens a long-lived connection from `from` to the front end; returns it and the client's address.
 fn hold(from: &Pod, to: SocketAddr) -> Result<(crate::process::Proc, SocketAddr)> {
     let probe = from.start_probe(&format!("tcp --to {to} --no-id --stay-ms 20000"))?;
     let own = eventually("an open connection", SOON, || {
@@ -338,8 +338,8 @@ fn hold(from: &Pod, to: SocketAddr) -> Result<(crate::process::Proc, SocketAddr)
     Ok((probe, own))
 }
 
-/// Sockets of a pod that have `end` as their own: of an application here, or of an agent that
-/// stands in for it.
+/// Counts the sockets in a pod whose local address is `end`: the application's, and those of an
+/// agent that proxies for it.
 fn own_ends(pod: &Pod, end: SocketAddr) -> Result<usize> {
     let sockets = pod.tcp_sockets()?;
     Ok(sockets
@@ -382,7 +382,7 @@ fn same_node(demo: &Demo) -> Result<Evidence> {
         seen.add(format_args!(
             "web$ ss: {own} -> {to}, nobody in between; tunnels of neighbour: {after}"
         ));
-        // What ss would show if there were somebody in between.
+        // For comparison: a proxied connection, for which ss shows the agent's socket.
         let (_held, own) = hold(&far, to)?;
         at_web(own)?;
         ensure!(
@@ -403,7 +403,7 @@ fn same_node(demo: &Demo) -> Result<Evidence> {
     Ok(seen)
 }
 
-/// A page of metrics, fetched by curl on the agent's node.
+/// Fetches the metrics page with curl on the agent's node.
 fn page(agent: &Agent) -> Result<String> {
     let cmd = Cmd::line("curl -sSf --max-time 5 http://127.0.0.1:15020/metrics");
     Ok(agent.node().run(cmd, SOON)?.ok()?.text())

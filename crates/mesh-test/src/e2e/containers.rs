@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A pod with an init container and a native sidecar: all of its containers have its identity.
+//! A pod with an init container and a native sidecar: all its containers have the pod's identity.
 
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
@@ -11,13 +11,13 @@ use crate::cluster::BASE;
 /// The pod's main container.
 const STAGED: (&str, &str) = ("clients", "staged");
 
-/// What each container asks for; the word is to be found in no packet between the nodes once the
-/// pod is enrolled.
+/// Returns a container's curl command for an order of `item`. Once the pod is enrolled, `item` must
+/// not appear in any packet between the nodes.
 fn order(item: &str) -> String {
     format!("curl -sS --fail --max-time 2 -o /dev/null '{WEB}/order?item={item}'")
 }
 
-/// Tries until it is answered, and says at which attempt.
+/// Returns a script that retries the order until it is answered and prints the attempt's number.
 fn insist(item: &str) -> String {
     format!(
         "n=1; until {}; do n=$((n+1)); [ $n -le 100 ] || exit 1; sleep 0.1; done; echo answered $n",
@@ -25,7 +25,7 @@ fn insist(item: &str) -> String {
     )
 }
 
-/// A pod whose sidecar starts first, then an init container, then the main one.
+/// Returns a Deployment whose pod starts a sidecar, then an init container, then the main one.
 fn deployment([init, side, main]: &[String; 3]) -> Value {
     let mount = json!([{ "name": "usr", "mountPath": "/usr", "readOnly": true }]);
     let container = |name: &str, script: &str| {
@@ -80,7 +80,7 @@ pub(super) fn check(on: &Installed) -> Result<Vec<String>> {
     };
     let first = attempts("first")?;
     let later = attempts("main")?;
-    // The sidecar is asked by another pod, as anybody's server.
+    // Another pod calls the sidecar, as it would any server.
     let pods = kube.get(["pods", "-n", "clients", "-l", "deployment=staged"])?;
     let ip = pods["items"][0]["status"]["podIP"]
         .as_str()
@@ -90,10 +90,10 @@ pub(super) fn check(on: &Installed) -> Result<Vec<String>> {
     let clear = |word: &str| -> Result<bool> {
         Ok(!on.capture.so_far()?.find(word.as_bytes())?.is_empty())
     };
-    // What a pod sends before its agent has found it may be in clear, and is counted.
+    // A pod's traffic may be plaintext, and is counted, until the agent has attached the pod.
     let early = |word: &str| -> Result<&str> {
         Ok(if clear(word)? {
-            "in clear, before the agent had found the pod"
+            "plaintext, before the agent attached the pod"
         } else {
             "ciphertext"
         })
@@ -109,13 +109,13 @@ pub(super) fn check(on: &Installed) -> Result<Vec<String>> {
     for number in 0..5 {
         let word = format!("samovarkept{number}x{}", std::process::id());
         super::lines::answered(on, STAGED, &format!("{WEB}/order?item={word}"))?;
-        ensure!(!clear(&word)?, "{word} was on the wire in clear");
+        ensure!(!clear(&word)?, "{word} was sent between nodes in plaintext");
     }
     let ordered = super::lines::answered(on, CLIENT, &format!("{WEB}/"))?;
     for word in &words {
         ensure!(
             ordered.contains(word),
-            "the order {word} is not there: {ordered}"
+            "the order {word} is missing: {ordered}"
         );
     }
     kube.kubectl([

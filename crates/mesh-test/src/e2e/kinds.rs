@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The mesh's own kinds, as a user of kubectl meets them.
+//! The mesh's CRDs as a user of kubectl sees them.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use super::shop::{INTRUDER, WEB};
 use super::{Installed, Line};
 
-/// kubectl on the mesh's kinds.
+/// Checks that kubectl works with the mesh's kinds.
 pub const KINDS: Line = Line {
     title: "kubectl apply, get, describe and explain, on the mesh's own kinds",
     check: kinds,
@@ -25,7 +25,7 @@ spec:
     - from: [{serviceAccounts: [clients/intruder]}]
 ";
 
-/// How long agents and controller may take to report.
+/// Deadline for agents and controller to report status.
 const REPORTED: Duration = Duration::from_secs(30);
 
 fn kinds(on: &Installed) -> Result<Vec<String>> {
@@ -36,7 +36,7 @@ fn kinds(on: &Installed) -> Result<Vec<String>> {
     let refused = kube
         .apply_text(&wrong)
         .err()
-        .context("a bad name was accepted")?;
+        .context("an invalid name was accepted")?;
     shown.push("$ kubectl apply -f mistyped.yaml".to_owned());
     shown.extend(lines(&format!("{refused:#}"), 2));
     let in_force = |policy: &serde_json::Value| {
@@ -63,7 +63,10 @@ fn kinds(on: &Installed) -> Result<Vec<String>> {
         shown.extend(lines(&said, most));
     }
     let denied = on.curl(INTRUDER, &format!("{WEB}/front"))?;
-    ensure!(!denied.status.success(), "the intruder got in: {denied}");
+    ensure!(
+        !denied.status.success(),
+        "the intruder was allowed: {denied}"
+    );
     kube.kubectl(["delete", "meshpolicy", "intruders", "-n", "shop"])?;
     Ok(shown)
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What is promised of an installed mesh, line by line, in the order in which they are checked.
+//! The end-to-end checks, in the order in which they run.
 
 use std::time::{Duration, Instant};
 
@@ -13,14 +13,14 @@ use crate::cluster::SOON;
 use crate::mesh::TUNNEL_PORT;
 use crate::wait::eventually;
 
-/// Those that show what the mesh does, and take nothing away.
+/// Checks of the mesh's features that change nothing in the installation.
 pub const DEMO: &[Line] = &[
     Line {
-        title: "requests across nodes are answered, and are ciphertext between them",
+        title: "requests across nodes succeed, and are encrypted between nodes",
         check: encrypted,
     },
     Line {
-        title: "policy and Strict hold",
+        title: "policy and Strict authentication are enforced",
         check: policy,
     },
     Line {
@@ -30,10 +30,10 @@ pub const DEMO: &[Line] = &[
     super::KINDS,
 ];
 
-/// Those that follow: what comes, goes and is replaced, and last the mesh itself.
+/// Checks that change workloads and namespaces, replace the agents, and finally uninstall the mesh.
 pub const CHANGES: &[Line] = &[
     Line {
-        title: "scaled, deleted and restarted pods, and no request is lost",
+        title: "no request is lost while pods are scaled, deleted and restarted",
         check: pods_come_and_go,
     },
     Line {
@@ -49,19 +49,19 @@ pub const CHANGES: &[Line] = &[
         check: agents_replaced,
     },
     Line {
-        title: "every right that was given was used, and none was missed",
+        title: "every granted RBAC permission is used, and none is missing",
         check: super::rights::check,
     },
     Line {
-        title: "uninstalled: pods talk as before, and nothing is left on the nodes",
+        title: "after the uninstallation pods communicate, and nothing is left on the nodes",
         check: uninstalled,
     },
 ];
 
-/// How long until what was changed counts everywhere.
+/// Deadline for a change to be enforced everywhere.
 pub(super) const IN_FORCE: Duration = Duration::from_secs(30);
 
-/// The time to drain of the chart's defaults, in seconds.
+/// The drain time of the chart's default values, in seconds.
 const DRAIN: f64 = 10.0;
 
 pub(super) fn answered(on: &Installed, from: (&str, &str), url: &str) -> Result<String> {
@@ -95,10 +95,13 @@ fn encrypted(on: &Installed) -> Result<Vec<String>> {
     let url = format!("{WEB}/order?item={word}");
     answered(on, CLIENT, &url)?;
     let answer = answered(on, CLIENT, &format!("{WEB}/"))?;
-    ensure!(answer.contains(&word), "the order is not there: {answer}");
+    ensure!(answer.contains(&word), "the order is missing: {answer}");
     let captured = on.capture.so_far()?;
     let hits = captured.find(word.as_bytes())?;
-    ensure!(hits.is_empty(), "{word} was on the wire in clear: {hits:?}");
+    ensure!(
+        hits.is_empty(),
+        "{word} was sent between nodes in plaintext: {hits:?}"
+    );
     ensure!(
         captured.tcp_ports().contains(&TUNNEL_PORT),
         "no packets of port {TUNNEL_PORT}"
@@ -109,9 +112,9 @@ fn encrypted(on: &Installed) -> Result<Vec<String>> {
     ])
 }
 
-/// The shop's program that asks the database.
+/// The shop's application pod, which queries the database.
 const APP: (&str, &str) = ("shop", "app");
-/// Asks PostgreSQL whether it would talk TLS: it says yes or no in one byte.
+/// Script that asks PostgreSQL whether it supports TLS; the answer is one byte.
 const POSTGRES: &str = "import socket
 s = socket.create_connection(('10.96.0.23', 5432), 5); s.settimeout(5)
 s.sendall(bytes([0, 0, 0, 8, 4, 210, 22, 47])); answer = s.recv(1); assert answer in (b'S', b'N'), answer
@@ -120,7 +123,7 @@ print('it answers', answer)
 
 fn policy(on: &Installed) -> Result<Vec<String>> {
     let denied = refused(on, INTRUDER, &format!("{WEB}/front"))?;
-    // Policy allows it; authentication does not. Who has an identity is answered.
+    // Policy allows plain, but Strict authentication refuses it. A client with an identity passes.
     let answer = on.python(APP, POSTGRES)?;
     ensure!(answer.status.success(), "app -> postgres: {answer}");
     let strict = on.python(PLAIN, POSTGRES)?;
@@ -169,7 +172,7 @@ fn probes(on: &Installed) -> Result<Vec<String>> {
     )])
 }
 
-/// The load's result as a sentence; an error if a request failed.
+/// Stops the load and returns its result as a sentence, or an error if a request failed.
 pub(super) fn lossless(load: super::Load, on: &Installed, what: &str) -> Result<String> {
     let (good, bad) = load.end(on)?;
     ensure!(bad.is_empty(), "{what}: {good} good, failed: {bad:?}");
@@ -206,7 +209,7 @@ fn pods_come_and_go(on: &Installed) -> Result<Vec<String>> {
     ])
 }
 
-/// Asks with a word that nobody has used before, until it is on the wire in clear, or is not.
+/// Sends requests with new words until one is sent in plaintext, or encrypted, as expected.
 fn until_on_the_wire(on: &Installed, phase: &str, in_clear: bool) -> Result<String> {
     let mut number = 0;
     let seen = eventually(phase, IN_FORCE, || {
@@ -225,11 +228,11 @@ fn enrolment(on: &Installed) -> Result<Vec<String>> {
     let load = on.load(CLIENT, &format!("{WEB}/front"))?;
     let within = until_on_the_wire(on, "within", false)?;
     kube.kubectl(["label", "namespace", "clients", "mesh.rs/dataplane-"])?;
-    // In clear now, and still allowed: web is Permissive.
+    // Traffic is now plaintext, and still allowed because web is Permissive.
     let outside = until_on_the_wire(on, "outside", true)?;
     kube.kubectl(["label", "namespace", "clients", "mesh.rs/dataplane=enabled"])?;
     let again = until_on_the_wire(on, "again", false)?;
-    // What was asked in the mesh has not come late either.
+    // Requests sent within the mesh must not appear in plaintext later either.
     let captured = on.capture.so_far()?;
     for (word, in_clear) in [(&within, false), (&outside, true), (&again, false)] {
         let found = captured.find(word.as_bytes())?;
@@ -248,7 +251,7 @@ fn agents_replaced(on: &Installed) -> Result<Vec<String>> {
     let begun = Instant::now();
     kube.kubectl(["rollout", "restart", "-n", SYSTEM, "daemonset/mesh-agent"])?;
     on.cluster().rolled_out(SYSTEM, "daemonset/mesh-agent")?;
-    // The old ones drain.
+    // Wait for the old agents to drain.
     let one_each = |pods: &Value| items(pods).len() == on.cluster().nodes().len();
     let pods = [
         "pods",
@@ -260,14 +263,14 @@ fn agents_replaced(on: &Installed) -> Result<Vec<String>> {
     kube.until(SOON, &pods, one_each)?;
     let took = begun.elapsed().as_secs_f64();
     let open = open.end(on)?;
-    // What the documentation says: they end with the old agent, after its time to drain.
+    // As documented, open connections end with the old agent, after its drain time.
     ensure!(
         open.reset == open::COUNT && open.silent == 0,
         "open connections: {open:?}"
     );
     ensure!(
         open.shortest_s >= DRAIN - 1.0,
-        "open connections had less than the time to drain: {open:?}"
+        "open connections were closed before the drain time: {open:?}"
     );
     Ok(vec![
         lossless(
@@ -288,13 +291,13 @@ fn agents_replaced(on: &Installed) -> Result<Vec<String>> {
 
 fn uninstalled(on: &Installed) -> Result<Vec<String>> {
     let nodes = on.cluster().nodes();
-    // The same look has to find something while the mesh is there.
+    // The same inspection must find something while the mesh is installed.
     let before: Vec<Traces> = nodes.iter().map(Traces::look).collect::<Result<_>>()?;
     for (node, traces) in nodes.iter().zip(&before) {
         let unseen = traces.unseen();
         ensure!(
             unseen.is_empty(),
-            "{}: the look sees no {unseen:?}",
+            "{}: the inspection finds no {unseen:?}",
             node.name()
         );
     }
@@ -311,7 +314,7 @@ fn uninstalled(on: &Installed) -> Result<Vec<String>> {
         ensure!(left.is_clean(), "{}: left behind: {left:?}", node.name());
         said.push(format!("{}: nothing of {before}", node.name()));
     }
-    // Those of the controller end after the release is gone.
+    // The controller's pods end after the release is gone.
     let kube = on.cluster().kube();
     eventually("the mesh's own pods to be gone", IN_FORCE, || {
         let left = kube.kubectl(["get", "pods", "-n", SYSTEM, "-o", "name"]);

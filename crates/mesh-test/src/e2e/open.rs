@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Connections that are open while something is done to the mesh: what becomes of each.
+//! Long-lived connections during changes of the mesh, and how each of them ends.
 
 use std::time::Duration;
 
@@ -9,10 +9,11 @@ use serde::Deserialize;
 use super::Installed;
 use crate::process::Proc;
 
-/// How many are held.
+/// Number of connections that are held open.
 pub(super) const COUNT: usize = 10;
 
-/// Keeps connections open with a request on each every 50 ms, and says at the end how they fared.
+/// Script that holds connections open with a request on each every 50 ms and reports how they
+/// ended.
 const PROGRAM: &str = r#"
 import json, os, socket, sys, threading, time
 host, count = sys.argv[1], int(sys.argv[2])
@@ -48,20 +49,20 @@ os.remove("/tmp/stop-open") if os.path.exists("/tmp/stop-open") else None
 print(json.dumps(result), flush=True)
 "#;
 
-/// How they fared.
+/// The outcome of the connections.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub(super) struct Fared {
-    /// Reset, in the middle of a request or between two.
+    /// Number of connections that were reset.
     pub(super) reset: usize,
-    /// Without an answer for 5 s.
+    /// Number of connections on which a request got no answer for 5 s.
     pub(super) silent: usize,
-    /// Requests that were answered, on all of them.
+    /// Number of requests that were answered, over all connections.
     pub(super) requests: u64,
-    /// How long the one lived that ended first, in seconds.
+    /// Lifetime of the connection that ended first, in seconds.
     pub(super) shortest_s: f64,
 }
 
-/// Connections that are held open.
+/// Connections that a container holds open.
 #[derive(Debug)]
 pub(super) struct Held {
     process: Proc,
@@ -70,7 +71,7 @@ pub(super) struct Held {
 }
 
 impl Held {
-    /// Opens them from a container of a Deployment, and waits until all are open.
+    /// Opens the connections from a container of a Deployment, and waits until all are open.
     pub(super) fn start(on: &Installed, from: (&str, &str), url: &str) -> Result<Self> {
         let (namespace, deployment) = from;
         let target = format!("deploy/{deployment}");
@@ -90,13 +91,13 @@ impl Held {
         })
     }
 
-    /// Ends those that are still open; how all fared.
+    /// Closes the connections that are still open and returns the outcome of all.
     pub(super) fn end(self, on: &Installed) -> Result<Fared> {
         let stop = ["touch", "/tmp/stop-open"];
         let exec = ["exec", "--namespace", &self.namespace, &self.target, "--"];
         on.cluster().kube().kubectl(exec.into_iter().chain(stop))?;
         let said = self.process.line(Duration::from_secs(30))?;
-        let said = said.context("the connections' holder ended without a word")?;
+        let said = said.context("the client program exited without a report")?;
         serde_json::from_str(&said).with_context(|| said.clone())
     }
 }

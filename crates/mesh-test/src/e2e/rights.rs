@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Roles against the API server's audit log: what the mesh was given and what it asked for.
+//! Compares the mesh's RBAC roles with the API server's audit log: granted and used permissions.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,10 +12,10 @@ use super::shop::{CLIENT, WEB};
 use super::{Installed, SYSTEM};
 use crate::wait::eventually;
 
-/// A right: API group, resource with its subresource, verb.
+/// A permission: API group, resource with subresource, verb.
 type Right = (String, String, String);
 
-/// What the log does not show though it is needed, and why.
+/// Permissions that are needed although the audit log does not show them, each with the reason.
 const UNSEEN: &[(&str, &str, &str, &str)] = &[
     ("mesh.rs", "meshnodes", "create", APPLIED),
     ("", "configmaps", "create", APPLIED),
@@ -30,7 +30,7 @@ fn texts(value: &Value) -> impl Iterator<Item = String> {
     value.as_array().into_iter().flatten().map(text)
 }
 
-/// The rights of a service account, by the roles that are bound to it.
+/// Returns the permissions that roles grant to a service account.
 fn given(on: &Installed, account: &str) -> Result<BTreeSet<Right>> {
     let kube = on.cluster().kube();
     let mut all = BTreeSet::new();
@@ -69,12 +69,12 @@ fn given(on: &Installed, account: &str) -> Result<BTreeSet<Right>> {
     Ok(all)
 }
 
-/// What a service account has asked for, and what it was refused.
+/// Returns the permissions that a service account has used, and the requests that were denied.
 fn used(on: &Installed, account: &str) -> Result<(BTreeSet<Right>, BTreeSet<String>)> {
     let user = format!("system:serviceaccount:{SYSTEM}:{account}");
     let (mut all, mut refused) = (BTreeSet::new(), BTreeSet::new());
     for line in fs::read_to_string(on.cluster().audit_log())?.lines() {
-        // The last may be half written.
+        // The last line may be incomplete.
         let Ok(event) = serde_json::from_str::<Value>(line) else {
             continue;
         };
@@ -94,7 +94,7 @@ fn used(on: &Installed, account: &str) -> Result<(BTreeSet<Right>, BTreeSet<Stri
     Ok((all, refused))
 }
 
-/// A node that comes and goes, whose report is then somebody's to remove.
+/// Creates and deletes a node, whose `MeshNode` must then be removed.
 fn a_node_goes(on: &Installed) -> Result<()> {
     let kube = on.cluster().kube();
     let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "gone"}});
@@ -111,7 +111,7 @@ fn a_node_goes(on: &Installed) -> Result<()> {
     })
 }
 
-/// Objects about nobody.
+/// Manifests of objects that affect nobody.
 const OTHERS: &str = "
 apiVersion: mesh.rs/v1alpha1
 kind: ClusterMeshPolicy
@@ -129,7 +129,7 @@ metadata: {name: nobody, namespace: outside}
 spec: {targetRef: {name: nobody}}
 ";
 
-/// A status for each of them.
+/// Waits until each of the objects has a status.
 fn others_have_a_status(on: &Installed) -> Result<()> {
     let kube = on.cluster().kube();
     kube.apply_text(OTHERS)?;
@@ -141,7 +141,7 @@ fn others_have_a_status(on: &Installed) -> Result<()> {
     Ok(())
 }
 
-/// A new root for the CA, by the documented command; agents trust both from then on.
+/// Rotates the CA's root with the documented command; agents trust both roots afterwards.
 fn the_root_is_replaced(on: &Installed) -> Result<()> {
     let kube = on.cluster().kube();
     let exec = ["exec", "-n", SYSTEM, "deploy/mesh-controller", "--"];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The shop of deploy/examples as Deployments: real programs in containers, Debian's, from the
-//! node's /usr.
+//! The shop of deploy/examples as Deployments: real Debian programs in containers, from the node's
+//! /usr.
 
 use std::fs;
 
@@ -11,18 +11,18 @@ use super::{Installed, deploy};
 use crate::apps::SHOP_SQL;
 use crate::cluster::BASE;
 
-/// The front's service.
+/// URL of the web front end's Service.
 pub(crate) const WEB: &str = "http://10.96.0.20";
-/// Who may ask the front, who may not, and who is not in the mesh.
+/// Clients: one that policy allows, one that it denies, and one outside the mesh.
 pub(crate) const CLIENT: (&str, &str) = ("clients", "client");
 pub(crate) const INTRUDER: (&str, &str) = ("clients", "intruder");
 pub(crate) const PLAIN: (&str, &str) = ("outside", "plain");
 
-/// One of the shop's programs.
+/// One application of the shop.
 struct App<'a> {
     namespace: &'a str,
     name: &'a str,
-    /// Label `app` and service account.
+    /// Value of the label `app` and name of the service account.
     app: &'a str,
     node: &'a str,
     script: String,
@@ -31,7 +31,7 @@ struct App<'a> {
 }
 
 impl App<'_> {
-    /// Its Deployment. What a container writes is in /data and /tmp.
+    /// Returns the application's Deployment, whose containers write to /data and /tmp.
     fn deployment(&self, shop: &str) -> Value {
         let labels = json!({ "app": self.app, "deployment": self.name });
         let mount = |name: &str, path: &str, only: bool| json!({ "name": name, "mountPath": path, "readOnly": only });
@@ -111,7 +111,7 @@ fn http(path: &str, port: u16) -> Option<Value> {
     Some(json!({ "httpGet": { "path": path, "port": port }, "periodSeconds": 1 }))
 }
 
-/// Node 1 has those who ask, node 2 those who answer.
+/// Returns the applications: clients on node 1, servers on node 2.
 fn apps() -> Vec<App<'static>> {
     let client = |namespace, name, app, node| App {
         namespace,
@@ -156,8 +156,8 @@ fn apps() -> Vec<App<'static>> {
 }
 
 impl Installed {
-    /// Applies the example and its Deployments, and waits until all are rolled out: the kubelet's
-    /// probes pass, under Strict, too.
+    /// Applies the example and its Deployments, and waits until all are rolled out, which requires
+    /// that the kubelet's probes pass, under Strict, too.
     pub(super) fn shop(&self) -> Result<()> {
         let kube = self.cluster().kube();
         let dir = deploy("examples/shop")?;

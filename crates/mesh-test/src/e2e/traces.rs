@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What a mesh has made on a node, as the kernel shows it: to be found while it is installed, and
-//! not to be found afterwards.
+//! Everything that the mesh creates on a node, as the kernel shows it: present while the mesh is
+//! installed, absent afterwards.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,8 +10,8 @@ use anyhow::Result;
 use crate::cluster::{Machine, SOON};
 use crate::process::Cmd;
 
-/// Asks the kernel what is attached (BPF_PROG_QUERY, of linux/bpf.h: command 16; attach types 46 and
-/// 47 are tcx, 36 is sk_lookup): to the node's interfaces, its cgroups, and its pods' namespaces.
+/// Script that lists attached BPF programs (BPF_PROG_QUERY of linux/bpf.h: command 16; attach types
+/// 46 and 47 are tcx, 36 is sk_lookup) on the node's interfaces, cgroups and pod namespaces.
 const ATTACHED: &str = r#"
 import ctypes, os, socket, struct
 libc = ctypes.CDLL(None, use_errno=True)
@@ -36,14 +36,14 @@ for name in os.listdir("/run/netns"):
     show("namespace " + name, of("/run/netns/" + name, [36]))
 "#;
 
-/// What [`ATTACHED`] tells apart.
+/// The kinds of attach targets in the output of [`ATTACHED`].
 const TARGETS: [(&str, &str); 3] = [
     ("interface", "programs on interfaces"),
     ("cgroup", "programs on cgroups"),
     ("namespace", "programs in pods' namespaces"),
 ];
 
-/// Each prints a line for every thing of its sort.
+/// Commands that print one line for each object of a kind.
 const LOOKS: &[(&str, &str)] = &[
     ("pins", "find /sys/fs/bpf/mesh -type f 2>/dev/null || true"),
     (
@@ -63,7 +63,7 @@ const LOOKS: &[(&str, &str)] = &[
     ),
     (
         "listeners in pods",
-        // An agent is no process of the pod: its sockets are on loopback, and transparent.
+        // The agent's listeners are transparent sockets on loopback in the pod's namespace.
         "for n in /run/netns/*; do nsenter --net=$n ss -Hltnp | grep mesh-agent || true; done",
     ),
     ("files", "find /var/lib/mesh -type f 2>/dev/null || true"),
@@ -73,19 +73,19 @@ const LOOKS: &[(&str, &str)] = &[
     ),
 ];
 
-/// Where the mesh writes nothing: to be empty before and after.
+/// Places that the mesh never writes: empty before and after.
 const NEVER: (&str, &str) = (
     "nftables",
     "nft list ruleset | grep -i mesh.rs || true; \
      for n in /run/netns/*; do nsenter --net=$n nft list ruleset; done",
 );
 
-/// How much of each sort there is, with the first line of each.
+/// The number of objects of each kind, with the first line of each.
 #[derive(Debug)]
 pub(super) struct Traces(BTreeMap<&'static str, (usize, String)>);
 
 impl Traces {
-    /// Looks at a node.
+    /// Inspects a node.
     pub(super) fn look(node: &Machine) -> Result<Self> {
         let mut found = BTreeMap::new();
         for (what, script) in LOOKS.iter().chain([&NEVER]) {
@@ -103,7 +103,7 @@ impl Traces {
         Ok(Self(found))
     }
 
-    /// Sorts of which there is nothing, though the mesh makes it.
+    /// Returns the kinds that the mesh should have created but that have no objects.
     pub(super) fn unseen(&self) -> Vec<&'static str> {
         let looked = LOOKS.iter().map(|(what, _)| *what);
         let attached = TARGETS.iter().map(|(_, what)| *what);
@@ -111,7 +111,7 @@ impl Traces {
         made.filter(|what| self.0[what].0 == 0).collect()
     }
 
-    /// Whether there is nothing at all.
+    /// Returns whether no object of any kind exists.
     pub(super) fn is_clean(&self) -> bool {
         self.0.values().all(|(count, _)| *count == 0)
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The mesh's controller beside a test's control plane, under its own service account, with the
-//! roles and admission policies of `deploy/base`.
+//! The mesh's controller beside a test control plane, with its service account and with the roles
+//! and admission policies of `deploy/base`.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr, TcpListener};
@@ -15,15 +15,15 @@ use crate::process::{Cmd, Proc};
 use crate::programs;
 use crate::wait::eventually;
 
-/// Where the release is.
+/// Namespace in which the mesh is installed.
 pub const NAMESPACE: &str = "mesh-system";
-/// The name in the controller's certificate.
+/// DNS name in the controller's certificate.
 pub const SERVICE: &str = "mesh-controller.mesh-system.svc";
 
 const READY: Duration = Duration::from_secs(60);
 const REQUEST: Duration = Duration::from_secs(10);
 
-/// A running replica; ended when dropped.
+/// A running controller replica; drop stops it.
 #[derive(Debug)]
 pub struct Controller {
     process: Proc,
@@ -33,10 +33,10 @@ pub struct Controller {
 
 impl Kube {
     /// Installs what the controller needs: CRDs, its namespace, roles and admission policies, and
-    /// service accounts of controller and agents.
+    /// the service accounts of controller and agents.
     ///
     /// # Errors
-    /// The API server refuses one.
+    /// The API server rejects an object.
     pub fn prepare_controller(&self) -> Result<()> {
         let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy");
         self.namespace(NAMESPACE, &[])?;
@@ -48,7 +48,7 @@ impl Kube {
             "base/controller-rbac.yaml",
         ] {
             let path = deploy.join(part);
-            let path = path.to_str().context("a path that is text")?;
+            let path = path.to_str().context("the path is not UTF-8")?;
             self.kubectl(["apply", "--server-side", "-f", path])?;
         }
         self.crds_established()
@@ -57,7 +57,7 @@ impl Kube {
     /// Starts a replica of the controller at `address` and waits until it serves certificates.
     ///
     /// # Errors
-    /// It does not become ready; the error carries the end of its log.
+    /// The controller does not become ready; the error contains the end of its log.
     pub fn controller(&self, replica: &str, address: IpAddr, flags: &[&str]) -> Result<Controller> {
         let token = self.token((NAMESPACE, "mesh-controller"), None, None)?;
         let config = self.token_kubeconfig(&format!("controller-{replica}"), &token)?;
@@ -92,10 +92,10 @@ impl Kube {
         }
     }
 
-    /// A file with the roots that the controller has published.
+    /// Returns a file with the root certificates that the controller has published.
     ///
     /// # Errors
-    /// There are none yet.
+    /// The controller has not published any yet.
     pub fn ca_bundle(&self) -> Result<PathBuf> {
         let map = self.get(["configmap", "mesh-ca-root", "-n", NAMESPACE])?;
         let bundle = map["data"]["ca.crt"].as_str().context("no roots")?;
@@ -106,45 +106,45 @@ impl Kube {
 }
 
 impl Controller {
-    /// The URL of the certificate service, by address.
+    /// Returns the URL of the certificate service, with an IP address as host.
     #[must_use]
     pub fn url(&self) -> String {
         format!("https://{}", self.listen)
     }
 
-    /// Where certificates are served.
+    /// Returns the address of the certificate service.
     #[must_use]
     pub fn listen(&self) -> SocketAddr {
         self.listen
     }
 
-    /// The process.
+    /// Returns the replica's process.
     pub fn process(&mut self) -> &mut Proc {
         &mut self.process
     }
 
-    /// A page of probes and metrics.
+    /// Fetches a page from the port of probes and metrics.
     ///
     /// # Errors
-    /// It is not answered.
+    /// The page cannot be fetched.
     pub fn page(&self, kube: &Kube, path: &str) -> Result<String> {
         let url = format!("http://{}{path}", self.metrics);
         let get = Cmd::new("curl").args(["-sSf", "--max-time", "5", &url]);
         Ok(kube.host().run(get, REQUEST)?.ok()?.text())
     }
 
-    /// The sum of a metric's samples with these labels.
+    /// Returns the sum of a metric's samples with these labels.
     ///
     /// # Errors
-    /// The page is not answered.
+    /// The metrics page cannot be fetched.
     pub fn metric(&self, kube: &Kube, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
         Ok(sum(&self.page(kube, "/metrics")?, name, labels))
     }
 
-    /// Whether it leads.
+    /// Returns whether this replica is the leader.
     ///
     /// # Errors
-    /// The page is not answered.
+    /// The metrics page cannot be fetched.
     pub fn leads(&self, kube: &Kube) -> Result<bool> {
         Ok(self.metric(kube, "mesh_controller_leader", &[])? > 0.5)
     }

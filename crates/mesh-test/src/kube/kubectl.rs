@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What tests do at the API server, by kubectl: as a user would, and without a client of our own.
+//! Requests to the API server by kubectl, as a user makes them, without a client library.
 
 use std::path::Path;
 use std::time::Duration;
@@ -12,8 +12,8 @@ use super::{Kube, REQUEST};
 use crate::process::{Cmd, Output};
 use crate::wait::eventually;
 
-/// What a service account's token is bound to: it dies with that object, and carries the name of
-/// the node, for a pod the one that it is assigned to.
+/// The object that a service account token is bound to. The token is valid only while the object
+/// exists, and contains the name of the node, or of the node to which the pod is assigned.
 #[derive(Clone, Copy, Debug)]
 pub enum Bound<'a> {
     /// A pod of the same namespace.
@@ -23,18 +23,18 @@ pub enum Bound<'a> {
 }
 
 impl Kube {
-    /// A kubectl with these arguments, as the administrator.
+    /// Returns a kubectl command with these arguments, as the administrator.
     ///
     /// # Errors
-    /// kubectl cannot be had.
+    /// The kubectl program cannot be found or built.
     pub fn kubectl_cmd<'a>(&self, args: impl IntoIterator<Item = &'a str>) -> Result<Cmd> {
         self.kubectl_as(self.kubeconfig(), args)
     }
 
-    /// A kubectl with these arguments, as whoever the kubeconfig is for.
+    /// Returns a kubectl command with these arguments and this kubeconfig.
     ///
     /// # Errors
-    /// kubectl cannot be had.
+    /// The kubectl program cannot be found or built.
     pub fn kubectl_as<'a>(
         &self,
         kubeconfig: &Path,
@@ -47,18 +47,18 @@ impl Kube {
             .args(args))
     }
 
-    /// Runs kubectl as the administrator; what it printed.
+    /// Runs kubectl as the administrator and returns its standard output.
     ///
     /// # Errors
-    /// It failed; the error carries what it said.
+    /// kubectl failed; the error contains its output.
     pub fn kubectl<'a>(&self, args: impl IntoIterator<Item = &'a str>) -> Result<String> {
         self.run(self.kubectl_cmd(args)?)
     }
 
-    /// Runs kubectl as the administrator, whatever comes of it.
+    /// Runs kubectl as the administrator and returns its output and status, also if it failed.
     ///
     /// # Errors
-    /// It cannot be run, or hangs.
+    /// kubectl cannot be run or times out.
     pub fn try_kubectl<'a>(&self, args: impl IntoIterator<Item = &'a str>) -> Result<Output> {
         self.host().run(self.kubectl_cmd(args)?, REQUEST)
     }
@@ -67,38 +67,38 @@ impl Kube {
         Ok(self.host().run(cmd, REQUEST)?.ok()?.text())
     }
 
-    /// Waits until the API server serves the kind of every CustomResourceDefinition that is there.
+    /// Waits until the API server serves the kinds of all existing CustomResourceDefinitions.
     ///
     /// # Errors
-    /// It does not within 30 s.
+    /// A kind is not served within 30 s.
     pub fn crds_established(&self) -> Result<()> {
         let wait = ["wait", "--for=condition=Established", "--timeout=30s"];
         self.kubectl(wait.into_iter().chain(["crd", "--all"]))
             .map(drop)
     }
 
-    /// `kubectl get ARGS`, as JSON.
+    /// Runs `kubectl get ARGS` and returns its JSON output.
     ///
     /// # Errors
-    /// There is no such object.
+    /// The object does not exist.
     pub fn get<'a>(&self, args: impl IntoIterator<Item = &'a str>) -> Result<Value> {
         let get = self.kubectl_cmd(["get", "--output=json"])?.args(args);
         Ok(serde_json::from_str(&self.run(get)?)?)
     }
 
-    /// Applies manifests (YAML or JSON documents), server side; what is there already is changed.
+    /// Creates or updates objects (YAML or JSON documents) by server-side apply.
     ///
     /// # Errors
-    /// The API server refuses one; the others are applied.
+    /// The API server rejects an object; the others are applied.
     pub fn apply_text(&self, manifests: &str) -> Result<String> {
         let apply = ["apply", "--server-side", "--force-conflicts", "-f", "-"];
         self.run(self.kubectl_cmd(apply)?.input(manifests))
     }
 
-    /// Applies the status of one object; nothing else of it is taken.
+    /// Applies the status of one object and ignores its other fields.
     ///
     /// # Errors
-    /// There is no such object, or the API server refuses it.
+    /// The object does not exist, or the API server rejects the status.
     pub fn apply_status(&self, manifest: &str) -> Result<String> {
         let apply = ["apply", "--server-side", "--force-conflicts"];
         let apply = self.kubectl_cmd(apply)?;
@@ -109,11 +109,11 @@ impl Kube {
         )
     }
 
-    /// Makes a namespace with these labels and waits for its default service account, which it
-    /// makes itself where no controller does.
+    /// Creates a namespace with these labels and waits for its default service account, which it
+    /// creates itself if no controller does.
     ///
     /// # Errors
-    /// The API server refuses.
+    /// The API server rejects the request.
     pub fn namespace(&self, name: &str, labels: &[(&str, &str)]) -> Result<()> {
         let labels: serde_json::Map<_, _> = labels
             .iter()
@@ -127,10 +127,10 @@ impl Kube {
         self.service_account(name, "default")
     }
 
-    /// Makes a service account, if there is none of that name.
+    /// Creates a service account unless it exists.
     ///
     /// # Errors
-    /// The API server refuses.
+    /// The API server rejects the request.
     pub fn service_account(&self, namespace: &str, name: &str) -> Result<()> {
         let account = json!({
             "apiVersion": "v1", "kind": "ServiceAccount",
@@ -139,11 +139,11 @@ impl Kube {
         self.apply_text(&account.to_string()).map(drop)
     }
 
-    /// A token of a service account (TokenRequest), for an hour: for `audience`, else for the API
-    /// server.
+    /// Requests a token of a service account (TokenRequest) that is valid for one hour, for
+    /// `audience` or, without one, for the API server.
     ///
     /// # Errors
-    /// There is no such account, or nothing to bind the token to.
+    /// The account or the object to bind the token to does not exist.
     pub fn token(
         &self,
         (namespace, account): (&str, &str),
@@ -164,7 +164,7 @@ impl Kube {
         Ok(self.run(create)?.trim().to_owned())
     }
 
-    /// Whether the user may do that: `kubectl auth can-i VERB RESOURCE ...`.
+    /// Runs `kubectl auth can-i VERB RESOURCE ...` and returns whether the user is allowed.
     ///
     /// # Errors
     /// kubectl gives no answer.
@@ -180,10 +180,10 @@ impl Kube {
         }
     }
 
-    /// Waits until `kubectl get ARGS` gives what `enough` accepts, and gives that.
+    /// Runs `kubectl get ARGS` until `enough` accepts its output, and returns that output.
     ///
     /// # Errors
-    /// It never does; the error carries the last answer.
+    /// `enough` accepts no output within `deadline`; the error contains the last one.
     pub fn until(
         &self,
         deadline: Duration,

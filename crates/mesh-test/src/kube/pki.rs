@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Certificates, keys and kubeconfigs of a test's control plane.
+//! Certificates, keys and kubeconfigs of a test control plane.
 //!
-//! One CA signs everything, as in a cluster made by kubeadm without the separate front-proxy CA.
+//! One CA signs everything, as in a kubeadm cluster, but without the separate front-proxy CA.
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
@@ -14,7 +14,7 @@ use rcgen::{
 };
 use serde_json::json;
 
-/// The first address of the service range: `kubernetes.default.svc`.
+/// First address of the service CIDR, which is `kubernetes.default.svc`.
 const SERVICE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 0, 1));
 
 const NAMES: &[&str] = &[
@@ -25,7 +25,7 @@ const NAMES: &[&str] = &[
     "kubernetes.default.svc.cluster.local",
 ];
 
-/// The CA and the directory of everything that it made.
+/// The CA, and the directory of everything that it issued.
 #[derive(Debug)]
 pub(super) struct Pki {
     dir: PathBuf,
@@ -33,7 +33,7 @@ pub(super) struct Pki {
 }
 
 impl Pki {
-    /// Makes the CA, the API server's certificate for `address`, and the key for service accounts.
+    /// Creates the CA, the API server's certificate for `address`, and the service account key.
     pub(super) fn create(dir: &Path, address: IpAddr) -> Result<Self> {
         fs::create_dir_all(dir)?;
         let mut params = subject("test-ca", None);
@@ -79,7 +79,7 @@ impl Pki {
         self.path("ca.crt")
     }
 
-    /// A kubeconfig with a client certificate.
+    /// Writes a kubeconfig with a client certificate.
     pub(super) fn client(&self, url: &str, name: &str, group: Option<&str>) -> Result<PathBuf> {
         let (certificate, key) = self.sign(
             &file_name(name),
@@ -90,12 +90,12 @@ impl Pki {
         self.kubeconfig(url, name, user)
     }
 
-    /// A kubeconfig that reads a bearer token from a file.
+    /// Writes a kubeconfig that reads a bearer token from a file.
     pub(super) fn token_client(&self, url: &str, name: &str, token: &Path) -> Result<PathBuf> {
         self.kubeconfig(url, name, json!({ "tokenFile": token }))
     }
 
-    /// Certificate and key of a kubelet, for both directions.
+    /// Issues the certificate and key of a kubelet, for client and server use.
     pub(super) fn node(&self, name: &str, address: IpAddr) -> Result<(PathBuf, PathBuf)> {
         let mut params = subject(&format!("system:node:{name}"), Some("system:nodes"));
         params.subject_alt_names = vec![
@@ -128,7 +128,7 @@ impl Pki {
         Ok(paths)
     }
 
-    /// JSON is YAML, too.
+    /// Writes the kubeconfig as JSON, which is valid YAML.
     fn kubeconfig(&self, url: &str, name: &str, user: serde_json::Value) -> Result<PathBuf> {
         let config = json!({
             "apiVersion": "v1",

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Where the Kubernetes programs are: in KUBEBUILDER_ASSETS, or built from the module `apiserver`.
+//! Locations of the Kubernetes programs: KUBEBUILDER_ASSETS, or a build of the module `apiserver`.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -9,22 +9,22 @@ use anyhow::{Context, Result, bail};
 
 use crate::process::Cmd;
 
-/// A directory with `etcd`, `kube-apiserver` and `kubectl`, as controller tests elsewhere use it.
+/// Directory with `etcd`, `kube-apiserver` and `kubectl`, as controller tests elsewhere use it.
 const ASSETS: &str = "KUBEBUILDER_ASSETS";
 
-/// The servers and kubectl.
+/// Paths of the Kubernetes servers and kubectl.
 #[derive(Clone, Debug)]
 pub struct Programs {
-    /// One program that is all of them.
+    /// A multi-call program that contains all of them.
     all: PathBuf,
     assets: Option<PathBuf>,
 }
 
 impl Programs {
-    /// Finds them; builds them first if that was never done, which takes minutes.
+    /// Finds the programs; builds them if there is no build yet, which takes minutes.
     ///
     /// # Errors
-    /// Go is missing, or the build fails.
+    /// Go is not installed, or the build fails.
     pub fn find() -> Result<Self> {
         static ALL: OnceLock<PathBuf> = OnceLock::new();
         let assets = std::env::var_os(ASSETS).map(PathBuf::from);
@@ -34,14 +34,14 @@ impl Programs {
         });
         let all = match ALL.get() {
             Some(all) => all.clone(),
-            // Only what the directory lacks needs the build.
+            // The build is needed only for programs that the directory lacks.
             None if complete => PathBuf::from("kube"),
             None => ALL.get_or_init_with(|| built("apiserver", "."))?,
         };
         Ok(Self { all, assets })
     }
 
-    /// A command that runs one of them.
+    /// Returns a command that runs one of the programs.
     #[must_use]
     pub fn command(&self, name: &str) -> Cmd {
         let asset = self.assets.as_ref().map(|dir| dir.join(name));
@@ -51,14 +51,14 @@ impl Programs {
         }
     }
 
-    /// The one program that is all of them, with the name of one as its first argument.
+    /// Returns the multi-call program, whose first argument is the name of a program.
     #[must_use]
     pub fn all(&self) -> &Path {
         &self.all
     }
 }
 
-/// `OnceLock::get_or_try_init` is not stable.
+/// Replacement for `OnceLock::get_or_try_init`, which is not stable.
 trait OrInit<T> {
     fn get_or_init_with(&self, make: impl FnOnce() -> Result<T>) -> Result<T>;
 }
@@ -70,15 +70,15 @@ impl<T: Clone> OrInit<T> for OnceLock<T> {
     }
 }
 
-/// The `helm` program, built from its module if that was never done.
+/// Returns the path of `helm`, built from its module if there is no build yet.
 ///
 /// # Errors
-/// Go is missing, or the build fails.
+/// Go is not installed, or the build fails.
 pub fn helm() -> Result<PathBuf> {
     built("helm", "helm.sh/helm/v4/cmd/helm")
 }
 
-/// Runs the build, which does nothing where the program is there, and waits for one that runs.
+/// Runs the build script, which waits for a concurrent build and does nothing if one exists.
 fn built(module: &str, package: &str) -> Result<PathBuf> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("apiserver/build.sh");
     let output = Command::new(&script)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The processes of a control plane: what each is started with, and until when it is waited for.
+//! The processes of a control plane: their command lines, and how to wait until they are ready.
 
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::path::Path;
@@ -13,7 +13,8 @@ use super::{Builder, REQUEST};
 use crate::process::{Cmd, Host, Proc};
 use crate::wait::eventually;
 
-/// The API server of an idle machine needs 5 s; one that also compiles needs several times that.
+/// Deadline for the API server to become ready: 5 s on an idle machine, several times that under
+/// load.
 const READY: Duration = Duration::from_secs(120);
 
 const PAUSE: Duration = Duration::from_millis(100);
@@ -25,7 +26,7 @@ pub(super) struct Servers {
     etcd: Proc,
     etcd_port: u16,
     api: Proc,
-    /// The whole command line of the API server, to start it again.
+    /// The API server's command line, to start it again.
     api_args: Vec<String>,
     programs: Programs,
     address: IpAddr,
@@ -37,7 +38,7 @@ pub(super) struct Servers {
 impl Servers {
     pub(super) fn start(wanted: &Builder, host: &Host, pki: &Pki, address: IpAddr) -> Result<Self> {
         let programs = Programs::find()?;
-        // All at once, so that no two are the same.
+        // All ports are allocated together, so that no two are equal.
         let [port, etcd_port, peer_port] = free_ports(host)?;
         let etcd = host.spawn(etcd(&programs, host.dir(), etcd_port, peer_port))?;
         let mut api_args = api_args(pki, address, (port, etcd_port));
@@ -83,7 +84,7 @@ impl Servers {
                     Ok(None) => {}
                     Ok(Some(status)) => {
                         return Some(Err(anyhow::anyhow!(
-                            "it ended with {status}:\n{}",
+                            "the API server exited with {status}:\n{}",
                             server.log_tail()
                         )));
                     }
@@ -93,11 +94,11 @@ impl Servers {
             let url = format!("https://{}:{}/readyz", self.address, self.port);
             let ask = Cmd::new("curl").args(["--silent", "--max-time", "2", "--cacert", &self.ca]);
             let said = host.run(ask.args([url]), REQUEST);
-            // Anonymous requests may ask for health, and nothing else.
+            // Anonymous users may read the health endpoints, and nothing else.
             if said.is_ok_and(|output| output.text() == "ok") {
                 return Some(Ok(()));
             }
-            // Asked every few milliseconds, curl itself would be most of the machine's load.
+            // Polling every few milliseconds would make curl the machine's main load.
             std::thread::sleep(PAUSE);
             None
         });
@@ -121,17 +122,17 @@ impl Servers {
         self.api.signal(signal)
     }
 
-    /// By etcd's own JSON gateway, so that no client of its is needed.
+    /// Compacts etcd through its JSON gateway, which needs no etcd client.
     pub(super) fn compact(&self, host: &Host) -> Result<u64> {
         let ask = |path: &str, body: String| -> Result<serde_json::Value> {
             let url = format!("http://{LOCAL}:{}/v3/kv/{path}", self.etcd_port);
             let post = Cmd::new("curl").args(["--silent", "--fail", "--data", &body, &url]);
             host.run(post, REQUEST)?.ok()?.json()
         };
-        // "AA==" is the key of one zero byte, which nobody has.
+        // "AA==" is the key of one zero byte, which does not exist.
         let state = ask("range", r#"{"key": "AA=="}"#.to_owned())?;
         let revision = state.pointer("/header/revision").and_then(|r| r.as_str());
-        let revision = revision.context("etcd told no revision")?.to_owned();
+        let revision = revision.context("etcd returned no revision")?.to_owned();
         ask(
             "compaction",
             format!(r#"{{"revision": "{revision}", "physical": true}}"#),
@@ -150,7 +151,7 @@ impl Servers {
     }
 }
 
-/// Ports that nobody in the namespace listens on.
+/// Returns ports on which nothing in the namespace listens.
 fn free_ports<const N: usize>(host: &Host) -> Result<[u16; N]> {
     let ports = host.in_ns(|| {
         let held: Vec<TcpListener> = (0..N)
@@ -161,7 +162,7 @@ fn free_ports<const N: usize>(host: &Host) -> Result<[u16; N]> {
     })?;
     match ports.try_into() {
         Ok(ports) => Ok(ports),
-        Err(ports) => bail!("{N} ports wanted, got {ports:?}"),
+        Err(ports) => bail!("expected {N} free ports, got {ports:?}"),
     }
 }
 
@@ -173,7 +174,7 @@ fn etcd(programs: &Programs, dir: &Path, port: u16, peers: u16) -> Cmd {
     programs.command("etcd").args([
         "--name=test".to_owned(),
         format!("--data-dir={}", dir.join("etcd").display()),
-        // What a test stores need not outlive the machine.
+        // The test's data need not survive a crash of the machine.
         "--unsafe-no-fsync".to_owned(),
         "--log-level=warn".to_owned(),
         format!("--listen-client-urls={clients}"),
@@ -207,7 +208,7 @@ fn api_args(pki: &Pki, address: IpAddr, (port, etcd_port): (u16, u16)) -> Vec<St
         ),
         format!("--kubelet-client-key={}", file("kubelet-client.key")),
         "--kubelet-preferred-address-types=InternalIP".to_owned(),
-        // Nobody aggregates APIs here, and the metrics of storage cost memory.
+        // Tests use no aggregated APIs, and storage metrics cost memory.
         "--profiling=false".to_owned(),
     ]
 }

@@ -13,7 +13,7 @@ use crate::talk::Identity;
 pub struct Attempt {
     /// Number of the attempt, repeated in its outcome.
     pub id: usize,
-    /// A datagram (UDP) or a connection.
+    /// UDP (a datagram), or the protocol of a connection.
     pub transport: Transport,
     /// Source address (default: the kernel's choice).
     pub from: Option<IpAddr>,
@@ -24,21 +24,21 @@ pub struct Attempt {
 /// Outcome of an attempt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcome {
-    /// Number of the attempt.
+    /// Number of the attempt, as in its input.
     pub id: usize,
-    /// What the server saw, if it answered.
+    /// The server's answer, if any.
     pub answer: Option<Identity>,
     /// The call that failed, with its error.
     pub error: Option<String>,
-    /// Its `errno`.
+    /// `errno` of the failed call.
     pub errno: Option<i32>,
 }
 
 impl Outcome {
-    /// Whether the connection was allowed (true) or refused (false).
+    /// Returns whether the connection was allowed (true) or refused (false).
     ///
     /// # Errors
-    /// The attempt failed in another way than a refusal.
+    /// The attempt failed for a reason other than refusal.
     pub fn allowed(&self) -> Result<bool, String> {
         const REFUSED: [i32; 8] = [
             libc::ECONNREFUSED,
@@ -46,7 +46,7 @@ impl Outcome {
             libc::EPIPE,
             libc::ETIMEDOUT,
             libc::EAGAIN,
-            // A blocking connect() whose time is over.
+            // A blocking connect() timed out.
             libc::EINPROGRESS,
             libc::EPERM,
             libc::EACCES,
@@ -54,7 +54,7 @@ impl Outcome {
         match (&self.answer, &self.error, self.errno) {
             (Some(_), _, _) => Ok(true),
             (None, _, Some(errno)) if REFUSED.contains(&errno) => Ok(false),
-            // The other end closed before it answered.
+            // The peer closed the connection before it answered.
             (None, Some(_), None) => Ok(false),
             (None, error, _) => Err(error.clone().unwrap_or_default()),
         }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The cluster of a table: its objects as the lab's agents read them, and the pod, node or outside
-//! host behind each address.
+//! host of each address.
 //!
-//! Nodes get the lab's names, in order; pods without a node are spread over two. Of the objects only
-//! this and the enrollment is changed.
+//! Nodes are renamed to the lab's, in order, and pods without a node are spread over two nodes. Of
+//! the objects, only the node names and the enrollment labels are changed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -18,9 +18,9 @@ use serde_json::{Value, json};
 
 use crate::mesh::ENROLLED;
 
-/// The mesh's own namespace and the system's, which no label enrolls.
+/// Namespaces that no label enrolls: the mesh's own and the system's.
 const NEVER: [&str; 2] = ["mesh-system", "kube-system"];
-/// Most nodes of a lab.
+/// Maximum number of nodes of a lab.
 const MOST_NODES: usize = 99;
 
 /// A table's cluster.
@@ -28,9 +28,9 @@ const MOST_NODES: usize = 99;
 pub(crate) struct TableCluster {
     /// Objects for the agents.
     pub(crate) objects: Vec<Value>,
-    /// The same as facts.
+    /// The objects as a snapshot.
     pub(crate) cluster: ClusterSnapshot,
-    /// How many nodes there are.
+    /// Number of nodes.
     pub(crate) nodes: u8,
     /// Warnings and rejections of the manifests.
     pub(crate) notes: Vec<String>,
@@ -50,17 +50,17 @@ pub(crate) enum Endpoint {
     Outside,
 }
 
-/// One end of a check.
+/// The source or the destination of a check.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct End {
     pub(crate) endpoint: Endpoint,
     pub(crate) addresses: Vec<IpAddr>,
-    /// The pod it is, by its UID; those of the host's network are in no place of their own.
+    /// UID of the pod, also of a pod in the host network, whose endpoint is its node.
     pub(crate) pod: Option<String>,
 }
 
 impl TableCluster {
-    /// Reads the manifests of a table of `file`.
+    /// Reads the manifests of a table in `file`.
     pub(crate) fn of(table: &Table, file: &Path, mtls: bool) -> Result<Self> {
         let mut objects = Vec::new();
         for manifest in &table.manifests {
@@ -122,14 +122,14 @@ impl TableCluster {
         Ok(())
     }
 
-    /// Pods to create.
+    /// Returns the pods to create.
     pub(crate) fn pods(&self) -> impl Iterator<Item = (&str, &Pod)> {
         let made = |(_, pod): &(&str, &Pod)| !pod.host_network && !pod.addresses.is_empty();
         let pods = self.cluster.pods.iter().map(|(uid, pod)| (&**uid, &**pod));
         pods.filter(made)
     }
 
-    /// Addresses of nodes, by their numbers.
+    /// Returns the addresses of nodes by node number.
     pub(crate) fn node_addresses(&self) -> Result<BTreeMap<u8, Vec<IpAddr>>> {
         let of = |(name, node): (&String, &mesh_plan::cluster::Node)| {
             Ok((number(name)?, node.addresses.iter().copied().collect()))
@@ -137,10 +137,10 @@ impl TableCluster {
         self.cluster.nodes.iter().map(of).collect()
     }
 
-    /// An end by NAMESPACE/POD or an address.
+    /// Finds a source or destination by NAMESPACE/POD or by address.
     ///
     /// # Errors
-    /// There is no such pod, or `text` is something else.
+    /// The pod does not exist, or `text` is neither.
     pub(crate) fn end(&self, text: &str) -> Result<End> {
         if let Some(uid) = self.by_name.get(text) {
             return self.pod_end(uid);
@@ -180,20 +180,20 @@ impl TableCluster {
         })
     }
 
-    /// Whether an address stands for others, chosen when it is connected to.
+    /// Returns whether an address is a Service's, which connecting translates to an endpoint.
     pub(crate) fn is_service(&self, address: &IpAddr) -> bool {
         self.services.contains(address)
     }
 }
 
-/// The number of a node of the lab.
+/// Returns the number of a lab node.
 fn number(name: &str) -> Result<u8> {
     let digits = name.strip_prefix("node");
     let number = digits.and_then(|digits| digits.parse().ok());
-    number.with_context(|| format!("{name:?} is no node of the lab"))
+    number.with_context(|| format!("{name:?} is not a node of the lab"))
 }
 
-/// The objects of a file, or of every manifest below a directory.
+/// Reads the objects of a file, or of every manifest below a directory.
 fn read(path: &Path, into: &mut Vec<Value>) -> Result<()> {
     let shown = || path.display().to_string();
     if path.is_dir() {
@@ -222,7 +222,7 @@ fn kind(object: &Value) -> &str {
     object["kind"].as_str().unwrap_or_default()
 }
 
-/// Gives nodes the lab's names, and pods without one a node; the number of nodes.
+/// Renames nodes to the lab's, assigns nodes to pods without one, and returns the number of nodes.
 fn rename_nodes(objects: &mut [Value]) -> Result<u8> {
     let mut names = BTreeSet::new();
     let mut homeless = false;
@@ -275,7 +275,7 @@ fn rename_nodes(objects: &mut [Value]) -> Result<u8> {
     Ok(u8::try_from(count)?)
 }
 
-/// Whether an object says who is enrolled: then the table does, and nobody else.
+/// Returns whether an object has enrollment labels; the table then decides what is enrolled.
 fn speaks_of_enrolment(object: &Value) -> bool {
     let label = &object["metadata"]["labels"][ENROLLED.0];
     matches!(kind(object), "Namespace" | "Pod") && !label.is_null()

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Rows of a table: the connection of each in the lab with its expected result, or the reason why it
-//! cannot be run.
+//! Rows of a table: the connection of each row in the lab with its expected result, or the reason
+//! why it cannot run.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -17,18 +17,18 @@ use super::cluster::{End, Endpoint, TableCluster};
 use crate::agent::METRICS_PORT;
 use crate::mesh::TUNNEL_PORT;
 
-/// A row.
+/// A row of a table.
 #[derive(Debug)]
 pub(crate) struct Row {
     /// Title of the row.
     pub(crate) title: String,
-    /// Verdict of the compiler, as text.
+    /// Verdict of the policy compiler, as text.
     pub(crate) compiler: String,
     pub(crate) what: What,
 }
 
 impl Row {
-    /// Its connection, if it is run.
+    /// Returns the row's connection if the row can run.
     pub(crate) fn run(&self) -> Option<&Run> {
         match &self.what {
             What::Run(run) => Some(run),
@@ -37,16 +37,16 @@ impl Row {
     }
 }
 
-/// Whether a row can be run.
+/// A row's connection, or the reason why it cannot run.
 #[derive(Debug)]
 pub(crate) enum What {
-    /// It is run.
+    /// The row runs with this connection.
     Run(Run),
-    /// It is not, and why.
+    /// The row cannot run, for this reason.
     Leave(String),
 }
 
-/// A connection of a row.
+/// The connection of a row.
 #[derive(Debug)]
 pub(crate) struct Run {
     pub(crate) from: Endpoint,
@@ -70,7 +70,7 @@ pub(crate) fn rows(cluster: &TableCluster, checks: &[Check]) -> Result<Vec<Row>>
     checks.iter().enumerate().map(row).collect()
 }
 
-/// Whether this kernel has SCTP.
+/// Returns whether the kernel supports SCTP.
 fn has_sctp() -> bool {
     let protocols = std::fs::read_to_string("/proc/net/protocols").unwrap_or_default();
     protocols.lines().any(|line| line.starts_with("SCTP"))
@@ -82,7 +82,7 @@ struct Planner<'a> {
     sctp: bool,
 }
 
-/// A connection over a family that both ends have.
+/// Addresses of a connection, in an address family that source and destination share.
 struct Ends {
     from: End,
     to: End,
@@ -122,7 +122,7 @@ impl Planner<'_> {
                         id,
                         transport: check.protocol,
                         from: match ends.from.endpoint {
-                            // The kernel's choice is part of what is tried.
+                            // The kernel's choice of the source address is part of the test.
                             Endpoint::Pod(_) => None,
                             Endpoint::Node(_) | Endpoint::Outside => Some(ends.source),
                         },
@@ -149,7 +149,7 @@ impl Planner<'_> {
         };
         let (source, destination) = pick(IpAddr::is_ipv4)
             .or_else(|| pick(IpAddr::is_ipv6))
-            .context("the two ends have no address of one family")?;
+            .context("source and destination have no common address family")?;
         let port = match check.port.parse() {
             Ok(number) => number,
             Err(_) => {
@@ -193,24 +193,26 @@ impl Planner<'_> {
         format!("{verb} ({}, {rule})", verdict.reason.label())
     }
 
-    /// Why a row cannot be run, if so.
+    /// Returns the reason why a row cannot run, if any.
     fn cannot(&self, check: &Check, ends: &Ends, real: &Verdicts) -> Option<String> {
         let in_pod = |end: &End| matches!(end.endpoint, Endpoint::Pod(_));
         let why = match check.protocol {
-            Transport::Sctp if !self.sctp => Some("this kernel has no SCTP"),
+            Transport::Sctp if !self.sctp => Some("the kernel has no SCTP support"),
             Transport::Tcp if ends.port == TUNNEL_PORT && in_pod(&ends.to) => {
-                Some("the port of tunnels is the agent's")
+                Some("the tunnel port is reserved for the agent")
             }
             Transport::Tcp if ends.port == METRICS_PORT && !in_pod(&ends.to) => {
-                Some("the port is the agent's")
+                Some("the metrics port is used by the agent")
             }
-            _ if ends.port == 0 => Some("there is no port 0 on the wire"),
-            _ if !in_pod(&ends.from) && !in_pod(&ends.to) => Some("no pod takes part in it"),
+            _ if ends.port == 0 => Some("port 0 cannot be used in a packet"),
+            _ if !in_pod(&ends.from) && !in_pod(&ends.to) => {
+                Some("neither the source nor the destination is a pod")
+            }
             _ if self.cluster.is_service(&ends.destination) => {
-                Some("a service's address stands for one of its endpoints")
+                Some("connections to a Service address go to one of its endpoints")
             }
             _ if [ends.source, ends.destination].iter().any(is_special) => {
-                Some("nobody but the sender itself can have that address")
+                Some("an address is link-local, loopback, multicast or unspecified")
             }
             Transport::Tcp | Transport::Udp | Transport::Sctp => None,
         };
@@ -227,12 +229,12 @@ impl Planner<'_> {
             return None;
         }
         let instead = if proof {
-            "its address is all that is known"
+            "only the address is known"
         } else {
-            "its identity is proven"
+            "the identity is proven"
         };
         Some(format!(
-            "the row is about evidence {}, and here {instead}",
+            "the row requires evidence {}, but in the lab {instead}",
             check.evidence.word()
         ))
     }
@@ -246,7 +248,7 @@ fn is_special(address: &IpAddr) -> bool {
     link_local || address.is_loopback() || address.is_multicast() || address.is_unspecified()
 }
 
-/// What must become of the connection as a whole.
+/// Returns the expected result of the connection as a whole.
 fn expected(check: &Check, compiler: &Verdicts) -> Result<Expected, &'static str> {
     if let Some(expected) = check.expect {
         return Ok(expected);
@@ -256,7 +258,7 @@ fn expected(check: &Check, compiler: &Verdicts) -> Result<Expected, &'static str
         (check.expect_egress, compiler.egress),
     ];
     if sides.iter().all(|(said, _)| said.is_none()) {
-        return Err("it expects nothing");
+        return Err("the row has no expected result");
     }
     if sides.iter().any(|(said, _)| *said == Some(Expected::Deny)) {
         return Ok(Expected::Deny);
@@ -265,7 +267,7 @@ fn expected(check: &Check, compiler: &Verdicts) -> Result<Expected, &'static str
         said.is_none() && verdict.is_some_and(|verdict| !verdict.allowed)
     };
     if sides.iter().any(refuses) {
-        return Err("it is about one end, and the other end refuses the connection");
+        return Err("the row tests one side, and policy on the other side denies the connection");
     }
     Ok(Expected::Allow)
 }

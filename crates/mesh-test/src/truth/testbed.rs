@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A table's cluster as a lab: a namespace for each pod, a server for every port that a row asks,
-//! clients that try all rows at once, and agents.
+//! A table's cluster as a lab: a namespace for each pod, a server for every destination port,
+//! clients that try all rows in parallel, and agents.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -22,19 +22,19 @@ use crate::pod::{PodSpec, probe_cmd};
 use crate::process::{Host, Proc};
 use crate::topology::Topology;
 
-/// How long all rows of one client may take together.
+/// Deadline for all rows of one client together.
 const BATCH: Duration = Duration::from_secs(120);
 
-/// How long an agent may take for the first of all its pods: each costs it some waits for the kernel,
-/// which are long on a busy machine.
+/// Deadline for an agent to attach all pods after its start; each takes some kernel waits, which
+/// are long on a busy machine.
 const ALL_PODS: Duration = Duration::from_secs(90);
 
-/// A table's cluster, with servers.
+/// A lab for a table's cluster, with servers.
 pub(crate) struct Testbed<L> {
     lab: L,
-    /// The lab's pods by UID.
+    /// Names of the lab's pods by UID.
     pods: BTreeMap<String, String>,
-    /// Names of the servers, which their answers carry.
+    /// Names of the servers, which are in their answers.
     names: BTreeMap<Endpoint, String>,
     servers: Vec<Proc>,
 }
@@ -63,7 +63,7 @@ impl Testbed<Lab> {
                 .namespace(&pod.name.namespace)
                 .addresses(&addresses);
             let made = lab.add_pod(spec)?;
-            // The table has its own.
+            // The table has its own manifest of the pod.
             lab.withdraw(&Manifests::pod_file(&made))?;
             lab.withdraw(&format!("namespace-{}", made.namespace()))?;
             pods.insert(uid.to_owned(), name);
@@ -107,7 +107,7 @@ impl Testbed<Lab> {
         Ok(())
     }
 
-    /// Starts the servers, before the agents, so that every port is free.
+    /// Starts the servers before the agents, while every port is free.
     fn serve(&mut self, runs: &[&Run]) -> Result<()> {
         let mut lines: BTreeMap<Endpoint, BTreeSet<String>> = BTreeMap::new();
         for run in runs {
@@ -120,7 +120,7 @@ impl Testbed<Lab> {
             let lines = lines.entry(run.to.clone()).or_default();
             match run.to {
                 Endpoint::Pod(_) => lines.insert(format!("{flag} [::]:{}", to.port())),
-                // Answers must come from the address that was asked.
+                // Answers must come from the destination address.
                 Endpoint::Node(_) | Endpoint::Outside => lines.insert(format!("{flag} {to}")),
             };
         }
@@ -149,7 +149,7 @@ impl Testbed<Lab> {
     }
 }
 
-/// The addresses of a run that nobody in the cluster has.
+/// Returns the addresses of a run that belong to no pod or node.
 fn outsiders(run: &Run) -> impl Iterator<Item = IpAddr> {
     let from = (run.from == Endpoint::Outside).then_some(run.attempt.from);
     let to = (run.to == Endpoint::Outside).then_some(run.attempt.to.ip());
@@ -174,7 +174,7 @@ fn at<T>(
 }
 
 impl<L: AsRef<Lab>> Testbed<L> {
-    /// Makes all attempts, each from its endpoint; returns the outcomes by their numbers.
+    /// Makes all attempts, each from its endpoint; returns the outcomes by attempt number.
     pub(crate) fn try_all(&self, runs: &[&Run]) -> Result<BTreeMap<usize, Outcome>> {
         let mut batches: BTreeMap<&Endpoint, Vec<&Attempt>> = BTreeMap::new();
         for run in runs {
@@ -192,7 +192,10 @@ impl<L: AsRef<Lab>> Testbed<L> {
                 .lines()
                 .map(|line| Ok(serde_json::from_str(line)?))
                 .collect::<Result<_>>()?;
-            ensure!(tried.len() == attempts.len(), "a client lost rows");
+            ensure!(
+                tried.len() == attempts.len(),
+                "the client did not report every row"
+            );
             Ok(tried)
         };
         let batch = &batch;
@@ -212,7 +215,7 @@ impl<L: AsRef<Lab>> Testbed<L> {
         Ok(by_id.collect())
     }
 
-    /// Whether an answer is the one that a run asks for: from its server, which saw the right client.
+    /// Returns false if another server answered, or the server saw another source address.
     pub(crate) fn is_right(&self, run: &Run, tried: &Outcome) -> bool {
         tried.answer.as_ref().is_none_or(|seen| {
             let own_source = run.attempt.from.is_none_or(|from| seen.client.ip() == from);

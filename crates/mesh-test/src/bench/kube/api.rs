@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Thousands of requests to the API server: HTTP over `kubectl proxy`, one connection for each
-//! writer. A kubectl for each object would take hours.
+//! A client for thousands of API server requests: HTTP through `kubectl proxy`, one connection per
+//! writer. One kubectl process per object would take hours.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -12,11 +12,11 @@ use serde_json::Value;
 use crate::kube::Kube;
 use crate::process::{Host, Proc};
 
-/// A request that takes longer has failed.
+/// Timeout of a request.
 const ANSWER: Duration = Duration::from_secs(60);
-/// How long kubectl may take to listen.
+/// Deadline for `kubectl proxy` to listen.
 const LISTENS: Duration = Duration::from_secs(20);
-/// What may be asked at a time while the cluster is filled.
+/// Number of concurrent writers while the cluster is filled.
 const WRITERS: usize = 16;
 
 /// A running `kubectl proxy`.
@@ -28,18 +28,18 @@ pub(super) struct Proxy<'k> {
     kubectl: Proc,
 }
 
-/// What an object is sent as.
+/// The kind of write.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Verb {
     /// POST of a new object.
     Create,
     /// A JSON merge patch.
     Merge,
-    /// DELETE, at once.
+    /// DELETE with a grace period of 0.
     Delete,
 }
 
-/// One request.
+/// A write request to the API server.
 #[derive(Debug)]
 pub(super) struct Request {
     pub(super) verb: Verb,
@@ -71,7 +71,7 @@ impl<'k> Proxy<'k> {
     pub(super) fn start(kube: &'k Kube) -> Result<Self> {
         let host = kube.host();
         let kubectl = host.spawn_lines(kube.kubectl_cmd(["proxy", "--port=0"])?)?;
-        let line = kubectl.line(LISTENS)?.context("kubectl proxy ended")?;
+        let line = kubectl.line(LISTENS)?.context("kubectl proxy exited")?;
         let address = line.rsplit(' ').next().unwrap_or_default().parse();
         let address = address.with_context(|| line)?;
         Ok(Self {
@@ -81,7 +81,7 @@ impl<'k> Proxy<'k> {
         })
     }
 
-    /// A connection of one's own.
+    /// Opens a new connection to the proxy.
     pub(super) fn connect(&self) -> Result<Api> {
         let stream = self.host.in_ns(|| Ok(TcpStream::connect(self.address)?))?;
         stream.set_read_timeout(Some(ANSWER))?;
@@ -92,7 +92,7 @@ impl<'k> Proxy<'k> {
         })
     }
 
-    /// Sends them over several connections at a time, in no order.
+    /// Sends the requests over several connections concurrently, in no particular order.
     pub(super) fn send_all(&self, requests: &[Request]) -> Result<()> {
         let share = requests.len().div_ceil(WRITERS).max(1);
         std::thread::scope(|scope| {
@@ -117,7 +117,7 @@ impl<'k> Proxy<'k> {
     }
 }
 
-/// One connection.
+/// A connection to the API server through the proxy.
 #[derive(Debug)]
 pub(super) struct Api {
     host: String,
@@ -125,7 +125,7 @@ pub(super) struct Api {
 }
 
 impl Api {
-    /// Sends one request and gives back the object that the server answers with.
+    /// Sends one request and returns the object in the response.
     pub(super) fn send(&mut self, request: &Request) -> Result<Value> {
         let (method, kind) = match request.verb {
             Verb::Create => ("POST", "application/json"),
@@ -181,10 +181,10 @@ impl Api {
         Ok((code, body))
     }
 
-    /// A body in chunks (RFC 9112, 7.1), without extensions or trailers.
+    /// Reads a chunked body (RFC 9112, section 7.1) without extensions or trailers.
     fn chunks(&mut self, body: &mut Vec<u8>) -> Result<()> {
         loop {
-            let size = usize::from_str_radix(&self.line()?, 16).context("not in chunks")?;
+            let size = usize::from_str_radix(&self.line()?, 16).context("invalid chunk size")?;
             let start = body.len();
             body.resize(start + size, 0);
             self.stream.read_exact(&mut body[start..])?;
@@ -198,7 +198,9 @@ impl Api {
     fn line(&mut self) -> Result<String> {
         let mut line = String::new();
         self.stream.read_line(&mut line)?;
-        let line = line.strip_suffix("\r\n").context("the connection ended")?;
+        let line = line
+            .strip_suffix("\r\n")
+            .context("the connection closed early")?;
         Ok(line.to_owned())
     }
 }

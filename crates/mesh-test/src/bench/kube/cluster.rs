@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What is real: the API server, one node with an agent, a client and a server in its pods among
-//! others, and a program that sees what is in force.
+//! The real part of the benchmark cluster: the API server, one node with an agent, its pods with a
+//! client and a server, and a program that observes which policy is enforced.
 
 use std::cell::Cell;
 use std::path::Path;
@@ -21,35 +21,35 @@ use crate::pod::PodSpec;
 use crate::process::{Cmd, Proc};
 use crate::topology::Topology;
 
-/// Real pods of the node, client and server among them.
+/// Number of real pods on the node, including client and server.
 const PODS: usize = 10;
 const CLIENT: &str = "client";
 const SERVER: &str = "server";
 const PORT: u16 = 7000;
-/// The policy that decides whether the client reaches the server.
+/// Name of the policy that decides whether the client reaches the server.
 const POLICY: &str = "decides";
-/// The label that it asks the client for.
+/// Label that the policy requires of the client.
 const FRIEND: &str = "friend";
-/// An agent of a large cluster reads it all before it is ready.
+/// Deadline for the agent to become ready; it reads all objects of the cluster first.
 const READY: Duration = Duration::from_secs(120);
 
-/// The real part.
+/// The API server's real node, with its pods and servers.
 #[derive(Debug)]
 pub(super) struct BenchCluster {
-    /// Ends before its place goes.
+    /// Servers in the pods; dropped before the lab.
     servers: Vec<Proc>,
     pub(super) pods: Names,
     lab: Lab,
 }
 
-/// Whose connection shows what is in force.
+/// The real pods, and the writes that change what the client may reach.
 #[derive(Clone, Debug)]
 pub(super) struct Names {
     namespace: String,
 }
 
 impl Names {
-    /// Everybody may connect to the server, or only who has the label.
+    /// Returns the write that lets all clients, or only those with the label, reach the server.
     pub(super) fn everybody(&self, open: bool) -> Request {
         let body = json!({"spec": spec(open)});
         let path = format!(
@@ -59,7 +59,7 @@ impl Names {
         Request::merge(format!("{path}/{POLICY}"), body)
     }
 
-    /// The client has the label, or has not.
+    /// Returns the write that adds the label to the client or removes it.
     pub(super) fn friend(&self, open: bool) -> Request {
         let path = format!("/api/v1/namespaces/{}/pods/{CLIENT}", self.namespace);
         Request::merge(path, label(FRIEND, open.then_some("yes")))
@@ -79,12 +79,12 @@ fn spec(everybody: bool) -> Value {
 }
 
 impl BenchCluster {
-    /// A node without pods, and an API server with the mesh's kinds.
+    /// Starts a node without pods, and an API server with the mesh's CRDs.
     pub(super) fn open() -> Result<(Kube, Self)> {
         let lab = Lab::builder(Topology::Routed).nodes(1).build()?;
         let kube = Kube::builder().start_in(&lab)?;
         let crds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/crds");
-        let crds = crds.to_str().context("the path of the CRDs")?;
+        let crds = crds.to_str().context("the path of the CRDs is not UTF-8")?;
         kube.kubectl(["apply", "--server-side", "-f", crds])?;
         kube.crds_established()?;
         let pods = Names {
@@ -94,7 +94,7 @@ impl BenchCluster {
         Ok((kube, Self { servers, pods, lab }))
     }
 
-    /// The real node, its pods, and the policy; their namespace must be there.
+    /// Adds the real node, its pods and the policy; their namespace must exist.
     pub(super) fn add_pods(&mut self, proxy: &Proxy<'_>) -> Result<()> {
         let mut api = proxy.connect()?;
         let node = Arc::clone(self.lab.node(1));
@@ -120,12 +120,14 @@ impl BenchCluster {
                 },
             });
             let stored = api.send(&Request::create(&*path, object))?;
-            let uid = stored["metadata"]["uid"].as_str().context("a UID")?;
+            let uid = stored["metadata"]["uid"]
+                .as_str()
+                .context("the pod has no UID")?;
             let spec = PodSpec::new(&name, 1)
                 .namespace(&self.pods.namespace)
                 .uid(uid);
             let pod = self.lab.add_pod(spec)?;
-            // What holds its cgroup, as a sandbox does.
+            // A process keeps the pod's cgroup in use, as a sandbox container does.
             self.servers.push(pod.serve(&format!("--tcp [::]:{PORT}"))?);
             let addresses: Vec<String> = pod.addresses().iter().map(ToString::to_string).collect();
             let status = json!({"status": running(&addresses)});
@@ -135,7 +137,7 @@ impl BenchCluster {
         Ok(())
     }
 
-    /// The agent, with the flags that it has in a cluster.
+    /// Starts the agent with the flags that it has in a cluster.
     pub(super) fn start_agent(&self, kube: &Kube) -> Result<Agent> {
         let config = AgentConfig::new(&Mesh::own_ca(&self.lab))
             .source("kubernetes")
@@ -144,7 +146,7 @@ impl BenchCluster {
         self.lab.node(1).start_agent(config)
     }
 
-    /// A program in the client that connects to the server again and again.
+    /// Starts a program in the client pod that connects to the server repeatedly.
     pub(super) fn watch(&self) -> Result<Watcher> {
         let to = format!("{}:{PORT}", self.lab.pod(SERVER).v4());
         let program = Cmd::new("/proc/self/exe").args(["load-watch", "--to", &to]);
@@ -156,7 +158,7 @@ impl BenchCluster {
     }
 }
 
-/// Sees whether the client reaches the server.
+/// Observes whether the client reaches the server.
 #[derive(Debug)]
 pub(super) struct Watcher {
     process: Proc,
@@ -164,7 +166,7 @@ pub(super) struct Watcher {
 }
 
 impl Watcher {
-    /// Waits until it does, or does not; when that was known here.
+    /// Waits until the server is reachable (`open`) or not, and returns when this was observed.
     pub(super) fn until(&self, open: bool, deadline: Duration) -> Result<Instant> {
         while self.open.get() != Some(open) {
             let line = self.process.line(deadline);

@@ -1,33 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0
-//! A cluster's worth of objects: what a mesh of many nodes has in its API server, of which only one
-//! node is real. Without controllers: slices and statuses are written as those would.
+//! The objects of a large cluster as its API server stores them; only one node is real. No
+//! controllers run: endpoint slices and statuses are written as controllers would write them.
 
 use serde_json::{Value, json};
 
 use super::api::Request;
 use crate::mesh::ENROLLED;
 
-/// Pods of a node, of a namespace, of a service, and pods for each policy.
+/// Number of pods per node, per namespace, per service and per policy.
 const OF_A_NODE: usize = 50;
 const OF_A_NAMESPACE: usize = 200;
 const OF_A_SERVICE: usize = 10;
 const OF_A_POLICY: usize = 20;
-/// Applications of a namespace.
+/// Number of applications per namespace.
 const APPS: usize = 10;
 
-/// How much there is of everything.
+/// Number of objects of each kind.
 #[derive(Clone, Copy, Debug, serde::Serialize)]
 pub(super) struct ObjectCounts {
     pub(super) nodes: usize,
     pub(super) namespaces: usize,
-    /// The real ones not counted.
+    /// Number of pods without the real ones.
     pub(super) pods: usize,
     pub(super) services: usize,
     pub(super) policies: usize,
 }
 
 impl ObjectCounts {
-    /// In the proportions of 10,000 pods on 200 nodes with 1,000 services and 500 policies.
+    /// Scales 200 nodes, 1,000 services and 500 policies per 10,000 pods to `pods`.
     pub(super) fn of(pods: usize) -> Self {
         let share = |each: usize| pods.div_ceil(each).max(1);
         Self {
@@ -58,7 +58,7 @@ impl ObjectCounts {
         (0..self.namespaces).map(namespace).collect()
     }
 
-    /// Without them no pod is admitted.
+    /// Returns the service accounts, without which no pod is admitted.
     pub(super) fn accounts(self) -> Vec<Request> {
         let account = |index| {
             let name = Self::namespace(index);
@@ -70,7 +70,7 @@ impl ObjectCounts {
         (0..self.namespaces).map(account).collect()
     }
 
-    /// Nodes beside the real one.
+    /// Returns the nodes without the real one.
     pub(super) fn nodes(self) -> Vec<Request> {
         let node = |index| {
             let cidr = format!("10.{}.{}.0/24", 64 + index / 250, index % 250);
@@ -87,7 +87,7 @@ impl ObjectCounts {
         (1..self.nodes).map(node).collect()
     }
 
-    /// The reports of the other nodes' agents, without what they say.
+    /// Returns the `MeshNode` objects of the other nodes, without status.
     pub(super) fn reports(self) -> Vec<Request> {
         let report = |index| {
             let body = json!({
@@ -100,7 +100,7 @@ impl ObjectCounts {
         (1..self.nodes).map(report).collect()
     }
 
-    /// What they say: every policy is in force there, in this generation.
+    /// Returns `MeshNode` statuses that report every policy in force with this generation.
     pub(super) fn report_statuses(self, namespaces: &[String], generation: usize) -> Vec<Request> {
         let in_force: Vec<Value> = (0..self.policies)
             .map(|index| {
@@ -124,8 +124,8 @@ impl ObjectCounts {
         (1..self.nodes).map(report).collect()
     }
 
-    /// A pod that is not of the real node: its object, and its status in its `turn`, which moves
-    /// its address.
+    /// Returns the object and the status of a pod on another node; the pod's address alternates
+    /// with `turn`.
     pub(super) fn pod(self, index: usize, turn: usize) -> [Request; 2] {
         let namespace = self.namespace_of(index);
         let name = format!("pod-{index}");
@@ -175,7 +175,7 @@ impl ObjectCounts {
         )
     }
 
-    /// Services, and the slices of their endpoints.
+    /// Returns the services and their endpoint slices.
     pub(super) fn services(self) -> Vec<Request> {
         let service = |index| {
             let namespace = self.namespace_of(index);
@@ -211,7 +211,7 @@ impl ObjectCounts {
         (0..self.services).flat_map(service).collect()
     }
 
-    /// Policies of many shapes: applications of the namespace, of others, and networks.
+    /// Returns policies of many shapes: peers in the same namespace, in others, and IP blocks.
     pub(super) fn policies(self) -> Vec<Request> {
         let policy = |index: usize| {
             let peer = match index % 5 {
@@ -255,7 +255,7 @@ pub(super) fn node_name(index: usize) -> String {
     format!("far-{index}")
 }
 
-/// A pod has two addresses, in turns, and never that of another.
+/// Returns one of the pod's two addresses, which alternate with `turn`; no two pods share one.
 fn address(node: usize, host: usize, turn: usize) -> String {
     let host = 2 + host * 2 + turn % 2;
     format!("10.{}.{}.{host}", 64 + node / 250, node % 250)
@@ -270,7 +270,7 @@ pub(super) fn policy(namespace: &str, name: &str, spec: &Value) -> Request {
     Request::create(path, body)
 }
 
-/// The status of a pod that runs and is ready.
+/// Returns the status of a pod that is running and ready.
 pub(super) fn running(addresses: &[String]) -> Value {
     let ips: Vec<Value> = addresses.iter().map(|ip| json!({"ip": ip})).collect();
     json!({

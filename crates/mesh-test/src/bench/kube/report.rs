@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What comes out of the group `kube`.
+//! The result of the group `kube`.
 
 use std::fmt;
 
@@ -11,24 +11,24 @@ use crate::bench::Options;
 use crate::bench::config::Machine;
 use crate::bench::load::Histogram;
 
-/// One figure.
+/// A measured value.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Row {
-    /// Group of the bench.
+    /// Group of the benchmark.
     pub group: String,
-    /// What was measured.
+    /// Name of the metric.
     pub metric: String,
-    /// Its unit.
+    /// Unit of `value`.
     pub unit: String,
-    /// The figure.
+    /// The measured value.
     pub value: f64,
 }
 
-/// Everything that was found.
+/// The complete result of the group.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     config: Config,
-    /// The figures.
+    /// The measured values.
     pub rows: Vec<Row>,
 }
 
@@ -36,7 +36,7 @@ pub struct Report {
 struct Config {
     machine: Machine,
     objects: ObjectCounts,
-    /// Seconds of pod changes without connections; none: 30.
+    /// Duration of the pod changes without connections; `None` means 30.
     seconds: Option<f64>,
     pod_changes_per_second: u32,
     changes_timed: u16,

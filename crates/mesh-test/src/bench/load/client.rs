@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The clients: workers that start together and stop when the time is over.
+//! The load clients: workers that start together and stop when the time is over.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
@@ -13,12 +13,12 @@ use super::{
     BULK_PORT, CHUNK, CLOSED_PORT, CRR_PORTS, Client, Done, Histogram, MESSAGE, RR_PORT, Shape,
 };
 
-/// Nothing that works takes this long.
+/// Socket timeout, much longer than any successful operation takes.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// After a failure, so that a refusal is not repeated a million times.
+/// Pause after a failure, so that a refused connection does not become a busy loop.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// What one worker has done.
+/// The results of one worker.
 #[derive(Default)]
 struct Share {
     units: u64,
@@ -34,7 +34,7 @@ impl Share {
 }
 
 pub(super) fn run(client: &Client) -> Result<Done> {
-    ensure!(client.workers > 0, "no workers");
+    ensure!(client.workers > 0, "at least one worker is required");
     let together = Barrier::new(usize::from(client.workers));
     let shares = std::thread::scope(|scope| {
         let start = |index| {
@@ -79,7 +79,7 @@ fn work(client: &Client, index: u16, together: &Barrier) -> Share {
             asked.unwrap_or_else(|error| share.failed(&error));
         }
         Shape::Crr => {
-            // Every worker has ports of its own, so that none waits behind another's.
+            // Each worker has its own ports, so that none waits behind another's.
             let ports: Vec<u16> = CRR_PORTS
                 .skip(usize::from(index))
                 .step_by(usize::from(client.workers))
@@ -129,7 +129,10 @@ fn exchange(mut stream: &TcpStream) -> Result<()> {
     let mut answer = [0; MESSAGE];
     stream.write_all(&[b'?'; MESSAGE]).context("write")?;
     stream.read_exact(&mut answer).context("read")?;
-    ensure!(answer == [b'?'; MESSAGE], "another answer than the request");
+    ensure!(
+        answer == [b'?'; MESSAGE],
+        "the response differs from the request"
+    );
     Ok(())
 }
 
@@ -153,7 +156,7 @@ fn rr(stream: &TcpStream, time: Duration, share: &mut Share) -> Result<()> {
     Ok(())
 }
 
-/// At least one connection, and as many as the time allows.
+/// Makes at least one connection, and as many as fit into `time`.
 fn crr(to: IpAddr, ports: &[u16], time: Duration, share: &mut Share) {
     let begun = Instant::now();
     for port in ports.iter().cycle() {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Latencies in bounded memory: counts by value, values exact to 1/64.
+//! A latency histogram in bounded memory with a relative error of at most 1/64.
 
-/// Values of one power of two that are told apart.
+/// Number of buckets per power of two.
 const STEPS: u64 = 64;
 /// log2 of [`STEPS`].
 const STEP_BITS: u32 = 6;
 
-/// How often which latency was seen.
+/// Counts of latencies by bucket.
 #[derive(Clone, Debug)]
 pub struct Histogram {
     counts: Vec<u64>,
@@ -15,7 +15,7 @@ pub struct Histogram {
 
 impl Default for Histogram {
     fn default() -> Self {
-        // Values below STEPS have a place each, every power of two above has STEPS of them.
+        // Values below STEPS have one bucket each; each power of two above has STEPS buckets.
         let places = (64 - STEP_BITS as usize + 1) << STEP_BITS;
         let (counts, total) = (vec![0; places], 0);
         Self { counts, total }
@@ -23,13 +23,13 @@ impl Default for Histogram {
 }
 
 impl Histogram {
-    /// Counts one latency in nanoseconds.
+    /// Adds one latency in nanoseconds.
     pub fn add(&mut self, nanos: u64) {
         self.counts[place(nanos)] += 1;
         self.total += 1;
     }
 
-    /// Takes over what another has counted.
+    /// Adds the counts of another histogram.
     pub fn merge(&mut self, other: &Self) {
         for (count, more) in self.counts.iter_mut().zip(&other.counts) {
             *count += more;
@@ -37,7 +37,8 @@ impl Histogram {
         self.total += other.total;
     }
 
-    /// The latency in microseconds that `part` (0 to 1) of all do not exceed, 0 if there are none.
+    /// Returns the latency in microseconds at quantile `part` (0 to 1), or 0 if the histogram is
+    /// empty.
     #[must_use]
     #[expect(
         clippy::cast_precision_loss,
@@ -61,10 +62,10 @@ fn place(nanos: u64) -> usize {
     usize::try_from(place).unwrap_or(usize::MAX)
 }
 
-/// The middle of the values that share a place.
+/// Returns the middle of a bucket's range.
 #[expect(
     clippy::cast_precision_loss,
-    reason = "an error of 2^-53 is far below that of the place"
+    reason = "an error of 2^-53 is far below that of the bucket"
 )]
 fn middle(place: u64) -> f64 {
     let octave = (place / STEPS).saturating_sub(1);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The server: a thread for each long connection, two for each port of short ones.
+//! The load server: one thread per long-lived connection, two per port of short-lived ones.
 
 use std::io::{self, Read, Write};
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream};
@@ -12,10 +12,10 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::{BULK_PORT, CHUNK, CLOSED_PORT, CRR_PORTS, MESSAGE, RR_PORT, say};
 
-/// Connections that may wait to be accepted.
+/// Listen backlog.
 const BACKLOG: i32 = 1024;
-/// Threads for each port of short connections: one waits for the client's close while the other
-/// serves the next.
+/// Threads per port of short-lived connections: one waits for the client's close while the other
+/// serves the next connection.
 const THREADS: usize = 2;
 const STACK: usize = 128 << 10;
 
@@ -28,7 +28,7 @@ pub(super) fn run() -> Result<()> {
             let listener = Arc::clone(&listener);
             let _thread = Builder::new().stack_size(STACK).spawn(move || {
                 loop {
-                    // How a connection ended is the client's to tell.
+                    // The client reports how a connection ended.
                     drop(listener.accept().and_then(|(stream, _)| crr(&stream)));
                 }
             })?;
@@ -55,7 +55,7 @@ fn long(port: u16, serve: fn(&TcpStream) -> io::Result<()>) -> Result<()> {
     let listener = listen(port)?;
     let _acceptor = Builder::new().spawn(move || {
         for stream in listener.incoming().flatten() {
-            // A client whose connection is closed at once reports it.
+            // If no thread starts, the connection closes at once and the client reports it.
             let started = Builder::new()
                 .stack_size(STACK)
                 .spawn(move || drop(serve(&stream)));
@@ -65,7 +65,7 @@ fn long(port: u16, serve: fn(&TcpStream) -> io::Result<()>) -> Result<()> {
     Ok(())
 }
 
-/// One byte says that the connection stands all the way; at the client's end, how much came.
+/// Sends one byte once connected, and the number of bytes received when the client has finished.
 fn bulk(mut stream: &TcpStream) -> io::Result<()> {
     stream.write_all(b"!")?;
     let (mut buffer, mut total) = (vec![0; CHUNK], 0_u64);

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Connects again and again and says when the answer changes: what is in force, seen from a pod.
+//! A client that connects repeatedly and reports when the result changes, which shows the enforced
+//! policy as seen from a pod.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
-/// Between two connections.
+/// Pause between two connections.
 const PAUSE: Duration = Duration::from_millis(2);
-/// What is not answered is closed.
+/// Timeout after which a connection counts as closed.
 const ANSWER: Duration = Duration::from_millis(200);
 
-/// Prints `open` or `closed`, at first and at each change, until it is killed.
+/// Prints `open` or `closed`, at first and at each change, until killed.
 #[expect(clippy::print_stdout, reason = "what a program reports")]
 pub(super) fn run(to: SocketAddr) -> ! {
     let mut before = None;
@@ -24,7 +25,7 @@ pub(super) fn run(to: SocketAddr) -> ! {
     }
 }
 
-/// Ends with a reset, so that no port waits for a minute after it.
+/// Connects and closes with a reset, so that no port stays in TIME_WAIT.
 fn connects(to: SocketAddr) -> io::Result<()> {
     let stream = TcpStream::connect_timeout(&to, ANSWER)?;
     socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))

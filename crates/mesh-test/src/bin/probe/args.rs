@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Values of the command line, and sockets with these options.
+//! Command-line value types, and sockets with the client options.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
@@ -75,7 +75,7 @@ impl Net {
     }
 }
 
-/// SplitMix64: a small generator with reproducible numbers.
+/// The SplitMix64 generator of reproducible pseudo-random numbers.
 #[derive(Clone, Debug)]
 pub(crate) struct Random(pub(crate) u64);
 
@@ -114,7 +114,7 @@ pub(crate) struct SocketArgs {
     pub(crate) timeout_ms: u64,
 }
 
-/// Decimal or, with 0x, hexadecimal.
+/// Parses a decimal number, or a hexadecimal one with the prefix 0x.
 pub(crate) fn parse_number(text: &str) -> Result<u32> {
     Ok(match text.strip_prefix("0x") {
         Some(digits) => u32::from_str_radix(digits, 16)?,
@@ -127,7 +127,7 @@ impl SocketArgs {
         Duration::from_millis(self.timeout_ms)
     }
 
-    /// The destination as the socket is to be given it.
+    /// Returns the address to pass to the socket: IPv4-mapped if the options ask for it.
     pub(crate) fn destination(&self, to: SocketAddr) -> SocketAddr {
         match to {
             SocketAddr::V4(v4) if self.mapped => {
@@ -137,7 +137,7 @@ impl SocketArgs {
         }
     }
 
-    /// A TCP socket towards `to` (or an address of its family), not yet connected.
+    /// Creates an unconnected TCP socket for the address family of `to`.
     pub(crate) fn tcp(&self, to: SocketAddr, mptcp: bool) -> Result<Socket> {
         let protocol = if mptcp {
             Protocol::from(MPTCP)
@@ -147,7 +147,7 @@ impl SocketArgs {
         self.socket(to, Type::STREAM, protocol)
     }
 
-    /// A UDP socket towards `to` (or an address of its family), not yet connected.
+    /// Creates an unconnected UDP socket for the address family of `to`.
     pub(crate) fn udp(&self, to: SocketAddr) -> Result<Socket> {
         self.socket(to, Type::DGRAM, Protocol::UDP)
     }
@@ -156,7 +156,7 @@ impl SocketArgs {
         let domain = Domain::for_address(self.destination(to));
         let socket = Socket::new(domain, kind, Some(protocol)).context("socket")?;
         socket.set_read_timeout(Some(self.timeout()))?;
-        // A blocking connect() ends after this, too.
+        // The send timeout also bounds a blocking connect().
         socket.set_write_timeout(Some(self.timeout()))?;
         if let Some(device) = &self.device {
             socket
@@ -175,7 +175,7 @@ impl SocketArgs {
     }
 }
 
-/// The value below which `part` (0 to 1) of the sorted values lie; 0 for none.
+/// Returns the quantile `part` (0 to 1) of the sorted values, or 0 if there are none.
 pub(crate) fn percentile(sorted: &[u64], part: f64) -> u64 {
     #[expect(
         clippy::cast_possible_truncation,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `probe checks`: many single connections and datagrams at once, as its input lists them.
+//! `probe checks`: many single connections and datagrams in parallel, as listed on standard input.
 
 use std::io::{self, Read};
 use std::net::{SocketAddr, UdpSocket};
@@ -24,7 +24,7 @@ pub(crate) struct Args {
     timeout_ms: u64,
 }
 
-/// The standard input is a JSON list of attempts; one line for each result, in any order.
+/// Reads a JSON list of attempts from standard input and prints one line per result, in any order.
 pub(crate) fn run(args: &Args) -> Result<bool> {
     let mut input = String::new();
     io::stdin().read_to_string(&mut input)?;
@@ -80,7 +80,7 @@ fn socket(attempt: &Attempt, timeout: Duration) -> Result<Socket> {
     };
     let socket = Socket::new(Domain::for_address(attempt.to), kind, Some(protocol))?;
     socket.set_read_timeout(Some(timeout))?;
-    // A blocking connect() ends after this, too.
+    // The send timeout also bounds a blocking connect().
     socket.set_write_timeout(Some(timeout))?;
     if let Some(from) = attempt.from {
         let from = SocketAddr::new(from, 0);

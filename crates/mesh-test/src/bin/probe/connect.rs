@@ -30,7 +30,7 @@ pub(crate) struct Args {
     /// Connect without blocking, and call connect() again once the socket is writable
     #[arg(long)]
     nonblocking: bool,
-    /// Do not ask for the identity: the server is another program than `probe serve`
+    /// Do not ask for the server's identity, for servers other than `probe serve`
     #[arg(long)]
     no_id: bool,
     /// Send this text; `probe serve` returns it, other servers may send up to 64 KiB
@@ -44,7 +44,7 @@ pub(crate) struct Args {
     stay_ms: u64,
 }
 
-/// Bound of the answer of other servers.
+/// Maximum size of the answer of servers other than `probe serve`, in bytes.
 const FOREIGN: u64 = 64 << 10;
 
 pub(crate) fn run(args: &Args) -> Result<bool> {
@@ -64,7 +64,8 @@ fn converse(args: &Args, socket: Socket, report: &mut Tcp) -> Result<()> {
     let to = SockAddr::from(args.socket.destination(args.to));
     let begun = Instant::now();
     if args.fastopen {
-        // Connects; what is sent is asked for again below, so that both ways go on alike.
+        // This also connects. The identity is requested again below, so that both paths continue
+        // alike.
         testbed::send_to(&socket, b"ID\n", libc::MSG_FASTOPEN, &to).context("MSG_FASTOPEN")?;
     } else if args.nonblocking {
         socket
@@ -93,7 +94,7 @@ fn converse(args: &Args, socket: Socket, report: &mut Tcp) -> Result<()> {
     Ok(())
 }
 
-/// Applications call connect() until it says that it is through: EISCONN, or 0 the first time.
+/// Calls connect() again, as applications do until it succeeds: EISCONN, or 0 the first time.
 fn connect_again(socket: &Socket, to: &SockAddr) -> Result<()> {
     socket.set_nonblocking(true)?;
     let again = socket.connect(to);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `probe udp`: datagrams that are answered.
+//! `probe udp`: a client that sends datagrams and checks the answers.
 
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
@@ -15,7 +15,7 @@ use crate::say;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Destination; several of one unconnected socket take turns
+    /// Destination; may be repeated for an unconnected socket, which alternates between them
     #[arg(long, required = true)]
     to: Vec<SocketAddr>,
     #[command(flatten)]
@@ -26,7 +26,7 @@ pub(crate) struct Args {
     /// Number of datagrams
     #[arg(long, default_value_t = 1)]
     count: u64,
-    /// Pause between datagrams
+    /// Pause between datagrams in milliseconds
     #[arg(long, default_value_t = 0)]
     interval_ms: u64,
     /// Payload
@@ -87,7 +87,7 @@ fn count_error(report: &mut Udp, call: &str, error: &io::Error) {
     *report.errors.entry(format!("{call}: {error}")).or_default() += 1;
 }
 
-/// Waits for the answer to what was just sent; others that come late are not taken for it.
+/// Waits for the answer to the last datagram; late answers to earlier ones are ignored.
 fn answer(args: &Args, socket: &UdpSocket, report: &mut Udp) -> Result<()> {
     let mut buffer = vec![0; 64 << 10];
     let until = Instant::now() + args.socket.timeout();

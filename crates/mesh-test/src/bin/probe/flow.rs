@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `probe bulk`, `rr` and `hold`: long connections.
+//! `probe bulk`, `rr` and `hold`: clients with long-lived connections.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
@@ -26,7 +26,7 @@ fn connect(socket: &SocketArgs, to: SocketAddr) -> Result<TcpStream> {
     Ok(stream)
 }
 
-/// Runs `work` on `count` threads and gives back all results, or the first error.
+/// Runs `work` on `count` threads and returns all results, or the first error.
 fn on_threads<T: Send>(count: usize, work: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
     std::thread::scope(|scope| {
         let work = &work;
@@ -133,7 +133,7 @@ pub(crate) struct RrArgs {
     to: SocketAddr,
     #[command(flatten)]
     socket: SocketArgs,
-    /// Connections, each on a thread of its own
+    /// Number of connections, each on its own thread
     #[arg(long, default_value_t = 1)]
     connections: usize,
     /// Bytes of a request and of an answer
@@ -206,7 +206,7 @@ pub(crate) struct HoldArgs {
     /// Send this every --pulse-ms and expect it back
     #[arg(long, default_value = "pulse")]
     say: String,
-    /// 0: send nothing, only wait for the end
+    /// Interval in milliseconds; 0: send nothing, only wait for the connection to end
     #[arg(long, default_value_t = 50)]
     pulse_ms: u64,
     /// Duration in seconds
@@ -247,7 +247,7 @@ pub(crate) fn hold(args: &HoldArgs) -> Result<bool> {
     Ok(open == args.count)
 }
 
-/// Keeps one connection alive; how it ended, or none if the time is over.
+/// Keeps one connection alive and returns how it ended, or `None` if the time is over.
 fn live(
     args: &HoldArgs,
     stream: &mut &TcpStream,

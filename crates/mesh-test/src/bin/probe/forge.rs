@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `probe raw`, `frame`, `arp` and `advertise`: packets that no honest socket sends.
+//! `probe raw`, `frame`, `arp` and `advertise`: forged packets that no ordinary socket sends.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::say;
 
-/// What to send, how often.
+/// A packet, and how often to send it.
 #[derive(clap::Args)]
 pub(crate) struct PacketArgs {
     /// Source address and port
@@ -51,13 +51,13 @@ struct Repeat {
     /// Number of packets
     #[arg(long, default_value_t = 1)]
     count: u64,
-    /// Pause between packets
+    /// Pause between packets in milliseconds
     #[arg(long, default_value_t = 0)]
     interval_ms: u64,
 }
 
 impl Repeat {
-    /// Sends and reports how many were sent, and the first error.
+    /// Sends the packets and reports the number sent and the first error.
     fn send(&self, send: impl Fn() -> std::io::Result<()>) -> Result<bool> {
         let (mut sent, mut error) = (0, None);
         for number in 0..self.count {
@@ -117,14 +117,14 @@ pub(crate) fn raw(args: &RawArgs) -> Result<bool> {
     if let Some(mark) = args.mark {
         socket.set_mark(mark).context("SO_MARK")?;
     }
-    // IPv6 refuses a port here.
+    // IPv6 raw sockets reject a destination port.
     let to = SockAddr::from(SocketAddr::new(args.packet.dst.ip(), 0));
     args.packet
         .repeat
         .send(|| socket.send_to(&packet, &to).map(drop))
 }
 
-/// Between which interfaces frames go.
+/// The interface and the Ethernet addresses of frames.
 #[derive(clap::Args)]
 struct LinkArgs {
     /// Interface to send through
@@ -136,7 +136,7 @@ struct LinkArgs {
     /// Ethernet destination
     #[arg(long, default_value = "ff:ff:ff:ff:ff:ff")]
     dst_mac: Mac,
-    /// PACKET_QDISC_BYPASS: past every egress classifier of the interface
+    /// Set PACKET_QDISC_BYPASS, which skips every egress classifier of the interface
     #[arg(long)]
     bypass: bool,
 }
@@ -172,16 +172,16 @@ pub(crate) struct ArpArgs {
     link: LinkArgs,
     #[command(flatten)]
     repeat: Repeat,
-    /// A reply; else a request
+    /// Send a reply instead of a request
     #[arg(long)]
     reply: bool,
-    /// Sender's hardware address in the packet (else: the Ethernet source)
+    /// Sender's hardware address in the packet (default: the Ethernet source)
     #[arg(long)]
     sender_mac: Option<Mac>,
     /// Sender's address
     #[arg(long)]
     sender_ip: Ipv4Addr,
-    /// Target's hardware address in the packet (else: the Ethernet destination)
+    /// Target's hardware address in the packet (default: the Ethernet destination)
     #[arg(long)]
     target_mac: Option<Mac>,
     /// Target's address

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `probe lab`: an empty lab to look around in, until Ctrl-C.
+//! `probe lab`: an empty lab for manual tests, until Ctrl-C.
 
 use anyhow::Result;
 use mesh_test::{Lab, PodSpec, Topology, remove_on_interrupt};
@@ -9,13 +9,13 @@ use crate::say;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Bridged, as flannel; else routed, as Calico
+    /// Connect the pods by bridges, as flannel does (default: routed, as Calico does)
     #[arg(long)]
     bridged: bool,
-    /// Nodes
+    /// Number of nodes
     #[arg(long, default_value_t = 2)]
     nodes: u8,
-    /// Pods on each node
+    /// Number of pods on each node
     #[arg(long, default_value_t = 2)]
     pods: u8,
 }

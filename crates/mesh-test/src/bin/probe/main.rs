@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Real small clients and servers for pods of the lab. Each prints JSON lines (`reports.rs`) and
+//! Small real clients and servers for pods of the lab. Each prints JSON lines (`reports.rs`) and
 //! exits with 0 if every step succeeded, 1 if not, 2 for invalid arguments.
 
 #![forbid(unsafe_code)]
@@ -33,23 +33,23 @@ enum Command {
     Tcp(connect::Args),
     /// Many short TCP connections from several threads, each answer checked.
     Storm(storm::Args),
-    /// Bytes in one direction, counted at both ends.
+    /// Bulk transfers in one direction, counted on both sides.
     Bulk(flow::BulkArgs),
-    /// Small requests and answers on long connections.
+    /// Small requests and responses on long-lived connections.
     Rr(flow::RrArgs),
     /// Connections that stay open and report how they end.
     Hold(flow::HoldArgs),
     /// Datagrams that are answered.
     Udp(datagram::Args),
-    /// Single connections and datagrams as the input lists them, all at once.
+    /// Single connections and datagrams in parallel, as listed on standard input.
     Checks(checks::Args),
-    /// A lab to look around in.
+    /// An empty lab for manual tests.
     Lab(lab::Args),
-    /// Servers for all of these.
+    /// Servers for all clients of this program.
     Serve(server::Args),
-    /// IP packets of any source through a raw socket.
+    /// IP packets with any source address through a raw socket.
     Raw(forge::RawArgs),
-    /// Ethernet frames of any source through a packet socket.
+    /// Ethernet frames with any source address through a packet socket.
     Frame(forge::FrameArgs),
     /// ARP packets with any content.
     Arp(forge::ArpArgs),

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `probe serve`: servers for the clients of this program. Runs until it is killed.
+//! `probe serve`: servers for the clients of this program, until killed.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -16,9 +16,9 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use crate::args::Ports;
 use crate::say;
 
-/// Connections that may wait to be accepted.
+/// Listen backlog.
 const BACKLOG: i32 = 4096;
-/// Idle threads of a listener that are kept.
+/// Maximum number of idle threads per listener.
 const IDLE: usize = 16;
 
 #[derive(clap::Args)]
@@ -64,7 +64,7 @@ struct Server {
 }
 
 pub(crate) fn run(args: &Args) -> Result<bool> {
-    // Before any thread is made: they inherit it.
+    // Call this before threads start, because they inherit the affinity.
     args.cpu.map_or(Ok(()), testbed::pin_to_cpu)?;
     let server = Arc::new(Server {
         name: args.name.clone(),
@@ -75,7 +75,7 @@ pub(crate) fn run(args: &Args) -> Result<bool> {
     let mut listening = Vec::new();
     let sctp = Protocol::from(libc::IPPROTO_SCTP);
     let tcp = args.tcp.iter().map(|address| (address, Protocol::TCP));
-    // A one-to-one SCTP socket is used as one of TCP is.
+    // A one-to-one SCTP socket has the same API as a TCP socket.
     for (address, protocol) in tcp.chain(args.sctp.iter().map(|address| (address, sctp))) {
         let ports = args
             .ports
@@ -121,8 +121,8 @@ fn bound(address: SocketAddr, kind: Type, protocol: Protocol, reuseport: bool) -
     Ok(socket)
 }
 
-/// Threads accept and serve in one, so that no connection waits for a second wake-up; the last
-/// idle one starts another before it serves.
+/// A listener whose threads both accept and serve, which avoids a second wake-up per connection;
+/// the last idle thread starts another before it serves.
 struct Listener {
     listener: TcpListener,
     idle: Arc<AtomicUsize>,
@@ -145,10 +145,10 @@ impl Listener {
             };
             if self.idle.fetch_sub(1, Ordering::Relaxed) == 1 {
                 self.idle.fetch_add(1, Ordering::Relaxed);
-                // Without another thread the next connection waits for this one.
+                // If no thread starts, the next connection waits for this one.
                 drop(self.start());
             }
-            // How a connection ended is the client's to tell.
+            // The client reports how a connection ended.
             drop(self.server.connection(&stream));
             drop(stream);
             if self.idle.fetch_add(1, Ordering::Relaxed) >= IDLE {
@@ -175,7 +175,7 @@ impl Server {
     }
 }
 
-/// A failed receive or answer (an ICMP error of an earlier one) concerns one datagram only.
+/// Answers datagrams. A failed receive or send (e.g. a late ICMP error) affects only one datagram.
 fn datagrams(socket: &UdpSocket, server: &Server) {
     let mut buffer = vec![0; 64 << 10];
     let mut connected = false;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `probe storm`: many short connections, the client closing first, each answer checked. SIGTERM ends
-//! it before its time, with its report.
+//! `probe storm`: many short connections that the client closes first, with each answer checked.
+//! SIGTERM ends it early, with its report.
 
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,10 +15,10 @@ use socket2::SockAddr;
 use crate::args::{Net, Ports, Random, SocketArgs, percentile};
 use crate::say;
 
-/// Set by SIGTERM: no further connection begins.
+/// Set by SIGTERM; no further connection starts.
 static STOPPED: AtomicBool = AtomicBool::new(false);
 
-/// Wrong answers that are reported in full.
+/// Number of wrong answers that are reported in full.
 const EXAMPLES: usize = 10;
 
 #[derive(clap::Args)]
@@ -34,7 +34,7 @@ pub(crate) struct Args {
     ports: Option<Ports>,
     #[command(flatten)]
     socket: SocketArgs,
-    /// Threads, each with one connection at a time
+    /// Number of threads, each with one connection at a time
     #[arg(long, default_value_t = 1)]
     threads: u64,
     /// Total number of connections
@@ -43,13 +43,13 @@ pub(crate) struct Args {
     /// Duration in seconds (default without --count: 1)
     #[arg(long)]
     seconds: Option<f64>,
-    /// The server's own address is another than the destination (behind a service)
+    /// Accept a server address other than the destination (behind a Service)
     #[arg(long)]
     any_server: bool,
-    /// Pause of each thread between connections
+    /// Pause of each thread between connections in microseconds
     #[arg(long, default_value_t = 0)]
     pause_us: u64,
-    /// Start of the random numbers
+    /// Seed of the random numbers
     #[arg(long, default_value_t = 1)]
     seed: u64,
 }
@@ -63,7 +63,7 @@ struct Share {
 pub(crate) fn run(args: &Args) -> Result<bool> {
     ensure!(
         !args.to.is_empty() || !args.net.is_empty(),
-        "no --to and no --net"
+        "--to or --net is required"
     );
     ensure!(
         args.net.is_empty() || args.ports.is_some(),
@@ -154,7 +154,7 @@ fn storm(args: &Args, thread: u64, left: &AtomicU64, until: Option<Instant>) -> 
                 } else {
                     report.wrong += 1;
                     if report.wrong_answers.len() < EXAMPLES {
-                        let example = format!("{local} to {to} was answered {answer}");
+                        let example = format!("{local} to {to} got the answer {answer}");
                         report.wrong_answers.push(example);
                     }
                 }
