@@ -85,7 +85,7 @@ fn check_names_a_missing_capability() {
         rest.remove(&gone);
         let (content, said) = check(&rest);
         assert!(!content, "{gone}: {said}");
-        assert!(said.contains(&format!("without CAP_{gone}")), "{said}");
+        assert!(said.contains(&format!("missing CAP_{gone}")), "{said}");
     }
 }
 
