@@ -18,7 +18,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use self::{programs::Program, tally::Tally};
-use crate::{coverage, run, setup};
+use crate::{build, coverage, run, setup};
 
 /// How many of the slowest kernel tests are named.
 const SLOWEST: usize = 15;
@@ -62,7 +62,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 
 fn all(filter: Option<&str>, tally: &mut Tally) -> Result<()> {
     setup::run(&setup::Args::default())?;
-    let programs = run::timed("build", programs::build)?;
+    // Tests start the programs of the workspace, and cargo builds with tests only those of packages
+    // that have integration tests.
+    build::bins()?;
+    let programs = run::timed("build tests", programs::build)?;
     let (kernel, unit): (Vec<_>, Vec<_>) = programs.iter().partition(|it| it.is_kernel());
     tally.add(part("unit tests", &unit, filter)?);
     let mut kernel = part("kernel tests", &kernel, filter)?;

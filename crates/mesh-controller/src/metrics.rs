@@ -146,7 +146,7 @@ mod tests {
         metrics.authority(2, 1_900_000_000, 1_800_000_000);
         let page = metrics.page(Format::Prometheus);
         for line in [
-            "# HELP mesh_ca_requests_total Requests for certificates.",
+            "# HELP mesh_ca_requests_total Requests for certificates",
             "# TYPE mesh_ca_requests_total counter",
             "mesh_ca_requests_total{result=\"issued\"} 0",
             "mesh_ca_requests_total{result=\"replayed\"} 1",

@@ -286,7 +286,7 @@ fn not_implemented(generation: i64, before: &PolicyStatus, now: &Time) -> Policy
             .find(|one| one.type_ == condition.type_);
         condition.status = "False".to_owned();
         condition.reason = "NotActedUpon".to_owned();
-        condition.message = "this version does not act on this kind".to_owned();
+        condition.message = "MeshTrafficPolicy has no effect in this version".to_owned();
         condition.last_transition_time = match old.filter(|old| old.status == "False") {
             Some(old) => old.last_transition_time.clone(),
             None => now.clone(),

@@ -68,8 +68,7 @@ impl Program {
     }
 }
 
-/// Builds all programs and tests of the workspace and returns the test programs, in the order in
-/// which they run.
+/// Builds all tests of the workspace and returns the test programs, in the order in which they run.
 pub(super) fn build() -> Result<Vec<Program>> {
     let mut cargo = run::cargo(["test", "--workspace", "--no-run"]);
     cargo.arg("--message-format=json-render-diagnostics");

@@ -307,7 +307,10 @@ fn invalid_objects_of_unused_kinds_are_ignored() {
         let (warning, page) = named.with_context(|| fixture.logs()).expect("named");
         let kind = warning["object"].to_string();
         assert!(kind.contains("MeshTrafficPolicy"), "{warning}");
-        assert_eq!(warning["what"], "this version does not act on this kind");
+        assert_eq!(
+            warning["what"],
+            "MeshTrafficPolicy has no effect in this version"
+        );
         assert_eq!(page["rejections"], json!([]), "node {node}");
     }
     assert!(!does_reach(&a, &near), "it opened");
