@@ -178,7 +178,7 @@ fn ca_outage_is_reported_and_affects_only_expired_certificates() {
     }
     for agent in &fixture.agents {
         let log = agent.log_tail();
-        assert!(log.contains("no new certificate"), "{log}");
+        assert!(log.contains("cannot obtain a certificate"), "{log}");
     }
     // The end: nothing goes through, and nothing goes in clear instead.
     eventually("nobody to talk any more", SOON, || {
@@ -292,7 +292,7 @@ fn rotated_without_a_loss(kube: &Kube, controller: &Controller, talk: &dyn Fn() 
         .expect("run")
         .ok()
         .expect("asked");
-    assert!(said.to_string().contains("asked for a new root"), "{said}");
+    assert!(said.to_string().contains("new root requested"), "{said}");
     let (mut most, mut failed, mut count) = (0.0_f64, 0, 0);
     let begun = Instant::now();
     // Published, switched, and the old one dropped: the overlap, then a leaf's life and the overlap again.
