@@ -45,11 +45,11 @@ pub(super) fn check(files: &[File]) -> Vec<String> {
     findings
 }
 
-/// The rows of the table; none without the section.
+/// Returns the rows of the table, which ends at the next heading; none without the section.
 fn documented(text: &str) -> Option<Crates> {
     let mut lines = text.lines().skip_while(|line| line.trim_end() != HEADING);
     lines.next()?;
-    let section = lines.take_while(|line| !line.starts_with("## "));
+    let section = lines.take_while(|line| !line.starts_with('#'));
     Some(section.filter_map(row).collect())
 }
 
@@ -91,13 +91,18 @@ fn manifests(files: &[File]) -> Result<Vec<Manifest<'_>>, String> {
     Ok(found)
 }
 
-/// What `[dependencies]` has of the workspace. Dependencies of tests and build scripts may be others.
+/// Returns each crate's dependencies on crates of the workspace, for any target. Dependencies of tests
+/// and build scripts are free.
 fn dependencies(manifests: &[Manifest<'_>]) -> Crates {
     let all: BTreeSet<&str> = manifests.iter().map(|it| it.name.as_str()).collect();
     let of = |manifest: &Manifest<'_>| {
-        let table = manifest.table.get("dependencies").and_then(Value::as_table);
-        let names = table.into_iter().flat_map(|table| table.keys());
-        let names = names.filter(|name| all.contains(name.as_str()));
+        let targets = manifest.table.get("target").and_then(Value::as_table);
+        let targets = targets.into_iter().flat_map(Table::values);
+        let names = std::iter::once(manifest.table.get("dependencies"))
+            .chain(targets.map(|target| target.get("dependencies")))
+            .filter_map(|table| table?.as_table())
+            .flat_map(Table::keys)
+            .filter(|name| all.contains(name.as_str()));
         (manifest.name.clone(), names.cloned().collect())
     };
     manifests.iter().map(of).collect()
