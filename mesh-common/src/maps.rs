@@ -71,7 +71,7 @@ abi! {
 
     /// Key of three maps of TCP connections. `OLD_CONNECTIONS` has plaintext connections that are older
     /// than the enrollment of the pod or its peer; a value is the code of a [`crate::Reason`], with the
-    /// flag [`OLD_ENDED`]. `TUNNELS` has open tunnels to or from applications' own ports; values are 1.
+    /// flag [`OLD_ENDED`]. `TUNNELS` has open tunnels; values are 1.
     /// `MARKED` has incoming tunnels before they are established; a value is [`MARK_SEEN`] or
     /// [`MARK_STEERED`].
     pub struct ConnectionKey {

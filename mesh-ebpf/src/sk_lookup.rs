@@ -130,12 +130,11 @@ fn arriving(
     if tcp && here.port == TUNNEL_PORT && steer_after_leaving(ctx, pod, here) {
         return SK_PASS;
     }
-    // A gate has already recorded the datagram.
-    let seen = if state.view.has(PodState::GATED) {
-        Seen::LookUp
-    } else {
-        Seen::ToPod
-    };
+    // The kernel also looks up the socket of the datagram that an ICMP error quotes. Anybody can forge
+    // such an error, so a lookup opens no flow and proves no datagram. The gate has decided real ones.
+    if !tcp && state.view.has(PodState::GATED) {
+        return SK_PASS;
+    }
     let mut ask = Ask {
         remote: *there,
         pod,
@@ -144,7 +143,7 @@ fn arriving(
         origin: Origin::of(&state.view),
     };
     let mut decision = Decision::UNDECIDED;
-    if !tcp && udp_flows::refresh(&mut ask, &mut decision, seen, 0) {
+    if !tcp && udp_flows::refresh(&mut ask, &mut decision, Seen::LookUp, 0) {
         return SK_PASS;
     }
     decision::inbound(&ask, &mut decision);
@@ -158,9 +157,6 @@ fn arriving(
     report::count(Direction::Ingress, verdict);
     if audit::audited(pod).is_some() {
         audit::inbound(&ask, here);
-    }
-    if !tcp {
-        udp_flows::open(&ask, &decision, Seen::ToPod);
     }
     SK_PASS
 }

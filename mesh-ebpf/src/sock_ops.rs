@@ -189,8 +189,8 @@ fn connecting(ctx: &SockOpsContext) {
     let _ = CAPTURED.insert(key, state.service, 0);
 }
 
-/// Handles an agent's socket that sends its SYN. If the destination is an application's own port, the
-/// gate is told to pass the tunnel, and the SYN carries the option for the peer's node.
+/// Handles an agent's socket that sends its SYN: the gate is told to pass the tunnel. If the destination
+/// is an application's own port, the SYN carries the option for the peer's node.
 #[inline(always)]
 fn connecting_tunnel(ctx: &SockOpsContext) {
     let sk = socket(ctx);
@@ -199,8 +199,13 @@ fn connecting_tunnel(ctx: &SockOpsContext) {
     }
     let exempt = storage::<_, Exempt>(&EXEMPT, sk, false);
     // SAFETY: null or of this type.
-    if unsafe { exempt.as_ref() }.is_some_and(|exempt| exempt.exempt == Exempt::MARKED) {
+    let Some(exempt) = (unsafe { exempt.as_ref() }) else {
+        return;
+    };
+    if exempt.exempt == Exempt::MARKED {
         add_tunnel(ctx, BPF_SOCK_OPS_WRITE_HDR_OPT_CB_FLAG);
+    } else if remote(ctx).port == TUNNEL_PORT {
+        add_tunnel(ctx, 0);
     }
 }
 
@@ -237,8 +242,15 @@ fn accepted(ctx: &SockOpsContext) {
         return;
     };
     let (here, there) = (local(ctx), remote(ctx));
-    // Captured connections, tunnels and connections of the pod with itself.
-    if !view.owns(&here.addr) || here.port == TUNNEL_PORT || here.addr == there.addr {
+    // Captured connections, and connections of the pod with itself.
+    if !view.owns(&here.addr) || here.addr == there.addr {
+        return;
+    }
+    if here.port == TUNNEL_PORT {
+        // The sk_lookup hook gives the tunnel port of an enrolled pod to the agent.
+        if view.has(PodState::ENROLLED) {
+            add_tunnel(ctx, 0);
+        }
         return;
     }
     if tables::is_steered(&here, &there) {

@@ -277,7 +277,7 @@ pub(crate) fn gate(link: u32) -> Option<&'static GatePod> {
     Some(unsafe { &*pod })
 }
 
-/// Returns whether an open connection of a pod is a tunnel on another port than the tunnel port. The
+/// Returns whether an open connection of a pod is a tunnel, which only the agent's own sockets are. The
 /// function has a stack frame of its own for the key, because the callers' stacks are full.
 #[inline(never)]
 pub(crate) fn is_tunnel(local: &Endpoint, remote: &Endpoint) -> bool {

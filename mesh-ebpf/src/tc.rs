@@ -15,7 +15,7 @@ use mesh_common::path::{Origin, Outbound, Peers as _, tunnels, who};
 use mesh_common::pod::{GatePod, PodIndex, PodState};
 use mesh_common::policy::PolicySetId;
 use mesh_common::settings::{FRAGMENT_NS, TUNNEL_PORT};
-use mesh_common::{Addr, Direction, Peer, Protocol, Reason, Verdict};
+use mesh_common::{Addr, Direction, Protocol, Reason, Verdict};
 
 use crate::audit;
 use crate::decision::{self, Ask, Decision};
@@ -143,11 +143,7 @@ fn continues_from_pod(ctx: &TcContext, gate: &GatePod) -> bool {
     }
     let enrolled = gate.has(PodState::ENROLLED);
     let opens = segment.flags & (SYN | ACK) == SYN;
-    let continues = !opens
-        && (!enrolled
-            || segment.to.port == TUNNEL_PORT
-            || segment.from.port == TUNNEL_PORT
-            || tables::local(&segment.to.addr).is_some());
+    let continues = !opens && (!enrolled || tables::local(&segment.to.addr).is_some());
     if continues || !enrolled {
         return continues;
     }
@@ -352,10 +348,12 @@ fn send_tcp(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
     let enrolled = state.view.has(PodState::ENROLLED);
     let peer = who(&Tables, &ip.to.addr);
     if ip.flags & (SYN | ACK) != SYN {
+        // Segments of a tunnel that `TUNNELS` does not have: the agent's answer to a SYN, and
+        // acknowledgments after the close. They carry no application bytes.
         let tunnel = ip.to.port == TUNNEL_PORT || ip.from.port == TUNNEL_PORT;
-        // A reset without payload carries no application bytes. Without it the peer would wait.
-        let reset = ip.flags & RST != 0 && ip.payload == 0;
-        if !tunnels(&state.view, &peer) || tunnel || reset {
+        // Without a reset the peer would wait.
+        let reset = ip.flags & RST != 0;
+        if !tunnels(&state.view, &peer) || (ip.payload == 0 && (tunnel || reset)) {
             return NEXT;
         }
         return match is_old_connection(ip) {
@@ -366,13 +364,6 @@ fn send_tcp(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
     // A retransmitted SYN of a connection that is older than the enrollment: no hook will see it again.
     if enrolled && ip.payload == 0 && is_old_connection(ip) {
         return NEXT;
-    }
-    if enrolled && !peer.local && peer.has(Peer::ENROLLED) && ip.to.port == TUNNEL_PORT {
-        return if ip.payload == 0 {
-            NEXT
-        } else {
-            refuse(pod, Direction::Egress, ip, Reason::Bypass)
-        };
     }
     if enrolled && tables::is_virtual(&ip.to, Protocol::TCP) {
         return refuse(pod, Direction::Egress, ip, Reason::Untranslated);

@@ -8,7 +8,6 @@ use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
-use mesh_common::settings::TUNNEL_PORT;
 use mesh_common::socket::SocketState;
 use mesh_common::{Addr, Direction, Endpoint, Port, Protocol};
 use zerocopy::FromBytes as _;
@@ -85,12 +84,6 @@ impl Socket {
     #[must_use]
     pub fn is_connected(&self) -> bool {
         !self.remote.addr.is_unspecified() && self.remote.port.0 != 0
-    }
-
-    /// Returns whether the local or remote port is the tunnel port.
-    #[must_use]
-    pub fn has_tunnel_port(&self) -> bool {
-        self.local.port == TUNNEL_PORT || self.remote.port == TUNNEL_PORT
     }
 
     /// Creates a socket for tests.

@@ -28,7 +28,7 @@ pub struct Judgement {
 /// Questions about a socket that only the kernel can answer, asked as a last resort.
 #[derive(Clone, Copy)]
 pub struct Ask<'a> {
-    /// Tells whether the socket is the agent's endpoint of a tunnel with an application's port.
+    /// Tells whether the socket is the agent's endpoint of a tunnel.
     pub is_tunnel: &'a dyn Fn(&Socket) -> bool,
     /// Tells whether the peer, which has an address of this node, is a socket of this node.
     pub is_node_peer: &'a dyn Fn(&Socket) -> bool,
@@ -89,7 +89,7 @@ pub fn of_the_agent(
 ) -> Vec<Socket> {
     let ours = |s: &&Socket| {
         let foreign = !(pod.owns(&s.local.addr) || s.local.addr.is_loopback());
-        s.has_tunnel_port() || foreign || is_tunnel(s)
+        foreign || is_tunnel(s)
     };
     connected(sockets).filter(ours).copied().collect()
 }
@@ -152,9 +152,6 @@ impl<'a> Scene<'a> {
     }
 
     fn tcp(&self, socket: &Socket) -> Fate {
-        if socket.has_tunnel_port() && self.carried {
-            return Fate::Keep;
-        }
         match self.overview.direction(socket) {
             Direction::Ingress => self.accepted(socket),
             Direction::Egress => self.connected(socket),

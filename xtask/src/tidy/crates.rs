@@ -91,15 +91,16 @@ fn manifests(files: &[File]) -> Result<Vec<Manifest<'_>>, String> {
     Ok(found)
 }
 
-/// Returns each crate's dependencies on crates of the workspace, for any target. Dependencies of tests
-/// and build scripts are free.
+/// Returns each crate's dependencies on crates of the workspace, for any target. Dependencies of tests,
+/// fuzzing and build scripts are free.
 fn dependencies(manifests: &[Manifest<'_>]) -> Crates {
     let all: BTreeSet<&str> = manifests.iter().map(|it| it.name.as_str()).collect();
     let of = |manifest: &Manifest<'_>| {
         let targets = manifest.table.get("target").and_then(Value::as_table);
-        let targets = targets.into_iter().flat_map(Table::values);
+        let targets = targets.into_iter().flatten();
+        let targets = targets.filter(|(cfg, _)| *cfg != "cfg(fuzzing)");
         let names = std::iter::once(manifest.table.get("dependencies"))
-            .chain(targets.map(|target| target.get("dependencies")))
+            .chain(targets.map(|(_, target)| target.get("dependencies")))
             .filter_map(|table| table?.as_table())
             .flat_map(Table::keys)
             .filter(|name| all.contains(name.as_str()));
@@ -239,6 +240,17 @@ mod tests {
             ["ARCHITECTURE.md: a depends on b, which the table does not say"]
         );
         assert_eq!(with("serde = \"1\"\n"), Vec::<String>::new());
+        let for_target = |cfg: &str| {
+            let text = format!(
+                "[package]\nname = \"a\"\n[target.'{cfg}'.dependencies]\nb.workspace = true\n"
+            );
+            findings_with("a/Cargo.toml", &text)
+        };
+        assert_eq!(
+            for_target("cfg(unix)"),
+            ["ARCHITECTURE.md: a depends on b, which the table does not say"]
+        );
+        assert_eq!(for_target("cfg(fuzzing)"), Vec::<String>::new());
         assert_eq!(
             findings_with("b/Cargo.toml", "[package]\nname = \"b\"\n"),
             ["ARCHITECTURE.md: the table says that b depends on a, which it does not"]

@@ -14,6 +14,7 @@ use mesh_common::maps::{
     MAX_PEERS, MAX_POD_CIDRS, MAX_PODS, MAX_POLICY_CIDRS, MAX_POLICY_PORTS, MAX_POLICY_SELECTS,
     MAX_POLICY_SETS, MAX_PORT_MODES, MAX_SERVICES, MAX_TUNNELS,
 };
+use mesh_common::settings::TUNNEL_PORT;
 use mesh_common::socket::Exempt;
 use mesh_common::{Endpoint, Port, Protocol};
 use mesh_plan::Plan;
@@ -127,8 +128,8 @@ impl Handles {
         Endpoint::read_from_bytes(&value).ok()
     }
 
-    /// Returns whether a socket is the agent's endpoint of a tunnel on an application's port, also during the
-    /// handshake. Returns false if the maps cannot be read.
+    /// Returns whether a socket is the agent's endpoint of a tunnel, also during the handshake. Returns false if
+    /// the maps cannot be read.
     #[must_use]
     pub fn is_tunnel(&self, socket: &Socket) -> bool {
         if socket.protocol != Protocol::TCP {
@@ -146,7 +147,9 @@ impl Handles {
         // The order matters: a connection that becomes established moves from the first map to the second.
         let [_, tunnels, marked] = &self.inner.counted;
         let begins = socket.state == state::SYN_RECV && value_in(marked) == Some(MARK_STEERED);
-        begins || value_in(tunnels).is_some()
+        // The sk_lookup hook gives a connection request for the tunnel port to the agent.
+        let answers = socket.state == state::SYN_RECV && socket.local.port == TUNNEL_PORT;
+        begins || answers || value_in(tunnels).is_some()
     }
 
     /// Returns the sum of a counter over all CPUs; 0 if the map cannot be read.

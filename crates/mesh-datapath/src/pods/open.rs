@@ -28,7 +28,7 @@ pub struct Open {
 }
 
 /// Lists the open connections of a pod. `view` is the pod's state in the plan, `decided` the socket storage map as
-/// for [`SockDiag::all`]; `is_tunnel` returns whether a socket with an application's port is a tunnel of the agent.
+/// for [`SockDiag::all`]; `is_tunnel` returns whether a socket is the agent's endpoint of a tunnel.
 /// Enters the pod's namespace: do not call it on a worker thread that serves connections.
 ///
 /// # Errors
@@ -46,7 +46,7 @@ pub fn open(
 fn of(view: &PodView, sockets: &[Socket], is_tunnel: impl Fn(&Socket) -> bool) -> Vec<Open> {
     let overview = Overview::of(sockets);
     let enrolled = view.has(PodState::ENROLLED);
-    let of_tunnel = |s: &Socket| enrolled && (s.has_tunnel_port() || is_tunnel(s));
+    let of_tunnel = |s: &Socket| enrolled && is_tunnel(s);
     let one = |s: &Socket| {
         let is_open = s.state != state::LISTEN && s.is_connected();
         let applications = view.owns(&s.local.addr) && !view.owns(&s.remote.addr);

@@ -6,6 +6,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use anyhow::Context as _;
 use mesh_test::capture::Scope;
 use mesh_test::mesh::ENROLLED;
 use mesh_test::pod::probe_cmd;
@@ -56,8 +57,15 @@ fn bypasses(a: &Pod, b: &Pod) -> Vec<String> {
     let mut lines = Vec::new();
     for (own, peer) in pairs(a, b) {
         let dst = at(peer, 8080);
-        for (port, flags) in [(40_000, "S"), (15_008, "S"), (40_001, "PA")] {
+        for (port, flags) in [(40_000, "S"), (15_008, "S"), (40_001, "PA"), (15_008, "PA")] {
             let src = at(own, port);
+            lines.push(format!(
+                "raw --src {src} --dst {dst} --flags {flags} --payload {MARKER}"
+            ));
+        }
+        // The peer's tunnel port.
+        for (port, flags) in [(40_003, "S"), (40_004, "PA")] {
+            let (src, dst) = (at(own, port), at(peer, 15_008));
             lines.push(format!(
                 "raw --src {src} --dst {dst} --flags {flags} --payload {MARKER}"
             ));
@@ -108,12 +116,63 @@ fn raw_and_packet_sockets_cannot_bypass_tunnel() {
         #[expect(clippy::cast_precision_loss, reason = "a handful of packets")]
         let sent = lines.len() as f64;
         eventually("every packet to be dropped and counted", SOON, || {
-            (drops(&mesh, "bypass") >= sent).then_some(())
+            (drops(&mesh, "bypass") + drops(&mesh, "tunnel_port") >= sent).then_some(())
         })
         .expect("counted");
         let seen = capture.stop().expect("stop");
         seen.complete().expect("no frame lost");
         assert_eq!(seen.find(MARKER.as_bytes()).expect("search"), []);
+    }
+}
+
+/// Connects from the tunnel port, tells so, and waits for the end of the connection.
+const FROM_TUNNEL_PORT: &str = "
+import socket, sys
+family = socket.AF_INET6 if ':' in sys.argv[1] else socket.AF_INET
+c = socket.socket(family, socket.SOCK_STREAM)
+c.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+c.bind((sys.argv[1], int(sys.argv[3])))
+c.connect((sys.argv[2], 8080)); print('connected', flush=True)
+try:
+    c.recv(1); print('closed')
+except OSError as e:
+    print('reset')
+";
+
+/// Denies what the pods of `default` with the label `app` send or receive.
+fn deny_all(app: &str, direction: &str) -> String {
+    format!(
+        "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\n\
+         metadata: {{name: deny, namespace: default}}\n\
+         spec: {{podSelector: {{matchLabels: {{app: {app}}}}}, policyTypes: [{direction}]}}\n"
+    )
+}
+
+#[test]
+fn tunnel_port_as_source_port_does_not_escape_policy() {
+    for (app, direction) in [("a", "Egress"), ("b", "Ingress"), ("n", "Ingress")] {
+        let mesh = Mesh::start(lab(Topology::Routed)).expect("mesh");
+        let a = mesh.pod("a");
+        let to = mesh.pod(if app == "n" { "n" } else { "b" });
+        let _server = to.serve("--tcp [::]:8080").expect("server");
+        // The control: another source port.
+        let clients: Vec<_> = pairs(&a, &to)
+            .into_iter()
+            .flat_map(|(own, peer)| [("15008", own, peer), ("15009", own, peer)])
+            .map(|(port, own, peer)| {
+                let args = [own.to_string(), peer.to_string(), port.to_owned()];
+                let client = Cmd::new("python3").args(["-uc", FROM_TUNNEL_PORT]);
+                let client = a.spawn_lines(client.args(args)).expect("python3");
+                assert_eq!(client.next_line(SOON).expect("a line"), "connected");
+                (port, peer, client)
+            })
+            .collect();
+        mesh.enforce(&deny_all(app, direction)).expect("in force");
+        for (port, peer, client) in clients {
+            let end = client.next_line(SOON);
+            let end = end.with_context(|| format!("{port} to {peer}, {app} {direction}"));
+            assert_eq!(end.expect("the end"), "reset");
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use mesh_test::mesh::ENROLLED;
 use mesh_test::pod::probe_cmd;
 use mesh_test::reports::Udp;
-use mesh_test::{Lab, Mesh, Pod, PodSpec, Topology, eventually};
+use mesh_test::{Cmd, Lab, Mesh, Pod, PodSpec, Topology, eventually};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -95,6 +95,62 @@ fn egress_isolated_server_sends_only_replies() {
     for to in client.at(7001) {
         let report = udp(&server, &format!("udp --to {to} --timeout-ms 300"));
         assert_eq!(report.sent, 0, "{to}: refused at once: {report:?}");
+    }
+}
+
+/// Sends an ICMP error "port unreachable" which quotes a datagram that was never sent: from its
+/// receiver's port 7100 to port 7001 of the sender of the error.
+const FORGED_ERROR: &str = "
+import ipaddress, socket, struct, sys
+victim, own = (ipaddress.ip_address(text) for text in sys.argv[1:3])
+udp = struct.pack('!HHHH', 7100, 7001, 8, 0)
+def checksum(data):
+    total = sum(struct.unpack('!%dH' % (len(data) // 2), data))
+    while total >> 16:
+        total = (total & 0xffff) + (total >> 16)
+    return ~total & 0xffff
+if own.version == 4:
+    ip = lambda check: struct.pack('!BBHHHBBH4s4s', 0x45, 0, 28, 1, 0, 64, 17, check, victim.packed, own.packed)
+    quoted = ip(checksum(ip(0))) + udp
+    error = lambda check: struct.pack('!BBHI', 3, 3, check, 0) + quoted
+    error, family, protocol = error(checksum(error(0))), socket.AF_INET, socket.IPPROTO_ICMP
+else:
+    quoted = struct.pack('!IHBB16s16s', 6 << 28, 8, 17, 64, victim.packed, own.packed) + udp
+    # The kernel fills in the checksum.
+    error = struct.pack('!BBHI', 1, 4, 0, 0) + quoted
+    family, protocol = socket.AF_INET6, socket.IPPROTO_ICMPV6
+socket.socket(family, socket.SOCK_RAW, protocol).sendto(error, (str(victim), 0))
+";
+
+#[test]
+fn forged_icmp_error_opens_no_flow() {
+    let mesh = mesh();
+    let (client, server) = (mesh.pod("client"), mesh.pod("server"));
+    let _listener = client.serve("--udp [::]:7001").expect("listener");
+    until(&server, client.at(7001)[0], true);
+    mesh.apply_text("isolate", &isolate("server", "Egress"))
+        .expect("apply");
+    until(&server, client.at(7001)[0], false);
+    for (index, victim) in server.at(7100).into_iter().enumerate() {
+        let (to, asks) = (client.at(7001)[index], client.at(7101)[index]);
+        let args = [victim.ip().to_string(), to.ip().to_string()];
+        let forge = Cmd::new("python3").args(["-c", FORGED_ERROR]).args(args);
+        client.run(forge, SOON).expect("run").ok().expect("sent");
+        let answer = |to| {
+            udp(
+                &server,
+                &format!("udp --to {to} --from {victim} --no-answer"),
+            )
+        };
+        let forged = answer(to);
+        assert_eq!(forged.sent, 0, "{to}: {forged:?}");
+        // The control: a datagram that was really sent opens a flow for its answers.
+        let line = format!("udp --to {victim} --from {asks} --no-answer");
+        assert_eq!(udp(&client, &line).sent, 1, "{victim}");
+        let real = eventually("the answer", SOON, || {
+            (answer(asks).sent == 1).then_some(())
+        });
+        real.expect("sent");
     }
 }
 

@@ -220,14 +220,14 @@ fn inbound_connections_are_kept_or_closed() {
 #[test]
 fn tunnels_of_the_agent_are_never_closed_by_policy() {
     let listener = tcp(state::LISTEN, ["0.0.0.0:80", "0.0.0.0:0"], 0);
-    for (ends, told_by_port) in [
-        (["10.1.0.1:15008", "10.2.0.1:3333"], true),
-        (["10.1.0.1:3333", "10.2.0.1:15008"], true),
-        ([SERVED, CLIENT], false),
-        ([OWN, PEER], false),
+    for ends in [
+        ["10.1.0.1:15008", "10.2.0.1:3333"],
+        ["10.1.0.1:3333", "10.2.0.1:15008"],
+        [SERVED, CLIENT],
+        [OWN, PEER],
     ] {
         let tunnel = tcp(ESTABLISHED, ends, 0);
-        let is_tunnel = |socket: &Socket| !told_by_port && *socket == tunnel;
+        let is_tunnel = |socket: &Socket| *socket == tunnel;
         let ask = Ask {
             is_tunnel: &is_tunnel,
             ..NOTHING
@@ -235,13 +235,13 @@ fn tunnels_of_the_agent_are_never_closed_by_policy() {
         let (ready, strict, how) = (plan(READY), pod(STRICT, 9), (true, true));
         let enrolled = judge(&ready, &strict, &[tunnel, listener], how, ask);
         assert_eq!(becomes(&enrolled, &[tunnel, listener]), Kept, "{ends:?}");
-        // The control: an application's connection between the same ends.
-        if !told_by_port {
-            let enrolled = first(&ready, &strict, &[tunnel, listener]);
-            assert_eq!(enrolled, Ended, "{ends:?}");
-        }
+        // The control: an application's connection between the same endpoints. No port makes it a
+        // tunnel.
+        let application = first(&ready, &strict, &[tunnel, listener]);
+        assert_eq!(application, Ended, "{ends:?}");
+        assert_eq!(of_the_agent(&strict, &[tunnel], NOTHING.is_tunnel), []);
         assert_eq!(of_the_agent(&strict, &[tunnel], is_tunnel).len(), 1);
-        // The same holds while the pod is unenrolled; for a pod outside the mesh the port has no meaning.
+        // The same holds while the pod is unenrolled; a pod outside the mesh has no tunnels.
         let outside = pod(0, 9);
         let sockets = [tunnel, listener];
         for (carried, expected) in [(true, Kept), (false, Ended)] {
