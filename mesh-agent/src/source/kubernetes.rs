@@ -83,10 +83,11 @@ async fn run(settings: Settings, started: oneshot::Sender<Result<Watched, Error>
 /// The state of the list and watch of a kind.
 #[derive(Debug, Default)]
 struct Progress {
-    /// Whether a list completed, or the kind is known to be absent.
+    /// Whether a list completed, or the kind is known not to be served.
     complete: bool,
     /// The objects of the list in progress.
     listing: Option<BTreeSet<ObjectRef>>,
+    /// Whether the API server does not serve the kind, and no objects of it are known.
     absent: bool,
     /// The reason why the kind cannot be watched now.
     error: Option<String>,
@@ -199,17 +200,30 @@ impl KubernetesSource {
                 progress.absent = false;
             }
             Event::Absent => {
-                self.converter.retain(kind, &BTreeSet::new());
-                progress.listing = None;
-                progress.complete = true;
-                progress.error = None;
-                if !progress.absent {
+                if !progress.complete {
+                    self.converter.restore(kind);
+                }
+                // Only a list or an event deletes an object. A version of the API that is no longer
+                // served says nothing about the objects, which another version may still serve.
+                let kept = self.converter.count(kind);
+                let error = (kept > 0).then(|| {
+                    format!(
+                        "the API server no longer serves this kind; its objects ({kept}) stay in force"
+                    )
+                });
+                if kept == 0 && !progress.absent {
                     tracing::info!(
                         kind = kind.name(),
                         "kind is not installed; checking again later"
                     );
                 }
-                progress.absent = true;
+                progress.listing = None;
+                progress.complete = true;
+                progress.absent = kept == 0;
+                if progress.error != error {
+                    progress.error = error;
+                    self.report_state();
+                }
             }
             Event::Health(error) => {
                 if progress.error != error {

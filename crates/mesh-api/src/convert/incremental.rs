@@ -221,6 +221,36 @@ impl IncrementalConverter {
         }
     }
 
+    /// Adds the last good versions that an earlier run had of a kind which cannot be listed now.
+    pub fn restore(&mut self, kind: Kind) {
+        let of_kind = |(object, _): &(&ObjectRef, &Kept)| object.kind == kind.name();
+        let restored: Vec<(ObjectRef, Entry)> = (self.before.kept.iter().filter(of_kind))
+            .filter(|(object, _)| !self.entries.contains_key(*object))
+            .map(|(object, kept)| {
+                let entry = Entry {
+                    uid: kept.uid.clone(),
+                    parsed: Some(kept.parsed.clone()),
+                    generation: 0,
+                    newest: 0,
+                    good: true,
+                    diagnostics: None,
+                };
+                (object.clone(), entry)
+            })
+            .collect();
+        for (object, entry) in restored {
+            self.entries.insert(object.clone(), entry);
+            self.note_change(&object, None);
+        }
+    }
+
+    /// The number of known objects of a kind.
+    #[must_use]
+    pub fn count(&self, kind: Kind) -> usize {
+        let kinds = self.entries.keys().map(|object| object.kind.as_str());
+        kinds.filter(|name| *name == kind.name()).count()
+    }
+
     /// A counter that increases whenever [`Self::outcome`] may have changed.
     #[must_use]
     pub const fn changes(&self) -> u64 {

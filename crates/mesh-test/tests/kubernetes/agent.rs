@@ -282,6 +282,96 @@ fn crds_installed_later_are_watched() {
     fixture.mesh_node(2, "a report", |status| status["version"].is_string());
 }
 
+/// Denies ingress of the pod `a`.
+const DENY_A: &str = "
+apiVersion: policy.networking.k8s.io/v1alpha2
+kind: ClusterNetworkPolicy
+metadata: {name: shut}
+spec:
+  tier: Admin
+  priority: 10
+  subject: {pods: {namespaceSelector: {}, podSelector: {matchLabels: {app: a}}}}
+  ingress: [{action: Deny, from: [{namespaces: {}}]}]
+";
+
+/// Serves the first version of a kind, or another one in its place, as an upgrade of a CRD does.
+fn serve_first_version(kube: &Kube, crd: &str, served: bool) {
+    let patch = if served {
+        json!([{"op": "replace", "path": "/spec/versions/0/served", "value": true}])
+    } else {
+        let schema = json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true});
+        let other = json!({
+            "name": "v9", "served": true, "storage": false, "schema": {"openAPIV3Schema": schema},
+        });
+        json!([
+            {"op": "add", "path": "/spec/versions/-", "value": other},
+            {"op": "replace", "path": "/spec/versions/0/served", "value": false},
+        ])
+    };
+    let patch = patch.to_string();
+    kube.kubectl(["patch", "crd", crd, "--type=json", "-p", &patch])
+        .expect("patch");
+}
+
+#[test]
+fn objects_of_a_version_no_longer_served_stay_in_force() {
+    let mut fixture = Fixture::open();
+    let (a, near) = (fixture.mesh.pod("a"), fixture.mesh.pod("near"));
+    let _servers = [&near, &a].map(|pod| serve(pod));
+    let shut = policy("shut", "{from: [{entities: [world]}]}", "near");
+    for object in [&*shut, DENY_A] {
+        fixture.kube.apply_text(object).expect("apply");
+    }
+    let closed = |fixture: &Fixture| {
+        assert!(!does_reach(&a, &near), "MeshPolicy: {}", fixture.logs());
+        assert!(
+            !does_reach(&near, &a),
+            "ClusterNetworkPolicy: {}",
+            fixture.logs()
+        );
+    };
+    fixture.until(&a, &near, false);
+    fixture.until(&near, &a, false);
+    let crds = [
+        "meshpolicies.mesh.rs",
+        "clusternetworkpolicies.policy.networking.k8s.io",
+    ];
+    for crd in crds {
+        serve_first_version(&fixture.kube, crd, false);
+    }
+    let told = |fixture: &Fixture| {
+        eventually("both kinds to be reported", Duration::from_secs(60), || {
+            let status = fixture.mesh.agent(1).ask("/status").ok()?;
+            let stale = status["source"]["stale"].as_str()?.to_owned();
+            let kinds = ["ClusterNetworkPolicy", "MeshPolicy", "no longer serves"];
+            kinds.iter().all(|kind| stale.contains(kind)).then_some(())
+        })
+        .with_context(|| fixture.logs())
+        .expect("reported");
+        closed(fixture);
+    };
+    told(&fixture);
+    // An agent that starts meanwhile has the objects of the earlier run.
+    let agent = &mut fixture.mesh.agents[0];
+    agent.kill_9().expect("kill");
+    agent.start_again().expect("ready");
+    told(&fixture);
+    for crd in crds {
+        serve_first_version(&fixture.kube, crd, true);
+    }
+    fixture.until_stale(false);
+    closed(&fixture);
+    for kind in [
+        "meshpolicies.v1alpha1.mesh.rs",
+        "clusternetworkpolicies.v1alpha2.policy.networking.k8s.io",
+    ] {
+        let delete = ["delete", kind, "shut"];
+        fixture.kube.kubectl(delete).expect("delete");
+    }
+    fixture.until(&a, &near, true);
+    fixture.until(&near, &a, true);
+}
+
 /// What an agent may do, as long as no chart says so.
 const RIGHTS: &str = r#"
 apiVersion: rbac.authorization.k8s.io/v1
