@@ -141,17 +141,14 @@ fn sent(plan: &Index, view: &PodView, packet: &Packet) -> Outcome {
     let peer = path::who(plan, &to.addr);
     let enrolled = view.flags & PodState::ENROLLED != 0;
     let concerned = enrolled || view.set != mesh_common::policy::PolicySetId::NONE;
-    let tunnel = packet.protocol == Protocol::TCP
-        && enrolled
-        && !peer.local
-        && peer.has(mesh_common::Peer::ENROLLED)
-        && to.port == TUNNEL_PORT;
-    if !concerned || tunnel {
+    if !concerned {
         return Outcome::PASSED;
     }
     if packet.protocol == Protocol::TCP && !packet.opens() {
         let tunnelled = path::tunnels(view, &peer);
-        return if tunnelled && packet.source != TUNNEL_PORT && !packet.resets() {
+        // Without payload, a segment of the tunnel port can be the agent's, before or after the tunnel.
+        let of_tunnel = packet.source == TUNNEL_PORT || to.port == TUNNEL_PORT;
+        return if tunnelled && !of_tunnel && !packet.resets() {
             Outcome::dropped(Reason::Bypass, 0)
         } else {
             Outcome::PASSED
