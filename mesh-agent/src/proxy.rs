@@ -91,17 +91,17 @@ pub struct Timing {
     pub connect: Duration,
     /// Time limit of connecting to an agent while another endpoint of the service can be tried.
     pub connect_first: Duration,
-    /// How long a peer that refuses TCP connections is asked again.
+    /// The time during which a connect to a peer that refuses TCP is retried.
     pub retry: Duration,
     /// The first pause between two attempts, before jitter; it doubles.
     pub first_retry: Duration,
-    /// How long a captured connection waits for its pod's certificate.
+    /// The time for which a captured connection waits for its pod's certificate.
     pub certificate: Duration,
-    /// How long a connection of a pod that is not known yet waits for the plan.
+    /// The time for which a connection of an unknown pod waits for the plan.
     pub unknown_peer: Duration,
-    /// How long an accepted tunnel may be idle: longer than any opener keeps one.
+    /// The time for which an accepted tunnel may be idle: longer than any opener keeps one.
     pub tunnel_idle: Duration,
-    /// How long a refused connection is held open in silence.
+    /// The time for which a refused connection is held open in silence.
     pub silence: Duration,
     /// Maximum number of connections of one pod that are held open in silence.
     pub silent_per_pod: usize,
@@ -129,7 +129,7 @@ impl Default for Timing {
     }
 }
 
-/// What the proxy needs of other modules.
+/// The dependencies of the proxy on other modules.
 #[derive(Clone, Debug)]
 pub struct Dependencies {
     /// The policy in force and the pods of this node.

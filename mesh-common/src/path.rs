@@ -30,7 +30,7 @@ pub trait Peers {
 pub struct Who {
     /// The identity.
     pub id: IdentityId,
-    /// How the identity is known.
+    /// The evidence for the identity.
     pub evidence: Evidence,
     /// Whether it is a pod of this node.
     pub local: bool,

@@ -330,7 +330,7 @@ pub struct Question {
     pub peer: IdentityId,
     /// The peer's address: rules that name addresses match regardless of the identity.
     pub addr: Addr,
-    /// How `peer` is known.
+    /// The evidence for `peer`.
     pub evidence: Evidence,
     /// The protocol.
     pub protocol: Protocol,

@@ -12,11 +12,11 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::run;
 
-/// Where the sources are.
+/// The directory of the sources.
 const BASE: &str = "deploy/base";
 /// The namespace that base names, and that a release of the chart replaces by its own.
 const NAMESPACE: &str = "mesh-system";
-/// What uninstalls: a hook of the chart, a directory of its own for kustomize.
+/// The uninstallation: a hook of the chart, and a separate directory for kustomize.
 const UNINSTALL: &str = "uninstall.yaml";
 /// The kind that is not the mesh's own: for kustomize in a directory of its own, so that neither
 /// installing nor uninstalling touches what others have of it. Helm leaves CRDs alone by itself.

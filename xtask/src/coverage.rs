@@ -22,16 +22,16 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::run;
 
-/// Where the tables are.
+/// The directory of the truth tables.
 const TABLES: &str = "crates/mesh-test/truth";
 
-/// What is known of a clause.
+/// The rows and mutations found for a clause.
 #[derive(Default)]
 struct Clause {
     allow: usize,
     deny: usize,
     caught: Vec<String>,
-    /// Where its rows are.
+    /// The truth tables that have rows of the clause.
     tables: BTreeSet<PathBuf>,
 }
 

@@ -23,19 +23,19 @@ use paths::Dirs;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Where the image is written
+    /// Directory in which the image is written
     #[arg(long, default_value = "target/image", value_name = "DIR")]
     output: PathBuf,
-    /// Its name
+    /// Name of the image
     #[arg(long, default_value = concat!("localhost/mesh:", env!("CARGO_PKG_VERSION")))]
     name: String,
-    /// Not optimised, and other bytes on every machine: quicker to build, for tests
+    /// Build without optimization and reproducibility: quicker, for tests
     #[arg(long)]
     dev: bool,
     /// Take the programs from this directory instead of building them
     #[arg(long, value_name = "DIR")]
     programs: Option<PathBuf>,
-    /// When the image was made, in seconds since 1970; never the time of the build by itself
+    /// Creation time of the image in seconds since 1970, so that it does not depend on the build
     #[arg(
         long,
         env = "SOURCE_DATE_EPOCH",
@@ -46,7 +46,7 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    /// The defaults.
+    /// Returns the arguments for the image of the tests.
     pub(crate) fn for_tests(dev: bool) -> Self {
         Self {
             output: PathBuf::from("target/image"),
@@ -70,7 +70,7 @@ const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
-/// Who a container is if nothing says otherwise: nobody. The agent's pods say root.
+/// The default user of containers, without privileges. The pods of the agent run as root.
 const USER: &str = "65532:65532";
 
 pub(crate) fn run(args: &Args) -> Result<()> {
@@ -89,7 +89,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Builds the programs, static and without symbols; gives their directory.
+/// Builds the programs, static and without symbols, and returns their directory.
 fn build(dev: bool) -> Result<PathBuf> {
     let target = std::env::current_exe()?;
     let target = target.ancestors().nth(2).context("no target directory")?;
@@ -126,7 +126,7 @@ fn build(dev: bool) -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// A program that asks for an interpreter asks for a libc that is not there.
+/// Checks that a program needs no dynamic linker, which the image does not have.
 fn ensure_static(program: &PathBuf) -> Result<()> {
     let bytes = fs::read(program).with_context(|| format!("no {}", program.display()))?;
     let interpreter = bytes.windows(11).any(|part| part == b"/ld-linux-x");
@@ -153,7 +153,7 @@ fn ensure_static(program: &PathBuf) -> Result<()> {
     Ok(())
 }
 
-/// The one layer.
+/// Builds the layer of the image.
 fn layer(programs: &std::path::Path, sbom: &[u8]) -> Result<Blob> {
     let mut tar = Tar::default();
     for (_, name) in PROGRAMS {
@@ -172,7 +172,7 @@ fn layer(programs: &std::path::Path, sbom: &[u8]) -> Result<Blob> {
     Ok(Blob::new(LAYER, tar.finish()))
 }
 
-/// An image in its parts.
+/// The blobs of an image.
 struct Image {
     name: String,
     layer: Blob,
@@ -220,7 +220,7 @@ impl Image {
         json!({ "schemaVersion": 2, "mediaType": INDEX, "manifests": [manifest] })
     }
 
-    /// An OCI layout as a directory, and the same as one archive.
+    /// Writes the OCI layout as a directory and as an archive.
     fn write(&self, output: &std::path::Path) -> Result<()> {
         let layout = output.join("oci");
         if layout.exists() {
@@ -250,7 +250,7 @@ impl Image {
     }
 }
 
-/// What the sources are: the commit, as far as git knows one.
+/// Returns the commit of the sources, or `unknown` outside a git repository.
 fn revision() -> String {
     let head =
         run::capture(run::command("git").args(["-c", "safe.directory=*", "rev-parse", "HEAD"]));

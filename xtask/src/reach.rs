@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use crate::run;
 
-/// What reads bytes from outside, by package and the target whose corpus is for it.
+/// The sources that parse bytes from outside: package, and fuzz target whose corpus covers it.
 const PARSERS: &[(&str, &[(&str, &str)])] = &[
     (
         "mesh-tunnel",
@@ -52,13 +52,13 @@ const VERSIONS: [&str; 4] = ["-22", "-21", "-20", "-19"];
 /// The kind of a region that is code (LLVM's CounterMappingRegion::CodeRegion).
 const CODE: u64 = 0;
 
-/// Where a region begins and ends: line and column of both.
+/// The first and last line and column of a region.
 type Region = [u64; 4];
 
 /// The regions of one file.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Found {
-    /// Of functions that were entered: how often each was reached, at most.
+    /// The highest execution count of each region of the functions that were called.
     regions: BTreeMap<Region, u64>,
     /// Functions that were not entered.
     beside: usize,

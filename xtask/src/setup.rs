@@ -33,11 +33,11 @@ impl Default for Args {
     }
 }
 
-/// What a part found or did.
+/// The result of a part of the setup.
 enum Outcome {
     /// Nothing was missing.
     Present,
-    /// What was brought, and from where.
+    /// The installed item and its source.
     Done(String),
 }
 

@@ -20,7 +20,7 @@ use anyhow::{Context as _, Result, bail};
 use self::{programs::Program, tally::Tally};
 use crate::{build, coverage, run, setup};
 
-/// How many of the slowest kernel tests are named.
+/// The number of slowest kernel tests that are listed.
 const SLOWEST: usize = 15;
 
 #[derive(clap::Args)]

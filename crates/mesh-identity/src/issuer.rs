@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Where certificates come from: one trait, and an issuer for each form of `--ca`.
+//! Issuers of certificates: one trait, and an implementation for each form of `--ca`.
 //!
 //! An issuer makes or fetches a certificate when asked. When to ask, what to do when it fails,
 //! and whether what it gave may be used, is not its business.
@@ -20,10 +20,10 @@ pub(super) use self::grpc::split;
 pub use self::grpc::wire;
 pub(super) use self::{files::Files, grpc::Grpc, self_signed::SelfSigned};
 
-/// How long what `self:` signs is valid, and what is asked of other issuers.
+/// The lifetime of certificates that `self:` signs, and that other issuers are asked for.
 pub(super) const VALIDITY: std::time::Duration = std::time::Duration::from_secs(24 * 3600);
 
-/// Which issuer, as written after `--ca`.
+/// The issuer, as in the value of `--ca`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Ca {
@@ -46,7 +46,7 @@ impl Ca {
     }
 }
 
-/// What an issuer gave. It is not trusted: it is checked before it is used.
+/// The response of an issuer. It is not trusted: it is verified before use.
 pub(super) struct Issued {
     /// The leaf first, then what is between it and a root.
     pub(super) chain: Vec<CertificateDer<'static>>,
@@ -86,7 +86,7 @@ pub enum IssueError {
     /// A file cannot be read or written.
     #[error("cannot {op} {}", .path.display())]
     File {
-        /// What was tried.
+        /// The operation that failed.
         op: &'static str,
         /// With which file.
         path: PathBuf,
@@ -96,7 +96,7 @@ pub enum IssueError {
     /// A file is not PEM of what is needed.
     #[error("{} has no {what} in PEM", .path.display())]
     Pem {
-        /// What is missing in it.
+        /// The missing part.
         what: &'static str,
         /// The file.
         path: PathBuf,

@@ -95,7 +95,7 @@ pub(crate) fn ready(cluster: &ClusterSnapshot, pod: &Pod, enrolment: Enrolment) 
             .is_some_and(|n| ready.contains(&*n.uid))
 }
 
-/// How a pod refuses traffic, if its namespace specifies it.
+/// Returns the kind of refusal that the pod's namespace specifies.
 pub(crate) fn deny(cluster: &ClusterSnapshot, pod: &Pod) -> Option<Deny> {
     let namespace = cluster.namespaces.get(&pod.name.namespace)?;
     match namespace.labels.get(DENY_LABEL)?.as_str() {

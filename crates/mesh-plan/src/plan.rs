@@ -66,7 +66,7 @@ pub struct LocalPod {
     pub netns_path: Option<String>,
     /// The UID in the kubelet, if it differs from the UID of the object.
     pub static_uid: Option<String>,
-    /// How the pod refuses traffic, if its namespace specifies it; `None` = the agent's setting
+    /// The kind of refusal that the pod's namespace specifies; `None` = the agent's setting
     /// applies.
     pub deny: Option<Deny>,
     /// The state that the hooks use: set, identity, addresses, modes and flags (without `GATED`,
@@ -74,7 +74,7 @@ pub struct LocalPod {
     pub view: PodView,
 }
 
-/// How a pod refuses traffic.
+/// The kind of refusal of traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Deny {
     /// Rejects it at once.

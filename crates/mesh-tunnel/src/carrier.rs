@@ -11,7 +11,7 @@ use std::task::{Context, Poll};
 use crate::frame::{CloseReason, Open, StreamId};
 use crate::socket::Socket;
 
-/// What two agents negotiate, and what follows from it for the caller.
+/// The properties of a carrier that two agents have negotiated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Protocol {
     /// The protocol's name in ALPN.

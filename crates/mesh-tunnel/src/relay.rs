@@ -13,7 +13,7 @@ use crate::socket::Socket;
 
 /// Rounds of both directions before other connections of the thread run.
 const ROUNDS: u32 = 8;
-/// How long the acceptor's reply waits for the application's first bytes, to go with them in one
+/// The time for which the acceptor's reply waits for the application's first bytes, to go with them in one
 /// record: most requests are answered sooner.
 const REPLY_DELAY: Duration = Duration::from_millis(1);
 /// The amount of delivered data from which on the reply does not wait: an opener that sent as much
@@ -29,7 +29,7 @@ enum Role {
     Acceptor,
 }
 
-/// How a relayed connection ended. `E` is the carrier's error.
+/// The end of a relayed connection. `E` is the carrier's error.
 #[derive(Debug)]
 pub enum Outcome<E> {
     /// Both directions ended in order.
@@ -52,7 +52,7 @@ pub enum Outcome<E> {
     },
 }
 
-/// What an opener has taken from its application before the reply, kept to be sent again through
+/// The bytes that an opener read from its application before the reply, kept to be sent again through
 /// another carrier.
 #[derive(Debug, Default)]
 pub struct ReplayBuffer {

@@ -30,7 +30,7 @@ const AGREEING: u32 = 2;
 const BUSY: u32 = 2;
 /// The part (one in this many) of a window that a pinned worker may wait for the CPU.
 const CROWDED: u32 = 8;
-/// How long a worker stays unpinned after its CPU was crowded.
+/// The time for which a worker stays unpinned after other threads had its CPU.
 const REST: Duration = Duration::from_millis(200);
 
 /// Measurements of one window.

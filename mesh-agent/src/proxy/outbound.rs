@@ -102,7 +102,7 @@ struct Connection<'a> {
     entry: &'a ConnectionEntry,
 }
 
-/// How a connection ended.
+/// The end of a connection.
 struct Ended {
     close: Close,
     /// Whether the refusal is hidden from the application.
@@ -333,7 +333,7 @@ async fn hold(
     }
 }
 
-/// How a connection ended that the peer refused.
+/// Returns the end of a connection that the peer refused.
 pub(crate) fn refused(by_peer: CloseReason) -> Close {
     let reason = by_peer.reason.unwrap_or(Reason::Protocol);
     if reason.is_policy_or_missing() {
@@ -357,7 +357,7 @@ const fn is_about_the_endpoint(close: &Close) -> bool {
     )
 }
 
-/// How a connection ended that the peer reset.
+/// Returns the end of a connection that the peer reset.
 pub(crate) fn reset(by_peer: CloseReason) -> Close {
     match by_peer.reason {
         Some(reason @ Reason::PolicyChanged) => Close::Changed(Verdict::deny(reason, by_peer.rule)),

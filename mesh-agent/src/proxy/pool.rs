@@ -17,7 +17,7 @@ use mesh_identity::{Epoch, Proof, SpiffeId};
 use mesh_telemetry::metrics::{Metrics, Role};
 use mesh_tunnel::{Carrier, CarrierError as _, Tunnel};
 
-/// What two connections must share to use the same tunnel.
+/// The key of a tunnel: connections with equal keys may share it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Key {
     /// The destination pod's address, and the port of its agent.
@@ -45,9 +45,9 @@ pub(crate) struct Bounds {
     pub(crate) per_key: usize,
     /// Tunnels of one worker.
     pub(crate) total: usize,
-    /// How long a tunnel waits unused.
+    /// The time after which an unused tunnel is closed.
     pub(crate) idle: Duration,
-    /// How old a tunnel may be when it is used again.
+    /// The age up to which a tunnel is used again.
     pub(crate) age: Duration,
 }
 

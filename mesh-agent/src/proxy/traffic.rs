@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the proxy counts of a connection while it relays.
+//! The counters of a connection that the proxy relays.
 
 use std::os::fd::AsFd as _;
 

@@ -34,7 +34,7 @@ use crate::control::InForce;
 /// The interval at which idle tunnels are swept.
 const SWEEP: Duration = Duration::from_secs(1);
 
-/// How long a peer is reached on the tunnel port after the mark of tunnels was lost on the way to it.
+/// The time for which a peer is reached on the tunnel port after its network removed the TCP option.
 const UNMARKED: Duration = Duration::from_secs(60);
 
 /// The use of the agent by one pod, over all workers.
@@ -90,7 +90,7 @@ pub(crate) struct Job {
     pub(crate) kind: JobKind,
     /// The pod that it belongs to.
     pub(crate) resources: Arc<PodResources>,
-    /// Its slot among the pod's connections.
+    /// The slot among the pod's connections.
     pub(crate) slot: Slot,
 }
 

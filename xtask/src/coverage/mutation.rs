@@ -8,9 +8,9 @@ use serde::Deserialize;
 
 use crate::run;
 
-/// Where the mutations are.
+/// The directory of the mutations.
 const DIRECTORY: &str = "xtask/mutations";
-/// What marks the expression in `find` that is replaced; the rest of `find` is its surroundings.
+/// The delimiters of the expression in `find` that is replaced; the rest of `find` is its context.
 const MARKS: (char, char) = ('«', '»');
 
 #[derive(Deserialize)]
@@ -21,7 +21,7 @@ struct File {
 /// A fault that the truth tables must find.
 #[derive(Deserialize)]
 pub(crate) struct Mutation {
-    /// What it does, in a few words.
+    /// A short description.
     pub(crate) name: String,
     #[serde(flatten)]
     edit: Edit,
@@ -72,7 +72,7 @@ pub(crate) fn read() -> Result<Vec<Mutation>> {
 /// By file: the expressions that are replaced, by which mutations (counted from 1), with what.
 pub(crate) type Edits<'a> = BTreeMap<&'a str, Vec<(u32, &'a str, &'a str)>>;
 
-/// What is to be done to which file.
+/// A replacement in a file.
 pub(crate) fn edits(mutations: &[Mutation]) -> Edits<'_> {
     let mut edits = Edits::new();
     for (mutation, number) in mutations.iter().zip(1..) {
@@ -112,7 +112,7 @@ pub(crate) fn apply(text: &str, edits: &[(u32, &str, &str)], switch: &str) -> Re
     Ok(made + &text[at..])
 }
 
-/// Where the expression is that `find` means.
+/// Returns the range of the expression that `find` selects.
 fn locate(text: &str, find: &str) -> Result<Range<usize>> {
     let (before, rest) = find.split_once(MARKS.0).unwrap_or(("", find));
     let (what, after) = rest.split_once(MARKS.1).unwrap_or((rest, ""));

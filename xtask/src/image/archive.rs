@@ -58,7 +58,7 @@ impl Tar {
         self.0
     }
 
-    /// As POSIX.1-1988 has it: text fields end with NUL, numbers are octal.
+    /// Writes a header of POSIX.1-1988 (ustar): text fields end with NUL, numbers are octal.
     fn header(&mut self, name: &str, mode: u32, size: usize, kind: u8) -> Result<()> {
         ensure!(name.len() < 100, "{name}: too long a name");
         let mut header = [0_u8; BLOCK];

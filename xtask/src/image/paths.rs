@@ -19,7 +19,7 @@ use crate::run;
 /// A directory of this machine.
 struct Dir {
     path: PathBuf,
-    /// What a program says instead. Relative, so that no machine has a directory of this name.
+    /// The path that replaces it in programs. It is relative, so that it names no real directory.
     name: &'static str,
     /// The start of what sources below it are called: `/src` alone stands in every program.
     below: &'static str,

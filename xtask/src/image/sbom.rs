@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What is in the image, as CycloneDX: every crate that the two programs are linked from.
+//! The bill of materials of the image in CycloneDX: every crate that its programs link.
 
 use std::collections::{BTreeMap, BTreeSet};
 

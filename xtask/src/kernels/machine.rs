@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail};
 use super::packages::{Kernel, directory};
 use crate::run;
 
-/// How long a program may take: an emulated processor is twenty times slower.
+/// The time limit of a program: an emulated processor is twenty times slower.
 const PATIENCE: &str = "900";
 
 /// Serves files to the machine.
@@ -68,7 +68,7 @@ echo o > /proc/sysrq-trigger
 sleep 60
 "#;
 
-/// What came of a program.
+/// The result of a program.
 pub(super) struct Said {
     pub(super) text: String,
     /// `None` = it did not come to its end.

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::run;
 
-/// What starts a kernel, beside what setup brings.
+/// The packages that boot a kernel, besides those of setup.
 const TOOLS: [&str; 4] = ["busybox", "cpio", "kmod", "qemu-system-x86"];
 
 /// Suites that have newer kernels than this machine's Debian.
@@ -20,7 +20,7 @@ const KEYS: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// An unpacked kernel.
 pub(super) struct Kernel {
-    /// As `uname -r` says it.
+    /// The release, as printed by `uname -r`.
     pub(super) version: String,
     /// The image.
     pub(super) image: PathBuf,

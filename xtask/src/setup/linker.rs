@@ -40,7 +40,7 @@ fn version() -> Option<String> {
         .map(|version| version.trim().to_owned())
 }
 
-/// As the build finds it: by the search path, else where cargo installs.
+/// Finds the linker as the build does: in the search path, else in cargo's directory.
 fn program() -> Option<PathBuf> {
     run::find(NAME).or_else(|| {
         let home = env::var_os("CARGO_HOME")

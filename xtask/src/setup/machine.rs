@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the running kernel must offer: BTF, cgroup2, and a bpf file system for the pins.
+//! Checks of the running kernel: BTF, cgroup2, and a bpf file system for the pins.
 
 use std::{fs, path::Path};
 

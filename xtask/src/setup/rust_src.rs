@@ -19,7 +19,7 @@ use self::tree::Staging;
 use super::Outcome;
 use crate::run;
 
-/// Where the toolchain is and what it needs.
+/// The location of the toolchain, and the sources that it needs.
 struct Toolchain {
     sysroot: PathBuf,
     /// For example `1.95.0`.
@@ -42,7 +42,7 @@ impl Toolchain {
         })
     }
 
-    /// Where build-std looks.
+    /// The directory that build-std searches.
     fn library(&self) -> PathBuf {
         self.sysroot.join("lib/rustlib/src/rust/library")
     }
@@ -136,7 +136,7 @@ fn from_rustup(toolchain: &Toolchain) -> Result<()> {
     aside.forget()
 }
 
-/// What lies beside the checkout.
+/// Returns the sources beside the checkout.
 fn from_shared(toolchain: &Toolchain) -> Result<()> {
     let file = format!("../shared/toolchain/rust-src-{}.tar.xz", toolchain.release);
     from_path(toolchain, &run::root().join(file))

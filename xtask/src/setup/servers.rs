@@ -17,10 +17,10 @@ use crate::run;
 
 const SCRIPT: &str = "crates/mesh-test/apiserver/build.sh";
 
-/// As the script has it: what `go.mod` of the servers asks for.
+/// The oldest version of Go that `go.mod` of the servers accepts, as in the script.
 const GO: &str = "Go 1.24 or later";
 
-/// Where Go's own archive is unpacked to; the script looks there too.
+/// The installation directory of Go's own archive, which the script searches too.
 const USUAL: &str = "/usr/local/go/bin";
 
 pub(super) fn ensure() -> Result<Outcome> {
@@ -44,7 +44,7 @@ pub(super) fn ensure() -> Result<Outcome> {
     )))
 }
 
-/// What builds in the foreground goes first. The script's own lock is what others wait for.
+/// Starts the build with low priority. Programs that need the servers wait for the script's lock.
 fn start(log: &Path) -> Result<()> {
     let output = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
     let mut build = Command::new("nice");

@@ -58,7 +58,7 @@ fn is_root(path: &str, dir: &str) -> bool {
     )
 }
 
-/// Where the `mod name;` lines of a file lead: each may be a file or a directory's mod.rs.
+/// Returns the files that the `mod name;` lines of a file can name: `name.rs` or `name/mod.rs`.
 fn children(file: &File, root: bool) -> Vec<String> {
     let (dir, name) = file.path.rsplit_once('/').unwrap_or(("", &file.path));
     let stem = name.strip_suffix(".rs").unwrap_or(name);

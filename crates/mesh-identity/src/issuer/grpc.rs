@@ -40,14 +40,14 @@ use self::wire::{
 
 /// For DNS, TCP and TLS together.
 const CONNECT: Duration = Duration::from_secs(5);
-/// How often the bundle is looked at for a new root.
+/// The interval between two reads of the bundle.
 const POLL: Duration = Duration::from_secs(5);
 /// A chain of a dozen certificates, with a bundle of as many roots, is below this.
 const ANSWER_MAX: usize = 256 << 10;
-/// As much of a CA's explanation as is worth a log line.
+/// The longest part of a CA's error message that is logged, in bytes.
 const EXPLANATION_MAX: usize = 300;
 
-/// Where and how to ask a CA.
+/// The address and credentials for a CA.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GrpcCa {
     /// `https://HOST:PORT`; the CA's certificate must be valid for the host.
@@ -56,7 +56,7 @@ pub struct GrpcCa {
     pub token: Option<PathBuf>,
     /// A PEM file with the roots that may have signed the CA's own certificate.
     pub bundle: PathBuf,
-    /// What the CA calls this cluster (istiod: `Kubernetes`, if it was not told else).
+    /// The CA's name of this cluster (the default of istiod is `Kubernetes`).
     pub cluster: String,
 }
 

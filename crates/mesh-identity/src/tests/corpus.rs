@@ -24,7 +24,7 @@ fn good() -> Leaf {
     Leaf::good("web", now())
 }
 
-/// What a leaf says, and how it is then refused, or not.
+/// The content of a leaf certificate, and the expected refusal, if any.
 fn leaves() -> Vec<(&'static str, Leaf)> {
     let of = |uri: &str| Leaf::of(uri, now());
     let other = "spiffe://cluster.local/ns/shop/sa/other";

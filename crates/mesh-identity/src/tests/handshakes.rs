@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Who is believed, and with which reason everybody else is refused.
+//! The peers that a handshake accepts, and the reasons with which it refuses all others.
 
 use std::{sync::Arc, time::Duration};
 

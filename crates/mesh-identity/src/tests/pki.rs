@@ -61,7 +61,7 @@ pub(super) fn id(name: &str) -> SpiffeId {
     SpiffeId::parse(&format!("spiffe://cluster.local/ns/shop/sa/{name}")).unwrap()
 }
 
-/// What a leaf shall say; the default is a good one.
+/// The content of a leaf certificate; the default is valid.
 pub(super) struct Leaf {
     pub(super) uris: Vec<String>,
     pub(super) address: Option<std::net::IpAddr>,
@@ -207,7 +207,7 @@ fn serial(der: &CertificateDer<'_>) -> SerialNumber {
 }
 
 impl Identities {
-    /// Who the other end of a handshake is.
+    /// Returns the peer of a handshake.
     pub(super) fn who(&self, connection: &CommonState) -> Result<SpiffeId, Refusal> {
         self.peer(connection).map(|proof| proof.id)
     }

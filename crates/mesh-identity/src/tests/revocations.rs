@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Who is revoked is refused, and whoever was believed before is known as revoked.
+//! Revoked certificates are refused, and peers that were accepted before are known as revoked.
 
 use std::{path::Path, sync::Arc, time::Duration};
 

@@ -162,7 +162,7 @@ mod tests {
         }
     }
 
-    /// What a longest-prefix match finds.
+    /// Returns the value that a longest-prefix match finds.
     fn lookup(prefixes: &[PortPrefix], port: u16) -> Option<Answer> {
         let matches = |p: &&PortPrefix| p.bits == 0 || (port ^ p.port) >> (16 - p.bits) == 0;
         prefixes

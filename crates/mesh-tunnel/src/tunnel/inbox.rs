@@ -31,7 +31,7 @@ const KEY_UPDATE: u8 = 24;
 pub(crate) enum Item {
     /// A control frame. Data before it is among the pieces.
     Control(StreamId, Control),
-    /// As much data as can be written at once.
+    /// The largest slice of data that can be written at once.
     Full,
     /// Nothing more has arrived.
     Empty,

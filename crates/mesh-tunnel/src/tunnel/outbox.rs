@@ -36,7 +36,7 @@ pub(crate) struct Take<'a> {
     pub(crate) app: &'a Socket,
     /// The stream that carries it.
     pub(crate) stream: StreamId,
-    /// Where a copy is kept.
+    /// The buffer that keeps a copy.
     pub(crate) copy: Option<&'a mut Vec<u8>>,
 }
 

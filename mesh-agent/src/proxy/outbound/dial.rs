@@ -43,7 +43,7 @@ pub(super) struct Dialer<'a> {
 /// Time limits of one attempt.
 struct Limits {
     connect: Duration,
-    /// How long a peer that refuses TCP is asked again.
+    /// The time during which a connect to a peer that refuses TCP is retried.
     retry: Duration,
     handshake: Duration,
 }

@@ -218,7 +218,7 @@ pub(super) struct Rig {
     pub(super) ca: tempfile::TempDir,
 }
 
-/// What the client's node accepts for a destination: here every destination needs a listener.
+/// The listener of the client's node for a destination: here every destination needs one.
 pub(super) struct Route {
     pub(super) to: SocketAddr,
     pub(super) application: tokio::net::TcpListener,
@@ -395,7 +395,7 @@ impl Rig {
         old.proxy.finish().await;
     }
 
-    /// What the client's application does: connects to a destination and is captured.
+    /// Connects to a destination as the client's application, and is captured.
     pub(super) async fn connect(&self, route: &Route) -> TcpStream {
         let from = format!("{CLIENT}:0").parse().unwrap();
         let stream = self.net.connect(from, self.net.real(route.to)).unwrap();

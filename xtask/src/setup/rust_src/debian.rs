@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, bail};
 use super::{Toolchain, tree::Staging};
 use crate::run;
 
-/// Where Debian offers current releases of Rust to older systems.
+/// The Debian suite with current releases of Rust for older systems.
 const SUITE: &str = "trixie-backports";
 const PACKAGE: &str = "rust-src";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
@@ -47,7 +47,7 @@ pub(super) fn fetch(toolchain: &Toolchain) -> Result<()> {
     staging.install(&staging.path().join("usr/src"), toolchain)
 }
 
-/// Where this machine gets its own release of Debian from.
+/// Returns the mirror from which this machine gets its own release of Debian.
 fn mirror() -> Result<String> {
     if run::find("apt-get").is_none() {
         bail!("this is not Debian");

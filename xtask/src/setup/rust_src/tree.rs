@@ -17,7 +17,7 @@ use crate::run;
 /// place keeps a tree that its manager did not bring.
 const MARKER: &str = ".mesh-setup-version";
 
-/// What build-std resolves, also where it compiles nothing of it.
+/// The files that build-std resolves, including those that it does not compile.
 const NEEDED: &[&str] = &[
     "Cargo.lock",
     "Cargo.toml",
@@ -31,7 +31,7 @@ pub(super) fn is_complete(library: &Path) -> bool {
     NEEDED.iter().all(|name| library.join(name).exists())
 }
 
-/// Whether it was installed here for another version than this.
+/// Returns whether the tree was installed by setup for another version.
 pub(super) fn is_stale(library: &Path, release: &str) -> bool {
     fs::read_to_string(library.join(MARKER)).is_ok_and(|marker| marker.trim() != release)
 }
@@ -98,7 +98,7 @@ impl Drop for Staging {
     }
 }
 
-/// What was in the tree's place: returns on drop, unless forgotten.
+/// The previous content of the tree's directory, which is restored on drop unless forgotten.
 pub(super) struct SetAside {
     library: PathBuf,
     aside: Option<PathBuf>,

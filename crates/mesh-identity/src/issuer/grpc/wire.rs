@@ -18,7 +18,7 @@ pub struct CertificateRequest {
     /// In seconds.
     #[prost(int64, tag = "3")]
     pub validity_duration: i64,
-    /// Whose certificate it is: see [`IMPERSONATED`].
+    /// The workload that the certificate is for: see [`IMPERSONATED`].
     #[prost(message, optional, tag = "4")]
     pub metadata: Option<Struct>,
 }
