@@ -7,7 +7,7 @@
 
 mod yaml;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 /// The deepest nesting of a YAML document. Kubernetes objects except CRD schemas have fewer than 20 levels.
 const MAX_DEPTH: usize = 100;
@@ -104,7 +104,9 @@ pub fn flatten(document: Value, number: usize, objects: &mut Vec<Value>) -> Resu
                     if let Some(items) = items {
                         map.insert("items".to_owned(), items);
                     }
-                    objects.push(Value::Object(map));
+                    let mut object = Value::Object(map);
+                    nulls_to_empty_strings(&mut object);
+                    objects.push(object);
                 }
             }
             Ok(())
@@ -115,8 +117,42 @@ pub fn flatten(document: Value, number: usize, objects: &mut Vec<Value>) -> Resu
     }
 }
 
+/// The fields that are maps from strings to strings, in any kind.
+const STRING_MAPS: [&str; 4] = ["annotations", "labels", "matchLabels", "nodeSelector"];
+
+/// Replaces nulls in maps of strings by empty strings, as the API server's decoder reads `key:` without a
+/// value.
+fn nulls_to_empty_strings(value: &mut Value) {
+    match value {
+        Value::Object(map) => {
+            let is_service = map.get("kind").is_some_and(|kind| kind == "Service");
+            for (key, value) in &mut *map {
+                if STRING_MAPS.contains(&key.as_str()) {
+                    fill(value);
+                } else {
+                    nulls_to_empty_strings(value);
+                }
+            }
+            if is_service
+                && let Some(selector) = map.get_mut("spec").and_then(|s| s.get_mut("selector"))
+            {
+                fill(selector);
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(nulls_to_empty_strings),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+fn fill(map: &mut Value) {
+    let values = map.as_object_mut().into_iter().flat_map(Map::values_mut);
+    for value in values.filter(|value| value.is_null()) {
+        *value = Value::from("");
+    }
+}
+
 /// The `apiVersion` and `kind` for the items of a typed list such as `PodList`, which API servers omit.
-fn typed_list_item(list: &serde_json::Map<String, Value>) -> Option<(Value, Value)> {
+fn typed_list_item(list: &Map<String, Value>) -> Option<(Value, Value)> {
     let kind = list.get("kind")?.as_str()?.strip_suffix("List")?;
     (!kind.is_empty())
         .then(|| (list.get("apiVersion").cloned(), kind))
@@ -145,6 +181,38 @@ mod tests {
                 json!({"kind": "B"}),
                 json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}}),
             ]
+        );
+    }
+
+    #[test]
+    fn key_without_value_is_an_empty_string_in_maps_of_strings() {
+        let text = "
+kind: Pod
+metadata: {labels: {a: , b: c}, annotations: {d: ~}}
+spec: {nodeSelector: {e: }, hostname: }
+---
+kind: MeshPolicy
+spec: {podSelector: {matchLabels: {f: }}, ingress: [{from: [{podSelector: {matchLabels: {g: null}}}]}]}
+---
+kind: Service
+spec: {selector: {h: }, clusterIP: }
+";
+        let all = objects(text, Format::Yaml).unwrap();
+        assert_eq!(
+            all[0],
+            json!({
+                "kind": "Pod",
+                "metadata": {"labels": {"a": "", "b": "c"}, "annotations": {"d": ""}},
+                "spec": {"nodeSelector": {"e": ""}, "hostname": null},
+            })
+        );
+        let spec = &all[1]["spec"];
+        assert_eq!(spec["podSelector"]["matchLabels"], json!({"f": ""}));
+        let peer = &spec["ingress"][0]["from"][0];
+        assert_eq!(peer["podSelector"]["matchLabels"], json!({"g": ""}));
+        assert_eq!(
+            all[2]["spec"],
+            json!({"selector": {"h": ""}, "clusterIP": null})
         );
     }
 
