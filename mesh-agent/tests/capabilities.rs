@@ -17,7 +17,7 @@ fn deployed(file: &str) -> String {
     fs::read_to_string(&path).expect("it is deployed")
 }
 
-/// What the systemd unit leaves.
+/// Returns the capabilities that the systemd unit grants.
 fn of_the_unit() -> BTreeSet<String> {
     let unit = deployed("systemd/mesh-agent.service");
     let lines = unit

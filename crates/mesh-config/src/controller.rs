@@ -33,7 +33,7 @@ pub struct ControllerConfig {
     pub serving_names: Vec<String>,
     /// The longest lifetime of signed certificates.
     pub certificate_life: Duration,
-    /// How long a new root is published before it signs certificates.
+    /// The time for which a new root is published before it signs certificates.
     pub root_overlap: Duration,
     /// The log configuration.
     pub log: LogConfig,

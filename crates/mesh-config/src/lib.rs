@@ -80,7 +80,7 @@ pub struct Config {
     pub metrics: SocketAddr,
     /// The destination of flow records.
     pub flow_log: FlowLog,
-    /// How long open connections can continue after SIGTERM.
+    /// The time for which open connections can continue after SIGTERM.
     pub drain: Duration,
     /// Pod CIDRs in addition to those in Node objects.
     pub pod_cidrs: Vec<IpNet>,
@@ -88,7 +88,7 @@ pub struct Config {
     pub workers: NonZeroUsize,
     /// The destination port of tunnels to other nodes.
     pub tunnel_port: TunnelPort,
-    /// How connections that policy denies are handled.
+    /// The handling of connections that policy denies.
     pub deny: Deny,
     /// Whether each decision of the eBPF programs is logged.
     pub trace_datapath: bool,
@@ -173,7 +173,7 @@ pub enum TunnelPort {
     Real,
 }
 
-/// How connections that policy denies are handled.
+/// The handling of connections that policy denies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Deny {
     /// Rejects the connection at once.

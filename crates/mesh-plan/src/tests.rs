@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What cannot be met from outside: colliding hashes and full maps. Both close, never open.
+//! Colliding hashes and full maps, which no input of the tests causes. Both fail closed.
 
 use mesh_common::policy::{PolicySetId, Question, decide};
 use mesh_common::{Addr, Direction, Evidence, Port, Protocol, Verdict};

@@ -206,7 +206,7 @@ pub enum Rights {
     NetRawOnly,
 }
 
-/// Where a started program runs.
+/// The namespaces and cgroup in which a program is started.
 #[derive(Debug)]
 pub struct Placement {
     /// The network namespace.

@@ -19,7 +19,7 @@ const PATIENCE: &str = "900";
 /// Serves files to the machine.
 const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
 
-/// What a kernel has built in is not a module of it. Their dependences differ by version, so they are
+/// Features that are built into a kernel are not modules. Dependencies differ by version, so they are
 /// tried again and again.
 const MODULES: [&str; 8] = [
     "virtio",

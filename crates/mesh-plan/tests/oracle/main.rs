@@ -22,7 +22,7 @@ use world::{Places, Random};
 const CLUSTERS: u64 = 2_000;
 const PACKETS: usize = 50;
 
-/// What the kernel programs answer with the plan of the pod's node.
+/// Returns the answer of the kernel programs with the plan of the pod's node.
 fn decided(plan: &Index, packet: &Packet) -> Outbound {
     let view = plan.pods[&packet.pod].view;
     let other = Addr::from(packet.other);

@@ -21,7 +21,7 @@ pub(crate) enum Side {
     Egress,
 }
 
-/// How a packet arrives.
+/// The origin of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Via {
     /// As plaintext or, for egress, as the mesh carries it.
@@ -47,7 +47,7 @@ pub(crate) struct Packet {
     pub(crate) via: Via,
 }
 
-/// Which answers the texts admit. Both, where they leave the choice to the implementation.
+/// The answers that the texts admit: both where they leave the choice to the implementation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Admitted {
     pub(crate) allow: bool,
@@ -97,7 +97,7 @@ impl Packet {
     }
 }
 
-/// What the policies of the pod admit.
+/// Returns the answers that the policies of the pod admit.
 pub(crate) fn judge(cluster: &ClusterSnapshot, packet: &Packet) -> Admitted {
     let pod = &cluster.pods[&*packet.pod];
     if pod.addresses.contains(&packet.other) {

@@ -48,12 +48,12 @@ impl Kind {
     }
 }
 
-/// What a policy's rules are made with.
+/// The parameters of a policy's rules.
 struct Scope<'a> {
     kind: Kind,
     namespace: &'static str,
     tier: Tier,
-    /// What every rule does; `None` = each its own.
+    /// The action of every rule; `None` = each has its own.
     action: Option<RuleAction>,
     addresses: &'a [IpAddr],
 }

@@ -214,7 +214,7 @@ pub(crate) fn addresses(cluster: &ClusterSnapshot) -> Vec<IpAddr> {
         .collect()
 }
 
-/// What packets are made of: the ends of everything that rules name.
+/// The endpoints of packets: the bounds of every range that rules name.
 pub(crate) struct Places {
     subjects: Vec<Pod>,
     /// Addresses of pods: half of all packets.

@@ -29,7 +29,7 @@ fn maps(plan: &Plan) -> Plan {
     maps
 }
 
-/// What a reader decides for a pod and an address.
+/// Returns the decision of a reader for a pod and an address.
 fn verdict(
     state: &Index,
     uid: &str,

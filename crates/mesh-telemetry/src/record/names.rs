@@ -45,7 +45,7 @@ impl serde::Serialize for Party {
 }
 
 impl Party {
-    /// Who has an address.
+    /// The owner of an address.
     #[must_use]
     pub fn of(plan: &Index, at: Endpoint) -> Self {
         match plan.names.workloads.get(&at.addr) {

@@ -532,7 +532,7 @@ while not os.path.exists(sys.argv[3]): time.sleep(0.02)
 c.close(); print('closed')
 ";
 
-/// What was left in clear because it is older than the enrolment is left for nobody after it.
+/// The plaintext exception of a connection older than the enrollment ends with that connection.
 #[test]
 fn reused_four_tuple_of_closed_connection_is_not_plaintext() {
     let mesh = not_enrolled();

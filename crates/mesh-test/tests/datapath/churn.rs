@@ -104,7 +104,7 @@ fn pods_are_added_and_deleted_under_traffic() {
     }
 }
 
-/// Who may reach the server: pods labelled `app: good`.
+/// Allows only pods labeled `app: good` to reach the server.
 const ONLY_GOOD: &str = "
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
@@ -172,7 +172,7 @@ fn reused_address_does_not_inherit_identity() {
     }
 }
 
-/// What the agent rejects now: object and field.
+/// Returns the current rejections of the agent: object and field.
 fn rejections(agent: &Agent) -> Vec<(String, String)> {
     let status = agent.ask("/status").expect("status");
     let list = status["rejections"].as_array().expect("a list").clone();

@@ -33,7 +33,7 @@ fn balancers(status: &Value) -> Value {
     status["network"]["balancers"].clone()
 }
 
-/// What `mesh-agent check` says of other programs, about the agent's cgroup.
+/// Returns the lines of `mesh-agent check` about other programs on the agent's cgroup.
 fn checked(node: &Host, cgroup: &str) -> String {
     let agent = mesh_test::programs::agent().expect("agent");
     let cmd = Cmd::new(agent).args(["check", "--cgroup", cgroup]);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What the agent makes on a node and in its pods, and what keeps it closed: pods that come and go,
+//! The state of a node and its pods, and that it fails closed: pods that come and go,
 //! services, restarts, and attempts to get around it.
 
 mod bypass;

@@ -150,7 +150,7 @@ fn mesh() -> Mesh {
     mesh
 }
 
-/// How a client reaches a service.
+/// Returns the ways in which a client connects to a service.
 fn ways([v4, v6]: [IpAddr; 2], port: u16) -> [(SocketAddr, &'static str); 3] {
     let v4 = SocketAddr::new(v4, port);
     [(v4, ""), (v4, "--mapped"), (SocketAddr::new(v6, port), "")]

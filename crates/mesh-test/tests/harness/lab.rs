@@ -64,7 +64,7 @@ fn capture_sees_plaintext_on_bridged_lab() {
     plain_curl_is_seen(Topology::Bridged);
 }
 
-/// How the child of the next test tells what it has made: id of the lab, then its cgroup.
+/// Prefix of the line in which the child of the next test reports the lab's ID, then its cgroup.
 const MADE: &str = "lab-made:";
 
 /// Waits to be killed.

@@ -372,7 +372,7 @@ fn objects_of_a_version_no_longer_served_stay_in_force() {
     fixture.until(&near, &a, true);
 }
 
-/// What an agent may do, as long as no chart says so.
+/// The RBAC permissions of an agent in this test.
 const RIGHTS: &str = r#"
 apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRole

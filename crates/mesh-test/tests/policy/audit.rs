@@ -61,7 +61,7 @@ fn udp(from: &Pod, to: SocketAddr, connected: &str) -> Udp {
     from.probe(&line).expect("run").json().expect("report")
 }
 
-/// Who was audited with whom, by which protocol and rule, and how often.
+/// Returns the audited pairs of pods, each with protocol, rule and number of records.
 type Audits = BTreeMap<(String, String, String, String), usize>;
 
 fn audits(mesh: &Mesh) -> Audits {

@@ -12,7 +12,7 @@ use mesh_test::{AgentConfig, Host, Lab, Mesh, Pod, PodSpec, Topology, eventually
 const SOON: Duration = Duration::from_secs(10);
 const ECONNREFUSED: i32 = 111;
 const PORT: u16 = 7000;
-/// What a client waits; a SYN is sent again after a second.
+/// The connect timeout of a client. The kernel sends a SYN again after a second.
 const PATIENCE_MS: u32 = 1500;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

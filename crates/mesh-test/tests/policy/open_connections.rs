@@ -16,7 +16,7 @@ const SOON: Duration = Duration::from_secs(20);
 /// After a change is in force, a connection that it denies is gone by then.
 const AT_ONCE: Duration = Duration::from_secs(1);
 const PORT: u16 = 7000;
-/// What refuses by [`let_in`] and by [`DENY_GOOD`], as records name it.
+/// The rules of [`let_in`] and [`DENY_GOOD`] that refuse, as records name them.
 const NOT_LET_IN: &str = "NetworkPolicy default/server";
 const RULE: &str = "MeshPolicy default/server ingress[0]";
 /// Instead of the number of a rule, by which a node knows what another has decided.
@@ -121,7 +121,7 @@ fn ended(mesh: &Mesh) -> Vec<[String; 3]> {
     all
 }
 
-/// Whose connections the server has open, by its own sockets; the agent's are left out.
+/// Returns the clients of the server's open connections, without those of the agent.
 fn at_the_server(server: &Pod) -> BTreeSet<IpAddr> {
     let list = Cmd::line("ss -Htnp state established");
     let list = server
@@ -300,7 +300,7 @@ fn service(mesh: &Mesh, server: &Pod) -> [IpAddr; 2] {
     VIPS.map(|ip| ip.parse().expect("an address"))
 }
 
-/// What a pod may send: nothing.
+/// Returns a policy that denies all egress of a pod.
 fn isolated(namespace: &str, app: &str) -> String {
     format!(
         "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\n\

@@ -107,7 +107,7 @@ fn nothing_arrives(capture: Capture, what: &str) {
     assert_eq!(seen.find(MARKER.as_bytes()).expect("search"), [], "{what}");
 }
 
-/// How much was refused by isolation.
+/// Returns the number of packets that isolation refused.
 fn refused(mesh: &Mesh, direction: &str) -> f64 {
     let labels = [
         ("direction", direction),

@@ -87,7 +87,7 @@ fn wire_shows_application_port_and_no_plaintext() {
     }
 }
 
-/// How full a map is, of both nodes together.
+/// Returns the number of entries of a map, of both nodes together.
 fn entries(mesh: &Mesh, map: &str) -> String {
     let entries = mesh.metric("mesh_map_entries", &[("map", map)]);
     entries.expect("metrics").to_string()

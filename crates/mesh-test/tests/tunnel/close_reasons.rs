@@ -12,7 +12,7 @@ use serde_json::Value;
 
 const SOON: Duration = Duration::from_secs(20);
 
-/// What the pod's own packet filter does to the hand-over of connections.
+/// The action of the pod's own packet filter on connections from the agent to the application.
 const FILTER: &str = "table inet app { chain input { type filter hook input priority 0;
    tcp dport 7002 drop
    tcp dport 7003 reject with icmpx type host-unreachable

@@ -11,7 +11,7 @@ use mesh_test::{Lab, Mesh, Topology, eventually};
 const SOON: Duration = Duration::from_secs(60);
 const PORT: u16 = 7000;
 
-/// Where each worker of an agent may run, as the kernel says it.
+/// Returns the CPU list of each worker of an agent, as reported by the kernel.
 fn allowed(mesh: &Mesh, node: u8) -> Vec<String> {
     let tasks = format!("/proc/{}/task", mesh.agent(node).process().id());
     let tasks = fs::read_dir(tasks).expect("threads");

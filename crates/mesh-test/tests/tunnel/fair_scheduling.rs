@@ -27,7 +27,7 @@ fn mesh() -> Mesh {
     Mesh::start(lab).expect("mesh")
 }
 
-/// What the rounds of one kind have shown.
+/// The measurements of the rounds of one kind.
 #[derive(Debug)]
 struct Part {
     /// Of the requests, in microseconds.

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 const PORT: u16 = 7000;
 
-/// What one side says about the connections between two workloads.
+/// The records and metrics of one node about the connections between two workloads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Count {
     connections: u64,
@@ -21,7 +21,7 @@ struct Count {
     received: u64,
 }
 
-/// Which connections: labels of metrics, and fields of records.
+/// The selected connections, by labels of metrics and fields of records.
 struct Scene {
     name: &'static str,
     to: SocketAddr,

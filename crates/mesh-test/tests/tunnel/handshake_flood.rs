@@ -87,7 +87,7 @@ fn settled(agent: &Agent, before: usize) {
     assert!(gone.is_ok(), "{before} descriptors before, {} now", left());
 }
 
-/// What the rounds of one kind have shown.
+/// The measurements of the rounds of one kind.
 #[derive(Debug)]
 struct Part {
     /// Of the neighbour's connections, in microseconds.

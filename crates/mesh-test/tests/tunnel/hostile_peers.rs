@@ -28,13 +28,13 @@ const AFTER_A_WAIT: [f64; 2] = [1.5, 8.0];
 const AFTER_TWO: [f64; 2] = [3.5, 12.0];
 /// ... and one that ends with the deadline of handshakes, 5 s.
 const AT_THE_DEADLINE: [f64; 2] = [4.5, 12.0];
-/// How soon a revocation is to be in force: files are looked at every 2 s.
+/// The time within which a revocation must be enforced. Files are read every 2 s.
 const REVOKED: Duration = Duration::from_secs(6);
 
-/// What is counted, by its name here.
+/// The counters, by the names that this test uses.
 type Counts = BTreeMap<String, f64>;
 
-/// What an agent counts of tunnels that come in.
+/// Returns the counters of an agent for incoming tunnels.
 fn counts(agent: &Agent) -> Counts {
     let page = agent.metrics().expect("metrics");
     let families = [HANDSHAKES, VERDICTS, FAILURES, VIOLATIONS];
@@ -89,14 +89,14 @@ fn added(before: &Counts, now: &Counts) -> Counts {
 /// One attempt, and what is to come of it.
 struct Row {
     name: &'static str,
-    /// What `hostile.py` is told, beside addresses.
+    /// The arguments of `hostile.py` besides the addresses.
     how: Value,
     /// The pod that it comes from, or `outside`.
     from: &'static str,
     came: String,
     seconds: [f64; 2],
     counted: Counts,
-    /// What the application gets of it, connection by connection.
+    /// Creates a row. `came` is what the application receives, connection by connection.
     got: &'static [&'static str],
 }
 
@@ -197,7 +197,7 @@ impl Fixture {
         given
     }
 
-    /// What comes of an attempt, and after how many seconds.
+    /// Returns the result of an attempt, and its duration in seconds.
     fn attempt(&self, from: &str, how: &Value) -> (String, f64) {
         let given = self.given(how).to_string();
         let cmd = Cmd::new("python3").args(["-B", PEER, "try", &given]);
@@ -269,7 +269,7 @@ fn write_certificates(lab: &Lab, own: &Path, certs: &Path) {
     }
 }
 
-/// Who does not get through the handshake.
+/// Returns the rows of peers that the handshake refuses.
 fn handshakes() -> Vec<Row> {
     let ask = |certs: &str| json!({"how": "ask", "certs": certs});
     let say = |bytes: &[u8]| {
@@ -299,7 +299,7 @@ fn handshakes() -> Vec<Row> {
     ]
 }
 
-/// Who has a certificate and asks for what is not to be had with it.
+/// Returns the rows of peers with a valid certificate whose requests are refused.
 fn streams(fixture: &Fixture) -> Vec<Row> {
     let lab = &fixture.lab;
     let [b, c, d] = ["b", "c", "d"].map(|name| lab.pod(name).v4().to_string());
@@ -356,7 +356,7 @@ fn lengths() -> Vec<Row> {
     ]
 }
 
-/// What a session ticket is worth to others.
+/// Returns the rows of peers that present the session ticket of another one.
 fn tickets(fixture: &Fixture) -> Vec<Row> {
     let refused = format!("refused {} 0", Reason::IdentityRefused as u16);
     let twice = format!("{refused}, resumed True, {refused}");

@@ -47,7 +47,7 @@ fn page(mesh: &Mesh, node: u8) -> String {
     lines.map(|line| format!("node {node}: {line}\n")).collect()
 }
 
-/// What the counters of both nodes are to grow by: node, reason, bytes.
+/// Checks that the counters of both nodes grow by these: node, reason, bytes.
 fn grows(mesh: &Mesh, what: &str, by: &[(u8, &str, u64)], traffic: impl FnOnce() -> u64) {
     let before: Vec<u64> = by
         .iter()

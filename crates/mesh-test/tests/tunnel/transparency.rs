@@ -180,7 +180,7 @@ fn bulk_transfer_arrives_intact_in_both_directions() {
     }
 }
 
-/// How a connection that is reset looks, by the call that meets it first.
+/// The error of a connection that is reset, by the first call that returns it.
 const GONE: [i32; 4] = [
     libc::ECONNREFUSED,
     libc::ECONNRESET,

@@ -15,7 +15,7 @@ const PORT: u16 = 80;
 const ENDPOINTS: [&str; 3] = ["one", "two", "three"];
 /// Connections. The chance that none of so many has to try all endpoints is (2/3)^32.
 const COUNT: usize = 32;
-/// How many other endpoints may be tried for one connection.
+/// The number of other endpoints that may be tried for a connection.
 const OTHERS: f64 = 2.0;
 
 /// Services of all three endpoints: on `OPEN`'s port one of them has an application, on `CLOSED`'s
@@ -77,7 +77,7 @@ fn retried(mesh: &Mesh) -> f64 {
     all
 }
 
-/// What comes of a connection, and how often it was made to another endpoint.
+/// Returns the result of a connection, and the number of other endpoints that were tried.
 fn connect(mesh: &Mesh, to: SocketAddr) -> (Tcp, f64) {
     let before = retried(mesh);
     let output = mesh.pod("client").probe(&format!("tcp --to {to}"));

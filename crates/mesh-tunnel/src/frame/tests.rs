@@ -38,7 +38,7 @@ fn every_control() -> Vec<Control> {
     ]
 }
 
-/// What the frames of a whole byte stream say, application data joined.
+/// The frames of a whole byte stream, with application data joined.
 #[derive(Debug, Default, PartialEq)]
 struct Said {
     controls: Vec<(StreamId, Control)>,

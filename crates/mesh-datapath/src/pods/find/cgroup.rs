@@ -19,7 +19,7 @@ use mesh_plan::plan::LocalPod;
 use super::super::Error;
 use super::Find;
 
-/// How long the result of one scan of all processes is reused.
+/// The time for which the result of a scan of all processes is reused.
 const FRESH: Duration = Duration::from_millis(200);
 /// The lengths of a pod's UID (RFC 4122 text) and of a static pod's UID (MD5 in hex digits).
 const UIDS: [usize; 2] = [36, 32];

@@ -16,7 +16,7 @@ pub(crate) const PORT: u16 = 7000;
 
 /// A lab whose pods are in a real API server, as a kubelet would put them there.
 pub(crate) struct Fixture {
-    /// What keeps a pod's cgroup alive, as its sandbox does.
+    /// Processes that keep the pods' cgroups alive, as sandboxes do.
     pub(crate) sandboxes: Vec<Proc>,
     pub(crate) mesh: Mesh,
     pub(crate) kube: Kube,

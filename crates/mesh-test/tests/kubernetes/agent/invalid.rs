@@ -18,11 +18,11 @@ struct Row {
     /// Its scope, and a spec about the pods `app: APP` that closes `near`.
     namespaced: bool,
     spec: &'static str,
-    /// What is replaced by what no version understands, and its field.
+    /// The valid value, the invalid one that replaces it, and the field.
     good: &'static str,
     bad: &'static str,
     field: &'static str,
-    /// What holds instead, where it never was good.
+    /// The consequence if the object never had a valid version.
     instead: &'static str,
 }
 
@@ -143,7 +143,7 @@ impl Scene {
         }
     }
 
-    /// What no object of the rows is about.
+    /// Checks that traffic outside the row's object is not affected.
     fn rest_goes_on(&self, row: &Row) {
         for from in [&self.near, &self.b, &self.plain] {
             let reached = does_reach(from, &self.a);
@@ -243,7 +243,7 @@ impl Scene {
     }
 }
 
-/// What a list in a node's report says of an object of a row's kind.
+/// Returns the entry of an object in a list of a node's report.
 fn of(list: &Value, row: &Row, name: &str) -> Option<Value> {
     let mut all = list.as_array()?.iter();
     let found = all.find(|one| {

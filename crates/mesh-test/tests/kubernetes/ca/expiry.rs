@@ -47,7 +47,7 @@ fn until(fixture: &CaFixture, token: &str, seconds: i64) -> String {
     format!("{text}.{}", BASE64.encode(plain(&signature)))
 }
 
-/// What the API server itself says of a token.
+/// Returns the API server's own review of a token.
 fn reviewed(fixture: &CaFixture, token: &str) -> Value {
     let review = serde_json::json!({
         "apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview",

@@ -15,7 +15,7 @@ const HERE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 pub(crate) const AUDIENCE: Option<&str> = Some("mesh-ca");
 pub(crate) const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
 
-/// What a request asks for.
+/// The content of a certificate request.
 pub(crate) struct Asked<'a> {
     pub(crate) token: &'a str,
     pub(crate) csr: &'a str,

@@ -153,7 +153,7 @@ fn not_issued_to(fixture: &CaFixture, n1: &str) {
     .expect("refused");
 }
 
-/// What is asked, and is no request.
+/// Checks that the CA refuses bodies that are no valid certificate requests.
 fn nor_for(fixture: &CaFixture, n1: &str) {
     fixture.refused(&web(n1, ""), 3, "malformed");
     fixture.refused(&web(n1, &fixture.p256().repeat(2)), 3, "malformed");
@@ -203,7 +203,7 @@ fn with_a_byte_more(fixture: &CaFixture) -> String {
     format!("-----BEGIN {name}-----\n{body}-----END {name}-----\n")
 }
 
-/// What a request asks for beyond a key is not given.
+/// The CA takes nothing but the key from a request.
 #[test]
 fn csr_names_usages_and_lifetime_are_ignored() {
     let fixture = CaFixture::start();
