@@ -96,7 +96,7 @@ struct Row {
     came: String,
     seconds: [f64; 2],
     counted: Counts,
-    /// Creates a row. `came` is what the application receives, connection by connection.
+    /// The bytes that the application receives, connection by connection.
     got: &'static [&'static str],
 }
 
