@@ -19,7 +19,7 @@ use crate::sock_addr::{
     set_mark, socket,
 };
 use crate::tables::{self, SOCKETS, Tables, storage};
-use crate::udp_flows::{self, Seen};
+use crate::udp_flows;
 
 /// Handles the hooks connect4 and connect6.
 #[inline(always)]
@@ -86,7 +86,7 @@ pub(crate) fn connect<F: Family>(ctx: &SockAddrContext) -> i32 {
     };
     remember(ctx, &ask, &asked, &decision.path, flags);
     if protocol == Protocol::UDP && !unbound {
-        udp_flows::open(&ask, &decision, Seen::FromPod);
+        udp_flows::open(&ask, &decision, Direction::Egress);
     }
     if ask.remote != asked {
         set_endpoint::<F>(ctx, &ask.remote);

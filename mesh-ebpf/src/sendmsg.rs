@@ -62,7 +62,7 @@ pub(crate) fn sendmsg<F: Family>(ctx: &SockAddrContext) -> i32 {
             audit::outbound(audited, &ask, service(&ask, &asked));
         }
         if bound {
-            udp_flows::open(&ask, &decision, Seen::FromPod);
+            udp_flows::open(&ask, &decision, Direction::Egress);
         }
     }
     if ask.remote != asked {

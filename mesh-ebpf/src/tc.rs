@@ -141,14 +141,15 @@ fn continues_from_pod(ctx: &TcContext, gate: &GatePod) -> bool {
     if (own_mac != 0 && own_mac != segment.mac) || !gate.owns(&segment.from.addr) {
         return false;
     }
-    let enrolled = gate.has(PodState::ENROLLED);
     let opens = segment.flags & (SYN | ACK) == SYN;
-    let continues = !opens && (!enrolled || tables::local(&segment.to.addr).is_some());
-    if continues || !enrolled {
-        return continues;
+    if !gate.has(PodState::ENROLLED) {
+        return !opens;
+    }
+    if !opens && tables::local(&segment.to.addr).is_some() {
+        return true;
     }
     // The agent's own tunnels. sock_ops adds an outgoing one before its SYN, and an incoming one when it
-    // is established; until then it is in `MARKED`.
+    // is established; until then, one on an application's port is in `MARKED`.
     tables::is_tunnel(&segment.from, &segment.to)
         || (!opens && tables::is_steered(&segment.from, &segment.to))
 }
@@ -331,7 +332,7 @@ fn send(pod: PodIndex, state: &PodState, ip: &Packet) -> i32 {
             audit::outbound(audited, &ask, None);
         }
         if udp {
-            udp_flows::open(&ask, &decision, Seen::FromPod);
+            udp_flows::open(&ask, &decision, Direction::Egress);
             report::add(Counter::UnencryptedBytes(decision.path.clear), bytes);
         }
     }
@@ -465,7 +466,7 @@ fn decide_arrival(pod: PodIndex, ip: &Packet, origin: Origin) -> i32 {
         audit::inbound(&ask, &ip.to);
     }
     if udp {
-        udp_flows::open(&ask, &decision, Seen::ToPod);
+        udp_flows::open(&ask, &decision, Direction::Ingress);
         report::add(Counter::UnencryptedBytes(decision.path.clear), bytes);
     }
     first_fragment(ip);

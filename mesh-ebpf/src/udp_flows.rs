@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: MIT OR GPL-2.0-only OR Apache-2.0
 //! The UDP flow table: replies to allowed datagrams pass. Each pod has a fixed number of flows.
 
-use mesh_common::Endpoint;
-use mesh_common::Port;
 use mesh_common::counter::Counter;
 use mesh_common::flow::{FLOW_WAYS, FLOWS_PER_POD, Flow, FlowSlot, FlowTuple};
 use mesh_common::pod::PodIndex;
+use mesh_common::{Direction, Endpoint, Port};
 
 use crate::decision::{self, Ask, Decision};
 use crate::report::{add, now};
@@ -65,13 +64,13 @@ pub(crate) fn refresh(ask: &mut Ask, decision: &mut Decision, seen: Seen, bytes:
     mesh_flow_refresh(ask, seen.flag(), bytes, &mut flags) == LIVE
 }
 
-/// Inserts the flow of traffic that `decision` allows, in a free slot or in place of the oldest flow of
+/// Inserts the flow of a datagram that `decision` allows, in a free slot or in place of the oldest flow of
 /// its slots. If the table is full, the next datagram is decided again.
 #[inline(always)]
-pub(crate) fn open(ask: &Ask, decision: &Decision, seen: Seen) {
-    let flags = match seen {
-        Seen::FromPod => Flow::FROM_POD | Flow::EGRESS,
-        Seen::ToPod | Seen::LookUp => Flow::TO_POD | Flow::from_origin(ask.origin),
+pub(crate) fn open(ask: &Ask, decision: &Decision, direction: Direction) {
+    let flags = match direction {
+        Direction::Egress => Flow::FROM_POD | Flow::EGRESS,
+        Direction::Ingress => Flow::TO_POD | Flow::from_origin(ask.origin),
     };
     let _ = mesh_flow_insert(ask, decision, flags);
 }

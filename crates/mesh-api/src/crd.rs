@@ -38,7 +38,7 @@ pub use mesh_policy::{
     MeshPort, PolicyMode, PortProtocol,
 };
 pub use mesh_traffic_policy::{
-    ConnectionLimits, LoadBalancing, MeshTrafficPolicy, MeshTrafficPolicySpec, OutlierEjection,
-    RetryPolicy, ServiceTarget,
+    ConnectionLimits, LoadBalancing, MeshTrafficPolicy, MeshTrafficPolicySpec, NO_EFFECT,
+    OutlierEjection, RetryPolicy, ServiceTarget,
 };
 pub use status::{ACCEPTED, FieldRejection, IN_FORCE, PolicyStatus};

@@ -128,7 +128,7 @@ fn nulls_to_empty_strings(value: &mut Value) {
             let is_service = map.get("kind").is_some_and(|kind| kind == "Service");
             for (key, value) in &mut *map {
                 if STRING_MAPS.contains(&key.as_str()) {
-                    fill(value);
+                    fill_nulls(value);
                 } else {
                     nulls_to_empty_strings(value);
                 }
@@ -136,7 +136,7 @@ fn nulls_to_empty_strings(value: &mut Value) {
             if is_service
                 && let Some(selector) = map.get_mut("spec").and_then(|s| s.get_mut("selector"))
             {
-                fill(selector);
+                fill_nulls(selector);
             }
         }
         Value::Array(items) => items.iter_mut().for_each(nulls_to_empty_strings),
@@ -144,7 +144,8 @@ fn nulls_to_empty_strings(value: &mut Value) {
     }
 }
 
-fn fill(map: &mut Value) {
+/// Replaces nulls in one map by empty strings.
+fn fill_nulls(map: &mut Value) {
     let values = map.as_object_mut().into_iter().flat_map(Map::values_mut);
     for value in values.filter(|value| value.is_null()) {
         *value = Value::from("");

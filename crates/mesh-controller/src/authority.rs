@@ -138,18 +138,16 @@ impl Material {
             return Ok(Some(next));
         }
         let request = request.filter(|request| *request != self.last_request);
-        let root = parse_certificate(&self.root.certificate, "root.crt")?;
-        if request.is_some() || not_after(&root)? < now + ROOT_RENEWAL {
+        let root_expiry = expiry(&self.root.certificate, "root.crt")?;
+        if request.is_some() || root_expiry < now + ROOT_RENEWAL {
             next.next = Some((create_root(trust_domain, now)?, unix(now)));
             next.last_request = request.unwrap_or(&self.last_request).to_owned();
             return Ok(Some(next));
         }
         let missing = self.intermediate.certificate.is_empty();
         if missing
-            || not_after(&parse_certificate(
-                &self.intermediate.certificate,
-                "intermediate.crt",
-            )?)? < now + INTERMEDIATE_RENEWAL
+            || expiry(&self.intermediate.certificate, "intermediate.crt")?
+                < now + INTERMEDIATE_RENEWAL
         {
             if self.root.key.is_empty() {
                 return if missing {
@@ -208,7 +206,7 @@ fn create_intermediate(
         return Err(Error::NoRootKey);
     }
     let root_key = KeyPair::from_pem(&root.key).map_err(|_unusable| Error::Key("root.key"))?;
-    let root_not_after = not_after(&parse_certificate(&root.certificate, "root.crt")?)?;
+    let root_not_after = expiry(&root.certificate, "root.crt")?;
     let root = Issuer::from_ca_cert_pem(&root.certificate, root_key)?;
     let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
     let mut params = ca_params(trust_domain, "intermediate", now);
@@ -224,6 +222,11 @@ fn create_intermediate(
 
 fn parse_certificate(pem: &str, file: &'static str) -> Result<CertificateDer<'static>, Error> {
     CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|_none| Error::Certificate(file))
+}
+
+/// Returns the expiry of a PEM certificate of the CA.
+fn expiry(pem: &str, file: &'static str) -> Result<SystemTime, Error> {
+    not_after(&parse_certificate(pem, file)?)
 }
 
 fn not_after(certificate: &CertificateDer<'_>) -> Result<SystemTime, Error> {

@@ -22,7 +22,8 @@ use kube::runtime::reflector::store::Writer;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Client, Resource, ResourceExt as _};
 use mesh_api::crd::{
-    ClusterMeshPolicy, MeshAuthentication, MeshNode, MeshPolicy, MeshTrafficPolicy, PolicyStatus,
+    ClusterMeshPolicy, MeshAuthentication, MeshNode, MeshPolicy, MeshTrafficPolicy, NO_EFFECT,
+    PolicyStatus,
 };
 use serde_json::{Value, json};
 use tokio::sync::{Notify, watch};
@@ -286,7 +287,7 @@ fn not_implemented(generation: i64, before: &PolicyStatus, now: &Time) -> Policy
             .find(|one| one.type_ == condition.type_);
         condition.status = "False".to_owned();
         condition.reason = "NotActedUpon".to_owned();
-        condition.message = "MeshTrafficPolicy has no effect in this version".to_owned();
+        condition.message = NO_EFFECT.to_owned();
         condition.last_transition_time = match old.filter(|old| old.status == "False") {
             Some(old) => old.last_transition_time.clone(),
             None => now.clone(),

@@ -205,6 +205,17 @@ impl Manifests {
     }
 }
 
+/// Returns a NetworkPolicy that isolates the pods of a namespace with the label `app`, by which it is
+/// named too. `direction` is `Ingress` or `Egress`.
+#[must_use]
+pub fn isolate(namespace: &str, app: &str, direction: &str) -> String {
+    format!(
+        "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\n\
+         metadata: {{name: {app}, namespace: {namespace}}}\n\
+         spec: {{podSelector: {{matchLabels: {{app: {app}}}}}, policyTypes: [{direction}]}}\n"
+    )
+}
+
 /// Formats a JSON value as block-style YAML. Strings are quoted as in JSON, which is valid YAML.
 #[must_use]
 pub fn to_yaml(value: &Value) -> String {

@@ -83,11 +83,11 @@ async fn run(settings: Settings, started: oneshot::Sender<Result<Watched, Error>
 /// The state of the list and watch of a kind.
 #[derive(Debug, Default)]
 struct Progress {
-    /// Whether a list completed, or the kind is known not to be served.
+    /// True after the first complete list, or after the API server was found not to serve the kind.
     complete: bool,
     /// The objects of the list in progress.
     listing: Option<BTreeSet<ObjectRef>>,
-    /// Whether the API server does not serve the kind, and no objects of it are known.
+    /// True if the API server does not serve the kind and the agent knows no objects of it.
     absent: bool,
     /// The reason why the kind cannot be watched now.
     error: Option<String>,
@@ -220,20 +220,21 @@ impl KubernetesSource {
                 progress.listing = None;
                 progress.complete = true;
                 progress.absent = kept == 0;
-                if progress.error != error {
-                    progress.error = error;
-                    self.report_state();
-                }
+                self.set_error(kind, error);
             }
-            Event::Health(error) => {
-                if progress.error != error {
-                    progress.error = error;
-                    self.report_state();
-                }
-                return;
-            }
+            Event::Health(error) => return self.set_error(kind, error),
         }
         self.changed.get_or_insert_with(Instant::now);
+    }
+
+    /// Sets or clears the reason why a kind cannot be watched, and reports a change.
+    fn set_error(&mut self, kind: Kind, error: Option<String>) {
+        if let Some(progress) = self.progress.get_mut(&kind)
+            && progress.error != error
+        {
+            progress.error = error;
+            self.report_state();
+        }
     }
 
     fn publish_at(&self) -> Option<Instant> {

@@ -223,9 +223,10 @@ impl IncrementalConverter {
 
     /// Adds the last good versions that an earlier run had of a kind which cannot be listed now.
     pub fn restore(&mut self, kind: Kind) {
-        let of_kind = |(object, _): &(&ObjectRef, &Kept)| object.kind == kind.name();
-        let restored: Vec<(ObjectRef, Entry)> = (self.before.kept.iter().filter(of_kind))
-            .filter(|(object, _)| !self.entries.contains_key(*object))
+        let is_missing = |(object, _): &(&ObjectRef, &Kept)| {
+            object.kind == kind.name() && !self.entries.contains_key(*object)
+        };
+        let restored: Vec<(ObjectRef, Entry)> = (self.before.kept.iter().filter(is_missing))
             .map(|(object, kept)| {
                 let entry = Entry {
                     uid: kept.uid.clone(),

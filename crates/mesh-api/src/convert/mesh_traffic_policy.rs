@@ -3,10 +3,10 @@
 
 use super::ParsedObject;
 use super::object::{Fallback, Issues, RawObject, own_spec};
-use crate::crd::MeshTrafficPolicySpec;
+use crate::crd::{MeshTrafficPolicySpec, NO_EFFECT};
 
 pub(super) fn parse(object: &RawObject<'_>, issues: &mut Issues) -> Option<ParsedObject> {
-    issues.warn("", "MeshTrafficPolicy has no effect in this version");
+    issues.warn("", NO_EFFECT);
     let MeshTrafficPolicySpec {
         target_ref: _,
         load_balancing: _,

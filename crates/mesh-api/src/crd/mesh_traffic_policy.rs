@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use super::status::PolicyStatus;
 
+/// The message about a MeshTrafficPolicy, in warnings of agents and in its status.
+pub const NO_EFFECT: &str = "MeshTrafficPolicy has no effect in this version";
+
 /// MeshTrafficPolicySpec defines how connections to a service are made.
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(

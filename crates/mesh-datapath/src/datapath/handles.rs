@@ -146,10 +146,11 @@ impl Handles {
         };
         // The order matters: a connection that becomes established moves from the first map to the second.
         let [_, tunnels, marked] = &self.inner.counted;
-        let begins = socket.state == state::SYN_RECV && value_in(marked) == Some(MARK_STEERED);
-        // The sk_lookup hook gives a connection request for the tunnel port to the agent.
-        let answers = socket.state == state::SYN_RECV && socket.local.port == TUNNEL_PORT;
-        begins || answers || value_in(tunnels).is_some()
+        // The sk_lookup hook gives connection requests to the agent: those for the tunnel port, and those that
+        // it has marked.
+        let begins = socket.state == state::SYN_RECV
+            && (socket.local.port == TUNNEL_PORT || value_in(marked) == Some(MARK_STEERED));
+        begins || value_in(tunnels).is_some()
     }
 
     /// Returns the sum of a counter over all CPUs; 0 if the map cannot be read.

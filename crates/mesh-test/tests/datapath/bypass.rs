@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use mesh_test::capture::Scope;
+use mesh_test::manifests::isolate;
 use mesh_test::mesh::ENROLLED;
 use mesh_test::pod::probe_cmd;
 use mesh_test::reports::Tcp;
@@ -56,21 +57,20 @@ fn at(addr: IpAddr, port: u16) -> SocketAddr {
 fn bypasses(a: &Pod, b: &Pod) -> Vec<String> {
     let mut lines = Vec::new();
     for (own, peer) in pairs(a, b) {
-        let dst = at(peer, 8080);
-        for (port, flags) in [(40_000, "S"), (15_008, "S"), (40_001, "PA"), (15_008, "PA")] {
-            let src = at(own, port);
+        for (from, to, flags) in [
+            (40_000, 8080, "S"),
+            (15_008, 8080, "S"),
+            (40_001, 8080, "PA"),
+            (15_008, 8080, "PA"),
+            (40_003, 15_008, "S"),
+            (40_004, 15_008, "PA"),
+        ] {
+            let (src, dst) = (at(own, from), at(peer, to));
             lines.push(format!(
                 "raw --src {src} --dst {dst} --flags {flags} --payload {MARKER}"
             ));
         }
-        // The peer's tunnel port.
-        for (port, flags) in [(40_003, "S"), (40_004, "PA")] {
-            let (src, dst) = (at(own, port), at(peer, 15_008));
-            lines.push(format!(
-                "raw --src {src} --dst {dst} --flags {flags} --payload {MARKER}"
-            ));
-        }
-        let src = at(own, 40_002);
+        let (src, dst) = (at(own, 40_002), at(peer, 8080));
         let (src_mac, dst_mac) = (a.mac(), a.gateway_mac());
         lines.push(format!(
             "frame --src {src} --dst {dst} --flags S --payload {MARKER} --bypass \
@@ -125,8 +125,8 @@ fn raw_and_packet_sockets_cannot_bypass_tunnel() {
     }
 }
 
-/// Connects from the tunnel port, tells so, and waits for the end of the connection.
-const FROM_TUNNEL_PORT: &str = "
+/// Script that connects from a local port, prints a line, and prints another when the connection closes.
+const FROM_PORT: &str = "
 import socket, sys
 family = socket.AF_INET6 if ':' in sys.argv[1] else socket.AF_INET
 c = socket.socket(family, socket.SOCK_STREAM)
@@ -135,18 +135,9 @@ c.bind((sys.argv[1], int(sys.argv[3])))
 c.connect((sys.argv[2], 8080)); print('connected', flush=True)
 try:
     c.recv(1); print('closed')
-except OSError as e:
+except OSError:
     print('reset')
 ";
-
-/// Denies what the pods of `default` with the label `app` send or receive.
-fn deny_all(app: &str, direction: &str) -> String {
-    format!(
-        "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\n\
-         metadata: {{name: deny, namespace: default}}\n\
-         spec: {{podSelector: {{matchLabels: {{app: {app}}}}}, policyTypes: [{direction}]}}\n"
-    )
-}
 
 #[test]
 fn tunnel_port_as_source_port_does_not_escape_policy() {
@@ -161,13 +152,14 @@ fn tunnel_port_as_source_port_does_not_escape_policy() {
             .flat_map(|(own, peer)| [("15008", own, peer), ("15009", own, peer)])
             .map(|(port, own, peer)| {
                 let args = [own.to_string(), peer.to_string(), port.to_owned()];
-                let client = Cmd::new("python3").args(["-uc", FROM_TUNNEL_PORT]);
+                let client = Cmd::new("python3").args(["-uc", FROM_PORT]);
                 let client = a.spawn_lines(client.args(args)).expect("python3");
                 assert_eq!(client.next_line(SOON).expect("a line"), "connected");
                 (port, peer, client)
             })
             .collect();
-        mesh.enforce(&deny_all(app, direction)).expect("in force");
+        mesh.enforce(&isolate("default", app, direction))
+            .expect("in force");
         for (port, peer, client) in clients {
             let end = client.next_line(SOON);
             let end = end.with_context(|| format!("{port} to {peer}, {app} {direction}"));

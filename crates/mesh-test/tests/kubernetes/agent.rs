@@ -17,7 +17,8 @@ use mesh_test::{Kube, Lab, Pod, Topology, eventually};
 use serde_json::{Value, json};
 
 use fixture::{
-    Fixture, SOON, config, does_reach, install_crds, serve, storm, tell_status, unharmed,
+    Fixture, SOON, any_schema, config, does_reach, install_crds, patch_crd, serve, storm,
+    tell_status, unharmed,
 };
 
 const DENY: &str = "
@@ -299,18 +300,14 @@ fn serve_first_version(kube: &Kube, crd: &str, served: bool) {
     let patch = if served {
         json!([{"op": "replace", "path": "/spec/versions/0/served", "value": true}])
     } else {
-        let schema = json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true});
-        let other = json!({
-            "name": "v9", "served": true, "storage": false, "schema": {"openAPIV3Schema": schema},
-        });
+        let schema = json!({"openAPIV3Schema": any_schema()});
+        let other = json!({"name": "v9", "served": true, "storage": false, "schema": schema});
         json!([
             {"op": "add", "path": "/spec/versions/-", "value": other},
             {"op": "replace", "path": "/spec/versions/0/served", "value": false},
         ])
     };
-    let patch = patch.to_string();
-    kube.kubectl(["patch", "crd", crd, "--type=json", "-p", &patch])
-        .expect("patch");
+    patch_crd(kube, crd, &patch);
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mesh_test::manifests::isolate;
 use mesh_test::mesh::ENROLLED;
 use mesh_test::reports::Held;
 use mesh_test::{AgentConfig, Cmd, Lab, Mesh, Pod, PodSpec, Proc, Topology, eventually};
@@ -300,15 +301,6 @@ fn service(mesh: &Mesh, server: &Pod) -> [IpAddr; 2] {
     VIPS.map(|ip| ip.parse().expect("an address"))
 }
 
-/// Returns a policy that denies all egress of a pod.
-fn isolated(namespace: &str, app: &str) -> String {
-    format!(
-        "---\napiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\n\
-         metadata: {{name: {app}, namespace: {namespace}}}\n\
-         spec: {{podSelector: {{matchLabels: {{app: {app}}}}}, policyTypes: [Egress]}}\n"
-    )
-}
-
 #[test]
 fn egress_change_closes_open_connections() {
     let mesh = mesh("15008");
@@ -344,8 +336,8 @@ fn egress_change_closes_open_connections() {
     // What clients may send, near and in clear, is taken away.
     let both = format!(
         "{allowed}{}{}",
-        isolated("default", "near-bad"),
-        isolated("plain", "clear-bad")
+        isolate("default", "near-bad", "Egress"),
+        isolate("plain", "clear-bad", "Egress")
     );
     mesh.enforce(&both).expect("in force");
     ends(
@@ -367,7 +359,7 @@ fn egress_change_closes_open_connections() {
     );
 
     // What a client may send by a tunnel.
-    let far = isolated("default", "far-good");
+    let far = isolate("default", "far-good", "Egress");
     mesh.enforce(&format!("{both}{strict}{far}"))
         .expect("in force");
     ends(
@@ -455,7 +447,7 @@ fn closed_listener_keeps_server_direction() {
         (listener, talk)
     });
     // It is no client: what it may send of its own does not matter.
-    let quiet = isolated("default", "other");
+    let quiet = isolate("default", "other", "Egress");
     mesh.enforce(&quiet).expect("in force");
     for (_, talk) in &talks {
         let line = talk.line(AT_ONCE);

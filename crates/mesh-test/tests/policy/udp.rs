@@ -5,6 +5,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use mesh_test::manifests::isolate;
 use mesh_test::mesh::ENROLLED;
 use mesh_test::pod::probe_cmd;
 use mesh_test::reports::Udp;
@@ -27,17 +28,6 @@ fn mesh() -> Mesh {
     Mesh::start(lab).expect("mesh")
 }
 
-/// A policy that isolates `app` in a direction and allows nothing.
-fn isolate(app: &str, direction: &str) -> String {
-    format!(
-        "apiVersion: networking.k8s.io/v1
-kind: NetworkPolicy
-metadata: {{name: isolate-{app}, namespace: default}}
-spec: {{podSelector: {{matchLabels: {{app: {app}}}}}, policyTypes: [{direction}]}}
-"
-    )
-}
-
 fn udp(pod: &Pod, line: &str) -> Udp {
     pod.probe(line).expect("run").json().expect("report")
 }
@@ -58,7 +48,7 @@ fn ingress_isolated_client_receives_only_replies() {
     let _server = server.serve("--udp [::]:7000").expect("server");
     let _listener = client.serve("--udp [::]:7001").expect("listener");
     until(&stranger, client.at(7001)[0], true);
-    mesh.apply_text("isolate", &isolate("client", "Ingress"))
+    mesh.apply_text("isolate", &isolate("default", "client", "Ingress"))
         .expect("apply");
     until(&stranger, client.at(7001)[0], false);
     for to in server.at(7000) {
@@ -85,7 +75,7 @@ fn egress_isolated_server_sends_only_replies() {
     let _server = server.serve("--udp [::]:7000").expect("server");
     let _listener = client.serve("--udp [::]:7001").expect("listener");
     until(&server, client.at(7001)[0], true);
-    mesh.apply_text("isolate", &isolate("server", "Egress"))
+    mesh.apply_text("isolate", &isolate("default", "server", "Egress"))
         .expect("apply");
     until(&server, client.at(7001)[0], false);
     for to in server.at(7000) {
@@ -128,7 +118,7 @@ fn forged_icmp_error_opens_no_flow() {
     let (client, server) = (mesh.pod("client"), mesh.pod("server"));
     let _listener = client.serve("--udp [::]:7001").expect("listener");
     until(&server, client.at(7001)[0], true);
-    mesh.apply_text("isolate", &isolate("server", "Egress"))
+    mesh.apply_text("isolate", &isolate("default", "server", "Egress"))
         .expect("apply");
     until(&server, client.at(7001)[0], false);
     for (index, victim) in server.at(7100).into_iter().enumerate() {
@@ -160,7 +150,7 @@ fn only_idle_flows_expire() {
     let (client, server, stranger) = (mesh.pod("client"), mesh.pod("server"), mesh.pod("stranger"));
     let _server = server.serve("--udp [::]:7000 --report").expect("server");
     let _listener = client.serve("--udp [::]:7001").expect("listener");
-    mesh.apply_text("isolate", &isolate("client", "Ingress"))
+    mesh.apply_text("isolate", &isolate("default", "client", "Ingress"))
         .expect("apply");
     until(&stranger, client.at(7001)[0], false);
     let to = server.at(7000)[0];
@@ -204,7 +194,7 @@ fn denying_policy_ends_flow() {
         ))
         .expect("client");
     until(&client, to, true);
-    mesh.apply_text("isolate", &isolate("server", "Ingress"))
+    mesh.apply_text("isolate", &isolate("default", "server", "Ingress"))
         .expect("apply");
     let line = busy
         .line(Duration::from_secs(60))

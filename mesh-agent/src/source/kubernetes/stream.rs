@@ -35,7 +35,7 @@ const BRIEF: Duration = Duration::from_secs(1);
 /// The number of consecutive error responses after which the resource version may be the cause (it may be
 /// of another server, or older than a restored backup), and the kind is listed again.
 const REFUSALS: u32 = 4;
-/// A kind that was served before is absent when the API server has not served it for this long. A server
+/// A kind that was served before is reported as not served when the API server has not served it for this long. A server
 /// that is starting, or one of several servers, may not know the kind yet.
 const GONE: Duration = Duration::from_secs(10);
 
@@ -50,7 +50,7 @@ pub(super) enum Event {
     Deleted(Value),
     /// The list is complete.
     Listed,
-    /// The kind is not installed.
+    /// The API server does not serve the kind.
     Absent,
     /// The error of the watch; `None` if the watch works and its objects are current.
     Health(Option<String>),

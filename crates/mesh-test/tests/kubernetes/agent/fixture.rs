@@ -34,6 +34,18 @@ pub(crate) fn install_crds(kube: &Kube) {
     kube.crds_established().expect("established");
 }
 
+/// Applies a JSON patch to a CRD.
+pub(crate) fn patch_crd(kube: &Kube, crd: &str, patch: &Value) {
+    let patch = patch.to_string();
+    kube.kubectl(["patch", "crd", crd, "--type=json", "-p", &patch])
+        .expect("patch");
+}
+
+/// Returns the schema of a CRD that accepts any object.
+pub(crate) fn any_schema() -> Value {
+    json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})
+}
+
 pub(crate) fn nodes(kube: &Kube, lab: &Lab) {
     for node in lab.nodes() {
         let cidrs = node.pod_cidrs();

@@ -9,7 +9,7 @@ use mesh_test::{Kube, Pod, eventually};
 use serde_json::{Value, json};
 
 use super::DENY;
-use super::fixture::{Fixture, SOON, does_reach, serve, storm, unharmed};
+use super::fixture::{Fixture, SOON, any_schema, does_reach, patch_crd, serve, storm, unharmed};
 
 /// A kind, and what is made invalid in an object of it.
 struct Row {
@@ -100,22 +100,13 @@ impl Row {
     }
 }
 
-/// Takes the schema of a kind away, as an older version of it may have been without one.
-fn without_schema(kube: &Kube, crd: &str) {
-    let patch = json!([{
-        "op": "replace",
-        "path": "/spec/versions/0/schema/openAPIV3Schema",
-        "value": {"type": "object", "x-kubernetes-preserve-unknown-fields": true},
-    }]);
-    let patch = patch.to_string();
-    kube.kubectl(["patch", "crd", crd, "--type=json", "-p", &patch])
-        .expect("patch");
-}
-
-/// Writes an object that the schema of its kind refuses, past it.
+/// Writes an object that the schema of its kind refuses. It replaces the schema, as an older version of
+/// the CRD may have had none.
 fn write_past_schema(kube: &Kube, crd: &str, object: &str) {
     assert!(kube.apply_text(object).is_err(), "{object}: the schema");
-    without_schema(kube, crd);
+    let schema = "/spec/versions/0/schema/openAPIV3Schema";
+    let patch = json!([{"op": "replace", "path": schema, "value": any_schema()}]);
+    patch_crd(kube, crd, &patch);
     let mut last = None;
     eventually("a schema that takes anything", SOON, || {
         let applied = kube.apply_text(object);
