@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The admin interface: the agent's own pages beside those of metrics and probes.
 //!
-//! The `--metrics` address serves `/metrics`, `/livez` and `/readyz`. The admin socket (mode 0600)
+//! The `--metrics` address serves `/metrics`, `/livez` and `/readyz`, and so does the `--probes` address, which
+//! pods cannot reach, so that no pod can keep the kubelet from an answer. The admin socket (mode 0600)
 //! serves these and `/status`, `/plan`, `/pods`, `/facts`, `/connections`, `/flows` and
 //! `/log-level`. The pages change nothing but the log level.
 
@@ -33,6 +34,14 @@ pub enum Error {
     /// The metrics address is in use, or does not exist.
     #[error("cannot listen on {addr} for metrics (--metrics)")]
     Metrics {
+        /// The address.
+        addr: SocketAddr,
+        /// Cause.
+        source: io::Error,
+    },
+    /// The address of probes is in use, or does not exist.
+    #[error("cannot listen on {addr} for probes (--probes)")]
+    Probes {
         /// The address.
         addr: SocketAddr,
         /// Cause.
@@ -112,7 +121,8 @@ enum Access {
 
 /// The open listeners, before they are served.
 pub struct Admin {
-    metrics: Listener,
+    /// The listeners of metrics and probes.
+    probes: [Listener; 2],
     listeners: Vec<(Access, Listener)>,
     metrics_addr: SocketAddr,
     views: Views,
@@ -127,13 +137,24 @@ impl std::fmt::Debug for Admin {
 }
 
 impl Admin {
-    /// Opens every listener and takes over those of a predecessor: the metrics address is shared until
-    /// the predecessor ends, the admin socket is replaced. Must be called inside the runtime that serves.
+    /// Opens every listener and takes over those of a predecessor: the addresses of metrics and probes are
+    /// shared until the predecessor ends, the admin socket is replaced. Must be called inside the runtime that serves.
     ///
     /// # Errors
     /// When a listener cannot be opened.
-    pub fn bind(addr: SocketAddr, admin: &[AdminAddr], views: Views) -> Result<Self, Error> {
-        let metrics = Listener::tcp(addr).map_err(|source| Error::Metrics { addr, source })?;
+    pub fn bind(
+        [metrics_addr, probes_addr]: [SocketAddr; 2],
+        admin: &[AdminAddr],
+        views: Views,
+    ) -> Result<Self, Error> {
+        let metrics = Listener::tcp(metrics_addr).map_err(|source| Error::Metrics {
+            addr: metrics_addr,
+            source,
+        })?;
+        let probes = Listener::tcp(probes_addr).map_err(|source| Error::Probes {
+            addr: probes_addr,
+            source,
+        })?;
         let mut listeners = Vec::new();
         for addr in admin {
             listeners.push(match addr {
@@ -154,8 +175,8 @@ impl Admin {
             });
         }
         Ok(Self {
-            metrics_addr: metrics.addr().unwrap_or(addr),
-            metrics,
+            metrics_addr: metrics.addr().unwrap_or(metrics_addr),
+            probes: [metrics, probes],
             listeners,
             views,
         })
@@ -172,7 +193,9 @@ impl Admin {
     pub async fn serve(self, stop: watch::Receiver<bool>) {
         let mut tasks = JoinSet::new();
         let probes = self.views.probes();
-        tasks.spawn(http::serve(self.metrics, probes, stop.clone()));
+        for listener in self.probes {
+            tasks.spawn(http::serve(listener, probes.clone(), stop.clone()));
+        }
         for (access, listener) in self.listeners {
             let pages = pages::Pages::new(self.views.clone(), access);
             tasks.spawn(http::serve(listener, pages, stop.clone()));

@@ -317,7 +317,7 @@ impl Components {
             flows: self.flow_log.sink(),
             level,
         };
-        let admin = Admin::bind(config.metrics, &config.admin, answers)?;
+        let admin = Admin::bind([config.metrics, config.probes], &config.admin, answers)?;
         tracing::info!(node = config.node, metrics = %admin.metrics_addr(), "serving");
         self.tasks
             .push(tokio::spawn(admin.serve(self.stop_serving.subscribe())));

@@ -4,8 +4,8 @@
 //!
 //! One task owns the datapath and the pods' network namespaces. Restart, resync and retry are one path,
 //! [`reconcile`]. Nothing is changed before the first snapshot: the pinned state of an earlier agent
-//! stays in force. After [`run`] was told to stop, nothing is written, so that a successor is the only
-//! writer. Readers get one value, [`InForce`].
+//! stays in force. While several agents of a node run, the newest writes, and the others only detach removed
+//! pods; after [`run`] was told to stop, it does not write again. Readers get one value, [`InForce`].
 
 pub mod connections;
 mod desired;
@@ -43,7 +43,7 @@ use desired::Desired;
 use managed::{Detached, ManagedPod, Retry};
 use mesh_datapath::pods::find::Find;
 use mesh_datapath::pods::{PodTable, netns_config};
-use mesh_log::Chain;
+use mesh_log::{Chain, log_limited, warn_limited};
 use recheck_queue::RecheckQueue;
 
 pub use in_force::{InForce, Publisher, channel};
@@ -52,6 +52,8 @@ pub use status::{PodStatus, Status};
 
 /// Interval of checking for removed namespaces; a removed one is detached within twice this time.
 const TICK: Duration = Duration::from_millis(250);
+/// Interval of checking for a successor, or for the predecessor to stop writing.
+const ELECTION: Duration = Duration::from_millis(50);
 /// Interval of checking the pods' network configuration without a notification.
 const CHECK: Duration = Duration::from_secs(1);
 /// Interval of removing expired UDP flows: a pod's flows are bounded, but 64 pods at their bound would fill
@@ -105,9 +107,14 @@ pub async fn run(
     control.set_snapshot(&snapshots.borrow_and_update());
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut election = interval(ELECTION);
+    election.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while !*stop.borrow() {
-        control.reconcile_if_due();
-        control.recheck_one();
+        let writes = control.is_writer();
+        if writes {
+            control.reconcile_if_due();
+            control.recheck_one();
+        }
         tokio::select! {
             biased;
             _ = stop.changed() => {}
@@ -117,11 +124,13 @@ pub async fn run(
                 }
                 control.set_snapshot(&snapshots.borrow_and_update());
             }
-            Some(uid) = changes.recv() => control.repair(&uid),
-            _ = tick.tick() => control.check(),
-            () = std::future::ready(()), if control.pods.recheck.is_pending() => {}
+            Some(uid) = changes.recv(), if writes => control.repair(&uid),
+            _ = tick.tick() => if writes { control.check() } else { control.detach_removed() },
+            _ = election.tick() => {}
+            () = std::future::ready(()), if writes && control.pods.recheck.is_pending() => {}
         }
     }
+    control.kernel.api.stop_writing();
     loop {
         tick.tick().await;
         control.detach_removed();
@@ -131,6 +140,8 @@ pub async fn run(
 /// The kernel's state, as far as it is known.
 struct KernelState<K> {
     api: K,
+    /// This agent wrote last; another one may have written since.
+    is_writer: bool,
     /// The plan that the kernel holds; `None` = unknown, to be read.
     plan: Option<Arc<Index>>,
     /// Slots of an earlier agent that no pod has claimed yet; `None` = not read yet.
@@ -235,6 +246,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
             desired: Desired::new(&settings.node, settings.own_addresses),
             kernel: KernelState {
                 api: kernel,
+                is_writer: false,
                 plan: None,
                 inherited: None,
                 swept: Instant::now(),
@@ -251,6 +263,20 @@ impl<K: Kernel, F: Find> Control<K, F> {
                 closed: 0,
             },
         }
+    }
+
+    /// Returns `true` if this agent is to write. When it becomes the writer, it reads the kernel's state again.
+    fn is_writer(&mut self) -> bool {
+        let before = std::mem::replace(&mut self.kernel.is_writer, self.kernel.api.is_writer());
+        if before && !self.kernel.is_writer {
+            tracing::info!("a successor writes the datapath");
+        } else if !before && self.kernel.is_writer {
+            self.kernel.plan = None;
+            self.kernel.inherited = None;
+            self.progress.is_dirty = true;
+            self.claim_listeners();
+        }
+        self.kernel.is_writer
     }
 
     /// Compiles a new snapshot.
@@ -312,7 +338,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
             self.kernel.swept = now;
             if let Err(error) = self.kernel.api.expire_flows() {
                 let error = describe(&error);
-                tracing::warn!(error, "cannot remove expired UDP flows");
+                warn_limited!("expire_flows", error, "cannot remove expired UDP flows");
             }
         }
     }
@@ -329,7 +355,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
         let trouble = match netns_config::ensure(&pod.home.netns, &enrollment.list) {
             Ok(restored) => {
                 for what in &restored {
-                    tracing::warn!(pod = %name, %what, "restored network configuration that was removed from the pod");
+                    log_limited!(warn, name, pod = %name, %what, "restored network configuration that was removed from the pod");
                 }
                 self.progress.restored += restored.len() as u64;
                 if restored.is_empty() && pod.trouble.is_none() {
@@ -343,21 +369,21 @@ impl<K: Kernel, F: Find> Control<K, F> {
         if trouble != pod.trouble
             && let Some(why) = &trouble
         {
-            tracing::warn!(pod = %name, error = %why, "cannot restore the pod's network configuration");
+            log_limited!(warn, name, pod = %name, error = %why, "cannot restore the pod's network configuration");
         }
         pod.trouble = trouble;
         self.publish_status();
     }
 
-    /// Puts the agent's listeners into their slots again: an agent that was replaced may have written its
-    /// own after ours, for a pod that came while both ran.
+    /// Puts the agent's listeners into their slots again: a successor that has ended may have replaced them, or
+    /// a predecessor of a version that does not stop writing by itself.
     fn claim_listeners(&mut self) {
         for pod in self.pods.managed.values() {
             for (slot, listener) in pod.enrollment.iter().flat_map(|e| e.listeners.iter()) {
                 let api = &mut self.kernel.api;
                 if let Err(error) = api.set_listener(pod.index, slot, listener.as_fd()) {
                     let error = describe(&error);
-                    tracing::warn!(pod = %pod.local.name, error, "cannot set a listener of the pod");
+                    log_limited!(warn, pod.local.name, pod = %pod.local.name, error, "cannot set a listener of the pod");
                 }
             }
         }

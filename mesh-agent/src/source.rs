@@ -11,7 +11,7 @@ pub(crate) mod kubernetes;
 pub mod state;
 pub(crate) mod status;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,6 +22,7 @@ use mesh_plan::cluster::{ClusterSnapshot, ObjectRef, Rejection, Version};
 use tokio::sync::watch;
 
 use mesh_config::Source;
+use mesh_log::log_limited;
 
 /// The settings of a source.
 #[derive(Clone, Debug)]
@@ -117,15 +118,17 @@ fn replace<T: PartialEq>(to: &watch::Sender<Arc<T>>, value: T) {
 
 /// Logs the rejections and warnings that were not in the previous report.
 fn log_new_messages(before: &Report, now: &Report) {
+    let known: BTreeSet<&Rejection> = before.rejections.iter().collect();
     for rejection in &now.rejections {
-        if !before.rejections.contains(rejection) {
-            tracing::error!(object = %rejection.object, field = rejection.field,
+        if !known.contains(rejection) {
+            log_limited!(error, rejection.object, object = %rejection.object, field = rejection.field,
                 why = rejection.why, consequence = rejection.consequence, "object rejected");
         }
     }
+    let known: BTreeSet<&Warning> = before.warnings.iter().collect();
     for warning in &now.warnings {
-        if !before.warnings.contains(warning) {
-            tracing::warn!(object = %warning.object, field = warning.field,
+        if !known.contains(warning) {
+            log_limited!(warn, warning.object, object = %warning.object, field = warning.field,
                 what = warning.what, "object accepted with a warning");
         }
     }

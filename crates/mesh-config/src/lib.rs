@@ -78,6 +78,8 @@ pub struct Config {
     pub admin: Vec<AdminAddr>,
     /// The listening address of metrics and probes.
     pub metrics: SocketAddr,
+    /// The listening address of probes, which pods cannot reach.
+    pub probes: SocketAddr,
     /// The destination of flow records.
     pub flow_log: FlowLog,
     /// The time for which open connections can continue after SIGTERM.
@@ -372,6 +374,7 @@ pub fn parse_agent(
         host,
         admin: values.list("admin", values::admin)?,
         metrics: values.required("metrics", values::socket_addr)?,
+        probes: values.required("probes", values::socket_addr)?,
         flow_log: values.required("flow-log", values::flow_log)?,
         drain: values.required("drain", values::duration)?,
         pod_cidrs: values.list("pod-cidr", values::cidr)?,

@@ -82,6 +82,7 @@ fn defaults() {
             },
             admin: vec![AdminAddr::Unix("/run/mesh/agent.sock".into())],
             metrics: "[::]:15020".parse().unwrap(),
+            probes: "127.0.0.1:15021".parse().unwrap(),
             flow_log: FlowLog::Stdout,
             drain: Duration::from_secs(10),
             pod_cidrs: Vec::new(),

@@ -9,8 +9,7 @@ use tokio::time::{Duration, Instant};
 const BURST: f64 = 256.0;
 /// Requests per second that a caller may send in the long run.
 const RATE: f64 = 16.0;
-/// Maximum number of tracked callers. Idle callers are removed first; while none is idle, new callers
-/// are refused.
+/// Maximum number of tracked callers. The caller that was longest idle is forgotten first.
 const MAX_CALLERS: usize = 8192;
 /// Maximum number of remembered keys. A forgotten key can be certified again, which still requires a
 /// token of its node.
@@ -24,11 +23,15 @@ impl RateLimiter {
     /// Takes a token of the caller. Returns false if the caller exceeds its rate.
     pub(super) fn take(&mut self, caller: &str, now: Instant) -> bool {
         if self.0.len() >= MAX_CALLERS && !self.0.contains_key(caller) {
+            // A forgotten caller starts with a full bucket, as an unknown one does.
             let idle = Duration::from_secs_f64(BURST / RATE);
             self.0
                 .retain(|_, (_, last)| now.duration_since(*last) < idle);
-            if self.0.len() >= MAX_CALLERS {
-                return false;
+            let oldest = self.0.iter().min_by_key(|(_, (_, last))| *last);
+            if self.0.len() >= MAX_CALLERS
+                && let Some(oldest) = oldest.map(|(caller, _)| caller.clone())
+            {
+                self.0.remove(&oldest);
             }
         }
         let (left, last) = self.0.entry(caller.to_owned()).or_insert((BURST, now));
@@ -82,25 +85,26 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn excess_callers_do_not_affect_tracked_callers() {
+    async fn callers_that_are_longest_idle_are_forgotten_first() {
         let mut buckets = RateLimiter::default();
         let start = Instant::now();
         for caller in 0..MAX_CALLERS {
             assert!(buckets.take(&caller.to_string(), start));
         }
         let soon = start + Duration::from_secs(10);
-        assert!(buckets.take("0", soon));
+        while buckets.take("0", soon) {}
+        assert!(buckets.take("1", soon));
         for caller in 0..100 {
-            assert!(!buckets.take(&format!("stranger {caller}"), soon));
-            assert!(buckets.take("0", soon) && buckets.take("1", soon));
+            assert!(buckets.take(&format!("stranger {caller}"), soon));
+            assert!(!buckets.take("0", soon) && buckets.take("1", soon));
         }
         assert_eq!(buckets.0.len(), MAX_CALLERS);
-        while buckets.take("0", soon) {}
         // A caller is removed after the time that an empty bucket takes to fill.
         let later = start + Duration::from_secs(17);
         assert!(buckets.take("stranger", later));
-        let known: Vec<_> = buckets.0.keys().map(String::as_str).collect();
-        assert_eq!(known, ["0", "1", "stranger"]);
+        let active = ["0", "1", "stranger", "stranger 0", "stranger 99"];
+        assert!(active.iter().all(|caller| buckets.0.contains_key(*caller)));
+        assert_eq!(buckets.0.len(), 2 + 100 + 1);
         // The removal gives no caller a new burst.
         let taken = (0..1000).filter(|_| buckets.take("0", later)).count();
         assert_eq!(taken, 7 * 16);

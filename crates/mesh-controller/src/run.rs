@@ -27,6 +27,7 @@ use super::{Error, tls};
 use mesh_config::ControllerConfig;
 use mesh_identity::TrustDomain;
 use mesh_kube::connect;
+use mesh_sys::limits;
 use mesh_sys::signals::Termination;
 use mesh_telemetry::http::{self, Listener, Probes};
 use mesh_telemetry::readiness::{Readiness, ReadyTask};
@@ -40,6 +41,8 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
 /// # Errors
 /// When the controller cannot start, or one of its tasks ends.
 pub fn run(config: ControllerConfig) -> Result<(), Error> {
+    limits::raise_open_files().map_err(cannot("raise the limit of open files"))?;
+    limits::forbid_dumps().map_err(cannot("keep keys out of core dumps"))?;
     let runtime = runtime()?;
     let result = runtime.block_on(serve(config));
     runtime.shutdown_timeout(RELEASE_TIMEOUT);

@@ -27,6 +27,7 @@ use super::limits::{CertifiedKeys, RateLimiter};
 use super::metrics::Metrics;
 use super::outcome::Outcome;
 use super::sign;
+use super::tls::Client;
 use super::workloads::{PodIdentity, Workloads};
 use mesh_identity::wire::{
     CREATE_CERTIFICATE, CertificateRequest, CertificateResponse, IMPERSONATED,
@@ -78,10 +79,12 @@ impl CertificateService {
     }
 
     async fn answer(self, request: Request<CertificateRequest>) -> Answer {
-        let from = request.remote_addr().map(|addr| addr.ip().to_string());
-        let from = from.unwrap_or_default();
+        let Some(client) = request.extensions().get::<Client>().cloned() else {
+            return Err(Status::internal("the connection has no client"));
+        };
+        let from = client.ip().to_string();
         let mut node = String::new();
-        let (result, outcome) = match self.issue(request, &from, &mut node).await {
+        let (result, outcome) = match self.issue(request, &client, &mut node).await {
             Ok(cert_chain) => (
                 Ok(Response::new(CertificateResponse { cert_chain })),
                 Outcome::Issued,
@@ -105,11 +108,12 @@ impl CertificateService {
     async fn issue(
         &self,
         request: Request<CertificateRequest>,
-        from: &str,
+        client: &Client,
         node: &mut String,
     ) -> Result<Vec<String>, (Outcome, String)> {
         let deps = &self.0.deps;
-        if !self.0.by_address.lock().await.take(from, Instant::now()) {
+        let from = client.ip().to_string();
+        if !self.0.by_address.lock().await.take(&from, Instant::now()) {
             return Err((
                 Outcome::RateLimited,
                 "too many requests from this address".to_owned(),
@@ -118,11 +122,13 @@ impl CertificateService {
         let token = request.metadata().get("authorization");
         let token = token.and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
         let token = token.ok_or_else(|| (Outcome::Unauthenticated, "no token".to_owned()))?;
+        client.present_token();
         *node = deps.authenticator.node(token).await.map_err(|outcome| {
             let why = "the token must belong to the agents' service account, have this CA's audience, and be \
                        bound to a pod";
             (outcome, why.to_owned())
         })?;
+        client.prove();
         if !self.0.by_node.lock().await.take(node, Instant::now()) {
             return Err((
                 Outcome::RateLimited,

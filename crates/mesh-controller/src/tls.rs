@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The server of the certificate service: HTTP/2 over TLS, with a certificate of the CA itself.
 //!
-//! Connections and handshakes have limits and deadlines. A connection closes after some minutes, so
-//! that agents spread over replicas and see the newest certificate.
+//! Connections and handshakes have limits and deadlines. A client that presents no valid token soon after the
+//! handshake is disconnected, and loses its place first when no place is free. A connection closes after some
+//! minutes, so that agents spread over replicas and see the newest certificate.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -19,25 +20,27 @@ use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tonic::transport::Server;
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tonic::transport::server::Connected;
 
 use super::ca_store::Current;
 use super::service::CertificateService;
 use mesh_log::warn_limited;
+use mesh_telemetry::places::{Place, Places};
 
 /// Maximum number of connections: one for each agent, with room for replacements.
 const MAX_CONNECTIONS: usize = 4096;
-/// Maximum number of connections from one address. An agent needs one.
-const MAX_PER_ADDRESS: usize = 64;
 /// Finished handshakes that wait for the server.
 const BACKLOG: usize = 64;
 /// Deadline of a handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// The time from the handshake in which a client has to present its first token, and then the time in which the
+/// token has to be found valid.
+const TOKEN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Deadline of a request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Interval of HTTP/2 pings.
@@ -102,12 +105,8 @@ pub(super) async fn serve(
 }
 
 async fn accept(listener: TcpListener, acceptor: TlsAcceptor, ready: mpsc::Sender<Connection>) {
-    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let mut sources: BTreeMap<IpAddr, Arc<Semaphore>> = BTreeMap::new();
+    let places = Places::new(MAX_CONNECTIONS);
     loop {
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
-            return;
-        };
         let (stream, remote) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -117,26 +116,24 @@ async fn accept(listener: TcpListener, acceptor: TlsAcceptor, ready: mpsc::Sende
                 continue;
             }
         };
-        if sources.len() > MAX_CONNECTIONS {
-            // A connection holds a reference to the semaphore of its address.
-            sources.retain(|_, source| Arc::strong_count(source) > 1);
-        }
-        let source = sources.entry(remote.ip().to_canonical());
-        let source = source.or_insert_with(|| Arc::new(Semaphore::new(MAX_PER_ADDRESS)));
-        let Ok(address_permit) = Arc::clone(source).try_acquire_owned() else {
+        let Some(place) = places.take(Some(remote.ip())) else {
             tracing::debug!(%remote, "too many connections from this address");
             continue;
         };
         let (acceptor, ready) = (acceptor.clone(), ready.clone());
         tokio::spawn(async move {
-            match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
+            let handshake = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream));
+            let result = tokio::select! {
+                result = handshake => result,
+                () = place.lost() => return,
+            };
+            match result {
                 Ok(Ok(stream)) => {
-                    let connection = Connection {
-                        stream,
-                        remote,
-                        _permits: [permit, address_permit],
-                    };
-                    if ready.send(connection).await.is_err() {
+                    if ready
+                        .send(Connection::new(stream, remote, place))
+                        .await
+                        .is_err()
+                    {
                         tracing::debug!("server stopped");
                     }
                 }
@@ -147,21 +144,75 @@ async fn accept(listener: TcpListener, acceptor: TlsAcceptor, ready: mpsc::Sende
     }
 }
 
-/// A connection, with its permits of the total limit and of the limit of its address.
+/// The client of a connection, as its requests see it.
+#[derive(Clone, Debug)]
+pub(super) struct Client {
+    remote: SocketAddr,
+    place: Arc<Place>,
+    has_token: Arc<AtomicBool>,
+}
+
+impl Client {
+    /// Returns the client's address.
+    pub(super) fn ip(&self) -> IpAddr {
+        self.remote.ip()
+    }
+
+    /// Notes that the client has presented a token.
+    pub(super) fn present_token(&self) {
+        self.has_token.store(true, Ordering::Relaxed);
+    }
+
+    /// Notes that a token of the client is valid.
+    pub(super) fn prove(&self) {
+        self.place.prove();
+    }
+
+    /// Waits until the connection has to end: its place is needed, or its client has proven nothing in time.
+    async fn end(self) {
+        let deadline = async {
+            tokio::time::sleep(TOKEN_TIMEOUT).await;
+            if self.has_token.load(Ordering::Relaxed) {
+                tokio::time::sleep(TOKEN_TIMEOUT).await;
+            }
+            if self.place.is_proven() {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            () = self.place.lost() => {}
+            () = deadline => {}
+        }
+    }
+}
+
+/// A connection that ends when its client has to go.
 struct Connection {
     stream: TlsStream<TcpStream>,
-    remote: SocketAddr,
-    _permits: [OwnedSemaphorePermit; 2],
+    client: Client,
+    end: Pin<Box<dyn Future<Output = ()> + Send>>,
+}
+
+impl Connection {
+    fn new(stream: TlsStream<TcpStream>, remote: SocketAddr, place: Place) -> Self {
+        let client = Client {
+            remote,
+            place: Arc::new(place),
+            has_token: Arc::default(),
+        };
+        Self {
+            stream,
+            end: Box::pin(client.clone().end()),
+            client,
+        }
+    }
 }
 
 impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
+    type ConnectInfo = Client;
 
-    fn connect_info(&self) -> TcpConnectInfo {
-        TcpConnectInfo {
-            local_addr: None,
-            remote_addr: Some(self.remote),
-        }
+    fn connect_info(&self) -> Client {
+        self.client.clone()
     }
 }
 
@@ -171,6 +222,9 @@ impl AsyncRead for Connection {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.end.as_mut().poll(context).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
         Pin::new(&mut self.stream).poll_read(context, buffer)
     }
 }

@@ -11,13 +11,16 @@ mod links;
 mod load;
 mod pods;
 mod tables;
+mod writer;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use mesh_common::pod::PodIndex;
+use mesh_log::warn_limited;
 use mesh_sys::sock_diag::Socket;
 
 pub use events::Events;
@@ -98,6 +101,7 @@ pub struct Datapath {
     /// The pods that this process added: UID to index.
     pub(crate) by_uid: BTreeMap<String, PodIndex>,
     pub(crate) revision: u64,
+    election: writer::Election,
 }
 
 impl std::fmt::Debug for Datapath {
@@ -126,5 +130,29 @@ impl Datapath {
     #[must_use]
     pub fn is_tunnel(&self, socket: &Socket) -> bool {
         self.handles.is_tunnel(socket)
+    }
+
+    /// Returns `true` if this agent is the one of the node that writes the datapath: the newest one, except for
+    /// the time until its predecessor has stopped. Ask before each series of writes.
+    pub fn is_writer(&mut self) -> bool {
+        match self.election.is_writer(Instant::now()) {
+            Ok(is_writer) => is_writer,
+            // One agent that writes without a lock is safer than none.
+            Err(error) => {
+                warn_limited!(
+                    "writer",
+                    error,
+                    "cannot lock the datapath; writing without a lock"
+                );
+                true
+            }
+        }
+    }
+
+    /// Leaves the datapath to a successor for good.
+    pub fn stop_writing(&mut self) {
+        if let Err(error) = self.election.retire() {
+            warn_limited!("writer", error, "cannot release the lock of the datapath");
+        }
     }
 }

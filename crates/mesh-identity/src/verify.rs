@@ -194,11 +194,14 @@ impl Skew {
     }
 
     fn saw(&self, ahead: Duration) {
-        self.0.fetch_max(ahead.as_secs().max(1), Relaxed);
-        tracing::warn!(
-            ?ahead,
-            "accepted a certificate that is not valid yet: this node's clock is behind, or the CA's is ahead"
-        );
+        let seconds = ahead.as_secs().max(1);
+        // Once for each new maximum: a peer can repeat it at will.
+        if self.0.fetch_max(seconds, Relaxed) < seconds {
+            tracing::warn!(
+                ?ahead,
+                "accepted a certificate that is not valid yet: this node's clock is behind, or the CA's is ahead"
+            );
+        }
     }
 }
 

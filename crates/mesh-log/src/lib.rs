@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Logs to standard error as text or JSON. The level can be changed at run time, and repeated warnings are
-//! limited to one a minute for each cause.
+//! Logs to standard error as text or JSON. The level can be changed at run time, and repeated lines are limited to
+//! one a minute for each cause, and for each pod or object that can repeat the cause at will.
 
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt;
 use std::io::{self, IsTerminal as _};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 pub use tracing;
@@ -95,8 +96,10 @@ pub fn init(config: &LogConfig) -> Result<Level, InitError> {
     Ok(Level(handle))
 }
 
-/// The shortest time between two warnings of a cause.
+/// The shortest time between two lines of a cause.
 const INTERVAL: Duration = Duration::from_secs(60);
+/// Maximum number of keys that a cause has limits of their own for; further keys share one.
+const MAX_KEYS: usize = 1024;
 
 /// A rate limiter that allows one warning of a cause a minute, and counts the suppressed ones.
 #[derive(Debug)]
@@ -125,8 +128,15 @@ impl Limit {
     /// Returns the number of suppressed warnings since the last one if a warning may be logged now, else `None`.
     #[must_use]
     pub fn pass(&self) -> Option<u64> {
-        static BEGAN: OnceLock<Instant> = OnceLock::new();
-        self.pass_at(BEGAN.get_or_init(Instant::now).elapsed())
+        self.pass_at(uptime())
+    }
+
+    /// Returns `true` if the limiter is as good as new: it allows the next line, and has suppressed none.
+    fn is_idle(&self, now: Duration) -> bool {
+        let now = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+        let interval = u64::try_from(INTERVAL.as_millis()).unwrap_or(u64::MAX);
+        let is_due = now.saturating_sub(self.last.load(Relaxed)) >= interval;
+        is_due && self.held_back.load(Relaxed) == 0
     }
 
     fn pass_at(&self, now: Duration) -> Option<u64> {
@@ -146,6 +156,49 @@ impl Limit {
             self.held_back.fetch_add(1, Relaxed);
             None
         }
+    }
+}
+
+/// The time since the first use of a limiter.
+fn uptime() -> Duration {
+    static BEGAN: OnceLock<Instant> = OnceLock::new();
+    BEGAN.get_or_init(Instant::now).elapsed()
+}
+
+/// A [`Limit`] for each key, such as a pod: one that repeats a cause silences no other.
+#[derive(Debug, Default)]
+pub struct KeyedLimit {
+    limits: Mutex<BTreeMap<String, Limit>>,
+    /// The limit of the keys that do not fit.
+    others: Limit,
+}
+
+impl KeyedLimit {
+    /// Creates a limiter without keys.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            limits: Mutex::new(BTreeMap::new()),
+            others: Limit::new(),
+        }
+    }
+
+    /// Returns the number of suppressed lines of the key since its last one if a line may be logged now, else
+    /// `None`.
+    #[must_use]
+    pub fn pass(&self, key: &impl ToString) -> Option<u64> {
+        self.pass_at(key.to_string(), uptime())
+    }
+
+    fn pass_at(&self, key: String, now: Duration) -> Option<u64> {
+        let mut limits = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
+        if limits.len() >= MAX_KEYS && !limits.contains_key(&key) {
+            limits.retain(|_, limit| !limit.is_idle(now));
+            if limits.len() >= MAX_KEYS {
+                return self.others.pass_at(now);
+            }
+        }
+        limits.entry(key).or_default().pass_at(now)
     }
 }
 
@@ -173,6 +226,18 @@ macro_rules! warn_limited {
         static LIMIT: $crate::Limit = $crate::Limit::new();
         if let Some(held_back) = LIMIT.pass() {
             $crate::tracing::warn!(cause = $cause, error = %$error, held_back, $($message)+);
+        }
+    }};
+}
+
+/// `log_limited!(level, key, "message")`: logs a line at most once a minute for each call site and key, with the
+/// number of suppressed ones. `key` is any type that implements `Display`.
+#[macro_export]
+macro_rules! log_limited {
+    ($level:ident, $key:expr, $($message:tt)+) => {{
+        static LIMIT: $crate::KeyedLimit = $crate::KeyedLimit::new();
+        if let Some(held_back) = LIMIT.pass(&$key) {
+            $crate::tracing::$level!(held_back, $($message)+);
         }
     }};
 }
@@ -212,5 +277,27 @@ mod tests {
 
         let text = Chain(&Outer(io::Error::other("disk on fire"))).to_string();
         assert_eq!(text, "cannot open the flow log: disk on fire");
+    }
+
+    #[test]
+    fn keyed_limit_is_for_each_key_and_bounded() {
+        let limit = KeyedLimit::new();
+        let seconds = Duration::from_secs;
+        let pass = |key: &str, now| limit.pass_at(key.to_owned(), seconds(now));
+        assert_eq!(pass("a", 0), Some(0));
+        assert_eq!((pass("a", 1), pass("b", 1)), (None, Some(0)));
+        for n in 0..2 * MAX_KEYS {
+            let _ = pass(&n.to_string(), 2);
+        }
+        assert_eq!(limit.limits.lock().unwrap().len(), MAX_KEYS);
+        assert_eq!(
+            pass("new", 3),
+            None,
+            "the keys that do not fit share one limit"
+        );
+        assert_eq!(pass("a", 60), Some(1), "a key that has its limit keeps it");
+        // Keys with nothing to report make room.
+        assert_eq!(pass("new", 63), Some(0));
+        assert!(limit.limits.lock().unwrap().len() <= 2);
     }
 }

@@ -2,11 +2,12 @@
 //! An HTTP/1 server for few clients: scrapers, probes and operators.
 //!
 //! [`serve`] answers each request of a [`Listener`] by a [`Handler`], within bounds on connections,
-//! headers and time. [`Probes`] is the handler of `/metrics`, `/livez` and `/readyz`.
+//! headers and time. When a listener has no place left, a new connection replaces one that has sent no
+//! request, of the client that has the most ([`Places`]). [`Probes`] is the handler of `/metrics`, `/livez` and `/readyz`.
 
 use std::convert::Infallible;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +22,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use mesh_log::warn_limited;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
 mod bind;
 mod probes;
@@ -30,10 +31,12 @@ mod tests;
 
 pub use probes::Probes;
 
+use crate::places::{Place, Places};
+
 /// Concurrent connections of one listener.
 pub const MAX_CONNECTIONS: usize = 64;
 /// The time for a request's header, from the start of the connection or the end of the previous request.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(15);
+const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
 /// The age at which a connection closes after its current answer.
 const MAX_CONNECTION_AGE: Duration = Duration::from_secs(300);
 /// The time that the last answer of a connection may take.
@@ -112,58 +115,55 @@ pub async fn serve(listener: Listener, handler: impl Handler, stop: watch::Recei
 /// A listener of either kind.
 trait Accept {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
-    fn next(&self) -> impl Future<Output = io::Result<Self::Stream>> + Send;
+    /// Accepts a connection; clients of a Unix socket have no address.
+    fn next(&self) -> impl Future<Output = io::Result<(Self::Stream, Option<IpAddr>)>> + Send;
 }
 
 impl Accept for TcpListener {
     type Stream = TcpStream;
-    async fn next(&self) -> io::Result<TcpStream> {
-        Ok(self.accept().await?.0)
+    async fn next(&self) -> io::Result<(TcpStream, Option<IpAddr>)> {
+        let (stream, from) = self.accept().await?;
+        Ok((stream, Some(from.ip())))
     }
 }
 
 impl Accept for UnixListener {
     type Stream = UnixStream;
-    async fn next(&self) -> io::Result<UnixStream> {
-        Ok(self.accept().await?.0)
+    async fn next(&self) -> io::Result<(UnixStream, Option<IpAddr>)> {
+        Ok((self.accept().await?.0, None))
     }
 }
 
 async fn accept_all(listener: impl Accept, handler: impl Handler, mut stop: watch::Receiver<bool>) {
-    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let places = Places::new(MAX_CONNECTIONS);
     loop {
-        // A connection waits in the backlog until a permit is free.
-        let next = async {
-            let permit = Arc::clone(&permits).acquire_owned().await;
-            (permit, listener.next().await)
-        };
-        let (permit, accepted) = tokio::select! {
-            next = next => next,
+        let accepted = tokio::select! {
+            accepted = listener.next() => accepted,
             _ = stop.wait_for(|stop| *stop) => return,
         };
-        match (permit, accepted) {
-            (Ok(permit), Ok(stream)) => {
-                let handler = handler.clone();
-                tokio::spawn(async move {
-                    connection(stream, handler).await;
-                    drop(permit);
-                });
+        match accepted {
+            Ok((stream, from)) => {
+                // A connection without a place is closed.
+                if let Some(place) = places.take(from) {
+                    tokio::spawn(connection(stream, Arc::new(place), handler.clone()));
+                }
             }
-            (_, Err(error)) => {
+            Err(error) => {
                 warn_limited!("http_accept", error, "cannot accept an HTTP connection");
                 // Most likely out of descriptors: an immediate retry would fail as well.
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
-            (Err(_closed), Ok(_)) => return,
         }
     }
 }
 
-async fn connection<S>(stream: S, handler: impl Handler)
+async fn connection<S>(stream: S, place: Arc<Place>, handler: impl Handler)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let proof = Arc::clone(&place);
     let service = service_fn(move |request| {
+        proof.prove();
         let handler = handler.clone();
         async move { Ok::<_, Infallible>(handler.answer(request).await) }
     });
@@ -176,6 +176,7 @@ where
     let mut connection = std::pin::pin!(connection);
     let closed = tokio::select! {
         closed = connection.as_mut() => closed,
+        () = place.lost() => return,
         () = tokio::time::sleep(MAX_CONNECTION_AGE) => {
             connection.as_mut().graceful_shutdown();
             match tokio::time::timeout(LAST_ANSWER, connection).await {

@@ -19,4 +19,6 @@ pub mod metrics;
 
 pub mod readiness;
 
+pub mod places;
+
 pub mod http;

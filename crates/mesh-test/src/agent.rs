@@ -19,6 +19,7 @@ use crate::wait::eventually;
 
 /// Port on which the agent serves metrics and health probes.
 pub(crate) const METRICS_PORT: u16 = 15020;
+const PROBES_PORT: u16 = 15021;
 
 /// Options for starting an agent; options that are not set have the lab node's defaults.
 #[derive(Clone, Debug)]
@@ -28,6 +29,7 @@ pub struct AgentConfig {
     source: Option<String>,
     trust_domain: String,
     cgroup: Option<PathBuf>,
+    admin: Option<PathBuf>,
     metrics: SocketAddr,
     extra: Vec<OsString>,
     log_level: String,
@@ -44,6 +46,7 @@ impl AgentConfig {
             source: None,
             trust_domain: "cluster.local".to_owned(),
             cgroup: None,
+            admin: None,
             metrics: SocketAddr::from((Ipv6Addr::UNSPECIFIED, METRICS_PORT)),
             extra: Vec::new(),
             log_level: "info".to_owned(),
@@ -76,6 +79,13 @@ impl AgentConfig {
     #[must_use]
     pub fn cgroup(mut self, path: impl Into<PathBuf>) -> Self {
         self.cgroup = Some(path.into());
+        self
+    }
+
+    /// Sets the path of the admin socket (default: one for each node).
+    #[must_use]
+    pub fn admin(mut self, path: impl Into<PathBuf>) -> Self {
+        self.admin = Some(path.into());
         self
     }
 
@@ -121,6 +131,11 @@ impl AgentConfig {
             .env("RUST_BACKTRACE", "1"))
     }
 
+    fn admin_socket(&self, node: &Node) -> PathBuf {
+        let default = || node.agent_host().dir().join("agent.sock");
+        self.admin.clone().unwrap_or_else(default)
+    }
+
     fn command(&self, node: &Node) -> Result<Cmd> {
         let manifests = format!("dir:{}", node.manifests().display());
         let pairs = [
@@ -128,7 +143,7 @@ impl AgentConfig {
             ("--source", self.source.clone().unwrap_or(manifests)),
             ("--ca", self.ca.clone()),
             ("--trust-domain", self.trust_domain.clone()),
-            ("--admin", admin_socket(node).display().to_string()),
+            ("--admin", self.admin_socket(node).display().to_string()),
             ("--metrics", self.metrics.to_string()),
             ("--flow-log", format!("file:{}", flow_log(node).display())),
         ];
@@ -144,10 +159,6 @@ impl AgentConfig {
 
 fn state_dir(node: &Node) -> PathBuf {
     node.agent_host().dir().join("state")
-}
-
-fn admin_socket(node: &Node) -> PathBuf {
-    node.agent_host().dir().join("agent.sock")
 }
 
 fn flow_log(node: &Node) -> PathBuf {
@@ -216,6 +227,19 @@ impl Agent {
         }
     }
 
+    /// As [`Agent::succeed`], with a successor that has another admin socket.
+    ///
+    /// # Errors
+    /// The successor does not become ready; `self` is then still the old agent.
+    pub fn succeed_at(&mut self, admin: PathBuf) -> Result<Proc> {
+        let before = self.config.admin.replace(admin);
+        let old = self.succeed();
+        if old.is_err() {
+            self.config.admin = before;
+        }
+        old
+    }
+
     fn wait_ready(&mut self) -> Result<()> {
         let what = format!("agent of {} to be ready", self.node.name());
         let ready = eventually(&what, self.config.ready_within, || {
@@ -259,7 +283,7 @@ impl Agent {
     /// Returns the path of the agent's admin socket.
     #[must_use]
     pub fn admin(&self) -> PathBuf {
-        admin_socket(&self.node)
+        self.config.admin_socket(&self.node)
     }
 
     /// Returns the path of the agent's flow log, which has one JSON object per line.
@@ -325,6 +349,16 @@ impl Agent {
     pub fn get(&self, path: &str) -> Result<(u16, String)> {
         let to = SocketAddr::from((Ipv4Addr::LOCALHOST, self.config.metrics.port()));
         self.node.in_ns(|| http_get(to, path))
+    }
+
+    /// Asks for a page of the listener of probes, as the kubelet does. Returns the status code.
+    ///
+    /// # Errors
+    /// The agent does not answer.
+    pub fn probe(&self, path: &str) -> Result<u16> {
+        let to = SocketAddr::from((Ipv4Addr::LOCALHOST, PROBES_PORT));
+        let (code, _) = self.node.in_ns(|| http_get(to, path))?;
+        Ok(code)
     }
 
     /// Returns the agent's `/metrics` page.

@@ -91,7 +91,12 @@ impl Rig {
             AdminAddr::Unix(dir.path().join("agent.sock")),
             AdminAddr::Tcp(admin),
         ];
-        let bound = Admin::bind("127.0.0.1:0".parse().unwrap(), &addresses, views.clone()).unwrap();
+        let bound = Admin::bind(
+            ["127.0.0.1:0".parse().unwrap(); 2],
+            &addresses,
+            views.clone(),
+        )
+        .unwrap();
         let (stop, stopped) = watch::channel(false);
         Self {
             dir,
@@ -198,7 +203,12 @@ async fn successor_takes_over_the_listeners() {
     let mut views = views(&flows);
     views.node = "successor".to_owned();
     let addresses = [AdminAddr::Unix(old.socket())];
-    let bound = Admin::bind(old.metrics, &addresses, views).unwrap();
+    let bound = Admin::bind(
+        [old.metrics, "127.0.0.1:0".parse().unwrap()],
+        &addresses,
+        views,
+    )
+    .unwrap();
     let (stop, stopped) = watch::channel(false);
     let served = tokio::spawn(bound.serve(stopped));
     assert!(old.root("GET /status").await.contains("successor"));
@@ -237,7 +247,7 @@ async fn only_root_changes_the_log_level() {
     let mut views = rig.views.clone();
     views.level = Some(level);
     let addresses = [AdminAddr::Unix(rig.socket()), AdminAddr::Tcp(rig.admin)];
-    let bound = Admin::bind("127.0.0.1:0".parse().unwrap(), &addresses, views).unwrap();
+    let bound = Admin::bind(["127.0.0.1:0".parse().unwrap(); 2], &addresses, views).unwrap();
     (&mut rig.served).await.unwrap();
     rig.stop = stop;
     rig.served = tokio::spawn(bound.serve(stopped));

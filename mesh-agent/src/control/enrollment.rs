@@ -15,6 +15,7 @@ use super::{Control, Kernel, connections, describe, sockets};
 use mesh_datapath::PodAttachment;
 use mesh_datapath::pods::find::Find;
 use mesh_datapath::pods::{self, PodHandle, PodNetns, watch};
+use mesh_log::log_limited;
 use mesh_sys::route::Link;
 
 /// The longest time that connections with the agent may go on after a pod was unenrolled.
@@ -40,12 +41,12 @@ impl<K: Kernel, F: Find> Control<K, F> {
                 Ok(enrollment) => {
                     pod.refused = None;
                     pod.enrollment = Some(enrollment);
-                    tracing::info!(pod = %local.name, uid, "pod enrolled");
+                    log_limited!(info, uid, pod = %local.name, uid, "pod enrolled");
                 }
                 Err(why) => {
                     let retry = Retry::after(pod.refused.as_ref(), why, now);
                     if pod.refused.as_ref().is_none_or(|old| old.why != retry.why) {
-                        tracing::error!(pod = %local.name, uid, why = retry.why, "cannot enroll the pod; retrying");
+                        log_limited!(error, uid, pod = %local.name, uid, why = retry.why, "cannot enroll the pod; retrying");
                     }
                     pod.refused = Some(retry);
                 }
@@ -81,7 +82,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
             pod.enrollment = None;
             pod.trouble = None;
             pod.refresh_handle();
-            tracing::info!(pod = %pod.local.name, uid, "pod unenrolled");
+            log_limited!(info, uid, pod = %pod.local.name, uid, "pod unenrolled");
             any = true;
         }
         if any {

@@ -31,6 +31,8 @@ pub(super) struct State {
     pub(super) fails_after: Cell<Option<usize>>,
     /// Attaches pods without a tc gate.
     pub(super) ungated: Cell<bool>,
+    /// Another agent of the node writes.
+    pub(super) replaced: Cell<bool>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -54,6 +56,10 @@ impl Fake {
 }
 
 impl Kernel for Fake {
+    fn is_writer(&mut self) -> bool {
+        !self.0.replaced.get()
+    }
+
     fn dump(&self) -> Result<Plan, Error> {
         let mut plan = self.0.plan.borrow().clone();
         let pods = self.0.pods.borrow();

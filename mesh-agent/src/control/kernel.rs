@@ -14,6 +14,12 @@ use mesh_sys::sock_diag::Socket;
 /// The datapath operations that `control` uses; each method has the contract of the same method of
 /// [`Datapath`].
 pub trait Kernel {
+    /// See [`Datapath::is_writer`]; without kernel programs there is no other agent.
+    fn is_writer(&mut self) -> bool {
+        true
+    }
+    /// See [`Datapath::stop_writing`].
+    fn stop_writing(&mut self) {}
     /// See [`Datapath::dump`].
     ///
     /// # Errors
@@ -87,6 +93,14 @@ pub trait Kernel {
 }
 
 impl Kernel for Datapath {
+    fn is_writer(&mut self) -> bool {
+        Self::is_writer(self)
+    }
+
+    fn stop_writing(&mut self) {
+        Self::stop_writing(self);
+    }
+
     fn dump(&self) -> Result<Plan, Error> {
         Self::dump(self)
     }

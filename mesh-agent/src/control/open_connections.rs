@@ -13,6 +13,7 @@ use super::connections::Ask;
 use super::managed::ManagedPod;
 use super::{Control, Kernel, connections, describe, sockets};
 use mesh_datapath::pods::find::Find;
+use mesh_log::log_limited;
 
 impl<K: Kernel, F: Find> Control<K, F> {
     /// Tells the gate the connections that are older than the enrollment of pods, before the enrollment
@@ -35,7 +36,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
                 })
                 .and_then(|old| keep(kernel, pod, old));
             if let Err(why) = kept {
-                tracing::warn!(pod = %local.name, why, "cannot keep connections older than the enrollment");
+                log_limited!(warn, local.name, pod = %local.name, why, "cannot keep connections older than the enrollment");
             }
         }
     }
@@ -87,7 +88,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
             Ok(closed) => self.progress.closed += closed,
             Err(_) if !pod.home.is_there() => {}
             Err(why) => {
-                tracing::warn!(pod = %pod.local.name, why, "cannot close connections that policy denies");
+                log_limited!(warn, pod.local.name, pod = %pod.local.name, why, "cannot close connections that policy denies");
                 pod.trouble = Some(why);
             }
         }
@@ -122,7 +123,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
                 Ok(closed) => self.progress.closed += closed,
                 Err(_) if !pod.home.is_there() => {}
                 Err(why) => {
-                    tracing::warn!(pod = %pod.local.name, why, "cannot keep connections older than the enrollment");
+                    log_limited!(warn, pod.local.name, pod = %pod.local.name, why, "cannot keep connections older than the enrollment");
                 }
             }
         }
@@ -179,6 +180,6 @@ fn recheck(
     }
     let denied = judgement.denied.iter().map(|(socket, _)| socket);
     let closed = sockets::close(&pod.home.netns, denied).map_err(|e| describe(&e))?;
-    tracing::info!(pod = %local.name, closed, "closed open connections: policy or mode changed");
+    log_limited!(info, local.name, pod = %local.name, closed, "closed open connections: policy or mode changed");
     Ok(closed)
 }

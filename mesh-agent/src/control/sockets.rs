@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 
 use super::connections;
 use super::managed::Detached;
+use mesh_log::warn_limited;
 use mesh_sys::netns::NetNs;
 use mesh_sys::sock_diag::{SockDiag, Socket};
 
@@ -61,7 +62,13 @@ pub(super) fn close_leftover(pod: &mut Detached, is_tunnel: impl Fn(&Socket) -> 
     match closed {
         Ok(0) => {}
         Ok(closed) => tracing::debug!(closed, "closed leftover sockets of a removed pod"),
-        Err(error) => tracing::warn!(%error, "cannot close leftover sockets of a removed pod"),
+        Err(error) => {
+            warn_limited!(
+                "leftover_sockets",
+                error,
+                "cannot close leftover sockets of a removed pod"
+            );
+        }
     }
     pod.rounds = pod.rounds.saturating_sub(1);
     is_there && pod.rounds > 0

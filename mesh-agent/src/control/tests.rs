@@ -487,6 +487,37 @@ fn pod_is_detached_within_a_second_of_its_namespace_removal() {
     assert!(fake.0.pods.borrow().is_empty());
 }
 
+#[test]
+fn agent_reads_the_kernel_and_claims_listeners_when_it_becomes_the_writer_again() {
+    let lab = lab(&[V4]);
+    on_node(&lab, || {
+        let mut setup = setup(&Fake::default());
+        assert!(setup.control.is_writer());
+        setup.pass(plan(&lab, PodState::ENROLLED, 7)).unwrap();
+        setup.kernel.replaced.set(true);
+        assert!(!setup.control.is_writer());
+        // The successor writes another policy.
+        *setup.kernel.plan.borrow_mut() = Plan::default();
+        setup.log();
+        setup.kernel.replaced.set(false);
+        assert!(setup.control.is_writer());
+        let log = setup.log();
+        assert!(
+            !log.is_empty() && log.iter().all(|l| l.starts_with("listener 0")),
+            "{log:?}"
+        );
+        setup.control.reconcile().unwrap();
+        assert!(
+            setup
+                .kernel
+                .plan
+                .borrow()
+                .sets
+                .contains_key(&PolicySetId(7))
+        );
+    });
+}
+
 /// The snapshot of a cluster with one enrolled pod.
 fn snapshot(local: &LocalPod) -> ClusterSnapshot {
     let mut cluster = ClusterSnapshot::default();

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use mesh_common::path::{Outbound, outbound, tunnelled};
 use mesh_common::{Endpoint, IdentityId, Protocol, Reason, Verdict};
 use mesh_identity::{Identities, Proof};
+use mesh_log::log_limited;
 use mesh_plan::Index;
 use mesh_tunnel::CloseReason;
 use tokio::sync::Notify;
@@ -194,7 +195,7 @@ impl ConnectionRegistry {
                 && entry.termination.get().is_none()
                 && identities.is_revoked(proof)
             {
-                tracing::info!(uid = %entry.uid, peer = %proof.id, "closing a tunnel: the peer's certificate is revoked");
+                log_limited!(info, proof.id, uid = %entry.uid, peer = %proof.id, "closing a tunnel: the peer's certificate is revoked");
                 entry.terminate(Termination::Because(Reason::IdentityRefused));
             }
         }

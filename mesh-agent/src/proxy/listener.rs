@@ -17,6 +17,7 @@ use mesh_common::Reason;
 use mesh_common::pod::ListenerSlot;
 use mesh_datapath::pods::{Listeners, PodHandle, PodTable};
 use mesh_identity::Refusal;
+use mesh_log::{log_limited, warn_limited};
 use mesh_tunnel::Socket;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::error::TrySendError;
@@ -76,7 +77,7 @@ pub(crate) fn reconcile(worker: &Rc<Worker>, table: &PodTable, listening: &mut L
                 listening.0.insert(uid.clone(), accepting);
             }
             Err(error) => {
-                tracing::error!(uid, %error, "cannot accept connections of a pod: they are refused");
+                log_limited!(error, uid, uid, %error, "cannot accept connections of a pod: they are refused");
             }
         }
     }
@@ -135,7 +136,7 @@ async fn accept(
                     io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted
                 ) => {}
             Err(error) => {
-                tracing::warn!(uid = %resources.uid, %error, "cannot accept connections of a pod");
+                log_limited!(warn, resources.uid, uid = %resources.uid, %error, "cannot accept connections of a pod");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
@@ -173,7 +174,11 @@ fn hand_over(worker: &Rc<Worker>, kind: JobKind, resources: &Arc<PodResources>, 
         }
     });
     if let Err(error) = moved {
-        tracing::warn!(%error, "cannot pass a connection to another worker");
+        warn_limited!(
+            "pass_connection",
+            error,
+            "cannot pass a connection to another worker"
+        );
     }
 }
 

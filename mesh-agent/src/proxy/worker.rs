@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use mesh_common::{Addr, Endpoint, Port, Reason};
 use mesh_datapath::pods::{PodHandle, PodTable};
 use mesh_identity::{Epoch, Identities, SpiffeId};
+use mesh_log::{log_limited, warn_limited};
 use mesh_plan::Index;
 use mesh_telemetry::metrics::{Metrics, Usage};
 use mesh_telemetry::record::Recorder;
@@ -225,7 +226,7 @@ impl Worker {
 
     /// Reaches a peer on the tunnel port for a while, because the mark of tunnels was lost on the way.
     pub(crate) fn mark_lost(&self, peer: Addr) {
-        tracing::warn!(%peer, "the network removes the TCP option of tunnels: using the tunnel port for this peer");
+        log_limited!(warn, peer, %peer, "the network removes the TCP option of tunnels: using the tunnel port for this peer");
         let mut unmarked = self.unmarked.borrow_mut();
         unmarked.retain(|_, at| at.elapsed() < UNMARKED);
         unmarked.insert(peer, Instant::now());
@@ -294,7 +295,13 @@ impl Worker {
     pub(crate) fn take_over(self: &Rc<Self>, (job, stream): PassedJob) {
         match Socket::new(stream) {
             Ok(socket) => self.spawn(job, socket),
-            Err(error) => tracing::warn!(%error, "cannot register a connection with this worker"),
+            Err(error) => {
+                warn_limited!(
+                    "register_connection",
+                    error,
+                    "cannot register a connection with this worker"
+                );
+            }
         }
     }
 

@@ -125,6 +125,12 @@ pub const FLAGS: &[Flag] = &[
     .or("[::]:15020")
     .applies(Applies::Both),
     flag(
+        "probes",
+        "IP:PORT",
+        "The listening address of /livez and /readyz for the kubelet, which pods must not be able to reach.",
+    )
+    .or("127.0.0.1:15021"),
+    flag(
         "flow-log",
         "stdout|file:PATH|off",
         "The destination of flow records: one line of JSON for each endpoint of a connection.",

@@ -12,6 +12,7 @@ use aya::programs::{CgroupAttachMode, CgroupSockAddr, SchedClassifier, SkLookup,
 use aya::{Ebpf, EbpfLoader};
 use mesh_common::maps::VERSION;
 
+use super::writer::Election;
 use super::{Config, Datapath, Error, Events, Handles, links, tables};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-bpf"));
@@ -102,6 +103,10 @@ impl Datapath {
             path: config.bpffs.clone(),
             source,
         })?;
+        let election = Election::open(&pins).map_err(|source| Error::Bpffs {
+            path: config.bpffs.clone(),
+            source,
+        })?;
         let mut datapath = Self {
             config: config.clone(),
             object,
@@ -109,6 +114,7 @@ impl Datapath {
             handles,
             by_uid: std::collections::BTreeMap::new(),
             revision: 0,
+            election,
         };
         datapath.revision = datapath.latest_revision();
         datapath.update_pod_links()?;

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The agent on its node: what it creates in pods, hands over, releases and removes.
 
-use std::net::{IpAddr, SocketAddr};
+use std::collections::VecDeque;
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use mesh_test::reports::{Storm, Tcp};
@@ -326,4 +328,73 @@ fn agent_restarts_under_load_lose_no_connection() {
         assert!(report.ok > 2000, "{name}: {report:?}");
         assert_eq!((report.failed, report.wrong), (0, 0), "{name}: {report:?}");
     }
+}
+
+#[test]
+fn replaced_agent_does_not_write_over_its_successor() {
+    let mut mesh = Mesh::new();
+    let (a, b) = (mesh.lab.pod("a"), mesh.lab.pod("b"));
+    let _server = b.serve("--tcp [::]:7000").expect("server");
+    let to = SocketAddr::new(b.v4().into(), 7000);
+    mesh.reach(&a, to);
+    // The agent does not find out by its admin socket that it was replaced.
+    let admin = mesh.lab.dir().join("successor.sock");
+    let mut old = mesh.agents[0].succeed_at(admin.clone()).expect("successor");
+    eventually("the successor to serve", SOON, || {
+        admin.exists().then_some(())
+    })
+    .unwrap_or_else(|e| panic!("{}", mesh.explain(&format!("{e:#}"))));
+    let line = format!("storm --threads 2 --seconds 5 --pause-us 500 --to {to}");
+    let storm = a.start_probe(&line).expect("storm");
+    let successor = mesh.agents[0].process();
+    successor.signal(libc::SIGSTOP).expect("stopped");
+    // Longer than the interval at which an agent writes its listeners again: if the old one still
+    // wrote, the listeners would be its own when it ends.
+    std::thread::sleep(Duration::from_millis(1500));
+    old.kill().expect("killed");
+    std::thread::sleep(Duration::from_millis(300));
+    successor.signal(libc::SIGCONT).expect("continued");
+    let report = Storm::of(&storm).expect("report");
+    assert!(report.ok > 200, "{report:?}");
+    assert_eq!((report.failed, report.wrong), (0, 0), "{report:?}");
+}
+
+#[test]
+fn idle_connections_of_a_pod_keep_nobody_from_probes_and_metrics() {
+    const HELD: usize = 300;
+    let mesh = Mesh::new();
+    let (a, agent) = (mesh.lab.pod("a"), &mesh.agents[0]);
+    let metrics = SocketAddr::new(agent.node().v4().into(), 15020);
+    let stop = AtomicBool::new(false);
+    let opened = AtomicUsize::new(0);
+    let flood = || {
+        a.in_ns(|| {
+            let mut held = VecDeque::new();
+            while !stop.load(Ordering::Relaxed) {
+                held.push_back(TcpStream::connect_timeout(&metrics, SOON)?);
+                if held.len() > HELD {
+                    held.pop_front();
+                }
+                opened.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        })
+    };
+    std::thread::scope(|scope| {
+        let flood = scope.spawn(flood);
+        let full = eventually("the connections", SOON, || {
+            (opened.load(Ordering::Relaxed) > HELD).then_some(())
+        });
+        let answers: Vec<_> = (0..10)
+            .map(|_| (agent.probe("/livez").ok(), agent.get("/metrics").ok()))
+            .collect();
+        stop.store(true, Ordering::Relaxed);
+        let flooded = flood.join().expect("no panic");
+        full.and(flooded)
+            .unwrap_or_else(|e| panic!("{}", mesh.explain(&format!("{e:#}"))));
+        for (probe, metrics) in answers {
+            assert_eq!(probe, Some(200), "the kubelet's probe");
+            assert_eq!(metrics.map(|(code, _)| code), Some(200), "a scrape");
+        }
+    });
 }

@@ -2,6 +2,7 @@
 //! Requests by openssl and curl: what is issued, and who gets nothing.
 
 use std::fs;
+use std::time::{Duration, Instant};
 
 use mesh_test::kube::Bound;
 use mesh_test::kube::controller::NAMESPACE;
@@ -299,4 +300,19 @@ fn rate_limit_is_per_caller() {
         fixture.ask(&web(&n1, &fixture.p256())).ok()
     })
     .expect("served");
+}
+
+/// A client that completes the TLS handshake and presents no token does not keep its connection.
+#[test]
+fn client_without_a_token_is_disconnected() {
+    let fixture = CaFixture::start();
+    let at = fixture.controller.listen().to_string();
+    let client = Cmd::new("timeout").args(["30", "openssl", "s_client", "-quiet", "-ign_eof"]);
+    let client = client.args(["-alpn", "h2", "-connect", &at]);
+    let begun = Instant::now();
+    let output = fixture.kube.host().run(client, SOON * 2).expect("run");
+    let (status, took) = (output.status.code(), begun.elapsed());
+    assert_ne!(status, Some(124), "still connected after 30 s");
+    let stayed = Duration::from_secs(4)..Duration::from_secs(20);
+    assert!(stayed.contains(&took), "connected for {took:?}");
 }
