@@ -284,6 +284,7 @@ impl Components {
             now,
         };
         let sources = report::Sources {
+            node: config.node.clone(),
             in_force: self.in_force.clone(),
             source: self.source.clone(),
             host: host(&config.host),

@@ -71,6 +71,9 @@ pub enum Error {
     /// The kernel refused an operation.
     #[error(transparent)]
     Datapath(#[from] mesh_datapath::Error),
+    /// The kernel refused services; policy is in force.
+    #[error("cannot apply services; policy, addresses and pods are applied")]
+    Services(#[source] mesh_datapath::Error),
     /// The node's interfaces cannot be read.
     #[error("cannot read this node's interfaces")]
     Links(#[source] io::Error),
@@ -306,7 +309,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
                 // Parts of the plan may be in the kernel.
                 self.kernel.plan = None;
                 let why = describe(&error);
-                tracing::error!(error = %why, "cannot apply the newest policy; retrying");
+                log_limited!(error, why, error = %why, "the newest plan is not completely in force; retrying");
                 let retry = Retry::after(self.progress.failed.as_ref(), why, Instant::now());
                 self.progress.failed = Some(retry);
             }

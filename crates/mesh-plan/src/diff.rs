@@ -13,12 +13,16 @@
 //! with a new identity, a pair that is in neither plan. Such peers go over a *bridge*: an identity
 //! for this transition only, which has the lists of the old identity in old sets and the lists of
 //! the new identity in new sets.
+//!
+//! No prefix of the operations exceeds the capacity of a map, if neither plan does. Where the additions
+//! would not fit beside what is to be removed, services that are gone are removed first; for any other
+//! map, the pods that change are isolated, and removals come before additions.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 
 use mesh_common::identity::{IdentityId, Peer};
-use mesh_common::maps::MAX_POLICY_SELECTS;
+use mesh_common::maps;
 use mesh_common::pod::PodView;
 use mesh_common::policy::{Direction, Lists, PolicySetId, SelectKey};
 use mesh_common::service::{Service, ServiceKey};
@@ -35,11 +39,115 @@ use crate::shared::Shared;
 /// their earlier state counts as unknown).
 #[must_use]
 pub fn diff(old: &Plan, new: &Plan) -> Vec<MapOp> {
-    let mut ops = Vec::new();
-    let mut removals = Vec::new();
-    content(old, new, &mut ops, &mut removals);
-    services(old, new, &mut ops, &mut removals);
-    switch(old, new, &mut ops);
+    diff_within(old, new, &Capacities::default())
+}
+
+/// As [`diff`], for maps of other capacities; only tests change them.
+pub(crate) fn diff_within(old: &Plan, new: &Plan, capacities: &Capacities) -> Vec<MapOp> {
+    let ops = gradual(old, new, capacities);
+    if capacities.hold(old, &ops) {
+        ops
+    } else {
+        through_isolation(old, new)
+    }
+}
+
+/// The maximum number of entries of each map.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Capacities {
+    pub(crate) peers: usize,
+    pub(crate) pod_cidrs: usize,
+    pub(crate) sets: usize,
+    pub(crate) selects: usize,
+    pub(crate) cidrs: usize,
+    pub(crate) ports: usize,
+    pub(crate) port_modes: usize,
+    pub(crate) services: usize,
+    pub(crate) backends: usize,
+}
+
+impl Default for Capacities {
+    fn default() -> Self {
+        Self {
+            peers: maps::MAX_PEERS as usize,
+            pod_cidrs: maps::MAX_POD_CIDRS as usize,
+            sets: maps::MAX_POLICY_SETS as usize,
+            selects: maps::MAX_POLICY_SELECTS as usize,
+            cidrs: maps::MAX_POLICY_CIDRS as usize,
+            ports: maps::MAX_POLICY_PORTS as usize,
+            port_modes: maps::MAX_PORT_MODES as usize,
+            services: maps::MAX_SERVICES as usize,
+            backends: maps::MAX_BACKENDS as usize,
+        }
+    }
+}
+
+impl Capacities {
+    /// Returns `true` if no map of a plan has more entries than it can have.
+    pub(crate) fn fit(&self, plan: &Plan) -> bool {
+        plan.peers.len() <= self.peers
+            && plan.pod_cidrs.len() <= self.pod_cidrs
+            && plan.sets.len() <= self.sets
+            && plan.selects.len() <= self.selects
+            && plan.cidrs.len() <= self.cidrs
+            && plan.ports.len() <= self.ports
+            && plan.port_modes.len() <= self.port_modes
+            && plan.services.len() <= self.services
+            && plan.backends.len() <= self.backends
+    }
+
+    /// Returns `true` if every prefix of the operations fits.
+    fn hold(&self, old: &Plan, ops: &[MapOp]) -> bool {
+        // Almost always there is room even for all additions without any removal.
+        let additions = ops.iter().filter(|op| matches!(op, MapOp::Put(_)));
+        if self.have_room(old, additions.count()) {
+            return true;
+        }
+        let mut state = old.clone();
+        ops.iter().all(|op| {
+            apply(&mut state, op);
+            matches!(op, MapOp::Remove(_)) || self.fit(&state)
+        })
+    }
+
+    /// Returns `true` if each map has room for this number of entries beside those of a plan.
+    fn have_room(&self, plan: &Plan, more: usize) -> bool {
+        plan.peers.len() + more <= self.peers
+            && plan.pod_cidrs.len() + more <= self.pod_cidrs
+            && plan.sets.len() + more <= self.sets
+            && plan.selects.len() + more <= self.selects
+            && plan.cidrs.len() + more <= self.cidrs
+            && plan.ports.len() + more <= self.ports
+            && plan.port_modes.len() + more <= self.port_modes
+            && plan.services.len() + more <= self.services
+            && plan.backends.len() + more <= self.backends
+    }
+}
+
+/// Isolates the pods that change, removes, and then adds: fits where [`gradual`] does not.
+fn through_isolation(old: &Plan, new: &Plan) -> Vec<MapOp> {
+    let (mut ops, mut content_ops, mut removals) = (Vec::new(), Vec::new(), Vec::new());
+    let isolated = |before: PodView, _| PodView {
+        set: PolicySetId::ISOLATED,
+        ..before
+    };
+    put_known_pods(old, new, isolated, &mut ops);
+    content(old, new, &mut content_ops, &mut removals);
+    services(old, new, usize::MAX, &mut content_ops, &mut removals);
+    ops.extend(
+        gone_addresses(old, new)
+            .into_iter()
+            .chain(removals)
+            .map(MapOp::Remove),
+    );
+    ops.append(&mut content_ops);
+    put_peers(old, new, &BTreeMap::new(), &mut ops);
+    put_pod_cidrs(old, new, &mut ops);
+    put_pods(old, new, |_, after| after, &mut ops);
+    ops
+}
+
+fn gone_addresses(old: &Plan, new: &Plan) -> Vec<Key> {
     let cidrs = old.pod_cidrs.difference(&new.pod_cidrs);
     let mut gone: Vec<Key> = cidrs.map(|prefix| Key::PodCidr(*prefix)).collect();
     changes(
@@ -48,6 +156,17 @@ pub fn diff(old: &Plan, new: &Plan) -> Vec<MapOp> {
         |_, _| {},
         |addr| gone.push(Key::Peer(*addr)),
     );
+    gone
+}
+
+/// The operations with every verdict either the old or the new one, if the maps have room for both plans.
+fn gradual(old: &Plan, new: &Plan, capacities: &Capacities) -> Vec<MapOp> {
+    let mut ops = Vec::new();
+    let mut removals = Vec::new();
+    content(old, new, &mut ops, &mut removals);
+    services(old, new, capacities.services, &mut ops, &mut removals);
+    switch(old, new, capacities.selects, &mut ops);
+    let gone = gone_addresses(old, new);
     ops.extend(gone.into_iter().chain(removals).map(MapOp::Remove));
     ops
 }
@@ -163,8 +282,14 @@ fn content(old: &Plan, new: &Plan, ops: &mut Vec<MapOp>, removals: &mut Vec<Key>
 }
 
 /// A marker is added after the ports of its address and removed before them: in between, the
-/// address would have no port.
-fn services(old: &Plan, new: &Plan, ops: &mut Vec<MapOp>, removals: &mut Vec<Key>) {
+/// address would have no port. Removes as many services before the additions as the capacity requires.
+fn services(
+    old: &Plan,
+    new: &Plan,
+    capacity: usize,
+    ops: &mut Vec<MapOp>,
+    removals: &mut Vec<Key>,
+) {
     let mut backends = Vec::new();
     changes(
         &old.backends,
@@ -183,6 +308,13 @@ fn services(old: &Plan, new: &Plan, ops: &mut Vec<MapOp>, removals: &mut Vec<Key
     );
     put.sort_by_key(|(marker, ..)| *marker);
     gone.sort_by_key(|(other, _)| *other);
+    let added = put
+        .iter()
+        .filter(|(_, key, _)| !old.services.contains_key(key));
+    let peak = old.services.len() + added.count();
+    let surplus = peak.saturating_sub(capacity).min(gone.len());
+    let early = gone.drain(..surplus);
+    ops.extend(early.map(|(_, key)| MapOp::Remove(Key::Service(*key))));
     let entry = |(_, key, service): (bool, &ServiceKey, &Service)| Entry::Service(*key, *service);
     ops.extend(put.into_iter().map(entry).map(MapOp::Put));
     removals.extend(gone.into_iter().map(|(_, key)| Key::Service(*key)));
@@ -190,14 +322,14 @@ fn services(old: &Plan, new: &Plan, ops: &mut Vec<MapOp>, removals: &mut Vec<Key
 }
 
 /// Switches peers and pods.
-fn switch(old: &Plan, new: &Plan, ops: &mut Vec<MapOp>) {
+fn switch(old: &Plan, new: &Plan, selects: usize, ops: &mut Vec<MapOp>) {
     let Some(crossing) = Crossing::of(old, new) else {
         put_peers(old, new, &BTreeMap::new(), ops);
         put_pod_cidrs(old, new, ops);
         put_pods(old, new, |_, after| after, ops);
         return;
     };
-    let Some(pairs) = crossing.pairs(old, new) else {
+    let Some(pairs) = crossing.pairs(old, new, selects) else {
         // The bridges do not fit: the pods are isolated during the switch.
         let isolated = |before: PodView, _| PodView {
             set: PolicySetId::ISOLATED,
@@ -379,8 +511,8 @@ impl Crossing {
     }
 
     /// The pairs of every set with the bridges; `None` = they do not fit into the map.
-    fn pairs(&self, old: &Plan, new: &Plan) -> Option<BTreeMap<SelectKey, Lists>> {
-        let free = (MAX_POLICY_SELECTS as usize)
+    fn pairs(&self, old: &Plan, new: &Plan, capacity: usize) -> Option<BTreeMap<SelectKey, Lists>> {
+        let free = capacity
             .checked_sub(old.selects.len())?
             .checked_sub(new.selects.len())?;
         let mut pairs = BTreeMap::new();

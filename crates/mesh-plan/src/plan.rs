@@ -188,6 +188,18 @@ pub enum MapOp {
     Remove(Key),
 }
 
+impl MapOp {
+    /// Returns `true` if the operation concerns services and not policy, addresses or pods.
+    #[must_use]
+    pub const fn is_of_services(&self) -> bool {
+        matches!(
+            self,
+            Self::Put(Entry::Service(..) | Entry::Backend(..))
+                | Self::Remove(Key::Service(_) | Key::Backend(_))
+        )
+    }
+}
+
 impl Plan {
     /// Shares the memory of every collection that equals the one of an earlier plan.
     pub fn unite(&mut self, before: &Self) {

@@ -6,6 +6,11 @@
 //! cluster: as with kube-proxy, traffic from inside reaches every endpoint through external
 //! addresses and this node's ports, and only the endpoints of another node through that node's
 //! ports. SCTP is not translated, because no socket hook sees it.
+//!
+//! Only cluster IPs are virtual as a whole, with ports that no service defines refused: the author of a
+//! Service chooses its external addresses, and must not cut others off from the rest of such an address.
+//! If the maps are too small, cluster IPs come first, then node ports, and external addresses last. Of
+//! each, the namespaces that need the least come first, so that a tenant that needs much runs out alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -62,52 +67,38 @@ pub(crate) fn services(
         options,
         rejections,
         left_out: BTreeMap::new(),
+        refused: BTreeMap::new(),
+        markers_left_out: 0,
     };
-    let mut markers = BTreeSet::new();
-    // The API server assigns cluster IPs; the author of a Service chooses its external addresses.
-    // So all cluster IPs take precedence over all external addresses.
-    for (name, service) in &cluster.services {
-        markers.extend(service.cluster_ips.iter().map(|ip| Addr::from(*ip)));
-        for claim in cluster_claims(name, service, node) {
-            builder.add(claim);
-        }
-    }
-    for (name, service) in &cluster.services {
-        for ip in &service.external_ips {
-            let address = Addr::from(*ip);
-            if let Some(workload) = plan.names.workloads.get(&address) {
-                builder.refuse_external(name, *ip, &workload.name);
-                continue;
-            }
-            let server = |peer: &Peer| peer.id == IdentityId::KUBE_APISERVER;
-            if plan.peers.get(&address).is_none_or(server) {
-                markers.insert(address);
-            }
-            for claim in claims_at(name, service, *ip, Scope::All, "spec.externalIPs") {
-                builder.add(claim);
-            }
-        }
-    }
+    builder.cluster_ips(cluster, node);
     builder.node_ports(cluster, node, true);
     builder.node_ports(cluster, node, false);
+    builder.external_ips(cluster, plan);
     builder.headless(cluster);
-    builder.finish(markers)
+    builder.finish()
 }
 
-fn cluster_claims<'a>(
-    name: &'a ObjectName,
-    service: &'a Service,
-    node: &'a str,
-) -> impl Iterator<Item = Claim<'a>> {
-    let scope = if service.internal_local {
-        Scope::Node(node)
-    } else {
-        Scope::All
+/// Returns why an address cannot be an external address of a service.
+fn not_external(ip: IpAddr, plan: &Plan) -> Option<String> {
+    let address = Addr::from(ip);
+    if let Some(workload) = plan.names.workloads.get(&address) {
+        return Some(format!("{ip} is the address of Pod {}", workload.name));
+    }
+    let is_server = |peer: &Peer| {
+        matches!(
+            peer.id,
+            IdentityId::KUBE_APISERVER | IdentityId::HOST_API_SERVER
+        )
     };
-    service
-        .cluster_ips
-        .iter()
-        .flat_map(move |ip| claims_at(name, service, *ip, scope, "spec.clusterIPs"))
+    if plan.peers.get(&address).is_some_and(is_server) {
+        return Some(format!("{ip} is an address of the API server"));
+    }
+    let is_link_local = match ip {
+        IpAddr::V4(ip) => ip.is_link_local() || ip.is_broadcast(),
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    };
+    let is_special = ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || is_link_local;
+    is_special.then(|| format!("{ip} is a loopback, link-local, multicast or unspecified address"))
 }
 
 fn claims_at<'a>(
@@ -166,27 +157,131 @@ fn backends(service: &Service, port: &ServicePort, v4: bool, scope: Scope<'_>) -
     }
 }
 
+/// The kinds of reasons to refuse an address and port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Refusal {
+    /// Another service has it.
+    Taken,
+    /// No service may have the address.
+    NotAllowed,
+}
+
 struct Builder<'a> {
     out: Services,
     lists: BTreeMap<BackendListId, Vec<Endpoint>>,
     options: &'a Options,
     rejections: &'a mut Vec<Rejection>,
-    left_out: BTreeMap<ObjectName, u32>,
+    /// Number of ports that do not fit, by service.
+    left_out: BTreeMap<ObjectName, usize>,
+    /// What is refused of a field of a service: the first reason and consequence, and the number of others.
+    refused: BTreeMap<(ObjectName, &'static str, Refusal), (String, String, usize)>,
+    /// Number of cluster IPs whose marker does not fit.
+    markers_left_out: usize,
 }
 
 impl Builder<'_> {
+    /// The entries of `SERVICES` that are free.
+    fn free(&self) -> usize {
+        let limit = self.options.limits.services;
+        limit.saturating_sub(self.out.services.len())
+    }
+
+    /// The services in the order in which they get entries; `size` is the number that each needs.
+    fn in_order<'a>(
+        &self,
+        cluster: &'a ClusterSnapshot,
+        size: impl Fn(&Service) -> usize,
+    ) -> Vec<(&'a ObjectName, &'a Service)> {
+        let all = cluster.services.iter();
+        let mut all: Vec<(&ObjectName, &Service)> = all.map(|(name, it)| (name, &**it)).collect();
+        let mut namespaces: BTreeMap<&str, usize> = BTreeMap::new();
+        for (name, service) in &all {
+            *namespaces.entry(&name.namespace).or_default() += size(service);
+        }
+        if namespaces.values().sum::<usize>() > self.free() {
+            all.sort_by_key(|(name, service)| {
+                (
+                    namespaces[&*name.namespace],
+                    &name.namespace,
+                    size(service),
+                    *name,
+                )
+            });
+        }
+        all
+    }
+
+    fn refuse(
+        &mut self,
+        name: &ObjectName,
+        (field, kind): (&'static str, Refusal),
+        why: impl FnOnce() -> (String, String),
+    ) {
+        let key = (name.clone(), field, kind);
+        match self.refused.get_mut(&key) {
+            Some((.., more)) => *more += 1,
+            None => {
+                let (why, consequence) = why();
+                self.refused.insert(key, (why, consequence, 0));
+            }
+        }
+    }
+
+    fn leave_out(&mut self, name: &ObjectName, ports: usize) {
+        *self.left_out.entry(name.clone()).or_default() += ports;
+    }
+
+    /// Adds the cluster IPs, which the API server assigns, with a marker for each.
+    fn cluster_ips(&mut self, cluster: &ClusterSnapshot, node: &str) {
+        let size = |service: &Service| service.cluster_ips.len() * (service.ports.len() + 1);
+        for (name, service) in self.in_order(cluster, size) {
+            let scope = if service.internal_local {
+                Scope::Node(node)
+            } else {
+                Scope::All
+            };
+            for ip in &service.cluster_ips {
+                for claim in claims_at(name, service, *ip, scope, "spec.clusterIPs") {
+                    self.add(claim);
+                }
+                if self.free() == 0 {
+                    self.markers_left_out += 1;
+                    continue;
+                }
+                let marker = ServiceKey::marker(Addr::from(*ip));
+                self.out.services.insert(marker, Entry::default());
+            }
+        }
+    }
+
+    /// Adds the external addresses, which the author of a Service chooses.
+    fn external_ips(&mut self, cluster: &ClusterSnapshot, plan: &Plan) {
+        const FIELD: &str = "spec.externalIPs";
+        let size = |service: &Service| service.external_ips.len() * service.ports.len();
+        for (name, service) in self.in_order(cluster, size) {
+            for ip in &service.external_ips {
+                if let Some(why) = not_external(*ip, plan) {
+                    self.refuse(name, (FIELD, Refusal::NotAllowed), || {
+                        (why, "the external IP is ignored".to_owned())
+                    });
+                } else if self.free() == 0 {
+                    self.leave_out(name, service.ports.len());
+                } else {
+                    for claim in claims_at(name, service, *ip, Scope::All, FIELD) {
+                        self.add(claim);
+                    }
+                }
+            }
+        }
+    }
+
     fn add(&mut self, claim: Claim<'_>) {
-        if let Some(owner) = self.out.names.get(&claim.key) {
-            if owner != claim.name {
-                let port = claim.key.port.get();
-                self.rejections.push(Rejection {
-                    object: ObjectRef::new("Service", &*claim.name.namespace, &*claim.name.name),
-                    field: claim.field.to_owned(),
-                    why: format!(
-                        "{} port {port} is already used by Service {owner}",
-                        claim.key.addr
-                    ),
-                    consequence: format!("connections to it go to Service {owner}"),
+        if let Some(owner) = self.out.names.get(&claim.key).cloned() {
+            if owner != *claim.name {
+                self.refuse(claim.name, (claim.field, Refusal::Taken), || {
+                    let (addr, port) = (claim.key.addr, claim.key.port.get());
+                    let why = format!("{addr} port {port} is already used by Service {owner}");
+                    (why, format!("connections to it go to Service {owner}"))
                 });
             }
             return;
@@ -197,7 +292,7 @@ impl Builder<'_> {
         if self.out.services.len() >= limits.services
             || self.out.backends.len() + needed > limits.backends
         {
-            *self.left_out.entry(claim.name.clone()).or_default() += 1;
+            self.leave_out(claim.name, 1);
             return;
         }
         let entry = self.list(&claim);
@@ -273,21 +368,23 @@ impl Builder<'_> {
         });
     }
 
-    fn refuse_external(&mut self, name: &ObjectName, ip: IpAddr, pod: &ObjectName) {
-        self.rejections.push(Rejection {
-            object: ObjectRef::new("Service", &*name.namespace, &*name.name),
-            field: "spec.externalIPs".to_owned(),
-            why: format!("{ip} is the address of Pod {pod}"),
-            consequence: "the external IP is ignored".to_owned(),
-        });
-    }
-
     /// Adds the node ports of this node, or of all others.
     fn node_ports(&mut self, cluster: &ClusterSnapshot, node: &str, own: bool) {
-        for (name, service) in &cluster.services {
+        let nodes = cluster.nodes.iter();
+        let nodes = nodes.filter(|(at, _)| (*at == node) == own);
+        let addresses: usize = nodes.map(|(_, node)| node.addresses.len()).sum();
+        let size = |service: &Service| {
+            let ports = service.ports.iter().filter(|port| port.node_port.is_some());
+            ports.count() * addresses
+        };
+        for (name, service) in self.in_order(cluster, size) {
             let ports = service.ports.iter();
             let ports: Vec<_> = ports.filter_map(|p| Some((p, p.node_port?))).collect();
             if ports.is_empty() {
+                continue;
+            }
+            if self.free() == 0 {
+                self.leave_out(name, size(service));
                 continue;
             }
             for (at, node) in cluster.nodes.iter().filter(|(at, _)| (*at == node) == own) {
@@ -324,17 +421,20 @@ impl Builder<'_> {
         }
     }
 
-    fn finish(mut self, markers: BTreeSet<Addr>) -> Services {
-        let free = self
-            .options
-            .limits
-            .services
-            .saturating_sub(self.out.services.len());
-        let missing = markers.len().saturating_sub(free);
-        for address in markers.into_iter().take(free) {
-            self.out
-                .services
-                .insert(ServiceKey::marker(address), Entry::default());
+    fn finish(mut self) -> Services {
+        for ((name, field, _), (why, consequence, more)) in std::mem::take(&mut self.refused) {
+            let why = match more {
+                0 => why,
+                _ => format!(
+                    "{why}, and {more} more of its addresses and ports are in use or not allowed"
+                ),
+            };
+            self.rejections.push(Rejection {
+                object: ObjectRef::new("Service", &*name.namespace, &*name.name),
+                field: field.to_owned(),
+                why,
+                consequence,
+            });
         }
         let limits = &self.options.limits;
         for (name, ports) in std::mem::take(&mut self.left_out) {
@@ -349,6 +449,7 @@ impl Builder<'_> {
                 consequence: "connections to these ports are refused or not translated".to_owned(),
             });
         }
+        let missing = self.markers_left_out;
         if missing > 0 {
             self.rejections.push(Rejection {
                 object: ObjectRef::new("Service", "", ""),

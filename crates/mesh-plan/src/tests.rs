@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Colliding hashes and full maps, which no input of the tests causes. Both fail closed.
 
+use std::collections::BTreeSet;
+
+use crate::cluster::{Service, ServicePort, Transport};
 use mesh_common::policy::{PolicySetId, Question, decide};
-use mesh_common::{Addr, Direction, Evidence, Port, Protocol, Verdict};
+use mesh_common::service::ServiceKey;
+use mesh_common::{Addr, Direction, Endpoint, Evidence, Port, Protocol, Verdict};
 
 use crate::compile::{Limits, Options, compile_with};
+use crate::diff::{Capacities, apply, diff, diff_within};
 use crate::digest::Ids;
 use crate::index::Index;
 use crate::plan::Plan;
@@ -219,4 +224,133 @@ fn pods_and_addresses_over_the_limits_are_rejected() {
             .any(|t| t.contains("2 entries needed, the map holds at most 1")),
         "{text:?}"
     );
+}
+
+/// Random changes of a cluster, with maps that have just room for the larger of the two plans, or a little more.
+#[test]
+fn no_prefix_of_an_update_exceeds_a_map_or_allows_what_neither_plan_allows() {
+    let mut r = Random(20_261_201);
+    let (mut gradual, mut isolating) = (0, 0);
+    for round in 0..60 {
+        let old = world(&mut r).on("n1").plan.plan().clone();
+        let new = world(&mut r).on("n1").plan.plan().clone();
+        let slack = r.below(6) * r.below(6);
+        let capacities = capacities(&old, &new, slack);
+        let ops = diff_within(&old, &new, &capacities);
+        if ops == diff(&old, &new) {
+            gradual += 1;
+        } else {
+            isolating += 1;
+        }
+        // The verdicts of every state are slow to compute.
+        let verdicts_of = (round % 10 == 0).then(|| [allowed(&old), allowed(&new)]);
+        let mut state = old.clone();
+        for op in &ops {
+            apply(&mut state, op);
+            assert!(capacities.fit(&state), "{op:?} of {ops:#?}");
+            if let Some([before, after]) = &verdicts_of {
+                let mut now = allowed(&state);
+                now.retain(|what| !before.contains(what) && !after.contains(what));
+                // Pods and addresses that come or go have no traffic during an update.
+                let is_steady = |what: &String| {
+                    let mut words = what.split(' ');
+                    let [uid, address] = [words.next().unwrap(), words.next().unwrap()];
+                    let address = Addr::from(ip(address));
+                    let owner = |plan: &Plan| {
+                        let mut pods = plan.pods.iter();
+                        let owner = pods.find(|(_, pod)| pod.view.owns(&address));
+                        owner.map(|(uid, _)| uid.clone())
+                    };
+                    old.pods.contains_key(uid)
+                        && new.pods.contains_key(uid)
+                        && owner(&old) == owner(&new)
+                };
+                now.retain(is_steady);
+                assert!(now.is_empty(), "{op:?} allows {now:?}");
+            }
+        }
+        state.pods.retain(|uid, _| new.pods.contains_key(uid));
+        let views = |plan: &Plan| -> Vec<_> { plan.pods.values().map(|pod| pod.view).collect() };
+        assert_eq!(views(&state), views(&new));
+        state.pods.clone_from(&new.pods);
+        state.names.clone_from(&new.names);
+        assert_eq!(state, new);
+    }
+    assert!(gradual > 5 && isolating > 20, "{gradual} {isolating}");
+}
+
+fn allowed(plan: &Plan) -> BTreeSet<String> {
+    let all = verdicts(plan).into_iter();
+    all.filter(|(_, verdict)| verdict.allowed)
+        .map(|(what, _)| what)
+        .collect()
+}
+
+fn capacities(old: &Plan, new: &Plan, slack: usize) -> Capacities {
+    let of = |len: fn(&Plan) -> usize| len(old).max(len(new)) + slack;
+    Capacities {
+        peers: of(|plan| plan.peers.len()),
+        pod_cidrs: of(|plan| plan.pod_cidrs.len()),
+        sets: of(|plan| plan.sets.len()),
+        selects: of(|plan| plan.selects.len()),
+        cidrs: of(|plan| plan.cidrs.len()),
+        ports: of(|plan| plan.ports.len()),
+        port_modes: of(|plan| plan.port_modes.len()),
+        services: of(|plan| plan.services.len()),
+        backends: of(|plan| plan.backends.len()),
+    }
+}
+
+/// A Service with one port, one cluster IP and any number of external addresses.
+fn service(cluster_ip: &str, external: impl Iterator<Item = String>) -> Service {
+    let port = ServicePort {
+        name: "http".into(),
+        transport: Transport::Tcp,
+        port: 80,
+        node_port: None,
+    };
+    Service {
+        cluster_ips: [ip(cluster_ip)].into(),
+        external_ips: external.map(|it| ip(&it)).collect(),
+        ports: vec![port],
+        ..Service::default()
+    }
+}
+
+#[test]
+fn tenant_that_needs_many_services_runs_out_alone() {
+    let mut world = World::new();
+    for n in 1..=30 {
+        let external = (1..=9).map(|m| format!("192.0.2.{}", n * 8 + m % 8));
+        world = world.service(
+            &format!("a-big/s{n:02}"),
+            service(&format!("10.96.1.{n}"), external),
+        );
+    }
+    let small = service("10.96.2.1", ["198.51.100.1".to_owned()].into_iter());
+    world = world.service("z-small/web", small);
+    let options = Options {
+        limits: Limits {
+            services: 70,
+            ..Limits::default()
+        },
+        ..Options::default()
+    };
+    let (plan, rejections) = compile_with(&world.0, "n1", &options);
+    assert!(plan.services.len() <= 70);
+    let has = |address: &str| {
+        let at = Endpoint::new(Addr::from(ip(address)), Port::new(80));
+        plan.services
+            .contains_key(&ServiceKey::new(at, Protocol::TCP))
+    };
+    // Every cluster IP fits, and external addresses of the namespace with few.
+    assert!((1..=30).all(|n| has(&format!("10.96.1.{n}"))) && has("10.96.2.1"));
+    assert!(has("198.51.100.1"));
+    let text: Vec<String> = rejections.iter().map(ToString::to_string).collect();
+    assert!(
+        text.iter()
+            .any(|t| t.contains("a-big/s30") && t.contains("do not fit")),
+        "{text:?}"
+    );
+    assert!(!text.iter().any(|t| t.contains("z-small")), "{text:?}");
 }

@@ -33,6 +33,8 @@ const MOST: usize = 1000;
 
 /// The inputs of a report.
 pub(super) struct Sources {
+    /// Name of this node.
+    pub(super) node: String,
     /// The state of the node.
     pub(super) in_force: watch::Receiver<Arc<InForce>>,
     /// The state of the objects.
@@ -54,7 +56,10 @@ pub(super) async fn run(mut from: Sources, to: watch::Sender<Option<Arc<MeshNode
         .is_ok();
     let mut probed = probe(from.host);
     let mut is_probed = false;
-    let mut reporter = Reporter::default();
+    let mut reporter = Reporter {
+        node: from.node,
+        ..Reporter::default()
+    };
     while first && !*from.replaced.borrow() {
         let node = Arc::clone(&from.in_force.borrow_and_update());
         let source = Arc::clone(&from.source.borrow_and_update());
@@ -91,6 +96,8 @@ fn probe(host: Host) -> oneshot::Receiver<check::Report> {
 /// Makes reports; each depends on the reports before it.
 #[derive(Debug, Default)]
 struct Reporter {
+    /// Name of this node.
+    node: String,
     /// The kernel's features: used, missing.
     features: (Vec<String>, Vec<String>),
     /// UIDs of namespaces and pods that were reported to accept tunnels.
@@ -100,6 +107,35 @@ struct Reporter {
 }
 
 impl Reporter {
+    /// What is not in force of this node's newest state, and the warnings of objects.
+    fn warnings(&self, node: &InForce, source: &Report) -> Vec<ReportedField> {
+        let of_node = |message: String| ReportedField {
+            object: named(&ObjectRef::new("Node", "", &*self.node), "", 0),
+            field: String::new(),
+            message,
+        };
+        let error = node.status.error.as_ref();
+        let error =
+            error.map(|why| of_node(format!("the newest plan is not completely in force: {why}")));
+        let stale = source.stale.as_ref();
+        let stale = stale.map(|why| of_node(format!("the cluster's state is not current: {why}")));
+        let of_objects = source.warnings.iter().map(|warning| {
+            let version = node.snapshot.versions.get(&warning.object);
+            let version = version.cloned().unwrap_or_default();
+            ReportedField {
+                object: named(&warning.object, &version.uid, version.newest),
+                field: warning.field.clone(),
+                message: warning.what.clone(),
+            }
+        });
+        error
+            .into_iter()
+            .chain(stale)
+            .chain(of_objects)
+            .take(MOST)
+            .collect()
+    }
+
     /// The report of this state, and whether time alone changes it.
     fn report(
         &mut self,
@@ -118,7 +154,7 @@ impl Reporter {
             enrolled_pods,
             in_force: in_force(&node.snapshot),
             rejections: rejections(node, source),
-            warnings: warnings(node, source),
+            warnings: self.warnings(node, source),
             unprotected,
         };
         (report, soon)
@@ -226,19 +262,6 @@ fn rejections(node: &InForce, source: &Report) -> Vec<ReportedField> {
         .map(|(rejection, versions)| reported(rejection, versions))
         .collect();
     reported.into_iter().take(MOST).collect()
-}
-
-fn warnings(node: &InForce, source: &Report) -> Vec<ReportedField> {
-    let all = source.warnings.iter().take(MOST).map(|warning| {
-        let version = node.snapshot.versions.get(&warning.object);
-        let version = version.cloned().unwrap_or_default();
-        ReportedField {
-            object: named(&warning.object, &version.uid, version.newest),
-            field: warning.field.clone(),
-            message: warning.what.clone(),
-        }
-    });
-    all.collect()
 }
 
 fn reported(rejection: &Rejection, versions: &BTreeMap<ObjectRef, Version>) -> ReportedField {

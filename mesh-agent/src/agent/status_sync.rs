@@ -23,7 +23,7 @@ pub(super) struct Conditions {
     pub(super) applied: ReadyTask,
     /// Every identity of this node has a certificate.
     pub(super) certified: ReadyTask,
-    /// Readiness, for the condition that no certificate is revoked.
+    /// Readiness, for the conditions that the newest plan is in force and that no certificate is revoked.
     pub(super) readiness: Readiness,
 }
 
@@ -41,7 +41,7 @@ pub(super) fn start(
         report,
         metrics.clone(),
         rejections,
-        conditions.applied,
+        (conditions.applied, conditions.readiness.clone()),
     ));
     tokio::spawn(certificates(
         identities.clone(),
@@ -92,7 +92,7 @@ async fn statuses(
     mut report: watch::Receiver<Arc<Report>>,
     metrics: Metrics,
     rejections: watch::Sender<Arc<Vec<Rejection>>>,
-    applied: ReadyTask,
+    (applied, readiness): (ReadyTask, Readiness),
 ) {
     let mut applied = Some(applied);
     let mut revision = 0;
@@ -100,6 +100,7 @@ async fn statuses(
         let now = Arc::clone(&in_force.borrow_and_update().status);
         let said = Arc::clone(&report.borrow_and_update());
         metrics.source_stale(said.stale.is_some());
+        readiness.set("newest plan in force", now.error.is_none());
         let all = rejected(&now, &said);
         if now.applied > revision {
             revision = now.applied;

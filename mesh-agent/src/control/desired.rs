@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use mesh_log::log_limited;
 use mesh_plan::cluster::{ClusterSnapshot, Rejection};
 use mesh_plan::{Compiler, Plan};
 
@@ -44,8 +45,9 @@ impl Desired {
     pub(super) fn compile(&mut self, snapshot: &Arc<ClusterSnapshot>) {
         let (mut plan, rejections) = self.compiler.compile(snapshot, self.own_addresses.get());
         plan.unite(&self.plan);
-        for rejection in rejections.iter().filter(|it| !self.rejections.contains(it)) {
-            tracing::error!(object = %rejection.object, field = rejection.field,
+        let known: BTreeSet<&Rejection> = self.rejections.iter().collect();
+        for rejection in rejections.iter().filter(|it| !known.contains(it)) {
+            log_limited!(error, rejection.object, object = %rejection.object, field = rejection.field,
                 why = rejection.why, consequence = rejection.consequence, "policy only partly enforced");
         }
         (self.plan, self.rejections) = (plan, rejections);

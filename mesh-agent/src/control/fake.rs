@@ -29,6 +29,8 @@ pub(super) struct State {
     pub(super) log: RefCell<Vec<String>>,
     /// Number of operations that succeed before one fails; `None` = all succeed.
     pub(super) fails_after: Cell<Option<usize>>,
+    /// Refuses operations on services.
+    pub(super) refuses_services: Cell<bool>,
     /// Attaches pods without a tc gate.
     pub(super) ungated: Cell<bool>,
     /// Another agent of the node writes.
@@ -84,14 +86,16 @@ impl Kernel for Fake {
 
     fn apply(&mut self, ops: &[MapOp]) -> Result<(), Error> {
         for op in ops {
+            let refused = || Error::Attach {
+                program: "test",
+                target: "nothing".to_owned(),
+                source: io::Error::from(io::ErrorKind::OutOfMemory),
+            };
+            if op.is_of_services() && self.0.refuses_services.get() {
+                return Err(refused());
+            }
             match self.0.fails_after.get() {
-                Some(0) => {
-                    return Err(Error::Attach {
-                        program: "test",
-                        target: "nothing".to_owned(),
-                        source: io::Error::from(io::ErrorKind::OutOfMemory),
-                    });
-                }
+                Some(0) => return Err(refused()),
                 Some(n) => self.0.fails_after.set(Some(n - 1)),
                 None => {}
             }

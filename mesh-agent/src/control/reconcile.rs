@@ -6,9 +6,13 @@
 //! 2. new pods are attached, isolated if they have policy; listeners of newly enrolled pods open;
 //! 3. content that nothing refers to yet is written;
 //! 4. the plan and the pods are published: the proxy accepts before anything is captured;
-//! 5. pods and services switch, and content that nothing refers to any more is removed;
-//! 6. open connections are checked against the plan;
-//! 7. the network configuration of unenrolled pods is removed.
+//! 5. pods switch, and content that nothing refers to any more is removed;
+//! 6. services switch;
+//! 7. open connections are checked against the plan;
+//! 8. the network configuration of unenrolled pods is removed.
+//!
+//! Services that cannot be written, and pods that cannot be detached, do not hold up the rest: the pass fails at
+//! its end, and is retried.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -33,13 +37,15 @@ impl<K: Kernel, F: Find> Control<K, F> {
             Some(base) => Plan::clone(base.plan()),
             None => self.kernel.api.dump()?,
         };
-        self.detach_gone(&plan, &mut base)?;
+        let mut failed = self.detach_gone(&plan, &mut base).err();
         let added = self.attach_new(&plan, &mut base)?;
         self.enroll_wanted(&plan);
         self.restrict_to_enforceable(&mut plan);
         let fresh = newly_enrolled(&plan, &base);
 
-        let ops = diff(&base, &plan);
+        let all_ops = diff(&base, &plan);
+        let (services, ops): (Vec<MapOp>, Vec<MapOp>) =
+            all_ops.into_iter().partition(MapOp::is_of_services);
         let switch = ops
             .iter()
             .position(|op| matches!(op, MapOp::Put(Entry::Pod(..))))
@@ -58,12 +64,17 @@ impl<K: Kernel, F: Find> Control<K, F> {
             self.pods.recheck.request();
             return Err(error.into());
         }
+        if let Err(error) = self.kernel.api.apply(&services) {
+            failed.get_or_insert(Error::Services(error));
+        }
         self.kernel.api.note(&plan);
         self.check_open_connections((&base, &plan), &ops, &fresh);
         self.unenroll_unwanted(&plan);
-        self.remove_inherited()?;
+        if let Err(error) = self.remove_inherited() {
+            failed.get_or_insert(error);
+        }
         self.kernel.plan = Some(plan);
-        Ok(())
+        failed.map_or(Ok(()), Err)
     }
 
     fn publish_plan(&self, plan: &Arc<Index>) {
@@ -75,7 +86,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
     }
 
     /// Detaches pods that the plan no longer has, that were replaced, or whose namespace is
-    /// gone.
+    /// gone. A pod that cannot be detached stays, and is tried again with the next pass.
     fn detach_gone(&mut self, plan: &Plan, base: &mut Plan) -> Result<(), Error> {
         let gone: Vec<String> = self
             .pods
@@ -91,9 +102,13 @@ impl<K: Kernel, F: Find> Control<K, F> {
             })
             .map(|(uid, _)| uid.clone())
             .collect();
+        let mut failed = None;
         for uid in &gone {
-            if let Some(pod) = self.pods.managed.get(uid) {
-                self.kernel.api.remove_pod(pod.index)?;
+            if let Some(pod) = self.pods.managed.get(uid)
+                && let Err(error) = self.kernel.api.remove_pod(pod.index)
+            {
+                failed.get_or_insert(error);
+                continue;
             }
             base.pods.remove(uid);
             if let Some(pod) = self.pods.managed.remove(uid) {
@@ -107,7 +122,7 @@ impl<K: Kernel, F: Find> Control<K, F> {
         }
         let waiting = &mut self.pods.waiting;
         waiting.retain(|uid, _| plan.pods.contains_key(uid));
-        Ok(())
+        failed.map_or(Ok(()), |error| Err(error.into()))
     }
 
     /// Attaches new pods whose namespace exists. Returns those that no earlier agent had attached.
@@ -186,12 +201,13 @@ impl<K: Kernel, F: Find> Control<K, F> {
     }
 
     /// Removes pods of an earlier agent that the cluster no longer has. A pod with an address of a
-    /// waiting pod may be that pod, and stays.
+    /// waiting pod may be that pod, and stays, as does one that cannot be removed yet.
     fn remove_inherited(&mut self) -> Result<(), Error> {
         let kernel = &mut self.kernel;
         let Some(inherited) = kernel.inherited.as_mut().filter(|i| !i.is_empty()) else {
             return Ok(());
         };
+        let mut failed = None;
         for (index, state) in kernel.api.pods()? {
             let waits = self.pods.waiting.keys().any(|uid| {
                 let local = self.desired.plan.pods.get(uid);
@@ -202,11 +218,13 @@ impl<K: Kernel, F: Find> Control<K, F> {
                     slot = index.0,
                     "pod of an earlier agent removed from the datapath"
                 );
-                kernel.api.remove_pod(index)?;
-                inherited.remove(&index);
+                match kernel.api.remove_pod(index) {
+                    Ok(()) => drop(inherited.remove(&index)),
+                    Err(error) => drop(failed.get_or_insert(error)),
+                }
             }
         }
-        Ok(())
+        failed.map_or(Ok(()), |error| Err(error.into()))
     }
 
     /// Isolates newly attached pods after a plan that could not be applied: they have no older policy.

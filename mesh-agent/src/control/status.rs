@@ -13,7 +13,8 @@ pub struct Status {
     pub applied: u64,
     /// Time that it took to apply.
     pub took: Duration,
-    /// Error of the newest plan, if it could not be applied; the previous one stays in force.
+    /// Error of the newest plan, if a part of it could not be applied; of that part, the previous one stays in
+    /// force.
     pub error: Option<String>,
     /// Fields that the compiler rejected.
     pub rejections: Vec<Rejection>,

@@ -2,13 +2,14 @@
 //! `control` over real namespaces and a kernel in memory.
 
 use std::fs;
-use std::net::{TcpListener, TcpStream};
+use std::net::{IpAddr, TcpListener, TcpStream};
 use std::os::unix::fs::symlink;
 use std::rc::Rc;
 
-use mesh_common::PodState;
 use mesh_common::identity::{IdentityId, Peer};
 use mesh_common::policy::{PolicySetId, SetHead};
+use mesh_common::service::{Service, ServiceKey};
+use mesh_common::{Addr, Endpoint, PodState, Port, Protocol};
 use mesh_plan::plan::LocalPod;
 
 use super::fake::{Fake, State};
@@ -174,6 +175,31 @@ fn failed_plan_is_retried_as_a_whole_while_the_old_policy_stays() {
             setup.control.reconcile_if_due();
         }
         assert_eq!(setup.in_force().status.error, None);
+    });
+}
+
+#[test]
+fn services_that_fail_do_not_hold_up_policy() {
+    let lab = lab(&[V4, V6]);
+    on_node(&lab, || {
+        let mut setup = setup(&Fake::default());
+        setup.pass(plan(&lab, PodState::ENROLLED, 7)).unwrap();
+        let mut next = plan(&lab, PodState::ENROLLED, 8);
+        let key = ServiceKey::new(
+            Endpoint::new(Addr::from(V4.parse::<IpAddr>().unwrap()), Port::new(80)),
+            Protocol::TCP,
+        );
+        next.services.insert(key, Service::default());
+        setup.control.desired.plan = next;
+        setup.kernel.refuses_services.set(true);
+        setup.control.progress.is_dirty = true;
+        setup.control.reconcile_if_due();
+        assert_eq!(setup.fake.view(UID).unwrap().set, PolicySetId(8));
+        let error = setup.in_force().status.error.clone().unwrap();
+        assert!(error.starts_with("cannot apply services"), "{error}");
+        setup.kernel.refuses_services.set(false);
+        setup.control.reconcile().unwrap();
+        assert!(setup.kernel.plan.borrow().services.contains_key(&key));
     });
 }
 

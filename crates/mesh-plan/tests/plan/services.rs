@@ -157,7 +157,8 @@ fn node_ports_and_external_ips_are_routed() {
     assert_eq!(tcp(&plan, "[fd00::1]:30080"), "no endpoints");
     assert_eq!(tcp(&plan, "10.0.0.1:80"), "unchanged");
     assert_eq!(tcp(&plan, "10.0.0.2:22"), "unchanged");
-    assert_eq!(tcp(&plan, "192.0.2.7:22"), "no port");
+    // Other ports of an external address are not the service's.
+    assert_eq!(tcp(&plan, "192.0.2.7:22"), "unchanged");
     s.external_local = true;
     let plan = World::new().service("shop/web", s).on("n1").clean();
     assert_eq!(tcp(&plan, "10.0.0.2:30080"), "10.1.2.1:2");
@@ -202,4 +203,40 @@ fn headless_service_only_names_its_endpoints() {
     let key = mesh_common::service::ServiceKey::new(at("10.1.1.1:8080"), Protocol::TCP);
     assert_eq!(plan.plan.names.services[&key].to_string(), "shop/web");
     assert_eq!(tcp(&plan, "10.1.1.1:8080"), "unchanged");
+}
+
+#[test]
+fn external_ip_cannot_be_a_special_address_or_one_of_the_api_server() {
+    let mut s = service([endpoint("10.1.1.1", 1, "n1")]);
+    let refused = [
+        "127.0.0.1",
+        "169.254.169.254",
+        "224.0.0.1",
+        "0.0.0.0",
+        "255.255.255.255",
+        "::1",
+        "fe80::1",
+        "ff02::1",
+        "10.0.0.9",
+    ];
+    s.external_ips = refused
+        .iter()
+        .chain(&["192.0.2.7"])
+        .map(|it| ip(it))
+        .collect();
+    let mut world = World::new().service("shop/web", s);
+    world.0.api_servers.insert(ip("10.0.0.9"));
+    let plan = world.on("n1");
+    for address in refused.iter().filter(|it| !it.contains(':')) {
+        assert_eq!(
+            tcp(&plan, &format!("{address}:80")),
+            "unchanged",
+            "{address}"
+        );
+    }
+    assert_eq!(tcp(&plan, "192.0.2.7:80"), "10.1.1.1:1");
+    plan.rejected(
+        "Service shop/web",
+        "and 8 more of its addresses and ports are in use or not allowed",
+    );
 }

@@ -154,3 +154,37 @@ fn unsupported_fields_are_reported_with_their_generation() {
     assert_eq!(first.field, "spec.egress[0].to[0].domainNames");
     assert_eq!(first.message, "is not supported: it matches nothing");
 }
+
+#[test]
+fn plan_that_is_not_in_force_and_stale_state_are_warnings_of_the_node() {
+    let mut reporter = Reporter {
+        node: "n1".to_owned(),
+        ..Reporter::default()
+    };
+    let mut node = node(&[], &[]);
+    let source = Report {
+        stale: Some("connection refused".to_owned()),
+        ..Report::default()
+    };
+    node.status = Arc::new(Status {
+        error: Some("no space in SERVICES".to_owned()),
+        ..Status::clone(&node.status)
+    });
+    let (report, _) = reporter.report(&node, &source, SystemTime::UNIX_EPOCH);
+    let told: Vec<_> = report
+        .warnings
+        .iter()
+        .map(|one| (&*one.object.name, &*one.message))
+        .collect();
+    let expected = [
+        (
+            "n1",
+            "the newest plan is not completely in force: no space in SERVICES",
+        ),
+        (
+            "n1",
+            "the cluster's state is not current: connection refused",
+        ),
+    ];
+    assert_eq!(told, expected);
+}
