@@ -8,8 +8,13 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt;
 use std::io::{self, IsTerminal as _};
+#[expect(
+    clippy::disallowed_types,
+    reason = "any thread logs, and holds the lock for one look-up"
+)]
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 pub use tracing;
@@ -166,6 +171,7 @@ fn uptime() -> Duration {
 }
 
 /// A [`Limit`] for each key, such as a pod: one that repeats a cause silences no other.
+#[expect(clippy::disallowed_types, reason = "see the import")]
 #[derive(Debug, Default)]
 pub struct KeyedLimit {
     limits: Mutex<BTreeMap<String, Limit>>,
@@ -176,6 +182,7 @@ pub struct KeyedLimit {
 impl KeyedLimit {
     /// Creates a limiter without keys.
     #[must_use]
+    #[expect(clippy::disallowed_types, reason = "see the import")]
     pub const fn new() -> Self {
         Self {
             limits: Mutex::new(BTreeMap::new()),

@@ -7,11 +7,17 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+#[expect(
+    clippy::disallowed_types,
+    reason = "every connection takes and returns its place, and holds the lock for that alone"
+)]
+use std::sync::Mutex;
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
 /// The connections of a server.
+#[expect(clippy::disallowed_types, reason = "see the import")]
 #[derive(Clone, Debug)]
 pub struct Places {
     max: usize,
