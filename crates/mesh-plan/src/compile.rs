@@ -137,7 +137,7 @@ fn build(
         options,
         rejections,
     );
-    let services = services::services(cluster, node, &plan, options, rejections);
+    let services = services::services(cluster, node, options, rejections);
     put_services(&mut plan, &services);
     bound_addresses(&mut plan, cluster, node, &options.limits, rejections);
     plan

@@ -124,26 +124,37 @@ impl Capacities {
     }
 }
 
-/// Isolates the pods that change, removes, and then adds: fits where [`gradual`] does not.
+/// Isolates the pods that change, removes, and then adds: fits where [`gradual`] does not. If owners of addresses
+/// change, all pods with policy are isolated, because an address is unknown in between.
 fn through_isolation(old: &Plan, new: &Plan) -> Vec<MapOp> {
-    let (mut ops, mut content_ops, mut removals) = (Vec::new(), Vec::new(), Vec::new());
-    let isolated = |before: PodView, _| PodView {
-        set: PolicySetId::ISOLATED,
-        ..before
+    let (mut ops, mut additions, mut removals) = (Vec::new(), Vec::new(), Vec::new());
+    let owners_change = old.peers != new.peers || old.pod_cidrs != new.pod_cidrs;
+    let is_isolated = |before: PodView, after: PodView| {
+        before != after || (owners_change && before.set != PolicySetId::NONE)
     };
-    put_known_pods(old, new, isolated, &mut ops);
-    content(old, new, &mut content_ops, &mut removals);
-    services(old, new, usize::MAX, &mut content_ops, &mut removals);
-    ops.extend(
-        gone_addresses(old, new)
-            .into_iter()
-            .chain(removals)
-            .map(MapOp::Remove),
-    );
-    ops.append(&mut content_ops);
+    let put = |uid: &String, view| MapOp::Put(Entry::Pod(uid.clone(), view));
+    let mut switches = Vec::new();
+    for (uid, pod) in &new.pods {
+        let before = old.pods.get(uid).map(|before| before.view);
+        if let Some(before) = before.filter(|before| is_isolated(*before, pod.view)) {
+            let isolated = PodView {
+                set: PolicySetId::ISOLATED,
+                ..before
+            };
+            ops.push(put(uid, isolated));
+            switches.push(put(uid, pod.view));
+        } else if before.is_none() {
+            switches.push(put(uid, pod.view));
+        }
+    }
+    content(old, new, &mut additions, &mut removals);
+    services(old, new, usize::MAX, &mut additions, &mut removals);
+    let gone = gone_addresses(old, new).into_iter();
+    ops.extend(gone.chain(removals).map(MapOp::Remove));
+    ops.append(&mut additions);
     put_peers(old, new, &BTreeMap::new(), &mut ops);
     put_pod_cidrs(old, new, &mut ops);
-    put_pods(old, new, |_, after| after, &mut ops);
+    ops.append(&mut switches);
     ops
 }
 

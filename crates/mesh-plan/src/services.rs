@@ -14,17 +14,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
-use mesh_common::identity::{IdentityId, Peer};
 use mesh_common::service::{BackendKey, BackendListId, Service as Entry, ServiceKey};
 use mesh_common::{Addr, Endpoint, Port, Protocol};
 
 use crate::cluster::{
-    ClusterSnapshot, ObjectName, ObjectRef, Rejection, Service, ServiceEndpoint, ServicePort,
+    ClusterSnapshot, ObjectName, ObjectRef, Pod, Rejection, Service, ServiceEndpoint, ServicePort,
     Transport,
 };
 use crate::compile::Options;
-use crate::plan::Plan;
 use crate::shared::Shared;
 
 /// The services of a cluster as one node serves them.
@@ -53,11 +52,10 @@ enum Scope<'a> {
     Node(&'a str),
 }
 
-/// Compiles every service. `plan` has the owners of addresses.
+/// Compiles every service.
 pub(crate) fn services(
     cluster: &ClusterSnapshot,
     node: &str,
-    plan: &Plan,
     options: &Options,
     rejections: &mut Vec<Rejection>,
 ) -> Services {
@@ -73,32 +71,50 @@ pub(crate) fn services(
     builder.cluster_ips(cluster, node);
     builder.node_ports(cluster, node, true);
     builder.node_ports(cluster, node, false);
-    builder.external_ips(cluster, plan);
+    builder.external_ips(cluster);
     builder.headless(cluster);
     builder.finish()
 }
 
-/// Returns why an address cannot be an external address of a service.
-fn not_external(ip: IpAddr, plan: &Plan) -> Option<String> {
-    let address = Addr::from(ip);
-    if let Some(workload) = plan.names.workloads.get(&address) {
-        return Some(format!("{ip} is the address of Pod {}", workload.name));
+/// The addresses that cannot be external addresses of a service, besides special ones.
+struct Reserved<'a> {
+    pods: BTreeMap<IpAddr, &'a ObjectName>,
+    nodes: BTreeSet<IpAddr>,
+    servers: &'a BTreeSet<IpAddr>,
+}
+
+impl<'a> Reserved<'a> {
+    fn of(cluster: &'a ClusterSnapshot) -> Self {
+        let pods = cluster.pods.values().filter(|pod| !pod.host_network);
+        let of_pod = |pod: &'a Arc<Pod>| pod.addresses.iter().map(move |ip| (*ip, &pod.name));
+        let nodes = cluster.nodes.values().flat_map(|node| &node.addresses);
+        Self {
+            pods: pods.flat_map(of_pod).collect(),
+            nodes: nodes.copied().collect(),
+            servers: &cluster.api_servers,
+        }
     }
-    let is_server = |peer: &Peer| {
-        matches!(
-            peer.id,
-            IdentityId::KUBE_APISERVER | IdentityId::HOST_API_SERVER
-        )
-    };
-    if plan.peers.get(&address).is_some_and(is_server) {
-        return Some(format!("{ip} is an address of the API server"));
+
+    /// Returns why an address cannot be an external address.
+    fn why(&self, ip: IpAddr) -> Option<String> {
+        if let Some(pod) = self.pods.get(&ip) {
+            return Some(format!("{ip} is the address of Pod {pod}"));
+        }
+        if self.servers.contains(&ip) {
+            return Some(format!("{ip} is an address of the API server"));
+        }
+        if self.nodes.contains(&ip) {
+            return Some(format!("{ip} is an address of a node"));
+        }
+        let is_link_local = match ip {
+            IpAddr::V4(ip) => ip.is_link_local() || ip.is_broadcast(),
+            IpAddr::V6(ip) => ip.is_unicast_link_local(),
+        };
+        let is_special =
+            ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || is_link_local;
+        is_special
+            .then(|| format!("{ip} is a loopback, link-local, multicast or unspecified address"))
     }
-    let is_link_local = match ip {
-        IpAddr::V4(ip) => ip.is_link_local() || ip.is_broadcast(),
-        IpAddr::V6(ip) => ip.is_unicast_link_local(),
-    };
-    let is_special = ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || is_link_local;
-    is_special.then(|| format!("{ip} is a loopback, link-local, multicast or unspecified address"))
 }
 
 fn claims_at<'a>(
@@ -255,12 +271,20 @@ impl Builder<'_> {
     }
 
     /// Adds the external addresses, which the author of a Service chooses.
-    fn external_ips(&mut self, cluster: &ClusterSnapshot, plan: &Plan) {
+    fn external_ips(&mut self, cluster: &ClusterSnapshot) {
         const FIELD: &str = "spec.externalIPs";
+        if cluster
+            .services
+            .values()
+            .all(|service| service.external_ips.is_empty())
+        {
+            return;
+        }
+        let reserved = Reserved::of(cluster);
         let size = |service: &Service| service.external_ips.len() * service.ports.len();
         for (name, service) in self.in_order(cluster, size) {
             for ip in &service.external_ips {
-                if let Some(why) = not_external(*ip, plan) {
+                if let Some(why) = reserved.why(*ip) {
                     self.refuse(name, (FIELD, Refusal::NotAllowed), || {
                         (why, "the external IP is ignored".to_owned())
                     });

@@ -103,7 +103,7 @@ impl Compiler {
         );
         let (services, refused) = next.services.get_or_insert_with(|| {
             let mut refused = Vec::new();
-            let services = services::services(cluster, &self.node, &plan, options, &mut refused);
+            let services = services::services(cluster, &self.node, options, &mut refused);
             (services, refused)
         });
         put_services(&mut plan, services);
