@@ -60,7 +60,7 @@ impl Format {
 /// The text is not valid in the format, or exceeds the bounds.
 pub(crate) fn documents(text: &str, format: Format) -> Result<Vec<Value>, Error> {
     match format {
-        Format::Yaml => yaml::documents(text),
+        Format::Yaml => yaml::documents(text, &mut yaml::budget(text)),
         Format::Json => Ok(serde_json::Deserializer::from_str(text)
             .into_iter()
             .collect::<Result<_, _>>()?),
@@ -80,10 +80,115 @@ pub fn objects(text: &str, format: Format) -> Result<Vec<Value>, Error> {
     Ok(objects)
 }
 
+/// The result of reading a text document by document.
+#[derive(Debug, Default)]
+pub struct Reading {
+    /// The objects of the documents that can be read.
+    pub objects: Vec<Value>,
+    /// The reasons why the others cannot, each with its line in the text.
+    pub errors: Vec<Error>,
+}
+
+/// Parses the objects of a text as [`objects`] does, but each document on its own: one that cannot be read costs
+/// no other. Of JSON, everything before the first error is read.
+#[must_use]
+pub fn read(text: &str, format: Format) -> Reading {
+    let mut reading = Reading::default();
+    if let Ok(objects) = objects(text, format) {
+        reading.objects = objects;
+        return reading;
+    }
+    match format {
+        Format::Yaml => {
+            // One for all: a text must not grow the more, the more documents it has.
+            let mut budget = yaml::budget(text);
+            for (first_line, document) in split(text) {
+                match yaml::documents(document, &mut budget) {
+                    Ok(values) => reading.add(values, first_line),
+                    Err(error) => reading.errors.push(error.below(first_line)),
+                }
+            }
+        }
+        Format::Json => {
+            let values = serde_json::Deserializer::from_str(text).into_iter::<Value>();
+            for (number, value) in (1..).zip(values) {
+                match value {
+                    Ok(value) => {
+                        let error = flatten(value, number, &mut reading.objects).err();
+                        reading.errors.extend(error);
+                    }
+                    Err(error) => reading.errors.push(error.into()),
+                }
+            }
+        }
+    }
+    reading
+}
+
+impl Reading {
+    /// Adds the values of the document that begins after `first_line` lines.
+    fn add(&mut self, values: Vec<Value>, first_line: usize) {
+        for value in values {
+            if flatten(value, 1, &mut self.objects).is_err() {
+                self.errors.push(Error::Yaml {
+                    line: first_line + 1,
+                    column: 1,
+                    why: "the document is not an object with apiVersion, kind and metadata"
+                        .to_owned(),
+                });
+            }
+        }
+    }
+}
+
+impl Error {
+    /// The error of a part of a text that begins after so many lines.
+    fn below(self, lines: usize) -> Self {
+        match self {
+            Self::Yaml { line, column, why } => Self::Yaml {
+                line: line + lines,
+                column,
+                why,
+            },
+            Self::Json(_) | Self::NotAnObject(_) => self,
+        }
+    }
+}
+
+/// Splits YAML into its documents, at the markers that YAML 1.2 (9.1) allows nowhere else at the start of a line:
+/// `---` before a document, `%` before the directives of one, and `...` after one. Returns the number of lines
+/// before each document.
+fn split(text: &str) -> Vec<(usize, &str)> {
+    let is_marker = |line: &str, marker: &str| {
+        let rest = line.strip_prefix(marker);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with([' ', '\t', '\r', '\n']))
+    };
+    let mut documents = Vec::new();
+    let (mut start, mut first_line, mut at) = (0, 0, 0);
+    // The directives of a document precede its `---`.
+    let mut has_directives = false;
+    for (number, line) in text.split_inclusive('\n').enumerate() {
+        let is_directive = line.starts_with('%');
+        let begins = !has_directives && (is_marker(line, "---") || is_directive);
+        if begins {
+            documents.push((first_line, &text[start..at]));
+            (start, first_line) = (at, number);
+        }
+        has_directives = is_directive || has_directives && !is_marker(line, "---");
+        at += line.len();
+        if is_marker(line, "...") {
+            documents.push((first_line, &text[start..at]));
+            (start, first_line) = (at, number + 1);
+        }
+    }
+    documents.push((first_line, &text[start..]));
+    documents
+}
+
 /// Adds the objects of a document. `number` is the position of the document in its text, from 1.
 ///
 /// # Errors
-/// The document is not an object.
+/// The document, or an item of a list, is not an object. All other items are added.
 pub fn flatten(document: Value, number: usize, objects: &mut Vec<Value>) -> Result<(), Error> {
     match document {
         Value::Null => Ok(()),
@@ -95,10 +200,12 @@ pub fn flatten(document: Value, number: usize, objects: &mut Vec<Value>) -> Resu
             let item_kind = typed_list_item(&map);
             match map.remove("items") {
                 Some(Value::Array(items)) if is_list => {
+                    let mut result = Ok(());
                     for mut item in items {
                         inherit(&mut item, item_kind.as_ref());
-                        flatten(item, number, objects)?;
+                        result = result.and(flatten(item, number, objects));
                     }
+                    return result;
                 }
                 items => {
                     if let Some(items) = items {
@@ -215,6 +322,69 @@ spec: {selector: {h: }, clusterIP: }
             all[2]["spec"],
             json!({"selector": {"h": ""}, "clusterIP": null})
         );
+    }
+
+    #[test]
+    fn document_that_cannot_be_read_costs_no_other() {
+        let text = "\u{feff}kind: A
+---
+kind: B
+kind: B
+--- # a comment
+- kind: C
+---
+kind: List
+items: [{kind: D}, 7, {kind: E}]
+---
+kind: F
+text: |
+  ---
+   not a separator
+---
+key: [unclosed
+...
+%YAML 1.2
+# of the next
+---
+kind: G
+";
+        let reading = read(text, Format::Yaml);
+        let kinds: Vec<_> = reading
+            .objects
+            .iter()
+            .map(|it| it["kind"].as_str().unwrap())
+            .collect();
+        assert_eq!(kinds, ["A", "D", "E", "F", "G"]);
+        let errors: Vec<_> = reading.errors.iter().map(ToString::to_string).collect();
+        let begin: Vec<_> = errors
+            .iter()
+            .filter_map(|it| it.split(',').next())
+            .collect();
+        assert_eq!(
+            begin,
+            ["line 4", "line 5", "line 7", "line 17"],
+            "{errors:?}"
+        );
+        let reading = read("{\"kind\": \"A\"} 7 {\"kind\": \"B\"} {", Format::Json);
+        assert_eq!((reading.objects.len(), reading.errors.len()), (2, 2));
+    }
+
+    #[test]
+    fn documents_that_are_read_one_by_one_share_the_bound_of_aliases() {
+        let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x]\n".to_owned();
+        for level in 1..5 {
+            let below = format!("*a{}, ", level - 1).repeat(8);
+            bomb += &format!("a{level}: &a{level} [{below}]\n");
+        }
+        let text = format!("kind: [\n{}", format!("---\nkind: A\n{bomb}").repeat(100));
+        let reading = read(&text, Format::Yaml);
+        assert!(
+            (1..10).contains(&reading.objects.len()),
+            "{}",
+            reading.objects.len()
+        );
+        let last = reading.errors.last().unwrap().to_string();
+        assert!(last.contains("alias expansion exceeds"), "{last}");
     }
 
     #[test]

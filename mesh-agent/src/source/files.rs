@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The manifest files below a directory: parsed when they change, and kept when they become invalid.
+//!
+//! Each document of a file stands alone. While one of them cannot be read, the last good version of every object
+//! that the others do not have stays in force, because it may be the one that the document is about.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Metadata};
@@ -9,7 +12,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use mesh_api::Object;
-use mesh_api::manifests::{Format, objects};
+use mesh_api::manifests::{self, Format, Reading};
 use mesh_plan::cluster::{ObjectRef, Rejection};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -39,8 +42,11 @@ pub(super) struct Files {
 struct File {
     stamp: Option<Stamp>,
     content: u64,
-    /// The objects of the last valid version; `None` if there was none.
+    /// The objects of the documents that can be read; of the last good version if the file as a whole cannot.
+    /// `None` if no version had any that could be read.
     objects: Option<Vec<Value>>,
+    /// The last good versions of other objects, while a document cannot be read.
+    earlier: Vec<Value>,
     error: Option<String>,
 }
 
@@ -111,16 +117,27 @@ impl Files {
         Ok(changed)
     }
 
-    /// Every object with its file.
+    /// Every object with its file. An earlier version is used only if no file has the object now.
     pub(super) fn objects(&self) -> Vec<Object> {
-        let objects = self.files.iter().flat_map(|(path, file)| {
-            let origin = path.display().to_string();
-            file.objects.iter().flatten().map(move |value| Object {
-                origin: origin.clone(),
-                value: value.clone(),
-            })
-        });
-        objects.collect()
+        let of_file = |path: &Path, value: &Value| Object {
+            origin: path.display().to_string(),
+            value: value.clone(),
+        };
+        let mut objects: Vec<Object> = self
+            .files
+            .iter()
+            .flat_map(|(path, file)| file.objects.iter().flatten().map(|it| of_file(path, it)))
+            .collect();
+        if self.files.values().all(|file| file.earlier.is_empty()) {
+            return objects;
+        }
+        let now: BTreeSet<_> = objects.iter().map(|it| identity(&it.value)).collect();
+        let earlier = self
+            .files
+            .iter()
+            .flat_map(|(path, file)| file.earlier.iter().map(|it| of_file(path, it)));
+        objects.extend(earlier.filter(|it| !now.contains(&identity(&it.value))));
+        objects
     }
 
     /// The invalid files and their consequences.
@@ -131,9 +148,13 @@ impl Files {
                 object: ObjectRef::new("File", "", path.display().to_string()),
                 field: "content".to_owned(),
                 why,
-                consequence: match &file.objects {
-                    Some(_) => "the objects of its last good version stay in force",
-                    None => "its objects are ignored",
+                consequence: match (&file.objects, &*file.earlier) {
+                    (None, []) => "its objects are ignored",
+                    (Some(_), []) => "its other documents are in force",
+                    (_, _) => {
+                        "its other documents are in force, and the objects of its last good version that they \
+                         do not have"
+                    }
                 }
                 .to_owned(),
             })
@@ -150,7 +171,10 @@ impl Files {
     /// The objects that must survive a restart.
     pub(super) fn kept(&self) -> Kept {
         let files = self.files.iter();
-        let good = files.filter_map(|(path, file)| Some((path.clone(), file.objects.clone()?)));
+        let good = files.filter_map(|(path, file)| {
+            let objects: Vec<Value> = file.all().cloned().collect();
+            (file.objects.is_some() || !objects.is_empty()).then(|| (path.clone(), objects))
+        });
         Kept(good.collect())
     }
 }
@@ -160,7 +184,10 @@ impl File {
     fn read(&mut self, path: &Path, format: Format, scan: Scan) -> bool {
         let metadata = match fs::metadata(path) {
             Ok(metadata) => metadata,
-            Err(error) => return self.fail(error.to_string()),
+            Err(error) => {
+                self.stamp = None;
+                return self.fail(error.to_string());
+            }
         };
         // The stamp is taken before the content, so the next scan sees a change in between.
         let stamp = Stamp::of(&metadata);
@@ -181,22 +208,62 @@ impl File {
         }
         self.stamp = Some(stamp);
         self.content = content;
-        match objects(&text, format) {
-            Ok(objects) => {
-                let changed = self.error.is_some() || self.objects.as_ref() != Some(&objects);
-                self.objects = Some(objects);
-                self.error = None;
-                changed
-            }
-            Err(error) => self.fail(error.to_string()),
-        }
+        self.take(manifests::read(&text, format))
     }
 
+    /// The objects of this and of earlier versions.
+    fn all(&self) -> impl Iterator<Item = &Value> {
+        self.objects.iter().flatten().chain(&self.earlier)
+    }
+
+    /// Puts a reading of the file in force, and returns whether anything changed.
+    fn take(&mut self, reading: Reading) -> bool {
+        let error = explain(&reading.errors);
+        let mut earlier = Vec::new();
+        if error.is_some() {
+            let read: BTreeSet<_> = reading.objects.iter().map(identity).collect();
+            let others = self.all().filter(|it| !read.contains(&identity(it)));
+            earlier.extend(others.cloned());
+        }
+        let is_empty = error.is_some() && reading.objects.is_empty();
+        let objects = (!is_empty).then_some(reading.objects);
+        let changed = self.error != error || self.objects != objects || self.earlier != earlier;
+        (self.objects, self.earlier, self.error) = (objects, earlier, error);
+        changed
+    }
+
+    /// Keeps everything as it is while the file cannot be read at all.
     fn fail(&mut self, why: String) -> bool {
+        self.earlier
+            .extend(self.objects.take().into_iter().flatten());
         let changed = self.error.as_ref() != Some(&why);
         self.error = Some(why);
         changed
     }
+}
+
+/// The first error, and the number of others; `None` = no error.
+fn explain(errors: &[manifests::Error]) -> Option<String> {
+    let (first, others) = errors.split_first()?;
+    Some(match others.len() {
+        0 => first.to_string(),
+        more => format!("{first}; {more} more of its documents cannot be read"),
+    })
+}
+
+/// The group, kind, namespace and name of an object.
+fn identity(object: &Value) -> [String; 4] {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let version = text(&object["apiVersion"]);
+    let group = version.rsplit_once('/').map_or("", |(group, _)| group);
+    let metadata = &object["metadata"];
+    let namespace = Some(text(&metadata["namespace"])).filter(|it| !it.is_empty());
+    [
+        group.to_owned(),
+        text(&object["kind"]),
+        namespace.unwrap_or_else(|| "default".to_owned()),
+        text(&metadata["name"]),
+    ]
 }
 
 fn hash(text: &str) -> u64 {

@@ -15,25 +15,22 @@ const MIN_BUDGET: usize = 1 << 20;
 /// The size of a node without its strings.
 const NODE_WEIGHT: usize = 16;
 
-pub(super) fn documents(text: &str) -> Result<Vec<Value>, Error> {
+/// The size to which a text may grow by alias expansion.
+pub(super) fn budget(text: &str) -> usize {
+    (text.len() * MAX_GROWTH).max(MIN_BUDGET)
+}
+
+/// Reads the documents of a text, or of a part of one, and takes their size from the budget of the text.
+pub(super) fn documents(text: &str, budget: &mut usize) -> Result<Vec<Value>, Error> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut reader = Reader {
         parser: Parser::new_from_str(text),
         anchors: BTreeMap::new(),
-        budget: (text.len() * MAX_GROWTH).max(MIN_BUDGET),
+        budget: *budget,
     };
-    let mut documents = Vec::new();
-    loop {
-        match reader.next()? {
-            (Event::StreamEnd, _) => return Ok(documents),
-            (Event::DocumentStart(_), _) => {
-                reader.anchors.clear();
-                let event = reader.next()?;
-                documents.push(reader.node(event, 0)?);
-            }
-            _ => {}
-        }
-    }
+    let documents = reader.documents();
+    *budget = reader.budget;
+    documents
 }
 
 struct Reader<'a> {
@@ -47,6 +44,21 @@ struct Reader<'a> {
 type Located<'a> = (Event<'a>, Span);
 
 impl<'a> Reader<'a> {
+    fn documents(&mut self) -> Result<Vec<Value>, Error> {
+        let mut documents = Vec::new();
+        loop {
+            match self.next()? {
+                (Event::StreamEnd, _) => return Ok(documents),
+                (Event::DocumentStart(_), _) => {
+                    self.anchors.clear();
+                    let event = self.next()?;
+                    documents.push(self.node(event, 0)?);
+                }
+                _ => {}
+            }
+        }
+    }
+
     fn next(&mut self) -> Result<Located<'a>, Error> {
         match self.parser.next_event() {
             Some(Ok(event)) => Ok(event),
@@ -271,11 +283,11 @@ mod tests {
     use serde_json::json;
 
     fn one(text: &str) -> Value {
-        documents(text).unwrap().remove(0)
+        documents(text, &mut budget(text)).unwrap().remove(0)
     }
 
     fn error(text: &str) -> String {
-        documents(text).unwrap_err().to_string()
+        documents(text, &mut budget(text)).unwrap_err().to_string()
     }
 
     #[test]
@@ -311,8 +323,9 @@ mod tests {
 
     #[test]
     fn documents_aliases_and_merge_keys_are_read() {
-        assert_eq!(documents("a: 1\n---\nb: 2\n...\n").unwrap().len(), 2);
-        assert_eq!(documents("").unwrap(), Vec::<Value>::new());
+        let all = |text| documents(text, &mut budget(text)).unwrap();
+        assert_eq!(all("a: 1\n---\nb: 2\n...\n").len(), 2);
+        assert_eq!(all(""), Vec::<Value>::new());
         assert_eq!(
             one("x: &x {a: 1, b: 2}\ny: *x\nz: {<<: *x, b: 3}\n"),
             json!({"x": {"a": 1, "b": 2}, "y": {"a": 1, "b": 2}, "z": {"a": 1, "b": 3}})

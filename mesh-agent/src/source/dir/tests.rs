@@ -137,6 +137,46 @@ async fn invalid_file_keeps_its_objects_across_a_restart() {
 }
 
 #[tokio::test]
+async fn unreadable_document_costs_no_other_of_its_file() {
+    let bench = Bench::new();
+    let broken = "kind: Pod\nkind: Pod\n";
+    let file =
+        |policy: &str, address: &str| format!("{policy}\n---\n{broken}---\n{}", pod("a", address));
+    bench.write("all.yaml", &file(&policy("80"), "10.0.0.1"));
+    let mut watched = bench.start().await;
+    let good = web(&watched.cluster.borrow()).cloned();
+    assert!(good.is_some() && watched.cluster.borrow().pods.contains_key("u-a"));
+    let report = watched.report.borrow().clone();
+    let [rejection] = report.rejections.as_slice() else {
+        panic!("{report:?}");
+    };
+    let text = file(&policy("80"), "10.0.0.1");
+    let before = text.split_once("kind: Pod\nkind").unwrap().0;
+    let line = format!("line {}", before.lines().count() + 2);
+    assert!(
+        rejection.object.name == "all.yaml" && rejection.why.starts_with(&line),
+        "{rejection}"
+    );
+    assert!(
+        rejection
+            .consequence
+            .contains("other documents are in force"),
+        "{rejection}"
+    );
+    // The policy becomes unreadable as well, and stays in force; the pod's change takes effect.
+    bench.write("all.yaml", &file("kind: [", "10.0.0.2"));
+    until(&mut watched.cluster, "a new address", |c| {
+        c.pods["u-a"].addresses == ["10.0.0.2".parse().unwrap()].into()
+    })
+    .await;
+    assert_eq!(web(&watched.cluster.borrow()).cloned(), good);
+    // A file without the document deletes its object, once all of it can be read.
+    bench.write("all.yaml", &pod("a", "10.0.0.2"));
+    until(&mut watched.cluster, "no policy", |c| web(c).is_none()).await;
+    assert!(watched.report.borrow().rejections.is_empty());
+}
+
+#[tokio::test]
 async fn rejected_update_keeps_last_good_version_across_a_restart() {
     let bench = Bench::new();
     bench.write("p.yaml", &policy("80"));
