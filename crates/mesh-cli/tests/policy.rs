@@ -288,6 +288,27 @@ fn explain_names_the_rule_and_the_transport() {
     );
     let run = explain("shop/six", "[fd00::2]:80");
     assert!(run.out.contains("NetworkPolicy shop/six"), "{}", run.out);
+    // An object that is rejected might refuse what the others allow.
+    let rejected = "---
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: closed, namespace: other}
+spec: {podSelector: {matchLabels: {a: ' b'}}}
+";
+    fs::write(dir.path().join("m.yaml"), format!("{MANIFESTS}{rejected}")).unwrap();
+    let run = explain("192.0.2.7", "shop/web:http");
+    assert_eq!(run.code, 2, "{}{}", run.out, run.err);
+    assert!(
+        run.err.contains("rejected: NetworkPolicy other/closed"),
+        "{}",
+        run.err
+    );
+    assert!(
+        !run.out.contains("=>") && run.err.contains("not decided"),
+        "{}{}",
+        run.out,
+        run.err
+    );
 }
 
 #[test]
@@ -502,7 +523,7 @@ fn diff_compares_decisions_over_a_flow_log() {
     ]);
     assert_eq!(
         (run.code, run.out.as_str()),
-        (0, "0 of 1 kinds of connections would change\n"),
+        (2, "0 of 1 kinds of connections would change\n"),
         "{}",
         run.err
     );

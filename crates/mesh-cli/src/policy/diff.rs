@@ -42,6 +42,9 @@ struct Count {
 type Connections = BTreeMap<Seen, Count>;
 
 /// Compares the decisions. The outcome is bad if any would change.
+///
+/// # Errors
+/// The input is invalid, or no decision would change and a part of the new manifests is rejected.
 pub(crate) fn run(args: &Diff, out: &mut impl Write) -> Result<Outcome> {
     let objects = read(&args.manifests.paths)?;
     let mut connections = Connections::new();
@@ -71,7 +74,11 @@ pub(crate) fn run(args: &Diff, out: &mut impl Write) -> Result<Outcome> {
     for note in &new.notes {
         writeln!(io::stderr(), "{note}")?;
     }
-    compare(old.as_ref(), &new, &connections, out)
+    let outcome = compare(old.as_ref(), &new, &connections, out)?;
+    if matches!(outcome, Outcome::Good) {
+        new.ensure_complete()?;
+    }
+    Ok(outcome)
 }
 
 fn read(paths: &[std::path::PathBuf]) -> Result<Vec<Object>> {

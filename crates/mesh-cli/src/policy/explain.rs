@@ -16,6 +16,10 @@ use crate::args::Explain;
 use crate::{Outcome, input};
 
 /// Explains one connection. The outcome is bad if it is refused.
+///
+/// # Errors
+/// The input is invalid, or the connection is allowed and a part of the manifests is rejected: that part might
+/// refuse it.
 pub(crate) fn run(args: &Explain, out: &mut impl Write) -> Result<Outcome> {
     let mut objects = Vec::new();
     for path in &args.manifests.paths {
@@ -40,6 +44,9 @@ pub(crate) fn run(args: &Explain, out: &mut impl Write) -> Result<Outcome> {
     }
     writeln!(out, "on the wire: {}", transport.words)?;
     let allowed = world.evaluator.verdicts(&connection, known).allowed() && !transport.refused;
+    if allowed {
+        world.ensure_complete()?;
+    }
     writeln!(out, "=> {}", if allowed { "allowed" } else { "refused" })?;
     Ok(if allowed { Outcome::Good } else { Outcome::Bad })
 }

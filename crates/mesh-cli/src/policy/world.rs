@@ -18,6 +18,9 @@ use mesh_plan::{Index, text};
 
 use crate::args;
 
+/// Begins the note of a rejection.
+const REJECTED: &str = "rejected: ";
+
 /// A cluster, its policy, and the names of its pods and services.
 pub(crate) struct World {
     pub(crate) evaluator: Evaluator,
@@ -77,7 +80,7 @@ pub(crate) fn evidence(evidence: args::Evidence) -> Evidence {
 
 /// The rejections and warnings of a conversion, a line each.
 pub(super) fn notes(outcome: &Outcome) -> Vec<String> {
-    let rejections = outcome.rejections.iter().map(|r| format!("rejected: {r}"));
+    let rejections = outcome.rejections.iter().map(|r| format!("{REJECTED}{r}"));
     let warnings = outcome.warnings.iter().map(|w| format!("warning: {w}"));
     rejections.chain(warnings).collect()
 }
@@ -108,7 +111,7 @@ impl World {
             }
         }
         let rejections = evaluator.rejections().iter();
-        notes.extend(rejections.map(|r| format!("rejected: {r}")));
+        notes.extend(rejections.map(|r| format!("{REJECTED}{r}")));
         let mut by_vip = HashMap::new();
         for (name, service) in &cluster.services {
             for address in service.cluster_ips.iter().chain(&service.external_ips) {
@@ -123,6 +126,22 @@ impl World {
             by_address,
             by_vip,
             notes,
+        }
+    }
+
+    /// Checks that every object of the manifests counts in an answer.
+    ///
+    /// # Errors
+    /// Objects or fields are rejected. An agent that has no earlier version of them may decide differently from
+    /// what their author intended.
+    pub(crate) fn ensure_complete(&self) -> Result<()> {
+        let rejected = self.notes.iter().filter(|note| note.starts_with(REJECTED));
+        match rejected.count() {
+            0 => Ok(()),
+            count => bail!(
+                "not decided: {count} objects or fields of the manifests are rejected, and what they ask for is not \
+                 part of the answer"
+            ),
         }
     }
 
