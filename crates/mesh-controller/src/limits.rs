@@ -27,11 +27,11 @@ impl RateLimiter {
             let idle = Duration::from_secs_f64(BURST / RATE);
             self.0
                 .retain(|_, (_, last)| now.duration_since(*last) < idle);
-            let oldest = self.0.iter().min_by_key(|(_, (_, last))| *last);
-            if self.0.len() >= MAX_CALLERS
-                && let Some(oldest) = oldest.map(|(caller, _)| caller.clone())
-            {
-                self.0.remove(&oldest);
+            if self.0.len() >= MAX_CALLERS {
+                let oldest = self.0.iter().min_by_key(|(_, (_, last))| *last);
+                if let Some(oldest) = oldest.map(|(caller, _)| caller.clone()) {
+                    self.0.remove(&oldest);
+                }
             }
         }
         let (left, last) = self.0.entry(caller.to_owned()).or_insert((BURST, now));

@@ -43,21 +43,50 @@ pub(crate) struct Limits {
     pub(crate) steps: usize,
 }
 
-impl Default for Limits {
-    /// The capacities of the maps; half of them where a map holds two revisions during an update.
-    fn default() -> Self {
+impl Limits {
+    /// The capacities of the maps.
+    pub(crate) fn of_maps() -> Self {
         Self {
             pods: maps::MAX_PODS as usize,
             peers: maps::MAX_PEERS as usize,
             pod_cidrs: maps::MAX_POD_CIDRS as usize,
-            sets: maps::MAX_POLICY_SETS as usize / 2,
-            selects: maps::MAX_POLICY_SELECTS as usize / 2,
-            cidrs: maps::MAX_POLICY_CIDRS as usize / 2,
-            ports: maps::MAX_POLICY_PORTS as usize / 2,
-            port_modes: maps::MAX_PORT_MODES as usize / 2,
+            sets: maps::MAX_POLICY_SETS as usize,
+            selects: maps::MAX_POLICY_SELECTS as usize,
+            cidrs: maps::MAX_POLICY_CIDRS as usize,
+            ports: maps::MAX_POLICY_PORTS as usize,
+            port_modes: maps::MAX_PORT_MODES as usize,
             services: maps::MAX_SERVICES as usize,
-            backends: maps::MAX_BACKENDS as usize / 2,
+            backends: maps::MAX_BACKENDS as usize,
             steps: STEPS,
+        }
+    }
+
+    /// Returns `true` if each map, except that of pods, has room for this number of entries beside those of a plan.
+    pub(crate) fn have_room(&self, plan: &Plan, more: usize) -> bool {
+        plan.peers.len() + more <= self.peers
+            && plan.pod_cidrs.len() + more <= self.pod_cidrs
+            && plan.sets.len() + more <= self.sets
+            && plan.selects.len() + more <= self.selects
+            && plan.cidrs.len() + more <= self.cidrs
+            && plan.ports.len() + more <= self.ports
+            && plan.port_modes.len() + more <= self.port_modes
+            && plan.services.len() + more <= self.services
+            && plan.backends.len() + more <= self.backends
+    }
+}
+
+impl Default for Limits {
+    /// The capacities of the maps; half of them where a map holds two revisions during an update.
+    fn default() -> Self {
+        let maps = Self::of_maps();
+        Self {
+            sets: maps.sets / 2,
+            selects: maps.selects / 2,
+            cidrs: maps.cidrs / 2,
+            ports: maps.ports / 2,
+            port_modes: maps.port_modes / 2,
+            backends: maps.backends / 2,
+            ..maps
         }
     }
 }

@@ -22,12 +22,12 @@ use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 
 use mesh_common::identity::{IdentityId, Peer};
-use mesh_common::maps;
 use mesh_common::pod::PodView;
 use mesh_common::policy::{Direction, Lists, PolicySetId, SelectKey};
 use mesh_common::service::{Service, ServiceKey};
 use mesh_common::{Addr, Port};
 
+use crate::compile::Limits;
 use crate::digest::Ids;
 use crate::index;
 use crate::plan::{Entry, Key, LocalPod, MapOp, Plan};
@@ -39,89 +39,31 @@ use crate::shared::Shared;
 /// their earlier state counts as unknown).
 #[must_use]
 pub fn diff(old: &Plan, new: &Plan) -> Vec<MapOp> {
-    diff_within(old, new, &Capacities::default())
+    diff_within(old, new, &Limits::of_maps())
 }
 
 /// As [`diff`], for maps of other capacities; only tests change them.
-pub(crate) fn diff_within(old: &Plan, new: &Plan, capacities: &Capacities) -> Vec<MapOp> {
+pub(crate) fn diff_within(old: &Plan, new: &Plan, capacities: &Limits) -> Vec<MapOp> {
     let ops = gradual(old, new, capacities);
-    if capacities.hold(old, &ops) {
+    if fits(old, &ops, capacities) {
         ops
     } else {
         through_isolation(old, new)
     }
 }
 
-/// The maximum number of entries of each map.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Capacities {
-    pub(crate) peers: usize,
-    pub(crate) pod_cidrs: usize,
-    pub(crate) sets: usize,
-    pub(crate) selects: usize,
-    pub(crate) cidrs: usize,
-    pub(crate) ports: usize,
-    pub(crate) port_modes: usize,
-    pub(crate) services: usize,
-    pub(crate) backends: usize,
-}
-
-impl Default for Capacities {
-    fn default() -> Self {
-        Self {
-            peers: maps::MAX_PEERS as usize,
-            pod_cidrs: maps::MAX_POD_CIDRS as usize,
-            sets: maps::MAX_POLICY_SETS as usize,
-            selects: maps::MAX_POLICY_SELECTS as usize,
-            cidrs: maps::MAX_POLICY_CIDRS as usize,
-            ports: maps::MAX_POLICY_PORTS as usize,
-            port_modes: maps::MAX_PORT_MODES as usize,
-            services: maps::MAX_SERVICES as usize,
-            backends: maps::MAX_BACKENDS as usize,
-        }
+/// Returns `true` if every prefix of the operations fits into the maps.
+fn fits(old: &Plan, ops: &[MapOp], capacities: &Limits) -> bool {
+    // Almost always there is room even for all additions without any removal.
+    let additions = ops.iter().filter(|op| matches!(op, MapOp::Put(_)));
+    if capacities.have_room(old, additions.count()) {
+        return true;
     }
-}
-
-impl Capacities {
-    /// Returns `true` if no map of a plan has more entries than it can have.
-    pub(crate) fn fit(&self, plan: &Plan) -> bool {
-        plan.peers.len() <= self.peers
-            && plan.pod_cidrs.len() <= self.pod_cidrs
-            && plan.sets.len() <= self.sets
-            && plan.selects.len() <= self.selects
-            && plan.cidrs.len() <= self.cidrs
-            && plan.ports.len() <= self.ports
-            && plan.port_modes.len() <= self.port_modes
-            && plan.services.len() <= self.services
-            && plan.backends.len() <= self.backends
-    }
-
-    /// Returns `true` if every prefix of the operations fits.
-    fn hold(&self, old: &Plan, ops: &[MapOp]) -> bool {
-        // Almost always there is room even for all additions without any removal.
-        let additions = ops.iter().filter(|op| matches!(op, MapOp::Put(_)));
-        if self.have_room(old, additions.count()) {
-            return true;
-        }
-        let mut state = old.clone();
-        ops.iter().all(|op| {
-            apply(&mut state, op);
-            matches!(op, MapOp::Remove(_)) || self.fit(&state)
-        })
-    }
-
-    /// Returns `true` if each map has room for this number of entries beside those of a plan.
-    fn have_room(&self, plan: &Plan, more: usize) -> bool {
-        plan.peers.len() + more <= self.peers
-            && plan.pod_cidrs.len() + more <= self.pod_cidrs
-            && plan.sets.len() + more <= self.sets
-            && plan.selects.len() + more <= self.selects
-            && plan.cidrs.len() + more <= self.cidrs
-            && plan.ports.len() + more <= self.ports
-            && plan.port_modes.len() + more <= self.port_modes
-            && plan.services.len() + more <= self.services
-            && plan.backends.len() + more <= self.backends
-    }
+    let mut state = old.clone();
+    ops.iter().all(|op| {
+        apply(&mut state, op);
+        matches!(op, MapOp::Remove(_)) || capacities.have_room(&state, 0)
+    })
 }
 
 /// Isolates the pods that change, removes, and then adds: fits where [`gradual`] does not. If owners of addresses
@@ -171,7 +113,7 @@ fn gone_addresses(old: &Plan, new: &Plan) -> Vec<Key> {
 }
 
 /// The operations with every verdict either the old or the new one, if the maps have room for both plans.
-fn gradual(old: &Plan, new: &Plan, capacities: &Capacities) -> Vec<MapOp> {
+fn gradual(old: &Plan, new: &Plan, capacities: &Limits) -> Vec<MapOp> {
     let mut ops = Vec::new();
     let mut removals = Vec::new();
     content(old, new, &mut ops, &mut removals);

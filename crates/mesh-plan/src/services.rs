@@ -189,7 +189,8 @@ struct Builder<'a> {
     rejections: &'a mut Vec<Rejection>,
     /// Number of ports that do not fit, by service.
     left_out: BTreeMap<ObjectName, usize>,
-    /// What is refused of a field of a service: the first reason and consequence, and the number of others.
+    /// The refused addresses and ports of each field of a service: the reason and consequence of the first one, and
+    /// the number of the others.
     refused: BTreeMap<(ObjectName, &'static str, Refusal), (String, String, usize)>,
     /// Number of cluster IPs whose marker does not fit.
     markers_left_out: usize,

@@ -3,13 +3,13 @@
 
 use std::collections::BTreeSet;
 
-use crate::cluster::{Service, ServicePort, Transport};
 use mesh_common::policy::{PolicySetId, Question, decide};
 use mesh_common::service::ServiceKey;
 use mesh_common::{Addr, Direction, Endpoint, Evidence, Port, Protocol, Verdict};
 
+use crate::cluster::{Service, ServicePort, Transport};
 use crate::compile::{Limits, Options, compile_with};
-use crate::diff::{Capacities, apply, diff, diff_within};
+use crate::diff::{apply, diff, diff_within};
 use crate::digest::Ids;
 use crate::index::Index;
 use crate::plan::Plan;
@@ -257,7 +257,7 @@ fn no_prefix_of_an_update_exceeds_a_map_or_allows_what_neither_plan_allows() {
         let mut state = old.clone();
         for op in &ops {
             apply(&mut state, op);
-            assert!(capacities.fit(&state), "{op:?} of {ops:#?}");
+            assert!(capacities.have_room(&state, 0), "{op:?} of {ops:#?}");
             if let Some([before, after]) = &verdicts_of {
                 let mut now = allowed(&state);
                 now.retain(|what| !before.contains(what) && !after.contains(what));
@@ -289,8 +289,8 @@ fn no_prefix_of_an_update_exceeds_a_map_or_allows_what_neither_plan_allows() {
     assert!(gradual > 5 && isolating > 20, "{gradual} {isolating}");
 }
 
-/// What a plan allows with proof, and what it allows with the evidence that the address gives. That evidence can
-/// change during an update without a change of the verdict.
+/// Returns the questions that a plan answers with "allowed". They tell only whether the peer is proven by TLS: other
+/// evidence can change during an update without a change of the verdict.
 fn allowed(plan: &Plan) -> BTreeSet<String> {
     let all = verdicts(plan).into_iter();
     all.filter(|(_, verdict)| verdict.allowed)
@@ -305,9 +305,9 @@ fn allowed(plan: &Plan) -> BTreeSet<String> {
         .collect()
 }
 
-fn capacities(old: &Plan, new: &Plan, slack: usize) -> Capacities {
+fn capacities(old: &Plan, new: &Plan, slack: usize) -> Limits {
     let of = |len: fn(&Plan) -> usize| len(old).max(len(new)) + slack;
-    Capacities {
+    Limits {
         peers: of(|plan| plan.peers.len()),
         pod_cidrs: of(|plan| plan.pod_cidrs.len()),
         sets: of(|plan| plan.sets.len()),
@@ -317,6 +317,7 @@ fn capacities(old: &Plan, new: &Plan, slack: usize) -> Capacities {
         port_modes: of(|plan| plan.port_modes.len()),
         services: of(|plan| plan.services.len()),
         backends: of(|plan| plan.backends.len()),
+        ..Limits::of_maps()
     }
 }
 

@@ -82,13 +82,6 @@ impl AgentConfig {
         self
     }
 
-    /// Sets the path of the admin socket (default: one for each node).
-    #[must_use]
-    pub fn admin(mut self, path: impl Into<PathBuf>) -> Self {
-        self.admin = Some(path.into());
-        self
-    }
-
     /// Adds a flag with its value.
     #[must_use]
     pub fn flag(mut self, flag: &str, value: impl Into<OsString>) -> Self {

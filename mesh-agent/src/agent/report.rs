@@ -107,7 +107,7 @@ struct Reporter {
 }
 
 impl Reporter {
-    /// What is not in force of this node's newest state, and the warnings of objects.
+    /// Returns the reasons why the newest plan or state is not in force on this node, and the warnings of objects.
     fn warnings(&self, node: &InForce, source: &Report) -> Vec<ReportedField> {
         let of_node = |message: String| ReportedField {
             object: named(&ObjectRef::new("Node", "", &*self.node), "", 0),
